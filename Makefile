@@ -1,0 +1,56 @@
+# fastmed: `make demo` shows it, `make test` proves it. Both need only python3 (3.10 or later) with pip; a second run skips the installation.
+SHELL    := /bin/bash
+PYTHON   ?= python3
+VENV     ?= .venv
+BIN       = $(VENV)/bin
+TEST_JOBS ?= 1
+TESTS    ?=
+# What is installed follows the content of these three (nbdev-export touches pyproject.toml without changing it).
+SUM      := $(shell cat pyproject.toml settings.ini setup.py | cksum | cut -d' ' -f1)
+DEV       = $(VENV)/.fastmed-dev-$(SUM)
+DEMO      = $(VENV)/.fastmed-demo-$(SUM)
+
+export PYTHONWARNINGS := ignore
+export MPLBACKEND     := agg
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test env docs clean
+help:
+	@echo "make demo   install, train 2D and 3D on the embedded cohort, write demo/report.html and demo/overlay.png"
+	@echo "make test   install, then run every test and every notebook (TEST_JOBS=2 runs two at a time, one thread each)"
+	@echo "make docs   README.md from nbs/index.ipynb"
+	@echo "make clean  remove what was built (the environment $(VENV) stays)"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v=sys.version_info; sys.exit(0 if v>=(3,10) else f"fastmed needs Python 3.10 or later, and $(PYTHON) is {v.major}.{v.minor}; say which with PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+# The development installation holds the demo's too, so `make demo` after `make test` installs nothing.
+$(DEV): | $(BIN)/python
+	@echo "installing fastmed with its tests into $(VENV) (some minutes the first time)"
+	$(BIN)/python -m pip install -q -e '.[dev,demo,track]'
+	@rm -f $(VENV)/.fastmed-*; touch $(DEV) $(DEMO)
+
+$(DEMO): | $(BIN)/python
+	@echo "installing fastmed with its demo into $(VENV) (some minutes the first time)"
+	$(BIN)/python -m pip install -q -e '.[demo]'
+	@rm -f $(VENV)/.fastmed-*; touch $(DEMO)
+
+demo: $(DEMO)
+	$(BIN)/fastmed demo
+
+env: $(DEV)
+
+test: env
+ifeq ($(TEST_JOBS),1)
+	$(BIN)/python -m pytest $(TESTS)
+else
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(TESTS)
+endif
+
+docs: env
+	$(BIN)/python .ci/readme.py
+
+clean:
+	rm -rf build dist demo _proc _docs site *.egg-info .pytest_cache .hypothesis
+	find fastmed nbs tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,24 @@
+"Every notebook runs, from a copy, so that nothing is written into the tree."
+import os, re, shutil, subprocess, sys
+from pathlib import Path
+import pytest
+
+root = Path(__file__).resolve().parent.parent
+nbs = sorted((root/'nbs').glob('*.ipynb')) + sorted((root/'nbs'/'tutorials').glob('*.ipynb'))
+run = 'import sys; from nbdev.test import nbdev_test; nbdev_test(sys.argv[1], n_workers=0)'
+ansi = re.compile(r'\x1b\[[0-9;]*m')
+
+@pytest.mark.parametrize('nb', nbs, ids=[str(o.relative_to(root/'nbs').with_suffix('')) for o in nbs])
+def test_notebook(nb, tmp_path):
+    copy = tmp_path/nb.relative_to(root)
+    copy.parent.mkdir(parents=True)
+    shutil.copy(nb, copy)
+    shutil.copy(root/'pyproject.toml', tmp_path)
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get('PYTHONPATH')]))
+    env = {**os.environ, 'PYTHONPATH':path, 'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg'}
+    if os.environ.get('PYTEST_XDIST_WORKER'): env['OMP_NUM_THREADS'] = '1'
+    r = subprocess.run([sys.executable, '-c', run, str(copy)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=1200, stdin=subprocess.DEVNULL)
+    out = ansi.sub('', r.stdout + r.stderr)
+    assert r.returncode==0 and 'Success.' in r.stdout, f'{nb.name} failed:\n' + '\n'.join(out.splitlines()[-60:])
+
+def test_notebooks_are_there(): assert nbs, f'no notebook in {root/"nbs"}'
