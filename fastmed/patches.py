@@ -39,17 +39,19 @@ def foreground_voxel(
 
 # %% ../nbs/06_patches.ipynb #948e30ff
 def cut(
-    t,      # (…,X,Y,Z) tensor, the last axes are spatial
+    t,      # (…,X,Y,Z) CPU tensor, the last axes are spatial
     corner, # first voxel along each of the last axes, may be negative
     patch   # voxels along each of the last axes
 ):          # (…,*patch), a view where the patch lies inside
     "Cut a patch out of a volume; what hangs over the edge repeats the edge"
     k = t.ndim-len(patch)
+    pads = [(0,0)]*k
     for i,(c,p) in enumerate(zip(corner, patch)):
         n = t.shape[k+i]
-        if 0<=c and c+p<=n: t = t.narrow(k+i, c, p)
-        else: t = t.index_select(k+i, torch.arange(c, c+p, device=t.device).clamp_(0, n-1))
-    return t
+        lo = min(max(c, 0), n-1); hi = max(min(c+p, n), lo+1)      # at least one voxel of the edge, so that there is something to repeat
+        t = t.narrow(k+i, lo, hi-lo)
+        before = min(max(-c, 0), p-1); pads.append((before, p-before-(hi-lo)))
+    return torch.from_numpy(np.pad(t.numpy(), pads, mode='edge')) if any(map(any, pads)) else t
 
 # %% ../nbs/06_patches.ipynb #da44cfdf
 def _starts(n, p, overlap):

@@ -29,7 +29,9 @@ class Store:
         preprocess:Preprocess, # the pipeline whose results are kept
         path=None              # folder; default: `cache_dir()`
     ):
-        self.preprocess,self.path = preprocess,Path(ifnone(path, cache_dir()))
+        self.preprocess,self.path,self._open = preprocess,Path(ifnone(path, cache_dir())),{}
+
+    def __getstate__(self): return {**self.__dict__, '_open':{}}     # open maps do not travel to workers
 
     def entry(self, kind, fn):
         "Folder of the entry of `fn` (a file or a list of channel files), there or not. `kind` is 'image' or 'mask'"
@@ -98,17 +100,31 @@ class Store:
 
     def image(self, fn):
         "The preprocessed image (C,X,Y,Z), memory-mapped; made now, and not kept, where it was never added"
-        dest = self._there('image', fn)
-        return self._read(dest, TensorVolume) if dest else self.preprocess(load_volume(fn))
+        t = self._get('image', fn, lambda d: self._read(d, TensorVolume))
+        return self.preprocess(load_volume(fn)) if t is None else t
 
     def mask(self, fn):
         "The preprocessed mask (X,Y,Z) with `.fg`, the places of its foreground"
-        dest = self._there('mask', fn)
-        if dest is None:
+        def read(dest):
+            with np.load(dest/'fg.npz') as z: fg = {int(k):z[k] for k in z.files}
+            return self._read(dest, TensorVolumeMask, codes=self.preprocess.vocab, fg=fg)
+        t = self._get('mask', fn, read)
+        if t is None:
             t = self.preprocess(load_mask(fn)); t.fg = foreground_index(t.as_subclass(Tensor).numpy())
-            return t
-        with np.load(dest/'fg.npz') as z: fg = {int(k):z[k] for k in z.files}
-        return self._read(dest, TensorVolumeMask, codes=self.preprocess.vocab, fg=fg)
+        return t
+
+    def _get(self, kind, fn, read):
+        "The entry as a tensor with metadata of its own; an entry stays open once it was read. None where it is not there"
+        k = (kind, *L(fn).map(str))
+        if k not in self._open:
+            dest = self._there(kind, fn)
+            if dest is None: return None
+            if len(self._open)>2000: self._open.clear()
+            self._open[k] = read(dest)
+        t = self._open[k]
+        res = t.as_subclass(Tensor).view(t.shape).as_subclass(type(t))
+        res.__dict__.update(t.__dict__)
+        return res
 
     def _there(self, kind, fn):
         if any(not Path(o).exists() for o in L(fn)): return None      # load_volume then says which

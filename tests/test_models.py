@@ -144,7 +144,7 @@ def test_start_is_sane():
 @pytest.mark.parametrize('ndim', [2,3])
 def test_instance_norm_parity(ndim):
     torch.manual_seed(0)
-    ours,theirs = InstanceNorm(8).double(),(nn.InstanceNorm2d,nn.InstanceNorm3d)[ndim-2](8, affine=True).double()
+    ours,theirs = FastInstanceNorm(8).double(),(nn.InstanceNorm2d,nn.InstanceNorm3d)[ndim-2](8, affine=True).double()
     nn.init.normal_(theirs.weight); nn.init.normal_(theirs.bias); ours.load_state_dict(theirs.state_dict())
     x = torch.randn(3,8,*(5,6,7)[:ndim]).double()*2+3
     for mf in (torch.contiguous_format, (torch.channels_last,torch.channels_last_3d)[ndim-2]):
@@ -160,7 +160,7 @@ def test_instance_norm_parity(ndim):
 def test_instance_norm_large_volume():
     "Many voxels far from zero: float32 sums in the fast layout stay exact enough."
     x = torch.randn(1,4,96,96,96)+20
-    y = InstanceNorm(4)(x.to(memory_format=torch.channels_last_3d))
+    y = FastInstanceNorm(4)(x.to(memory_format=torch.channels_last_3d))
     torch.testing.assert_close(y, ((x.double()-x.double().mean((2,3,4),True))/x.double().std((2,3,4),correction=0,keepdim=True)).float(), atol=2e-3, rtol=1e-3)
 
 @pytest.mark.parametrize('ndim', [2,3])
