@@ -15,3 +15,4 @@ from fastmed.metrics import *
 from fastmed.inference import *
 from fastmed.callbacks import *
 from fastmed.learner import *
+from fastmed.report import *

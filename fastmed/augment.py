@@ -61,7 +61,8 @@ def along_axes(
 
 # %% ../nbs/07_augment.ipynb #81fbafa9
 def _number(name, v, lo, hi=float('inf')):
-    if isinstance(v, bool) or not isinstance(v, numbers.Real) or not lo<=v<=hi: raise ValueError(f"{name}: expected a number from {lo:g} to {hi:g}, found {v!r}")
+    if isinstance(v, bool) or not isinstance(v, numbers.Real) or not lo<=v<=hi:
+        raise ValueError(f"{name}: expected a number from {lo:g} to {hi:g}, found {v!r}")
     return float(v)
 
 def _hit(n, p): return torch.rand(n)<p
@@ -102,9 +103,10 @@ class SpatialTfm(_BatchTfm):
         super().__init__(split_idx=split_idx)
         self.split_idx = split_idx
         self.spacing = None if spacing is None else tuple(_number('spacing', float(s), 1e-6) for s in spacing)
-        self.max_rotate = tuple(_number('max_rotate', float(r), 0, 180) for r in max_rotate) if isinstance(max_rotate, (tuple,list)) else _number('max_rotate', max_rotate, 0, 180)
+        turn = lambda r: _number('max_rotate', r, 0, 180)
+        self.max_rotate = tuple(turn(float(r)) for r in max_rotate) if isinstance(max_rotate, (tuple,list)) else turn(max_rotate)
         self.max_scale,self.max_elastic = _number('max_scale', max_scale, 0, .95),_number('max_elastic', max_elastic, 0, .4)
-        self.p_rotate,self.p_scale,self.p_elastic,self.p_flip = [_number(k, v, 0, 1) for k,v in (('p_rotate',p_rotate),('p_scale',p_scale),('p_elastic',p_elastic),('p_flip',p_flip))]
+        for k,v in dict(p_rotate=p_rotate, p_scale=p_scale, p_elastic=p_elastic, p_flip=p_flip).items(): setattr(self, k, _number(k, v, 0, 1))
         self.flips = (flips,) if isinstance(flips, int) else tuple(flips)
 
     def _free(self, size):
@@ -124,7 +126,8 @@ class SpatialTfm(_BatchTfm):
         planes = [all(f for j,f in enumerate(free) if j!=a) for a in range(3)] if d==3 else [all(free)]
         angle = _between((n,na), 1.)*torch.tensor(mr)*torch.tensor(planes)*_hit((n,1), self.p_rotate)
         zoom = 1+_between(n, self.max_scale)*_hit(n, self.p_scale)
-        if bad:=[a for a in self.flips if not isinstance(a, int) or not 0<=a<d]: raise ValueError(f"SpatialTfm: flips holds {bad}; expected axes from 0 to {d-1} for patches of {tuple(size)}")
+        if bad:=[a for a in self.flips if not isinstance(a, int) or not 0<=a<d]:
+            raise ValueError(f"SpatialTfm: flips holds {bad}; expected axes from 0 to {d-1} for patches of {tuple(size)}")
         flip = _hit((n,d), self.p_flip) & torch.tensor([a in self.flips for a in range(d)])
         bend = None
         if self.max_elastic and self.p_elastic:
@@ -177,7 +180,9 @@ class SpatialTfm(_BatchTfm):
         d,n = p['flip'].shape[1],len(p['zoom'])
         todo = [o for o in bs if isinstance(o, _images+_masks)]
         sizes = {tuple(o.shape[-d:]) for o in todo}
-        if len(sizes)>1 or any(len(o)!=n for o in todo): raise ValueError(f"SpatialTfm: expected image and mask of one size and {n} items, found {[(type(o).__name__, tuple(o.shape)) for o in todo]}")
+        if len(sizes)>1 or any(len(o)!=n for o in todo):
+            found = [(type(o).__name__, tuple(o.shape)) for o in todo]
+            raise ValueError(f"SpatialTfm: expected image and mask of one size and {n} items, found {found}")
         if not todo: return b
         size = sizes.pop(); dev = todo[0].device
         move = (p['angle']!=0).any(1) | (p['zoom']!=1)
@@ -216,19 +221,19 @@ class IntensityTfm(_BatchTfm):
     def __init__(self,
         spacing=None,            # voxel size an axis, mm; None: isotropic. Blur is round in mm, coarse axes keep their resolution
         max_bias:float=0.,       # largest log of the multiplied field at a control point
-        p_bias:float=.5,         # probabilities are for an item
+        p_bias:float=.5,         # probability, an item
         max_contrast:float=.25,  # factor about the mean, from 1-`max_contrast` to 1+`max_contrast`
-        p_contrast:float=.5,
+        p_contrast:float=.5,     # probability, an item
         max_brightness:float=.25,# added, in standard deviations of the item
-        p_brightness:float=.25,
+        p_brightness:float=.25,  # probability, an item
         max_gamma:float=.3,      # exponent on the item's range, from 1/(1+`max_gamma`) to 1+`max_gamma`
-        p_gamma:float=.2,
+        p_gamma:float=.2,        # probability, an item
         max_blur:float=1.,       # sigma from 0.25 of this up, in voxels of the finest axis
-        p_blur:float=.1,
+        p_blur:float=.1,         # probability, an item
         max_low_res:float=2.,    # times coarser, at most
-        p_low_res:float=.1,
+        p_low_res:float=.1,      # probability, an item
         max_noise:float=.1,      # standard deviation of the noise at most, in those of the item
-        p_noise:float=.3,
+        p_noise:float=.3,        # probability, an item
         split_idx:int=0          # 0: training only; None: always
     ):
         super().__init__(split_idx=split_idx)
@@ -245,8 +250,10 @@ class IntensityTfm(_BatchTfm):
         size:tuple, # voxels along each space axis
     )->dict:        # one value an item of each name; the value that changes nothing where it is not drawn
         "Draw the parameters of `n` items from torch's global generator"
-        if self.spacing is not None and len(self.spacing)!=len(size): raise ValueError(f"IntensityTfm: expected a spacing of {len(size)} values for patches of {tuple(size)}, found {self.spacing}")
-        bias = _between((n, *[min(3, s)+3 for s in size]), self.max_bias)*_hit((n,)+(1,)*len(size), self.p_bias) if self.max_bias and self.p_bias else None
+        if self.spacing is not None and len(self.spacing)!=len(size):
+            raise ValueError(f"IntensityTfm: expected a spacing of {len(size)} values for patches of {tuple(size)}, found {self.spacing}")
+        bias = None
+        if self.max_bias and self.p_bias: bias = _between((n, *[min(3, s)+3 for s in size]), self.max_bias)*_hit((n,)+(1,)*len(size), self.p_bias)
         return dict(bias=bias,
             contrast=1+_between(n, self.max_contrast)*_hit(n, self.p_contrast),
             brightness=_between(n, self.max_brightness)*_hit(n, self.p_brightness),
@@ -324,13 +331,23 @@ def volume_tfms(
     max_blur:float=1.,       # sigma at most, voxels of the finest axis
     max_low_res:float=2.,    # times coarser at most
     max_bias:float=0.,       # log of the multiplied field at most; .3 is a plain MR coil
-    p_rotate:float=.75, p_scale:float=.75, p_elastic:float=.5, p_flip:float=.5, # probabilities, an item
-    p_contrast:float=.5, p_brightness:float=.25, p_gamma:float=.2, p_noise:float=.3, p_blur:float=.1, p_low_res:float=.1, p_bias:float=.5,
+    p_rotate:float=.75,      # probability, an item
+    p_scale:float=.75,       # probability, an item
+    p_elastic:float=.5,      # probability, an item
+    p_flip:float=.5,         # probability, an item and axis
+    p_contrast:float=.5,     # probability, an item
+    p_brightness:float=.25,  # probability, an item
+    p_gamma:float=.2,        # probability, an item
+    p_noise:float=.3,        # probability, an item
+    p_blur:float=.1,         # probability, an item
+    p_low_res:float=.1,      # probability, an item
+    p_bias:float=.5,         # probability, an item
     xtra_tfms=None           # more batch transforms to append
 )->list:                     # transforms for `batch_tfms`; they act on the training split
     "Batch augmentation for volumes and slices, image and mask together. Raises `ValueError` on a value out of range."
     sp = SpatialTfm(spacing, max_rotate, p_rotate, max_scale, p_scale, max_elastic, p_elastic, flips, p_flip)
-    it = IntensityTfm(spacing, max_bias, p_bias, max_contrast, p_contrast, max_brightness, p_brightness, max_gamma, p_gamma, max_blur, p_blur, max_low_res, p_low_res, max_noise, p_noise)
+    it = IntensityTfm(spacing, max_bias, p_bias, max_contrast, p_contrast, max_brightness, p_brightness, max_gamma, p_gamma,
+                      max_blur, p_blur, max_low_res, p_low_res, max_noise, p_noise)
     rot = max(sp.max_rotate) if isinstance(sp.max_rotate, tuple) else sp.max_rotate
     moves = rot*p_rotate or max_scale*p_scale or max_elastic*p_elastic or (len(sp.flips) and p_flip)
     shades = any((getattr(it, f'max_{k}')-(k=='low_res'))*getattr(it, f'p_{k}') for k in _strengths)

@@ -15,7 +15,6 @@ from .metrics import *
 from .inference import *
 from fastai.basics import *
 from fastai.data.all import *
-from fastai.callback.schedule import ParamScheduler
 import time
 
 # %% ../nbs/13_callbacks.ipynb #dbdd568e
@@ -30,7 +29,7 @@ def case_truth(
     return t
 
 def case_columns(
-    dls # DataLoaders
+    dls   # DataLoaders
 )->tuple: # (`CaseFiles` of the image, `CaseFiles` of the mask)
     "Where a row of the DataFrame names the image and the mask"
     return tuple(first(f for f in tl.tfms.fs if isinstance(f, CaseFiles)) or CaseFiles(c) for tl,c in zip(dls.train_ds.tls, ('image','mask')))
@@ -99,6 +98,8 @@ class TimeBudget(Callback):
         if not self.training: return
         self.learn.pct_train = self._share()
         if self.learn.pct_train>=1: self.late = True; raise CancelTrainException()
+    def after_cancel_train(self):
+        if self.late: self.recorder.cancel_train = False         # the epoch was cut short, its training loss still counts
     def before_validate(self): self.v0 = time.perf_counter()
     def after_epoch(self):
         now = time.perf_counter()
@@ -111,7 +112,9 @@ class TimeBudget(Callback):
 # %% ../nbs/13_callbacks.ipynb #e9b25638
 class DeepSupervisionLoss(Module):
     "A loss over the list of scales that a deeply supervised network gives; on a single prediction it is `loss`"
-    def __init__(self, loss): self.loss = loss
+    def __init__(self,
+        loss # (pred (B,C,*S), targ (B,*S)) → scalar, with `reduction`, `activation` and `decodes`
+    ): self.loss = loss
     def forward(self, pred, targ):
         if not isinstance(pred, (list,tuple)): return self.loss(pred, targ)
         ws = [.5**i for i in range(len(pred))]

@@ -85,13 +85,17 @@ def show_plane(
     ctx=None,        # matplotlib axes
     channel:int=None,# channel to show; default: the first, or the middle one of a slice with its neighbours
     pred=None,       # a second mask, drawn dashed
-    title:str=None, cmap:str='gray', figsize=(4,4), **kwargs # kwargs go to `imshow`
+    title:str=None,  # above the picture
+    cmap:str='gray', # matplotlib colour map
+    figsize=(4,4),   # inches, where `ctx` is not given
+    **kwargs         # to `imshow`
 ):                   # matplotlib axes
     "Draw one plane of a scan, grey, with the contours of `mask` (solid) and `pred` (dashed), in its true proportions"
     import matplotlib.pyplot as plt
     ref = mask if x is None else x
     nsp = ref.ndim - (0 if x is None else 1)
-    if nsp not in (2,3): raise ValueError(f"show_plane: expected a volume (C,X,Y,Z), a slice (C,H,W) or a mask of one; found shape {tuple(ref.shape)}. Show one item of the batch")
+    if nsp not in (2,3):
+        raise ValueError(f"show_plane: expected a volume (C,X,Y,Z), a slice (C,H,W) or a mask of one; found shape {tuple(ref.shape)}. Show one item of the batch")
     if nsp==3 and index is None: index = best_plane(mask if mask is not None else pred, axis, ref.shape[axis-3])
     if ctx is None: ctx = plt.subplots(figsize=figsize)[1]
     sp = ref.spacing or (1,1,1)
@@ -136,8 +140,9 @@ def plot_volume(
     slider:bool=False,    # an interactive slider along `axis` (needs ipywidgets)
     legend:bool=True,     # name the structures
     imsize:float=2.6,     # inches a picture
-    title:str=None, **kwargs # kwargs go to `show_plane`
-):
+    title:str=None,       # above the picture
+    **kwargs              # to `show_plane`
+):                        # matplotlib figure, or the widget of the slider
     "Show a volume in three planes, as a montage, or behind a slider, with the contours of its masks"
     import matplotlib.pyplot as plt
     show = partial(show_plane, t, mask, pred=pred, channel=channel, **kwargs)
@@ -164,7 +169,8 @@ def plot_volume(
     codes = next((c for c in (getattr(m, 'codes', None) for m in (mask,pred) if m is not None) if c is not None), None)
     if legend and codes is not None:
         from matplotlib.lines import Line2D
-        fig.legend(handles=[Line2D([0],[0], color=c, label=s) for c,s in zip(structure_colors(len(codes)-1), list(codes)[1:])], loc='lower center', ncol=min(6,len(codes)), fontsize=8, frameon=False, bbox_to_anchor=(.5,-.06))
+        lines = [Line2D([0],[0], color=c, label=s) for c,s in zip(structure_colors(len(codes)-1), list(codes)[1:])]
+        fig.legend(handles=lines, loc='lower center', ncol=min(6,len(codes)), fontsize=8, frameon=False, bbox_to_anchor=(.5,-.06))
     if title: fig.suptitle(title, fontsize=10)
     fig.tight_layout()
     return fig

@@ -54,7 +54,8 @@ def scan_decathlon(
 )->pd.DataFrame: # columns `case`, `image`, `mask`, and those of `cases.csv`; `df.attrs['codes']` holds the structures' names
     "The training cases of a Medical Segmentation Decathlon task. Raises `FileNotFoundError` where `dataset.json` is missing"
     path = Path(path)
-    if not (path/'dataset.json').exists(): raise FileNotFoundError(f"{path/'dataset.json'}: no such file. A Decathlon task has one; use scan_folder for other layouts")
+    if not (path/'dataset.json').exists():
+        raise FileNotFoundError(f"{path/'dataset.json'}: no such file. A Decathlon task has one; use scan_folder for other layouts")
     info = json.loads((path/'dataset.json').read_text())
     rows = [dict(case=case_name(o['image']), image=path/o['image'], mask=path/o['label']) for o in info['training']]
     there = [r for r in rows if r['image'].exists() or r['mask'].exists()]

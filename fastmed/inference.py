@@ -100,7 +100,8 @@ def _post(mask, structures, fn, name):
     m = mask.detach().cpu().as_subclass(Tensor).numpy() if isinstance(mask, Tensor) else np.asarray(mask)
     if m.dtype.kind not in 'biu': raise TypeError(f"{name}: expected a mask of class ids (integer), found {m.dtype}")
     res = m.copy(); boxes = find_objects(m.astype(np.int32))
-    ks = [k for k,b in enumerate(boxes, 1) if b is not None] if structures is None else [int(k) for k in ([structures] if isinstance(structures, int) else structures)]
+    if structures is None: ks = [k for k,b in enumerate(boxes, 1) if b is not None]
+    else: ks = [int(k) for k in ([structures] if isinstance(structures, int) else structures)]
     if bad:=[k for k in ks if k<1]: raise ValueError(f"{name}: expected structures as class ids of 1 or more, found {bad}")
     for k in ks:
         if k>len(boxes) or boxes[k-1] is None: continue
@@ -116,7 +117,7 @@ def keep_largest(
     structures=None, # class ids to clean; None: all that occur
     n:int=1          # parts to keep of each structure
 ):                   # the same kind as `mask`
-    "Keep the `n` largest connected parts (26 neighbours; 8 in 2D) of each structure by itself; the rest becomes background. Raises `TypeError` on a mask that is not integer."
+    "Keep the `n` largest connected parts (26 neighbours; 8 in 2D) of each structure, the rest to background. Raises `TypeError` on a mask not integer."
     from scipy.ndimage import label, generate_binary_structure
     if n<1: raise ValueError(f"keep_largest: expected n of 1 or more, found {n}")
     def f(b):
@@ -130,7 +131,7 @@ def fill_holes(
     mask,            # (X,Y,Z) class ids, `TensorVolumeMask` or array
     structures=None, # class ids to fill; None: all that occur
 ):                   # the same kind as `mask`
-    "Give background that a structure wholly encloses to that structure, by itself; another structure inside stays. Raises `TypeError` on a mask that is not integer."
+    "Give background that a structure wholly encloses to that structure; another structure inside stays. Raises `TypeError` on a mask not integer."
     from scipy.ndimage import binary_fill_holes
     return _post(mask, structures, binary_fill_holes, 'fill_holes')
 
@@ -139,7 +140,7 @@ POSTS = ('keep_largest','fill_holes')
 def apply_post(
     mask:TensorVolumeMask, # (X,Y,Z) class ids
     post                   # None, a name of `POSTS`, a function mask → mask, or a list of them
-)->TensorVolumeMask:
+)->TensorVolumeMask:       # (X,Y,Z) class ids, same grid and metadata
     "Run the post-processing steps in order. Raises `ValueError` on an unknown name"
     for p in L(post):
         if isinstance(p, str):
@@ -167,10 +168,13 @@ def tta_views(
     return [(tuple(c),1.) for k in range(len(flips)+1) for c in itertools.combinations(flips, k)]
 
 def predict_grid(
-    learn,         # Learner
-    x:TensorVolume,# (C,X,Y,Z) pre-processed
-    overlap:float=.5, tta=False, proba=False, progress=True
-)->tuple:          # `TensorVolumeMask` on the grid of `x`, and probabilities (n,X,Y,Z) float16 or None
+    learn,             # Learner
+    x:TensorVolume,    # (C,X,Y,Z) pre-processed
+    overlap:float=.5,  # share of a window that its neighbour covers too, 0 to under 1
+    tta=False,         # test-time augmentation, see `tta_views`
+    proba:bool=False,  # give probabilities too
+    progress:bool=True # a bar on long ones
+)->tuple:              # `TensorVolumeMask` on the grid of `x`, and probabilities (n,X,Y,Z) float16 or None
     "Slide a Learner's model over a pre-processed volume"
     model,plan,pre = learn.model,get_plan(learn.dls),get_preprocess(learn.dls)
     p = next(model.parameters())
@@ -180,7 +184,8 @@ def predict_grid(
         d = model_divisor(model)
         div = [1,1,1]
         for a,v in zip([a for a in range(3) if plan.ndim==3 or a!=plan.axis], d): div[a] = v
-        lab,pr = slide_window(x, model, plan, getattr(learn, 'n_out', len(pre.vocab)), overlap, views=tta_views(learn, tta), proba=proba, divisor=div, device=p.device, progress=progress)
+        lab,pr = slide_window(x, model, plan, getattr(learn, 'n_out', len(pre.vocab)), overlap, views=tta_views(learn, tta),
+                              proba=proba, divisor=div, device=p.device, progress=progress)
     finally: model.train(was)
     return TensorVolumeMask(lab, affine=x.affine, codes=pre.vocab, meta=getattr(x, 'meta', None)), pr
 
@@ -196,10 +201,10 @@ def predict_case(
     "Segment a scan in its own space. Raises `OSError` or `ValueError`, naming the file, where it cannot be read or does not fit the model"
     t = fn if isinstance(fn, TensorVolume) else load_volume(fn)
     if t.affine is None: raise ValueError("predict_volume: the tensor has no affine, so its place is unknown. Set `t.affine` first")
-    pre,plan = get_preprocess(learn.dls),get_plan(learn.dls)
-    shape,affine,meta = tuple(t.shape[1:]),t.affine,getattr(t, 'meta', {}) or {}
+    pre,shape,affine,meta = get_preprocess(learn.dls),tuple(t.shape[1:]),t.affine,getattr(t, 'meta', {}) or {}
     n_in = getattr(learn, 'n_in', None)
-    if n_in is not None and t.shape[0]!=n_in: raise ValueError(f"{meta.get('fn','the tensor')}: the model was trained on {n_in} channel{'s'*(n_in>1)}; found {t.shape[0]}")
+    if n_in is not None and t.shape[0]!=n_in:
+        raise ValueError(f"{meta.get('fn','the tensor')}: the model was trained on {n_in} channel{'s'*(n_in>1)}; found {t.shape[0]}")
     x = pre(t); del t
     lab,pr = predict_grid(learn, x, overlap, tta, proba, progress)
     del x
@@ -207,5 +212,5 @@ def predict_case(
     mask.meta = meta
     if not proba: return mask
     s,a = pre.oriented(shape, affine)
-    ps = torch.stack([to_orientation(resample_to(TensorVolume(c[None].float(), affine=lab.affine), s, a), orientation_of(affine))[0].as_subclass(Tensor) for c in pr])
-    return mask, TensorVolume(ps, affine=affine, meta=meta)
+    def back(c): return to_orientation(resample_to(TensorVolume(c[None].float(), affine=lab.affine), s, a), orientation_of(affine))[0].as_subclass(Tensor)
+    return mask, TensorVolume(torch.stack([back(c) for c in pr]), affine=affine, meta=meta)

@@ -26,7 +26,7 @@ import inspect
 # %% ../nbs/14_learner.ipynb #d7cd7983
 def has_bf16(
     device # torch device
-)->bool:
+)->bool:   # True where a CPU or GPU has the instructions
     "Whether a device computes in bfloat16, instead of imitating it"
     device = torch.device(device)
     if device.type=='cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -89,10 +89,10 @@ class VolumeLearner(Learner):
         return predict_case(self, fn, overlap, tta, proba, post)
 
     def predict(self,
-        item,              # file, list of channel files, row of the DataFrame, or `TensorVolume`
-        rm_type_tfms=None, # as in fastai; not used, since whole files are read
-        with_input:bool=False
-    )->tuple:              # mask, mask, probabilities (n,X,Y,Z); before them the input, when asked
+        item,                 # file, list of channel files, row of the DataFrame, or `TensorVolume`
+        rm_type_tfms=None,    # as in fastai; not used, since whole files are read
+        with_input:bool=False # give the input too, a `TensorVolume`
+    )->tuple:                 # mask, mask, probabilities (n,X,Y,Z); before them the input, when asked
         "fastai's `predict`, for the whole scan: decoded mask, class ids, probabilities, all on the scan's own grid"
         fn = case_columns(self.dls)[0](item)
         t = fn if isinstance(fn, TensorVolume) else load_volume(fn)
@@ -122,14 +122,14 @@ class VolumeLearner(Learner):
         tolerance:float=1., # of `nsd`, mm
         **kwargs            # of `predict_volume`, `proba` left out
     )->Evaluation:          # case, structure, dice, hd95, nsd, volume_mm3, target_mm3, status
-        "Score whole scans on their own grid. Both empty: nan, status 'empty'; one empty: Dice 0, status 'missed' or 'false positive'; unreadable: status 'error: …'"
+        "Score whole scans on their own grid. Status: 'ok', 'empty' (both; nan), 'missed' or 'false positive' (Dice 0), 'error: …' (not readable)"
         if df is None: df = self.dls.valid_ds.items
         if not len(df): raise ValueError("evaluate: no cases. A loaded Learner holds no data: give it a DataFrame")
         odd = set(kwargs)-{'overlap','tta','post'}
         if odd: raise TypeError(f"evaluate: unknown arguments {sorted(odd)}; known are overlap, tta, post")
         pre,(im,ms) = get_preprocess(self.dls),case_columns(self.dls)
         rows,errs = [],[]
-        for i,(_,r) in enumerate(progress_bar(list(df.iterrows()), leave=False)):
+        for _,r in progress_bar(list(df.iterrows()), leave=False):
             name = r.get('case', r.name)
             mask = ms(r)
             try:
@@ -137,7 +137,8 @@ class VolumeLearner(Learner):
                 rows += [dict(case=name, **s) for s in case_scores(pred, case_truth(pre, mask, pred), pre.vocab, pred.spacing, tolerance)]
             except (OSError, ValueError) as e:
                 errs.append(e)
-                rows += [dict(case=name, structure=s, dice=np.nan, hd95=np.nan, nsd=np.nan, volume_mm3=np.nan, target_mm3=np.nan, status=f'error: {e}') for s in pre.vocab[1:]]
+                none = dict.fromkeys(('dice','hd95','nsd','volume_mm3','target_mm3'), np.nan)
+                rows += [dict(case=name, structure=s, **none, status=f'error: {e}') for s in pre.vocab[1:]]
         if len(errs)==len(df): raise errs[0]
         return Evaluation(rows)
 
@@ -157,26 +158,40 @@ class VolumeLearner(Learner):
             t = load_volume(im(by[c])); pred = predict_case(self, t, progress=False)
             truth = case_truth(pre, ms(by[c]), pred)
             d = pd.DataFrame(results).query('case==@c').set_index('structure').dice
-            plot_volume(to_orientation(t), to_orientation(truth), pred=to_orientation(pred), title=f"{c}: "+', '.join(f'{k} {v:.3f}' for k,v in d.items()), **kwargs)
+            title = f"{c}: "+', '.join(f'{k} {v:.3f}' for k,v in d.items())
+            plot_volume(to_orientation(t), to_orientation(truth), pred=to_orientation(pred), title=title, **kwargs)
 
     def fit_for(self,
-        minutes:float,     # training and validation together
+        minutes:float,     # training and validation together, above 0
         lr_max=None,       # default: `learn.lr`
         **kwargs           # of `fit_one_cycle`
     ):
-        "One-cycle training that ends after `minutes`, whatever the machine's speed; the schedule follows the elapsed share. It depends on the clock, so two runs are not bit-identical"
+        "One-cycle training that ends after `minutes`; the schedule follows the share of time, so two runs are not bit-identical. Raises `ValueError` on 0"
         self.fit_one_cycle(1000, lr_max, cbs=L(kwargs.pop('cbs', None))+TimeBudget(minutes), **kwargs)
 
     @delegates(Learner.fit_one_cycle)
-    def fine_tune(self, epochs, base_lr=2e-3, freeze_epochs=1, lr_mult=100, pct_start=.3, div=5., **kwargs):
-        "fastai's `fine_tune` where an encoder is pretrained; where nothing is, one-cycle training from the start, since a frozen random encoder wastes its epoch"
+    def fine_tune(self,
+        epochs:int,          # with every layer trained
+        base_lr:float=2e-3,  # of the frozen epochs; half of it afterwards
+        freeze_epochs:int=1, # with the encoder frozen, where it is pretrained
+        lr_mult:float=100,   # how many times slower the encoder learns afterwards
+        pct_start:float=.3,  # share of the epochs in which the rate rises
+        div:float=5.,        # the rate starts at its top divided by this
+        **kwargs
+    ):
+        "fastai's `fine_tune` where an encoder is pretrained; else one-cycle training from the start, since a frozen random encoder wastes its epoch"
         if self.pretrained:
             self.freeze(); self.fit_one_cycle(freeze_epochs, slice(base_lr), pct_start=.99, **kwargs)
             self.unfreeze(); return self.fit_one_cycle(epochs, slice(base_lr/2/lr_mult, base_lr/2), pct_start=pct_start, div=div, **kwargs)
         self.unfreeze(); self.fit_one_cycle(epochs, base_lr, pct_start=pct_start, div=div, **kwargs)
 
-    def tta(self, ds_idx=1, dl=None, tta=True, **kwargs):
-        "Predictions averaged over the views of `tta_views`, each undone before the average; fastai's own turns the image and not the answer. Returns probabilities and targets"
+    def tta(self,
+        ds_idx:int=1, # of the DataLoaders: 1 is validation
+        dl=None,      # DataLoader to go over instead
+        tta=True,     # see `tta_views`
+        **kwargs      # of `get_preds`
+    )->tuple:         # probabilities (N,C,*S), targets (N,*S)
+        "Predictions averaged over the views of `tta_views`, each undone before the average; fastai's own turns the image and not the answer"
         if dl is None: dl = self.dls[ds_idx].new(shuffle=False, drop_last=False)
         plan = get_plan(self.dls)
         axes = [a for a in range(3) if plan.ndim==3 or a!=plan.axis]
@@ -195,7 +210,7 @@ class _View(Callback):
         if self.dims: self.learn.pred = self.pred.flip(self.dims)
 
 # %% ../nbs/14_learner.ipynb #e45813bf
-_learner_args = [k for k in inspect.signature(Learner.__init__).parameters if k not in ('self','dls','model','loss_func','metrics','splitter')]
+_learner_args = tuple(k for k in inspect.signature(Learner.__init__).parameters if k not in ('self','dls','model','loss_func','metrics','splitter'))
 
 def load_weights(
     model:nn.Module, # changed in place
@@ -224,7 +239,8 @@ def _unet_learner(ndim, dls, arch, loss_func, metrics, pretrained, fast, n_out, 
     lk = {k:kwargs.pop(k) for k in list(kwargs) if k in _learner_args}
     patch = tuple(p for p in plan.patch if ndim==3 or p>1)
     if arch is UNet or arch=='UNet':
-        kwargs = {'nf':plan.nf, **({'strides':plan.strides} if 'depth' not in kwargs and 'strides' not in kwargs else {}), **({'depth':plan.depth} if 'depth' not in kwargs else {}), **kwargs}
+        from_plan = ('nf',) if 'depth' in kwargs else ('nf','depth') if 'strides' in kwargs else ('nf','depth','strides')
+        kwargs = {**{k:plan[k] for k in from_plan}, **kwargs}
     model = create_model(arch, n_in, n_out, ndim=ndim, patch=patch, **kwargs)
     if pretrained: print(load_weights(model, pretrained))
     if fast: model = make_fast(model)
@@ -244,11 +260,20 @@ def unet3d_learner(
     fast:bool=True,    # channels-last and bfloat16 where the machine gains by it; False: plain float32
     n_out:int=None,    # channels of the logits; default: the number of codes; 1: a sigmoid for one structure
     **kwargs           # of the network (`nf`, `depth`, …) and of `Learner` (`lr`, `cbs`, `opt_func`, …), by name
-)->VolumeLearner:
+)->VolumeLearner:      # ready to train
     "A 3D U-Net Learner: inputs, outputs, loss and metrics follow from `dls`. Raises `TypeError` on an argument that nobody takes"
     return _unet_learner(3, dls, arch, loss_func, metrics, pretrained, fast, n_out, kwargs)
 
 @delegates(unet3d_learner, keep=True)
-def unet2d_learner(dls, arch=UNet, loss_func=None, metrics=None, pretrained=None, fast=True, n_out=None, **kwargs)->VolumeLearner:
-    "The same for slices; its predictions are volumes too"
+def unet2d_learner(
+    dls,               # `SliceDataLoaders`, or DataLoaders with a `SliceBlock` and a `PatchTransform`
+    arch=UNet,         # ours, any callable `(n_in, n_out)`, or a MONAI network by name
+    loss_func=None,    # default: `DiceCELoss()`
+    metrics=None,      # default: `dice_metrics(codes)`
+    pretrained=None,   # file of weights to start from
+    fast:bool=True,    # channels-last and bfloat16 where the machine gains by it; False: plain float32
+    n_out:int=None,    # channels of the logits; default: the number of codes; 1: a sigmoid for one structure
+    **kwargs           # as of `unet3d_learner`
+)->VolumeLearner:      # ready to train
+    "The same for slices; its predictions are volumes too. Raises `TypeError` on an argument that nobody takes"
     return _unet_learner(2, dls, arch, loss_func, metrics, pretrained, fast, n_out, kwargs)

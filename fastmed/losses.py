@@ -21,7 +21,8 @@ class SegLoss(nn.Module):
         super().__init__()
         if reduction not in ('mean','none'): raise ValueError(f"reduction: expected 'mean' or 'none', found {reduction!r}")
         weight = None if weight is None else torch.as_tensor(weight, dtype=torch.float32)
-        if weight is not None and (weight.ndim!=1 or (weight<0).any() or not weight.sum()>0): raise ValueError(f"weight: expected one number a class, none negative and not all zero, found {weight.tolist()}")
+        if weight is not None and (weight.ndim!=1 or (weight<0).any() or not weight.sum()>0):
+            raise ValueError(f"weight: expected one number a class, none negative and not all zero, found {weight.tolist()}")
         self.register_buffer('weight', weight)
         self.ignore_index,self.reduction,self.thresh = ignore_index,reduction,thresh
 
@@ -33,16 +34,23 @@ class SegLoss(nn.Module):
         res = self.items(*self._prepare(pred, targ))
         return res.mean() if self.reduction=='mean' else res
 
-    def items(self, logp:Tensor, oh:Tensor, t:Tensor, keep)->Tensor: # (B,C,N), (B,C,N) bool, (B,N) int64, (B,N) bool or None, to (B,)
-        "The loss of each item."
+    def items(self,
+        logp:Tensor, # (B,C,N) float, log-probabilities; C is 2 or more
+        oh:Tensor,   # (B,C,N) bool, the classes as a mask each; False where ignored
+        t:Tensor,    # (B,N) int64 class ids; 0 where ignored
+        keep         # (B,N) bool, the voxels that count, or None for all
+    )->Tensor:       # (B,) float
+        "The loss of each item. Raises `NotImplementedError` here: subclasses write it."
         raise NotImplementedError
 
     def _prepare(self, pred, targ):
         name = type(self).__name__
-        if isinstance(pred, (list,tuple)): raise TypeError(f"{name}: found {len(pred)} predictions (deep supervision?), expected one tensor; wrap the loss in DeepSupervisionLoss")
+        if isinstance(pred, (list,tuple)):
+            raise TypeError(f"{name}: found {len(pred)} predictions (deep supervision?), expected one tensor; wrap the loss in DeepSupervisionLoss")
         pred,targ = (o.as_subclass(Tensor) for o in (pred,targ))
         if pred.ndim<3 or targ.shape!=(len(pred),*pred.shape[2:]):
-            raise ValueError(f"{name}: prediction (B,C,*S) is {tuple(pred.shape)}, so the target must be {(len(pred),*pred.shape[2:])}, found {tuple(targ.shape)}")
+            want = (len(pred),*pred.shape[2:])
+            raise ValueError(f"{name}: prediction (B,C,*S) is {tuple(pred.shape)}, so the target must be {want}, found {tuple(targ.shape)}")
         if targ.is_floating_point(): raise TypeError(f"{name}: expected class ids (integer or bool), found {targ.dtype}")
         z,t,C = pred.flatten(2),targ.flatten(1),max(pred.shape[1], 2)
         if self.weight is not None and len(self.weight)!=C: raise ValueError(f"{name}: {len(self.weight)} class weights for {C} classes")

@@ -19,7 +19,9 @@ def _bool(m, name, fn):
     m = np.asarray(m)
     if m.dtype==bool: return m
     b = m!=0
-    if not ((m==1)==b).all(): raise ValueError(f"{fn}: {name} holds the values {np.unique(m)[:6].tolist()}; expected one structure, as bool or 0 and 1. Pass `mask==k`, or use `case_scores`")
+    if not ((m==1)==b).all():
+        raise ValueError(f"{fn}: {name} holds the values {np.unique(m)[:6].tolist()}; expected one structure, as bool or 0 and 1. "
+                         "Pass `mask==k`, or use `case_scores`")
     return b
 
 def _pair(pred, targ, fn):
@@ -96,7 +98,7 @@ def hausdorff95(
     targ,          # Same grid as `pred`
     spacing:tuple, # (3,) voxel size, mm
 )->float:          # mm; nan where both masks are empty, inf where one is
-    "The larger of the two directed 95th percentiles of surface distance. Raises `ValueError` on unlike shapes or several labels. Source: Huttenlocher 1993; MONAI."
+    "The larger of the two directed 95th percentiles of surface distance. Raises `ValueError` on unlike shapes or several labels. Source: Huttenlocher 1993."
     p,t = _pair(pred, targ, 'hausdorff95'); _mm(spacing, p.ndim, 'hausdorff95')
     e = _empty(p, t, float('inf'))
     return e if e is not None else _hd95(*surface_distances(p, t, spacing))
@@ -141,7 +143,8 @@ def case_scores(
         if found:
             box = tuple(slice(min(a.start for a in ax), max(a.stop for a in ax)) for ax in zip(*found))
             pk,tk = p[box]==k,t[box]==k; np_,nt = int(pk.sum()),int(tk.sum())
-            row.update(dice=2*int((pk&tk).sum())/(np_+nt), volume_mm3=np_*vox, target_mm3=nt*vox, status='ok' if np_ and nt else 'missed' if nt else 'false positive')
+            row.update(dice=2*int((pk&tk).sum())/(np_+nt), volume_mm3=np_*vox, target_mm3=nt*vox,
+                       status='ok' if np_ and nt else 'missed' if nt else 'false positive')
             if distances:
                 if np_ and nt: d = surface_distances(pk, tk, sp); row.update(hd95=_hd95(*d), nsd=_nsd(*d, tolerance))
                 else: row.update(hd95=float('inf'), nsd=0.)
@@ -156,7 +159,8 @@ def summarise(
     "Mean, sd, median and worst of one score, with the failed and the empty cases counted. Raises `ValueError` on an unknown score."
     df = pd.DataFrame(rows)
     if score not in ('dice','nsd','hd95'): raise ValueError(f"summarise: expected score 'dice', 'nsd' or 'hd95', found {score!r}")
-    if miss:=[c for c in ('structure','status',score) if c not in df]: raise ValueError(f"summarise: the rows lack {miss}; expected what `case_scores` gives, found {list(df.columns)}")
+    if miss:=[c for c in ('structure','status',score) if c not in df]:
+        raise ValueError(f"summarise: the rows lack {miss}; expected what `case_scores` gives, found {list(df.columns)}")
     def line(v, st):
         v = v[np.isfinite(v)]
         return dict(mean=v.mean(), sd=v.std(), median=v.median(), worst=v.max() if score=='hd95' else v.min(), n=len(st),
@@ -177,7 +181,11 @@ def _labels(p):
 
 class DiceCounts:
     "The confusion counts that the metrics of one list share: each batch is counted when the first of them asks"
-    def __init__(self, ignore_index=None): self.ignore_index = ignore_index; self.reset()
+    def __init__(self,
+        ignore_index:int=None # class id in the masks that counts for nothing
+    ):
+        self.ignore_index = ignore_index
+        self.reset()
     def reset(self): self.n,self.conf = 0,None
 
     def add(self,
@@ -188,11 +196,15 @@ class DiceCounts:
         pred = pred[0] if isinstance(pred, (list,tuple)) else pred
         pred,targ = pred.detach().as_subclass(Tensor),targ.detach().as_subclass(Tensor)
         if targ.ndim==pred.ndim and targ.shape[1]==1: targ = targ[:,0]
-        if pred.shape[2:]!=targ.shape[1:] or len(pred)!=len(targ): raise ValueError(f"DiceScore: predictions are {tuple(pred.shape)} and masks {tuple(targ.shape)}; expected (B,C,*S) and (B,*S) on one grid")
+        if pred.shape[2:]!=targ.shape[1:] or len(pred)!=len(targ):
+            raise ValueError(f"DiceScore: predictions are {tuple(pred.shape)} and masks {tuple(targ.shape)}; expected (B,C,*S) and (B,*S) on one grid")
         C = max(2, pred.shape[1])
         lab,targ = _labels(pred).flatten(),targ.flatten()
         if self.ignore_index is not None: keep = targ!=self.ignore_index; lab,targ = lab[keep],targ[keep]
-        if len(targ) and (targ.min()<0 or targ.max()>=C): raise ValueError(f"DiceScore: masks hold the class ids {[v for v in targ.unique().tolist() if not 0<=v<C][:6]}; expected 0 to {C-1}, the channels of the network. Set ignore_index, or map the labels by codes")
+        if len(targ) and (targ.min()<0 or targ.max()>=C):
+            odd = [v for v in targ.unique().tolist() if not 0<=v<C][:6]
+            raise ValueError(f"DiceScore: masks hold the class ids {odd}; expected 0 to {C-1}, the channels of the network. "
+                             "Set ignore_index, or map the labels by codes")
         c = torch.bincount(targ.int()*C+lab, minlength=C*C).view(C,C)
         self.conf = c if self.conf is None else self.conf+c
         self.n += 1
@@ -210,9 +222,10 @@ class DiceScore(Metric):
         counts:DiceCounts=None,   # shared between the metrics of a list; None: its own
         ignore_index:int=None     # class id in the masks that counts for nothing
     ):
-        if counts is not None and ignore_index not in (None, counts.ignore_index): raise ValueError(f"DiceScore: ignore_index={ignore_index} differs from that of counts, {counts.ignore_index}")
-        self.structure_index,self._name,self.counts = structure_index,name,DiceCounts(ignore_index) if counts is None else counts
-        self.seen = 0
+        if counts is not None and ignore_index not in (None, counts.ignore_index):
+            raise ValueError(f"DiceScore: ignore_index={ignore_index} differs from that of counts, {counts.ignore_index}")
+        self.structure_index,self._name,self.seen = structure_index,name,0
+        self.counts = DiceCounts(ignore_index) if counts is None else counts
     @property
     def name(self): return self._name or ('dice' if self.structure_index is None else f'dice_{self.structure_index}')
     def reset(self): self.seen = 0; self.counts.reset()
@@ -224,7 +237,8 @@ class DiceScore(Metric):
         d = self.counts.dice
         if d is None: return float('nan')
         if self.structure_index is None: return d[1:].nanmean().item()
-        if not 0<=self.structure_index<len(d): raise ValueError(f"{self.name}: structure {self.structure_index} was asked for; the network has classes 0 to {len(d)-1}")
+        if not 0<=self.structure_index<len(d):
+            raise ValueError(f"{self.name}: structure {self.structure_index} was asked for; the network has classes 0 to {len(d)-1}")
         return d[self.structure_index].item()
 
 def metric_names(

@@ -14,11 +14,9 @@ from torch import nn, Tensor
 from fastai.torch_core import params
 
 # %% ../nbs/09_models.ipynb #6b2ff5c9
-_conv  = {2:nn.Conv2d, 3:nn.Conv3d}
-_convt = {2:nn.ConvTranspose2d, 3:nn.ConvTranspose3d}
-_bn    = {2:nn.BatchNorm2d, 3:nn.BatchNorm3d}
-_pool  = {2:nn.MaxPool2d, 3:nn.MaxPool3d}
-_last  = {4:torch.channels_last, 5:torch.channels_last_3d}
+_convs,_convts = (nn.Conv2d,nn.Conv3d),(nn.ConvTranspose2d,nn.ConvTranspose3d)
+def _conv(ndim):  return _convs[ndim-2]
+def _convt(ndim): return _convts[ndim-2]
 def _axes(v, ndim, what):
     "`v` as one int an axis."
     t = (v,)*ndim if isinstance(v, Integral) else tuple(v)
@@ -29,7 +27,7 @@ def _x(t): return '×'.join(str(i) for i in t)
 
 # %% ../nbs/09_models.ipynb #facf5238
 class FastInstanceNorm(nn.Module):
-    "Instance norm with learnt scale and shift for 2D and 3D, in the quickest form for the layout of its input. Raises `ValueError` on one voxel. Source: Ulyanov 2016."
+    "Instance norm with learnt scale and shift, in the quickest form for the layout of its input. Raises `ValueError` on one voxel. Source: Ulyanov 2016."
     def __init__(self,
         nf:int,          # Channels
         eps:float=1e-5   # Added to the variance
@@ -43,7 +41,8 @@ class FastInstanceNorm(nn.Module):
             raise ValueError(f"instance norm over one voxel is zero whatever the image: input {tuple(x.shape)}; use a larger patch or a smaller depth")
         if x.is_cuda or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return F.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
-        if x.ndim not in _last or not x.is_contiguous(memory_format=_last[x.ndim]):
+        last = {4:torch.channels_last, 5:torch.channels_last_3d}.get(x.ndim)
+        if last is None or not x.is_contiguous(memory_format=last):
             return F.group_norm(x, self.nf, self.weight, self.bias, self.eps)
         return torch.cat([F.batch_norm(o, None, None, self.weight, self.bias, training=True, eps=self.eps) for o in x.split(1)])
 
@@ -52,7 +51,7 @@ class FastInstanceNorm(nn.Module):
 # %% ../nbs/09_models.ipynb #6845de9f
 def _norm(norm, nf, ndim):
     if norm=='instance': return FastInstanceNorm(nf)
-    if norm=='batch': return _bn[ndim](nf)
+    if norm=='batch': return (nn.BatchNorm2d if ndim==2 else nn.BatchNorm3d)(nf)
     raise ValueError(f"norm: expected 'instance' or 'batch', found {norm!r}")
 
 def _act(act):
@@ -73,7 +72,7 @@ def conv_stage(
 )->nn.Sequential:       # (B,n_in,*S) to (B,nf,*S/stride)
     "`convs` times convolution, norm, activation."
     return nn.Sequential(*[m for i in range(convs) for m in
-        (_conv[ndim](nf if i else n_in, nf, kernel, 1 if i else stride, tuple(k//2 for k in kernel), bias=False), _norm(norm, nf, ndim), _act(act))])
+        (_conv(ndim)(nf if i else n_in, nf, kernel, 1 if i else stride, tuple(k//2 for k in kernel), bias=False), _norm(norm, nf, ndim), _act(act))])
 
 def init_weights(
     model:nn.Module, # Changed in place
@@ -81,14 +80,13 @@ def init_weights(
 ):
     "Kaiming initialisation of every convolution, zeros for its bias. Source: He 2015, equation 15."
     for m in model.modules():
-        if isinstance(m, (*_conv.values(), *_convt.values())):
-            up = isinstance(m, tuple(_convt.values()))
+        if isinstance(m, _convs+_convts):
+            up = isinstance(m, _convts)
             fan = m.in_channels if up else m.weight[0].numel() # with kernel = stride one input voxel reaches each output voxel
             gain = 1. if up or set(m.kernel_size)=={1} else 2/(1+slope**2)
             nn.init.normal_(m.weight, 0, math.sqrt(gain/fan))
             if m.bias is not None: nn.init.zeros_(m.bias)
 
-# %% ../nbs/09_models.ipynb #1da346a0
 class UShape(nn.Module):
     "What every U-shaped network here shares: the way down, the way up, and the check of the input's size."
     def _setup(self, n_in, n_out, ndim, strides, encoder, ups, decoder, heads, deep_supervision=False):
@@ -105,7 +103,8 @@ class UShape(nn.Module):
             raise ValueError(f"{type(self).__name__}: expected (B,{self.n_in},{','.join('XYZ'[:self.ndim])}), found {tuple(x.shape)}")
         if any(n%d for n,d in zip(x.shape[2:], self.divisor)):
             up = [-(-n//d)*d for n,d in zip(x.shape[2:], self.divisor)]
-            raise ValueError(f"{type(self).__name__}: size {_x(x.shape[2:])} is no multiple of the total stride {_x(self.divisor)}; pad it to {_x(up)}, or use fewer levels")
+            raise ValueError(f"{type(self).__name__}: size {_x(x.shape[2:])} is no multiple of the total stride {_x(self.divisor)}; "
+                             f"pad it to {_x(up)}, or use fewer levels")
 
     def forward(self,
         x:Tensor # (B,n_in,*S), S a multiple of `divisor`
@@ -123,7 +122,7 @@ class UShape(nn.Module):
 
 # %% ../nbs/09_models.ipynb #439d6aa1
 class UNet(UShape):
-    "U-Net for 2D and 3D by one code: plain convolution stages, strided down, transposed up. Raises `ValueError` on strides or kernels that do not fit. Source: Ronneberger 2015, with the choices of nnU-Net (Isensee 2021)."
+    "Plain convolution stages, strided down, transposed up. Raises `ValueError` on strides or kernels that do not fit. Sources: Ronneberger 2015, Isensee 2021."
     def __init__(self,
         n_in:int,                    # Channels of the image
         n_out:int,                   # Classes, background included; 1 for a sigmoid
@@ -138,7 +137,7 @@ class UNet(UShape):
         convs:int=2                  # Convolutions a stage
     ):
         super().__init__()
-        if ndim not in _conv: raise ValueError(f"ndim: expected 2 or 3, found {ndim!r}")
+        if ndim not in (2,3): raise ValueError(f"ndim: expected 2 or 3, found {ndim!r}")
         for k,v in dict(n_in=n_in, n_out=n_out, nf=nf, depth=depth, convs=convs).items():
             if not isinstance(v, Integral) or v<1: raise ValueError(f"{k}: expected a positive int, found {v!r}")
         self.strides = strides = self._levels(2 if strides is None else strides, depth-1, ndim, 'strides')
@@ -152,9 +151,9 @@ class UNet(UShape):
         stage = lambda i,o,s,k: conv_stage(i, o, ndim, s, k, norm, act, convs)
         encoder = [stage(nfs[i-1] if i else n_in, nfs[i], strides[i-1] if i else (1,)*ndim, kernels[i]) for i in range(depth)]
         down = list(range(depth-2, -1, -1))
-        ups = [_convt[ndim](nfs[i+1], nfs[i], strides[i], strides[i]) for i in down]
+        ups = [_convt(ndim)(nfs[i+1], nfs[i], strides[i], strides[i]) for i in down]
         decoder = [stage(2*nfs[i], nfs[i], (1,)*ndim, kernels[i]) for i in down]
-        heads = [_conv[ndim](nfs[i], n_out, 1) for i in (down if deep_supervision and down else [0])]
+        heads = [_conv(ndim)(nfs[i], n_out, 1) for i in (down if deep_supervision and down else [0])]
         self._setup(n_in, n_out, ndim, strides, encoder, ups, decoder, heads, deep_supervision)
         init_weights(self, slope={nn.LeakyReLU:.01}.get(act, 0.))
 
@@ -175,8 +174,9 @@ class UNet(UShape):
             j = len(self.nfs)-2-i
             ms = [self.encoder[i]]+([self.decoder[j]] if j>=0 else [])
             pars = sum(p.numel() for m in ms for p in m.parameters()) + (sum(p.numel() for p in self.ups[j].parameters()) if j>=0 else 0)
-            work = math.prod(size)*sum(c.weight.numel() for m in ms for c in m if isinstance(c, _conv[self.ndim]))
-            rows.append(dict(level=i, size=_x(size), features=nf, kernel=_x(self.kernels[i]), stride_down=_x(self.strides[i]) if j>=0 else '', parameters=pars, work=work))
+            work = math.prod(size)*sum(c.weight.numel() for m in ms for c in m if isinstance(c, _convs))
+            rows.append(dict(level=i, size=_x(size), features=nf, kernel=_x(self.kernels[i]), stride_down=_x(self.strides[i]) if j>=0 else '',
+                             parameters=pars, work=work))
         df = pd.DataFrame(rows).set_index('level')
         return df.assign(work=(df.work/df.work.sum()).round(3))
 
@@ -224,7 +224,8 @@ def param_splitter(
     return [first,rest] if first and rest else [params(model)]
 
 # %% ../nbs/09_models.ipynb #95c66e2b
-_monai = ('AttentionUnet','BasicUNet','BasicUNetPlusPlus','DynUNet','FlexibleUNet','HighResNet','MedNeXt','SegResNet','SegResNetDS','SegResNetVAE','SwinUNETR','UNETR','VNet')
+_monai = ('AttentionUnet','BasicUNet','BasicUNetPlusPlus','DynUNet','FlexibleUNet','HighResNet','MedNeXt',
+          'SegResNet','SegResNetDS','SegResNetVAE','SwinUNETR','UNETR','VNet')
 
 def model_names()->list: # Sorted
     "Names that `create_model` takes: ours, and the networks of MONAI that are tested here."
@@ -302,7 +303,6 @@ class MonaiNet(nn.Module):
             else: return full
         return out[(...,*(slice(n) for n in s))] if grown else out
 
-# %% ../nbs/09_models.ipynb #fba2fc6f
 def _probe(model, n_in, ndim):
     "Smallest power of two whose multiples `model` maps to outputs of the same size, by trying."
     p = next(iter(model.parameters()), torch.zeros(1))
@@ -327,8 +327,8 @@ def _monai_divisor(model, n_in, ndim):
     if name=='VNet': return one(16)
     if name=='SwinUNETR': return one(int(max(_seq(model.patch_size)))**5)
     if name=='MedNeXt': return one(2**len(model.enc_stages))
-    if name=='DynUNet': return tuple(math.prod(_seq(s)[a%len(_seq(s))] for s in model.strides) for a in range(ndim))
-    if name in ('UNet','AttentionUnet') and hasattr(model, 'strides'): return tuple(math.prod(_seq(s)[a%len(_seq(s))] for s in model.strides) for a in range(ndim))
+    if name=='DynUNet' or name in ('UNet','AttentionUnet') and hasattr(model, 'strides'):
+        return tuple(math.prod(_seq(s)[a%len(_seq(s))] for s in model.strides) for a in range(ndim))
     if name in ('BasicUNet','BasicUNetPlusPlus'): return one(16)
     if name=='FlexibleUNet': return one(32)
     if name=='HighResNet': return one(1)
@@ -343,7 +343,7 @@ def model_divisor(
     if d:=getattr(model, 'divisor', None): return tuple(d)
     w = next((p for p in model.parameters() if p.ndim in (4,5)), None)
     if w is None: raise ValueError(f"{type(model).__name__} has no convolution to tell its axes from; give it a `divisor` attribute, one int an axis")
-    c = next(m for m in model.modules() if isinstance(m, (*_conv.values(),*_convt.values())))
+    c = next(m for m in model.modules() if isinstance(m, _convs+_convts))
     ndim = len(c.kernel_size)
     return _monai_divisor(model, c.in_channels, ndim) if type(model).__module__.startswith('monai.') else _probe(model, c.in_channels, ndim)
 
@@ -356,7 +356,7 @@ def create_model(
     patch=None,    # (ndim,) voxels of a training patch
     **kwargs       # Arguments of `arch`, by name
 )->nn.Module:      # (B,n_in,*S) to (B,n_out,*S) logits
-    "A network from a callable or a name. Raises `TypeError` on an argument that it does not have, `ValueError` on an unknown name or a patch that does not fit."
+    "A network from a callable or a name. Raises `TypeError` on an argument it does not have, `ValueError` on an unknown name or a patch that does not fit."
     if patch is not None: patch = _axes(patch, ndim, 'patch')
     name = arch if isinstance(arch, str) else getattr(arch, '__name__', type(arch).__name__)
     if isinstance(arch, str):

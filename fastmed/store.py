@@ -19,7 +19,7 @@ _version = 1   # of the layout on disk; part of every key
 
 def _key(*parts): return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:24]
 
-def cache_dir():
+def cache_dir()->Path: # a folder, perhaps not there yet
     "Where stores live by default: `FASTMED_CACHE`, or `~/.cache/fastmed`"
     return Path(os.environ.get('FASTMED_CACHE', Path.home()/'.cache'/'fastmed'))
 
@@ -33,8 +33,11 @@ class Store:
 
     def __getstate__(self): return {**self.__dict__, '_open':{}}     # open maps do not travel to workers
 
-    def entry(self, kind, fn):
-        "Folder of the entry of `fn` (a file or a list of channel files), there or not. `kind` is 'image' or 'mask'"
+    def entry(self,
+        kind:str, # 'image' or 'mask'
+        fn        # file, or a list of channel files
+    )->Path:      # a folder, there or not
+        "Where the entry of a file is kept: its name follows from the facts of the file and the `Preprocess`. Raises `FileNotFoundError`"
         d = self.preprocess.to_dict()
         drop = ('codes','mask_order') if kind=='image' else ('normalize','stats','order')
         return self.path/kind/_key(_version, [file_facts(o) for o in L(fn)], {k:v for k,v in d.items() if k not in drop})
@@ -50,8 +53,10 @@ class Store:
                 if not dest.exists(): raise                # another process was faster: its entry is as good
         finally: shutil.rmtree(tmp, ignore_errors=True)
 
-    def add_image(self, fn):
-        "Preprocess and keep an image; nothing happens where the entry is there"
+    def add_image(self,
+        fn      # image file, or a list of channel files
+    )->Path:    # folder of the entry
+        "Preprocess and keep an image; nothing happens where the entry is there. Raises what `load_volume` and the `Preprocess` raise"
         dest = self.entry('image', fn)
         if dest.exists(): return dest
         t = self.preprocess(load_volume(fn))
@@ -61,8 +66,10 @@ class Store:
         self._write(dest, save)
         return dest
 
-    def add_mask(self, fn):
-        "Preprocess and keep a mask, with the places of its foreground"
+    def add_mask(self,
+        fn      # mask file
+    )->Path:    # folder of the entry
+        "Preprocess and keep a mask, with the places of its foreground. Raises what `load_mask` and the `Preprocess` raise"
         dest = self.entry('mask', fn)
         if dest.exists(): return dest
         t = self.preprocess(load_mask(fn))
@@ -98,13 +105,17 @@ class Store:
         a = np.load(dest/'data.npy', mmap_mode='c')                # 'c': pages are read when touched, writes stay private
         return cls(torch.from_numpy(a), affine=meta['affine'], meta=dict(fn=meta['fn']), **kwargs)
 
-    def image(self, fn):
-        "The preprocessed image (C,X,Y,Z), memory-mapped; made now, and not kept, where it was never added"
+    def image(self,
+        fn             # image file, or a list of channel files
+    )->TensorVolume:   # (C,X,Y,Z) float32, memory-mapped
+        "The preprocessed image; made now, and not kept, where it was never added"
         t = self._get('image', fn, lambda d: self._read(d, TensorVolume))
         return self.preprocess(load_volume(fn)) if t is None else t
 
-    def mask(self, fn):
-        "The preprocessed mask (X,Y,Z) with `.fg`, the places of its foreground"
+    def mask(self,
+        fn                 # mask file
+    )->TensorVolumeMask:   # (X,Y,Z) class ids, memory-mapped, with `.fg`: class id → (k,3) voxels
+        "The preprocessed mask with the places of its foreground; made now, and not kept, where it was never added"
         def read(dest):
             with np.load(dest/'fg.npz') as z: fg = {int(k):z[k] for k in z.files}
             return self._read(dest, TensorVolumeMask, codes=self.preprocess.vocab, fg=fg)
