@@ -5,6 +5,7 @@
 import argparse, subprocess, sys, tempfile, time
 from pathlib import Path
 import pandas as pd
+from common import keep
 
 here = Path(__file__).parent
 
@@ -22,6 +23,7 @@ def train(ndim, minutes, out):
     dls = (VolumeDataLoaders if ndim==3 else SliceDataLoaders).from_df(df, valid_col='valid', path=out.parent)
     learn = (unet3d_learner if ndim==3 else unet2d_learner)(dls)
     t0 = time.perf_counter(); learn.fit_for(minutes)
+    (out.parent/'updates').write_text(str(len(learn.recorder.losses)))
     print(f'fit_for({minutes:g}) took {(time.perf_counter()-t0)/60:.2f} min, {len(learn.recorder.values)} epochs, {len(learn.recorder.losses)} updates', flush=True)
     learn.export(out.name)
 
@@ -31,9 +33,8 @@ def score(ndim, minutes, out):
     df = cases(); df = df[df.valid]
     t0 = time.perf_counter(); ev = learn.evaluate(df); s = (time.perf_counter()-t0)/len(df)
     table = ev.summary(); print(table.round(4).to_string())
-    row = dict(model=f'fastmed {ndim}D, defaults', minutes=minutes, cases=len(df), **{k:round(float(table.loc[k,'mean']), 4) for k in table.index}, seconds_a_case=round(s, 2))
-    fn = here/'hippocampus.csv'
-    pd.DataFrame([row]).to_csv(fn, mode='a', header=not fn.exists(), index=False)
+    row = dict(model=f'fastmed {ndim}D, defaults', minutes=minutes, updates=int((out.parent/'updates').read_text()), cases=len(df), **{k:round(float(table.loc[k,'mean']), 4) for k in table.index}, seconds_a_case=round(s, 2))
+    keep([row], here/'hippocampus.csv', ['model','minutes'])
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__)

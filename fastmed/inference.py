@@ -57,30 +57,32 @@ def slide_window(
     rest = [shape[a] for a in order[1:]]
     jobs = [(c,v) for c in corners for v in views]
     batches = [jobs[i:i+bs] for i in range(0, len(jobs), bs)]
-    acc,base,wsum = torch.zeros((n_out, 0, *rest), device=device),0,torch.zeros((0, *rest), device=device)
+    room = max(min(shape[main], b[-1][0][main]+patch[main])-max(0, b[0][0][main]) for b in batches)   # planes in work at a time
+    acc,base,wsum = None,0,torch.zeros((room if proba else 0, *rest), device=device)
 
     def finish(upto):
-        nonlocal acc,base,wsum
-        k = min(upto, base+acc.shape[1])-base
+        "Write the planes before `upto`; those after it move to the front"
+        nonlocal base
+        k = upto-base
         if k<=0: return
         a = acc[:,:k]
-        lm[base:base+k] = (a.argmax(0) if n_out>1 else a[0]>0).to(dt).cpu()
+        lm[base:upto] = (a.max(0)[1] if n_out>1 else a[0]>0).to(dt).cpu()
         if proba:
             p = (a/wsum[:k]).float()
-            pm[:,base:base+k] = (p.softmax(0) if n_out>1 else torch.cat([1-p.sigmoid(), p.sigmoid()])).half().cpu()
-        acc,base,wsum = acc[:,k:],base+k,wsum[k:]
+            pm[:,base:upto] = (p.softmax(0) if n_out>1 else torch.cat([1-p.sigmoid(), p.sigmoid()])).half().cpu()
+        for t in (acc.movedim(1,0), wsum)[:1+proba]:
+            for i in range(room-k): t[i].copy_(t[i+k])
+            t[room-k:].zero_()
+        base = upto
 
     it = progress_bar(batches, leave=False) if progress and len(batches)>=24 else batches
     with torch.inference_mode():
         for b in it:
             finish(max(0, b[0][0][main]))
-            need = min(shape[main], b[-1][0][main]+patch[main])-base
-            if need>acc.shape[1]:
-                grow = need-acc.shape[1]
-                acc = torch.cat([acc, acc.new_zeros(n_out, grow, *rest)], 1)
-                if proba: wsum = torch.cat([wsum, wsum.new_zeros(grow, *rest)])
             out = forward(torch.stack([_window(x, c, plan, patch, *v) for c,v in b]).to(device))
             if isinstance(out, (list,tuple)): out = out[0]
+            if acc is None:                       # laid out in memory as the network's answer is, or adding to it takes three times as long
+                acc = torch.zeros((room,*rest,n_out), device=device).movedim(-1,0) if out.stride(1)==1 else torch.zeros((n_out,room,*rest), device=device)
             for o,(c,(flip,_)) in zip(out, b):
                 if plan.ndim==2: o = o.unsqueeze(plan.axis+1)
                 if flip: o = o.flip([a+1 for a in flip])
@@ -90,7 +92,7 @@ def slide_window(
                 w = weight[tuple(src)]
                 acc[(slice(None),*dst)].addcmul_(o[(slice(None),*src)].movedim(main+1,1), w.movedim(main,0))
                 if proba: wsum[tuple(dst)] += w.movedim(main,0)
-    finish(shape[main])
+        finish(shape[main])
     return labels, probs
 
 # %% ../nbs/12_inference.ipynb #4211c222

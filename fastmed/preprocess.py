@@ -21,7 +21,7 @@ def normalize_channel(
     stats:dict=None  # for 'ct': lo, hi, mean, std of this channel, from the training cases
 )->np.ndarray:       # (X,Y,Z) float32
     "Bring one channel to a common scale. Sources: nnU-Net (Isensee 2021), MedicalZoo (Nikolaos 2019)"
-    def z(v, m, s): return ((v-m)/s if s>1e-8*max(1,abs(m)) else v*0).astype(np.float32)
+    def z(v, m, s): return ((v-float(m))/float(s) if s>1e-8*max(1,abs(m)) else v*0).astype(np.float32, copy=False)
     if how=='none': return a
     if how=='zscore': return z(a, a.mean(dtype=np.float64), a.std(dtype=np.float64))
     if how in ('nonzero','mean'):
@@ -304,7 +304,7 @@ def suggest_plan(
     if ndim==2:
         if axis=='auto':
             near = np.flatnonzero(sp>=.95*sp.max())
-            axis = int(min(near, key=lambda a: med[a]*sp[a]))
+            axis = int(next(a for a in near if med[a]*sp[a]<=1.1*min(med[b]*sp[b] for b in near)))   # the first of nearly equal sides
             why['axis'] = f"across the {'coarsest spacing' if len(near)<3 else 'shortest side'}, so that a slice shows most"
         else: why['axis'] = 'given'
         axes = [a for a in range(3) if a!=axis]
