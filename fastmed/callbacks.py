@@ -51,6 +51,7 @@ class DiceCallback(Callback):
     def cases(self): return pd.DataFrame(self.rows, columns=['epoch','case','structure','dice','status'])
 
     def before_fit(self):
+        self.after_fit()                                             # columns that an interrupted fit left behind
         self.now = None
         if hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds'): return
         pre = get_preprocess(self.dls)
@@ -61,7 +62,8 @@ class DiceCallback(Callback):
 
     def after_validate(self):
         if not self.now: return
-        if (self.epoch+1)%self.every and self.epoch!=self.n_epoch-1: return self.now.update({k:float('nan') for k in self.now})
+        last = self.epoch==self.n_epoch-1 or getattr(getattr(self.learn, 'time_budget', None), 'late', False)
+        if (self.epoch+1)%self.every and not last: return self.now.update({k:float('nan') for k in self.now})
         pre,(im,ms) = get_preprocess(self.dls),case_columns(self.dls)
         items = self.dls.valid_ds.items
         rows = []

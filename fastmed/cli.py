@@ -82,7 +82,9 @@ def scan(
     if images is None and masks is None and (path/'dataset.json').exists(): return scan_decathlon(path)
     return scan_folder(path, images or 'images/*.nii.gz', masks or 'labels/*.nii.gz')
 
-def train(a):
+def train(
+    a # the parsed arguments
+):
     "`fastmed train`: a folder of scans and masks becomes an exported Learner"
     from fastmed.all import VolumeDataLoaders, SliceDataLoaders, unet3d_learner, unet2d_learner, set_seed
     out = Path(a.out)
@@ -112,7 +114,9 @@ def _load(fn):
     if not hasattr(learn, 'predict_volume'): raise ValueError(f"{fn}: holds a {type(learn).__name__} that was not made by fastmed")
     return learn
 
-def predict(a):
+def predict(
+    a # the parsed arguments
+):
     "`fastmed predict`: masks for a file or a folder; 1 where a scan of a folder failed"
     learn = _load(a.model)
     src,dst,kw = Path(a.src),Path(a.dst),dict(overlap=a.overlap, tta=a.tta, post=a.post or None)
@@ -126,7 +130,9 @@ def predict(a):
     for r in res.itertuples(): print(r.mask if r.status=='ok' else f'{r.case}: {r.status}', file=sys.stdout if r.status=='ok' else sys.stderr)
     return int((res.status!='ok').any())
 
-def evaluate(a):
+def evaluate(
+    a # the parsed arguments
+):
     "`fastmed evaluate`: a model against the masks of a folder"
     learn = _load(a.model)
     ev = learn.evaluate(scan(Path(a.path).resolve(), a.images, a.masks), tolerance=a.tolerance, overlap=a.overlap, tta=a.tta, post=a.post or None)

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['CaseFiles', 'LoadVolume', 'LoadMask', 'PatchTransform', 'PatchDL', 'VolumeBlock', 'VolumeMaskBlock', 'SliceBlock',
-           'SliceMaskBlock', 'GroupSplitter', 'get_preprocess', 'get_store', 'get_plan', 'VolumeDataLoaders',
-           'SliceDataLoaders', 'show_batch', 'show_results']
+           'SliceMaskBlock', 'get_preprocess', 'get_store', 'get_plan', 'VolumeDataLoaders', 'SliceDataLoaders',
+           'show_batch', 'show_results']
 
 # %% ../nbs/08_data.ipynb #89c87021
 from .core import *
 from .io import *
 from .io import _grid_str, _unlike
 from .doctor import *
+from .doctor import _case_splitter
 from .preprocess import *
 from .store import *
 from .patches import *
@@ -73,7 +74,9 @@ class PatchTransform(RandTransform):
         res = tuple(self.patch(o, corner) if isinstance(o, (TensorVolume,TensorVolumeMask)) else o for o in xs)
         return res if isinstance(b, (tuple,list)) else res[0]
 
-    def corner(self, xs):
+    def corner(self,
+        xs        # items of one case: the image, a `TensorVolume`, and its mask
+    )->tuple:     # (3,) first voxel, negative where the patch hangs over the edge
         "One draw for the image and mask of an item, from the `draw` that `PatchDL` gave it"
         x,m = xs[0],first(o for o in xs if isinstance(o, TensorVolumeMask))
         if m is not None and isinstance(x, TensorVolume): check_same_grid(x, m)
@@ -82,12 +85,15 @@ class PatchTransform(RandTransform):
         center = foreground_voxel(m.fg, rng) if m is not None and hasattr(m, 'fg') and rng.random()<self.foreground else None
         return random_corner(x.shape[-3:], self.plan.patch, rng, center)
 
-    def patch(self, t, corner):
+    def patch(self,
+        t,     # `TensorVolume` (C,X,Y,Z) or `TensorVolumeMask` (X,Y,Z)
+        corner # (3,) first voxel, from `corner`
+    ):         # the same kind in 3D, with its affine; in 2D `TensorSlice` (C,H,W) or `TensorSliceMask` (H,W)
         "Cut the patch that begins at `corner` out of one tensor"
         mask,plan = isinstance(t, TensorVolumeMask),self.plan
         c,size = np.array(corner),list(plan.patch)
         if plan.ndim==2 and not mask and plan.context: c[plan.axis] -= plan.context; size[plan.axis] += 2*plan.context
-        p = cut(t.as_subclass(Tensor), c.tolist(), size)
+        p = cut(t.as_subclass(Tensor), c.tolist(), size).clone()          # an item of its own: whoever writes into it must not reach the store
         if plan.ndim==3:
             aff = t.affine.copy(); aff[:3,3] += aff[:3,:3]@c
             return TensorVolumeMask(p, affine=aff, codes=getattr(t, 'codes', None)) if mask else TensorVolume(p, affine=aff, meta=getattr(t, 'meta', None))
@@ -195,46 +201,6 @@ def SliceMaskBlock(
     "A `TransformBlock` for the masks of slices: a label volume that `PatchTransform` cuts to `TensorSliceMask`s"
     return VolumeMaskBlock(codes, preprocess, cache)
 
-# %% ../nbs/08_data.ipynb #fcc31f69
-def GroupSplitter(
-    groups,             # group of each item, such as the subject
-    valid_pct:float=.2, # share of the items, reached as nearly as whole groups allow
-    seed:int=42         # of the draw
-):                      # function: items → (training indices, validation indices)
-    "A splitter that never parts a group. Raises `ValueError` where there are fewer than two groups or a group is missing"
-    groups = pd.Series(list(groups))
-    if (na:=groups.isna()).any(): raise ValueError(f"GroupSplitter: {int(na.sum())} items have no group, the first is number {int(na.idxmax())}. Fill the column")
-    counts = groups.astype(str).value_counts().sort_index()
-    if len(counts)<2:
-        raise ValueError(f"GroupSplitter: expected at least two groups to split; found {len(counts)} ({counts.index.tolist()}) in {len(groups)} items. "
-                         "Give more subjects, or group_col with finer groups")
-    order = np.random.default_rng(seed).permutation(len(counts))
-    want,valid,n = valid_pct*len(groups),[],0
-    for k in order[:-1]:
-        if valid and n+counts.iloc[k]/2>want: break
-        valid.append(counts.index[k]); n += counts.iloc[k]
-    v = groups.astype(str).isin(valid).values
-    def _inner(o):
-        assert len(o)==len(v), f"GroupSplitter was made for {len(v)} items and got {len(o)}"
-        return L(np.flatnonzero(~v).tolist()), L(np.flatnonzero(v).tolist())
-    return _inner
-
-def _case_splitter(df, group_col, valid_col, valid_pct, seed):
-    if group_col is None and 'subject' in df: group_col = 'subject'
-    if group_col is not None and group_col not in df: raise KeyError(f"group_col {group_col!r}: not in the DataFrame, which has {list(df)}")
-    if valid_col is not None:
-        if valid_col not in df: raise KeyError(f"valid_col {valid_col!r}: not in the DataFrame, which has {list(df)}")
-        v = df[valid_col].astype(bool).values
-        if v.all() or not v.any():
-            raise ValueError(f"valid_col {valid_col!r}: expected some cases to train and some to validate; found {v.sum()} of {len(v)} marked")
-        if group_col is not None:
-            both = sorted(set(df[group_col][v].astype(str)) & set(df[group_col][~v].astype(str)))
-            if both:
-                raise ValueError(f"valid_col {valid_col!r} puts {group_col} {both[:5]} on both sides of the split ({len(both)} in all). Keep each on one side")
-        return lambda o: (L(np.flatnonzero(~v).tolist()), L(np.flatnonzero(v).tolist()))
-    if not 0<valid_pct<1: raise ValueError(f"valid_pct: expected a share between 0 and 1; found {valid_pct}")
-    return GroupSplitter(df[group_col] if group_col is not None else range(len(df)), valid_pct, seed)
-
 # %% ../nbs/08_data.ipynb #9860556e
 def _find(tfms, cls): return first(f for f in getattr(tfms, 'fs', L()) if isinstance(f, cls))
 
@@ -336,7 +302,9 @@ class VolumeDataLoaders(DataLoaders):
                           get_x=CaseFiles(image_col, path), get_y=CaseFiles(mask_col, path), splitter=splitter,
                           item_tfms=[PatchTransform(plan, foreground), *L(item_tfms)], batch_tfms=batch_tfms)
         if num_workers is None: num_workers = 0 if device.type=='cpu' else min(8, defaults.cpus)
-        return cls.from_dblock(block, df, path=path, bs=bs, samples=plan.samples_per_case, seed=seed, num_workers=num_workers, device=device)
+        block.item_tfms = L(f for f in block.item_tfms if not isinstance(f, ToTensor))   # everything here is a tensor already
+        return cls.from_dblock(block, df, path=path, bs=bs, samples=plan.samples_per_case, val_samples=-(-plan.samples_per_case//4),
+                               seed=seed, num_workers=num_workers, device=device)
 
     @classmethod
     def from_dblock(cls,

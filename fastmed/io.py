@@ -27,8 +27,9 @@ def file_facts(
     if fn.is_dir():
         st = [o.stat() for o in sorted(fn.iterdir())]
         return str(fn.resolve()), sum(o.st_size for o in st), max((o.st_mtime_ns for o in st), default=0)
-    st = fn.stat()
-    return str(fn.resolve()), st.st_size, st.st_mtime_ns
+    pair = {'.hdr':'.img', '.img':'.hdr'}.get(fn.suffix.lower())
+    sts = [fn.stat()]+[fn.with_suffix(s).stat() for s in [pair] if pair and fn.with_suffix(s).exists()]
+    return str(fn.resolve()), sum(o.st_size for o in sts), max(o.st_mtime_ns for o in sts)
 
 def _spatial(shape, fn):
     "(spatial shape (3,), channels) of a NIfTI array shape: trailing axes of one go, a fourth axis is channels"
@@ -343,7 +344,7 @@ def save_volume(
     mask = isinstance(t, TensorVolumeMask)
     if a.ndim not in (3,4): raise ValueError(f"save_volume({fn}): expected (C,X,Y,Z) or (X,Y,Z); found shape {tuple(a.shape)}")
     a = a.float().numpy() if not mask else a.numpy()
-    if dtype is None: dtype = np.float32 if not mask else np.min_scalar_type(int(a.max()) if a.size and a.min()>=0 else int(a.min())) if a.size else np.uint8
+    if dtype is None: dtype = np.float32 if not mask else np.result_type(*[np.min_scalar_type(int(o)) for o in (a.min(), a.max())]) if a.size else np.uint8
     if np.dtype(dtype)==np.uint64 or np.dtype(dtype)==np.int64: dtype = np.int32
     a = a.astype(dtype)
     if a.ndim==4: a = a[0] if a.shape[0]==1 else np.moveaxis(a, 0, -1)

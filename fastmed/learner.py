@@ -90,10 +90,11 @@ class VolumeLearner(Learner):
 
     def predict(self,
         item,                 # file, list of channel files, row of the DataFrame, or `TensorVolume`
-        rm_type_tfms=None,    # as in fastai; not used, since whole files are read
+        rm_type_tfms=None,    # as in fastai; refused, since whole files are read
         with_input:bool=False # give the input too, a `TensorVolume`
     )->tuple:                 # mask, mask, probabilities (n,X,Y,Z); before them the input, when asked
         "fastai's `predict`, for the whole scan: decoded mask, class ids, probabilities, all on the scan's own grid"
+        if rm_type_tfms is not None: raise TypeError("predict reads whole files: rm_type_tfms does not apply")
         fn = case_columns(self.dls)[0](item)
         t = fn if isinstance(fn, TensorVolume) else load_volume(fn)
         m,p = predict_case(self, t, proba=True)
@@ -192,7 +193,7 @@ class VolumeLearner(Learner):
         **kwargs      # of `get_preds`
     )->tuple:         # probabilities (N,C,*S), targets (N,*S)
         "Predictions averaged over the views of `tta_views`, each undone before the average; fastai's own turns the image and not the answer"
-        if dl is None: dl = self.dls[ds_idx].new(shuffle=False, drop_last=False)
+        if dl is None: dl = self.dls[ds_idx].new(shuffle=False, drop_last=False, random=False)
         plan = get_plan(self.dls)
         axes = [a for a in range(3) if plan.ndim==3 or a!=plan.axis]
         preds = []
@@ -239,12 +240,12 @@ def _unet_learner(ndim, dls, arch, loss_func, metrics, pretrained, fast, n_out, 
     lk = {k:kwargs.pop(k) for k in list(kwargs) if k in _learner_args}
     patch = tuple(p for p in plan.patch if ndim==3 or p>1)
     if arch is UNet or arch=='UNet':
-        from_plan = ('nf',) if 'depth' in kwargs else ('nf','depth') if 'strides' in kwargs else ('nf','depth','strides')
-        kwargs = {**{k:plan[k] for k in from_plan}, **kwargs}
+        depth = kwargs.get('depth', len(kwargs['strides'])+1 if 'strides' in kwargs else plan.depth)
+        kwargs = {'nf':plan.nf, 'depth':depth, **({'strides':plan.strides[:depth-1]} if depth<=plan.depth else {}), **kwargs}
     model = create_model(arch, n_in, n_out, ndim=ndim, patch=patch, **kwargs)
     if pretrained: print(load_weights(model, pretrained))
     if fast: model = make_fast(model)
-    loss_func = ifnone(loss_func, DiceCELoss())
+    loss_func = ifnone(loss_func, DiceCELoss(batch=ndim==2))          # most slices lack a structure: Dice of one says little, so slices sum over the batch
     if getattr(model, 'deep_supervision', False): loss_func = DeepSupervisionLoss(loss_func)
     lk = {'lr':3e-3, 'wd':1e-2, **lk, 'cbs':L(lk.get('cbs'))+GradientClip(12.)}
     learn = VolumeLearner(dls, model, loss_func=loss_func, metrics=ifnone(metrics, dice_metrics(pre.vocab)), splitter=param_splitter, **lk)
@@ -254,7 +255,7 @@ def _unet_learner(ndim, dls, arch, loss_func, metrics, pretrained, fast, n_out, 
 def unet3d_learner(
     dls,               # `VolumeDataLoaders`, or DataLoaders with a `VolumeBlock` and a `PatchTransform`
     arch=UNet,         # ours, any callable `(n_in, n_out)`, or a MONAI network by name
-    loss_func=None,    # default: `DiceCELoss()`
+    loss_func=None,    # default: `DiceCELoss()`; for slices its Dice sums over the batch, as nnU-Net does in 2D
     metrics=None,      # default: `dice_metrics(codes)`
     pretrained=None,   # file of weights to start from
     fast:bool=True,    # channels-last and bfloat16 where the machine gains by it; False: plain float32

@@ -155,7 +155,7 @@ def case_scores(
 def summarise(
     rows,             # DataFrame or list of rows of `case_scores`, a `case` column with it
     score:str='dice', # 'dice', 'nsd' or 'hd95'
-)->pd.DataFrame:      # a line a structure and one for all: mean, sd, median, worst, n, failed, empty
+)->pd.DataFrame:      # a line a structure, and one for all that counts cases: mean, sd, median, worst, n, failed, empty
     "Mean, sd, median and worst of one score, with the failed and the empty cases counted. Raises `ValueError` on an unknown score."
     df = pd.DataFrame(rows)
     if score not in ('dice','nsd','hd95'): raise ValueError(f"summarise: expected score 'dice', 'nsd' or 'hd95', found {score!r}")
@@ -167,7 +167,9 @@ def summarise(
                     failed=int(st.isin(['missed','false positive']).sum()), empty=int((st=='empty').sum()))
     res = {s:line(g[score].astype(float), g.status) for s,g in df.groupby('structure', sort=False)}
     per = df.assign(v=df[score].astype(float).replace(np.inf, np.nan)).groupby('case', sort=False).v.mean() if 'case' in df else df[score].astype(float)
-    res['all'] = {**line(per, df.status), 'n':len(per)}
+    bad = df.status.isin(['missed','false positive'])
+    by = df.case if 'case' in df else df.index
+    res['all'] = {**line(per, df.status), 'n':len(per), 'failed':int(bad.groupby(by).any().sum()), 'empty':int((df.status=='empty').groupby(by).all().sum())}
     return pd.DataFrame.from_dict(res, orient='index').rename_axis('structure')
 
 # %% ../nbs/11_metrics.ipynb #0e85b383

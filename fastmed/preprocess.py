@@ -186,7 +186,6 @@ class Preprocess:
         if odd: raise ValueError(f"Preprocess.from_json: unknown fields {sorted(odd)}")
         return cls(**d)
     def __eq__(self, o): return isinstance(o, Preprocess) and self.to_json()==o.to_json()
-    def __hash__(self): return hash(self.to_json())
     def __repr__(self):
         d = {k:v for k,v in self.to_dict().items() if v is not None}
         if 'stats' in d: d['stats'] = [{k:round(v,2) for k,v in o.items()} for o in d['stats']]
@@ -227,7 +226,7 @@ class Plan(dict):
         if k in self: return self[k]
         raise AttributeError(k)
     def __reduce__(self): return (_plan, (dict(self), self.reasons))
-    def __repr__(self): return '\n'.join(f"{k:<17}{str(v):<34}{self.reasons.get(k,'')}" for k,v in self.items())
+    def __repr__(self): return '\n'.join(f"{k:<17}{str(v):<34}  {self.reasons.get(k,'')}".rstrip() for k,v in self.items())
     def _repr_html_(self): return pd.DataFrame([dict(value=str(v), reason=self.reasons.get(k,'')) for k,v in self.items()], index=list(self)).to_html()
 
 def _plan(d, reasons): return Plan(d, reasons=reasons)

@@ -683,6 +683,39 @@ def test_law_10_workers_change_nothing(loaders, study, ndim):
     files = [study[0]/o for o in study[1].image[:3]]
     assert torch.equal(preds_of(a, files, num_workers=0), preds_of(b, files, num_workers=2))
 
+@pytest.mark.parametrize('patch,kw', [((16,16,16), dict(arch='SegResNet', init_filters=8)), ((16,16,16), dict(nf=4, depth=4)), ((2,16,16), dict(nf=4, depth=2, strides=[(1,2,2)], kernels=3)), ((32,32,32), dict(nf=8, depth=4))], ids=['SegResNet','short','thin','plain'])
+def test_law_10_fast_gradients_are_the_gradients(study, tmp_path, patch, kw):
+    "What `fast=True` learns from is what plain float32 learns from, at every size a network comes down to: each gradient agrees to the precision of bfloat16."
+    path,df = study
+    dls = VolumeDataLoaders.from_df(df, path, codes=CODES, spacing=.5, patch=patch, bs=2, samples_per_case=1, batch_tfms=None, cache=tmp_path, **QUIET)
+    x,y = dls.one_batch()
+    grads = []
+    for fast in (False,True):
+        set_seed(0)
+        for _ in range(3):                                                       # what was freed before must not matter
+            junk = [torch.full((n,), 1e4) for n in (64,1000,16000,64000)]; del junk
+            learn = unet3d_learner(dls, **kw, fast=fast)
+            m = learn.model.eval()                                               # no dropout, and no drift
+            if fast: m.load_state_dict(state)
+            else: state = {k:v.clone() for k,v in m.state_dict().items()}
+            m.zero_grad(); learn.loss_func(m(x.as_subclass(Tensor)), y).backward()
+            g = {k:p.grad.flatten().clone() for k,p in m.named_parameters() if p.grad is not None and p.ndim>1}
+            if not fast: break
+            for k,v in g.items():
+                assert torch.isfinite(v).all(), f'{k}: the gradient is not finite'
+                if grads[0][k].norm()>1e-4*max(o.norm() for o in grads[0].values()):
+                    assert F.cosine_similarity(v, grads[0][k], 0)>.8, f'{k}: the gradient points elsewhere'
+        grads.append(g)
+
+@pytest.mark.parametrize('ndim', (3,2))
+def test_law_10_machine_without_bfloat16(learner, study, monkeypatch, ndim):
+    "Where the processor has no bfloat16, `fast=True` is channels-last float32, and all goes on."
+    import fastmed.learner as room
+    monkeypatch.setattr(room, 'has_bf16', lambda device: False)
+    learn = learner(ndim); fn = study[0]/study[1].image[0]
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3); finite(learn)
+    same_place(learn.predict_volume(fn), fn)
+
 def test_law_10_random_item_transforms_too(study, tmp_path):
     "A random transform of TorchIO on single items draws the same with workers and without."
     import torchio as tio
