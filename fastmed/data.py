@@ -156,6 +156,12 @@ class PatchDL(TfmdDL):
             x.draw = (self.seed, zlib.crc32(repr(names).encode()), k)
         return it
 
+    def do_item(self, s):
+        "Random item transforms of others draw from torch's state: it follows the item too, so workers change nothing"
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(zlib.crc32(repr((self.epoch_seed, s)).encode()))
+            return super().do_item(s)
+
     def create_batch(self, b):
         res = super().create_batch(b)
         for t in L(res):

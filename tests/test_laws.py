@@ -235,7 +235,10 @@ def test_law_3_prediction_uses_each_argument(exact, study, tmp_path):
     out = learn.predict_folder(path/'images', tmp_path/'o', images='c0.nii', post=zero)
     assert len(out)==1 and not load_mask(out['mask'][0]).any()
     assert len(learn.predict(fn, with_input=True))==4
-    with pytest.raises((TypeError,ValueError), match='rm_type_tfms'): learn.predict(fn, rm_type_tfms=1)
+
+def test_law_3_predict_uses_or_refuses_rm_type_tfms(learner, study):
+    "`predict` takes whole files, so fastai's `rm_type_tfms` has no meaning there: it is refused by name, not dropped."
+    with pytest.raises((TypeError,ValueError), match='rm_type_tfms'): learner(3).predict(study[0]/study[1].image[0], rm_type_tfms=1)
 
 def test_law_3_callbacks_use_each_argument(exact, study):
     "And those of `DiceCallback` and of `fit_for`."
@@ -438,7 +441,7 @@ def v_validate(l, s):
     assert len(l.validate(dl=l.dls.test_dl(l.dls.valid_ds.items, with_labels=True)))==len(r)
 def v_get_preds(l, s):
     n = l.dls.valid.n
-    assert n==2*len(l.dls.valid_ds)
+    assert n==l.dls.valid.samples*len(l.dls.valid_ds)
     x,p,t,d,loss = l.get_preds(with_input=True, with_decoded=True, with_loss=True)
     assert len(x)==len(p)==len(t)==len(d)==len(loss)==n and p.shape[1]==3 and p.shape[2:]==t.shape[1:]==d.shape[1:] and loss.shape==(n,)
     assert torch.allclose(p.sum(1), torch.ones(()), atol=1e-5) and torch.equal(p.argmax(1), d)
