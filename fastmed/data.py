@@ -156,7 +156,9 @@ class PatchDL(TfmdDL):
             x.draw = (self.seed, zlib.crc32(repr(names).encode()), k)
         return it
 
-    def do_item(self, s):
+    def do_item(self,
+        s # number of the patch
+    ):    # the item, transformed
         "Random item transforms of others draw from torch's state: it follows the item too, so workers change nothing"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(zlib.crc32(repr((self.epoch_seed, s)).encode()))

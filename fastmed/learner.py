@@ -179,13 +179,19 @@ class VolumeLearner(Learner):
             title = f"{c}: "+', '.join(f'{k} {v:.3f}' for k,v in d.items())
             plot_volume(to_orientation(t), to_orientation(truth), pred=to_orientation(pred), title=title, **kwargs)
 
-    def save(self, file, **kwargs):
+    def save(self,
+        file,    # name below `path/model_dir`
+        **kwargs # of fastai's `save_model`
+    )->Path:     # the file
         "fastai's `save`, whole or not at all"
         fn = Path(join_path_file(file, self.path/self.model_dir, ext='.pth'))
         with whole_file(fn) as tmp: save_model(tmp, self.model, getattr(self, 'opt', None), **kwargs)
         return fn
 
-    def export(self, fname='export.pkl', **kwargs):
+    def export(self,
+        fname='export.pkl', # below `learn.path`
+        **kwargs            # of fastai's `export`
+    ):
         "fastai's `export`, whole or not at all; the Learner keeps its data and optimizer when it fails"
         path,dls,opt = self.path,self.dls,self.opt
         try:
