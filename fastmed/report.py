@@ -17,7 +17,7 @@ body{font:16px/1.5 system-ui,sans-serif;color:#222;max-width:60rem;margin:0 auto
 h1{font-size:1.6rem;line-height:1.2} h2{font-size:1.2rem;margin-top:2rem;border-bottom:1px solid #ddd}
 .answer{font-size:1.15rem;background:#f3f6f9;padding:.8rem 1rem;border-left:4px solid #3572a5}
 .wide{overflow-x:auto} table{border-collapse:collapse;font-size:.9rem} th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #e5e5e5}
-th{background:#fafafa} td:first-child,th:first-child{text-align:left} img{max-width:100%;height:auto}
+th{background:#fafafa} td:first-child,th:first-child,tbody th{text-align:left} img{max-width:100%;height:auto}
 """
 
 def figure_png(
