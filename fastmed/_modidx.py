@@ -158,6 +158,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'fastmed.data._codes_from': ('data.html#_codes_from', 'fastmed/data.py'),
                               'fastmed.data._find': ('data.html#_find', 'fastmed/data.py'),
                               'fastmed.data._grid': ('data.html#_grid', 'fastmed/data.py'),
+                              'fastmed.data._show': ('data.html#_show', 'fastmed/data.py'),
                               'fastmed.data.get_plan': ('data.html#get_plan', 'fastmed/data.py'),
                               'fastmed.data.get_preprocess': ('data.html#get_preprocess', 'fastmed/data.py'),
                               'fastmed.data.get_store': ('data.html#get_store', 'fastmed/data.py'),

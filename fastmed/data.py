@@ -374,14 +374,18 @@ def _grid(n, ncols=None, imsize=2.6):
     for a in axs: a.set_axis_off()
     return axs[:n]
 
-@dispatch
-def show_batch(x:TensorVolume|TensorSlice, y:TensorVolumeMask|TensorSliceMask, samples, ctxs=None, max_n=8, ncols=None, axis=2, **kwargs):
+def _show(samples, outs, ctxs, max_n, ncols, **kwargs):
     n = min(len(samples), max_n)
-    for s,c in zip(samples, ifnone(ctxs, _grid(n, ncols))): show_plane(s[0], s[1], axis=axis, ctx=c, **kwargs)
+    if ctxs is None: ctxs = _grid(n, ncols)
+    for s,o,c in zip(samples, outs, ctxs): show_plane(s[0], s[1], pred=o, ctx=c, **kwargs)
     return ctxs
 
 @dispatch
-def show_results(x:TensorVolume|TensorSlice, y:TensorVolumeMask|TensorSliceMask, samples, outs, ctxs=None, max_n=8, ncols=None, axis=2, **kwargs):
-    n = min(len(samples), max_n)
-    for s,o,c in zip(samples, outs, ifnone(ctxs, _grid(n, ncols))): show_plane(s[0], s[1], pred=o[0], axis=axis, ctx=c, **kwargs)
-    return ctxs
+def show_batch(x:TensorVolume|TensorSlice, y:TensorVolumeMask|TensorSliceMask, samples, ctxs=None, max_n=8, ncols=None, **kwargs):
+    "One picture an item: a plane of the patch with the contours of its mask; `kwargs` go to `show_plane`"
+    return _show(samples, [None]*len(samples), ctxs, max_n, ncols, **kwargs)
+
+@dispatch
+def show_results(x:TensorVolume|TensorSlice, y:TensorVolumeMask|TensorSliceMask, samples, outs, ctxs=None, max_n=8, ncols=None, **kwargs):
+    "One picture an item, truth solid and prediction dashed; `kwargs` go to `show_plane`"
+    return _show(samples, [o[0] for o in outs], ctxs, max_n, ncols, **kwargs)

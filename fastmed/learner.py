@@ -296,7 +296,7 @@ def _unet_learner(ndim, dls, arch, loss_func, metrics, pretrained, fast, n_out, 
 def unet3d_learner(
     dls,               # `VolumeDataLoaders`, or DataLoaders with a `VolumeBlock` and a `PatchTransform`
     arch=UNet,         # ours, any callable `(n_in, n_out)`, or a MONAI network by name
-    loss_func=None,    # default: `DiceCELoss()`; for slices its Dice sums over the batch, as nnU-Net does in 2D
+    loss_func=None,    # default: `DiceCELoss()`
     metrics=None,      # default: `dice_metrics(codes)`
     pretrained=None,   # file of weights to start from
     fast:bool=True,    # channels-last and bfloat16 where the machine gains by it; False: plain float32
@@ -310,7 +310,7 @@ def unet3d_learner(
 def unet2d_learner(
     dls,               # `SliceDataLoaders`, or DataLoaders with a `SliceBlock` and a `PatchTransform`
     arch=UNet,         # ours, any callable `(n_in, n_out)`, or a MONAI network by name
-    loss_func=None,    # default: `DiceCELoss()`
+    loss_func=None,    # default: `DiceCELoss(batch=True)`, its Dice summed over the batch, as nnU-Net does in 2D
     metrics=None,      # default: `dice_metrics(codes)`
     pretrained=None,   # file of weights to start from
     fast:bool=True,    # channels-last and bfloat16 where the machine gains by it; False: plain float32
