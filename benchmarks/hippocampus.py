@@ -9,17 +9,17 @@ from common import keep
 
 here = Path(__file__).parent
 
-def cases():
-    "The 208 cases with their fold; fold 0 is held out"
+def cases(fold):
+    "The 208 cases with their fold; one fold is held out"
     from fastmed.all import scan_decathlon, untar_data, URLs
     df = scan_decathlon(untar_data(URLs.HIPPOCAMPUS))
     folds = pd.read_csv(here/'hippocampus_folds.csv', dtype={'subject':str})
-    return df.merge(folds[['case','fold']], on='case').assign(valid=lambda d: d.fold==0)
+    return df.merge(folds[['case','fold']], on='case').assign(valid=lambda d: d.fold==fold)
 
-def train(ndim, minutes, out):
+def train(ndim, minutes, fold, out):
     from fastmed.all import VolumeDataLoaders, SliceDataLoaders, unet3d_learner, unet2d_learner, set_seed
     set_seed(42)
-    df = cases(); df.attrs['codes'] = ['background','anterior','posterior']
+    df = cases(fold); df.attrs['codes'] = ['background','anterior','posterior']
     dls = (VolumeDataLoaders if ndim==3 else SliceDataLoaders).from_df(df, valid_col='valid', path=out.parent)
     learn = (unet3d_learner if ndim==3 else unet2d_learner)(dls)
     t0 = time.perf_counter(); learn.fit_for(minutes)
@@ -27,22 +27,22 @@ def train(ndim, minutes, out):
     print(f'fit_for({minutes:g}) took {(time.perf_counter()-t0)/60:.2f} min, {len(learn.recorder.values)} epochs, {len(learn.recorder.losses)} updates', flush=True)
     learn.export(out.name)
 
-def score(ndim, minutes, out):
+def score(ndim, minutes, fold, out):
     from fastmed.all import load_learner
     learn = load_learner(out)
-    df = cases(); df = df[df.valid]
+    df = cases(fold); df = df[df.valid]
     t0 = time.perf_counter(); ev = learn.evaluate(df); s = (time.perf_counter()-t0)/len(df)
     table = ev.summary(); print(table.round(4).to_string())
-    row = dict(model=f'fastmed {ndim}D, defaults', minutes=minutes, updates=int((out.parent/'updates').read_text()), cases=len(df), **{k:round(float(table.loc[k,'mean']), 4) for k in table.index}, seconds_a_case=round(s, 2))
-    keep([row], here/'hippocampus.csv', ['model','minutes'])
+    row = dict(model=f'fastmed {ndim}D, defaults', minutes=minutes, fold=fold, updates=int((out.parent/'updates').read_text()), cases=len(df), **{k:round(float(table.loc[k,'mean']), 4) for k in table.index}, seconds_a_case=round(s, 2))
+    keep([row], here/'hippocampus.csv', ['model','minutes','fold'])
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('--ndim', type=int, default=3); p.add_argument('--minutes', type=float, default=10.)
+    p.add_argument('--ndim', type=int, default=3); p.add_argument('--minutes', type=float, default=10.); p.add_argument('--fold', type=int, default=0, help='held out')
     p.add_argument('--out', type=Path, default=None); p.add_argument('--score', action='store_true')
     a = p.parse_args()
-    out = a.out or Path(tempfile.mkdtemp())/'export.pkl'
-    if a.score: score(a.ndim, a.minutes, out)
+    out = a.out or Path(tempfile.mkdtemp())/'export.pkl'; out.parent.mkdir(parents=True, exist_ok=True)
+    if a.score: score(a.ndim, a.minutes, a.fold, out)
     else:
-        train(a.ndim, a.minutes, out)
-        subprocess.run([sys.executable, __file__, '--score', '--ndim', str(a.ndim), '--minutes', str(a.minutes), '--out', str(out)], check=True)
+        train(a.ndim, a.minutes, a.fold, out)
+        subprocess.run([sys.executable, __file__, '--score', '--ndim', str(a.ndim), '--minutes', str(a.minutes), '--fold', str(a.fold), '--out', str(out)], check=True)

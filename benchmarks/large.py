@@ -7,7 +7,7 @@ A Learner of default size (16 features, 4 levels) is trained for moments on phan
 loaded Learner. `dice_worst_block` is the lowest foreground Dice of the 125 blocks, the corners among them. `covered`: once the network's last bias is raised so that it must say
 class 1 wherever it looks, every voxel of the mask is 1.
 """
-import argparse, json, os, sys, tempfile, time
+import argparse, json, os, shutil, sys, tempfile, time
 from pathlib import Path
 import numpy as np, nibabel as nib
 from common import child, here, keep, peak, quiet, reset_peak, rss
@@ -73,6 +73,7 @@ if __name__=='__main__':
     p.add_argument('--size', type=int, default=300); p.add_argument('--updates', type=int, default=60, help='of the small patch; the large one gets a third')
     p.add_argument('--patches', type=int, nargs='+', default=[40,96], help='which of the two: 40 stands for 40×56×40')
     p.add_argument('--no-cover', dest='cover', action='store_false', help='leave the second prediction out'); p.add_argument('--no-spine', dest='spine', action='store_false')
+    p.add_argument('--use', type=Path, help='an exported 3D Learner, in place of the two that are trained here: say, that of `hippocampus.py --out`')
     p.add_argument('--learner', help=argparse.SUPPRESS); p.add_argument('--fn', help=argparse.SUPPRESS); p.add_argument('--truth', help=argparse.SUPPRESS)
     p.add_argument('--out', default=here/'large.csv')
     a = p.parse_args()
@@ -81,12 +82,13 @@ if __name__=='__main__':
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
         fn,truth = big(a.size, tmp)
-        for s in a.patches:
-            patch = (40,56,40) if s==40 else (s,)*3
-            f = train(patch, 4 if s==40 else 1, a.updates if s==40 else -(-a.updates//3), tmp)
+        if a.use: learners = {a.use.parent.name:shutil.copy(a.use, tmp)}                                  # beside its export the mask is written
+        else: learners = {s:train((40,56,40) if s==40 else (s,)*3, 4 if s==40 else 1, a.updates if s==40 else -(-a.updates//3), tmp) for s in a.patches}
+        for s,f in learners.items():
+            patch = (s,) if a.use else (40,56,40) if s==40 else (s,)*3
             cover = [] if a.cover else ['--no-cover']
-            rows.append(row(f'{a.size}³', patch, child(__file__, '--learner', f, '--fn', fn, '--truth', truth, *cover)))
-            if a.spine and s==40:
+            rows.append(row(f'{a.size}³', patch, child(__file__, '--learner', f, '--fn', fn, *([] if a.use else ['--truth', truth]), *cover)))
+            if a.spine and s!=96:
                 for n in ('t1','t2','t2s','mt1'): rows.append(row(f'spine {n}', patch, child(__file__, '--learner', f, '--fn', Path(os.environ['FASTMED_DATA'])/'spine'/f'{n}.nii.gz', *cover)))
     keep(rows, a.out, ['what','patch'])
     bad = [r['what'] for r in rows if not (r['same_shape'] and r['same_affine'] and r['covered'] is not False)]
