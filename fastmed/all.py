@@ -16,3 +16,6 @@ from fastmed.inference import *
 from fastmed.callbacks import *
 from fastmed.learner import *
 from fastmed.report import *
+from fastmed.stats import *
+from fastmed.findings import *
+from fastmed.compare import *

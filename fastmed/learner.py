@@ -78,6 +78,10 @@ def make_fast(
     return model.to(memory_format=torch.channels_last_3d if nd==5 else torch.channels_last) if nd in (4,5) else model
 
 # %% ../nbs/14_learner.ipynb #ddf64577
+def _known(what, kwargs):
+    known = ('overlap','tta','post','axes')
+    if odd:=sorted(set(kwargs)-set(known)): raise TypeError(f"{what}: unknown arguments {odd}; known are {', '.join(known)}")
+
 class Evaluation(pd.DataFrame):
     "One row a case and structure: `case, structure, dice, hd95, nsd, volume_mm3, target_mm3, status`"
     @property
@@ -101,10 +105,11 @@ class VolumeLearner(Learner):
         overlap:float=.5, # share of a window that its neighbour covers too
         tta=False,        # test-time augmentation: True, or axes to flip
         proba:bool=False, # give probabilities too
-        post=None         # 'keep_largest', 'fill_holes', a function, or a list of them
+        post=None,        # a name of `POSTS` such as 'keep_largest', a function, or a list of them
+        axes=None         # slice models: 'all', or the array axes of the RAS scan to slice across and average; default: that of training
     ):                    # `TensorVolumeMask` on the scan's own grid; with `proba` also a `TensorVolume` (n,X,Y,Z)
         "Segment a scan: the mask has its shape, affine and orientation. Raises `OSError` or `ValueError` naming the file"
-        return predict_case(self, fn, overlap, tta, proba, post)
+        return predict_case(self, fn, overlap, tta, proba, post, axes)
 
     def predict(self,
         item,                 # file, list of channel files, row of the DataFrame, or `TensorVolume`
@@ -126,8 +131,7 @@ class VolumeLearner(Learner):
     )->pd.DataFrame:               # case, mask, status
         "Segment every scan of a folder into `dst/<case>.nii.gz`. A scan that cannot be predicted is named in `status`; the others go on"
         if kwargs.get('proba'): raise ValueError("predict_folder writes masks; use predict_volume(fn, proba=True) for probabilities")
-        odd = set(kwargs)-{'overlap','tta','post','proba'}
-        if odd: raise TypeError(f"predict_folder: unknown arguments {sorted(odd)}; known are overlap, tta, post")
+        _known('predict_folder', kwargs)
         dst,rows = Path(dst),[]
         df = scan_folder(src, images, masks=None)
         for _,r in progress_bar(list(df.iterrows())):
@@ -144,19 +148,11 @@ class VolumeLearner(Learner):
         "Score whole scans on their own grid. Status: 'ok', 'empty' (both; nan), 'missed' or 'false positive' (Dice 0), 'error: …' (not readable)"
         if df is None: df = self.dls.valid_ds.items
         if not len(df): raise ValueError("evaluate: no cases. A loaded Learner holds no data: give it a DataFrame")
-        odd = set(kwargs)-{'overlap','tta','post'}
-        if odd: raise TypeError(f"evaluate: unknown arguments {sorted(odd)}; known are overlap, tta, post")
-        pre,(im,ms) = get_preprocess(self.dls),case_columns(self.dls)
-        rows,errs = [],[]
-        for name,r in progress_bar(case_rows(df), leave=False):
-            mask = ms(r)
-            try:
-                pred = predict_case(self, im(r), progress=False, **kwargs)
-                rows += [dict(case=name, **s) for s in case_scores(pred, case_truth(pre, mask, pred), pre.vocab, pred.spacing, tolerance)]
-            except (OSError, ValueError) as e:
-                errs.append(e)
-                none = dict.fromkeys(('dice','hd95','nsd','volume_mm3','target_mm3'), np.nan)
-                rows += [dict(case=name, structure=s, **none, status=f'error: {e}') for s in pre.vocab[1:]]
+        _known('evaluate', kwargs)
+        codes,rows,errs = get_preprocess(self.dls).vocab,[],[]
+        for name,_,pred,truth,e in predicted_cases(self, df, True, **kwargs):
+            if e: errs.append(e)
+            rows += [dict(case=name, **s) for s in (failed_scores(codes, e) if e else case_scores(pred, truth, codes, pred.spacing, tolerance))]
         if len(errs)==len(df): raise errs[0]
         return Evaluation(rows)
 
@@ -204,7 +200,7 @@ class VolumeLearner(Learner):
         **kwargs           # of `fit_one_cycle`
     ):
         "One-cycle training that ends after `minutes`; the schedule follows the share of time, so two runs are not bit-identical. Raises `ValueError` on 0"
-        self.fit_one_cycle(1000, lr_max, cbs=L(kwargs.pop('cbs', None))+TimeBudget(minutes), **kwargs)
+        self.fit_one_cycle(1_000_000, lr_max, cbs=L(kwargs.pop('cbs', None))+BudgetCallback(minutes), **kwargs)
 
     @delegates(Learner.fit_one_cycle)
     def fine_tune(self,
@@ -288,7 +284,7 @@ def _unet_learner(ndim, dls, arch, loss_func, metrics, pretrained, fast, n_out, 
     if fast: model = make_fast(model)
     loss_func = ifnone(loss_func, DiceCELoss(batch=ndim==2))          # most slices lack a structure: Dice of one says little, so slices sum over the batch
     if getattr(model, 'deep_supervision', False): loss_func = DeepSupervisionLoss(loss_func)
-    lk = {'lr':3e-3, 'wd':1e-2, **lk, 'cbs':L(lk.get('cbs'))+GradientClip(12.)}
+    lk = {'lr':3e-3, 'wd':1e-2, **lk, 'cbs':L(lk.get('cbs'))+[GradientClip(12.), RememberCallback()]}
     learn = VolumeLearner(dls, model, loss_func=loss_func, metrics=ifnone(metrics, dice_metrics(pre.vocab)), splitter=param_splitter, **lk)
     learn.n_in,learn.n_out,learn.pretrained = n_channels,n_out,bool(pretrained)
     return learn

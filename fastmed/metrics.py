@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['dice_score', 'volume_mm3', 'mask_surface', 'surface_distances', 'hausdorff95', 'surface_dice', 'case_scores',
-           'summarise', 'DiceCounts', 'DiceScore', 'metric_names', 'dice_metrics']
+           'failed_scores', 'slice_consistency', 'summarise', 'DiceCounts', 'DiceScore', 'metric_names', 'dice_metrics']
 
 # %% ../nbs/11_metrics.ipynb #3a6dcead
 import re
@@ -150,6 +150,39 @@ def case_scores(
                 else: row.update(hd95=float('inf'), nsd=0.)
         rows.append(row)
     return rows
+
+# %% ../nbs/11_metrics.ipynb #7f643c7c
+def failed_scores(
+    codes, # names of the structures, `codes[0]` is background
+    error  # what happened
+)->list:   # of dicts, one a foreground structure, as of `case_scores`
+    "The rows of a case that could not be predicted: no scores, and a status that says why"
+    none = dict.fromkeys(('dice','hd95','nsd','volume_mm3','target_mm3'), float('nan'))
+    return [dict(structure=s, **none, status=f'error: {error}') for s in list(codes)[1:]]
+
+# %% ../nbs/11_metrics.ipynb #0aacc6dc
+def slice_consistency(
+    mask,       # (X,Y,Z) class ids, `TensorVolumeMask` or array
+    axis:int,   # array axis that is sliced across
+    truth=None, # the same grid; where it is given, its own numbers are taken away
+    codes=None  # names of the structures, background first; default: those of the mask, else its class ids
+)->pd.DataFrame:# a row a structure: overlap (-1 to 1), strays (pieces), area_jump (share of the mean area); nan where it is empty
+    "How well neighbouring slices fit each other. Raises `ValueError` on another shape of `truth` or an axis that there is not"
+    from scipy.ndimage import label
+    m,t = [None if o is None else np.asarray(o.detach().cpu().as_subclass(Tensor) if isinstance(o, Tensor) else o) for o in (mask,truth)]
+    if not -m.ndim<=axis<m.ndim: raise ValueError(f"slice_consistency: expected an axis of 0 to {m.ndim-1}; found {axis}")
+    if t is not None and t.shape!=m.shape: raise ValueError(f"slice_consistency: the mask has shape {m.shape}, the truth {t.shape}; expected the same grid")
+    codes = list(codes or getattr(mask, 'codes', None) or range(1+max(int(o.max(initial=0)) for o in (m,t) if o is not None)))
+    def numbers(o):
+        o = np.moveaxis(o, axis, 0); area = o.reshape(len(o), -1).sum(1); on = np.flatnonzero(area)
+        if not len(on): return dict(overlap=np.nan, strays=np.nan, area_jump=np.nan)
+        o,area = o[on[0]:on[-1]+1],area[on[0]:on[-1]+1].astype(float)
+        both = (o[1:]&o[:-1]).reshape(len(o)-1, -1).sum(1) if len(o)>1 else np.zeros(0)
+        pair = area[1:]+area[:-1]
+        return dict(overlap=float((2*both/np.maximum(pair, 1))[pair>0].mean()) if len(pair) else np.nan, strays=float(label(o, np.ones((3,)*o.ndim))[1]-1),
+                    area_jump=float(np.abs(np.diff(area)).mean()/area.mean()) if len(pair) else np.nan)
+    rows = {str(s):pd.Series(numbers(m==k)) - (0 if t is None else pd.Series(numbers(t==k))) for k,s in enumerate(codes) if k}
+    return pd.DataFrame(rows).T.rename_axis('structure')
 
 # %% ../nbs/11_metrics.ipynb #bdc8ebb1
 def summarise(

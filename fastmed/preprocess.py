@@ -301,6 +301,10 @@ def suggest_plan(
     grids = [pre.grid(h['shape'], h['affine']) for h in heads]
     med = np.median([s for s,_ in grids], 0); sp = np.median([spacing_of(a) for _,a in grids], 0)
     if ndim==2:
+        thin = [a for a,p in enumerate(patch) if p==1] if is_listy(patch) and len(patch)==3 else []
+        if len(thin)==1:
+            if axis not in ('auto', thin[0]): raise ValueError(f"patch {tuple(patch)} is a slice across axis {thin[0]}, and axis={axis} was asked for. Leave one of them out")
+            axis = thin[0]
         if axis=='auto':
             near = np.flatnonzero(sp>=.95*sp.max())
             axis = int(next(a for a in near if med[a]*sp[a]<=1.1*min(med[b]*sp[b] for b in near)))   # the first of nearly equal sides

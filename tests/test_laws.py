@@ -148,7 +148,7 @@ def test_law_3_unknown_is_refused(study, learner, loaders, tmp_path):
     for f in (learn.predict_volume, learn.predict): refused(f, fn)
     refused(learn.predict_folder, path/'images', tmp_path/'o', images='*.nii'); refused(learn.evaluate); refused(learn.fit_for, 1); refused(learn.fine_tune, 1)
     refused(learn.tta); refused(learn.get_preds)
-    for f in (Preprocess, volume_tfms, UNet, DiceCallback, DiceLoss, DiceCELoss, TverskyLoss, FocalLoss, PatchTransform, VolumeBlock, VolumeMaskBlock, SliceBlock, SliceMaskBlock, TimeBudget, GroupSplitter, suggest_plan, load_volume, load_mask,
+    for f in (Preprocess, volume_tfms, UNet, DiceCallback, DiceLoss, DiceCELoss, TverskyLoss, FocalLoss, PatchTransform, VolumeBlock, VolumeMaskBlock, SliceBlock, SliceMaskBlock, BudgetCallback, GroupSplitter, suggest_plan, load_volume, load_mask,
               save_volume, scan_folder, scan_decathlon, dice_metrics, case_scores, keep_largest, fill_holes, slide_window, cohort, Store, PictureCallback):
         with pytest.raises(TypeError, match='nonsense_arg'): f(nonsense_arg=1)
     with pytest.raises(ValueError, match='nonsense_arg'): Preprocess.from_json(json.dumps({**Preprocess().to_dict(), 'nonsense_arg':1}))

@@ -1,7 +1,7 @@
 "Callbacks and evaluation, where a fit is cut short, interrupted, or a case fails."
 import numpy as np, pandas as pd, pytest, torch
 from fastai.callback.core import Callback
-from fastmed.all import (TimeBudget, DiceCallback, VolumeDataLoaders, unet3d_learner, TensorVolumeMask, load_mask, save_volume, scan_folder, summarise)
+from fastmed.all import (BudgetCallback, DiceCallback, VolumeDataLoaders, unet3d_learner, TensorVolumeMask, load_mask, save_volume, scan_folder, summarise)
 from phantoms import write_case, CODES
 
 @pytest.fixture
@@ -59,3 +59,10 @@ def test_writing_into_an_item_does_not_reach_the_store(learn):
     dl = learn.dls.valid
     before = dl.do_item(0)[0].clone(); dl.do_item(0)[0].zero_()
     assert (dl.do_item(0)[0]==before).all()
+
+def test_a_thin_patch_tells_the_axis(tmp_path):
+    "A patch with one side of 1 says which way it is cut; another axis beside it is refused"
+    from fastmed.all import SliceDataLoaders
+    df = pd.DataFrame([write_case(tmp_path, f'c{i}', np.eye(4), (16,20,12), i) for i in range(4)]); kw = dict(codes=CODES, cache=tmp_path/'s', device='cpu')
+    assert SliceDataLoaders.from_df(df, tmp_path, patch=(16,1,8), **kw).plan.axis==1
+    with pytest.raises(ValueError, match='axis=0 was asked for'): SliceDataLoaders.from_df(df, tmp_path, patch=(16,1,8), axis=0, **kw)

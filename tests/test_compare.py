@@ -1,0 +1,204 @@
+"Comparisons: statistics against SciPy, experiments that are killed, twins, and executors."
+import json, os, signal, subprocess, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+import multiprocessing
+import numpy as np, pandas as pd, pytest, torch
+from scipy import stats
+from fastmed.all import (Comparison, Findings, anisotropy_shift, bootstrap_means, compare_learners, group_folds, holm, load_volume, paired_comparison, ruled_scores, slice_consistency, thick_slices)
+from phantoms import CODES, affine_of, python, write_case
+
+# --- statistics
+def scores(n=40, shift=.01, seed=0):
+    rng = np.random.default_rng(seed); b = .85+.05*rng.normal(size=n)
+    return b+shift+.02*rng.normal(size=n), b
+
+@pytest.mark.parametrize('n', [8,25,60,110])
+def test_wilcoxon_is_scipys(n):
+    a,b = scores(n, seed=n)
+    assert paired_comparison(a, b).p==pytest.approx(stats.wilcoxon(a, b).pvalue, rel=1e-12)
+    a,b = a.round(2),b.round(2)                                     # ties, and differences of nought
+    assert paired_comparison(a, b).p==pytest.approx(stats.wilcoxon(a-b).pvalue, rel=1e-12)
+
+def test_interval_is_scipys():
+    a,b = scores(50)
+    r = paired_comparison(a, b, n_boot=20_000)
+    s = stats.bootstrap((a-b,), np.mean, n_resamples=20_000, method='percentile', rng=np.random.default_rng(1))
+    assert r.ci==pytest.approx(tuple(s.confidence_interval), abs=3e-4) and r.se==pytest.approx(s.standard_error, rel=.03)
+    assert r.mean==pytest.approx((a-b).mean()) and r.median==pytest.approx(np.median(a-b))
+
+def test_subjects_are_drawn_whole():
+    "Each case twice, as two cases of one subject: the interval is that of the cases once; without groups it is narrower by the root of two"
+    a,b = scores(40); once = paired_comparison(a, b, n_boot=20_000)
+    aa,bb,g = np.repeat(a,2),np.repeat(b,2),np.repeat(np.arange(40),2)
+    twice,blind = paired_comparison(aa, bb, g, n_boot=20_000),paired_comparison(aa, bb, n_boot=20_000)
+    assert twice.se==pytest.approx(once.se, rel=.03) and twice.p==pytest.approx(once.p)
+    assert blind.se==pytest.approx(once.se/2**.5, rel=.03)
+    assert (twice.n, twice.subjects)==(80,40)
+
+def test_interval_covers():
+    "Of 200 draws of the same world the 95 % interval holds the true difference in about 95 %"
+    hits = 0
+    for i in range(200):
+        rng = np.random.default_rng(i); g = np.repeat(np.arange(30),2); d = .01+.02*rng.normal(size=30)[g]+.005*rng.normal(size=60)
+        lo,hi = paired_comparison(d, np.zeros(60), g, n_boot=1000, seed=i).ci; hits += lo<=.01<=hi
+    assert 180<=hits<=198
+
+def test_equivalence_needs_evidence():
+    rng = np.random.default_rng(0); d = .002*rng.normal(size=40)
+    assert paired_comparison(d, 0*d, equal_within=.005).equivalent
+    assert not paired_comparison(d[:3]*20, 0*d[:3], equal_within=.005).equivalent
+    assert not paired_comparison(d+.01, 0*d, equal_within=.005).equivalent
+
+def test_holm():
+    p = [.011,.02,.03,.8]
+    assert holm(p)==pytest.approx([.044,.06,.06,.8])
+    assert holm([.5])==pytest.approx([.5]) and holm([]).size==0
+
+def test_series_are_matched_by_case():
+    a,b = scores(20); i = [f'c{k}' for k in range(20)]; o = np.random.default_rng(0).permutation(20)
+    x = paired_comparison(pd.Series(a, i), pd.Series(b, i)); y = paired_comparison(pd.Series(a, i), pd.Series(b, i).iloc[o])
+    assert x==y
+    with pytest.raises(ValueError, match='one side alone'): paired_comparison(pd.Series(a, i), pd.Series(b, i[:-1]+['other']))
+    with pytest.raises(ValueError, match='twice'): paired_comparison(pd.Series(a, ['c']*20), pd.Series(b, i))
+
+def test_one_case_has_no_interval():
+    r = paired_comparison([.9], [.8])
+    assert r.mean==pytest.approx(.1) and np.isnan(r.ci).all() and r.p==1
+
+# --- folds and slices
+def test_folds_keep_subjects_and_forget_the_order(study):
+    df = study[1]; f = group_folds(df, 3)
+    assert len(set(f))==3 and all(len(set(f[df.subject==s]))==1 for s in df.subject)
+    o = np.random.default_rng(0).permutation(len(df))
+    assert (group_folds(df.iloc[o].reset_index(drop=True), 3)==f[o]).all()
+    with pytest.raises(ValueError, match='at least 5 groups'): group_folds(df, 5)
+
+def test_slices_that_flicker():
+    m = np.zeros((12,20,20), int); m[2:10,5:15,5:15] = 1; j = m.copy(); j[4] = 0; j[7] = np.roll(j[7], 4, 0)
+    r = slice_consistency(j, 0, truth=m).loc['1']
+    assert r.overlap<-.2 and r.area_jump>.2
+    assert slice_consistency(m, 0).loc['1'].tolist()==[1,0,0]
+    with pytest.raises(ValueError, match='axis'): slice_consistency(m, 3)
+
+@pytest.mark.parametrize('code', ['RAS','PIL','ASL'])
+@pytest.mark.parametrize('axis', [0,1,2])
+def test_thick_slices_stay_in_place(code, axis, tmp_path):
+    "The centre of mass of a scan does not move when its slices are put together"
+    write_case(tmp_path, 'c', affine_of(code, (1,1.5,2), (3,4,5)), (24,24,24), image=lambda a: np.where(a>.5, a, 0)); t = load_volume(tmp_path/'images/c.nii')
+    def centre(v):
+        a = v.numpy()[0].astype(float); i = np.array([(a*g).sum() for g in np.indices(a.shape)])/a.sum(); return v.affine[:3,:3]@i+v.affine[:3,3]
+    k = thick_slices(t, 3, axis)
+    assert k.spacing[axis]==pytest.approx(3*t.spacing[axis]) and centre(k)==pytest.approx(centre(t), abs=.1)
+
+# --- experiments
+SMALL = dict(codes=CODES, folds=2, budget=dict(updates=6), nf=4, depth=2, bs=2, samples_per_case=2, patch=16, spacing=1.25, device='cpu')
+ARMS = {'3D':dict(ndim=3), '2D':dict(ndim=2, patch=(16,16,1), axis=2)}
+
+@pytest.fixture
+def one_thread():
+    n = torch.get_num_threads(); torch.set_num_threads(1); yield; torch.set_num_threads(n)
+
+@pytest.fixture(scope='module')
+def whole(study, tmp_path_factory):
+    "A comparison that was never stopped"
+    n = torch.get_num_threads(); torch.set_num_threads(1)
+    c = make(study, tmp_path_factory.mktemp("whole")).run(); torch.set_num_threads(n)
+    return c
+
+def make(study, tmp, arms=ARMS, **kwargs):
+    path,df = study
+    df = df.assign(image=[str(path/o) for o in df.image], mask=[str(path/o) for o in df['mask']])
+    return Comparison(df, arms, path=Path(tmp)/'c', cache=Path(tmp)/'s', **{**SMALL, **kwargs})
+
+def table(c): return c.results.sort_values(['arm','fold','seed','case','structure']).reset_index(drop=True)
+
+def test_killed_and_started_again(study, whole, tmp_path):
+    "SIGKILL at three moments, each time started again: the same table, and nothing trained twice"
+    code = """
+import sys; sys.path.insert(0, sys.argv[2])
+import torch; torch.set_num_threads(1)
+from test_compare import make
+import pandas as pd
+from pathlib import Path
+make((Path(sys.argv[3]), pd.read_csv(sys.argv[3]+'/cases.csv')), sys.argv[1]).run()
+"""
+    (tmp_path/'run.py').write_text(code); kills = 0
+    env = {**os.environ, 'PYTHONPATH':os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent), os.environ.get('PYTHONPATH','')]), 'PYTHONWARNINGS':'ignore'}
+    for n in (0,1,2):
+        p = subprocess.Popen([sys.executable, str(tmp_path/'run.py'), str(tmp_path), str(Path(__file__).parent), str(study[0])], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        t0 = time.time()
+        while p.poll() is None and time.time()-t0<240 and len(list(tmp_path.glob('c/*, fold*')))<n+1: time.sleep(.02)
+        time.sleep(.15*n)                                              # into the next run
+        if p.poll() is None: p.send_signal(signal.SIGKILL); kills += 1
+        p.wait(); assert p.returncode in (0,-signal.SIGKILL), p.stderr.read().decode()[-2000:]
+    assert kills>=2
+    stamps = {f:f.stat().st_mtime_ns for f in tmp_path.glob('c/*, fold*/results.csv')}; assert 0<len(stamps)<4
+    n = torch.get_num_threads(); torch.set_num_threads(1); c = make(study, tmp_path).run(); torch.set_num_threads(n)
+    pd.testing.assert_frame_equal(table(c), table(whole))
+    assert all(f.stat().st_mtime_ns==t for f,t in stamps.items()) and not (tmp_path/'c'/'unfinished').exists()
+
+def test_processes_give_the_same_table(study, whole, tmp_path, one_thread):
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context('spawn')) as ex: c = make(study, tmp_path).run(executor=ex)
+    pd.testing.assert_frame_equal(table(c), table(whole))
+
+def test_dask_gives_the_same_table(study, whole, tmp_path, one_thread):
+    dd = pytest.importorskip('distributed')
+    with dd.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, local_directory=str(tmp_path)) as cl, dd.Client(cl) as client:
+        c = make(study, tmp_path).run(executor=client.get_executor())
+    pd.testing.assert_frame_equal(table(c), table(whole))
+
+def test_twins_do_not_differ(study, tmp_path, one_thread):
+    c = make(study, tmp_path, {'one':dict(ndim=3), 'two':dict(ndim=3)}).run()
+    r = c.paired().loc[('one','two','all')]
+    assert r['mean']==0 and r.low==r.high==0 and r.p==1 and 'no difference' in c.answer()
+    assert not len(c.differences())
+
+def test_what_differs_is_listed(whole):
+    d = whole.differences().index
+    assert {'dimensions','patch','parameters','loss'}<=set(d)
+    assert not {'held-out cases','training cases','spacing','orientation','normalisation','augmentation','selection','post-processing','structures','top rate','budget'}&set(d)
+    assert set(whole.results)=={'arm','fold','seed','case','subject','structure','dice','hd95','nsd','volume_mm3','target_mm3','status'}
+    assert {'parameters','case_gflops','train_s','predict_s','peak_mb','voxels','updates'}<=set(whole.cost)
+
+def test_one_augmentation_less_is_listed(study, tmp_path):
+    c = make(study, tmp_path, {'with':dict(ndim=3), 'without':dict(ndim=3, batch_tfms=None, post='keep_largest')})
+    assert set(c.check().index)=={'augmentation','post-processing'}
+
+def test_other_terms_are_refused(study, whole, tmp_path):
+    make(study, tmp_path)
+    for kw,word in ((dict(budget=dict(updates=7)),'budget'), (dict(folds=3),'folds'), (dict(nf=8),"arm '3D'")):
+        with pytest.raises(ValueError, match='another experiment') as e: make(study, tmp_path, **kw)
+        assert word in str(e.value)
+
+def test_mistakes_show_before_the_hours_are_spent(study, tmp_path):
+    with pytest.raises(TypeError, match="arm 'a'.*nff"): make(study, tmp_path, {'a':dict(ndim=3, nff=3)}).run()
+    for kw,word in ((dict(budget=dict(minutes=1, epochs=2)),'one of'), (dict(budget=dict(minutes=0)),'above 0'), (dict(folds=9),'at least 9 groups'), (dict(folds='nothing'),'nothing')):
+        with pytest.raises((ValueError,KeyError), match=word): make(study, tmp_path/'x', **kw)
+
+def test_a_seen_case_is_no_judge(study, whole):
+    path,df = study; df = df.assign(image=[str(path/o) for o in df.image], mask=[str(path/o) for o in df['mask']])
+    two = whole.learners_of(0); held = whole.df[whole.fold==0]
+    with pytest.raises(ValueError, match='has seen'): compare_learners(two, df, seen='refuse')
+    with pytest.warns(UserWarning, match='leaves out'): f = compare_learners(two, df)
+    assert set(f.results.case)==set(held.case)
+    with pytest.raises(ValueError, match='every case'), pytest.warns(UserWarning): compare_learners(two, df[~df.case.isin(held.case)])
+    sibling = held.assign(case=lambda d: 'new_'+d.case, subject=[whole.df.subject[whole.fold!=0].iloc[0]]*len(held))      # another name, a subject that was trained on
+    with pytest.raises(ValueError, match='every case'), pytest.warns(UserWarning): compare_learners(two, sibling)
+
+def test_the_table_of_learners_is_that_of_the_run(study, whole):
+    held = whole.df[whole.fold==0]; f = compare_learners(whole.learners_of(0), held)
+    key = ['arm','case','structure']; a,b = [t.sort_values(key).reset_index(drop=True)[key+['dice','hd95','volume_mm3']] for t in (f.results, whole.results[whole.results.fold==0])]
+    pd.testing.assert_frame_equal(a, b)
+
+def test_a_failed_case_counts_in_every_arm(study, tmp_path, one_thread):
+    path,df = study; c = make(study, tmp_path).run()
+    t = c.results; i = t[(t.arm=='3D')].index[:2]; t.loc[i,['dice','hd95','nsd']] = np.nan; t.loc[i,'status'] = 'error: gone'
+    w = ruled_scores(t); case = t.case[i[0]]
+    assert w.loc[(case,'all'),'3D']==0 and w.loc[(case,'all'),'2D']==ruled_scores(c.results).loc[(case,'all'),'2D']
+    assert Findings(t).summary().loc[('3D','all'),'failed']==1
+
+def test_report_needs_no_network(whole, tmp_path):
+    fn = whole.report(tmp_path/'r.html', shift=whole.shift(factors=(1,2), folds=[0])); page = fn.read_text(encoding='utf-8')
+    assert 'https:' not in page and 'http:' not in page and '<script' not in page and page.count('data:image/png')>=5
+    for word in ('Thicker slices','What it costs','Remedies','Method','staircase'): assert word in page
