@@ -19,3 +19,6 @@ from fastmed.report import *
 from fastmed.stats import *
 from fastmed.findings import *
 from fastmed.compare import *
+from fastmed.check import *
+from fastmed.ship import *
+from fastmed.leaks import *

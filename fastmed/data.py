@@ -289,7 +289,7 @@ class VolumeDataLoaders(DataLoaders):
         for i,h in enumerate(heads):
             if h['channels']!=heads[0]['channels']:
                 a,b = [(r.get('case', r.name), heads[j]['channels']) for r,j in ((df.iloc[0],0), (df.iloc[i],i))]
-                raise ValueError(f"case {b[0]!r} has {b[1]} channels, case {a[0]!r} has {a[1]}: expected the same number in every case")
+                raise ValueError(f"case {b[0]!r} has {b[1]} channels, case {a[0]!r} has {a[1]}: expected the same number in every case. Leave channels out with image_col=[…], or the case")
         device = torch.device(ifnone(device, default_device()))
         kw = dict(axis=axis, context=context) if cls._ndim==2 else {}
         plan = suggest_plan(df.iloc[train], cls._ndim, image_col, path, spacing=spacing, patch=patch, bs=bs,

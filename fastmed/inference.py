@@ -43,6 +43,7 @@ def slide_window(
     progress:bool=True   # a bar, where there are many windows
 )->tuple:                # labels (X,Y,Z) uint8 (int16 above 256 classes), and probabilities (n,X,Y,Z) float16 or None
     "Labels of a whole volume from overlapping windows, holding the logits of a few planes at a time"
+    name = (getattr(x, 'meta', None) or {}).get('fn', 'this scan')
     x = x.as_subclass(Tensor)
     shape = tuple(x.shape[1:])
     device = torch.device(ifnone(device, 'cpu'))
@@ -68,7 +69,9 @@ def slide_window(
         k = upto-base
         if k<=0: return
         a = acc[:,:k]
-        lm[base:upto] = (a.max(0)[1] if n_out>1 else a[0]>0).to(dt).cpu()
+        best,where = a.max(0)
+        if best.isnan().any(): raise ValueError(f"{name}: the network answers NaN. Its training diverged, or its weights are not whole: train again at a lower rate")
+        lm[base:upto] = (where if n_out>1 else a[0]>0).to(dt).cpu()
         if proba:
             p = (a/wsum[:k]).float()
             pm[:,base:upto] = (p.softmax(0) if n_out>1 else torch.cat([1-p.sigmoid(), p.sigmoid()])).half().cpu()
@@ -252,7 +255,7 @@ def predict_case(
     overlap:float=.5,  # share of a window that its neighbour covers too
     tta=False,         # test-time augmentation, see `tta_views`
     proba:bool=False,  # give probabilities too
-    post=None,         # see `apply_post`
+    post=None,         # see `apply_post`; default: the model's own, where it was saved with one; () for none
     axes=None,         # slice models: see `predict_grid`; axes of the scan in the pipeline's order (RAS)
     progress:bool=True # a bar on long ones
 ):                     # `TensorVolumeMask` on the scan's own grid; with `proba` also a `TensorVolume` (n,X,Y,Z) float32
@@ -262,13 +265,13 @@ def predict_case(
     pre,shape,affine,meta = get_preprocess(learn.dls),tuple(t.shape[1:]),t.affine,getattr(t, 'meta', {}) or {}
     n_in = getattr(learn, 'n_in', None)
     if n_in is not None and t.shape[0]!=n_in:
-        raise ValueError(f"{meta.get('fn','the tensor')}: the model was trained on {n_in} channel{'s'*(n_in>1)}; found {t.shape[0]}")
+        raise ValueError(f"{meta.get('fn','the tensor')}: the model was trained on {n_in} channel{'s'*(n_in>1)}; found {t.shape[0]}. Give as many, in the order of training")
     x = pre(t); del t
     lab,pr = predict_grid(learn, x, overlap, tta, proba, progress, axes)
     del x
     plan = get_plan(learn.dls); axis = None
     if plan.ndim==2: axis = int(np.flatnonzero(nib.io_orientation(affine)[:,0]==plan.axis)[0]) if pre.orientation else plan.axis
-    mask = apply_post(pre.inverse(lab, shape, affine), post, axis)
+    mask = apply_post(pre.inverse(lab, shape, affine), getattr(learn, 'post', None) if post is None else post, axis)
     mask.meta = meta
     if not proba: return mask
     s,a = pre.oriented(shape, affine)

@@ -287,6 +287,8 @@ def _unet_learner(ndim, dls, arch, loss_func, metrics, pretrained, fast, n_out, 
     lk = {'lr':3e-3, 'wd':1e-2, **lk, 'cbs':L(lk.get('cbs'))+[GradientClip(12.), RememberCallback()]}
     learn = VolumeLearner(dls, model, loss_func=loss_func, metrics=ifnone(metrics, dice_metrics(pre.vocab)), splitter=param_splitter, **lk)
     learn.n_in,learn.n_out,learn.pretrained = n_channels,n_out,bool(pretrained)
+    said = lambda o: f"{o.__module__}.{getattr(o, '__qualname__', type(o).__qualname__)}" if callable(o) else o
+    learn.arch,learn.arch_args,learn.arch_patch = said(arch),{k:said(v) for k,v in kwargs.items()},patch      # in words: `save_model` builds it anew from these
     return learn
 
 def unet3d_learner(

@@ -54,8 +54,10 @@ def mean_interval(
 # %% ../nbs/16_stats.ipynb #80ab6f1d
 class PairedComparison(AttrDict):
     "What `paired_comparison` found, with its fields as attributes; prints itself as a sentence"
+    @property
+    def ci(self): return self.low, self.high
     def __str__(self):
-        q = f"mean difference {self.mean:+.4f} [{self.ci[0]:+.4f}, {self.ci[1]:+.4f}], p = {self.p:.2g}; {self.win} won, {self.tie} tied, {self.loss} lost ({self.n} cases of {self.subjects} subjects)"
+        q = f"mean difference {self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}], p = {self.p:.2g}; {self.win} won, {self.tie} tied, {self.loss} lost ({self.n} cases of {self.subjects} subjects)"
         if self.equivalent is not None: q += f"; {'equivalent' if self.equivalent else 'not shown to be equivalent'} within ±{self.equal_within:g}"
         return q
     def __repr__(self): return f'PairedComparison: {self}'
@@ -101,10 +103,11 @@ def paired_comparison(
     keep = np.isfinite(a); d = (a-b)[keep]; k = pd.factorize(k[keep])[0]; n = len(d)
     if not n: raise ValueError("paired_comparison: no case has a score on both sides")
     subj = np.bincount(k, d)/np.bincount(k)
-    res = PairedComparison(n=n, subjects=len(subj), mean=float(d.mean()), median=float(np.median(d)), ci=(float('nan'),)*2, se=float('nan'), p=_wilcoxon(subj),
+    res = PairedComparison(n=n, subjects=len(subj), mean=float(d.mean()), median=float(np.median(d)), low=float('nan'), high=float('nan'), se=float('nan'), p=_wilcoxon(subj),
                            win=int((d>0).sum()), tie=int((d==0).sum()), loss=int((d<0).sum()), detectable=float('nan'), left_out=int((~keep).sum()), equal_within=equal_within, equivalent=None)
     if len(subj)>1:
         m = bootstrap_means(d, k, n_boot, seed)
-        res.update(ci=tuple(float(o) for o in np.quantile(m, (.025,.975))), se=float(m.std()), detectable=float((1.959964+.841621)*m.std()))
+        res['low'],res['high'] = (float(o) for o in np.quantile(m, (.025,.975)))
+        res.update(se=float(m.std()), detectable=float((1.959964+.841621)*m.std()))
         if equal_within is not None: lo,hi = np.quantile(m, (.05,.95)); res['equivalent'] = bool(-equal_within<lo and hi<equal_within)
     return res

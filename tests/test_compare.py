@@ -162,8 +162,8 @@ def test_what_differs_is_listed(whole):
     assert {'parameters','case_gflops','train_s','predict_s','peak_mb','voxels','updates'}<=set(whole.cost)
 
 def test_one_augmentation_less_is_listed(study, tmp_path):
-    c = make(study, tmp_path, {'with':dict(ndim=3), 'without':dict(ndim=3, batch_tfms=None, post='keep_largest')})
-    assert set(c.check().index)=={'augmentation','post-processing'}
+    c = make(study, tmp_path, {'with':dict(ndim=3), 'without':dict(ndim=3, batch_tfms=None, post='keep_largest', lr_max=1e-2)})
+    assert set(c.check().index)=={'augmentation','post-processing','top rate'}
 
 def test_other_terms_are_refused(study, whole, tmp_path):
     make(study, tmp_path)

@@ -156,7 +156,7 @@ def test_law_3_unknown_is_refused(study, learner, loaders, tmp_path):
 def test_law_3_from_df_uses_each_argument(study, tmp_path):
     "Each argument of `from_df` changes what it is there to change."
     path,df = study
-    df = df.assign(site=[f'x{i%3}' for i in range(8)], held=[i>5 for i in range(8)], image_b=df.image, mask_b=df['mask'].str.replace('labels','labels_b'))
+    df = df.assign(site=[f'x{i%3}' for i in range(8)], held=[i<2 for i in range(8)], image_b=df.image, mask_b=df['mask'].str.replace('labels','labels_b'))
     (path/'labels_b').mkdir(exist_ok=True)
     for a,b in zip(df['mask'], df.mask_b):
         m = nib.load(path/a); nib.save(nib.Nifti1Image((np.asarray(m.dataobj)>0).astype(np.uint8), m.affine), path/b)
@@ -178,7 +178,7 @@ def test_law_3_from_df_uses_each_argument(study, tmp_path):
         mask_col=lambda: make(mask_col='mask_b', codes=None).c==2 and base.c==3,
         codes=lambda: make(codes=['u','v','w']).codes==['u','v','w'],
         group_col=lambda: not set(make(group_col='site').valid_ds.items.site) & set(make(group_col='site').train_ds.items.site),
-        valid_col=lambda: valid(make(valid_col='held'))=={'c6','c7'},
+        valid_col=lambda: valid(make(valid_col='held'))=={'c0','c1'}!=valid(base),
         valid_pct=lambda: len(valid(make(valid_pct=.5)))==4 and len(valid(base))==2,
         seed=lambda: len({tuple(sorted(valid(make(seed=s)))) for s in range(6)})>1,
         spacing=lambda: make(spacing=2.).preprocess.spacing==(2.,2.,2.),
@@ -315,7 +315,7 @@ def test_law_5_subject_on_one_side(study, tmp_path, cls):
         assert a and b and not a&b, f'seed {seed}: {a&b} on both sides'
     dls = cls.from_folder(path, 'images/*.nii', 'labels/*.nii', **{k:v for k,v in kw.items() if k!='path'})
     assert 'subject' in dls.train_ds.items and not set(dls.train_ds.items.subject)&set(dls.valid_ds.items.subject), 'cases.csv names the subjects'
-    dls = cls.from_df(df.assign(ward=list('aabbbbcc')), group_col='ward', **kw)
+    dls = cls.from_df(df.assign(ward=list('abababab')), group_col='ward', **kw)
     assert not set(dls.train_ds.items.ward)&set(dls.valid_ds.items.ward)
 
 def test_law_5_a_split_that_parts_a_subject_is_refused(study, tmp_path):
@@ -356,6 +356,8 @@ def test_law_6_empty_structures_and_failures(hard):
     assert s.loc['small',['n','failed','empty']].tolist()==[5,3,1] and s.loc['all','n']==5
     assert s.loc['small','mean']==pytest.approx(1/3), 'failures stand in the mean as 0, the empty one does not stand in it'
     assert ev.summary('hd95').loc['small','failed']==3
+    nothing = ev[ev.case=='none'].assign(dice=np.nan, status='empty')
+    assert nothing.summary().loc['all',['n','failed','empty']].tolist()==[1,0,1], 'a case with no structure at all is counted apart too'
 
 def test_law_6_a_callback_counts_alike(hard):
     "The column of the training table follows the same rule."
@@ -434,7 +436,10 @@ def v_lr_find(l, s):
     before = {k:v.clone() for k,v in l.model.state_dict().items()}
     r = l.lr_find(num_it=6, show_plot=True)
     assert r.valley>0 and all(torch.equal(v, before[k]) for k,v in l.model.state_dict().items()), 'lr_find gives the weights back'
-def v_lr_find_with_dice(l, s): l.add_cb(DiceCallback()); v_lr_find(l, s); l.fit(1); finite(l)
+def v_lr_find_with_dice(l, s):
+    l.add_cb(DiceCallback()); v_lr_find(l, s); l.lr_find(num_it=2*len(l.dls.train)+1, show_plot=False)
+    assert not len(l.dice.cases), 'no whole scans are predicted while the rate is sought'
+    l.fit(1); finite(l)
 def v_validate(l, s):
     r = l.validate()
     assert len(r)==1+len(l.metrics) and np.isfinite(r[0]) and r==l.validate()
@@ -461,6 +466,7 @@ def v_test_dl(l, s):
         b = list(dl); assert sum(len(o[0]) for o in b)==3 and len(b[0])==1+lab and len(dl.dataset)==3
         assert len(l.get_preds(dl=dl)[0])==3
     assert l.dls.test_dl([files[0]], bs=1).one_batch()[0].shape==(1,*l.dls.one_batch()[0].shape[1:])
+    l.dls.loaders[1] = l.dls.valid.new(samples=3); assert len(l.get_preds(dl=l.dls.test_dl(files))[0])==3, 'one patch of each new file, however many validation draws'
 def v_show_batch(l, s):
     import matplotlib.pyplot as plt
     l.dls.show_batch(max_n=2); assert len([a for a in plt.gcf().axes if a.images])==2
@@ -479,6 +485,9 @@ def v_interpretation(l, s):
     assert torch.equal(i[idx][0], x[idx]), 'the patch with the largest loss is the patch that is shown'
     i.show_results([0,1]); i.plot_top_losses(2)
     assert len([a for a in plt.gcf().axes if a.images])>=2
+def v_interpretation_of_samples(l, s):
+    l.dls.loaders[1] = l.dls.valid.new(samples=3); i = Interpretation.from_learner(l); idx = i.top_losses(6)[1]
+    assert len(i.losses)==3*len(l.dls.valid_ds)==6 and torch.equal(i[idx][0], l.get_preds(with_input=True)[0][idx]), 'of several patches of a case, the one with the loss is shown'
 def v_interpretation_of_training(l, s):
     i = Interpretation.from_learner(l, dl=l.dls.train.new(shuffle=False, drop_last=False, samples=2))
     assert len(i.losses)==2*len(l.dls.train_ds)
@@ -516,9 +525,14 @@ def v_freeze(l, s):
     assert all(torch.equal(a, b) for a,b in zip(enc, l.opt.param_lists[0]) if id(b) not in norms), 'the encoder is frozen'
     l.unfreeze(); l.fit_one_cycle(1, slice(1e-4,1e-3)); assert any(not torch.equal(a, b) for a,b in zip(enc, l.opt.param_lists[0]))
     assert np.allclose([h['lr'] for h in l.opt.hypers][0]*10, [h['lr'] for h in l.opt.hypers][1])
+class Epochs(Callback):
+    "Counts them over several fits"
+    n = 0
+    def after_train(self): self.n += 1
 def v_fine_tune(l, s):
-    fits(lambda l: l.fine_tune(2, 1e-3))(l, s); assert len(l.recorder.values)==2, 'no epoch is wasted where nothing is pretrained'
-    l.pretrained = True; l.fine_tune(1, 1e-3, freeze_epochs=1); finite(l)
+    c = Epochs()
+    fits(lambda l: l.fine_tune(2, 1e-3, cbs=c))(l, s); assert c.n==2, 'no epoch is wasted where nothing is pretrained'
+    l.pretrained = True; l.fine_tune(1, 1e-3, freeze_epochs=1, cbs=c); finite(l); assert c.n==4
 def v_dls(l, s):
     d = l.dls
     for b in (d.one_batch(), d.train.one_batch(), d.valid.one_batch()): assert len(b)==2 and b[0].shape[2:]==b[1].shape[1:]
@@ -526,6 +540,9 @@ def v_dls(l, s):
     assert d.train_ds.items.case.tolist()+d.valid_ds.items.case.tolist() and set(d.train_ds.items)>={'case','image','mask'}
     x,y = d.train_ds[0]; assert isinstance(x, TensorVolume) and isinstance(y, TensorVolumeMask)
     assert isinstance(d.one_batch()[0], TensorVolume if get_plan(d).ndim==3 else TensorSlice)
+def v_dice_callback(l, s):
+    names = [m.name for m in l.metrics]; l.add_cb(DiceCallback(n=1))
+    for _ in range(2): l.fit(1, lr=0.); assert [m.name for m in l.metrics]==names and len(set(l.recorder.metric_names))==len(l.recorder.metric_names), 'its columns go with the fit'
 def v_summary(l, s): assert 'Total params' in repr(l.summary()) or 'Total params' in str(l.summary())
 def v_show_worst(l, s): l.show_worst(1)
 def v_fit_for(l, s): l.fit_for(.01); finite(l)
@@ -619,35 +636,35 @@ def test_law_9_errors_say_which_what_and_how(study, exact, learner, loaders, tmp
     table = dict(
         missing_file=(lambda: dls(rows(dict(case='gone', image='images/gone.nii', mask='labels/g0.nii'))), FileNotFoundError, ('gone.nii','no such file','path')),
         no_name=(lambda: dls(rows(dict(case='blank', image=None, mask='labels/g0.nii'))), ValueError, ('blank','image','Drop the row')),
-        truncated=(lambda: dls(rows(cut)), OSError, ('cut.nii','truncated','again')),
+        truncated=(lambda: dls(rows(cut)), OSError, ('cut.nii','promises (20, 20, 20) voxels','cannot be read (','truncated','again')),
         no_scan=(lambda: dls(rows(text)), OSError, ('text.nii','not a readable NIfTI','again')),
         not_finite=(lambda: dls(rows(case('nan', image=nan)), normalize='zscore'), ValueError, ('nan.nii','1 voxels','NaN','Repair')),
         odd_labels=(lambda: dls(rows(case('odd', mask=lambda m: m*100)), codes=CODES), ValueError, ('odd.nii','100','200','[0, 1, 2]','codes=')),
-        gap=(lambda: dls(rows(case('odd', mask=lambda m: m*100))), ValueError, ('100','200','0, 1, 2','codes=')),
-        half=(lambda: dls(rows(case('half', mask=lambda m: m*.5))), ValueError, ('half.nii','whole numbers','0.5')),
-        grid=(lambda: dls(rows(case('off', mask_affine=affine_of(origin=(5,0,0))))), ValueError, ('off','images/off.nii','labels/off.nii','origin','resample')),
-        channels=(lambda: dls(rows(two)), ValueError, ('two','1','2')),
+        gap=(lambda: dls(rows(case('odd', mask=lambda m: m*100))), ValueError, ('100','200','0, 1, 2 … without a gap','codes=')),
+        half=(lambda: dls(rows(case('half', mask=lambda m: m*.5))), ValueError, ('half.nii','whole numbers','found [0.5','probability map')),
+        grid=(lambda: dls(rows(case('off', mask_affine=affine_of(origin=(5,0,0))))), ValueError, ("case 'off'",'one grid','images/off.nii','labels/off.nii','origin','resample')),
+        channels=(lambda: dls(rows(two)), ValueError, ("case 'two' has 2",'has 1','same number')),
         column=(lambda: dls(rows(), image_col='scan'), KeyError, ('scan','image','mask')),
         group=(lambda: dls(rows(), group_col='patient'), KeyError, ('patient','image')),
-        one_group=(lambda: dls(rows().assign(subject='a')), ValueError, ('two groups','found 1',"'a'")),
+        one_group=(lambda: dls(rows().assign(subject='a')), ValueError, ('two groups','found 1',"'a'",'finer groups')),
         share=(lambda: dls(rows(), valid_pct=1.5), ValueError, ('valid_pct','between 0 and 1','1.5')),
         norm=(lambda: dls(rows(), normalize='zscoer'), ValueError, ('normalize','zscore','zscoer')),
         spacing=(lambda: dls(rows(), spacing=(1,-1,1)), ValueError, ('spacing','above 0','-1')),
         patch=(lambda: dls(rows(), patch=(8,8)), ValueError, ('patch','3','(8, 8)')),
         empty=(lambda: dls(rows()[:0]), ValueError, ('no rows',)),
         which_learner=(lambda: unet2d_learner(loaders[3]), ValueError, ('unet2d_learner','volumes','unet3d_learner')),
-        depth=(lambda: unet3d_learner(loaders[3], depth=6, nf=2), ValueError, ('patch','16×16×16','32')),
-        network=(lambda: unet3d_learner(loaders[3], 'SegRestNet'), ValueError, ('SegRestNet','SegResNet')),
-        net_arg=(lambda: unet3d_learner(loaders[3], dept=3), TypeError, ('dept','depth')),
+        depth=(lambda: unet3d_learner(loaders[3], depth=6, nf=2), ValueError, ('patch 16×16×16','total stride 32','use 32','fewer levels')),
+        network=(lambda: unet3d_learner(loaders[3], 'SegRestNet'), ValueError, ('SegRestNet','close: SegRes')),
+        net_arg=(lambda: unet3d_learner(loaders[3], dept=3), TypeError, ("argument 'dept'","did you mean 'depth'",'it takes')),
         n_in=(lambda: learn.predict_volume(tmp_path/two['image']), ValueError, ('two.nii','1 channel','found 2')),
-        no_place=(lambda: learn.predict_volume(TensorVolume(torch.zeros(1,8,8,8))), ValueError, ('affine',)),
+        no_place=(lambda: learn.predict_volume(TensorVolume(torch.zeros(1,8,8,8))), ValueError, ('no affine','Set `t.affine`')),
         post=(lambda: learn.predict_volume(path/df.image[0], post='keep_biggest'), ValueError, ('keep_biggest','keep_largest')),
-        overlap=(lambda: learn.predict_volume(path/df.image[0], overlap=1), ValueError, ('overlap','under 1','1')),
+        overlap=(lambda: learn.predict_volume(path/df.image[0], overlap=1), ValueError, ('overlap','under 1','found 1')),
         tta=(lambda: learn.predict_volume(path/df.image[0], tta=(5,)), ValueError, ('tta','0, 1 or 2','5')),
         gone=(lambda: learn.predict_volume(path/'none.nii'), FileNotFoundError, ('none.nii','no such file','path')),
-        folder=(lambda: learn.predict_folder(tmp_path/'nowhere', tmp_path/'o'), FileNotFoundError, ('nowhere','no image matches')),
-        suffix=(lambda: learn.predict_volume(path/df.image[0]).save(tmp_path/'x.jpg'), ValueError, ('x.jpg','.nii.gz','.jpg')),
-        budget=(lambda: learn.fit_for(0), ValueError, ('minutes','more than 0','0')),
+        folder=(lambda: learn.predict_folder(tmp_path/'nowhere', tmp_path/'o'), FileNotFoundError, ('nowhere','no image matches','Check `path`')),
+        suffix=(lambda: learn.predict_volume(path/df.image[0]).save(tmp_path/'x.jpg'), ValueError, ('x.jpg','.nii.gz',"found '.jpg'")),
+        budget=(lambda: learn.fit_for(0), ValueError, ('minutes','more than 0','found 0')),
         loaded=(lambda: learn.evaluate(df[:0]), ValueError, ('no cases','DataFrame')))
     wrong = []
     for k,(f,kind,parts) in table.items():
@@ -716,8 +733,12 @@ def test_law_10_machine_without_bfloat16(learner, study, monkeypatch, ndim):
     import fastmed.learner as room
     monkeypatch.setattr(room, 'has_bf16', lambda device: False)
     learn = learner(ndim); fn = study[0]/study[1].image[0]
+    seen = set()
+    for m in learn.model.modules():
+        if isinstance(m, (nn.Conv2d,nn.Conv3d)): m.register_forward_hook(lambda m,x,out: seen.add(out.dtype))
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3); finite(learn)
     same_place(learn.predict_volume(fn), fn)
+    assert seen=={torch.float32}, 'bfloat16 is not imitated'
 
 def test_law_10_random_item_transforms_too(study, tmp_path):
     "A random transform of TorchIO on single items draws the same with workers and without."

@@ -169,8 +169,8 @@ def test_row_08_nothing_passed_is_dropped(study, cache):
         split_idx = None
         def encodes(self, o:TensorVolume): return o*0+9
     for cls,kw in ((VolumeDataLoaders,{}),(SliceDataLoaders,dict(axis=2))):
-        make = lambda **k: cls.from_df(df.assign(held=[i>5 for i in range(8)]), **{**EXACT, **dict(path=path, cache=cache), **kw, **k})
-        assert make(valid_col='held').valid_ds.items.case.tolist()==['c6','c7']
+        make = lambda **k: cls.from_df(df.assign(held=[i<2 for i in range(8)]), **{**EXACT, **dict(path=path, cache=cache), **kw, **k})
+        assert make(valid_col='held').valid_ds.items.case.tolist()==['c0','c1']!=make().valid_ds.items.case.tolist()
         assert all(isinstance(t, Transform) for t in make(batch_tfms=volume_tfms(max_rotate=3)).train.after_batch.fs) and any(getattr(t,'max_rotate',None)==3 for t in make(batch_tfms=volume_tfms(max_rotate=3)).train.after_batch.fs)
         for k,v in dict(splitter=RandomSplitter(), batch_tfm=[Nine()], folder=path, get_y=noop, tfms=None, shuffle=False).items():
             with pytest.raises(TypeError, match=k): make(**{k:v})
@@ -272,6 +272,8 @@ def test_row_15_statistics_come_from_training_cases(tmp_path):
         assert pre==want
     other = df.copy(); other['image'] = [*df.image[:3],*df.image[[4,3,6,5]]]
     assert make(other, 'b', normalize='ct').preprocess==make(df, 'a', normalize='ct').preprocess
+    a,b = [make(df.assign(v=v), 'a', normalize='ct', spacing=1.).preprocess.stats for v in (df.v, ~df.v)]
+    assert a!=b, 'in one store, other training cases have statistics of their own'
 
 def test_row_16_subject_on_one_side(study, cache):
     "Where there is a subject column it groups the split, unasked; a validation column that parts a subject is refused by name."
@@ -326,7 +328,7 @@ def test_row_21_physical_values(exact, tmp_path):
     assert t.dtype==torch.float32 and np.array_equal(t[0].numpy(), raw.astype(np.float32)*4-1024) and t.max()==255*4-1024
     full = nib.Nifti1Image(np.full((8,8,8), 250, np.uint8), np.eye(4)); nib.save(full, tmp_path/'u8.nii')
     v = load_volume(tmp_path/'u8.nii')
-    assert (v+v).max()==500
+    assert v.dtype==torch.float32 and (v+v).max().item()==500      # a tensor of uint8 that holds 244 "equals" 500
     r = write_case(tmp_path, 'scaled'); src = nib.load(tmp_path/r['image'])
     q = nib.Nifti1Image(np.round((np.asarray(src.dataobj)+1)*50).clip(0,255).astype(np.uint8), src.affine); q.header.set_slope_inter(.02, -1); nib.save(q, tmp_path/r['image'])
     assert (dice_of(exact(3), row(tmp_path, [r]))==1).all(), 'stored as small integers, predicted as what they mean'
@@ -344,8 +346,9 @@ def test_row_22_trailing_axes(exact, tmp_path):
     nib.save(nib.Nifti1Image(np.stack([a,a+1,a+2], -1), im.affine), tmp_path/'three.nii')
     t = load_volume(tmp_path/'three.nii')
     assert t.shape==(3,20,20,20) and torch.allclose(t[2], t[0]+2) and read_header(tmp_path/'three.nii')['channels']==3
-    nib.save(nib.Nifti1Image(np.stack([a,a+1,a+2], -1)[...,None,:], im.affine), tmp_path/'vector.nii')
-    assert load_volume(tmp_path/'vector.nii').shape==(3,20,20,20)
+    for n,sl in (('vector',np.s_[...,None,:]),('after',np.s_[...,None])):
+        nib.save(nib.Nifti1Image(np.stack([a,a+1,a+2], -1)[sl], im.affine), tmp_path/f'{n}.nii')
+        assert torch.equal(load_volume(tmp_path/f'{n}.nii'), t) and read_header(tmp_path/f'{n}.nii')['channels']==3
 
 def test_row_23_which_affine_counts(tmp_path):
     "Where sform and qform differ the stated rule holds, for header and voxels alike: sform when it is set, else qform."
@@ -410,3 +413,11 @@ def test_row_24_store_and_masks_are_whole(study, cache, tmp_path, monkeypatch):
         monkeypatch.setattr(nib, 'save', lambda im,f: (Path(f).write_bytes(b'half'), os._exit(9))); (m*0).as_subclass(TensorVolumeMask).save(out)
     killed(g)
     assert out.read_bytes()==old
+
+@pytest.mark.parametrize('ndim', (3,2))
+def test_a_network_that_answers_nan_is_named(learner, study, ndim):
+    "A training that diverged gives no empty masks: the scan and the reason are named."
+    path,df = study; learn = learner(ndim); fn = str(path/df.image[0])
+    assert learn.predict_volume(fn).any()
+    with torch.no_grad(): next(learn.model.parameters()).fill_(float('nan'))
+    with pytest.raises(ValueError, match=re.escape(Path(fn).name)+'.*NaN.*train again'): learn.predict_volume(fn)

@@ -1,0 +1,40 @@
+"Every line of the table of bad inputs: the error, in one breath, with the words that help; nothing half-written, no hang."
+import contextlib, gzip, io, struct
+from pathlib import Path
+import nibabel as nib, numpy as np, pytest, torch
+import fastmed.all
+from fastmed.cli import main
+from bad_inputs import BAD
+from phantoms import CODES
+
+@pytest.fixture
+def world(study, learner, tmp_path):
+    P,D = study; T = tmp_path/'given'; T.mkdir()
+    def put(name, what, affine=None):
+        if isinstance(what, bytes): (T/name).write_bytes(what)
+        else: nib.save(nib.Nifti1Image(what, np.eye(4) if affine is None else affine), T/name)
+        return T/name
+    def huge(b): return b[:40]+struct.pack('<8h', 3, 30000, 30000, 30000, 1, 1, 1, 1)+b[56:]
+    def exported(l): l.export('whole.pkl'); return (l.path/'whole.pkl').read_bytes()
+    def sh(*words):
+        out,err = io.StringIO(),io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): code = main([str(o) for o in words])
+        assert code==2 and err.getvalue().count('\n')==1, (code, err.getvalue())
+        raise RuntimeError(err.getvalue())
+    class World(dict):                                                    # Learners are made when a line asks for one
+        def __missing__(self, k):
+            if k in ('L3','L2'): self[k] = learner(int(k[1])); return self[k]
+            raise KeyError(k)
+    return World(vars(fastmed.all), T=T, P=P, D=D, IM=P/D.image[0], MA=P/D['mask'][0], t=fastmed.all.load_volume(P/D.image[0]), put=put, huge=huge, exported=exported, sh=sh, np=np, nib=nib, gzip=gzip, torch=torch,
+                 KW=dict(codes=CODES, valid_pct=.25, spacing=1.25, patch=16, bs=2, samples_per_case=2, num_workers=0, device='cpu', cache=tmp_path/'cache'))
+
+@pytest.mark.parametrize('what,code,kind,words', BAD, ids=[b[0] for b in BAD])
+def test_bad_input(world, what, code, kind, words):
+    before = set(world['T'].rglob('*'))
+    with pytest.raises(kind) as e: eval(code, {}, world)
+    msg = str(e.value)
+    assert words in msg, f'{what}: {msg}'
+    assert len(msg)<700, f'{what}: {len(msg)} characters'
+    assert not [o for o in world['T'].rglob('*') if '.part' in o.name or 'tmp' in o.name], 'nothing half-written'
+
+def test_the_table_is_long_enough(): assert len(BAD)>=60 and len({b[0] for b in BAD})==len(BAD)

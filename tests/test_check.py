@@ -1,0 +1,253 @@
+"The doctor: each kind of fault planted once is found, clean data raises nothing, leaks are named, sets are told apart."
+import gzip, resource, shutil
+import nibabel as nib, numpy as np, pandas as pd, pytest
+from fastmed.check import *
+from fastmed.leaks import *
+from fastmed.leaks import _quantum
+from fastmed.datasets import phantom, cohort
+from fastmed.doctor import scan_decathlon, scan_folder
+from phantoms import CODES, affine_of, python
+
+N,BAD = 12,5    # cases of the study; the one that gets the fault
+
+def make(i, shape=None, affine=None, gain=1.):
+    "A phantom with a size, place, noise and gain of its own: image and mask"
+    rng = np.random.default_rng(i)
+    shape = tuple(rng.integers(22, 26, 3)) if shape is None else shape
+    im,m = phantom(shape, affine_of('RAS', rng.uniform(.95, 1.05, 3), rng.uniform(-20, 20, 3)) if affine is None else affine, seed=i, radius=rng.uniform(5., 5.6))
+    return nib.Nifti1Image(im.get_fdata(dtype=np.float32)*np.float32(gain*100*rng.uniform(.8, 1.2)), im.affine), m
+
+@pytest.fixture(scope='module')
+def healthy(tmp_path_factory):
+    "Twelve sound cases of two channels: DataFrame"
+    path,rows = tmp_path_factory.mktemp('healthy'),[]
+    for i in range(N):
+        im,m = make(i); fs = [path/f'c{i:02d}{s}.nii.gz' for s in ('','_b','_m')]
+        second = nib.Nifti1Image((500-im.get_fdata(dtype=np.float32)+np.random.default_rng(100+i).normal(0, 5, im.shape)).astype(np.float32), im.affine)
+        for x,f in zip((im, second, m), fs): nib.save(x, f)
+        rows.append(dict(case=f'c{i:02d}', subject=f's{i}', image=fs[0], second=fs[1], mask=fs[2]))
+    return pd.DataFrame(rows)
+
+def rewrite(fn, to, data=lambda a: a, affine=None, dtype=None, header=None):
+    im = nib.load(fn); a = data(np.asarray(im.dataobj).copy())
+    new = nib.Nifti1Image(a if dtype is None else a.astype(dtype), im.affine if affine is None else affine(im.affine.copy()))
+    if header: header(new)
+    nib.save(new, to); return to
+
+def im(data=lambda a: a, **kw): return lambda r,p: r.update(image=rewrite(r['image'], p/'x.nii.gz', data, **kw))
+def ma(data=lambda a: a, **kw): return lambda r,p: r.update(mask=rewrite(r['mask'], p/'m.nii.gz', data, **kw))
+def both(data=lambda a: a, **kw): return lambda r,p: (im(data, **kw)(r,p), ma(data, **kw)(r,p))
+def put(a, where, v): a[where] = v; return a
+def mul(v): return lambda A: A@np.diag([*v, 1.])
+def move(v): return lambda A: put(A, (slice(0,3),3), A[:3,3]+v)
+def turn(A): c,s = np.cos(.3),np.sin(.3); return np.array([[c,-s,0,0],[s,c,0,0],[0,0,1,0],[0,0,0,1.]])@A
+def shear(A): return A@np.array([[1,.3,0,0],[0,1,0,0],[0,0,1,0],[0,0,0,1.]])
+def raw(f, name='x.nii.gz'): return lambda r,p: ((p/name).write_bytes(f(r['image'].read_bytes())), r.update(image=p/name))
+def second(f): return lambda r,p: r.update(image=[r['image'], f(r['second'], p/'s.nii.gz')])
+def flip_qform(x): x.set_sform(x.affine, 1); x.set_qform(x.affine@np.diag([-1,1,1,1.]), 1)
+def huge(b): h = bytearray(gzip.decompress(b)); h[42:48] = np.array([20000]*3, '<i2').tobytes(); return gzip.compress(bytes(h))
+def zero_affine(b): h = bytearray(gzip.decompress(b)); h[280:328] = bytes(48); return gzip.compress(bytes(h))
+def turned(fn, to): im = nib.load(fn).as_reoriented(nib.orientations.axcodes2ornt('LPS')); nib.save(im, to); return to
+def odd_grid(**kw): return lambda r,p: [nib.save(o, p/f) or r.update({k:p/f}) for o,k,f in zip(make(3, **kw), ('image','mask'), ('x.nii.gz','m.nii.gz'))]
+
+FAULTS = { # name: (kind that must be found, what is done to the case)
+    'truncated .nii.gz': ('unreadable', raw(lambda b: b[:len(b)//2])),
+    'truncated .nii': ('unreadable', raw(lambda b: gzip.decompress(b)[:9000], 'x.nii')),
+    'not a scan': ('unreadable', raw(lambda b: b'hello'*100)),
+    'empty file': ('unreadable', raw(lambda b: b'')),
+    'no such file': ('missing file', lambda r,p: r.update(image=p/'gone.nii.gz')),
+    'image without mask': ('no mask', lambda r,p: r.update(mask=None)),
+    'mask without image': ('no image', lambda r,p: r.update(image=None)),
+    'mask of another shape': ('mask shape', ma(lambda a: a[:-2])),
+    'mask of another spacing': ('mask spacing', ma(affine=mul((1,1,1.2)))),
+    'mask of another orientation': ('mask orientation', ma(affine=mul((-1,1,1)))),
+    'mask of another direction': ('mask direction', ma(affine=turn)),
+    'mask elsewhere': ('mask place', ma(affine=move((3,0,0)))),
+    'mask with other axes, same place': ('mask turned', lambda r,p: r.update(mask=turned(r['mask'], p/'m.nii.gz'))),
+    'mask of two channels': ('mask channels', ma(lambda a: np.stack([a,a], -1))),
+    'channel of another shape': ('channel shape', second(lambda f,t: rewrite(f, t, lambda a: a[:-2]))),
+    'channel of another spacing': ('channel spacing', second(lambda f,t: rewrite(f, t, affine=mul((1,1,1.2))))),
+    'channel of another orientation': ('channel orientation', second(lambda f,t: rewrite(f, t, affine=mul((-1,1,1))))),
+    'channel of another direction': ('channel direction', second(lambda f,t: rewrite(f, t, affine=turn))),
+    'channel elsewhere': ('channel place', second(lambda f,t: rewrite(f, t, affine=move((3,0,0))))),
+    'channel with other axes, same place': ('channel turned', second(turned)),
+    'one channel more': ('number of channels', lambda r,p: r.update(image=[r['image'], r['second']])),
+    'channels in the wrong order': ('odd contrast', lambda r,p: r.update(image=r['second'])),
+    'singular affine': ('singular affine', raw(zero_affine)),
+    'skewed affine': ('skewed affine', both(affine=shear)),
+    'sform against qform': ('sform against qform', im(header=flip_qform)),
+    'too large': ('too large', raw(huge)),
+    'unexpected label': ('unexpected label', ma(lambda a: put(a, (10,10,slice(8,12)), 7))),
+    'missing label': ('missing label', ma(lambda a: np.where(a==2, 0, a).astype(np.uint8))),
+    'label not whole': ('label not whole', ma(lambda a: a*np.float32(.5), dtype=np.float32)),
+    'empty mask': ('empty mask', ma(lambda a: a*0)),
+    'mask at the border': ('touches border', both(lambda a: a[9:])),
+    'stray piece': ('stray pieces', ma(lambda a: put(a, (2,2,slice(2,4)), 1))),
+    'NaN': ('NaN or Inf', im(lambda a: put(a, (3,4,5), np.nan))),
+    'Inf': ('NaN or Inf', im(lambda a: put(a, (3,4,5), np.inf))),
+    'all NaN': ('NaN or Inf', im(lambda a: a*np.nan)),
+    'constant': ('constant', im(lambda a: a*0+3)),
+    'nearly constant': ('nearly constant', im(lambda a: put(a*0, (3,4,5), 1))),
+    'mask saved as image': ('looks like a mask', lambda r,p: r.update(image=r['mask'])),
+    'thousand times brighter': ('intensity regime', im(lambda a: a*1000)),
+    'offset': ('odd intensity', im(lambda a: a+np.float32(1024))),
+    'other modality': ('odd contrast', im(lambda a: a.max()-a)),
+    'odd size': ('odd size', odd_grid(shape=(24,24,90))),
+    'odd spacing': ('odd spacing', odd_grid(affine=affine_of('RAS', (1,1,5)))),
+    'odd label volume': ('odd volume', ma(lambda a: a*(np.indices(a.shape)[0]<a.shape[0]//2-2).astype(np.uint8))),
+    'other orientation': ('mixed orientation', lambda r,p: r.update(image=turned(r['image'], p/'x.nii.gz'), mask=turned(r['mask'], p/'m.nii.gz')))}
+
+def sick(df, what, path):
+    "The study with one fault in one case"
+    rows = df.to_dict('records'); what(rows[BAD], path)
+    return pd.DataFrame(rows).astype(object)
+
+def test_clean_data_raises_nothing(healthy):
+    for kw in (dict(), dict(codes=CODES), dict(image_col=['image','second'], codes=CODES)): assert not len(r:=check_dataset(healthy, **kw)), pd.DataFrame(r)[['case','problem','found']].to_string()
+    assert check_dataset(healthy).answer()=='12 cases: nothing was found.' and not len(find_leaks(healthy)) and not len(find_leaks(healthy.drop(columns='subject')))
+
+@pytest.mark.parametrize('name', FAULTS)
+def test_planted_fault_is_found(healthy, tmp_path, name):
+    "The fault is named with its case and file, no other case gets an error, and `clean` keeps all the others"
+    problem,what = FAULTS[name]
+    df = sick(healthy, what, tmp_path); r = check_dataset(df, CODES)
+    got = pd.DataFrame(r)[r.problem==problem]
+    assert (got.case==f'c{BAD:02d}').any(), pd.DataFrame(r)[['case','problem','found']].to_string()
+    assert set(r.errors.case)<={f'c{BAD:02d}'} and set(r.case)<={f'c{BAD:02d}'}
+    assert (got.expected!='').all() and (got.found!='').all() and (got.mend!='').all()
+    assert len(r.clean())==N-bool(len(r.errors)) and (r.severity.isin(['error','warning'])).all()
+
+def test_every_kind_is_planted(healthy, tmp_path):
+    "The table of problems and the faults of this file name the same kinds"
+    own = {'case named twice','no volume','rare label','labels not consecutive','same image','same mask','same mask, one subject'}
+    assert {p for p,_ in FAULTS.values()} | own == {p[0] for p in PROBLEMS}
+
+def test_rounding_is_no_finding(healthy, tmp_path):
+    df = sick(healthy, ma(affine=lambda A: A+1e-5*np.random.default_rng(0).uniform(-1, 1, (4,4))*np.array([[1]]*3+[[0]])), tmp_path)
+    assert not len(check_dataset(df, CODES))
+
+def test_twins(healthy, tmp_path):
+    df = sick(healthy, lambda r,p: r.update(image=rewrite(healthy.image[2], p/'x.nii', dtype=np.float64), mask=rewrite(healthy['mask'][2], p/'m.nii')), tmp_path); r = check_dataset(df, CODES)
+    assert list(r.problem)==['same image'] and r.case.iloc[0]=='c05' and 'c02' in r.found.iloc[0] and len(r.clean())==N-1
+    one = make(0); two = [nib.Nifti1Image(one[0].get_fdata(dtype=np.float32)+np.float32(k), one[0].affine) for k in (1,2)]
+    for k,o in enumerate(two): nib.save(o, tmp_path/f't{k}.nii'); nib.save(one[1], tmp_path/f'u{k}.nii')
+    t = pd.DataFrame([dict(case=f't{k}', image=tmp_path/f't{k}.nii', mask=tmp_path/f'u{k}.nii', subject=s) for k,s in ((0,'a'),(1,'b'))])
+    assert list(check_dataset(t).problem)==['same mask']*2 and list(check_dataset(t.assign(subject='a')).problem)==['same mask, one subject']*2
+    t = t.astype(object); t.loc[1,'image'] = None
+    assert check_dataset(t).groupby('problem').case.agg(list).to_dict()=={'no image':['t1'], 'same mask':['t1']}, 'the case that has its image is not blamed'
+
+def test_labels_of_the_set(healthy, tmp_path):
+    df = sick(healthy, FAULTS['unexpected label'][1], tmp_path)
+    assert set(check_dataset(df).problem) >= {'rare label','labels not consecutive'} and not len(check_dataset(df).errors)
+    r = check_dataset(healthy, ['background','large','small','tail']); assert list(zip(r.case, r.problem))==[('(all)','missing label')] and len(r.clean())==N
+    assert not len(check_dataset(healthy, dict(background=0, body=[1,2]))) and len(check_dataset(healthy, dict(background=0, body=[1])).errors)==N
+    two = pd.concat([healthy, healthy.iloc[[3]]], ignore_index=True); r = check_dataset(two, CODES)
+    assert 'case named twice' in set(r.problem) and len(r.clean())==N
+
+def test_many_faults_at_once(healthy, tmp_path):
+    rows = healthy.to_dict('records')
+    for i,k in enumerate(['NaN','truncated .nii.gz','empty mask']): (d:=tmp_path/str(i)).mkdir(); FAULTS[k][1](rows[i], d)
+    r = check_dataset(pd.DataFrame(rows).astype(object), CODES)
+    assert [set(r[r.case==f'c{i:02d}'].problem) for i in range(3)]==[{'NaN or Inf'},{'unreadable'},{'empty mask'}]
+    assert list(r.clean().case)==[f'c{i:02d}' for i in range(2, N)] and 'c01' in r.clean().attrs['left_out']
+    page = r.html(tmp_path/'r.html').read_text(); assert 'c01' in page and 'data:image/png' in page and 'truncated' in page
+    assert (r.summary().cases==1).all() and set(r.summary().columns)=={'severity','problem','cases','first_case','found'}
+
+def test_bad_arguments(healthy):
+    for f,e in ((lambda: check_dataset(healthy[:0]), 'no rows'), (lambda: check_dataset(healthy, image_col='t1'), 't1'), (lambda: find_leaks(healthy, split='fold'), 'fold'), (lambda: distribution_shift(healthy[:3], healthy), 'five')):
+        with pytest.raises((ValueError,KeyError), match=e): f()
+
+def test_memory_does_not_grow_with_cases(tmp_path):
+    "Peak memory over 60 scans is that over 6, within a tenth"
+    code = '''
+import sys, resource, nibabel as nib, numpy as np, pandas as pd
+from fastmed.check import check_dataset
+p,n = sys.argv[1],int(sys.argv[2])
+df = pd.DataFrame([dict(case=f'{k}', image=f'{p}/{k%6}.nii') for k in range(n)])
+check_dataset(df[:6], workers=2); a = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+check_dataset(df, workers=2); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/a)'''
+    rng = np.random.default_rng(0)
+    for k in range(6): nib.save(nib.Nifti1Image(rng.normal(size=(96,96,96)).astype(np.float32), np.eye(4)), tmp_path/f'{k}.nii')
+    assert float(python(code, tmp_path, 60).splitlines()[-1])<1.1
+
+# ---- leaks
+
+def scans(path, f, n=6):
+    "Unlike scans of smooth noise and a last one made from the first by `f`: DataFrame"
+    from scipy.ndimage import gaussian_filter
+    rows,A = [],[]
+    for i in range(n):
+        rng = np.random.default_rng(i); a = gaussian_filter(rng.normal(size=(32,30,28)), 3)*2000+1000+rng.normal(0, 8, (32,30,28)); A.append(a.astype(np.float32))
+    A[0],last = f(A[0]); A.append(last)
+    for i,a in enumerate(A): nib.save(nib.Nifti1Image(np.ascontiguousarray(a), np.eye(4)), path/f'{i}.nii'); rows.append(dict(case=f'{i}', subject=f's{i}', image=path/f'{i}.nii', side=i<n))
+    return pd.DataFrame(rows)
+
+LEAKS = dict(identical=('identical', lambda a: (a, a)), mirrored=('mirrored or turned', lambda a: (a, a[::-1])), turned=('mirrored or turned', lambda a: (a, a.transpose(2,0,1)[:,::-1])),
+    overlapping=('shared pieces', lambda a: (a[:20], a[12:])), mirrored_overlap=('shared pieces', lambda a: (a[:20], a[12:,::-1,::-1])),
+    quantum=('same quantum', lambda a: ((q:=np.round(a/5.958862)*np.float32(5.958862))[:16], q[16:])), gaps=('same gaps', lambda a: ((q:=np.round(np.round(a/7.3)*7.3/4))[:16], q[16:])),
+    picture=('same picture', lambda a: (a, a*.37+55+np.random.default_rng(9).normal(0, 1, a.shape).astype(np.float32))), picture_mirrored=('same picture mirrored', lambda a: (a, a[::-1]*.37+np.random.default_rng(9).normal(0, 1, a.shape).astype(np.float32))))
+
+@pytest.mark.parametrize('name', LEAKS)
+def test_leak_is_found(tmp_path, name):
+    why,f = LEAKS[name]; df = scans(tmp_path, f)
+    got = find_leaks(df); assert [(r.case_a, r.case_b, r.sure) for r in got.itertuples()]==[('0','6','proved')] and why in got.evidence.iloc[0], got.to_string()
+    assert not len(find_leaks(df.assign(subject=['s0','1','2','3','4','5','s0']))), 'two scans of one subject are no leak'
+    with pytest.warns(UserWarning, match='parts 1 pairs'): assert find_leaks(df, split='side').parted.all()
+
+def test_no_leak_among_unlike(tmp_path):
+    assert not len(find_leaks(scans(tmp_path, lambda a: (a, np.random.default_rng(77).normal(1000, 50, a.shape).astype(np.float32)))))
+
+def test_no_leak_in_the_cohort(tmp_path):
+    "Twenty-four subjects bent from one atlas are alike, and yet not one scan"
+    df = cohort(tmp_path, n=24, spacing=4.)
+    assert not len(find_leaks(df)), find_leaks(df).to_string()
+    r = check_dataset(df, ['air','CSF','grey','white'], image_col=['image','image_t2']); assert not len(r.errors), r.errors.to_string()
+
+def test_quantum():
+    for q in (.25, 5.958862, 2653.4375):
+        u = np.unique(np.random.default_rng(0).integers(3, 900, 300)).astype(np.float32)*np.float32(q); assert abs(_quantum(u)/q-1)<1e-6
+    assert np.isnan(_quantum(np.sort(np.random.default_rng(0).normal(size=500)).astype(np.float32)))
+
+# ---- shift
+
+def test_shift(tmp_path):
+    from scipy.ndimage import gaussian_filter
+    def study(name, n, seed, noise=8, spacing=1., site='a'):
+        rows = []
+        for i in range(n):
+            rng = np.random.default_rng(seed+i); a = gaussian_filter(rng.normal(size=(24,24,24)), 2)*2000+1000+rng.normal(0, noise, (24,24,24))
+            nib.save(nib.Nifti1Image(a.astype(np.float32), np.diag([spacing*rng.uniform(.98,1.02)]*3+[1])), fn:=tmp_path/f'{name}{i}.nii'); rows.append(dict(case=f'{name}{i}', image=fn, site=site))
+        return pd.DataFrame(rows)
+    a = study('a', 20, 0); same,noisy,coarse = study('b', 20, 100),study('c', 20, 200, noise=40),study('d', 20, 300, spacing=1.3, site='b')
+    t = distribution_shift(a, same); assert set(t.index)=={'all','intensity','spacing','size','site'} and t.index[0]=='all' and (t.low<=.5).all() and .2<t.auc['all']<.8 and t.auc['site']==.5
+    t = distribution_shift(a, noisy); assert t.low['all']>.9 and t.low['intensity']>.9 and t.low['spacing']<.5<t.high['spacing'] and 'along' in t.telling['intensity']
+    t = distribution_shift(a, coarse); assert (t.auc[['all','spacing','size','site']]>.95).all() and 1.25<t.b['spacing']<1.35
+    pd.testing.assert_frame_equal(t, distribution_shift(a, coarse))
+
+# ---- real scans
+
+def test_hippocampus_as_downloaded(data, tmp_path):
+    for s in ('hippocampus','hippocampus_stray'):
+        for d in ('imagesTr','labelsTr'):
+            (tmp_path/d).mkdir(exist_ok=True)
+            for f in (data/s/d).glob('*.nii.gz') if (data/s/d).exists() else []: (tmp_path/d/f.name).symlink_to(f)
+    df = scan_folder(tmp_path, 'imagesTr/*.nii.gz', 'labelsTr/*.nii.gz'); r = check_dataset(df, ['background','Anterior','Posterior'])
+    e = r.errors.groupby('case').problem.agg(set).to_dict()
+    assert {k[-3:]:v for k,v in e.items()}=={'118':{'no mask'}, '281':{'no image'}, '010':{'no image'}}
+    assert {'odd size','odd spacing'} <= set(r[r.case=='hippocampus_281'].problem) and 'intensity regime' in set(r.problem) and len(r.clean())==len(df)-3
+    assert not len(check_dataset(scan_decathlon(data/'hippocampus')).errors)
+
+def test_hippocampus_leaks(data):
+    df = scan_decathlon(data/'hippocampus'); s = df.set_index('case').subject; pairs = len(df)-s.nunique()
+    t = find_leaks(df.drop(columns='subject')); true = s[t.case_a].values==s[t.case_b].values
+    assert true.mean()>.95 and true.sum()>.87*pairs and true[t.sure=='proved'].mean()>.96, (true.mean(), true.sum()/pairs)
+    assert len(find_leaks(df))==(~true).sum()
+    with pytest.warns(UserWarning, match='parts'): find_leaks(df.drop(columns='subject').assign(fold=np.arange(len(df))%2), split='fold')
+
+def test_other_real_sets(data):
+    assert not len(check_dataset(scan_folder(data/'ms_lesions'))) and not len(find_leaks(scan_folder(data/'ms_lesions')))
+    ixi = scan_folder(data/'ixi_brains'); assert not len(check_dataset(ixi).errors) and not len(find_leaks(ixi))
+    ct = pd.DataFrame([dict(case=o.name, image=o) for o in sorted((data/'ct_dicom').iterdir())]); r = check_dataset(ct)
+    assert r.groupby('case').problem.agg(list).to_dict()=={o:['no volume'] for o in ct.case if 'tilt18' in o or 'mixed' in o}
+    sp = data/'spine'; df = pd.DataFrame([dict(case=c, image=sp/f'{c}.nii.gz', mask=sp/m) for c,m in (('t1','t1_cord.nii.gz'),('t2','t2_cord.nii.gz'),('t2s','t2s_greymatter.nii.gz'),('mt1','mt1_cord.nii.gz'))])
+    r = check_dataset(df); assert not len(r.errors) and set(r.problem)=={'mixed orientation','touches border'}

@@ -1,0 +1,83 @@
+"Training that is killed and started again ends as if it had not been."
+import os, signal, subprocess, sys, time
+from pathlib import Path
+import pandas as pd, pytest, torch
+from fastai.callback.core import Callback
+from fastmed.all import ResumeCallback, TorchIOTransform, VolumeDataLoaders, SliceDataLoaders, set_seed, unet2d_learner, unet3d_learner
+from phantoms import CODES
+
+class Lights(Callback):
+    "Go out after so many batches"
+    def __init__(self, n): self.left = n
+    def after_batch(self):
+        if self.training:
+            self.left -= 1
+            if not self.left: raise KeyboardInterrupt
+
+def make(path, df, tmp, ndim=3, **kwargs):
+    set_seed(3, reproducible=True)
+    dls = (VolumeDataLoaders if ndim==3 else SliceDataLoaders).from_df(df, path, codes=CODES, spacing=1.25, patch=16, bs=2, samples_per_case=2, num_workers=0, device='cpu', cache=Path(tmp)/'s', **kwargs)
+    return (unet3d_learner if ndim==3 else unet2d_learner)(dls, nf=4, depth=2, path=Path(tmp), fast=False)
+
+def fit(learn, every, lights=None, epochs=3):
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, 1e-2, cbs=[ResumeCallback('r.pth', every)]+([Lights(lights)] if lights else []))
+    return learn
+
+def same(a, b): return all(torch.equal(x, y) for x,y in zip(a.model.state_dict().values(), b.model.state_dict().values()))
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    n = torch.get_num_threads(); torch.set_num_threads(1); yield; torch.set_num_threads(n)
+
+@pytest.mark.parametrize('ndim', [3,2])
+@pytest.mark.parametrize('every', [None,1,3])
+@pytest.mark.parametrize('cuts', [(2,),(6,),(7,3)])
+def test_the_same_bits(study, tmp_path, ndim, every, cuts):
+    "Cut anywhere, once or twice: the weights, the losses and the table of one that was never stopped"
+    path,df = study
+    whole = fit(make(path, df, tmp_path/'a', ndim), every)
+    for n in cuts:
+        with pytest.raises(KeyboardInterrupt): fit(make(path, df, tmp_path/'b', ndim), every, n)
+    cut = fit(make(path, df, tmp_path/'b', ndim), every)
+    assert same(whole, cut) and not (tmp_path/'b'/'r.pth').exists()
+    assert [float(o) for o in whole.recorder.losses]==[float(o) for o in cut.recorder.losses] and whole.recorder.lrs==cut.recorder.lrs
+    assert [list(map(float, o)) for o in whole.recorder.values]==[list(map(float, o)) for o in cut.recorder.values]
+
+def test_random_item_transforms_too(study, tmp_path):
+    import torchio as tio
+    path,df = study; kw = dict(item_tfms=TorchIOTransform(tio.RandomBlur()))
+    whole = fit(make(path, df, tmp_path/'a', **kw), 2)
+    with pytest.raises(KeyboardInterrupt): fit(make(path, df, tmp_path/'b', **kw), 2, 5)
+    assert same(whole, fit(make(path, df, tmp_path/'b', **kw), 2))
+
+def test_another_fit_is_refused(study, tmp_path):
+    path,df = study
+    with pytest.raises(KeyboardInterrupt): fit(make(path, df, tmp_path), 1, 2)
+    with pytest.raises(ValueError, match='another fit.*epochs: 3 then, 5 now'): fit(make(path, df, tmp_path), 1, epochs=5)
+    (tmp_path/'r.pth').write_bytes((tmp_path/'r.pth').read_bytes()[:5000])
+    with pytest.raises(ValueError, match='not whole'): fit(make(path, df, tmp_path), 1)
+    with pytest.raises(ValueError, match='1 or more'): ResumeCallback(every=0)
+
+def test_by_the_clock(study, tmp_path, capsys):
+    "fit_for goes on with what was left of its time, and says that this is not to the bit"
+    path,df = study; l = make(path, df, tmp_path); cb = lambda: ResumeCallback('r.pth', 1)
+    with l.no_bar(), l.no_logging(), pytest.raises(KeyboardInterrupt): l.fit_for(1/20, cbs=[cb(), Lights(4)])
+    l = make(path, df, tmp_path); t0 = time.time()
+    with l.no_bar(), l.no_logging(): l.fit_for(1/20, cbs=cb())
+    assert time.time()-t0<8 and 'not bit-identical' in capsys.readouterr().out
+
+def test_sigkill_from_the_shell(study, tmp_path):
+    "`fastmed train` killed, then with --resume: the model of a run that was not killed"
+    src = str(Path(__file__).parent.parent); env = {**os.environ, 'PYTHONPATH':os.pathsep.join([src, os.environ.get('PYTHONPATH','')]), 'PYTHONWARNINGS':'ignore', 'OMP_NUM_THREADS':'1'}
+    def cmd(out, *more): return [sys.executable, '-c', 'from fastmed.cli import main; import sys; sys.exit(main())', 'train', str(study[0]), '--images', 'images/*.nii', '--masks', 'labels/*.nii', '--codes', ','.join(CODES), '--out', str(tmp_path/out), '--epochs', '3', '--cache', str(tmp_path/'s'), '--spacing', '1.25', *more]
+    assert subprocess.run(cmd('a.pkl'), env=env, capture_output=True).returncode==0
+    p = subprocess.Popen(cmd('b.pkl'), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL); kept = tmp_path/'b.pkl.resume'
+    t0 = time.time()
+    while p.poll() is None and not kept.exists() and time.time()-t0<120: time.sleep(.01)
+    p.send_signal(signal.SIGKILL); p.wait()
+    assert kept.exists() and not (tmp_path/'b.pkl').exists()
+    r = subprocess.run(cmd('b.pkl', '--resume'), env=env, capture_output=True, text=True)
+    assert r.returncode==0 and 'nothing to resume' not in r.stdout and not kept.exists(), r.stderr
+    import warnings; from fastai.learner import load_learner
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore'); assert same(load_learner(tmp_path/'a.pkl'), load_learner(tmp_path/'b.pkl'))

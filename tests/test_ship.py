@@ -1,0 +1,355 @@
+"A model file: the same bits out of it, nothing run by it, and what is refused."
+import hashlib, json, os, pickle
+import numpy as np, pandas as pd, pytest, torch
+from torch import nn
+from fastmed.all import *
+from fastmed.ship import save_model, load_model, export_onnx, load_onnx, SavedLearner
+from fastmed import ship
+from phantoms import *
+for k in [o for o in globals() if o.startswith('test')]: del globals()[k]    # fastcore's own
+
+def same_bits(a, b): return a.shape==b.shape and a.cpu().numpy().tobytes()==b.cpu().numpy().tobytes()
+
+@pytest.fixture
+def scan(tmp_path): return tmp_path/write_case(tmp_path, 'new', affine_of('PIL', (.8,1.4,2.), (5,6,7)), (34,22,15), seed=99)['image']
+
+@pytest.fixture
+def saved(learner, tmp_path):
+    "(Learner, its file)"
+    learn = learner(3)
+    return learn,save_model(learn, tmp_path/'m.safetensors')
+
+# ---- what goes in comes out
+
+@pytest.mark.parametrize('ndim,kw', [(3,{}), (2,{}), (3,dict(fast=False)), (2,dict(fast=False))])
+def test_the_same_bits(learner, scan, tmp_path, ndim, kw):
+    "Trained networks of ours, slices with neighbours too: masks and probabilities, every way of asking"
+    learn = learner(ndim, **kw)
+    back = load_model(save_model(learn, tmp_path/'m.safetensors'), 'cpu')
+    asks = [dict(), dict(tta=True), dict(overlap=.3), dict(post='keep_largest')] + ([dict(axes='all')] if ndim==2 else [dict(tta=(0,2))])
+    for ask in asks:
+        (m,p),(m2,p2) = learn.predict_volume(scan, proba=True, **ask),back.predict_volume(scan, proba=True, **ask)
+        assert same_bits(m, m2) and same_bits(p, p2) and np.array_equal(m.affine, m2.affine), ask
+    assert len(np.unique(m.numpy()))>1, 'the prediction is empty, so this test shows nothing'
+
+SMALL = [(3,'UNet',dict(deep_supervision=True, nf=4, depth=3)), (3,'UNet',dict(nf=4, depth=2, act=nn.ReLU, norm='batch', convs=1)), (3,'UNet',dict(nf=4, depth=2, strides=[(1,2,2)])), (2,'UNet',dict(nf=4, depth=2, act=nn.GELU)), (3,'UNet',dict(nf=4, depth=2, n_out=1)),
+         (3,'SegResNet',dict(init_filters=8)), (2,'SegResNet',dict(init_filters=8, norm=('GROUP',{'num_groups':4}))), (3,'DynUNet',dict(strides=[1,2,2], filters=[4,8,16], deep_supervision=True, deep_supr_num=1, loss_func=DeepSupervisionLoss(DiceCELoss()))), (3,'monai.UNet',dict(channels=(4,8), strides=(2,))),
+         (3,'UNETR',dict(feature_size=4, hidden_size=24, mlp_dim=32, num_heads=2)), (2,'BasicUNet',dict(features=(4,4,8,8,8,4)))]
+
+def test_flips_of_the_augmentation_are_kept(learner, scan, tmp_path, monkeypatch):
+    "Test-time augmentation looks where training looked"
+    learn = learner(3)
+    monkeypatch.setattr(next(f for f in learn.dls.train.after_batch.fs if isinstance(f, SpatialTfm)), 'flips', (0,2))
+    back = load_model(save_model(learn, tmp_path/'m.safetensors'), 'cpu')
+    assert len(tta_views(learn))==4 and tta_views(back)==tta_views(learn)
+    assert same_bits(learn.predict_volume(scan, tta=True, proba=True)[1], back.predict_volume(scan, tta=True, proba=True)[1])
+
+@pytest.mark.parametrize('ndim,arch,kw', SMALL, ids=[f'{a}{n}d-{i}' for i,(n,a,_) in enumerate(SMALL)])
+@pytest.mark.parametrize('fast', (True,False))
+def test_networks_by_name(loaders, study, scan, tmp_path, ndim, arch, kw, fast):
+    "Deep supervision, other norms and activations, a sigmoid, MONAI's networks: after a step of training, so that running statistics count"
+    path,df = study
+    dls = loaders[ndim]
+    if kw.get('n_out')==1: dls = VolumeDataLoaders.from_df(df, path=path, codes={'background':0,'all':[1,2]}, valid_pct=.25, patch=16, bs=2, samples_per_case=1, num_workers=0, device='cpu', cache=tmp_path)
+    learn = (unet3d_learner if ndim==3 else unet2d_learner)(dls, arch=arch, fast=fast, path=tmp_path, **kw)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    back = load_model(save_model(learn, tmp_path/'m.safetensors'), 'cpu')
+    (m,p),(m2,p2) = learn.predict_volume(scan, proba=True),back.predict_volume(scan, proba=True)
+    assert same_bits(m, m2) and same_bits(p, p2)
+    again = load_model(save_model(back, tmp_path/'again.safetensors'), 'cpu')
+    assert same_bits(p, again.predict_volume(scan, proba=True)[1])
+
+def test_a_class_of_monai_is_known_by_its_name(loaders, tmp_path):
+    from monai.networks.nets import UNet as MonaiUNet
+    learn = unet3d_learner(loaders[3], arch=MonaiUNet, channels=(4,8), strides=(2,))
+    assert load_model(save_model(learn, tmp_path/'m.safetensors'), 'cpu').arch=='monai.UNet'
+
+def test_fresh_process_and_no_pickle(learner, study, scan, tmp_path):
+    "In a process that kills itself when anything is unpickled, run or fetched, the file gives the answers of the Learner"
+    path,df = study
+    ns = {}; exec(ANSWERS, ns)
+    files = [str(path/o) for o in df.image[:3]]
+    for nd in (3,2): save_model(learner(nd), tmp_path/f'm{nd}.safetensors')
+    here = {nd:ns['answers'](learner(nd), str(scan), files) for nd in (3,2)}
+    python(ANSWERS+f"""
+import sys, torch
+torch.set_num_threads({torch.get_num_threads()})
+from fastmed.ship import load_model
+tmp,new,*files = sys.argv[1:]
+import scipy.ndimage
+armed = True
+def hook(event, args):
+    if armed and event in ('pickle.find_class','subprocess.Popen','os.system','socket.connect','urllib.Request','os.exec','os.posix_spawn'): print(event, args, flush=True); import os; os._exit(3)
+sys.addaudithook(hook)
+learns = {{nd:load_model(f'{{tmp}}/m{{nd}}.safetensors', 'cpu') for nd in (3,2)}}
+for nd,l in learns.items(): l.predict_volume(new)
+armed = False
+for nd,l in learns.items(): np.savez(f'{{tmp}}/there{{nd}}.npz', **answers(l, new, files))
+""", tmp_path, scan, *files)
+    for nd in (3,2):
+        with np.load(tmp_path/f'there{nd}.npz') as z:
+            for k,v in here[nd].items(): assert v.shape==z[k].shape and v.tobytes()==z[k].tobytes(), f'{k} of {nd}D differs in a fresh process'
+
+def test_loading_calls_no_unpickler(saved, monkeypatch):
+    def never(*a, **k): raise AssertionError('unpickled')
+    for o,n in ((torch,'load'),(pickle,'load'),(pickle,'loads'),(pickle,'Unpickler')): monkeypatch.setattr(o, n, never)
+    assert isinstance(load_model(saved[1], 'cpu'), SavedLearner)
+
+def test_folder_evaluation_and_post(learner, study, tmp_path):
+    path,df = study
+    df = df.assign(image=[path/o for o in df.image], mask=[path/o for o in df['mask']])
+    learn = learner(3)
+    back = load_model(save_model(learn, tmp_path/'m.safetensors', post=['keep_largest','fill_holes'], evaluation=learn.evaluate(df)), 'cpu')
+    pd.testing.assert_frame_equal(pd.DataFrame(back.evaluate(df)), pd.DataFrame(learn.evaluate(df, post=['keep_largest','fill_holes'])))
+    pd.testing.assert_frame_equal(pd.DataFrame(back.evaluate(df, post=())), pd.DataFrame(learn.evaluate(df)))
+    a = back.predict_folder(path/'images', tmp_path/'out', '*.nii')
+    assert (a.status=='ok').all()
+    want = learn.predict_volume(df.image[0], post=['keep_largest','fill_holes'])
+    assert np.array_equal(load_mask(a['mask'][0]).numpy(), want.numpy()) and same_bits(back.predict(df.image[0])[0], want)
+    assert back.facts['evaluation']['all']['mean']==pytest.approx(learn.evaluate(df).summary().loc['all','mean'])
+    assert all(o in repr(back) for o in ('UNet', 'large', 'keep_largest', 'zscore', '0 cases')), repr(back)
+    with pytest.raises(ValueError, match='no cases'): back.evaluate()
+    with pytest.raises(TypeError, match='nonsense'): back.evaluate(df, nonsense=1)
+
+def test_a_loaded_model_trains_on(saved, loaders):
+    back = load_model(saved[1], 'cpu')
+    back.dls = loaders[3]
+    with back.no_bar(), back.no_logging(): back.fit_one_cycle(1, 1e-3)
+    assert set(back.saw(loaders[3].train_ds.items))==set(map(str, loaders[3].train_ds.items.case))
+
+def test_facts_tell_no_names(loaders, study, tmp_path):
+    path,_ = study
+    learn = unet3d_learner(loaders[3], nf=4, depth=2, path=tmp_path)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    learn.seen = {f'MUELLER_{k}':f'Anna-{v}' for k,v in learn.seen.items()}
+    fn = save_model(learn, tmp_path/'m.safetensors', evaluation=learn.evaluate(pd.DataFrame([dict(case='MUELLER', image=path/o.image, mask=path/o['mask']) for _,o in study[1][:2].iterrows()])))
+    b = fn.read_bytes()
+    for s in ('MUELLER', 'Anna', str(path), str(tmp_path), os.path.basename(str(path))): assert s.encode() not in b, s
+    back = load_model(fn, 'cpu')
+    assert back.facts['cases']==len(learn.seen) and set(back.facts['metrics'])>={'train_loss','valid_loss'}
+    name,subject = next(iter(learn.seen.items()))
+    assert back.saw(pd.DataFrame([dict(case=name), dict(case='other')]))==[name]
+    assert back.saw(pd.DataFrame([dict(case='x', subject=subject), dict(case='y', subject='z')]))==['x']
+
+def test_saving_and_loading_draw_nothing(learner, tmp_path):
+    learn = learner(3); learn.model.train()
+    states = torch.get_rng_state(),np.random.get_state()[1].copy()
+    load_model(save_model(learn, tmp_path/'m.safetensors'), 'cpu')
+    assert torch.equal(states[0], torch.get_rng_state()) and (states[1]==np.random.get_state()[1]).all() and learn.model.training
+
+def test_the_same_learner_gives_the_same_bytes(learner, tmp_path):
+    learn = learner(2)
+    a,b = [save_model(learn, tmp_path/f'{i}.safetensors').read_bytes() for i in range(2)]
+    assert a==b
+
+def test_fastais_own_save_stays(learner):
+    import fastai.learner as f, fastmed.learner as l
+    assert l.save_model is f.save_model and f.save_model is not save_model and f.load_model is not load_model
+    learn = learner(3); w = learn.model.state_dict()['heads.0.bias'].clone()
+    learn.save('w'); nn.init.zeros_(learn.model.heads[0].bias); learn.load('w')
+    assert torch.equal(learn.model.heads[0].bias, w)
+
+# ---- what is not saved
+
+class Own(nn.Conv3d):
+    divisor = (1,1,1)
+    def __init__(self, n_in, n_out): super().__init__(n_in, n_out, 3, padding=1)
+
+def test_a_network_without_a_name(loaders, learner, tmp_path):
+    fn = tmp_path/'m.safetensors'
+    for arch in (Own, lambda i,o: Own(i,o), partial(UNet, nf=4, depth=2)):
+        with pytest.raises(ValueError, match='known by name.*(Own|lambda|partial).*arch=.*learn.export'): save_model(unet3d_learner(loaders[3], arch=arch), fn)
+    with pytest.raises(ValueError, match='does not say how its network was made'): save_model(VolumeLearner(loaders[3], UNet(1,3), loss_func=DiceCELoss()), fn)
+    with pytest.raises(ValueError, match='the network holds.*lambda'): save_model(_odd(learner(3)), fn)
+    assert not fn.exists() and not list(tmp_path.glob('.part*'))
+
+def _odd(learn): learn.arch_args['norm'] = ('instance', lambda: 1); return learn
+
+def test_a_network_that_was_changed(learner, tmp_path):
+    fn = tmp_path/'m.safetensors'
+    def act(l): l.model.encoder[0][2] = nn.Tanh()
+    def head(l): l.model.heads[0] = nn.Conv3d(4, 3, 3, padding=1)
+    def hook(l): l.model.register_forward_hook(lambda m,a,o: o*1.5)
+    def half(l): l.model.bfloat16()
+    def stride(l): l.arch_args['nf'] = 8
+    for change in (act, head, hook, half, stride):
+        learn = learner(3); change(learn)
+        with pytest.raises(ValueError, match='changed after the Learner was made'): save_model(learn, fn)
+    learn = learner(3); nn.init.constant_(learn.model.heads[0].bias, float('nan'))
+    with pytest.raises(ValueError, match='NaN'): save_model(learn, fn)
+    for post in (lambda m: m, ['keep_largest', 'nonsense']):
+        with pytest.raises(ValueError, match='by name'): save_model(learner(3), fn, post=post)
+    assert not fn.exists() and not list(tmp_path.glob('.part*'))
+
+def test_whole_or_not_at_all(saved, tmp_path, monkeypatch):
+    learn,fn = saved
+    was = fn.read_bytes()
+    def full(self, b): open(self, 'wb').write(b[:len(b)//2]); raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(type(fn), 'write_bytes', full)
+    with pytest.raises(OSError, match='No space'): save_model(learn, fn)
+    assert fn.read_bytes()==was and not list(tmp_path.glob('.part*'))
+
+# ---- what is not opened
+
+def refused(b, fn, match=None):
+    fn.write_bytes(bytes(b))
+    with pytest.raises(ValueError, match=match) as e: load_model(fn, 'cpu')
+    assert str(fn) in str(e.value) and len(str(e.value))<2000
+    return str(e.value)
+
+def test_any_changed_byte(saved, tmp_path):
+    "Every byte of the header, and 400 of the weights"
+    b = saved[1].read_bytes(); n = 8+int.from_bytes(b[:8], 'little')
+    rng = np.random.default_rng(0)
+    for i in [*range(n), *rng.integers(n, len(b), 400)]:
+        bad = bytearray(b); bad[i] ^= 1<<int(rng.integers(8))
+        refused(bad, tmp_path/'bad')
+
+def test_cut_off_longer_and_foreign(saved, learner, tmp_path):
+    from safetensors.torch import save
+    b,fn = saved[1].read_bytes(),tmp_path/'bad'
+    for n in (0, 1, 7, 8, 9, 100, len(b)//2, len(b)-1): refused(b[:n], fn)
+    assert 'cut off' in refused(b[:-10], fn) and 'longer' in refused(b+b'x', fn)
+    refused(save({'a':torch.zeros(3)}), fn, 'without its metadata')
+    refused(save({'a':torch.zeros(3)}, {'format':'pt'}), fn, 'without its metadata')
+    for junk in (b'\x93NUMPY', b'{}', b'\xff'*100, (2**63).to_bytes(8, 'little')+b'{}', (10).to_bytes(8, 'little')+b'{"a":1234}', (2).to_bytes(8, 'little')+b'[]', (100_000).to_bytes(8, 'little')+b'['*100_000): refused(junk, fn)
+    learn = learner(3); learn.export('e.pkl'); learn.save('w')
+    refused((tmp_path/'e.pkl').read_bytes(), fn, 'load_learner')
+    refused(pickle.dumps(dict(a=1)), fn, 'load_learner')
+    for f in ('none.safetensors', '.'):
+        with pytest.raises(OSError): load_model(tmp_path/f)
+
+def forge(b, edit=lambda m: m, tensors=lambda t: t):
+    "The file as one would write it who knows how: other contents, and a sum that is right"
+    from safetensors.torch import load, save
+    n = int.from_bytes(b[:8], 'little')
+    meta = json.loads(json.loads(b[8:8+n])['__metadata__']['fastmed'])
+    t = tensors(load(b)); meta['sha256'] = ship._blank
+    meta = edit(meta) or meta
+    return ship._seal(save(t, {'fastmed':meta if isinstance(meta, str) else json.dumps(meta)}))
+
+def put(value, *keys):
+    def f(m):
+        o = m
+        for k in keys[:-1]: o = o[k]
+        o[keys[-1]] = value
+    return f
+
+def test_forgery_is_a_fair_test(saved, scan, tmp_path):
+    (tmp_path/'same').write_bytes(forge(saved[1].read_bytes()))
+    assert same_bits(load_model(tmp_path/'same', 'cpu').predict_volume(scan), saved[0].predict_volume(scan))
+
+ARGS = ('network','args','dict')
+FORGED = dict(
+    newer=(put(2, 'format'), 'newer fastmed'), unknown=(put('os.system', 'network', 'arch'), "expected a network among.*'os.system'"), private=(put('ResNet', 'network', 'arch'), 'expected a network among'),
+    list_arch=(put(['UNet'], 'network', 'arch'), 'expected a network among'), act=(put('os.system', *ARGS, 'act'), 'expected act'), act2=(put('torch.nn.modules.activation.Module', *ARGS, 'act'), 'expected act'),
+    argument=(put(1, *ARGS, 'evil'), "no argument 'evil'"), deep=(put(10**9, *ARGS, 'depth'), 'numbers up to'), wide=(put(9_000, *ARGS, 'nf'), 'larger than its weights'), levels=(put(9_999, *ARGS, 'depth'), None), wide2=(put(10**30, *ARGS, 'nf'), 'numbers up to'),
+    convs=(put(9_999, *ARGS, 'convs'), 'larger than its weights'), negative=(put(-1, *ARGS, 'nf'), 'nf'), text=(put('8', *ARGS, 'nf'), 'nf'), kernels=(put({'tuple':[9_999]*2}, *ARGS, 'kernels'), None),
+    other=(put(8, *ARGS, 'nf'), 'do not fit the network'), outputs=(put(7, 'network', 'n_out'), 'one a code'), inputs=(put(3, 'network', 'n_in'), 'do not fit'), no_ndim=(put(5, 'plan', 'dict', 'ndim'), 'plan of slices'),
+    patch=(put({'tuple':[10**6]*3}, 'plan', 'dict', 'patch'), 'numbers up to'), patch2=(put({'tuple':[9_000]*3}, 'plan', 'dict', 'patch'), 'voxels'), patch3=(put({'tuple':[0,0,0]}, 'plan', 'dict', 'patch'), None), post=(put(['os.system'], 'post'), 'post-processing'),
+    field=(put(1, 'preprocess', 'evil'), 'unknown fields'), normalize=(put('evil', 'preprocess', 'normalize'), 'normalize'), drift=(lambda m: put([o*1.01+.01 for o in m['echo']], 'echo')(m), 'answers otherwise'), nothing=(lambda m: '{}', 'format and a sum'),
+    nested=(lambda m: '['*100_000, 'JSON'), no_dict=(lambda m: json.dumps([m['sha256']]), 'format and a sum'), no_sum=(put('', 'sha256'), None))
+
+@pytest.mark.parametrize('what', FORGED)
+def test_forged_metadata(saved, tmp_path, what):
+    "A right sum does not make a file right, nor give it more than its weights' memory"
+    import resource, time
+    edit,match = FORGED[what]
+    b = saved[1].read_bytes()
+    before,t0 = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,time.perf_counter()
+    try: bad = forge(b, edit)
+    except ValueError: assert what in ('nothing','nested','no_sum'); bad = _unsealed(b, edit)
+    refused(bad, tmp_path/'bad', match)
+    assert time.perf_counter()-t0<20 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-before<600_000
+
+def _unsealed(b, edit):
+    from safetensors.torch import load, save
+    n = int.from_bytes(b[:8], 'little'); meta = json.loads(json.loads(b[8:8+n])['__metadata__']['fastmed'])
+    meta = edit(meta) or meta
+    return save(load(b), {'fastmed':meta if isinstance(meta, str) else json.dumps(meta)})
+
+@pytest.mark.parametrize('key', ('network','plan','preprocess','columns','foreground','seed','flips','post','training','echo','format','sha256'))
+@pytest.mark.parametrize('value', ('gone', None, 7, 'x', [], {}, [[1]]))
+def test_missing_or_odd_metadata(saved, tmp_path, key, value):
+    b = saved[1].read_bytes()
+    def edit(m):
+        if value=='gone': m.pop(key)
+        else: m[key] = value
+    fair = dict(foreground=(7,), seed=(7,), post=([],{}), flips=([],{}))            # these are fair values
+    if value!='gone' and value in fair.get(key, ()): return
+    bad = forge(b, edit) if key!='sha256' else _unsealed(b, edit)
+    refused(bad, tmp_path/'bad')
+
+def test_tensors_missing_too_many_or_otherwise(saved, tmp_path):
+    b,fn = saved[1].read_bytes(),tmp_path/'bad'
+    refused(forge(b, tensors=lambda t: {k:v for k,v in t.items() if k!='heads.0.weight'}), fn, 'heads.0.weight.*nothing found')
+    refused(forge(b, tensors=lambda t: {**t, 'extra':torch.zeros(2)}), fn, 'extra: no such tensor expected')
+    refused(forge(b, tensors=lambda t: {**t, 'heads.0.weight':t['heads.0.weight'].half()}), fn, 'float16')
+    refused(forge(b, tensors=lambda t: {}), fn, 'do not fit|larger')
+    refused(forge(b, tensors=lambda t: {**t, 'heads.0.weight':t['heads.0.weight']*1.1}), fn, 'answers otherwise')
+
+def test_pretrained_fetches_nothing(loaders, tmp_path, monkeypatch):
+    learn = unet2d_learner(loaders[2], 'SegResNet', init_filters=8, path=tmp_path)
+    b = save_model(learn, tmp_path/'m.safetensors').read_bytes()
+    import urllib.request, socket
+    def never(*a, **k): raise AssertionError('fetched')
+    monkeypatch.setattr(urllib.request, 'urlopen', never); monkeypatch.setattr(socket, 'socket', never)
+    (tmp_path/'p').write_bytes(forge(b, put(True, *ARGS, 'pretrained')))
+    load_model(tmp_path/'p', 'cpu')
+    def flex(m): m['network'].update(arch='FlexibleUNet', args={'dict':{'pretrained':True, 'backbone':'efficientnet-b0'}})
+    refused(forge(b, flex), tmp_path/'bad', 'do not fit|larger')
+
+# ---- ONNX
+
+@pytest.fixture
+def onnx():
+    for o in ('onnx','onnxscript','onnxruntime'): pytest.importorskip(o)
+
+@pytest.mark.parametrize('ndim,kw', [(3,{}), (2,{}), (3,dict(arch='SegResNet', init_filters=8)), (3,dict(deep_supervision=True, depth=3, nf=4, arch='UNet'))])
+def test_onnx_answers_alike(onnx, learner, loaders, scan, tmp_path, ndim, kw):
+    learn = (unet3d_learner if ndim==3 else unet2d_learner)(loaders[ndim], fast=False, path=tmp_path, **kw) if kw else learner(ndim, fast=False)
+    back = load_onnx(export_onnx(learn, tmp_path/'m.onnx', post='keep_largest'))
+    (m,p),(m2,p2) = learn.predict_volume(scan, proba=True, tta=True, post='keep_largest'),back.predict_volume(scan, proba=True, tta=True)
+    assert (p-p2).abs().max()<4e-3 and (m!=m2).float().mean()<1e-3 and np.array_equal(m.affine, m2.affine)
+    assert back.post==('keep_largest',) and not list(tmp_path.glob('.part*'))
+
+def test_onnx_of_a_fast_learner_is_its_float32_network(onnx, learner, scan, tmp_path):
+    fast,plain = learner(3),learner(3, fast=False)
+    p,p2 = plain.predict_volume(scan, proba=True)[1],load_onnx(export_onnx(fast, tmp_path/'m.onnx')).predict_volume(scan, proba=True)[1]
+    assert (p-p2).abs().max()<4e-3
+
+def test_onnx_refuses(onnx, learner, loaders, scan, tmp_path):
+    fn,bad = tmp_path/'m.onnx',tmp_path/'bad.onnx'
+    export_onnx(learner(2, fast=False), fn)
+    b = fn.read_bytes(); rng = np.random.default_rng(0)
+    for i in rng.integers(0, len(b), 300):
+        c = bytearray(b); c[i] ^= 1<<int(rng.integers(8)); bad.write_bytes(c)
+        with pytest.raises(ValueError, match='bad.onnx'): load_onnx(bad)
+    for c in (b'', b[:100], b[:-1], b+b'x', save_bytes(learner(3), tmp_path)):
+        bad.write_bytes(c)
+        with pytest.raises(ValueError, match='bad.onnx'): load_onnx(bad)
+    with pytest.raises(ValueError): load_model(fn)
+    with pytest.raises(ValueError, match='known by name'): export_onnx(unet3d_learner(loaders[3], arch=Own), tmp_path/'own.onnx')
+    with pytest.raises(ValueError, match='changed after'): save_model(load_onnx(fn), tmp_path/'m.safetensors')
+    with pytest.raises(FileNotFoundError): load_onnx(tmp_path/'none.onnx')
+
+def test_onnx_forged(onnx, learner, tmp_path):
+    import onnx as ox
+    export_onnx(learner(2, fast=False), tmp_path/'m.onnx')
+    m = ox.load(str(tmp_path/'m.onnx')); meta = json.loads(m.metadata_props[0].value)
+    def write(edit, mod=lambda m: m):
+        d = json.loads(json.dumps(meta)); d['sha256'] = ship._blank; edit(d)
+        c = ox.ModelProto(); c.CopyFrom(m); mod(c); ox.helper.set_model_props(c, {'fastmed':json.dumps(d)})
+        (tmp_path/'bad.onnx').write_bytes(ship._seal(c.SerializeToString()))
+        return tmp_path/'bad.onnx'
+    load_onnx(write(lambda d: None))
+    def other(c): c.graph.node[0].op_type = 'Nothing'
+    for edit,mod in ((put(2, 'format'), lambda c: c), (put([8,8], 'window'), lambda c: c), (put(2, 'network', 'n_in'), lambda c: c), (put([1.]*64, 'echo'), lambda c: c), (lambda d: None, other)):
+        with pytest.raises(ValueError, match='bad.onnx'): load_onnx(write(edit, mod))
+
+def save_bytes(learn, tmp): return save_model(learn, tmp/'s.safetensors').read_bytes()
+
+def test_onnx_says_what_it_needs(learner, tmp_path, monkeypatch):
+    import sys
+    monkeypatch.setitem(sys.modules, 'onnx', None)
+    with pytest.raises(ImportError, match=r'fastmed\[onnx\]'): export_onnx(learner(3), tmp_path/'m.onnx')
