@@ -160,9 +160,11 @@ class PatchDL(TfmdDL):
         s # number of the patch
     ):    # the item, transformed
         "Random item transforms of others draw from torch's state: it follows the item too, so workers change nothing"
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(zlib.crc32(repr((self.epoch_seed, s)).encode()))
+        was = torch.get_rng_state()
+        try:                                                       # not `torch.manual_seed`: without a GPU that keeps a stack trace of each call, for ever
+            torch.default_generator.manual_seed(zlib.crc32(repr((self.epoch_seed, s)).encode()))
             return super().do_item(s)
+        finally: torch.set_rng_state(was)
 
     def create_batch(self, b):
         res = super().create_batch(b)
@@ -279,6 +281,7 @@ class VolumeDataLoaders(DataLoaders):
         "From a DataFrame with a row a case. Raises `KeyError` (a column), `ValueError` (a case, named, that cannot be used)"
         if not len(df): raise ValueError("from_df: the DataFrame has no rows")
         df = df.reset_index(drop=True)
+        if not 0<=foreground<=1: raise ValueError(f"foreground: expected a share from 0 to 1; found {foreground}")
         if cls._ndim==3 and (axis!='auto' or context): raise ValueError("axis and context belong to slices: use SliceDataLoaders")
         images,masks = all_files(df, image_col, path),all_files(df, mask_col, path)
         for m in masks:

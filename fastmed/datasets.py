@@ -355,7 +355,9 @@ def untar_data(
 )->Path:                       # The unpacked folder, or `$FASTMED_DATA/<task>` where that is there
     "Download, verify, unpack; whole or absent. Raises `OSError` when the download stops, `ValueError` on a wrong checksum or an unsafe archive. Hands other URLs to fastai's own"
     folder,md5 = _known(url)
-    if not (checksum or md5): return external.untar_data(url, archive=archive, data=data, c_key=c_key, force_download=force_download, base=base)
+    if not (checksum or md5):
+        try: return external.untar_data(url, archive=archive, data=data, c_key=c_key, force_download=force_download, base=base)
+        except OSError as e: raise OSError(f"{url}: could not be fetched ({e}). Check the address and the connection") from e
     expected = (checksum or md5).lower()
     if not re.fullmatch('[0-9a-f]{32}|[0-9a-f]{64}', expected): raise ValueError(f'{url}: checksum={checksum!r} is neither MD5 (32 hexadecimal digits) nor SHA-256 (64); give one of them')
     name = Path(urlparse(url).path).name

@@ -140,7 +140,7 @@ class Findings:
         ds = [diff(a) for a in w.mean().sort_values(ascending=False).index if a!=top]
         real = [d for d in ds if d[4]<.05 and d[2]>0]; none = [d for d in ds if d not in real]
         res = f"{n}, {top} reached a mean Dice of {w[top].mean():.3f}"
-        if real: res += ' and is ahead of ' + _and([f"{a} by {m:.2f} points (95 % interval {lo:.2f} to {hi:.2f}, {_p(p)})" for a,m,lo,hi,p,_ in real])
+        if real: res += ' and is ahead ' + _and([f"of {a} by {m:.2f} points (95 % interval {lo:.2f} to {hi:.2f}, {_p(p)})" for a,m,lo,hi,p,_ in real])
         res += '.'
         for a,m,lo,hi,p,det in none: res += f" Between {top} and {a} no difference was shown: {m:.2f} points (95 % interval {lo:.2f} to {hi:.2f}, {_p(p)}); this many cases show one of {det:.2f} or more."
         return res

@@ -289,6 +289,9 @@ def suggest_plan(
 )->Plan:                  # spacing, axis, patch, strides, depth, nf, bs, samples_per_case, …, each with its reason
     "Spacing, patch, batch, depth and strides from the data and a memory budget, each with its reason. Source of the idea: nnU-Net (Isensee 2021)"
     if ndim not in (2,3): raise ValueError(f"ndim: expected 2 or 3; found {ndim}")
+    for k,v,least in (('bs',bs,1), ('samples_per_case',samples_per_case,1), ('context',context,0)):
+        if not (v is None or v=='auto' or isinstance(v, (int,np.integer)) and v>=least): raise ValueError(f"{k}: expected a whole number of {least} or more; found {v!r}")
+    if axis not in ('auto',0,1,2): raise ValueError(f"axis: expected array axis 0, 1 or 2, or 'auto'; found {axis!r}")
     device = torch.device(ifnone(device, default_device()))
     why = {}
     mem = ifnone(memory, default_memory(device)); why['memory'] = 'given' if memory is not None else f'GiB for a training step on {device.type}'
