@@ -154,7 +154,7 @@ def _load_array(fn, dtype=None):
         if im.get_data_dtype().fields is not None or im.get_data_dtype().kind=='c':
             raise ValueError(f"{fn}: colour or complex voxels ({im.get_data_dtype()}) are not read; save the scan as one grey channel a file")
         need,have = np.prod([float(o) for o in im.shape])*im.get_data_dtype().itemsize,fn.stat().st_size*(1100 if _suffix(fn).endswith('gz') else 1)     # gzip packs no tighter
-        if need>have and _suffix(fn).startswith('.nii'): raise OSError(f"{fn}: the header promises {im.shape} voxels, {need/1e9:.3g} GB, and the file is too small to hold them. It is truncated or its header is wrong: download or export it again")
+        if need>have and _suffix(fn).startswith('.nii'): raise OSError(f"{fn}: the header promises {im.shape} voxels but they cannot be read (the file is too small for {need/1e9:.3g} GB). The file is truncated, or its header is wrong: download or export it again")
         try: a = np.asanyarray(im.dataobj) if dtype is None else im.get_fdata(dtype=dtype, caching='unchanged')
         except (EOFError, OSError, zlib.error, ValueError) as e:
             raise OSError(f"{fn}: the header promises {im.shape} voxels but they cannot be read ({e}). The file is truncated: download or export it again") from e

@@ -242,7 +242,7 @@ def test_requirements_are_ranges_and_complete():
     reqs = [o for k,v in cfg.items() if k.endswith('requirements') for o in v.split()]
     assert not [o for o in reqs if '==' in o], 'ranges, not pins'
     name = lambda o: re.split(r'[<>=!~\[]', o)[0].lower()
-    main,extra = {name(o) for o in cfg['requirements'].split()}, {name(o) for k in ('demo_requirements', 'track_requirements') for o in cfg[k].split()}
+    main,extra = {name(o) for o in cfg['requirements'].split()}, {name(o) for k in ('demo_requirements', 'track_requirements', 'onnx_requirements') for o in cfg[k].split()}
     known = {'IPython':'ipython', 'PIL':'pillow', 'SimpleITK':'simpleitk', 'sklearn':'scikit-learn'}
     through_fastai = {'ipython', 'pillow', 'torchvision', 'fastprogress', 'tqdm', 'fasttransform', 'fastdownload', 'plum', 'packaging', 'requests'}
     optional = {'ipywidgets', 'pydicom'} # asked for by name where they are used
@@ -280,7 +280,7 @@ def test_wheel_metadata(built):
     assert meta['License-Expression']=='Apache-2.0' or meta['License']=='Apache-2.0'
     assert meta['Requires-Python']==f'>={cfg["min_python"]}' and meta['Keywords'].replace(',', ' ').split()==cfg['keywords'].split()
     assert meta['Version']==re.search(r'__version__ = "([^"]+)"', (lib/'__init__.py').read_text())[1]
-    assert set(meta.get_all('Provides-Extra'))=={'demo', 'track', 'dev', 'bench'}
+    assert set(meta.get_all('Provides-Extra'))=={'demo', 'track', 'dev', 'bench', 'onnx'}
     assert len([o for o in meta.get_all('Requires-Dist') if 'extra ==' not in o])==len(cfg['requirements'].split())
     assert 'in fastai\'s own words' in meta.get_payload() and 'Programming Language :: Python :: 3.10' in meta.get_all('Classifier')
     assert 'fastmed = fastmed.cli:main' in z.read(next(o for o in names if o.endswith('entry_points.txt'))).decode()

@@ -231,7 +231,8 @@ def test_law_3_prediction_uses_each_argument(exact, study, tmp_path):
     assert ev().dice.min()>ev(post=zero).dice.max()==0 and len(ev(df[:1]))==2
     assert ev(tolerance=0.).nsd.mean() < ev(tolerance=5.).nsd.mean()==1
     a,b = [set(inspect.signature(o).parameters) for o in (learn.predict_volume, learn.evaluate)]
-    assert a=={'fn','overlap','tta','proba','post'} and b=={'df','tolerance','kwargs'}, 'an argument without its check'
+    flat = exact(2, arch=Edge); assert not np.array_equal(flat.predict_volume(fn, axes=(0,)), flat.predict_volume(fn, axes=(1,))), 'slices across another axis are other slices'
+    assert a=={'fn','overlap','tta','proba','post','axes'} and b=={'df','tolerance','kwargs'}, 'an argument without its check'
     out = learn.predict_folder(path/'images', tmp_path/'o', images='c0.nii', post=zero)
     assert len(out)==1 and not load_mask(out['mask'][0]).any()
     assert len(learn.predict(fn, with_input=True))==4

@@ -36,10 +36,10 @@ SMALL = [(3,'UNet',dict(deep_supervision=True, nf=4, depth=3)), (3,'UNet',dict(n
          (3,'SegResNet',dict(init_filters=8)), (2,'SegResNet',dict(init_filters=8, norm=('GROUP',{'num_groups':4}))), (3,'DynUNet',dict(strides=[1,2,2], filters=[4,8,16], deep_supervision=True, deep_supr_num=1, loss_func=DeepSupervisionLoss(DiceCELoss()))), (3,'monai.UNet',dict(channels=(4,8), strides=(2,))),
          (3,'UNETR',dict(feature_size=4, hidden_size=24, mlp_dim=32, num_heads=2)), (2,'BasicUNet',dict(features=(4,4,8,8,8,4)))]
 
-def test_flips_of_the_augmentation_are_kept(learner, scan, tmp_path, monkeypatch):
+def test_flips_of_the_augmentation_are_kept(study, scan, tmp_path):
     "Test-time augmentation looks where training looked"
-    learn = learner(3)
-    monkeypatch.setattr(next(f for f in learn.dls.train.after_batch.fs if isinstance(f, SpatialTfm)), 'flips', (0,2))
+    path,df = study
+    learn = unet3d_learner(VolumeDataLoaders.from_df(df, path=path, codes=['background','large','small'], valid_pct=.25, spacing=1.25, patch=16, bs=2, samples_per_case=1, num_workers=0, device='cpu', cache=tmp_path, batch_tfms=volume_tfms(flips=(0,2))), nf=4, depth=2, path=tmp_path)
     back = load_model(save_model(learn, tmp_path/'m.safetensors'), 'cpu')
     assert len(tta_views(learn))==4 and tta_views(back)==tta_views(learn)
     assert same_bits(learn.predict_volume(scan, tta=True, proba=True)[1], back.predict_volume(scan, tta=True, proba=True)[1])
