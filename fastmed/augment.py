@@ -11,7 +11,7 @@ import math, numbers
 import torch, torch.nn.functional as F
 from torch import Tensor
 from fasttransform import Transform, ItemTransform
-from .core import TensorVolume, TensorVolumeMask, TensorSlice, TensorSliceMask
+from .core import ArgumentError, InputError, TensorVolume, TensorVolumeMask, TensorSlice, TensorSliceMask
 
 # %% ../nbs/07_augment.ipynb #93c1ab32
 _images,_masks = (TensorVolume,TensorSlice),(TensorVolumeMask,TensorSliceMask)
@@ -62,7 +62,7 @@ def along_axes(
 # %% ../nbs/07_augment.ipynb #81fbafa9
 def _number(name, v, lo, hi=float('inf')):
     if isinstance(v, bool) or not isinstance(v, numbers.Real) or not lo<=v<=hi:
-        raise ValueError(f"{name}: expected a number from {lo:g} to {hi:g}, found {v!r}")
+        raise InputError(f"{name}: expected a number from {lo:g} to {hi:g}, found {v!r}")
     return float(v)
 
 def _hit(n, p): return torch.rand(n)<p
@@ -75,7 +75,7 @@ class _BatchTfm(Transform):
         "Number of items and space axes of a batch, from its first image"
         for o in b:
             if isinstance(o, _images): return len(o), tuple(o.shape[2:])
-        raise TypeError(f"{type(self).__name__}: expected a batch with a TensorVolume or TensorSlice, found {[type(o).__name__ for o in b]}")
+        raise ArgumentError(f"{type(self).__name__}: expected a batch with a TensorVolume or TensorSlice, found {[type(o).__name__ for o in b]}")
 
     def __call__(self, b, split_idx=None, **kwargs):
         if self.split_idx is not None and split_idx!=self.split_idx: return b
@@ -112,7 +112,7 @@ class SpatialTfm(_BatchTfm):
     def _free(self, size):
         "Spacing, and which axes take part: over three times coarser than the finest, or one voxel thick, stays out"
         d = len(size); sp = self.spacing or (1.,)*d
-        if len(sp)!=d: raise ValueError(f"SpatialTfm: expected a spacing of {d} values for patches of {tuple(size)}, found {sp}")
+        if len(sp)!=d: raise InputError(f"SpatialTfm: expected a spacing of {d} values for patches of {tuple(size)}, found {sp}")
         return sp, [n>1 and s<=3*min(sp) for n,s in zip(size, sp)]
 
     def draw(self,
@@ -122,12 +122,12 @@ class SpatialTfm(_BatchTfm):
         "Draw the parameters of `n` items from torch's global generator"
         d = len(size); free = self._free(size)[1]; na = 3 if d==3 else 1
         mr = self.max_rotate if isinstance(self.max_rotate, tuple) else (self.max_rotate,)*na
-        if len(mr)!=na: raise ValueError(f"SpatialTfm: expected max_rotate as one number or {na} for patches of {tuple(size)}, found {mr}")
+        if len(mr)!=na: raise InputError(f"SpatialTfm: expected max_rotate as one number or {na} for patches of {tuple(size)}, found {mr}")
         planes = [all(f for j,f in enumerate(free) if j!=a) for a in range(3)] if d==3 else [all(free)]
         angle = _between((n,na), 1.)*torch.tensor(mr)*torch.tensor(planes)*_hit((n,1), self.p_rotate)
         zoom = 1+_between(n, self.max_scale)*_hit(n, self.p_scale)
         if bad:=[a for a in self.flips if not isinstance(a, int) or not 0<=a<d]:
-            raise ValueError(f"SpatialTfm: flips holds {bad}; expected axes from 0 to {d-1} for patches of {tuple(size)}")
+            raise InputError(f"SpatialTfm: flips holds {bad}; expected axes from 0 to {d-1} for patches of {tuple(size)}")
         flip = _hit((n,d), self.p_flip) & torch.tensor([a in self.flips for a in range(d)])
         bend = None
         if self.max_elastic and self.p_elastic:
@@ -182,7 +182,7 @@ class SpatialTfm(_BatchTfm):
         sizes = {tuple(o.shape[-d:]) for o in todo}
         if len(sizes)>1 or any(len(o)!=n for o in todo):
             found = [(type(o).__name__, tuple(o.shape)) for o in todo]
-            raise ValueError(f"SpatialTfm: expected image and mask of one size and {n} items, found {found}")
+            raise InputError(f"SpatialTfm: expected image and mask of one size and {n} items, found {found}")
         if not todo: return b
         size = sizes.pop(); dev = todo[0].device
         move = (p['angle']!=0).any(1) | (p['zoom']!=1)
@@ -251,7 +251,7 @@ class IntensityTfm(_BatchTfm):
     )->dict:        # one value an item of each name; the value that changes nothing where it is not drawn
         "Draw the parameters of `n` items from torch's global generator"
         if self.spacing is not None and len(self.spacing)!=len(size):
-            raise ValueError(f"IntensityTfm: expected a spacing of {len(size)} values for patches of {tuple(size)}, found {self.spacing}")
+            raise InputError(f"IntensityTfm: expected a spacing of {len(size)} values for patches of {tuple(size)}, found {self.spacing}")
         bias = None
         if self.max_bias and self.p_bias: bias = _between((n, *[min(3, s)+3 for s in size]), self.max_bias)*_hit((n,)+(1,)*len(size), self.p_bias)
         return dict(bias=bias,
@@ -273,7 +273,7 @@ class IntensityTfm(_BatchTfm):
         return b if i is None else type(b)(self._shade(o, p) if j==i else o for j,o in enumerate(b))
 
     def _shade(self, o, p):
-        if len(o)!=len(p['noise']): raise ValueError(f"IntensityTfm: parameters are for {len(p['noise'])} items, the batch holds {len(o)}")
+        if len(o)!=len(p['noise']): raise InputError(f"IntensityTfm: parameters are for {len(p['noise'])} items, the batch holds {len(o)}")
         off = torch.zeros(len(o), dtype=torch.bool)
         on = dict(bias=off if p['bias'] is None else p['bias'].flatten(1).any(1), contrast=(p['contrast']!=1)|(p['brightness']!=0), gamma=p['gamma']!=1,
                   blur=(p['blur']>0)|(p['low_res']>1), noise=p['noise']>0)
@@ -362,7 +362,7 @@ class TorchIOTransform(ItemTransform):
         split_idx:int=0 # 0: training only; None: always, for a transform that prepares
     ):
         import torchio as tio
-        if not isinstance(t, tio.Transform): raise TypeError(f"TorchIOTransform: expected a torchio.Transform instance, found {t!r}")
+        if not isinstance(t, tio.Transform): raise ArgumentError(f"TorchIOTransform: expected a torchio.Transform instance, found {t!r}")
         super().__init__(split_idx=split_idx)
         self.t,self.split_idx = t,split_idx
 
@@ -379,12 +379,12 @@ class TorchIOTransform(ItemTransform):
             aff = torch.diag(torch.tensor([1., getattr(o,'aspect',1), 1., 1.])).double().numpy() if flat else o.affine
             sub[f't{i}'] = (tio.LabelMap if mask else tio.ScalarImage)(tensor=d[...,None] if flat else d, affine=aff)
         if not sub: return x
-        if len({o.spatial_shape for o in sub.values()})>1: raise ValueError(f"TorchIOTransform: image and mask differ in shape: {[tuple(o.shape) for o in xs]}")
+        if len({o.spatial_shape for o in sub.values()})>1: raise InputError(f"TorchIOTransform: image and mask differ in shape: {[tuple(o.shape) for o in xs]}")
         out = self.t(tio.Subject(**sub))
         for k in sub:
             i = int(k[1:]); o = xs[i]; flat,mask = isinstance(o, (TensorSlice,TensorSliceMask)),isinstance(o, _masks)
             d = out[k].data
-            if mask and len(d)!=1: raise ValueError(f"TorchIOTransform: {self.t.name} gave a mask of {len(d)} channels; expected one of class ids")
+            if mask and len(d)!=1: raise InputError(f"TorchIOTransform: {self.t.name} gave a mask of {len(d)} channels; expected one of class ids")
             d = d[0] if mask else d
             r = _like((d[...,0] if flat else d).to(o.device, o.dtype), o)
             if not flat and o.affine is not None: r.affine = out[k].affine

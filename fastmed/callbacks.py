@@ -84,7 +84,7 @@ class DiceCallback(Callback):
         n:int=None,       # validation cases to look at, the first ones; default: all
         overlap:float=.5  # of the sliding window
     ):
-        if every<1: raise ValueError(f"DiceCallback: every must be 1 or more; found {every}")
+        if every<1: raise InputError(f"DiceCallback: every must be 1 or more; found {every}")
         store_attr()
         self.rows,self.added = [],[]
 
@@ -129,9 +129,9 @@ class BudgetCallback(Callback):
         voxels:float=None   # voxels (in 2D: pixels) of the training patches
     ):
         given = {k:v for k,v in dict(minutes=minutes, updates=updates, voxels=voxels).items() if v is not None}
-        if len(given)!=1: raise ValueError(f"BudgetCallback: expected one of minutes, updates, voxels; found {given}")
+        if len(given)!=1: raise InputError(f"BudgetCallback: expected one of minutes, updates, voxels; found {given}")
         (self.unit,self.amount), = given.items()
-        if not self.amount>0: raise ValueError(f"{self.unit}: expected more than 0; found {self.amount}")
+        if not self.amount>0: raise InputError(f"{self.unit}: expected more than 0; found {self.amount}")
     def before_fit(self): self.t0,self.valid_s,self.spent,self.late = time.perf_counter(),0.,0,False
     def _share(self):
         if self.unit!='minutes': return min(1., self.spent/self.amount)
@@ -231,7 +231,7 @@ class ResumeCallback(Callback):
         path='resume.pth', # file, below `learn.path`
         every:int=None     # batches between two saves; default: at the end of each epoch
     ):
-        if every is not None and every<1: raise ValueError(f"ResumeCallback: every must be 1 or more; found {every}")
+        if every is not None and every<1: raise InputError(f"ResumeCallback: every must be 1 or more; found {every}")
         self.file,self.every = path,every
     def _off(self): return hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds')
     def _terms(self): return dict(epochs=self.n_epoch, batches=len(self.dls.train), batch=self.dls.train.bs, tensors=[[k,list(v.shape)] for k,v in self.learn.model.state_dict().items()])
@@ -243,9 +243,9 @@ class ResumeCallback(Callback):
         self.fn = self.learn.path/self.file
         if not self.fn.exists(): return
         try: s = torch.load(self.fn, map_location='cpu', weights_only=True)
-        except Exception as e: raise ValueError(f"{self.fn}: not a file of ResumeCallback, or not whole ({type(e).__name__}). Remove it to start anew") from e
+        except Exception as e: raise InputError(f"{self.fn}: not a file of ResumeCallback, or not whole ({type(e).__name__}). Remove it to start anew") from e
         if odd:=[f"{k}: {s['terms'].get(k)} then, {v} now" for k,v in self._terms().items() if s['terms'].get(k)!=v]:
-            raise ValueError(f"{self.fn}: is of another fit ({'; '.join(o[:150] for o in odd)}). Call the fit as it was, or remove the file to start anew")
+            raise InputError(f"{self.fn}: is of another fit ({'; '.join(o[:150] for o in odd)}). Call the fit as it was, or remove the file to start anew")
         self.learn.model.load_state_dict(s['model'])
         self.opt.load_state_dict({**s['opt'], 'hypers':L(s['opt']['hypers'])})
         if (c:=self._scaler()) is not None and s['scaler']: c.load_state_dict(s['scaler'])

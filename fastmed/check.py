@@ -256,7 +256,7 @@ def _case_voxels(h, prints=None):
 def _survey(df, path, image_col, mask_col, tol, memory_gb, workers, prints=None):
     "Headers, then voxels of all cases, in threads; (headers, numbers), a dict a case"
     for c in L(image_col):
-        if c not in df: raise KeyError(f"image_col {c!r}: not in the DataFrame, which has {list(df)}")
+        if c not in df: raise ColumnError(f"image_col {c!r}: not in the DataFrame, which has {list(df)}")
     try: ram = os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')
     except (AttributeError, ValueError, OSError): ram = 8*2**30
     limit,masked = memory_gb*2**30 if memory_gb else ram/2,mask_col in df
@@ -377,7 +377,7 @@ def check_dataset(
     workers:int=None      # threads; default: a thread a core, 8 at most
 )->Report:                # one row a finding; `.errors`, `.warnings`, `.summary()`, `.clean()`, `.html(fn)`
     "Find what is wrong with a data set: headers first, every voxel once. Raises `KeyError` where a column of images is missing, `ValueError` on an empty table"
-    if not len(df): raise ValueError("check_dataset: the table has no rows")
+    if not len(df): raise InputError("check_dataset: the table has no rows")
     codes = ifnone(codes, df.attrs.get('codes')); names = _case_names(df)
     heads,vox = _survey(df, path, image_col, mask_col, tol, memory_gb, workers)
     subject = None if 'subject' not in df else [str(o) if pd.notna(o) else i for i,o in enumerate(df.subject)]

@@ -76,9 +76,10 @@ def scan(
     masks=None  # pattern of the masks; default: 'labels/*.nii.gz'
 ):              # DataFrame with a row a case
     "A folder's cases: of a Decathlon task where it holds a `dataset.json`, else by pattern"
+    from fastmed.core import MissingFileError
     from fastmed.doctor import scan_decathlon, scan_folder
     path = Path(path)
-    if not path.is_dir(): raise FileNotFoundError(f"{path}: no such folder")
+    if not path.is_dir(): raise MissingFileError(f"{path}: no such folder")
     if images is None and masks is None and (path/'dataset.json').exists(): return scan_decathlon(path)
     return scan_folder(path, images or 'images/*.nii.gz', masks or 'labels/*.nii.gz')
 
@@ -86,9 +87,9 @@ def train(
     a # the parsed arguments
 ):
     "`fastmed train`: a folder of scans and masks becomes an exported Learner"
-    from fastmed.all import VolumeDataLoaders, SliceDataLoaders, unet3d_learner, unet2d_learner, set_seed, ResumeCallback, save_model
+    from fastmed.all import VolumeDataLoaders, SliceDataLoaders, unet3d_learner, unet2d_learner, set_seed, ResumeCallback, save_model, FileError
     out = Path(a.out)
-    if out.is_dir(): raise IsADirectoryError(f"{out}: is a folder; --out wants a file such as model.pkl")
+    if out.is_dir(): raise FileError(f"{out}: is a folder; --out wants a file such as model.pkl")
     out.parent.mkdir(parents=True, exist_ok=True)
     set_seed(a.seed)
     kw = dict(codes=a.codes.split(',') if a.codes else None, valid_pct=a.valid_pct, seed=a.seed, cache=a.cache, num_workers=a.workers, path=out.parent.resolve())
@@ -113,24 +114,26 @@ def train(
 def _load(fn):
     import warnings
     from fastmed.all import load_learner
-    if not Path(fn).is_file(): raise FileNotFoundError(f"{fn}: no such model file")
+    from fastmed.core import InputError, MissingFileError
+    if not Path(fn).is_file(): raise MissingFileError(f"{fn}: no such model file")
     if Path(fn).suffix=='.safetensors':
         from fastmed.all import load_model
         return load_model(fn)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         try: learn = load_learner(fn)
-        except Exception as e: raise ValueError(f"{fn}: not an exported Learner of fastmed ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})") from e
-    if not hasattr(learn, 'predict_volume'): raise ValueError(f"{fn}: holds a {type(learn).__name__} that was not made by fastmed")
+        except Exception as e: raise InputError(f"{fn}: not an exported Learner of fastmed ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})") from e
+    if not hasattr(learn, 'predict_volume'): raise InputError(f"{fn}: holds a {type(learn).__name__} that was not made by fastmed")
     return learn
 
 def predict(
     a # the parsed arguments
 ):
     "`fastmed predict`: masks for a file or a folder; 1 where a scan of a folder failed"
+    from fastmed.core import MissingFileError
     learn = _load(a.model)
     src,dst,kw = Path(a.src),Path(a.dst),dict(overlap=a.overlap, tta=a.tta, post=a.post or None)
-    if not src.exists(): raise FileNotFoundError(f"{src}: no such file or folder")
+    if not src.exists(): raise MissingFileError(f"{src}: no such file or folder")
     if src.is_file() or not any(src.glob(a.images)):
         if dst.is_dir():
             from fastmed.doctor import case_name
@@ -170,11 +173,11 @@ def compare(
     "`fastmed compare plan.toml`: train what is not trained yet, print the tables, write the report"
     try: import tomllib
     except ImportError: import tomli as tomllib                    # Python 3.10
-    from fastmed.all import Comparison
+    from fastmed.all import Comparison, InputError
     fn = Path(a.plan).resolve()
     try: plan = tomllib.loads(fn.read_text(encoding='utf-8'))
-    except tomllib.TOMLDecodeError as e: raise ValueError(f"{fn}: not TOML: {e}") from e
-    if 'data' not in plan: raise ValueError(f"{fn}: there is no `data = \"folder of scans\"`; found {sorted(plan)}")
+    except tomllib.TOMLDecodeError as e: raise InputError(f"{fn}: not TOML: {e}") from e
+    if 'data' not in plan: raise InputError(f"{fn}: there is no `data = \"folder of scans\"`; found {sorted(plan)}")
     images,masks = plan.pop('images', None),plan.pop('masks', None)
     df = scan((fn.parent/plan.pop('data')).resolve(), images, masks)
     report = fn.parent/plan.pop('report', Path(plan.get('path', 'comparison'))/'report.html')

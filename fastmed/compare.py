@@ -33,7 +33,7 @@ def make_learner(
     **kwargs      # of `from_df` and of the Learner factory, by name; `loss` is short for `loss_func`
 )->VolumeLearner: # ready to train
     "DataLoaders and Learner in one call, each argument handed to whom it belongs. Raises `TypeError` on one that nobody takes"
-    if ndim not in (2,3): raise ValueError(f"ndim: expected 2 or 3; found {ndim}")
+    if ndim not in (2,3): raise InputError(f"ndim: expected 2 or 3; found {ndim}")
     cls,factory = (VolumeDataLoaders,unet3d_learner) if ndim==3 else (SliceDataLoaders,unet2d_learner)
     if 'loss' in kwargs: kwargs['loss_func'] = kwargs.pop('loss')
     data = {k:kwargs.pop(k) for k in list(kwargs) if k in inspect.signature(cls.from_df).parameters}
@@ -180,24 +180,24 @@ class Comparison(Findings):
         arms = ifnone(arms, {'3D':dict(ndim=3), '2D':dict(ndim=2), '2.5D':dict(ndim=2, context=2)})
         self.budget = ifnone(budget, dict(minutes=10))
         if not isinstance(self.budget, dict) or len(self.budget)!=1 or (u:=next(iter(self.budget))) not in ('minutes','epochs','updates','voxels') or not self.budget[u]>0:
-            raise ValueError(f"budget: expected one of minutes, epochs, updates, voxels, above 0, as in dict(minutes=10); found {self.budget}")
-        if not arms: raise ValueError("arms: expected at least one, such as {'3D':dict(ndim=3)}")
+            raise InputError(f"budget: expected one of minutes, epochs, updates, voxels, above 0, as in dict(minutes=10); found {self.budget}")
+        if not arms: raise InputError("arms: expected at least one, such as {'3D':dict(ndim=3)}")
         if 'case' not in df: df = df.assign(case=[str(i) for i in range(len(df))])
-        if (d:=df['case'].astype(str).duplicated()).any(): raise ValueError(f"case {df['case'][d].iloc[0]!r} stands in two rows. Each case needs a name of its own")
-        if len({str(a).lower() for a in arms})<len(arms): raise ValueError(f"arms: {list(arms)} are alike but for capitals; their folders would be one")
+        if (d:=df['case'].astype(str).duplicated()).any(): raise InputError(f"case {df['case'][d].iloc[0]!r} stands in two rows. Each case needs a name of its own")
+        if len({str(a).lower() for a in arms})<len(arms): raise InputError(f"arms: {list(arms)} are alike but for capitals; their folders would be one")
         for a in arms:
-            if not re.fullmatch(r'[^/\\:*?"<>|\x00-\x1f]+', str(a)) or str(a).startswith('.') or str(a)=='unfinished': raise ValueError(f"arm {a!r}: the name becomes a folder; leave out / \\ : * ? \" < > | and a leading dot")
-            if odd:=sorted({'valid_col','valid_pct','df'} & {*arms[a], *common}): raise ValueError(f"arm {a!r}: {odd} belong to the folds; use folds= and group_col=")
+            if not re.fullmatch(r'[^/\\:*?"<>|\x00-\x1f]+', str(a)) or str(a).startswith('.') or str(a)=='unfinished': raise InputError(f"arm {a!r}: the name becomes a folder; leave out / \\ : * ? \" < > | and a leading dot")
+            if odd:=sorted({'valid_col','valid_pct','df'} & {*arms[a], *common}): raise InputError(f"arm {a!r}: {odd} belong to the folds; use folds= and group_col=")
         self.spec_arms = {str(a):{**common, **kw} for a,kw in arms.items()}
         self.codes,self.group_col,self.path = codes,group_col,Path(path)
         self.seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-        if not self.seeds: raise ValueError("seeds: expected 1 or more")
+        if not self.seeds: raise InputError("seeds: expected 1 or more")
         self.df = df.reset_index(drop=True); self.df.attrs.update(df.attrs)
         if isinstance(folds, str):
-            if folds not in df: raise KeyError(f"folds {folds!r}: not in the DataFrame, which has {list(df)}")
+            if folds not in df: raise ColumnError(f"folds {folds!r}: not in the DataFrame, which has {list(df)}")
             self.fold = self.df[folds].astype(int).values
             parted = self.df.assign(_f=self.fold, _g=_group_values(self.df, group_col)).groupby('_g')._f.nunique()
-            if (parted>1).any(): raise ValueError(f"folds {folds!r}: the subjects {parted[parted>1].index[:5].tolist()} stand in several folds. Keep each in one")
+            if (parted>1).any(): raise InputError(f"folds {folds!r}: the subjects {parted[parted>1].index[:5].tolist()} stand in several folds. Keep each in one")
         else: self.fold = group_folds(self.df, folds, group_col=group_col)
         self.hash = _hash(sorted(zip(self.df['case'].astype(str), self.fold.tolist())))
         self.slice_axis = None
@@ -211,7 +211,7 @@ class Comparison(Findings):
         if fn.exists():
             was = json.loads(fn.read_text()); odd = {k:(was.get(k), v) for k,v in mine.items() if was.get(k)!=json.loads(json.dumps(v))}
             odd.update({f'arm {a!r}':(was['arms'][a], t) for a,t in arms.items() if a in was['arms'] and was['arms'][a]!=t})
-            if odd: raise ValueError(f"{self.path}: holds runs of another experiment: " + '; '.join(f'{k} was {a}, is {b}' for k,(a,b) in odd.items()) + ". Give another path, or remove the folder")
+            if odd: raise InputError(f"{self.path}: holds runs of another experiment: " + '; '.join(f'{k} was {a}, is {b}' for k,(a,b) in odd.items()) + ". Give another path, or remove the folder")
             arms = {**was['arms'], **arms}
         self.path.mkdir(parents=True, exist_ok=True)
         with whole_file(fn) as tmp: tmp.write_text(json.dumps(dict(mine, arms=arms), indent=1))
@@ -224,7 +224,7 @@ class Comparison(Findings):
         fold:int # number of the fold that is held out
     )->pd.DataFrame: # the cases, with a bool column `_held_out`
         "The cases of a fold, for `from_df(df, valid_col='_held_out')`"
-        if fold not in self.fold: raise ValueError(f"fold {fold}: there are {sorted(set(self.fold.tolist()))}")
+        if fold not in self.fold: raise InputError(f"fold {fold}: there are {sorted(set(self.fold.tolist()))}")
         d = self.df.assign(_held_out=self.fold==fold); d.attrs.update(self.df.attrs); return d
 
     def _folder(self, arm, fold, seed): return (self.path/f'{arm}, fold {fold}, seed {seed}').resolve()
@@ -279,7 +279,7 @@ class Comparison(Findings):
     @property
     def results(self):
         t = self._table('results')
-        if not len(t): raise ValueError(f"{self.path}: no run is finished yet. Call run()")
+        if not len(t): raise InputError(f"{self.path}: no run is finished yet. Call run()")
         return t
     @property
     def slices(self): return self._table('slices')
@@ -295,7 +295,7 @@ class Comparison(Findings):
     def learner(self, arm, case=None):
         df = self.results; df = df[df.arm==arm]
         if case is not None: df = df[df.case==str(case)]
-        if not len(df): raise ValueError(f"arm {arm!r}: no finished run" + (f" that held out case {case!r}" if case is not None else ''))
+        if not len(df): raise InputError(f"arm {arm!r}: no finished run" + (f" that held out case {case!r}" if case is not None else ''))
         r = df.iloc[0]
         return load_run(self._folder(arm, r.fold, r.seed))
 
@@ -321,8 +321,8 @@ class Comparison(Findings):
         "Score a Learner that was trained by hand, as a run of this comparison. Raises `ValueError` where its held-out cases are no fold, or it has seen one of them"
         valid = sorted(str(c) for c,_ in case_rows(learn.dls.valid_ds.items))
         fold = first(f for f in sorted(set(self.fold.tolist())) if sorted(self.df['case'][self.fold==f].astype(str))==valid)
-        if fold is None: raise ValueError(f"arm {arm!r}: the Learner holds out {len(valid)} cases ({valid[:3]} …), which are no fold of this comparison. Make its DataLoaders with from_df(comparison.split(fold), valid_col='_held_out')")
-        if odd:=seen_cases(learn, learn.dls.valid_ds.items): raise ValueError(f"arm {arm!r}: the Learner was trained on {odd[:5]}, which it holds out. Train it anew")
+        if fold is None: raise InputError(f"arm {arm!r}: the Learner holds out {len(valid)} cases ({valid[:3]} …), which are no fold of this comparison. Make its DataLoaders with from_df(comparison.split(fold), valid_col='_held_out')")
+        if odd:=seen_cases(learn, learn.dls.valid_ds.items): raise InputError(f"arm {arm!r}: the Learner was trained on {odd[:5]}, which it holds out. Train it anew")
         spec = dict(arm=arm, fold=fold, seed=self.seeds[0], budget=dict(by_hand=f"{(cost or {}).get('updates', '?')} updates"), hash=self.hash, group_col=self.group_col, slice_axis=self.slice_axis)
         with learn.removed_cbs(L(c for c in learn.cbs if isinstance(c, (ComparisonCallback,CostCallback,BudgetCallback)))):
             return _finish(learn, spec, {}, self._folder(arm, fold, self.seeds[0]), cost or {})
@@ -358,21 +358,21 @@ def compare_learners(
     **look            # of `predict_volume`: overlap, tta, post, axes
 )->Findings:          # `results`, `summary()`, `paired()`, `best()`, `report()` …
     "Judge Learners on cases that none of them has seen, by case or by subject. Raises `ValueError` where none is left, or, with seen='refuse', where one was seen"
-    if seen not in ('leave out','refuse'): raise ValueError(f"seen: expected 'leave out' or 'refuse'; found {seen!r}")
-    if odd:=sorted(set(look)-set(_look)): raise TypeError(f"compare_learners: unknown arguments {odd}; known are {', '.join(_look)}")
+    if seen not in ('leave out','refuse'): raise InputError(f"seen: expected 'leave out' or 'refuse'; found {seen!r}")
+    if odd:=sorted(set(look)-set(_look)): raise ArgumentError(f"compare_learners: unknown arguments {odd}; known are {', '.join(_look)}")
     learners = loaded(learners)
     for a,l in learners.items():
         if not getattr(l, 'seen', None) and not getattr(l, 'pretrained', False): warn(f"{a}: this Learner does not know what it was trained on; make sure that none of these cases is among it")
     vocabs = {a:get_preprocess(l.dls).vocab for a,l in learners.items()}
-    if len(set(map(str, vocabs.values())))>1: raise ValueError(f"compare_learners: unlike structures: {vocabs}")
+    if len(set(map(str, vocabs.values())))>1: raise InputError(f"compare_learners: unlike structures: {vocabs}")
     df = df.assign(case=[str(k) for k,_ in case_rows(df)]).reset_index(drop=True)
     known = {a:seen_cases(l, df) for a,l in learners.items()}; odd = sorted(set(sum(known.values(), [])))
     if odd:
         what = '; '.join(f"{a} has seen {len(o)}, such as {o[:5]}" for a,o in known.items() if o)
-        if seen=='refuse': raise ValueError(f"compare_learners: {what} (by case or by subject). Leave them out, or say seen='leave out'")
+        if seen=='refuse': raise InputError(f"compare_learners: {what} (by case or by subject). Leave them out, or say seen='leave out'")
         warn(f"compare_learners leaves out {len(odd)} of {len(df)} cases: {what}")
         df = df[~df['case'].isin(odd)].reset_index(drop=True)
-        if not len(df): raise ValueError(f"compare_learners: every case was seen by one of the Learners: {what}. Give others")
+        if not len(df): raise InputError(f"compare_learners: every case was seen by one of the Learners: {what}. Give others")
     res,sl,rem,cost,sets = [],[],[],[],{}
     axis = next((p.axis for p in (get_plan(l.dls) for l in learners.values()) if p.ndim==2), None)
     for a,l in learners.items():

@@ -221,7 +221,7 @@ def get_preprocess(
     tls = dls.train_ds.tls
     x = first(f for tl in tls for f in [_find(tl.tfms, LoadVolume)] if f)
     y = first(f for tl in tls for f in [_find(tl.tfms, LoadMask)] if f)
-    if x is None: raise ValueError("These DataLoaders hold no VolumeBlock or SliceBlock")
+    if x is None: raise InputError("These DataLoaders hold no VolumeBlock or SliceBlock")
     if y is None or x.preprocess.codes==y.preprocess.codes: return x.preprocess
     return Preprocess(**{**x.preprocess.to_dict(), 'codes':y.preprocess.codes})
 
@@ -236,7 +236,7 @@ def get_plan(
 )->Plan: # with patch, ndim, spacing, …
     "The `Plan` whose patches are drawn. Raises `ValueError` where no patches are cut"
     t = _find(dls.train.after_item, PatchTransform)
-    if t is None: raise ValueError("These DataLoaders cut no patches: add item_tfms=PatchTransform((48,48,48)), or (1,64,64) for slices")
+    if t is None: raise InputError("These DataLoaders cut no patches: add item_tfms=PatchTransform((48,48,48)), or (1,64,64) for slices")
     return t.plan
 
 # %% ../nbs/08_data.ipynb #1e3c3358
@@ -279,20 +279,20 @@ class VolumeDataLoaders(DataLoaders):
         context=0,                 # slices only: neighbours on each side, as channels
     ):                             # these DataLoaders, every case preprocessed and kept
         "From a DataFrame with a row a case. Raises `KeyError` (a column), `ValueError` (a case, named, that cannot be used)"
-        if not len(df): raise ValueError("from_df: the DataFrame has no rows")
+        if not len(df): raise InputError("from_df: the DataFrame has no rows")
         df = df.reset_index(drop=True)
-        if not 0<=foreground<=1: raise ValueError(f"foreground: expected a share from 0 to 1; found {foreground}")
-        if cls._ndim==3 and (axis!='auto' or context): raise ValueError("axis and context belong to slices: use SliceDataLoaders")
+        if not 0<=foreground<=1: raise InputError(f"foreground: expected a share from 0 to 1; found {foreground}")
+        if cls._ndim==3 and (axis!='auto' or context): raise InputError("axis and context belong to slices: use SliceDataLoaders")
         images,masks = all_files(df, image_col, path),all_files(df, mask_col, path)
         for m in masks:
-            if is_listy(m): raise ValueError(f"mask_col {mask_col!r}: expected one file a case; found {m}")
+            if is_listy(m): raise InputError(f"mask_col {mask_col!r}: expected one file a case; found {m}")
         splitter = _case_splitter(df, group_col, valid_col, valid_pct, seed)
         train = list(splitter(range(len(df)))[0])
         heads = [_check_headers(df.iloc[i], images[i], masks[i]) for i in range(len(df))]
         for i,h in enumerate(heads):
             if h['channels']!=heads[0]['channels']:
                 a,b = [(r.get('case', r.name), heads[j]['channels']) for r,j in ((df.iloc[0],0), (df.iloc[i],i))]
-                raise ValueError(f"case {b[0]!r} has {b[1]} channels, case {a[0]!r} has {a[1]}: expected the same number in every case. Leave channels out with image_col=[…], or the case")
+                raise InputError(f"case {b[0]!r} has {b[1]} channels, case {a[0]!r} has {a[1]}: expected the same number in every case. Leave channels out with image_col=[…], or the case")
         device = torch.device(ifnone(device, default_device()))
         kw = dict(axis=axis, context=context) if cls._ndim==2 else {}
         plan = suggest_plan(df.iloc[train], cls._ndim, image_col, path, spacing=spacing, patch=patch, bs=bs,
@@ -355,9 +355,9 @@ class SliceDataLoaders(VolumeDataLoaders):
 
 def _codes_from(values):
     if values!=list(range(len(values))):
-        raise ValueError(f"The masks hold the values {values[:12]}{' …' if len(values)>12 else ''}: expected 0, 1, 2 … without a gap. "
+        raise InputError(f"The masks hold the values {values[:12]}{' …' if len(values)>12 else ''}: expected 0, 1, 2 … without a gap. "
                          "Declare them: codes={'background':0, 'lesion':255}, or the list of names for 0,1,2…")
-    if len(values)<2: raise ValueError("The masks hold nothing but background (0). Check that they are the right files, or declare codes=['background', …]")
+    if len(values)<2: raise InputError("The masks hold nothing but background (0). Check that they are the right files, or declare codes=['background', …]")
     return ['background']+[str(v) for v in values[1:]]
 
 def _check_headers(row, image, mask):
@@ -366,7 +366,7 @@ def _check_headers(row, image, mask):
     g = [Preprocess().oriented(h['shape'], h['affine']) for h in (hi,hm)]
     if not same_grid(*g[0], *g[1]):
         i,m = [f"{f}: {_grid_str(h['shape'], h['affine'])}" for f,h in ((first(L(image)),hi),(mask,hm))]
-        raise ValueError(f"case {row.get('case', row.name)!r}: image and mask {_unlike(i, m)}")
+        raise InputError(f"case {row.get('case', row.name)!r}: image and mask {_unlike(i, m)}")
     return hi
 
 # %% ../nbs/08_data.ipynb #740ce9e4

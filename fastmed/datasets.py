@@ -6,6 +6,7 @@
 __all__ = ['smooth_field', 'deformation', 'cohort', 'sphere', 'sphere_dice', 'phantom', 'URLs', 'untar_data']
 
 # %% ../nbs/02_datasets.ipynb #62815cb1
+from .core import ExtraError, FileError, InputError
 import contextlib, gzip, hashlib, importlib.util, math, os, re, shutil, stat, tarfile, zipfile
 from pathlib import Path
 from urllib.parse import urlparse
@@ -67,11 +68,11 @@ def deformation(
     fov=(160.,192.,160.),       # (3,) box that the control points cover, mm
 )->tuple:                       # (3,X,Y,Z) float32: where each voxel comes from, mm from the centre; (X,Y,Z) float32: Jacobian determinant
     "Random smooth map that does not fold, with its exact Jacobian. Raises `ValueError` on settings that cannot be met. Source: Rueckert 1999"
-    if len(knots)!=len(sd): raise ValueError(f'deformation: knots has {len(knots)} entries and sd {len(sd)}; give one sd for each distance of knots')
+    if len(knots)!=len(sd): raise InputError(f'deformation: knots has {len(knots)} entries and sd {len(sd)}; give one sd for each distance of knots')
     rng = np.random.default_rng(seed)
     A = (_rotation(rng.uniform(-rotate, rotate, 3))*(rng.uniform(*scale)*rng.uniform(.97, 1.03, 3))).astype(np.float32)
     if not 0 <= min_jacobian < np.linalg.det(A):
-        raise ValueError(f'deformation: min_jacobian={min_jacobian} must be at least 0 and below {np.linalg.det(A):.2f}, the Jacobian with no bending at all; lower it')
+        raise InputError(f'deformation: min_jacobian={min_jacobian} must be at least 0 and below {np.linalg.det(A):.2f}, the Jacobian with no bending at all; lower it')
     xs = _points(shape, spacing)
     u,du = np.zeros((3,*shape), np.float32), np.zeros((3,3,*shape), np.float32)
     for knot,amount in zip(knots, sd):
@@ -92,10 +93,10 @@ def _atlas(spacing):
     "Blurred to `spacing` mm: brain, grey, white, T1 (4,X,Y,Z) float32 in 0 to 1, at 1 mm RAS, and the voxel that is its centre"
     from scipy.ndimage import binary_dilation, gaussian_filter
     spec = importlib.util.find_spec('nilearn')    # Looked up and not imported: nilearn takes seconds to load
-    if spec is None: raise ImportError('cohort makes its subjects from the brain atlas inside nilearn, which is not installed: pip install "fastmed[demo]"')
+    if spec is None: raise ExtraError('cohort makes its subjects from the brain atlas inside nilearn, which is not installed: pip install "fastmed[demo]"')
     files = [Path(spec.origin).parent/'datasets'/'data'/f'mni_icbm152_{o}_tal_nlin_sym_09a_converted.nii.gz' for o in ('gm','wm','t1')]
     for f in files:
-        if not f.is_file(): raise ImportError(f'cohort needs the brain atlas file {f.name}, and the nilearn at {f.parents[2]} does not have it: pip install -U "fastmed[demo]"')
+        if not f.is_file(): raise ExtraError(f'cohort needs the brain atlas file {f.name}, and the nilearn at {f.parents[2]} does not have it: pip install -U "fastmed[demo]"')
     box = (slice(13,184), slice(12,223), slice(0,170))
     gm,wm,t1 = (np.pad(np.asarray(nib.load(f).dataobj)[box].astype(np.float32)/255, [(0,0),(0,0),(14,0)]) for f in files)
     ball = np.add.outer(np.add.outer(np.arange(-2,3)**2, np.arange(-2,3)**2), np.arange(-2,3)**2) <= 4
@@ -168,7 +169,7 @@ def _is_whole(fn, note):
     try: hdr = nib.load(fn).header
     except (nib.filebasedimages.ImageFileError, OSError, EOFError): return False
     found = bytes(hdr['descrip'].item()).decode(errors='replace').rstrip('\0')
-    if found!=note: raise ValueError(f'{fn} is there already and says {found!r}, where this cohort would write {note!r}; give cohort another path, or delete the folder')
+    if found!=note: raise InputError(f'{fn} is there already and says {found!r}, where this cohort would write {note!r}; give cohort another path, or delete the folder')
     size = 352 + math.prod(hdr.get_data_shape())*hdr.get_data_dtype().itemsize
     with open(fn,'rb') as f: f.seek(-4, os.SEEK_END); return int.from_bytes(f.read(4), 'little')==size    # gzip ends with the unpacked size
 
@@ -181,9 +182,9 @@ def cohort(
 )->pd.DataFrame:      # `case, subject, image, image_t2, mask`: one row a subject, whole paths; the same with relative paths is in cases.csv
     """Subjects made from a real brain atlas: T1, T2 (X,Y,Z) int16 and exact labels uint8 (0 air, 1 CSF, 2 grey, 3 white). Finished cases are kept.
     Raises `ImportError` without nilearn, `ValueError` on bad arguments or on a folder made with others. Source: atlas Fonov 2011, bending Rueckert 1999"""
-    if not isinstance(n, (int,np.integer)) or n<1: raise ValueError(f'cohort: n={n!r}, expected a whole number of subjects, at least 1')
-    if not isinstance(seed, (int,np.integer)) or seed<0: raise ValueError(f'cohort: seed={seed!r}, expected a whole number, at least 0')
-    if not 1 <= spacing <= 8: raise ValueError(f'cohort: spacing={spacing!r}, expected 1 to 8 mm (the atlas itself has 1 mm)')
+    if not isinstance(n, (int,np.integer)) or n<1: raise InputError(f'cohort: n={n!r}, expected a whole number of subjects, at least 1')
+    if not isinstance(seed, (int,np.integer)) or seed<0: raise InputError(f'cohort: seed={seed!r}, expected a whole number, at least 0')
+    if not 1 <= spacing <= 8: raise InputError(f'cohort: spacing={spacing!r}, expected 1 to 8 mm (the atlas itself has 1 mm)')
     path,atlas,rows = Path(path).absolute(),None,[]
     for d in ('images','labels'): (path/d).mkdir(parents=True, exist_ok=True)
     for k in progress_bar(range(n), leave=False):
@@ -212,7 +213,7 @@ def sphere(
     "Ball (or disc) of known volume 4/3·π·r³. Raises `ValueError` when the axes do not agree in number"
     sp = np.array([spacing]*len(shape) if np.ndim(spacing)==0 else spacing, float)
     if sp.shape!=(len(shape),) or (center is not None and len(center)!=len(shape)):
-        raise ValueError(f'sphere: shape {tuple(shape)}, center {center} and spacing {spacing} differ in their number of axes; give one of each an axis')
+        raise InputError(f'sphere: shape {tuple(shape)}, center {center} and spacing {spacing} differ in their number of axes; give one of each an axis')
     c = (np.array(shape)-1)/2*sp if center is None else np.array(center, float)
     d2 = sum(((np.arange(n)*s-o)**2).reshape([-1 if k==i else 1 for k in range(len(shape))]) for i,(n,s,o) in enumerate(zip(shape, sp, c)))
     return (d2 <= radius**2).astype(np.uint8)
@@ -238,11 +239,11 @@ def phantom(
 )->tuple:                # Image float32 and mask uint8 (0 ground, 1 large ball, 2 small ball), both `nib.Nifti1Image`
     "Two balls side by side in the world, on any grid: volumes 4/3·π·r³, the small one to the right, front and top. Raises `ValueError` when they do not fit or `affine` is none"
     affine = np.eye(4) if affine is None else np.array(affine, float)
-    if affine.shape!=(4,4) or abs(np.linalg.det(affine[:3,:3]))<1e-9: raise ValueError(f'phantom: affine of shape {affine.shape} is no invertible (4,4) matrix; give one, such as np.diag([1,1,2,1])')
-    if len(shape)!=3: raise ValueError(f'phantom: shape {tuple(shape)} has {len(shape)} axes; give three')
+    if affine.shape!=(4,4) or abs(np.linalg.det(affine[:3,:3]))<1e-9: raise InputError(f'phantom: affine of shape {affine.shape} is no invertible (4,4) matrix; give one, such as np.diag([1,1,2,1])')
+    if len(shape)!=3: raise InputError(f'phantom: shape {tuple(shape)} has {len(shape)} axes; give three')
     side = np.array(shape)*np.linalg.norm(affine[:3,:3], axis=0)
     r = .27*side.min() if radius is None else float(radius)
-    if not 0 < 3.7*r <= side.min(): raise ValueError(f'phantom: radius={r:g} mm does not fit a grid whose shortest side is {side.min():g} mm; give at most {side.min()/3.7:.3g}')
+    if not 0 < 3.7*r <= side.min(): raise InputError(f'phantom: radius={r:g} mm does not fit a grid whose shortest side is {side.min():g} mm; give at most {side.min()/3.7:.3g}')
     c = affine[:3,:3]@((np.array(shape)-1)/2) + affine[:3,3]
     xyz = np.einsum('ij,j...->i...', affine[:3,:3], np.indices(shape)) + (affine[:3,3]-c).reshape(3,1,1,1)
     ball = lambda o, r: sum((xyz[i]-o[i])**2 for i in range(3)) <= r*r
@@ -299,11 +300,11 @@ def _fetch(url, fn, expected):
     if fn.exists() and _checksum(fn, expected)==expected: return fn
     part = fn.with_name(fn.name+'.part')
     try: download_url(url, part, timeout=60)
-    except Exception as e: raise OSError(f'{url}: the download stopped ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}). Nothing was kept; look at the connection and call untar_data again') from e
+    except Exception as e: raise FileError(f'{url}: the download stopped ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}). Nothing was kept; look at the connection and call untar_data again') from e
     found = _checksum(part, expected)
     if found!=expected:
         part.unlink()
-        raise ValueError(f'{url}: expected checksum {expected}, found {found}. Nothing was unpacked; call untar_data again, or pass checksum= if the file was changed on purpose')
+        raise InputError(f'{url}: expected checksum {expected}, found {found}. Nothing was unpacked; call untar_data again, or pass checksum= if the file was changed on purpose')
     return part.replace(fn)
 
 def _members(ar, url):
@@ -315,7 +316,7 @@ def _members(ar, url):
         plain = stat.S_IFMT(m.external_attr>>16) in (0, stat.S_IFREG, stat.S_IFDIR) if is_zip else m.isfile() or m.isdir()
         if '..' in parts or name[:1] in ('/','\\') or re.match('[A-Za-z]:', name) or not plain:
             what = 'a name that leads out of the folder' if plain else 'a link or a device'
-            raise ValueError(f'{url}: the archive holds {name!r}, {what}. Only plain files and folders inside it are accepted; nothing was unpacked, do not trust this archive')
+            raise InputError(f'{url}: the archive holds {name!r}, {what}. Only plain files and folders inside it are accepted; nothing was unpacked, do not trust this archive')
         if not (parts[-1].startswith('._') or '__MACOSX' in parts): res.append(m)
     return res
 
@@ -330,9 +331,9 @@ def _unpack(arch, dest, url, note):
                 for m in progress_bar(_members(ar, url), leave=False): ar.extract(m, tmp, set_attrs=False, **kw)
         elif zipfile.is_zipfile(arch):
             with zipfile.ZipFile(arch) as ar: ar.extractall(tmp, _members(ar, url))
-        else: raise ValueError(f'{url}: the file is neither tar nor zip; give the address of an archive')
+        else: raise InputError(f'{url}: the file is neither tar nor zip; give the address of an archive')
         tops = list(tmp.iterdir()) if tmp.exists() else []
-        if not tops: raise ValueError(f'{url}: the archive is empty; give the address of another')
+        if not tops: raise InputError(f'{url}: the archive is empty; give the address of another')
         top = tops[0] if len(tops)==1 and tops[0].is_dir() else tmp
         (top/'.checksum').write_text(note)
         old = dest.with_name(dest.name+'.old')
@@ -357,12 +358,12 @@ def untar_data(
     folder,md5 = _known(url)
     if not (checksum or md5):
         try: return external.untar_data(url, archive=archive, data=data, c_key=c_key, force_download=force_download, base=base)
-        except OSError as e: raise OSError(f"{url}: could not be fetched ({e}). Check the address and the connection") from e
+        except OSError as e: raise FileError(f"{url}: could not be fetched ({e}). Check the address and the connection") from e
     expected = (checksum or md5).lower()
-    if not re.fullmatch('[0-9a-f]{32}|[0-9a-f]{64}', expected): raise ValueError(f'{url}: checksum={checksum!r} is neither MD5 (32 hexadecimal digits) nor SHA-256 (64); give one of them')
+    if not re.fullmatch('[0-9a-f]{32}|[0-9a-f]{64}', expected): raise InputError(f'{url}: checksum={checksum!r} is neither MD5 (32 hexadecimal digits) nor SHA-256 (64); give one of them')
     name = Path(urlparse(url).path).name
     stem = re.sub(r'(\.tar)?\.(tar|tgz|gz|bz2|xz|zip)$', '', name)
-    if not stem: raise ValueError(f'{url}: the address names no file; give the address of an archive')
+    if not stem: raise InputError(f'{url}: the address names no file; give the address of an archive')
     if folder and os.environ.get('FASTMED_DATA') and not force_download:
         local = Path(os.environ['FASTMED_DATA']).expanduser().absolute()/folder
         if local.is_dir(): return local
@@ -374,7 +375,7 @@ def untar_data(
         if dest.exists() and not force_download:
             mark = dest/'.checksum'
             if mark.exists() and mark.read_text().split()[0]!=expected and len(mark.read_text().split()[0])==len(expected):
-                raise ValueError(f'{url}: {dest} was unpacked from an archive with checksum {mark.read_text().split()[0]}, expected {expected}. Pass force_download=True to replace it, or data= for another folder')
+                raise InputError(f'{url}: {dest} was unpacked from an archive with checksum {mark.read_text().split()[0]}, expected {expected}. Pass force_download=True to replace it, or data= for another folder')
             return dest
         if force_download: arch.unlink(missing_ok=True)
         return _unpack(_fetch(url, arch, expected), dest, url, f'{expected} {url}\n')

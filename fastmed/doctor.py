@@ -25,7 +25,7 @@ def _subjects(df, path):
     extra = pd.read_csv(fn, dtype={'case':str, 'subject':str})
     if 'case' not in extra: return df
     cols = [c for c in extra if c=='case' or c not in df]
-    if extra.case.duplicated().any(): raise ValueError(f"{fn}: expected one line a case; {extra.case[extra.case.duplicated()].tolist()[:5]} stand twice")
+    if extra.case.duplicated().any(): raise InputError(f"{fn}: expected one line a case; {extra.case[extra.case.duplicated()].tolist()[:5]} stand twice")
     return df.merge(extra[cols], on='case', how='left')
 
 def scan_folder(
@@ -36,9 +36,9 @@ def scan_folder(
     "Pair images and masks by name; `case_0000`, `case_0001` … are the channels of `case`. Raises `FileNotFoundError` where nothing matches"
     path = Path(path)
     ims = sorted(o for o in path.glob(images) if not o.name.startswith('.'))
-    if not ims: raise FileNotFoundError(f"{path/images}: no image matches. Check `path` and `images=`")
+    if not ims: raise MissingFileError(f"{path/images}: no image matches. Check `path` and `images=`")
     ms = {case_name(o):o for o in sorted(path.glob(masks)) if not o.name.startswith('.')} if masks else {}
-    if masks and not ms: raise FileNotFoundError(f"{path/masks}: no mask matches. Check `masks=`, or say masks=None")
+    if masks and not ms: raise MissingFileError(f"{path/masks}: no mask matches. Check `masks=`, or say masks=None")
     cases,names = {},{case_name(o) for o in ims}
     for o in ims:
         n = case_name(o); m = re.fullmatch(r'(.+)_(\d{4})', n)
@@ -56,11 +56,11 @@ def scan_decathlon(
     "The training cases of a Medical Segmentation Decathlon task. Raises `FileNotFoundError` where `dataset.json` is missing"
     path = Path(path)
     if not (path/'dataset.json').exists():
-        raise FileNotFoundError(f"{path/'dataset.json'}: no such file. A Decathlon task has one; use scan_folder for other layouts")
+        raise MissingFileError(f"{path/'dataset.json'}: no such file. A Decathlon task has one; use scan_folder for other layouts")
     info = json.loads((path/'dataset.json').read_text())
     rows = [dict(case=case_name(o['image']), image=path/o['image'], mask=path/o['label']) for o in info['training']]
     there = [r for r in rows if r['image'].exists() or r['mask'].exists()]
-    if not there: raise FileNotFoundError(f"{path}: dataset.json lists {len(rows)} cases and none of their files exists")
+    if not there: raise MissingFileError(f"{path}: dataset.json lists {len(rows)} cases and none of their files exists")
     if len(there)<len(rows): warn(f"{path}: {len(rows)-len(there)} of the {len(rows)} cases that dataset.json lists are not there")
     for r in there: r.update({k:None for k in ('image','mask') if not r[k].exists()})
     df = _subjects(pd.DataFrame(there).astype(object), path)
@@ -77,10 +77,10 @@ def GroupSplitter(
 ):                      # function: items → (training indices, validation indices)
     "A splitter that never parts a group. Raises `ValueError` where there are fewer than two groups or a group is missing"
     groups = pd.Series(list(groups))
-    if (na:=groups.isna()).any(): raise ValueError(f"GroupSplitter: {int(na.sum())} items have no group, the first is number {int(na.idxmax())}. Fill the column")
+    if (na:=groups.isna()).any(): raise InputError(f"GroupSplitter: {int(na.sum())} items have no group, the first is number {int(na.idxmax())}. Fill the column")
     counts = groups.astype(str).value_counts().sort_index()
     if len(counts)<2:
-        raise ValueError(f"GroupSplitter: expected at least two groups to split; found {len(counts)} ({counts.index.tolist()}) in {len(groups)} items. "
+        raise InputError(f"GroupSplitter: expected at least two groups to split; found {len(counts)} ({counts.index.tolist()}) in {len(groups)} items. "
                          "Give more subjects, or group_col with finer groups")
     order = np.random.default_rng(seed).permutation(len(counts))
     want,valid,n = valid_pct*len(groups),[],0
@@ -102,8 +102,8 @@ def group_folds(
     "Folds of about equal size that never part a group, the same for the same cases in any order. Raises `ValueError` on fewer groups than folds"
     from sklearn.model_selection import GroupKFold
     groups = _group_values(df, group_col)
-    if n<2: raise ValueError(f"folds: expected 2 or more; found {n}")
-    if groups.nunique()<n: raise ValueError(f"folds: {n} folds need at least {n} groups; found {groups.nunique()} in {len(df)} cases. Ask for fewer folds")
+    if n<2: raise InputError(f"folds: expected 2 or more; found {n}")
+    if groups.nunique()<n: raise InputError(f"folds: {n} folds need at least {n} groups; found {groups.nunique()} in {len(df)} cases. Ask for fewer folds")
     order = np.lexsort([df['case'].astype(str) if 'case' in df else groups, groups])
     res = np.empty(len(df), int)
     for k,(_,held) in enumerate(GroupKFold(n, shuffle=True, random_state=seed).split(order, groups=groups.values[order])): res[order[held]] = k
@@ -113,23 +113,23 @@ def _group_values(df, group_col):
     "The group of each row as text: of `group_col`, else `subject`, else each row its own"
     if group_col is None and 'subject' in df: group_col = 'subject'
     if group_col is None: return pd.Series(np.arange(len(df)).astype(str) if 'case' not in df else df['case'].astype(str).values)
-    if group_col not in df: raise KeyError(f"group_col {group_col!r}: not in the DataFrame, which has {list(df)}")
+    if group_col not in df: raise ColumnError(f"group_col {group_col!r}: not in the DataFrame, which has {list(df)}")
     if (na:=df[group_col].isna()).any():
-        r = df[na].iloc[0]; raise ValueError(f"case {r.get('case', r.name)!r} has no {group_col}. Fill the column")
+        r = df[na].iloc[0]; raise InputError(f"case {r.get('case', r.name)!r} has no {group_col}. Fill the column")
     return df[group_col].astype(str).reset_index(drop=True)
 
 def _case_splitter(df, group_col, valid_col, valid_pct, seed):
     if group_col is None and 'subject' in df: group_col = 'subject'
-    if group_col is not None and group_col not in df: raise KeyError(f"group_col {group_col!r}: not in the DataFrame, which has {list(df)}")
+    if group_col is not None and group_col not in df: raise ColumnError(f"group_col {group_col!r}: not in the DataFrame, which has {list(df)}")
     if valid_col is not None:
-        if valid_col not in df: raise KeyError(f"valid_col {valid_col!r}: not in the DataFrame, which has {list(df)}")
+        if valid_col not in df: raise ColumnError(f"valid_col {valid_col!r}: not in the DataFrame, which has {list(df)}")
         v = df[valid_col].astype(bool).values
         if v.all() or not v.any():
-            raise ValueError(f"valid_col {valid_col!r}: expected some cases to train and some to validate; found {v.sum()} of {len(v)} marked")
+            raise InputError(f"valid_col {valid_col!r}: expected some cases to train and some to validate; found {v.sum()} of {len(v)} marked")
         if group_col is not None:
             both = sorted(set(df[group_col][v].astype(str)) & set(df[group_col][~v].astype(str)))
             if both:
-                raise ValueError(f"valid_col {valid_col!r} puts {group_col} {both[:5]} on both sides of the split ({len(both)} in all). Keep each on one side")
+                raise InputError(f"valid_col {valid_col!r} puts {group_col} {both[:5]} on both sides of the split ({len(both)} in all). Keep each on one side")
         return lambda o: (L(np.flatnonzero(~v).tolist()), L(np.flatnonzero(v).tolist()))
-    if not 0<valid_pct<1: raise ValueError(f"valid_pct: expected a share between 0 and 1; found {valid_pct}")
+    if not 0<valid_pct<1: raise InputError(f"valid_pct: expected a share between 0 and 1; found {valid_pct}")
     return GroupSplitter(df[group_col] if group_col is not None else range(len(df)), valid_pct, seed)

@@ -28,7 +28,7 @@ def ruled_scores(
     score:str='dice'  # 'dice', 'nsd' or 'hd95'
 )->pd.DataFrame:      # index (case, structure), a column an arm; structure 'all' is the mean over those of the case
     "Scores of the cases that every arm predicted, seeds averaged, with failures and empty structures counted by one rule for all arms. Raises `ValueError` on an unknown score and where no case is common"
-    if score not in ('dice','nsd','hd95'): raise ValueError(f"score: expected 'dice', 'nsd' or 'hd95'; found {score!r}")
+    if score not in ('dice','nsd','hd95'): raise InputError(f"score: expected 'dice', 'nsd' or 'hd95'; found {score!r}")
     df = pd.DataFrame(results).assign(case=lambda d: d['case'].astype(str))
     v = df[score].astype(float)
     worst = v[np.isfinite(v)].max() if score=='hd95' else 0.
@@ -37,7 +37,7 @@ def ruled_scores(
     arms,keys = df.arm.unique(),['case','structure']
     n = df.groupby('arm').case.unique().map(set)
     common = set.intersection(*n)
-    if not common: raise ValueError(f"no case was predicted by all of {list(arms)}. Finish the runs, or leave an arm out")
+    if not common: raise InputError(f"no case was predicted by all of {list(arms)}. Finish the runs, or leave an arm out")
     if short:={a:len(set(df.case)-common) for a in arms if set(df.case)-n[a]}:
         warn(f"{', '.join(map(repr, short))} did not predict all {df.case.nunique()} cases: compared on the {len(common)} that every arm predicted"); df = df[df.case.isin(common)]
     w = df.pivot_table(index=[*keys,'seed'], columns='arm', values='v', sort=False, dropna=False)[list(arms)].dropna(how='all')
@@ -102,7 +102,7 @@ class Findings:
                 v = w.xs(s, level='structure')
                 r = paired_comparison(v[a], v[b], self._subjects(v.index), n_boot=n_boot, equal_within=equal_within)
                 res[a,b,s] = r
-        if not res: raise ValueError(f"paired: expected two arms or more; found {self.arms}")
+        if not res: raise InputError(f"paired: expected two arms or more; found {self.arms}")
         res = pd.DataFrame(list(res.values()), index=pd.MultiIndex.from_tuples(res, names=['a','b','structure']))
         return res.assign(p_holm=holm(res.p), rule=RULE)[['mean','low','high','median','p','p_holm','win','tie','loss','n','subjects','detectable','se','left_out','rule']+['equivalent']*(equal_within is not None)]
 
@@ -210,7 +210,7 @@ class Findings:
         case=None  # the case that is to be predicted, so that a model is taken that did not see it
     ):             # Learner
         "The Learner of an arm. Raises `ValueError` where none is known"
-        if not self.learners or arm not in self.learners: raise ValueError(f"arm {arm!r}: there is no Learner to predict with")
+        if not self.learners or arm not in self.learners: raise InputError(f"arm {arm!r}: there is no Learner to predict with")
         return self.learners[arm]
 
     def widest(self, n:int=2)->list: # names of cases
@@ -226,7 +226,7 @@ class Findings:
         "Grey scan, truth solid and each arm's contours dashed, side by side in the same planes, spacing true"
         import matplotlib.pyplot as plt
         r = first(r for k,r in case_rows(self.df) if str(k)==str(case))
-        if r is None: raise KeyError(f"case {case!r}: not among the {len(self.df)} cases")
+        if r is None: raise ColumnError(f"case {case!r}: not among the {len(self.df)} cases")
         w = ruled_scores(self.results); shown,truth = {},None
         for a in self.arms:
             learn = self.learner(a, case); pre,(im,ms) = get_preprocess(learn.dls),case_columns(learn.dls)
@@ -284,8 +284,8 @@ def thick_slices(
     axis:int        # array axis that slices lie across
 )->TensorVolume:    # (C,X,Y,Z) shorter along `axis`, its affine to match
     "The scan as slices `factor` times as thick: means of neighbours. The last one repeats the edge where the number does not divide"
-    if factor<1 or factor!=int(factor): raise ValueError(f"thick_slices: expected a whole factor of 1 or more; found {factor}")
-    if axis not in (0,1,2): raise ValueError(f"thick_slices: expected array axis 0, 1 or 2; found {axis}")
+    if factor<1 or factor!=int(factor): raise InputError(f"thick_slices: expected a whole factor of 1 or more; found {factor}")
+    if axis not in (0,1,2): raise InputError(f"thick_slices: expected array axis 0, 1 or 2; found {axis}")
     a = t.as_subclass(Tensor).movedim(axis+1, 0)
     short = -len(a)%factor
     if short: a = torch.cat([a, a[-1:].expand(short, *a.shape[1:])])
@@ -329,7 +329,7 @@ def anisotropy_shift(
     if axis is None: axis = next((p.axis for p in plans if p.ndim==2), 2)
     group_col = group_col or ('subject' if 'subject' in df else None)
     for a,l in learners.items():
-        if odd:=seen_cases(l, df): raise ValueError(f"anisotropy_shift: {a} was trained on {odd[:5]} ({len(odd)} in all), or on others of the same subjects. Leave those cases out")
+        if odd:=seen_cases(l, df): raise InputError(f"anisotropy_shift: {a} was trained on {odd[:5]} ({len(odd)} in all), or on others of the same subjects. Leave those cases out")
     rows = []
     for name,r in progress_bar(case_rows(df), leave=False):
         for a,learn in learners.items():

@@ -70,7 +70,7 @@ def slide_window(
         if k<=0: return
         a = acc[:,:k]
         best,where = a.max(0)
-        if best.isnan().any(): raise ValueError(f"{name}: the network answers NaN. Its training diverged, or its weights are not whole: train again at a lower rate")
+        if best.isnan().any(): raise InputError(f"{name}: the network answers NaN. Its training diverged, or its weights are not whole: train again at a lower rate")
         lm[base:upto] = (where if n_out>1 else a[0]>0).to(dt).cpu()
         if proba:
             p = (a/wsum[:k]).float()
@@ -105,11 +105,11 @@ def _post(mask, structures, fn, name):
     "Run `fn(bool array) -> bool array` on the box of each structure; returns the same kind, dtype and metadata as `mask`"
     from scipy.ndimage import find_objects
     m = mask.detach().cpu().as_subclass(Tensor).numpy() if isinstance(mask, Tensor) else np.asarray(mask)
-    if m.dtype.kind not in 'biu': raise TypeError(f"{name}: expected a mask of class ids (integer), found {m.dtype}")
+    if m.dtype.kind not in 'biu': raise ArgumentError(f"{name}: expected a mask of class ids (integer), found {m.dtype}")
     res = m.copy(); boxes = find_objects(m.astype(np.int32))
     if structures is None: ks = [k for k,b in enumerate(boxes, 1) if b is not None]
     else: ks = [int(k) for k in ([structures] if isinstance(structures, int) else structures)]
-    if bad:=[k for k in ks if k<1]: raise ValueError(f"{name}: expected structures as class ids of 1 or more, found {bad}")
+    if bad:=[k for k in ks if k<1]: raise InputError(f"{name}: expected structures as class ids of 1 or more, found {bad}")
     for k in ks:
         if k>len(boxes) or boxes[k-1] is None: continue
         box = boxes[k-1]; was = m[box]==k; now = fn(was); r = res[box]
@@ -126,7 +126,7 @@ def keep_largest(
 ):                   # the same kind as `mask`
     "Keep the `n` largest connected parts (26 neighbours; 8 in 2D) of each structure, the rest to background. Raises `TypeError` on a mask not integer."
     from scipy.ndimage import label, generate_binary_structure
-    if n<1: raise ValueError(f"keep_largest: expected n of 1 or more, found {n}")
+    if n<1: raise InputError(f"keep_largest: expected n of 1 or more, found {n}")
     def f(b):
         lab,k = label(b, generate_binary_structure(b.ndim, b.ndim))
         if k<=n: return b
@@ -146,7 +146,7 @@ def _per_slice_axis(mask, axis):
     "The axis to smooth across: as given, else the coarsest of the mask's spacing"
     if axis is not None: return axis
     sp = getattr(mask, 'spacing', None)
-    if sp is None: raise ValueError("post: the mask has no spacing that would tell its slices. Say the axis: partial(blur_slices, axis=2)")
+    if sp is None: raise InputError("post: the mask has no spacing that would tell its slices. Say the axis: partial(blur_slices, axis=2)")
     return int(np.argmax(sp))
 
 def close_slices(
@@ -170,7 +170,7 @@ def blur_slices(
     "Smooth every class across slices by a Gaussian; the strongest wins. Raises `TypeError` on a mask not integer"
     from scipy.ndimage import gaussian_filter1d
     m = mask.detach().cpu().as_subclass(Tensor).numpy() if isinstance(mask, Tensor) else np.asarray(mask)
-    if m.dtype.kind not in 'biu': raise TypeError(f"blur_slices: expected a mask of class ids (integer), found {m.dtype}")
+    if m.dtype.kind not in 'biu': raise ArgumentError(f"blur_slices: expected a mask of class ids (integer), found {m.dtype}")
     ax,res,best = _per_slice_axis(mask, axis),np.zeros_like(m),None
     for k in np.unique(m):                                              # background first, so that it wins a tie
         v = gaussian_filter1d((m==k).astype(np.float32), sigma, axis=ax, mode='nearest')
@@ -188,7 +188,7 @@ def apply_post(
     "Run the post-processing steps in order. Raises `ValueError` on an unknown name"
     for p in L(post):
         if isinstance(p, str):
-            if p not in POSTS: raise ValueError(f"post: expected {' or '.join(map(repr,POSTS))} or a function; found {p!r}")
+            if p not in POSTS: raise InputError(f"post: expected {' or '.join(map(repr,POSTS))} or a function; found {p!r}")
             p = dict(keep_largest=keep_largest, fill_holes=fill_holes, close_slices=partial(close_slices, axis=axis), blur_slices=partial(blur_slices, axis=axis))[p]
         mask = retain_meta(mask, p(mask).as_subclass(type(mask)))
     return mask
@@ -208,7 +208,7 @@ def tta_views(
         if not flips: return [((),1.), ((),.9), ((),1.1)]
     else:
         flips = [int(a) for a in L(tta)]
-        if any(not 0<=a<3 for a in flips): raise ValueError(f"tta: expected array axes 0, 1 or 2; found {tta}")
+        if any(not 0<=a<3 for a in flips): raise InputError(f"tta: expected array axes 0, 1 or 2; found {tta}")
     return [(tuple(c),1.) for k in range(len(flips)+1) for c in itertools.combinations(flips, k)]
 
 def predict_grid(
@@ -239,9 +239,9 @@ def predict_grid(
     return TensorVolumeMask(lab, affine=x.affine, codes=pre.vocab, meta=getattr(x, 'meta', None)), pr
 
 def _axes(axes, plan):
-    if plan.ndim==3: raise ValueError(f"axes={axes!r}: a volume model has no slicing direction. Leave axes out")
+    if plan.ndim==3: raise InputError(f"axes={axes!r}: a volume model has no slicing direction. Leave axes out")
     res = [0,1,2] if isinstance(axes, str) and axes=='all' else list(L(axes))
-    if not res or any(a not in (0,1,2) for a in res): raise ValueError(f"axes: expected 'all' or array axes 0, 1, 2; found {axes!r}")
+    if not res or any(a not in (0,1,2) for a in res): raise InputError(f"axes: expected 'all' or array axes 0, 1, 2; found {axes!r}")
     return res
 
 def _sliced(plan, axis):
@@ -261,11 +261,11 @@ def predict_case(
 ):                     # `TensorVolumeMask` on the scan's own grid; with `proba` also a `TensorVolume` (n,X,Y,Z) float32
     "Segment a scan in its own space. Raises `OSError` or `ValueError`, naming the file, where it cannot be read or does not fit the model"
     t = fn if isinstance(fn, TensorVolume) else load_volume(fn)
-    if t.affine is None: raise ValueError("predict_volume: the tensor has no affine, so its place is unknown. Set `t.affine` first")
+    if t.affine is None: raise InputError("predict_volume: the tensor has no affine, so its place is unknown. Set `t.affine` first")
     pre,shape,affine,meta = get_preprocess(learn.dls),tuple(t.shape[1:]),t.affine,getattr(t, 'meta', {}) or {}
     n_in = getattr(learn, 'n_in', None)
     if n_in is not None and t.shape[0]!=n_in:
-        raise ValueError(f"{meta.get('fn','the tensor')}: the model was trained on {n_in} channel{'s'*(n_in>1)}; found {t.shape[0]}. Give as many, in the order of training")
+        raise InputError(f"{meta.get('fn','the tensor')}: the model was trained on {n_in} channel{'s'*(n_in>1)}; found {t.shape[0]}. Give as many, in the order of training")
     x = pre(t); del t
     lab,pr = predict_grid(learn, x, overlap, tta, proba, progress, axes)
     del x

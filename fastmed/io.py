@@ -36,26 +36,26 @@ def _spatial(shape, fn):
     shape = list(shape)
     while len(shape)>3 and shape[-1]==1: shape.pop()
     if len(shape)==5 and shape[3]==1: shape.pop(3)
-    if len(shape)>4: raise ValueError(f"{fn}: expected at most 4 axes (X,Y,Z,channels); found shape {tuple(shape)}. Split the file, one scan each")
-    if not shape or 0 in shape: raise ValueError(f"{fn}: the image has no voxels (shape {tuple(shape)})")
+    if len(shape)>4: raise InputError(f"{fn}: expected at most 4 axes (X,Y,Z,channels); found shape {tuple(shape)}. Split the file, one scan each")
+    if not shape or 0 in shape: raise InputError(f"{fn}: the image has no voxels (shape {tuple(shape)})")
     ch = shape[3] if len(shape)==4 else 1
     return tuple((shape[:3]+[1,1])[:3]), ch
 
 def _check_affine(aff, fn):
     aff = np.asarray(aff, dtype=np.float64)
     if not np.isfinite(aff).all() or abs(np.linalg.det(aff[:3,:3]))<1e-12:
-        raise ValueError(f"{fn}: expected an affine that can be inverted; found\n{aff[:3]}\nRepair the header (sform/qform) before use")
+        raise InputError(f"{fn}: expected an affine that can be inverted; found\n{aff[:3]}\nRepair the header (sform/qform) before use")
     return aff
 
 def _open_nifti(fn):
     try: return nib.load(fn)
     except (ImageFileError, EOFError, zlib.error, nib.spatialimages.HeaderDataError, OSError) as e:
         if isinstance(e, FileNotFoundError): raise
-        raise OSError(f"{fn}: not a readable NIfTI file ({e}). It may be truncated: download or export it again") from e
+        raise FileError(f"{fn}: not a readable NIfTI file ({e}). It may be truncated: download or export it again") from e
 
 def _exists(fn):
     fn = Path(fn)
-    if not fn.exists(): raise FileNotFoundError(f"{fn}: no such file. Check the path, and `path=` which stands before relative names")
+    if not fn.exists(): raise MissingFileError(f"{fn}: no such file. Check the path, and `path=` which stands before relative names")
     return fn
 
 def read_header(
@@ -87,7 +87,7 @@ def _sitk_errors(fn):
     import SimpleITK as sitk
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     try: yield
-    except RuntimeError as e: raise OSError(f"{fn}: SimpleITK could not read it ({str(e).strip().splitlines()[-1]})") from e
+    except RuntimeError as e: raise FileError(f"{fn}: SimpleITK could not read it ({str(e).strip().splitlines()[-1]})") from e
 
 def _sitk_affine(spacing, origin, direction, fn):
     n = min(len(spacing), 3); m = len(spacing)
@@ -110,8 +110,8 @@ def _dicom_files(path):
     import SimpleITK as sitk
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     ids = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(path))
-    if not ids: raise OSError(f"{path}: no DICOM series found in this folder")
-    if len(ids)>1: raise ValueError(f"{path}: expected one DICOM series, found {len(ids)}. Put each in a folder of its own")
+    if not ids: raise FileError(f"{path}: no DICOM series found in this folder")
+    if len(ids)>1: raise InputError(f"{path}: expected one DICOM series, found {len(ids)}. Put each in a folder of its own")
     facts = []
     for f in sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(path), ids[0]):
         r = sitk.ImageFileReader(); r.SetFileName(f)
@@ -119,20 +119,20 @@ def _dicom_files(path):
         d = np.array(r.GetDirection()).reshape(3,3)
         facts.append((f, r.GetSize(), np.array(r.GetOrigin()), d, np.array(r.GetSpacing())))
     sizes = {o[1] for o in facts}
-    if len(sizes)>1: raise ValueError(f"{path}: no volume: its {len(facts)} images have {len(sizes)} sizes, {sorted(sizes)}")
+    if len(sizes)>1: raise InputError(f"{path}: no volume: its {len(facts)} images have {len(sizes)} sizes, {sorted(sizes)}")
     normal = facts[0][3][:,2]
-    if any(not np.allclose(o[3], facts[0][3], atol=1e-3) for o in facts): raise ValueError(f"{path}: no volume: its slices are not parallel")
+    if any(not np.allclose(o[3], facts[0][3], atol=1e-3) for o in facts): raise InputError(f"{path}: no volume: its slices are not parallel")
     facts.sort(key=lambda o: float(o[2]@normal))
     if len(facts)>1:
         steps = np.diff([o[2] for o in facts], axis=0)
         gaps = steps@normal
-        if gaps.min()<1e-3: raise ValueError(f"{path}: two slices stand at one position; this folder holds more than one acquisition")
+        if gaps.min()<1e-3: raise InputError(f"{path}: two slices stand at one position; this folder holds more than one acquisition")
         if gaps.max()-gaps.min()>.01*np.median(gaps)+1e-3:
-            raise ValueError(f"{path}: expected slices at equal distances; found gaps from {gaps.min():.2f} to {gaps.max():.2f} mm. "
+            raise InputError(f"{path}: expected slices at equal distances; found gaps from {gaps.min():.2f} to {gaps.max():.2f} mm. "
                              "A slice is missing, or the series must be resampled first")
         tilt = np.degrees(np.arccos(np.clip(gaps/np.linalg.norm(steps, axis=1), -1, 1))).max()
         if tilt>.5:
-            raise ValueError(f"{path}: the gantry was tilted by {tilt:.1f}°, so its slices do not stack into a box. Resample the series to an untilted grid first")
+            raise InputError(f"{path}: the gantry was tilted by {tilt:.1f}°, so its slices do not stack into a box. Resample the series to an untilted grid first")
     return facts
 
 def _load_dicom(path):
@@ -152,12 +152,12 @@ def _load_array(fn, dtype=None):
         im = _open_nifti(fn)
         shape,ch = _spatial(im.shape, fn)
         if im.get_data_dtype().fields is not None or im.get_data_dtype().kind=='c':
-            raise ValueError(f"{fn}: colour or complex voxels ({im.get_data_dtype()}) are not read; save the scan as one grey channel a file")
+            raise InputError(f"{fn}: colour or complex voxels ({im.get_data_dtype()}) are not read; save the scan as one grey channel a file")
         need,have = np.prod([float(o) for o in im.shape])*im.get_data_dtype().itemsize,fn.stat().st_size*(1100 if _suffix(fn).endswith('gz') else 1)     # gzip packs no tighter
-        if need>have and _suffix(fn).startswith('.nii'): raise OSError(f"{fn}: the header promises {im.shape} voxels but they cannot be read (the file is too small for {need/1e9:.3g} GB). The file is truncated, or its header is wrong: download or export it again")
+        if need>have and _suffix(fn).startswith('.nii'): raise FileError(f"{fn}: the header promises {im.shape} voxels but they cannot be read (the file is too small for {need/1e9:.3g} GB). The file is truncated, or its header is wrong: download or export it again")
         try: a = np.asanyarray(im.dataobj) if dtype is None else im.get_fdata(dtype=dtype, caching='unchanged')
         except (EOFError, OSError, zlib.error, ValueError) as e:
-            raise OSError(f"{fn}: the header promises {im.shape} voxels but they cannot be read ({e}). The file is truncated: download or export it again") from e
+            raise FileError(f"{fn}: the header promises {im.shape} voxels but they cannot be read ({e}). The file is truncated: download or export it again") from e
         a = a.reshape(*shape, ch)
         return np.moveaxis(a, -1, 0), _check_affine(im.affine, fn), str(im.get_data_dtype())
     import SimpleITK as sitk
@@ -194,19 +194,19 @@ def check_same_grid(
     "Raise `ValueError`, naming both files, where image and mask do not lie on one grid"
     if same_grid(x.shape[-3:], x.affine, m.shape[-3:], m.affine): return
     def s(t): return f"{(getattr(t,'meta',None) or {}).get('fn','?')}: {_grid_str(t.shape[-3:], t.affine)}"
-    raise ValueError(f"Image and mask {_unlike(s(x), s(m))}")
+    raise InputError(f"Image and mask {_unlike(s(x), s(m))}")
 
 def load_volume(
     fn,                 # image file, DICOM folder, or a list of them: the channels of one case
     reorient:bool=False # bring the axes to RAS+ order; otherwise the file's own order stays
 )->TensorVolume:        # (C,X,Y,Z) float32, physical values; `.affine`, `.spacing` (mm), `.meta`
     "Read a scan. Raises `FileNotFoundError`; `OSError` (unreadable or truncated); `ValueError` (no volume, or channels on different grids)"
-    if is_listy(fn) and not len(fn): raise ValueError("load_volume: expected a file or a list of files; found an empty list")
+    if is_listy(fn) and not len(fn): raise InputError("load_volume: expected a file or a list of files; found an empty list")
     if is_listy(fn) and len(fn)>1:
         ts = [load_volume(o) for o in fn]
         for f,t in zip(fn[1:], ts[1:]):
             if not same_grid(ts[0].shape[1:], ts[0].affine, t.shape[1:], t.affine):
-                raise ValueError(f"Channels of one case must lie on one grid:\n  {fn[0]}: {_grid_str(ts[0].shape[1:], ts[0].affine)}\n"
+                raise InputError(f"Channels of one case must lie on one grid:\n  {fn[0]}: {_grid_str(ts[0].shape[1:], ts[0].affine)}\n"
                                  f"  {f}: {_grid_str(t.shape[1:], t.affine)}\nResample the second onto the first")
         res = TensorVolume(torch.cat([t.as_subclass(Tensor) for t in ts]), affine=ts[0].affine, meta={**ts[0].meta, 'fn':[str(o) for o in fn]})
     else:
@@ -222,11 +222,11 @@ def load_mask(
     "Read a mask. Raises `ValueError` where a value is not a whole number, or where there are several channels"
     a,aff,dt = _load_array(fn)
     if a.shape[0]!=1:
-        raise ValueError(f"{fn}: expected a mask of one channel (X,Y,Z); found {a.shape[0]} channels. Merge one-hot channels into one file of class ids")
+        raise InputError(f"{fn}: expected a mask of one channel (X,Y,Z); found {a.shape[0]} channels. Merge one-hot channels into one file of class ids")
     a = a[0]
     if a.dtype.kind=='f':
         if not np.isfinite(a).all() or np.abs(a-np.round(a)).max()>1e-3:
-            raise ValueError(f"{fn}: expected whole numbers in a mask; found {_odd_values(a)}. "
+            raise InputError(f"{fn}: expected whole numbers in a mask; found {_odd_values(a)}. "
                              "It may be a probability map, or was resampled with interpolation")
         a = np.round(a)
     res = TensorVolumeMask(torch.from_numpy(np.ascontiguousarray(a.astype(np.int32))), affine=aff, meta=dict(fn=str(fn), dtype=dt))
@@ -305,7 +305,7 @@ def resample_to(
     if tuple(shape)==tuple(t.shape[-3:]) and np.allclose(T, np.eye(4), atol=1e-5): return t
     off = T[:3,:3]-np.diag(np.diag(T[:3,:3]))
     if np.abs(off*np.array(shape)).max()>.05:
-        raise ValueError(f"resample_to: expected parallel grids; the axes of {orientation_of(t.affine)} and {orientation_of(affine)} are turned against each other")
+        raise InputError(f"resample_to: expected parallel grids; the axes of {orientation_of(t.affine)} and {orientation_of(affine)} are turned against each other")
     a = t.as_subclass(Tensor).numpy()
     if isinstance(t, TensorVolumeMask):
         r = _resample_labels(a, T, tuple(shape)) if order in ('smooth','linear') else _resample(a, T, shape, 'nearest')
@@ -341,10 +341,10 @@ def save_volume(
 )->Path:        # `fn`
     "Write a volume with its affine, whole or not at all. Raises `ValueError` where the affine is missing or the suffix unknown"
     fn = Path(fn)
-    if getattr(t, 'affine', None) is None: raise ValueError(f"save_volume({fn}): the tensor has no affine, so its place is unknown. Set `t.affine` first")
+    if getattr(t, 'affine', None) is None: raise InputError(f"save_volume({fn}): the tensor has no affine, so its place is unknown. Set `t.affine` first")
     a = to_cpu(t).as_subclass(Tensor).detach()
     mask = isinstance(t, TensorVolumeMask)
-    if a.ndim not in (3,4): raise ValueError(f"save_volume({fn}): expected (C,X,Y,Z) or (X,Y,Z); found shape {tuple(a.shape)}")
+    if a.ndim not in (3,4): raise InputError(f"save_volume({fn}): expected (C,X,Y,Z) or (X,Y,Z); found shape {tuple(a.shape)}")
     a = a.float().numpy() if not mask else a.numpy()
     if dtype is None: dtype = np.float32 if not mask else np.result_type(*[np.min_scalar_type(int(o)) for o in (a.min(), a.max())]) if a.size else np.uint8
     if np.dtype(dtype)==np.uint64 or np.dtype(dtype)==np.int64: dtype = np.int32
@@ -365,7 +365,7 @@ def save_volume(
             im.SetSpacing(sp.tolist()); im.SetOrigin(lps[:3,3].tolist()); im.SetDirection((lps[:3,:3]/sp).ravel().tolist())
             if sfx=='.png': im = im[:,:,0]
             sitk.WriteImage(im, str(tmp), True)
-        else: raise ValueError(f"{fn}: expected .nii, .nii.gz, .nrrd, .mha or .png; found '{sfx}'")
+        else: raise InputError(f"{fn}: expected .nii, .nii.gz, .nrrd, .mha or .png; found '{sfx}'")
     return fn
 
 @patch

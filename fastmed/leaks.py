@@ -82,7 +82,7 @@ def find_leaks(
     workers:int=None      # threads; default: a thread a core, 8 at most
 )->pd.DataFrame:          # case_a, case_b, evidence, sure ('proved' or 'likely'), with `split` also parted (bool)
     "Pairs of cases, of different subjects as far as these are known, that look like one scan. Raises `KeyError` where a column is missing"
-    if split is not None and split not in df: raise KeyError(f"split {split!r}: not in the DataFrame, which has {list(df)}")
+    if split is not None and split not in df: raise ColumnError(f"split {split!r}: not in the DataFrame, which has {list(df)}")
     names,(_,vox) = _case_names(df),_survey(df, path, image_col, None, .05, memory_gb, workers, prints=_fingerprint)
     has = [i for i,v in enumerate(vox) if v.get('print') and v['print']['bag']]; P = [vox[i]['print'] for i in has]; n = len(P); proof,like = {},{}
     def prove(i, j, why): proof.setdefault((min(i,j),max(i,j)), []).append(why)
@@ -159,7 +159,7 @@ def distribution_shift(
             rows.append(f); ys.append(y); subs.append(str(df.subject.iloc[k]) if 'subject' in df and pd.notna(df.subject.iloc[k]) else f'{y} {k}')
     X,y = pd.DataFrame(rows),np.array(ys); site = [c for c in X if c[0]=='site']; X[site] = X[site].fillna(0); X = X.fillna(X.median()).fillna(0).round(9); g,_ = pd.factorize(np.array(subs))
     X.columns = pd.MultiIndex.from_tuples(X.columns); least = min((len(set(g[y==k])) for k in (0,1)), default=0)
-    if least<5: raise ValueError(f"distribution_shift: expected at least five readable subjects in each set; found {(y==0).sum()} and {(y==1).sum()} cases, {least} subjects in the smaller, {lost} unreadable")
+    if least<5: raise InputError(f"distribution_shift: expected at least five readable subjects in each set; found {(y==0).sum()} and {(y==1).sum()} cases, {least} subjects in the smaller, {lost} unreadable")
     rng = np.random.default_rng(seed)
     def draws(k): u,w = np.unique(g[y==k], return_inverse=True); return rng.multinomial(len(u), np.full(len(u), 1/len(u)), n_boot)[:,w]
     wa,wb = draws(0),draws(1); folds = list(StratifiedGroupKFold(min(5, least), shuffle=True, random_state=seed).split(X, y, g)); res = {}

@@ -80,7 +80,7 @@ def make_fast(
 # %% ../nbs/14_learner.ipynb #ddf64577
 def _known(what, kwargs):
     known = ('overlap','tta','post','axes')
-    if odd:=sorted(set(kwargs)-set(known)): raise TypeError(f"{what}: unknown arguments {odd}; known are {', '.join(known)}")
+    if odd:=sorted(set(kwargs)-set(known)): raise ArgumentError(f"{what}: unknown arguments {odd}; known are {', '.join(known)}")
 
 class Evaluation(pd.DataFrame):
     "One row a case and structure: `case, structure, dice, hd95, nsd, volume_mm3, target_mm3, status`"
@@ -117,7 +117,7 @@ class VolumeLearner(Learner):
         with_input:bool=False # give the input too, a `TensorVolume`
     )->tuple:                 # mask, mask, probabilities (n,X,Y,Z); before them the input, when asked
         "fastai's `predict`, for the whole scan: decoded mask, class ids, probabilities, all on the scan's own grid"
-        if rm_type_tfms is not None: raise TypeError("predict reads whole files: rm_type_tfms does not apply")
+        if rm_type_tfms is not None: raise ArgumentError("predict reads whole files: rm_type_tfms does not apply")
         fn = item if isinstance(item, (TensorVolume,str,Path,list)) else case_columns(self.dls)[0](item)
         t = fn if isinstance(fn, TensorVolume) else load_volume(fn)
         m,p = predict_case(self, t, proba=True)
@@ -130,7 +130,7 @@ class VolumeLearner(Learner):
         **kwargs                   # of `predict_volume`, `proba` left out
     )->pd.DataFrame:               # case, mask, status
         "Segment every scan of a folder into `dst/<case>.nii.gz`. A scan that cannot be predicted is named in `status`; the others go on"
-        if kwargs.get('proba'): raise ValueError("predict_folder writes masks; use predict_volume(fn, proba=True) for probabilities")
+        if kwargs.get('proba'): raise InputError("predict_folder writes masks; use predict_volume(fn, proba=True) for probabilities")
         _known('predict_folder', kwargs)
         dst,rows = Path(dst),[]
         df = scan_folder(src, images, masks=None)
@@ -147,7 +147,7 @@ class VolumeLearner(Learner):
     )->Evaluation:          # case, structure, dice, hd95, nsd, volume_mm3, target_mm3, status
         "Score whole scans on their own grid. Status: 'ok', 'empty' (both; nan), 'missed' or 'false positive' (Dice 0), 'error: …' (not readable)"
         if df is None: df = self.dls.valid_ds.items
-        if not len(df): raise ValueError("evaluate: no cases. A loaded Learner holds no data: give it a DataFrame")
+        if not len(df): raise InputError("evaluate: no cases. A loaded Learner holds no data: give it a DataFrame")
         _known('evaluate', kwargs)
         codes,rows,errs = get_preprocess(self.dls).vocab,[],[]
         for name,_,pred,truth,e in predicted_cases(self, df, True, **kwargs):
@@ -254,26 +254,29 @@ def load_weights(
     model:nn.Module, # changed in place
     fn               # file with a state dict: torch (weights only) or .safetensors
 )->str:              # what matched
-    "Load the weights whose names and shapes match. Raises `ValueError` where none does"
-    if str(fn).endswith('.safetensors'):
-        from safetensors.torch import load_file
-        sd = load_file(fn)
-    else: sd = torch.load(fn, map_location='cpu', weights_only=True)
+    "Load the weights whose names and shapes match. Raises `InputError` where none does, `FileError` where the file holds no tensors"
+    if not Path(fn).is_file(): raise MissingFileError(f"{fn}: no such file of weights")
+    try:
+        if str(fn).endswith('.safetensors'):
+            from safetensors.torch import load_file
+            sd = load_file(fn)
+        else: sd = torch.load(fn, map_location='cpu', weights_only=True)
+    except Exception as e: raise FileError(f"{fn}: no weights could be read ({type(e).__name__}: {str(e).splitlines()[0]}). It must hold tensors alone: a state dict") from e
     sd = sd.get('model', sd) if isinstance(sd, dict) else sd
     own = model.state_dict()
     ok = {k:v for k,v in sd.items() if k in own and own[k].shape==v.shape}
-    if not ok: raise ValueError(f"{fn}: none of its {len(sd)} tensors has the name and shape of one of the model's {len(own)}")
+    if not ok: raise InputError(f"{fn}: none of its {len(sd)} tensors has the name and shape of one of the model's {len(own)}")
     model.load_state_dict(ok, strict=False)
     return f"{len(ok)} of {len(own)} tensors loaded from {Path(fn).name}"
 
 def _unet_learner(ndim, dls, arch, loss_func, metrics, pretrained, fast, n_out, kwargs):
     plan,pre = get_plan(dls),get_preprocess(dls)
-    if plan.ndim!=ndim: raise ValueError(f"unet{ndim}d_learner: these DataLoaders give {'slices' if plan.ndim==2 else 'volumes'}: use unet{plan.ndim}d_learner")
-    if pre.vocab is None: raise ValueError("unet_learner: the masks have no codes. Say VolumeMaskBlock(codes), or from_df(codes=…)")
+    if plan.ndim!=ndim: raise InputError(f"unet{ndim}d_learner: these DataLoaders give {'slices' if plan.ndim==2 else 'volumes'}: use unet{plan.ndim}d_learner")
+    if pre.vocab is None: raise InputError("unet_learner: the masks have no codes. Say VolumeMaskBlock(codes), or from_df(codes=…)")
     n_channels = dls.train_ds[0][0].shape[0]
     n_in = n_channels*(1+2*plan.get('context', 0) if ndim==2 else 1)
     n_out = ifnone(n_out, len(pre.vocab))
-    if n_out==1 and len(pre.vocab)!=2: raise ValueError(f"n_out=1 is a sigmoid for one structure; the masks have {len(pre.vocab)-1}")
+    if n_out==1 and len(pre.vocab)!=2: raise InputError(f"n_out=1 is a sigmoid for one structure; the masks have {len(pre.vocab)-1}")
     lk = {k:kwargs.pop(k) for k in list(kwargs) if k in _learner_args}
     patch = tuple(p for p in plan.patch if ndim==3 or p>1)
     if arch is UNet or arch=='UNet':

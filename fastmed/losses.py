@@ -6,6 +6,7 @@
 __all__ = ['SegLoss', 'TverskyLoss', 'DiceLoss', 'DiceCELoss', 'FocalLoss']
 
 # %% ../nbs/10_losses.ipynb #07844452
+from .core import ArgumentError, InputError
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 
@@ -19,10 +20,10 @@ class SegLoss(nn.Module):
         thresh:float=.5         # Of a sigmoid's decision
     ):
         super().__init__()
-        if reduction not in ('mean','none'): raise ValueError(f"reduction: expected 'mean' or 'none', found {reduction!r}")
+        if reduction not in ('mean','none'): raise InputError(f"reduction: expected 'mean' or 'none', found {reduction!r}")
         weight = None if weight is None else torch.as_tensor(weight, dtype=torch.float32)
         if weight is not None and (weight.ndim!=1 or (weight<0).any() or not weight.sum()>0):
-            raise ValueError(f"weight: expected one number a class, none negative and not all zero, found {weight.tolist()}")
+            raise InputError(f"weight: expected one number a class, none negative and not all zero, found {weight.tolist()}")
         self.register_buffer('weight', weight)
         self.ignore_index,self.reduction,self.thresh = ignore_index,reduction,thresh
 
@@ -46,18 +47,18 @@ class SegLoss(nn.Module):
     def _prepare(self, pred, targ):
         name = type(self).__name__
         if isinstance(pred, (list,tuple)):
-            raise TypeError(f"{name}: found {len(pred)} predictions (deep supervision?), expected one tensor; wrap the loss in DeepSupervisionLoss")
+            raise ArgumentError(f"{name}: found {len(pred)} predictions (deep supervision?), expected one tensor; wrap the loss in DeepSupervisionLoss")
         pred,targ = (o.as_subclass(Tensor) for o in (pred,targ))
         if pred.ndim<3 or targ.shape!=(len(pred),*pred.shape[2:]):
             want = (len(pred),*pred.shape[2:])
-            raise ValueError(f"{name}: prediction (B,C,*S) is {tuple(pred.shape)}, so the target must be {want}, found {tuple(targ.shape)}")
-        if targ.is_floating_point(): raise TypeError(f"{name}: expected class ids (integer or bool), found {targ.dtype}")
+            raise InputError(f"{name}: prediction (B,C,*S) is {tuple(pred.shape)}, so the target must be {want}, found {tuple(targ.shape)}")
+        if targ.is_floating_point(): raise ArgumentError(f"{name}: expected class ids (integer or bool), found {targ.dtype}")
         z,t,C = pred.flatten(2),targ.flatten(1),max(pred.shape[1], 2)
-        if self.weight is not None and len(self.weight)!=C: raise ValueError(f"{name}: {len(self.weight)} class weights for {C} classes")
+        if self.weight is not None and len(self.weight)!=C: raise InputError(f"{name}: {len(self.weight)} class weights for {C} classes")
         keep = None if self.ignore_index is None else t!=self.ignore_index
         if keep is not None: t = t.masked_fill(~keep, 0)
         if not t.is_cuda and t.dtype!=torch.bool and t.numel() and (t.amax()>=C or t.amin()<0): # on a GPU the look would wait for the device
-            raise ValueError(f"{name}: labels {t.unique().tolist()[-4:]} found, expected 0 to {C-1}; map them by their codes, or give `ignore_index`")
+            raise InputError(f"{name}: labels {t.unique().tolist()[-4:]} found, expected 0 to {C-1}; map them by their codes, or give `ignore_index`")
         if z.dtype!=torch.float64: z = z.float()
         logp = torch.stack([F.logsigmoid(-z[:,0]), F.logsigmoid(z[:,0])], 1) if z.shape[1]==1 else z.log_softmax(1)
         t = t.long()
@@ -100,7 +101,7 @@ class TverskyLoss(SegLoss):
         thresh:float=.5               # Of a sigmoid's decision
     ):
         super().__init__(weight, ignore_index, reduction, thresh)
-        if min(alpha,beta)<0 or smooth<0: raise ValueError(f"alpha, beta and smooth: expected 0 or more, found {alpha}, {beta}, {smooth}")
+        if min(alpha,beta)<0 or smooth<0: raise InputError(f"alpha, beta and smooth: expected 0 or more, found {alpha}, {beta}, {smooth}")
         self.alpha,self.beta,self.smooth,self.batch,self.include_background = alpha,beta,smooth,batch,include_background
 
     def items(self, logp, oh, t, keep): return self._ratio(*_overlap(logp, oh, keep))
@@ -157,7 +158,7 @@ class FocalLoss(SegLoss):
         thresh:float=.5         # Of a sigmoid's decision
     ):
         super().__init__(weight, ignore_index, reduction, thresh)
-        if gamma<0: raise ValueError(f"gamma: expected 0 or more, found {gamma}")
+        if gamma<0: raise InputError(f"gamma: expected 0 or more, found {gamma}")
         self.gamma = gamma
     def items(self, logp, oh, t, keep):
         lt = logp.gather(1, t[:,None])[:,0]

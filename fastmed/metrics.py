@@ -7,6 +7,7 @@ __all__ = ['dice_score', 'volume_mm3', 'mask_surface', 'surface_distances', 'hau
            'failed_scores', 'slice_consistency', 'summarise', 'DiceCounts', 'DiceScore', 'metric_names', 'dice_metrics']
 
 # %% ../nbs/11_metrics.ipynb #3a6dcead
+from .core import InputError
 import re
 import numpy as np, pandas as pd, torch
 from torch import Tensor
@@ -20,18 +21,18 @@ def _bool(m, name, fn):
     if m.dtype==bool: return m
     b = m!=0
     if not ((m==1)==b).all():
-        raise ValueError(f"{fn}: {name} holds the values {np.unique(m)[:6].tolist()}; expected one structure, as bool or 0 and 1. "
+        raise InputError(f"{fn}: {name} holds the values {np.unique(m)[:6].tolist()}; expected one structure, as bool or 0 and 1. "
                          "Pass `mask==k`, or use `case_scores`")
     return b
 
 def _pair(pred, targ, fn):
     p,t = _bool(pred, 'pred', fn),_bool(targ, 'targ', fn)
-    if p.shape!=t.shape: raise ValueError(f"{fn}: pred has shape {p.shape} and targ {t.shape}; expected the same grid")
+    if p.shape!=t.shape: raise InputError(f"{fn}: pred has shape {p.shape} and targ {t.shape}; expected the same grid")
     return p,t
 
 def _mm(spacing, ndim, fn):
     sp = tuple(float(s) for s in spacing)
-    if len(sp)!=ndim or not all(np.isfinite(s) and s>0 for s in sp): raise ValueError(f"{fn}: expected {ndim} positive spacings in mm, found {sp}")
+    if len(sp)!=ndim or not all(np.isfinite(s) and s>0 for s in sp): raise InputError(f"{fn}: expected {ndim} positive spacings in mm, found {sp}")
     return sp
 
 def dice_score(
@@ -75,7 +76,7 @@ def surface_distances(
 )->tuple:          # distances of pred's surface voxels to targ's surface, and of targ's to pred's, mm
     "Both directed sets of surface distances. Raises `ValueError` on an empty mask, unlike shapes or several labels."
     p,t = _pair(pred, targ, 'surface_distances'); sp = _mm(spacing, p.ndim, 'surface_distances')
-    if not p.any() or not t.any(): raise ValueError(f"surface_distances: {'pred' if not p.any() else 'targ'} is empty; a distance to nothing is not defined")
+    if not p.any() or not t.any(): raise InputError(f"surface_distances: {'pred' if not p.any() else 'targ'} is empty; a distance to nothing is not defined")
     p,t = [mask_surface(m) for m in _crop(p, t)]      # nothing outside the box is nearer than what is in it
     return _nearest(p, t, sp), _nearest(t, p, sp)
 
@@ -111,7 +112,7 @@ def surface_dice(
 )->float:               # 0 to 1; nan where both masks are empty, 0 where one is
     "Share of both surfaces that lies within `tolerance` of the other. Raises `ValueError` on unlike shapes or several labels. Source: Nikolov 2018."
     p,t = _pair(pred, targ, 'surface_dice'); _mm(spacing, p.ndim, 'surface_dice')
-    if not tolerance>=0: raise ValueError(f"surface_dice: expected a tolerance of 0 mm or more, found {tolerance}")
+    if not tolerance>=0: raise InputError(f"surface_dice: expected a tolerance of 0 mm or more, found {tolerance}")
     e = _empty(p, t, 0.)
     return e if e is not None else _nsd(*surface_distances(p, t, spacing), tolerance)
 
@@ -128,13 +129,13 @@ def case_scores(
     "Scores of every foreground structure of one case. Raises `ValueError` on unlike shapes and on class ids that `codes` has no name for."
     from scipy.ndimage import find_objects
     p,t = [np.asarray(m.detach().cpu().as_subclass(Tensor) if isinstance(m, Tensor) else m) for m in (pred,targ)]
-    if p.shape!=t.shape: raise ValueError(f"case_scores: pred has shape {p.shape} and targ {t.shape}; expected the same grid")
+    if p.shape!=t.shape: raise InputError(f"case_scores: pred has shape {p.shape} and targ {t.shape}; expected the same grid")
     sp,codes = _mm(spacing, p.ndim, 'case_scores'),list(codes)
     if ignore_index is not None: p,t = [np.where(t==ignore_index, 0, m) for m in (p,t)]
     boxes = []
     for name,m in (('pred',p),('targ',t)):
         if m.size and not (m.min()>=0 and m.max()<len(codes) and (m.dtype.kind in 'biu' or (m==np.round(m)).all())):
-            raise ValueError(f"case_scores: {name} holds the values {np.unique(m)[:8].tolist()}; expected class ids from 0 to {len(codes)-1} for {codes}")
+            raise InputError(f"case_scores: {name} holds the values {np.unique(m)[:8].tolist()}; expected class ids from 0 to {len(codes)-1} for {codes}")
         boxes.append(find_objects(m.astype(np.int32), len(codes)-1))
     rows,vox = [],float(np.prod(sp)); nan = float('nan')
     for k,s in enumerate(codes[1:], 1):
@@ -170,8 +171,8 @@ def slice_consistency(
     "How well neighbouring slices fit each other. Raises `ValueError` on another shape of `truth` or an axis that there is not"
     from scipy.ndimage import label
     m,t = [None if o is None else np.asarray(o.detach().cpu().as_subclass(Tensor) if isinstance(o, Tensor) else o) for o in (mask,truth)]
-    if not -m.ndim<=axis<m.ndim: raise ValueError(f"slice_consistency: expected an axis of 0 to {m.ndim-1}; found {axis}")
-    if t is not None and t.shape!=m.shape: raise ValueError(f"slice_consistency: the mask has shape {m.shape}, the truth {t.shape}; expected the same grid")
+    if not -m.ndim<=axis<m.ndim: raise InputError(f"slice_consistency: expected an axis of 0 to {m.ndim-1}; found {axis}")
+    if t is not None and t.shape!=m.shape: raise InputError(f"slice_consistency: the mask has shape {m.shape}, the truth {t.shape}; expected the same grid")
     codes = list(codes or getattr(mask, 'codes', None) or range(1+max(int(o.max(initial=0)) for o in (m,t) if o is not None)))
     def numbers(o):
         o = np.moveaxis(o, axis, 0); area = o.reshape(len(o), -1).sum(1); on = np.flatnonzero(area)
@@ -191,9 +192,9 @@ def summarise(
 )->pd.DataFrame:      # a line a structure, and one for all that counts cases: mean, sd, median, worst, n, failed, empty
     "Mean, sd, median and worst of one score, with the failed and the empty cases counted. Raises `ValueError` on an unknown score."
     df = pd.DataFrame(rows)
-    if score not in ('dice','nsd','hd95'): raise ValueError(f"summarise: expected score 'dice', 'nsd' or 'hd95', found {score!r}")
+    if score not in ('dice','nsd','hd95'): raise InputError(f"summarise: expected score 'dice', 'nsd' or 'hd95', found {score!r}")
     if miss:=[c for c in ('structure','status',score) if c not in df]:
-        raise ValueError(f"summarise: the rows lack {miss}; expected what `case_scores` gives, found {list(df.columns)}")
+        raise InputError(f"summarise: the rows lack {miss}; expected what `case_scores` gives, found {list(df.columns)}")
     def line(v, st):
         v = v[np.isfinite(v)]
         return dict(mean=v.mean(), sd=v.std(), median=v.median(), worst=v.max() if score=='hd95' else v.min(), n=len(st),
@@ -232,13 +233,13 @@ class DiceCounts:
         pred,targ = pred.detach().as_subclass(Tensor),targ.detach().as_subclass(Tensor)
         if targ.ndim==pred.ndim and targ.shape[1]==1: targ = targ[:,0]
         if pred.shape[2:]!=targ.shape[1:] or len(pred)!=len(targ):
-            raise ValueError(f"DiceScore: predictions are {tuple(pred.shape)} and masks {tuple(targ.shape)}; expected (B,C,*S) and (B,*S) on one grid")
+            raise InputError(f"DiceScore: predictions are {tuple(pred.shape)} and masks {tuple(targ.shape)}; expected (B,C,*S) and (B,*S) on one grid")
         C = max(2, pred.shape[1])
         lab,targ = _labels(pred).flatten(),targ.flatten()
         if self.ignore_index is not None: keep = targ!=self.ignore_index; lab,targ = lab[keep],targ[keep]
         if len(targ) and (targ.min()<0 or targ.max()>=C):
             odd = [v for v in targ.unique().tolist() if not 0<=v<C][:6]
-            raise ValueError(f"DiceScore: masks hold the class ids {odd}; expected 0 to {C-1}, the channels of the network. "
+            raise InputError(f"DiceScore: masks hold the class ids {odd}; expected 0 to {C-1}, the channels of the network. "
                              "Set ignore_index, or map the labels by codes")
         c = torch.bincount(targ.int()*C+lab, minlength=C*C).view(C,C)
         self.conf = c if self.conf is None else self.conf+c
@@ -258,7 +259,7 @@ class DiceScore(Metric):
         ignore_index:int=None     # class id in the masks that counts for nothing
     ):
         if counts is not None and ignore_index not in (None, counts.ignore_index):
-            raise ValueError(f"DiceScore: ignore_index={ignore_index} differs from that of counts, {counts.ignore_index}")
+            raise InputError(f"DiceScore: ignore_index={ignore_index} differs from that of counts, {counts.ignore_index}")
         self.structure_index,self._name,self.seen = structure_index,name,0
         self.counts = DiceCounts(ignore_index) if counts is None else counts
     @property
@@ -273,7 +274,7 @@ class DiceScore(Metric):
         if d is None: return float('nan')
         if self.structure_index is None: return d[1:].nanmean().item()
         if not 0<=self.structure_index<len(d):
-            raise ValueError(f"{self.name}: structure {self.structure_index} was asked for; the network has classes 0 to {len(d)-1}")
+            raise InputError(f"{self.name}: structure {self.structure_index} was asked for; the network has classes 0 to {len(d)-1}")
         return d[self.structure_index].item()
 
 def metric_names(

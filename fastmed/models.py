@@ -7,9 +7,9 @@ __all__ = ['FastInstanceNorm', 'conv_stage', 'init_weights', 'UShape', 'UNet', '
            'model_names', 'MonaiNet', 'model_divisor', 'create_model']
 
 # %% ../nbs/09_models.ipynb #b3bf9bb0
-import difflib, inspect, math
+from .core import ArgumentError, InputError
 from numbers import Integral
-import torch, torch.nn.functional as F
+import difflib, inspect, math, torch, torch.nn.functional as F
 from torch import nn, Tensor
 from fastai.torch_core import params
 
@@ -21,7 +21,7 @@ def _axes(v, ndim, what):
     "`v` as one int an axis."
     t = (v,)*ndim if isinstance(v, Integral) else tuple(v)
     if len(t)!=ndim or not all(isinstance(i, Integral) and i>0 for i in t):
-        raise ValueError(f"{what}: expected a positive int or {ndim} of them (ndim={ndim}), found {v!r}")
+        raise InputError(f"{what}: expected a positive int or {ndim} of them (ndim={ndim}), found {v!r}")
     return tuple(map(int, t))
 def _x(t): return '×'.join(str(i) for i in t)
 
@@ -38,7 +38,7 @@ class FastInstanceNorm(nn.Module):
 
     def forward(self, x:Tensor)->Tensor: # (B,nf,*S) to the same
         if x.shape[2:].numel()==1:
-            raise ValueError(f"instance norm over one voxel is zero whatever the image: input {tuple(x.shape)}; use a larger patch or a smaller depth")
+            raise InputError(f"instance norm over one voxel is zero whatever the image: input {tuple(x.shape)}; use a larger patch or a smaller depth")
         if x.is_cuda or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return F.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
         last = {4:torch.channels_last, 5:torch.channels_last_3d}.get(x.ndim)
@@ -52,7 +52,7 @@ class FastInstanceNorm(nn.Module):
 def _norm(norm, nf, ndim):
     if norm=='instance': return FastInstanceNorm(nf)
     if norm=='batch': return (nn.BatchNorm2d if ndim==2 else nn.BatchNorm3d)(nf)
-    raise ValueError(f"norm: expected 'instance' or 'batch', found {norm!r}")
+    raise InputError(f"norm: expected 'instance' or 'batch', found {norm!r}")
 
 def _act(act):
     "A new activation, in place where it can be: nothing else needs what it overwrites."
@@ -100,10 +100,10 @@ class UShape(nn.Module):
 
     def _check(self, x):
         if x.ndim!=self.ndim+2 or x.shape[1]!=self.n_in:
-            raise ValueError(f"{type(self).__name__}: expected (B,{self.n_in},{','.join('XYZ'[:self.ndim])}), found {tuple(x.shape)}")
+            raise InputError(f"{type(self).__name__}: expected (B,{self.n_in},{','.join('XYZ'[:self.ndim])}), found {tuple(x.shape)}")
         if any(n%d for n,d in zip(x.shape[2:], self.divisor)):
             up = [-(-n//d)*d for n,d in zip(x.shape[2:], self.divisor)]
-            raise ValueError(f"{type(self).__name__}: size {_x(x.shape[2:])} is no multiple of the total stride {_x(self.divisor)}; "
+            raise InputError(f"{type(self).__name__}: size {_x(x.shape[2:])} is no multiple of the total stride {_x(self.divisor)}; "
                              f"pad it to {_x(up)}, or use fewer levels")
 
     def forward(self,
@@ -137,16 +137,16 @@ class UNet(UShape):
         convs:int=2                  # Convolutions a stage
     ):
         super().__init__()
-        if ndim not in (2,3): raise ValueError(f"ndim: expected 2 or 3, found {ndim!r}")
+        if ndim not in (2,3): raise InputError(f"ndim: expected 2 or 3, found {ndim!r}")
         for k,v in dict(n_in=n_in, n_out=n_out, nf=nf, depth=depth, convs=convs).items():
-            if not isinstance(v, Integral) or v<1: raise ValueError(f"{k}: expected a positive int, found {v!r}")
+            if not isinstance(v, Integral) or v<1: raise InputError(f"{k}: expected a positive int, found {v!r}")
         self.strides = strides = self._levels(2 if strides is None else strides, depth-1, ndim, 'strides')
         seen = [[all(s[a]==1 for s in strides[:i+1]) and i<depth-1 for a in range(ndim)] for i in range(depth)]
         self.kernels = kernels = [tuple(1 if far else 3 for far in o) for o in seen] if kernels is None else self._levels(kernels, depth, ndim, 'kernels')
         for i,k in enumerate(kernels):
             s = strides[i-1] if i else (1,)*ndim
-            if any(a%2==0 for a in k): raise ValueError(f"kernels: level {i} has {k}; expected odd sizes")
-            if any(a<b for a,b in zip(k, s)): raise ValueError(f"kernels: level {i} has kernel {k} under stride {s}, which would skip voxels")
+            if any(a%2==0 for a in k): raise InputError(f"kernels: level {i} has {k}; expected odd sizes")
+            if any(a<b for a,b in zip(k, s)): raise InputError(f"kernels: level {i} has kernel {k} under stride {s}, which would skip voxels")
         self.nfs = nfs = [min(nf*2**i, max(nf, 320 if ndim==3 else 512)) for i in range(depth)]
         stage = lambda i,o,s,k: conv_stage(i, o, ndim, s, k, norm, act, convs)
         encoder = [stage(nfs[i-1] if i else n_in, nfs[i], strides[i-1] if i else (1,)*ndim, kernels[i]) for i in range(depth)]
@@ -160,7 +160,7 @@ class UNet(UShape):
     @staticmethod
     def _levels(v, n, ndim, what):
         v = [v]*n if isinstance(v, Integral) else list(v)
-        if len(v)!=n: raise ValueError(f"{what}: expected {n} entries (depth {n if what=='kernels' else n+1}), found {len(v)}: {v}")
+        if len(v)!=n: raise InputError(f"{what}: expected {n} entries (depth {n if what=='kernels' else n+1}), found {len(v)}: {v}")
         return [_axes(o, ndim, what) for o in v]
 
     def levels(self,
@@ -234,7 +234,7 @@ def model_names()->list: # Sorted
 def _refuse(name, kwargs, accepted):
     if bad:=[k for k in kwargs if k not in accepted]:
         near = difflib.get_close_matches(bad[0], accepted, 1)
-        raise TypeError(f"{name} has no argument {', '.join(map(repr, bad))}{f' (did you mean {near[0]!r}?)' if near else ''}; it takes {', '.join(accepted)}")
+        raise ArgumentError(f"{name} has no argument {', '.join(map(repr, bad))}{f' (did you mean {near[0]!r}?)' if near else ''}; it takes {', '.join(accepted)}")
 
 def _n_levels(patch, most=5):
     "Levels such that the lowest keeps four voxels on its longest axis."
@@ -259,7 +259,7 @@ def _fill(name, ps, n_in, n_out, ndim, patch, kwargs):
     elif name=='FlexibleUNet': want |= dict(backbone='efficientnet-b0')
     for k,d in (('img_size', 32 if name=='SwinUNETR' else 16),('input_image_size', 2**(len(kwargs.get('blocks_down', (1,)*4))-1))):
         if k in ps and k not in kwargs:
-            if patch is None: raise ValueError(f"{name} is built for one size: give `patch`, {ndim} voxel counts")
+            if patch is None: raise InputError(f"{name} is built for one size: give `patch`, {ndim} voxel counts")
             want[k] = _up(patch, (d,)*ndim)
     return {k:v for k,v in want.items() if k in ps and k not in kwargs}
 
@@ -287,11 +287,11 @@ class MonaiNet(nn.Module):
     ):           # (B,n_out,*S) logits; a list of such with a network's own deep supervision, while training
         "Pads, runs, crops."
         if x.ndim!=self.ndim+2 or x.shape[1]!=self.n_in:
-            raise ValueError(f"{type(self.model).__name__}: expected (B,{self.n_in},{','.join('XYZ'[:self.ndim])}), found {tuple(x.shape)}")
+            raise InputError(f"{type(self.model).__name__}: expected (B,{self.n_in},{','.join('XYZ'[:self.ndim])}), found {tuple(x.shape)}")
         s = x.shape[2:]
         to = self.size or _up(s, self.divisor)
         if any(n>t for n,t in zip(s, to)):
-            raise ValueError(f"{type(self.model).__name__} was built for {_x(to)} voxels, found {_x(s)}; create it with that patch")
+            raise InputError(f"{type(self.model).__name__} was built for {_x(to)} voxels, found {_x(s)}; create it with that patch")
         grown = tuple(to)!=tuple(s)
         if grown: x = F.pad(x, [p for n,t in zip(reversed(s), reversed(to)) for p in (0,t-n)], mode='replicate')
         out = self.model(x)
@@ -299,7 +299,7 @@ class MonaiNet(nn.Module):
         if isinstance(out, (list,tuple)):
             full = [o for o in out if isinstance(o, Tensor) and o.ndim==x.ndim]
             if not (self.training and len(full)>1): out = full[-1] if len({o.shape for o in full})==1 else full[0]
-            elif grown: raise ValueError(f"deep supervision of {type(self.model).__name__}: size {_x(s)} does not fit, use {_x(to)}")
+            elif grown: raise InputError(f"deep supervision of {type(self.model).__name__}: size {_x(s)} does not fit, use {_x(to)}")
             else: return full
         return out[(...,*(slice(n) for n in s))] if grown else out
 
@@ -317,7 +317,7 @@ def _probe(model, n_in, ndim):
             out = out[0] if isinstance(out, (list,tuple)) else out
             if out.shape[2:]==(n,)*ndim: return (d,)*ndim
     finally: model.train(was)
-    raise ValueError(f"{type(model).__name__}: found no input size up to 64 whose multiples it takes; give its `divisor` attribute, one int an axis")
+    raise InputError(f"{type(model).__name__}: found no input size up to 64 whose multiples it takes; give its `divisor` attribute, one int an axis")
 
 def _monai_divisor(model, n_in, ndim):
     "What is known of MONAI's networks; tried out for the others."
@@ -342,7 +342,7 @@ def model_divisor(
     "Per axis, what the size of an input must be a multiple of: known for ours and MONAI's, tried out for others. Raises `ValueError` when nothing fits."
     if d:=getattr(model, 'divisor', None): return tuple(d)
     w = next((p for p in model.parameters() if p.ndim in (4,5)), None)
-    if w is None: raise ValueError(f"{type(model).__name__} has no convolution to tell its axes from; give it a `divisor` attribute, one int an axis")
+    if w is None: raise InputError(f"{type(model).__name__} has no convolution to tell its axes from; give it a `divisor` attribute, one int an axis")
     c = next(m for m in model.modules() if isinstance(m, _convs+_convts))
     ndim = len(c.kernel_size)
     return _monai_divisor(model, c.in_channels, ndim) if type(model).__module__.startswith('monai.') else _probe(model, c.in_channels, ndim)
@@ -370,13 +370,13 @@ def create_model(
     named = [k for k,p in sig.items() if p.kind in (p.KEYWORD_ONLY,p.POSITIONAL_OR_KEYWORD)]
     own = named[2:] if len(named)>=2 else []
     if not free: _refuse(name, kwargs, [k for k in own if k!='ndim'])
-    if 'ndim' in kwargs: raise TypeError(f"{name}: `ndim` follows from the data")
+    if 'ndim' in kwargs: raise ArgumentError(f"{name}: `ndim` follows from the data")
     if 'ndim' in own: kwargs['ndim'] = ndim
-    elif arch is unet_cicek and ndim!=3: raise ValueError(f"unet_cicek is a network for volumes (ndim=3), found ndim={ndim}; use UNet")
+    elif arch is unet_cicek and ndim!=3: raise InputError(f"unet_cicek is a network for volumes (ndim=3), found ndim={ndim}; use UNet")
     model = arch(n_in, n_out, **kwargs)
     if patch and isinstance(model, UShape) and any(n%d for n,d in zip(patch, model.divisor)):
         up = [-(-n//d)*d for n,d in zip(patch, model.divisor)]
-        raise ValueError(f"{name}: patch {_x(patch)} is no multiple of the total stride {_x(model.divisor)}; use {_x(up)}, or fewer levels")
+        raise InputError(f"{name}: patch {_x(patch)} is no multiple of the total stride {_x(model.divisor)}; use {_x(up)}, or fewer levels")
     return model
 
 def _from_monai(name):
@@ -385,16 +385,16 @@ def _from_monai(name):
     ps = inspect.signature(found).parameters if inspect.isclass(found) else {}
     if 'in_channels' in ps and 'out_channels' in ps: return found
     near = difflib.get_close_matches(name.lower(), low:={n.lower():n for n in model_names()}, 3, .5)
-    raise ValueError(f"no network is named {name!r}; {'close: '+', '.join(low[n] for n in near)+'; ' if near else ''}there are {', '.join(model_names())}")
+    raise InputError(f"no network is named {name!r}; {'close: '+', '.join(low[n] for n in near)+'; ' if near else ''}there are {', '.join(model_names())}")
 
 def _make_monai(cls, sig, n_in, n_out, ndim, patch, kwargs):
     name,auto = cls.__name__,('in_channels','out_channels','spatial_dims')
-    if bad:=[k for k in kwargs if k in auto]: raise TypeError(f"{name}: {', '.join(bad)} follow(s) from the data")
+    if bad:=[k for k in kwargs if k in auto]: raise ArgumentError(f"{name}: {', '.join(bad)} follow(s) from the data")
     _refuse(name, kwargs, [k for k in sig if k not in auto])
-    if ndim!=3 and 'spatial_dims' not in sig: raise ValueError(f"{name} is a network for volumes, found ndim={ndim}")
+    if ndim!=3 and 'spatial_dims' not in sig: raise InputError(f"{name} is a network for volumes, found ndim={ndim}")
     args = _fill(name, sig, n_in, n_out, ndim, patch, kwargs) | kwargs
     if lost:=[k for k,p in sig.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and k not in args]:
-        raise TypeError(f"{name} also needs {', '.join(lost)}: give them by name")
+        raise ArgumentError(f"{name} also needs {', '.join(lost)}: give them by name")
     size = args.get('img_size', args.get('input_image_size'))
     fixed = name in ('UNETR','SegResNetVAE')
     return MonaiNet(cls(**args), n_in, n_out, ndim, _axes(size, ndim, 'img_size') if fixed else None)

@@ -65,7 +65,7 @@ def window_corners(
     overlap:float=.5,  # share of a window that its neighbour covers too, 0 to under 1
 )->list:               # of (3,) corners, the first axis slowest
     "Corners of evenly spread windows that cover a volume whole. Raises `ValueError` for an overlap outside [0,1)"
-    if not 0<=overlap<1: raise ValueError(f"overlap: expected 0 to under 1; found {overlap}")
+    if not 0<=overlap<1: raise InputError(f"overlap: expected 0 to under 1; found {overlap}")
     return list(itertools.product(*[_starts(n, p, overlap) for n,p in zip(shape, patch)]))
 
 def gaussian_weight(

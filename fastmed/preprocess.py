@@ -48,13 +48,13 @@ class Preprocess:
         stats=None,              # intensity statistics of the training cases, one dict a channel; fitted
     ):
         for n in ([normalize] if isinstance(normalize, str) else normalize):
-            if n not in NORMALIZATIONS+('auto',): raise ValueError(f"normalize: expected one of {', '.join(NORMALIZATIONS)} or 'auto'; found {n!r}")
-        if order not in ('linear','cubic'): raise ValueError(f"order: expected 'linear' or 'cubic'; found {order!r}")
-        if mask_order not in ('smooth','nearest'): raise ValueError(f"mask_order: expected 'smooth' or 'nearest'; found {mask_order!r}")
+            if n not in NORMALIZATIONS+('auto',): raise InputError(f"normalize: expected one of {', '.join(NORMALIZATIONS)} or 'auto'; found {n!r}")
+        if order not in ('linear','cubic'): raise InputError(f"order: expected 'linear' or 'cubic'; found {order!r}")
+        if mask_order not in ('smooth','nearest'): raise InputError(f"mask_order: expected 'smooth' or 'nearest'; found {mask_order!r}")
         if isinstance(spacing, (int,float)): spacing = (spacing,)*3
         if spacing is not None and spacing!='auto':
             spacing = tuple(float(o) for o in spacing)
-            if len(spacing)!=3 or min(spacing)<=0: raise ValueError(f"spacing: expected three sizes above 0, in mm; found {spacing}")
+            if len(spacing)!=3 or min(spacing)<=0: raise InputError(f"spacing: expected three sizes above 0, in mm; found {spacing}")
         if not (codes is None or isinstance(codes, dict)): codes = [str(o) for o in codes]
         store_attr('spacing,normalize,orientation,codes,order,mask_order,stats')
 
@@ -64,16 +64,16 @@ class Preprocess:
         mask = isinstance(t, TensorVolumeMask)
         if mask: t = self.to_ids(t)
         elif n:=int((~torch.isfinite(t.as_subclass(Tensor))).sum()):
-            raise ValueError(f"{_name(t)}: {n} voxels are NaN or infinite. Repair the scan, or leave the case out")
+            raise InputError(f"{_name(t)}: {n} voxels are NaN or infinite. Repair the scan, or leave the case out")
         if self.orientation: t = to_orientation(t, self.orientation)
         if self.spacing is not None:
             t = resample_to(t, *resampled_grid(t.shape[-3:], t.affine, self._mm()), self.mask_order if mask else self.order)
         if mask: return t
         hows = [self.normalize]*t.shape[0] if isinstance(self.normalize, str) else self.normalize
-        if len(hows)!=t.shape[0]: raise ValueError(f"{_name(t)}: {len(hows)} normalisations for {t.shape[0]} channels. Give one, or one a channel")
-        if 'auto' in hows or ('ct' in hows and self.stats is None): raise ValueError("This Preprocess is not fitted: call `fit` on the training cases first")
+        if len(hows)!=t.shape[0]: raise InputError(f"{_name(t)}: {len(hows)} normalisations for {t.shape[0]} channels. Give one, or one a channel")
+        if 'auto' in hows or ('ct' in hows and self.stats is None): raise InputError("This Preprocess is not fitted: call `fit` on the training cases first")
         if self.stats is not None and len(self.stats)!=t.shape[0]:
-            raise ValueError(f"{_name(t)}: expected {len(self.stats)} channels, as in training; found {t.shape[0]}")
+            raise InputError(f"{_name(t)}: expected {len(self.stats)} channels, as in training; found {t.shape[0]}")
         a = np.stack([normalize_channel(c, h, s) for c,h,s in zip(t.as_subclass(Tensor).numpy(), hows, self.stats or [None]*len(hows))])
         return TensorVolume(torch.from_numpy(a), **{**{k:v for k,v in t.__dict__.items() if k!='_affine'}, 'affine':t.affine})
 
@@ -109,7 +109,7 @@ class Preprocess:
         return (s,a) if self.spacing is None else resampled_grid(s, a, self._mm())
 
     def _mm(self):
-        if self.spacing=='auto': raise ValueError("This Preprocess is not fitted: call `fit` on the training cases first")
+        if self.spacing=='auto': raise InputError("This Preprocess is not fitted: call `fit` on the training cases first")
         return self.spacing
 
     # --- labels
@@ -127,7 +127,7 @@ class Preprocess:
         odd = [int(v) for v in found if int(v) not in table]
         if odd or (self.codes is None and len(found) and not _consecutive(found)):
             want = _short(sorted(table)) if self.codes is not None else 'to be 0, 1, 2 … without a gap'
-            raise ValueError(f"{_name(mask)}: expected the mask's values {want}; found {_short(odd or found.tolist())}. "
+            raise InputError(f"{_name(mask)}: expected the mask's values {want}; found {_short(odd or found.tolist())}. "
                              "Declare them: codes=['background', …] for 0,1,2…, or codes={'background':0, 'lesion':255}")
         dt = np.uint8 if len(set(table.values()))<=256 else np.int16
         if any(k!=v for k,v in table.items()):
@@ -144,7 +144,7 @@ class Preprocess:
         n:int=50    # cases whose voxels are read; headers are read of all
     ):              # self
         "Fill in every 'auto' and the statistics from training cases alone"
-        if not len(images): raise ValueError("Preprocess.fit: no training cases")
+        if not len(images): raise InputError("Preprocess.fit: no training cases")
         if self.spacing=='auto': self.spacing = auto_spacing([spacing_of(self.oriented(h['shape'], h['affine'])[1]) for h in map(read_header, images)])
         hows = L(self.normalize)
         if not ('auto' in hows or 'ct' in hows): return self
@@ -183,7 +183,7 @@ class Preprocess:
         "The Preprocess that `to_json` wrote. Raises `ValueError` naming a field that is unknown"
         d = json.loads(s)
         odd = set(d)-set(cls().to_dict())
-        if odd: raise ValueError(f"Preprocess.from_json: unknown fields {sorted(odd)}")
+        if odd: raise InputError(f"Preprocess.from_json: unknown fields {sorted(odd)}")
         return cls(**d)
     def __eq__(self, o): return isinstance(o, Preprocess) and self.to_json()==o.to_json()
     def __repr__(self):
@@ -255,7 +255,7 @@ def patch_plan(
 )->Plan:            # ndim, spacing, patch, strides, depth, nf; for slices axis and context
     "The plan of a patch that is given by hand. Raises `ValueError` on anything but three sizes, at most one of them 1"
     p = tuple(int(o) for o in patch)
-    if len(p)!=3 or min(p)<1 or p.count(1)>1: raise ValueError(f"patch: expected three sizes, one of them 1 for slices; found {patch}")
+    if len(p)!=3 or min(p)<1 or p.count(1)>1: raise InputError(f"patch: expected three sizes, one of them 1 for slices; found {patch}")
     ndim = 2 if 1 in p else 3
     axes = [a for a in range(3) if p[a]>1]
     strides = [tuple(s[a] for a in axes) for s in _dividing_strides(p, spacing or (1,1,1), axes)]
@@ -288,10 +288,10 @@ def suggest_plan(
     device=None,          # device that the budget is for
 )->Plan:                  # spacing, axis, patch, strides, depth, nf, bs, samples_per_case, …, each with its reason
     "Spacing, patch, batch, depth and strides from the data and a memory budget, each with its reason. Source of the idea: nnU-Net (Isensee 2021)"
-    if ndim not in (2,3): raise ValueError(f"ndim: expected 2 or 3; found {ndim}")
+    if ndim not in (2,3): raise InputError(f"ndim: expected 2 or 3; found {ndim}")
     for k,v,least in (('bs',bs,1), ('samples_per_case',samples_per_case,1), ('context',context,0)):
-        if not (v is None or v=='auto' or isinstance(v, (int,np.integer)) and v>=least): raise ValueError(f"{k}: expected a whole number of {least} or more; found {v!r}")
-    if axis not in ('auto',0,1,2): raise ValueError(f"axis: expected array axis 0, 1 or 2, or 'auto'; found {axis!r}")
+        if not (v is None or v=='auto' or isinstance(v, (int,np.integer)) and v>=least): raise InputError(f"{k}: expected a whole number of {least} or more; found {v!r}")
+    if axis not in ('auto',0,1,2): raise InputError(f"axis: expected array axis 0, 1 or 2, or 'auto'; found {axis!r}")
     device = torch.device(ifnone(device, default_device()))
     why = {}
     mem = ifnone(memory, default_memory(device)); why['memory'] = 'given' if memory is not None else f'GiB for a training step on {device.type}'
@@ -306,7 +306,7 @@ def suggest_plan(
     if ndim==2:
         thin = [a for a,p in enumerate(patch) if p==1] if is_listy(patch) and len(patch)==3 else []
         if len(thin)==1:
-            if axis not in ('auto', thin[0]): raise ValueError(f"patch {tuple(patch)} is a slice across axis {thin[0]}, and axis={axis} was asked for. Leave one of them out")
+            if axis not in ('auto', thin[0]): raise InputError(f"patch {tuple(patch)} is a slice across axis {thin[0]}, and axis={axis} was asked for. Leave one of them out")
             axis = thin[0]
         if axis=='auto':
             near = np.flatnonzero(sp>=.95*sp.max())
@@ -338,7 +338,7 @@ def suggest_plan(
         p = [1]*3
         given = list(patch) if is_listy(patch) else [patch]*len(axes)
         if len(given)==3 and ndim==2: given = [given[a] for a in axes]
-        if len(given)!=len(axes) or min(given)<1: raise ValueError(f"patch: expected {len(axes)} sizes for ndim={ndim}; found {patch}")
+        if len(given)!=len(axes) or min(given)<1: raise InputError(f"patch: expected {len(axes)} sizes for ndim={ndim}; found {patch}")
         for a,g_ in zip(axes, given): p[a] = int(g_)
         st = _dividing_strides(p, sp, axes)
         why['patch'] = 'given'
@@ -366,10 +366,10 @@ def case_files(
     "The files of one case. Raises `KeyError` for a column and `ValueError` for a file that is missing, naming the case"
     fs = []
     for c in L(cols):
-        if c not in row: raise KeyError(f"column {c!r}: not in the DataFrame, which has {list(row.keys())}")
+        if c not in row: raise ColumnError(f"column {c!r}: not in the DataFrame, which has {list(row.keys())}")
         for f in (row[c] if is_listy(row[c]) else [row[c]]):
             if f is None or f=='' or (isinstance(f, float) and math.isnan(f)):
-                raise ValueError(f"case {row.get('case', getattr(row, 'name', '?'))!r}: no file in column {c!r}. Drop the row, or add the file")
+                raise InputError(f"case {row.get('case', getattr(row, 'name', '?'))!r}: no file in column {c!r}. Drop the row, or add the file")
             fs.append(str(Path(path)/f))
     return fs[0] if len(fs)==1 else fs
 

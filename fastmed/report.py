@@ -37,7 +37,7 @@ def _block(o):
     if isinstance(o, pd.DataFrame): return f'<div class="wide">{o.to_html(border=0, float_format=lambda v: f"{v:.3f}")}</div>'
     if isinstance(o, bytes): return f'<img alt="" src="data:image/png;base64,{base64.b64encode(o).decode()}">'
     if hasattr(o, 'savefig'): return _block(figure_png(o))
-    raise TypeError(f"html_report: expected text, a table, a figure or PNG bytes; found {type(o).__name__}")
+    raise ArgumentError(f"html_report: expected text, a table, a figure or PNG bytes; found {type(o).__name__}")
 
 def html_report(
     fn,           # .html file to write

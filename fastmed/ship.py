@@ -37,7 +37,7 @@ def _plain(o, what):
     if isinstance(o, tuple): return {'tuple':[_plain(v, what) for v in o]}
     if isinstance(o, (list,L)): return [_plain(v, what) for v in o]
     if isinstance(o, dict) and all(isinstance(k, str) for k in o): return {'dict':{k:_plain(v, what) for k,v in o.items()}}
-    raise ValueError(f"save_model: {what} holds {o!r} ({type(o).__name__}); expected numbers, names, and lists or dicts of them. Give it as such, or keep the Learner with learn.export")
+    raise InputError(f"save_model: {what} holds {o!r} ({type(o).__name__}); expected numbers, names, and lists or dicts of them. Give it as such, or keep the Learner with learn.export")
 
 def _back(o):
     "What `_plain` was given"
@@ -60,7 +60,7 @@ class _Budget(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in self.makers:
             self.left -= func(*args, **{**kwargs, 'device':'meta'}).numel()
-            if self.left<0: raise ValueError("the network that it names is larger than its weights")
+            if self.left<0: raise InputError("the network that it names is larger than its weights")
         return func(*args, **kwargs)
 
 def _name_of(arch):
@@ -74,14 +74,14 @@ def _channels(net, plan): return net['n_in']*(1+2*plan.get('context', 0) if plan
 
 def _build(net, plan, most):
     "The network of `net`, with weights drawn at random; at most `most` elements"
-    if net['arch'] not in model_names(): raise ValueError(f"expected a network among {', '.join(model_names())}; found {net['arch']!r}")
+    if net['arch'] not in model_names(): raise InputError(f"expected a network among {', '.join(model_names())}; found {net['arch']!r}")
     args,patch = _back(net['args']),_back(net['patch'])
     if any(abs(n)>_most for n in _numbers([args, patch, net['n_in'], net['n_out'], list(plan.patch), plan.get('context', 0)])) or math.prod(plan.patch)>_voxels:
-        raise ValueError(f"expected numbers up to {_most} and patches up to {_voxels} voxels; found {args}, patch {tuple(plan.patch)}")
+        raise InputError(f"expected numbers up to {_most} and patches up to {_voxels} voxels; found {args}, patch {tuple(plan.patch)}")
     args.pop('pretrained', None)                                        # the weights are here: nothing is fetched
     if net['arch']=='UNet' and 'act' in args:
         name = str(args['act']).removeprefix('torch.nn.modules.activation.')
-        if name not in _acts: raise ValueError(f"expected act to be one of torch.nn's {', '.join(_acts)}; found {args['act']!r}")
+        if name not in _acts: raise InputError(f"expected act to be one of torch.nn's {', '.join(_acts)}; found {args['act']!r}")
         args['act'] = getattr(nn, name)
     with torch.random.fork_rng(devices=[]), _Budget(most): return create_model(net['arch'], _channels(net, plan), net['n_out'], ndim=plan.ndim, patch=patch, **args)
 
@@ -91,7 +91,7 @@ def _fill(model, tensors):
     got = {k:(tuple(v.shape),v.dtype) for k,v in tensors.items()}
     if own!=got:
         odd = [f"{k}: {own.get(k, 'no such tensor')} expected, {got.get(k, 'nothing')} found" for k in sorted(own.keys()|got.keys()) if own.get(k)!=got.get(k)]
-        raise ValueError(f"the weights do not fit the network; {'; '.join(odd[:3])}{f' (and {len(odd)-3} more)' if len(odd)>3 else ''}")
+        raise InputError(f"the weights do not fit the network; {'; '.join(odd[:3])}{f' (and {len(odd)-3} more)' if len(odd)>3 else ''}")
     model.load_state_dict(tensors)
 
 def _window(model, plan):
@@ -151,11 +151,11 @@ def _learner(meta, device, network):
     "The Learner that the metadata describe; `network(plan)` gives its model"
     plan,pre = Plan(_back(meta['plan'])),Preprocess.from_json(json.dumps(meta['preprocess']))
     net,post = meta['network'],_back(meta['post'])
-    if plan.ndim not in (2,3) or len(plan.patch)!=3 or min(plan.patch)<1: raise ValueError(f"expected a plan of slices or volumes; found {dict(plan)}")
-    if net['n_out']!=len(pre.vocab) and not (net['n_out']==1 and len(pre.vocab)==2): raise ValueError(f"expected {len(pre.vocab)} outputs, one a code; found {net['n_out']}")
-    if odd:=[o for o in post if o not in POSTS]: raise ValueError(f"expected post-processing among {', '.join(POSTS)}; found {odd}")
+    if plan.ndim not in (2,3) or len(plan.patch)!=3 or min(plan.patch)<1: raise InputError(f"expected a plan of slices or volumes; found {dict(plan)}")
+    if net['n_out']!=len(pre.vocab) and not (net['n_out']==1 and len(pre.vocab)==2): raise InputError(f"expected {len(pre.vocab)} outputs, one a code; found {net['n_out']}")
+    if odd:=[o for o in post if o not in POSTS]: raise InputError(f"expected post-processing among {', '.join(POSTS)}; found {odd}")
     seen,flips = meta['training']['seen'],_back(meta['flips'])
-    if not (isinstance(meta['foreground'], Real) and isinstance(meta['seed'], int) and all(f in range(plan.ndim) for f in flips) and all(isinstance(o, str) for k in ('case','subject') for o in seen[k])): raise ValueError(f"expected a share, a seed, axes to flip and fingerprints; found {meta['foreground']!r}, {meta['seed']!r}, {flips!r}, {str(seen)[:80]}")
+    if not (isinstance(meta['foreground'], Real) and isinstance(meta['seed'], int) and all(f in range(plan.ndim) for f in flips) and all(isinstance(o, str) for k in ('case','subject') for o in seen[k])): raise InputError(f"expected a share, a seed, axes to flip and fingerprints; found {meta['foreground']!r}, {meta['seed']!r}, {flips!r}, {str(seen)[:80]}")
     learn = SavedLearner(_empty_dls(meta, plan, pre, device), network(plan).to(device), loss_func=DeepSupervisionLoss(DiceCELoss(batch=plan.ndim==2)), metrics=dice_metrics(pre.vocab), splitter=param_splitter, lr=3e-3, wd=1e-2, cbs=[RememberCallback()])
     learn.arch,learn.arch_args,learn.arch_patch,learn.n_in,learn.n_out = net['arch'],_back(net['args']),_back(net['patch']),net['n_in'],net['n_out']
     learn.post,learn.facts,learn.pretrained = tuple(post),meta['training'],True
@@ -182,11 +182,11 @@ def _meta(learn, post, evaluation):
     "Everything but the weights, as plain values. Raises `ValueError` on what cannot be kept"
     arch = getattr(learn, 'arch', None); name = _name_of(arch)
     if name is None:
-        raise ValueError(f"save_model: expected a network that is known by name; found {'a Learner that does not say how its network was made' if arch is None else arch}. Make the Learner by unet3d_learner or unet2d_learner "
+        raise InputError(f"save_model: expected a network that is known by name; found {'a Learner that does not say how its network was made' if arch is None else arch}. Make the Learner by unet3d_learner or unet2d_learner "
                          f"with arch= one of {', '.join(model_names())}; or keep it with learn.export, which is a pickle")
     plan,pre = get_plan(learn.dls),get_preprocess(learn.dls)
     post = getattr(learn, 'post', ()) if post is None else post
-    if odd:=[o for o in L(post) if o not in POSTS]: raise ValueError(f"save_model: expected post-processing by name, among {', '.join(POSTS)}; found {odd[0]!r}. A function cannot be kept in the file: apply it to what predict_volume gives")
+    if odd:=[o for o in L(post) if o not in POSTS]: raise InputError(f"save_model: expected post-processing by name, among {', '.join(POSTS)}; found {odd[0]!r}. A function cannot be kept in the file: apply it to what predict_volume gives")
     sp = first(f for f in getattr(learn.dls.train.after_batch, 'fs', L()) if isinstance(f, SpatialTfm))
     pt = first(f for f in learn.dls.train.after_item.fs if isinstance(f, PatchTransform))
     cols = [getattr(first(f for f in tl.tfms.fs if isinstance(f, CaseFiles)), 'cols', d) for tl,d in zip(learn.dls.train_ds.tls, ('image','mask'))]
@@ -201,11 +201,11 @@ def _rebuilt(learn, meta):
     tensors = {k:v.detach().cpu().contiguous().clone() for k,v in get_model(learn.model).state_dict().items()}
     plan = Plan(_back(meta['plan'])); model = _build(meta['network'], plan, math.inf)
     try: _fill(model, tensors)
-    except ValueError as e: raise ValueError(f"save_model: the network was changed after the Learner was made: {e}. Make it by its arguments, or keep it with learn.export") from e
+    except ValueError as e: raise InputError(f"save_model: the network was changed after the Learner was made: {e}. Make it by its arguments, or keep it with learn.export") from e
     return model,tensors,plan
 
 def _finite(echo, fn):
-    if not all(map(math.isfinite, echo)): raise ValueError(f"{fn}: the network answers NaN or infinity: its training has diverged. Load an earlier state, or train with a lower rate")
+    if not all(map(math.isfinite, echo)): raise InputError(f"{fn}: the network answers NaN or infinity: its training has diverged. Load an earlier state, or train with a lower rate")
     return echo
 
 def _seal(b):
@@ -229,7 +229,7 @@ def save_model(
         d = next(learn.model.parameters()).device; x = _noise(model, size).to(d)
         y,z = _answer(get_model(learn.model), x), _answer(_load(b, fn, d).model, x)
         if not (torch.equal(y, z) if d.type=='cpu' else _same(y, z, 1e-2)):
-            raise ValueError(f"save_model({fn}): the network answers otherwise than one built from its name and arguments: it was changed after the Learner was made. Make it by its arguments, or keep it with learn.export")
+            raise InputError(f"save_model({fn}): the network answers otherwise than one built from its name and arguments: it was changed after the Learner was made. Make it by its arguments, or keep it with learn.export")
     with whole_file(fn) as tmp: tmp.write_bytes(b)
     return Path(fn)
 
@@ -239,45 +239,45 @@ _again = "Save or copy the file again"
 def _meta_of(b, fn, text):
     "The metadata of a file, checked: version and sum. Raises `ValueError`"
     try: meta = json.loads(text)
-    except (ValueError, RecursionError) as e: raise ValueError(f"{fn}: expected metadata in JSON; found {type(e).__name__}. {_again}") from e
-    if not isinstance(meta, dict) or not isinstance(meta.get('format'), int) or not isinstance(meta.get('sha256'), str): raise ValueError(f"{fn}: expected metadata with a format and a sum; found {str(meta)[:80]}. {_again}")
-    if meta['format']>_format: raise ValueError(f"{fn}: expected format {_format}, which fastmed {__version__} knows; found {meta['format']}. Install a newer fastmed")
+    except (ValueError, RecursionError) as e: raise InputError(f"{fn}: expected metadata in JSON; found {type(e).__name__}. {_again}") from e
+    if not isinstance(meta, dict) or not isinstance(meta.get('format'), int) or not isinstance(meta.get('sha256'), str): raise InputError(f"{fn}: expected metadata with a format and a sum; found {str(meta)[:80]}. {_again}")
+    if meta['format']>_format: raise InputError(f"{fn}: expected format {_format}, which fastmed {__version__} knows; found {meta['format']}. Install a newer fastmed")
     i = b.rfind(meta['sha256'].encode()) if len(meta['sha256'])==len(_blank) else -1
-    if i<0: raise ValueError(f"{fn}: expected a SHA-256; found {meta['sha256'][:80]!r}. {_again}")
+    if i<0: raise InputError(f"{fn}: expected a SHA-256; found {meta['sha256'][:80]!r}. {_again}")
     h = hashlib.sha256(b[:i]); h.update(_blank.encode()); h.update(memoryview(b)[i+len(_blank):])
-    if 'sha256:'+h.hexdigest()!=meta['sha256']: raise ValueError(f"{fn}: expected {meta['sha256']}; found sha256:{h.hexdigest()}: its bytes were changed. {_again}")
+    if 'sha256:'+h.hexdigest()!=meta['sha256']: raise InputError(f"{fn}: expected {meta['sha256']}; found sha256:{h.hexdigest()}: its bytes were changed. {_again}")
     return meta
 
 def _header(b, fn):
     "The JSON header of safetensors bytes. Raises `ValueError` on what is no whole safetensors file"
-    if b[8:9]!=b'{' and (b[:2]==b'PK' or b[:1]==b'\x80'): raise ValueError(f"{fn}: expected a model file; found a pickle. load_learner opens an exported Learner, and runs what is in it: only where you trust its sender")
+    if b[8:9]!=b'{' and (b[:2]==b'PK' or b[:1]==b'\x80'): raise InputError(f"{fn}: expected a model file; found a pickle. load_learner opens an exported Learner, and runs what is in it: only where you trust its sender")
     n = int.from_bytes(b[:8], 'little')
     bad = f"{fn}: expected a safetensors file; found {len(b)} bytes that are none. It may be cut off or another kind of file. {_again}"
-    if len(b)<10 or 8+n>len(b): raise ValueError(bad)
+    if len(b)<10 or 8+n>len(b): raise InputError(bad)
     try: head = json.loads(b[8:8+n]); ends = [int(v['data_offsets'][1]) for k,v in head.items() if k!='__metadata__']
-    except (ValueError, RecursionError, TypeError, KeyError, IndexError, AttributeError) as e: raise ValueError(bad) from e
-    if 8+n+max(ends, default=0)!=len(b): raise ValueError(f"{fn}: expected {8+n+max(ends, default=0):,} bytes; found {len(b):,}: the file is cut off or longer than it was. {_again}")
+    except (ValueError, RecursionError, TypeError, KeyError, IndexError, AttributeError) as e: raise InputError(bad) from e
+    if 8+n+max(ends, default=0)!=len(b): raise InputError(f"{fn}: expected {8+n+max(ends, default=0):,} bytes; found {len(b):,}: the file is cut off or longer than it was. {_again}")
     text = (head.get('__metadata__') or {}).get('fastmed') if isinstance(head.get('__metadata__'), (dict,type(None))) else None
-    if not isinstance(text, str): raise ValueError(f"{fn}: expected a file of save_model; found safetensors without its metadata. For bare weights there is unet3d_learner(dls, pretrained=…)")
+    if not isinstance(text, str): raise InputError(f"{fn}: expected a file of save_model; found safetensors without its metadata. For bare weights there is unet3d_learner(dls, pretrained=…)")
     return text
 
 def _opened(meta, fn, device, network):
     "`_learner`, whatever is wrong with the metadata said as a `ValueError` that names the file"
     try: return _learner(meta, device, network)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, OverflowError) as e:
-        raise ValueError(f"{fn}: not a model that can be opened: {f'{e} is missing' if isinstance(e, KeyError) else e}. Save it again from its Learner") from e
+        raise InputError(f"{fn}: not a model that can be opened: {f'{e} is missing' if isinstance(e, KeyError) else e}. Save it again from its Learner") from e
 
 def _load(b, fn, device):
     from safetensors import SafetensorError
     from safetensors.torch import load
     meta = _meta_of(b, fn, _header(b, fn))
     try: tensors = load(b)
-    except (SafetensorError, ValueError, KeyError) as e: raise ValueError(f"{fn}: its tensors cannot be read ({e}). {_again}") from e
+    except (SafetensorError, ValueError, KeyError) as e: raise InputError(f"{fn}: its tensors cannot be read ({e}). {_again}") from e
     def network(plan):
         model = _build(meta['network'], plan, 2*sum(t.numel() for t in tensors.values())+2**22)
         _fill(model, tensors)
         made = ', '.join(f'{k} {meta["training"][k]}' for k in ('fastmed','torch','monai') if k in meta['training'])
-        if not _same(meta['echo'], _echo(model, plan), 1e-3): raise ValueError(f"{meta['network']['arch']} answers otherwise than it did when it was saved. Install the versions that it was saved with ({made})")
+        if not _same(meta['echo'], _echo(model, plan), 1e-3): raise InputError(f"{meta['network']['arch']} answers otherwise than it did when it was saved. Install the versions that it was saved with ({made})")
         return make_fast(model) if meta['network']['fast'] else model
     return _opened(meta, fn, device, network)
 
@@ -286,7 +286,7 @@ def load_model(
     device=None  # where the network goes; default: fastai's
 )->SavedLearner: # with `predict_volume`, `predict_folder`, `evaluate`, `facts`, `saw`
     "Open a model file; nothing in it is run. Raises `OSError` where it is not there, `ValueError` where it is changed, cut off, foreign, too new, or names a network that is not known"
-    if not Path(fn).is_file(): raise FileNotFoundError(f"{fn}: no such model file")
+    if not Path(fn).is_file(): raise MissingFileError(f"{fn}: no such model file")
     return _load(Path(fn).read_bytes(), fn, torch.device(ifnone(device, default_device())))
 
 # %% ../nbs/21_ship.ipynb #8e434bef
@@ -299,7 +299,7 @@ class _OnnxNet(nn.Module):
         self.run,self.n_in,self.size,self.divisor = ort.InferenceSession(b, o, providers=['CPUExecutionProvider']),n_in,size,size
         self.register_parameter('place', nn.Parameter(torch.zeros(()), requires_grad=False))
     def forward(self, x):
-        if tuple(x.shape[1:])!=(self.n_in,*self.size): raise ValueError(f"this ONNX file takes windows of {(self.n_in,*self.size)}; found {tuple(x.shape[1:])}. Export it with that patch, or use the model file")
+        if tuple(x.shape[1:])!=(self.n_in,*self.size): raise InputError(f"this ONNX file takes windows of {(self.n_in,*self.size)}; found {tuple(x.shape[1:])}. Export it with that patch, or use the model file")
         return torch.from_numpy(self.run.run(None, {'x':x.cpu().numpy()})[0]).to(x.device)
 
 def _size(model, plan): return tuple(getattr(model, 'size', None) or [-(-n//d)*d for n,d in zip((n for n in plan.patch if plan.ndim==3 or n>1), model_divisor(model))])
@@ -312,7 +312,7 @@ def export_onnx(
 )->Path:            # `fn`
     "The network as ONNX (float32, one window size, any batch) with the metadata of `save_model`. Raises `ValueError` as `save_model`, and where ONNX Runtime answers otherwise; `ImportError` without onnx"
     try: import onnx, onnxscript
-    except ImportError as e: raise ImportError("export_onnx needs onnx and onnxscript: pip install 'fastmed[onnx]'") from e
+    except ImportError as e: raise ExtraError("export_onnx needs onnx and onnxscript: pip install 'fastmed[onnx]'") from e
     meta = _meta(learn, post, evaluation)
     model,_,plan = _rebuilt(learn, meta); model.eval()
     model.size = size = _size(model, plan)
@@ -325,23 +325,23 @@ def export_onnx(
         except ImportError: warn("export_onnx: onnxruntime is not installed, so its answers were not compared with PyTorch's"); net = None
         if net is not None:
             for z in (x, x[:1], 2*torch.cat([x,x[:1]])):
-                if not _same(_answer(model, z), net(z), 1e-3): raise ValueError(f"export_onnx({fn}): ONNX Runtime answers otherwise than PyTorch for {meta['network']['arch']}. Ship it by save_model instead")
+                if not _same(_answer(model, z), net(z), 1e-3): raise InputError(f"export_onnx({fn}): ONNX Runtime answers otherwise than PyTorch for {meta['network']['arch']}. Ship it by save_model instead")
     return Path(fn)
 
 def load_onnx(
     fn           # file of `export_onnx`
 )->SavedLearner: # its network runs in ONNX Runtime, on the CPU
     "Predict whole scans from an ONNX file. Raises `OSError` where it is not there, `ValueError` where it is changed, cut off or foreign, `ImportError` without onnxruntime"
-    if not Path(fn).is_file(): raise FileNotFoundError(f"{fn}: no such model file")
+    if not Path(fn).is_file(): raise MissingFileError(f"{fn}: no such model file")
     b = Path(fn).read_bytes(); i = b.rfind(b'{"sha256": "sha256:')
-    if i<0: raise ValueError(f"{fn}: expected a file of export_onnx; found {len(b):,} bytes without its metadata. It may be cut off, or another kind of file. {_again}")
+    if i<0: raise InputError(f"{fn}: expected a file of export_onnx; found {len(b):,} bytes without its metadata. It may be cut off, or another kind of file. {_again}")
     try: end = json.JSONDecoder().raw_decode(b[i:].decode('latin-1'))[1]          # a byte a letter; the text itself is ASCII
-    except (ValueError, RecursionError) as e: raise ValueError(f"{fn}: expected metadata in JSON; found {type(e).__name__}. {_again}") from e
+    except (ValueError, RecursionError) as e: raise InputError(f"{fn}: expected metadata in JSON; found {type(e).__name__}. {_again}") from e
     meta = _meta_of(b, fn, b[i:i+end].decode('latin-1'))
     def network(plan):
         try: net = _OnnxNet(b, _channels(meta['network'], plan), tuple(meta['window'])); echo = _echo(net, plan)
-        except ImportError as e: raise ImportError("load_onnx needs onnxruntime: pip install 'fastmed[onnx]'") from e
-        except Exception as e: raise ValueError(f"ONNX Runtime does not take it ({str(e).splitlines()[0] if str(e) else type(e).__name__})") from e
-        if not _same(meta['echo'], echo, 1e-3): raise ValueError(f"this ONNX Runtime answers otherwise than PyTorch {meta['training']['torch']} did. Try another version of it, or export again")
+        except ImportError as e: raise ExtraError("load_onnx needs onnxruntime: pip install 'fastmed[onnx]'") from e
+        except Exception as e: raise InputError(f"ONNX Runtime does not take it ({str(e).splitlines()[0] if str(e) else type(e).__name__})") from e
+        if not _same(meta['echo'], echo, 1e-3): raise InputError(f"this ONNX Runtime answers otherwise than PyTorch {meta['training']['torch']} did. Try another version of it, or export again")
         return net
     return _opened(meta, fn, torch.device('cpu'), network)

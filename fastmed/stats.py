@@ -6,6 +6,7 @@
 __all__ = ['bootstrap_means', 'mean_interval', 'PairedComparison', 'holm', 'paired_comparison']
 
 # %% ../nbs/16_stats.ipynb #e60e8c23
+from .core import InputError
 import numpy as np, pandas as pd
 from fastcore.basics import AttrDict
 
@@ -14,8 +15,8 @@ def _groups(groups, n, what):
     "Number of the group of each of `n` cases, and how many groups there are"
     if groups is None: return np.arange(n),n
     g = pd.Series(list(groups))
-    if len(g)!=n: raise ValueError(f"{what}: {n} scores and {len(g)} groups; expected one group a case")
-    if g.isna().any(): raise ValueError(f"{what}: case number {int(g.isna().idxmax())} has no group. Fill it in, or leave groups out")
+    if len(g)!=n: raise InputError(f"{what}: {n} scores and {len(g)} groups; expected one group a case")
+    if g.isna().any(): raise InputError(f"{what}: case number {int(g.isna().idxmax())} has no group. Fill it in, or leave groups out")
     k,u = pd.factorize(g.astype(str)); return k,len(u)
 
 def bootstrap_means(
@@ -27,8 +28,8 @@ def bootstrap_means(
     "Means over groups drawn with replacement, each with all of its cases. Raises `ValueError` on a missing group. Source: Davison 1997, 3.8"
     x = np.asarray(x, dtype=float)
     k,n = _groups(groups, len(x), 'bootstrap_means')
-    if n<1: raise ValueError("bootstrap_means: expected at least one case")
-    if n_boot<1: raise ValueError(f"n_boot: expected 1 or more; found {n_boot}")
+    if n<1: raise InputError("bootstrap_means: expected at least one case")
+    if n_boot<1: raise InputError(f"n_boot: expected 1 or more; found {n_boot}")
     sums = np.zeros((n,*x.shape[1:])); np.add.at(sums, k, x)
     size = np.bincount(k, minlength=n)
     rng,res = np.random.default_rng(seed),[]
@@ -85,23 +86,23 @@ def paired_comparison(
 ):                      # `PairedComparison`; of DataFrames a DataFrame, a row a structure, with Holm's `p_holm`
     "Is `a` higher than `b`, case by case? Raises `ValueError` on unlike cases and where one side alone is nan. Sources: Wilcoxon 1945, Davison 1997, Schuirmann 1987"
     if isinstance(a, pd.DataFrame):
-        if not isinstance(b, pd.DataFrame) or set(a)!=set(b): raise ValueError(f"paired_comparison: unlike columns, {list(a)} and {list(b) if isinstance(b, pd.DataFrame) else type(b).__name__}")
+        if not isinstance(b, pd.DataFrame) or set(a)!=set(b): raise InputError(f"paired_comparison: unlike columns, {list(a)} and {list(b) if isinstance(b, pd.DataFrame) else type(b).__name__}")
         res = pd.DataFrame([paired_comparison(a[c], b[c], groups, n_boot, seed, equal_within) for c in a], index=pd.Index(a.columns, name='structure'))
         return res.assign(p_holm=holm(res.p))
     if isinstance(a, pd.Series) and isinstance(b, pd.Series):
-        if a.index.has_duplicates or b.index.has_duplicates: raise ValueError("paired_comparison: a case stands twice in the index of a or b. Average it first")
+        if a.index.has_duplicates or b.index.has_duplicates: raise InputError("paired_comparison: a case stands twice in the index of a or b. Average it first")
         odd = sorted(map(str, a.index.symmetric_difference(b.index)))
-        if odd: raise ValueError(f"paired_comparison: {len(odd)} cases stand on one side alone: {odd[:5]}. Give the same cases to both")
+        if odd: raise InputError(f"paired_comparison: {len(odd)} cases stand on one side alone: {odd[:5]}. Give the same cases to both")
         b = b.reindex(a.index)
         if isinstance(groups, pd.Series) and not groups.index.equals(a.index): groups = groups[~groups.index.duplicated()].reindex(a.index)
     a,b = np.asarray(a, dtype=float),np.asarray(b, dtype=float)
-    if a.shape!=b.shape or a.ndim!=1: raise ValueError(f"paired_comparison: expected two rows of scores of the same cases; found shapes {a.shape} and {b.shape}")
-    if equal_within is not None and not equal_within>0: raise ValueError(f"equal_within: expected a difference above 0; found {equal_within}")
+    if a.shape!=b.shape or a.ndim!=1: raise InputError(f"paired_comparison: expected two rows of scores of the same cases; found shapes {a.shape} and {b.shape}")
+    if equal_within is not None and not equal_within>0: raise InputError(f"equal_within: expected a difference above 0; found {equal_within}")
     k,_ = _groups(groups, len(a), 'paired_comparison')
     one = np.isfinite(a)!=np.isfinite(b)
-    if one.any(): raise ValueError(f"paired_comparison: {int(one.sum())} cases have a score on one side alone, the first is number {int(one.argmax())}. Say what it stands for: an empty structure, a failure")
+    if one.any(): raise InputError(f"paired_comparison: {int(one.sum())} cases have a score on one side alone, the first is number {int(one.argmax())}. Say what it stands for: an empty structure, a failure")
     keep = np.isfinite(a); d = (a-b)[keep]; k = pd.factorize(k[keep])[0]; n = len(d)
-    if not n: raise ValueError("paired_comparison: no case has a score on both sides")
+    if not n: raise InputError("paired_comparison: no case has a score on both sides")
     subj = np.bincount(k, d)/np.bincount(k)
     res = PairedComparison(n=n, subjects=len(subj), mean=float(d.mean()), median=float(np.median(d)), low=float('nan'), high=float('nan'), se=float('nan'), p=_wilcoxon(subj),
                            win=int((d>0).sum()), tie=int((d==0).sum()), loss=int((d<0).sum()), detectable=float('nan'), left_out=int((~keep).sum()), equal_within=equal_within, equivalent=None)

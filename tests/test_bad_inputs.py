@@ -34,6 +34,7 @@ def test_bad_input(world, what, code, kind, words):
     before = set(world['T'].rglob('*'))
     with pytest.raises(kind) as e: eval(code, {}, world)
     msg = str(e.value)
+    assert what.startswith(('shell','argument that nobody')) or isinstance(e.value, fastmed.all.FastmedError), f'{what}: {type(e.value).__name__} is none of the family'
     assert words in msg, f'{what}: {msg}'
     assert len(msg)<700, f'{what}: {len(msg)} characters'
     assert not [o for o in world['T'].rglob('*') if '.part' in o.name or 'tmp' in o.name], 'nothing half-written'
