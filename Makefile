@@ -3,7 +3,7 @@ SHELL    := /bin/bash
 PYTHON   ?= python3
 VENV     ?= .venv
 BIN       = $(VENV)/bin
-TEST_JOBS ?= 1
+TEST_JOBS ?= 2
 TESTS    ?=
 # What is installed follows the content of these three (nbdev-export touches pyproject.toml without changing it).
 SUM      := $(shell cat pyproject.toml settings.ini setup.py | cksum | cut -d' ' -f1)
@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help demo test env docs clean
 help:
 	@echo "make demo   install, train 2D and 3D on the embedded cohort, write demo/report.html and demo/overlay.png"
-	@echo "make test   install, then run every test and every notebook (TEST_JOBS=2 runs two at a time, one thread each)"
+	@echo "make test   install, then run every test and every notebook (two at a time, one thread each; TEST_JOBS=1 runs them in a row)"
 	@echo "make docs   README.md from nbs/index.ipynb"
 	@echo "make clean  remove what was built (the environment $(VENV) stays)"
 
@@ -45,7 +45,7 @@ test: env
 ifeq ($(TEST_JOBS),1)
 	$(BIN)/python -m pytest $(TESTS)
 else
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal $(TESTS)
 endif
 
 docs: env

@@ -12,6 +12,7 @@ from .core import *
 from .io import *
 from .doctor import case_name
 from .preprocess import *
+from .blocks import *
 from .data import *
 from .losses import *
 from .metrics import *
@@ -63,7 +64,7 @@ def predicted_cases(
         try:
             pred = predict_case(learn, im(r), progress=False, **kwargs)
             res = pred, case_truth(pre, ms(r), pred), None
-        except (OSError, ValueError) as e: res = None, None, e
+        except (OSError, ValueError, MemoryError) as e: res = None, None, e
         yield name, r, *res
 
 # %% ../nbs/13_callbacks.ipynb #f2789054
@@ -225,20 +226,21 @@ def _set_chance(s, dls):
     for dl,r in zip(dls.loaders, s['dls']): dl.rng.setstate(tup(r))
 
 class ResumeCallback(Callback):
-    "Keep what a fit needs to go on; the same call made again goes on from there. The file is gone when the fit is done. Raises `ValueError` where the file is of another fit"
+    "Keep what a fit needs to go on; the same call made again goes on from there. Raises `ValueError` where the file is of another fit, `OSError` where it cannot be written"
     order = 65                       # after everything that happens in a batch or an epoch
     def __init__(self,
         path='resume.pth', # file, below `learn.path`
-        every:int=None     # batches between two saves; default: at the end of each epoch
+        every:int=None,    # batches between two saves; default: at the end of each epoch
+        keep:bool=False    # leave the file when the fit is done, so that nothing is lost before you have saved the model: the same call then trains no further. You remove it
     ):
         if every is not None and every<1: raise InputError(f"ResumeCallback: every must be 1 or more; found {every}")
-        self.file,self.every = path,every
+        self.file,self.every,self.keep = path,every,keep
     def _off(self): return hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds')
     def _terms(self): return dict(epochs=self.n_epoch, batches=len(self.dls.train), batch=self.dls.train.bs, tensors=[[k,list(v.shape)] for k,v in self.learn.model.state_dict().items()])
     def _scaler(self): return first(s for c in self.learn.cbs for s in [c.__dict__.get('scaler')] if hasattr(s, 'state_dict'))
 
     def before_fit(self):
-        self.was,self.skip = None,0
+        self.was,self.skip,self.done = None,0,False
         if self._off(): return
         self.fn = self.learn.path/self.file
         if not self.fn.exists(): return
@@ -251,12 +253,13 @@ class ResumeCallback(Callback):
         if (c:=self._scaler()) is not None and s['scaler']: c.load_state_dict(s['scaler'])
         if (b:=getattr(self.learn, 'budget', None)) is not None:
             b.spent,b.t0 = s['spent'],time.perf_counter()-s['elapsed']
-            if b.unit=='minutes': print(f"goes on with {max(0, b.amount-s['elapsed']/60):.1f} of {b.amount:g} minutes; a fit by the clock is not bit-identical")
+            if b.unit=='minutes' and not s.get('done'): print(f"goes on with {max(0, b.amount-s['elapsed']/60):.1f} of {b.amount:g} minutes; a fit by the clock is not bit-identical")
         self.learn.loss = torch.zeros(1).mean()                           # what skipped batches show to who asks
         self.was = s
 
     def before_epoch(self):
         if self._off(): return
+        if self.was and self.was.get('done'): _set_chance(self.was['now'], self.dls); self._go_on(); self.done = True; raise CancelFitException()
         if self.was and self.epoch<self.was['epoch']: raise CancelEpochException()
         if self.was: _set_chance(self.was['start'], self.dls); self.skip = self.was['batch']; self.learn.train_iter = self.was['train_iter']-self.skip
         if self.was and not self.skip: self._go_on()
@@ -277,16 +280,17 @@ class ResumeCallback(Callback):
         elif self.every and (self.iter+1)%self.every==0: self._save(self.epoch, self.iter+1)
     def after_epoch(self):
         if not self._off() and not self.was: self._save(self.epoch+1, 0)
-    def _save(self, epoch, batch):
+    def _save(self, epoch, batch, done=False):
         r,now,b = self.learn.recorder,_chance(self.dls),getattr(self.learn, 'budget', None)
         o = self.opt.state_dict()
-        s = dict(terms=self._terms(), epoch=epoch, batch=batch, train_iter=self.learn.train_iter, model=self.learn.model.state_dict(), opt=dict(state=o['state'], hypers=[dict(h) for h in o['hypers']]),
+        s = dict(terms=self._terms(), done=done, epoch=epoch, batch=batch, train_iter=self.learn.train_iter, model=self.learn.model.state_dict(), opt=dict(state=o['state'], hypers=[dict(h) for h in o['hypers']]),
                  scaler=c.state_dict() if (c:=self._scaler()) is not None else None, now=now, start=self.start if batch else now, spent=b.spent if b else 0, elapsed=time.perf_counter()-b.t0 if b else 0.,
                  recorder=dict(lrs=r.lrs, losses=r.losses, values=r.values, iters=r.iters, smooth=[r.smooth_loss.count, r.smooth_loss.val]))
-        self.fn.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(self.fn) as tmp: torch.save(_plain(s), tmp)
+        with whole_file(self.fn) as tmp, open(tmp, 'wb') as f: torch.save(_plain(s), f)
     def after_fit(self):
-        if not self._off(): self.fn.unlink(missing_ok=True)
+        if self._off() or self.done: return
+        if self.keep: self._save(self.epoch+1, 0, True)
+        else: self.fn.unlink(missing_ok=True)
 
 # %% ../nbs/13_callbacks.ipynb #e9b25638
 class DeepSupervisionLoss(Module):

@@ -8,14 +8,10 @@ __all__ = ['PROBLEMS', 'Report', 'check_dataset']
 # %% ../nbs/20_check.ipynb #ad5ce3b7
 from .core import *
 from .io import *
-from .io import _grid_str, _load_array, _odd_values
-from .doctor import *
 from .report import *
+from .survey import _case_names, _f, _some, _survey
 from fastai.basics import *
-from fastprogress.fastprogress import progress_bar
-from concurrent.futures import ThreadPoolExecutor
-from collections import Counter
-import contextlib, hashlib, itertools, os, nibabel as nib
+import contextlib
 
 # %% ../nbs/20_check.ipynb #2f36f4d7
 _kinds = ('shape','orientation','spacing','direction','place')
@@ -26,6 +22,8 @@ PROBLEMS = ( # kind, severity, what would be right, how to mend it
     ('missing file', 'error', 'a file at this path', 'correct the path; path= stands before relative names'),
     ('unreadable', 'error', 'a whole file of a known format', 'download or export it again'),
     ('no volume', 'error', 'slices that stack into one box', 'resample, split or complete it as the finding says'),
+    ('gantry tilt', 'error', 'slices that stack into an upright box', 'resample it knowingly: load_volume(series, regrid=True), and save it'),
+    ('missing slice', 'error', 'slices at equal distances', 'find the slices, or resample the series knowingly: load_volume(series, regrid=True)'),
     ('singular affine', 'error', 'an affine that can be inverted', 'repair sform and qform of the header'),
     ('skewed affine', 'error', 'axes at right angles', 'resample the scan onto a straight grid, or repair its header'),
     ('sform against qform', 'warning', 'two transforms that agree', 'find out which one is right and write it into both; fastmed takes the sform'),
@@ -125,150 +123,6 @@ class Report(pd.DataFrame):
             ax.set_title(f"{f['case']}\n" + ('typical' if i in typical else ', '.join(ps[:3])+(' …' if len(ps)>3 else '')), fontsize=8, color='k' if i in typical else 'firebrick')
         fig.tight_layout(); return fig
 
-def _case_names(df): return [str(o) for o in (df['case'] if 'case' in df else df.index)]
-def _f(problem, found, file=None, expected=None): return dict(problem=problem, found=found, file='' if file is None else str(file), expected=expected)
-def _said(e, fn): return ' '.join(str(e).replace(f'{fn}: ', '').split())[:240] or type(e).__name__
-def _some(xs, n=5): xs = list(xs); return ', '.join(map(str, xs[:n]))+(f' … ({len(xs)})' if len(xs)>n else '')
-
-# %% ../nbs/20_check.ipynb #e02a741f
-def _paths(o, path):
-    "The files of one cell: none, one, or the channels of a case"
-    if o is None or (isinstance(o, float) and np.isnan(o)) or (isinstance(o, str) and not o): return []
-    return [p for c in o for p in _paths(c, path)] if is_listy(o) else [Path(path)/o]
-
-def _header(fn, tol):
-    "What one header says, or None, and what is wrong with it"
-    try: h = read_header(fn)
-    except FileNotFoundError: return None,[_f('missing file', 'no such file', fn)]
-    except Exception as e:
-        s = _said(e, fn)
-        return None,[_f('singular affine' if 'can be inverted' in s else 'no volume' if isinstance(e, ValueError) else 'unreadable', s, fn)]
-    out,cos = [],h['affine'][:3,:3]/h['spacing']
-    skew = np.degrees(np.arcsin(min(1, np.abs(cos.T@cos-np.eye(3)).max())))
-    if skew>.5: out.append(_f('skewed affine', f'axes {skew:.1f}° off the right angle', fn))
-    if str(fn).lower().endswith(('.nii','.nii.gz')):
-        try:
-            im = nib.load(fn); (s,_),(q,_) = im.get_sform(coded=True),im.get_qform(coded=True)
-            if s is not None and q is not None and not same_grid(h['shape'], s, h['shape'], q, max(tol, .1)):
-                out.append(_f('sform against qform', f"sform {_grid_str(h['shape'], s)}; qform {_grid_str(h['shape'], q)}", fn))
-        except Exception as e: out.append(_f('sform against qform', f'one of them cannot be read ({_said(e, fn)})', fn))
-    return h,out
-
-def _ras(h):
-    "(shape, affine) as they are after the axes are turned to RAS"
-    o = nib.io_orientation(h['affine'])
-    return tuple(int(h['shape'][int(k)]) for k in np.argsort(o[:,0])),h['affine']@nib.orientations.inv_ornt_aff(o, h['shape'])
-
-def _unlike_grid(who, fn, h, ref, tol):
-    "The finding that `h` lies on another grid than `ref`, or none"
-    if same_grid(h['shape'], h['affine'], ref['shape'], ref['affine'], tol): return []
-    (s,a),(rs,ra) = _ras(h),_ras(ref); n = max(rs); sp,rsp = np.array(spacing_of(a)),np.array(spacing_of(ra))
-    k = ('turned' if same_grid(s, a, rs, ra, tol) else 'shape' if s!=rs else 'orientation' if h['orientation']!=ref['orientation'] else
-         'spacing' if np.abs(sp/rsp-1).max()*n>tol else 'direction' if np.abs(a[:3,:3]/sp-ra[:3,:3]/rsp).max()*n>tol else 'place')
-    return [_f(f'{who} {k}', _grid_str(h['shape'], h['affine']), fn, _grid_str(ref['shape'], ref['affine']))]
-
-def _case_headers(case, tol, limit):
-    "Headers of one case: its findings; of the image shape, spacing, orientation, channels; the files whose voxels can be read"
-    images,masks,want = case; out,hs = [],{}
-    for f in (*images, *masks):
-        if f not in hs: hs[f],o = _header(f, tol); out += o
-    good = [f for f in images if hs[f]]; ref = hs[good[0]] if good else None
-    for f in good[1:]: out += _unlike_grid('channel', f, hs[f], ref, tol)
-    m = masks[0] if masks and hs[masks[0]] else None
-    if m and ref: out += _unlike_grid('mask', m, hs[m], ref, tol)
-    if want and not images: out.append(_f('no image', 'none', masks[0] if masks else None))
-    if want and not masks and want!='image': out.append(_f('no mask', 'none', images[0] if images else None))
-    big = [f for f in (*good, *([m] if m else [])) if 12*np.prod([float(o) for o in hs[f]['shape']])*(hs[f]['channels']+1)>limit]
-    out += [_f('too large', f"shape {hs[f]['shape']}, {hs[f]['channels']} channels", f, f'at most {limit/2**30:.3g} GB with room to work') for f in big]
-    h = ref or (hs[m] if m else None); d = dict(findings=out, images=[f for f in good if f not in big], mask=m if m not in big else None, aligned=bool(m and ref) and not any(o['problem'].startswith('mask') for o in out))
-    if h: s,a = _ras(h); d.update(size=s, spacing=spacing_of(a), orientation=h['orientation'], voxels=float(np.prod(s)))
-    return {**d, 'channels':sum(hs[f]['channels'] for f in good) if good and len(good)==len(images) else None}
-
-# %% ../nbs/20_check.ipynb #f4755af7
-_qs = (.005,.1,.2,.3,.4,.5,.6,.7,.8,.9,.995)
-
-def _numbers(a, lab=None):
-    "Numbers of one channel (X,Y,Z) float32 that tell scans apart; `lab`: class ids on the same grid"
-    x = a.reshape(-1); ok = np.isfinite(x); bad = int(x.size-ok.sum())
-    d = dict(bad=bad, hash=hashlib.blake2b(np.ascontiguousarray(a).data, digest_size=16, key=str(a.shape).encode()).hexdigest(), constant=False, flat=False, distinct=0, level=np.nan, base=np.nan, shape=np.full(9, np.nan), rough=np.full(6, np.nan), means={})
-    if bad: x = x[ok]
-    if not x.size: return d
-    step = max(1, x.size//500_000) | 1; s = x[::step]; lo,hi = float(x.min()),float(x.max())
-    if lo==hi: return {**d, 'constant':True, 'value':lo}
-    fg = s[s>lo] if (s==lo).mean()>.1 else s
-    q = np.quantile(fg, _qs) if len(fg) else np.full(11, lo); w = np.quantile(s, (.005,.995)); scale = float(q[-1]-q[0])
-    d.update(distinct=len(np.unique(s[::1+len(s)//100_000])), flat=bool(w[1]-w[0]<=1e-5*max(abs(w[0]), abs(w[1]))), value=float(w[0]))
-    if scale<=0: return d
-    d.update(level=float(np.log10(scale)), base=float(q[0]/scale), shape=(q[1:-1]-q[0])/scale, rough=_roughness(a, scale))
-    if lab is not None and not bad:
-        l = lab.reshape(-1)[::step]; n = np.bincount(l); v = (np.bincount(l, (s-q[0])/scale)/np.maximum(n, 1))
-        d['means'] = {int(k):float(v[k]) for k in np.flatnonzero(n>=20) if k}
-    return d
-
-def _roughness(a, scale):
-    "(6,) mean first and second difference of neighbours along each axis, the largest tenth left out, as a share of `scale`: noise and sharpness"
-    res = []
-    a = a[tuple(slice(max(0, (n-96)//2), (n+96)//2+1) for n in a.shape)]
-    for k in (1,2):
-        for ax in range(3):
-            d = np.abs(np.diff(a, k, axis=ax)).ravel() if a.shape[ax]>k else np.zeros(1); res.append(np.minimum(d, np.quantile(d, .9)).mean()/scale)
-    return np.array(res)
-
-def _mask_numbers(fn):
-    "Class ids (X,Y,Z) or None, the numbers of each structure, and what is wrong with the mask"
-    from scipy.ndimage import find_objects, label
-    a,aff,_ = _load_array(fn)
-    if len(a)!=1: return None,{},[_f('mask channels', f'{len(a)} channels', fn)]
-    a,out = a[0],[]
-    if a.dtype.kind=='f':
-        ok = np.isfinite(a)
-        if not ok.all() or np.abs(a-np.round(a)).max()>1e-3:
-            out.append(_f('label not whole', _some(_odd_values(a)), fn)); a = np.where(ok, a, 0)
-        a = np.round(a)
-    if a.min()<0 or a.max()>65535: return None,dict(values=[int(o) for o in np.unique(a)][:99]),out
-    a = np.ascontiguousarray(a, dtype=np.int32); n = np.bincount(a.ravel()); vals = np.flatnonzero(n)
-    d = dict(values=vals.tolist(), hash=hashlib.blake2b(a.data, digest_size=16, key=str(a.shape).encode()).hexdigest() if vals.any() else None, volume={}, pieces={}, border=[])
-    for k,b in enumerate(find_objects(a), 1):
-        if b is None: continue
-        d['volume'][k] = float(n[k]*np.prod(spacing_of(aff)))
-        if any((s.start==0 or s.stop==l) and l>1 for s,l in zip(b, a.shape)): d['border'].append(k)
-        lab,m = label(a[b]==k, np.ones((3,3,3))); d['pieces'][k] = np.sort(np.bincount(lab.ravel())[1:])[::-1][:20].tolist() if m>1 else [int(n[k])]
-    return a,d,out
-
-def _case_voxels(h, prints=None):
-    "Every voxel of one case, read once: numbers of the channels and of the mask, findings; `prints`: what else to keep of the first channel, in RAS order"
-    d,lab = dict(channels=[], mask={}, findings=[]),None
-    if h['mask']:
-        try: lab,d['mask'],o = _mask_numbers(h['mask']); d['findings'] += o
-        except Exception as e: d['findings'].append(_f('unreadable', _said(e, h['mask']), h['mask']))
-    for fn in h['images']:
-        try: t = load_volume(fn); aff,t = t.affine,t.as_subclass(Tensor).numpy()
-        except Exception as e: d['findings'].append(_f('unreadable', _said(e, fn), fn)); continue
-        for a in t:
-            if prints and not d['channels']: d['print'] = prints(to_orientation(TensorVolume(torch.from_numpy(a)[None], affine=aff))[0].as_subclass(Tensor).numpy(), h['spacing'])
-            d['channels'].append({**_numbers(a, lab if h['aligned'] and lab is not None and lab.shape==a.shape else None), 'file':fn})
-    for c in d['channels']:
-        if c['bad']: d['findings'].append(_f('NaN or Inf', f"{c['bad']} voxels", c['file']))
-        if c['constant']: d['findings'].append(_f('constant', f"every voxel is {c['value']:g}", c['file']))
-        elif c['flat']: d['findings'].append(_f('nearly constant', f"99 % of the voxels are {c['value']:g}", c['file']))
-    return d
-
-def _survey(df, path, image_col, mask_col, tol, memory_gb, workers, prints=None):
-    "Headers, then voxels of all cases, in threads; (headers, numbers), a dict a case"
-    for c in L(image_col):
-        if c not in df: raise ColumnError(f"image_col {c!r}: not in the DataFrame, which has {list(df)}")
-    try: ram = os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')
-    except (AttributeError, ValueError, OSError): ram = 8*2**30
-    limit,masked = memory_gb*2**30 if memory_gb else ram/2,mask_col in df
-    cases = [(_paths([r[c] for c in L(image_col)], path), _paths(r[mask_col], path) if masked else [], True if masked else 'image') for r in df.to_dict('records')]
-    def each(f, xs, k): 
-        with ThreadPoolExecutor(max(1, k)) as ex: return list(progress_bar(ex.map(f, xs), total=len(xs), leave=False))
-    k = workers or min(8, os.cpu_count() or 1)
-    heads = each(lambda c: _case_headers(c, tol, limit), cases, k)
-    most = max([h['voxels']*(1+(h['channels'] or 1)/10) for h in heads if h['images'] or h['mask']], default=0)
-    if prints: prints = partial(prints, box=np.median([np.array(h['size'])*h['spacing'] for h in heads if h['images']] or [(1.,)*3], axis=0))
-    return heads,each(lambda h: _case_voxels(h, prints), heads, min(k, int(limit//max(1, 40*most))))
-
 # %% ../nbs/20_check.ipynb #591dba88
 def _far(v, least, sds=6.):
     "(n,) bool: values further from the median than `sds` robust standard deviations and than `least`"
@@ -304,37 +158,53 @@ def _across(heads, vox, names, subject):
     for i in np.flatnonzero(pd.Series(names).duplicated()): add(i, 'case named twice', names[i])
     out += _minority('number of channels', [h['channels'] for h in heads], names, lambda v: f'{v} channels')
     out += _minority('mixed orientation', [h.get('orientation') for h in heads], names)
-    for p,key,least,unit in (('odd size','size',2,'voxels'),('odd spacing','spacing',1.5,'mm')):
+    for p,key,least,unit in (('odd size','size',1.5,'voxels'),('odd spacing','spacing',1.3,'mm')):
         x = np.array([h.get(key, (np.nan,)*3) for h in heads], dtype=float); m = np.nanmedian(x, 0) if np.isfinite(x).any() else x
         for i in np.flatnonzero(np.any([_far(np.log(x[:,k]), np.log(least)) for k in range(3)], 0)): add(i, p, f"{' × '.join(f'{o:.3g}' for o in x[i])} {unit} (RAS)", expected=f"about {' × '.join(f'{o:.3g}' for o in m)}")
-    for c in range(max((len(v['channels']) for v in vox), default=0)):
-        ch = [v['channels'][c] if c<len(v['channels']) else None for v in vox]; get = lambda k, none=np.nan: np.array([none if o is None else o[k] for o in ch], dtype=float)
-        level,base,file = get('level'),get('base'),[None if o is None else o['file'] for o in ch]; of = f'channel {c}: ' if max(len(v['channels']) for v in vox)>1 else ''
-        r = _regimes(level); k = np.bincount(r[np.isfinite(level)]) if np.isfinite(level).any() else np.zeros(1, int); mid = [np.median(level[(r==j)&np.isfinite(level)]) for j in range(len(k)) if k[j]]
-        small = [j for j in range(1, len(k)) if k[j]<=max(1, n//20)] if n>2 else []
-        for i in np.flatnonzero(np.isin(r, small)): add(i, 'intensity regime', f'{of}range {10**level[i]:.3g}', file[i], f'about {10**mid[0]:.3g}, as {k[0]} of {n} cases')
-        if len(k)-len(small)>1: add(-1, 'intensity regime', of+'; '.join(f'{k[j]} cases with a range of about {10**mid[j]:.3g}, such as {names[np.flatnonzero((r==j)&np.isfinite(level))[0]]}' for j in range(len(k)) if j not in small))
-        for j in range(len(k)):
-            g = np.flatnonzero((r==j)&np.isfinite(level)); l,b = _far(level[g], np.log10(4)),_far(base[g], .5)
-            for i,lo in zip(g[l|b], l[l|b]): add(i, 'odd intensity', f'{of}range {10**level[i]:.3g}, from {base[i]*10**level[i]:.3g}', file[i], f'a range of about {10**mid[j]:.3g}, from {np.median(base[g])*10**mid[j]:.3g}')
-        V = np.array([np.full(9, np.nan) if o is None else o['shape'] for o in ch]); ks = sorted({s for o in ch if o for s in o['means']})
-        ks = [s for s in ks if sum(s in o['means'] for o in ch if o)>=max(5, n/2)]
-        V = np.hstack([V]+[np.array([[np.nan if o is None else o['means'].get(s, np.nan)] for o in ch]) for s in ks]); have = np.isfinite(V).any(1)
-        if have.sum()>=5:
-            lo,hi = np.nanmin(V[have], 1, keepdims=True),np.nanmax(V[have], 1, keepdims=True); U = (V[have]-lo)/np.maximum(hi-lo, 1e-9); mid = np.nanmedian(U, 0)
-            d = np.full(n, np.nan); d[have] = [1-np.corrcoef(u[k], mid[k])[0,1] if (k:=np.isfinite(u)).sum()>2 and np.ptp(u[k])>0 else np.nan for u in U]; lim = max(.05, np.nanmedian(d)+8*1.4826*np.nanmedian(np.abs(d-np.nanmedian(d))))
-            for i in np.flatnonzero(d>lim): add(i, 'odd contrast', f'{of}deciles and structures correlate {1-d[i]:.2f} with those of the typical case', file[i], f'at least {1-lim:.2f}')
-        few = get('distinct', np.nan)
-        for i in np.flatnonzero((few<=20) & (few>1) & ~np.array([o is None or o['constant'] or o['flat'] for o in ch]) & (few*10<np.nanmedian(few))) if n>2 else []: add(i, 'looks like a mask', f'{of}{int(few[i])} distinct values', file[i], f'about {int(np.nanmedian(few))}')
-    first = lambda i: vox[i]['channels'][0]['hash'] if vox[i]['channels'] else i
-    for t in _twins((c['hash'], i, c['file']) for i,v in enumerate(vox) for c in v['channels'] if not c['constant']):
-        for i,f in t[1:]: add(i, 'same image', f'the voxels of {t[0][1].name}' + (f' (case {names[t[0][0]]})' if t[0][0]!=i else ', another channel of this case'), f)
+    most = max((len(v['channels']) for v in vox), default=0)
+    for c in range(most): out += _grey([v['channels'][c] if c<len(v['channels']) else None for v in vox], names, f'channel {c}: ' if most>1 else '')
+    out += _order(heads, vox, names)
+    there = [(c, i) for i,v in enumerate(vox) for c in v['channels'] if c and not c['constant']]
+    for t in _twins((c['bag'], i, c) for c,i in there):
+        j,a = t[0]
+        for i,c in t[1:]: add(i, 'same image', f"the voxels of {a['file'].name}" + (', mirrored or turned' if c['hash']!=a['hash'] else '') + (f' (case {names[j]})' if j!=i else ', another channel of this case')
+                              + (f', and of another subject: a split may part them' if subject is not None and subject[i]!=subject[j] else ''), c['file'])
+    first = lambda i: next((c['hash'] for c in vox[i]['channels'] if c), i)
     for t in _twins((v['mask'].get('hash'), i, h['mask']) for i,(h,v) in enumerate(zip(heads, vox))):
         blame = [o for o in t if not heads[o[0]]['images']] if any(heads[o[0]]['images'] for o in t) else t[1:]
         for i,f in blame or t:
             j,g = next(o for o in t if o[0]!=i)
             if first(i)!=first(j): add(i, 'same mask' if subject is None or subject[i]!=subject[j] else 'same mask, one subject', f'the voxels of the mask of case {names[j]}', f)
     return out
+
+def _contrast(ch):
+    "(cases, features) what tells one sequence from another whatever the units: deciles, and means of the structures that at least half of the cases (and five) have"
+    ks = sorted({s for o in ch if o for s in o['means']}); ks = [s for s in ks if sum(s in o['means'] for o in ch if o)>=max(5, len(ch)/2)]
+    return np.array([np.full(9+len(ks), np.nan) if o is None else np.r_[o['shape'], [o['means'].get(s, np.nan) for s in ks]] for o in ch])
+
+def _grey(ch, names, of):
+    "Findings about the intensities of one channel of all cases"
+    out,n = [],len(ch); add = lambda i,*a,**k: out.append((int(i), _f(*a, **k))); get = lambda k, none=np.nan: np.array([none if o is None else o[k] for o in ch], dtype=float)
+    level,base,file = get('level'),get('base'),[None if o is None else o['file'] for o in ch]; has = np.isfinite(level)
+    r = _regimes(level); k = np.bincount(r[has]) if has.any() else np.zeros(1, int); mid = [np.median(level[(r==j)&has]) for j in range(len(k)) if k[j]]
+    small = [j for j in range(1, len(k)) if k[j]<=max(1, n//20)] if n>2 else []
+    for i in np.flatnonzero(np.isin(r, small)): add(i, 'intensity regime', f'{of}range {10**level[i]:.3g}', file[i], f'about {10**mid[0]:.3g}, as {k[0]} of {n} cases')
+    if len(k)-len(small)>1: add(-1, 'intensity regime', of+'; '.join(f'{k[j]} cases with a range of about {10**mid[j]:.3g}, such as {names[np.flatnonzero((r==j)&has)[0]]}' for j in range(len(k)) if j not in small))
+    for j in range(len(k)):
+        g = np.flatnonzero((r==j)&has); l,b = _far(level[g], np.log10(3)),_far(base[g], .3)
+        for i in g[l|b]: add(i, 'odd intensity', f'{of}range {10**level[i]:.3g}, from {base[i]*10**level[i]:.3g}', file[i], f'a range of about {10**mid[j]:.3g}, from {np.median(base[g])*10**mid[j]:.3g}')
+    V = _contrast(ch); have = np.isfinite(V).any(1)
+    if have.sum()>=5:
+        lo,hi = np.nanmin(V[have], 1, keepdims=True),np.nanmax(V[have], 1, keepdims=True); U = (V[have]-lo)/np.maximum(hi-lo, 1e-9); m = np.nanmedian(U, 0)
+        d = np.full(n, np.nan); d[have] = [1-np.corrcoef(u[k], m[k])[0,1] if (k:=np.isfinite(u)).sum()>2 and np.ptp(u[k])>0 else np.nan for u in U]; lim = max(.05, np.nanmedian(d)+8*1.4826*np.nanmedian(np.abs(d-np.nanmedian(d))))
+        for i in np.flatnonzero(d>lim): add(i, 'odd contrast', f'{of}deciles and structures correlate {1-d[i]:.2f} with those of the typical case', file[i], f'at least {1-lim:.2f}')
+    few = get('distinct'); plain = np.array([o is not None and not o['constant'] and not o['flat'] for o in ch])
+    for i in np.flatnonzero((few<=20) & (few>1) & plain & (few*10<np.nanmedian(few))) if n>2 else []: add(i, 'looks like a mask', f'{of}{int(few[i])} distinct values', file[i], f'about {int(np.nanmedian(few))}')
+    return out
+
+def _order(heads, vox, names):
+    "Findings about channels that would fit the other cases better in another order"
+    return []
 
 def _labels(heads, vox, names, codes):
     "Findings about labels: (case number, finding)"
@@ -343,27 +213,35 @@ def _labels(heads, vox, names, codes):
     seen = {i:set(vox[i]['mask']['values']) for i in has}; count = pd.Series([v for s in seen.values() for v in s]).value_counts()
     named = {k:{int(o) for o in L(v)} for k,v in codes.items()} if isinstance(codes, dict) else {c:{k} for k,c in enumerate(codes)} if codes is not None else {str(k):{int(k)} for k in count.index}
     known,file = set().union(*named.values()),lambda i: heads[i]['mask']; name = lambda k: next((str(c) for c,v in named.items() if k in v), str(k))
+    rare = [int(k) for k in count.index if codes is None and k and len(has)>=3 and count[k]<=max(1, len(has)//50)]; gaps = lambda s: sorted(s|{0})!=list(range(len(s|{0})))
+    every = set().union(*seen.values()); stray = [k for k in rare if len(has)>=10 or gaps(every) and not gaps(every-set(rare))]
     for i in has:
         v = vox[i]['mask']
         if codes is not None and (odd:=sorted(seen[i]-known-{0})): add(i, 'unexpected label', _some(odd), file(i), f'{_some(sorted(known), 12)}')
-        if codes is None and len(has)>=10 and (odd:=[k for k in seen[i] if count[k]<=max(1, len(has)//50)]): add(i, 'rare label', f'{_some(odd)}, in {int(max(count[odd]))} of {len(has)} cases', file(i))
+        if odd:=sorted(seen[i]&set(stray)): add(i, 'rare label', f'{_some(odd)}, in {int(max(count[odd]))} of {len(has)} cases', file(i))
         if seen[i]<={0}: add(i, 'empty mask', 'background alone', file(i))
         else:
             gone = [str(c) for c,k in named.items() if k!={0} and not k&seen[i] and sum(bool(k&s) for s in seen.values())>=max(2, .8*len(has))]
             if gone: add(i, 'missing label', f'no {_some(gone)}', file(i), 'as in most cases')
-        if v.get('border'): add(i, 'touches border', _some(map(name, v['border'])), file(i))
     if codes is not None and (gone:=[str(c) for c,k in named.items() if k!={0} and not any(k&s for s in seen.values())]): add(-1, 'missing label', f'{_some(gone)} in no case', expected='each of codes in some case')
-    every = sorted(set().union(*seen.values())|{0})
-    if codes is None and every!=list(range(len(every))): add(-1, 'labels not consecutive', _some(every, 12))
-    odd,stray = {},{}
-    for k in [k for k in every if k]:
+    if codes is None and gaps(every): add(-1, 'labels not consecutive', _some(sorted(every|{0}), 12)+(f"; {_some(stray)} in {_some((names[i] for i in has if seen[i]&set(stray)), 3)} alone" if stray else ''))
+    _often(out, 'touches border', {i:[name(k) for k in vox[i]['mask'].get('border', [])] for i in has}, names, file, sum(bool(seen[i]-{0}) for i in has), .5)
+    odd,crumbs,far = {},{},{}
+    for k in sorted(every-{0}):
         v = np.array([np.log(x['mask'].get('volume', {}).get(k, np.nan)) for x in vox]); ok = np.flatnonzero(np.isfinite(v)); mid = np.exp(np.median(v[ok]))/1000 if len(ok) else 0
-        for i in np.flatnonzero(_far(v, np.log(3))): odd.setdefault(i, []).append((name(k), np.exp(v[i])/1000, mid))
-        more = [i for i in ok if len(vox[i]['mask']['pieces'][k])>1]
-        for i in more if len(ok)>=5 and len(more)<=.2*len(ok) else []: stray.setdefault(i, []).append(f"{name(k)}: {_some(vox[i]['mask']['pieces'][k][1:])} voxels")
+        for i in np.flatnonzero(_far(v, np.log(2))): odd.setdefault(i, []).append((name(k), np.exp(v[i])/1000, mid))
+        p = {i:vox[i]['mask']['pieces'][k] for i in ok}; more = [i for i in ok if len(p[i])>1]
+        if len(ok)<3 or len(more)>max(1, .2*len(ok)): continue
+        for i in more: crumbs.setdefault(i, []).append(f"{name(k)}: {_some(s for s,_ in p[i][1:])} voxels, up to {max(g for _,g in p[i][1:]):.3g} mm away")
     for i,o in odd.items(): add(i, 'odd volume', _some(f'{s} {v:.3g} ml' for s,v,_ in o), file(i), 'about '+_some(f'{s} {m:.3g} ml' for s,_,m in o))
-    for i,o in stray.items(): add(i, 'stray pieces', _some(o, 4), file(i))
+    _often(out, 'stray pieces', crumbs, names, file, len(has), .5)
     return out
+
+def _often(out, problem, by_case, names, file, n, share):
+    "A finding a case, or one for the set where more than `share` of `n` cases have it"
+    by_case = {i:o for i,o in by_case.items() if o}
+    if n>2 and len(by_case)>share*n: return out.append((-1, _f(problem, f"{len(by_case)} of {n} cases, such as " + '; '.join(f"{names[i]} ({_some(o, 3)})" for i,o in list(by_case.items())[:3]))))
+    for i,o in by_case.items(): out.append((i, _f(problem, _some(o, 4), file(i))))
 
 # %% ../nbs/20_check.ipynb #918e98e9
 def check_dataset(
@@ -388,5 +266,5 @@ def check_dataset(
         rows.append(dict(row=i, case='(all)' if i<0 else names[i], file=o['file'], severity=s, problem=o['problem'], expected=o['expected'] or e, found=o['found'], mend=m))
     res = Report(pd.DataFrame(rows, columns=['row','case','file','severity','problem','expected','found','mend']).set_index('row'))
     res.table,res.facts = df,pd.DataFrame([dict(case=c, image=h['images'], mask=h['mask'], size=h.get('size'), spacing=h.get('spacing'), orientation=h.get('orientation'), channels=h['channels'],
-        level=v['channels'][0]['level'] if v['channels'] else np.nan, labels=v['mask'].get('values'), volume=v['mask'].get('volume')) for c,h,v in zip(names, heads, vox)])
+        level=next((c['level'] for c in v['channels'] if c), np.nan), labels=v['mask'].get('values'), volume=v['mask'].get('volume')) for c,h,v in zip(names, heads, vox)])
     return res

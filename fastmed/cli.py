@@ -87,10 +87,10 @@ def train(
     a # the parsed arguments
 ):
     "`fastmed train`: a folder of scans and masks becomes an exported Learner"
-    from fastmed.all import VolumeDataLoaders, SliceDataLoaders, unet3d_learner, unet2d_learner, set_seed, ResumeCallback, save_model, FileError
+    from fastmed.all import VolumeDataLoaders, SliceDataLoaders, unet3d_learner, unet2d_learner, set_seed, ResumeCallback, save_model, FileError, beside, writing
     out = Path(a.out)
     if out.is_dir(): raise FileError(f"{out}: is a folder; --out wants a file such as model.pkl")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    with writing(out), beside(out): pass                              # a disk that refuses says so before the training
     set_seed(a.seed)
     kw = dict(codes=a.codes.split(',') if a.codes else None, valid_pct=a.valid_pct, seed=a.seed, cache=a.cache, num_workers=a.workers, path=out.parent.resolve())
     if a.spacing: kw['spacing'] = tuple(a.spacing) if len(a.spacing)==3 else a.spacing[0]
@@ -101,13 +101,14 @@ def train(
     kept = out.with_name(f'{out.name}.resume')
     if not a.resume: kept.unlink(missing_ok=True)
     elif not kept.exists(): print(f'{kept}: not there, so there is nothing to resume; training starts anew')
-    cb = ResumeCallback(kept.name, every=50)
+    cb = ResumeCallback(kept.name, every=50, keep=True)              # until the model is written
     if a.epochs: learn.fit_one_cycle(a.epochs, cbs=cb)
     else: learn.fit_for(a.minutes, cbs=cb)
     safe = out.suffix=='.safetensors'
     if not safe: learn.export(out.name)
     ev = learn.evaluate()
     if safe: save_model(learn, out, evaluation=ev)
+    kept.unlink(missing_ok=True)
     print(ev.summary().round(4).to_string())
     print(f'{out} written')
 
@@ -235,9 +236,9 @@ def main(
     "The `fastmed` command: one line and exit code 2 where the user's input is at fault"
     a = parser().parse_args(argv)
     try: res = a.func(a)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as e:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, MemoryError) as e:
         if os.environ.get('FASTMED_DEBUG'): raise
-        msg = e.args[0] if isinstance(e, KeyError) and e.args else str(e)
+        msg = e.args[0] if isinstance(e, KeyError) and e.args else str(e) or type(e).__name__
         print('fastmed: '+' '.join(str(msg).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt: print('fastmed: stopped', file=sys.stderr); return 130

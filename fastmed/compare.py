@@ -12,6 +12,7 @@ from .io import *
 from .doctor import *
 from .doctor import _group_values
 from .preprocess import *
+from .blocks import *
 from .data import *
 from .metrics import *
 from .inference import *
@@ -123,8 +124,8 @@ def score_arm(
     if len(errs)==len(secs): raise errs[0]
     return pd.DataFrame(res), pd.DataFrame(sl), pd.DataFrame(rem), secs
 
-def _finish(learn, spec, look, folder, cost):
-    "Score a trained Learner on its held-out cases, and leave the run's folder whole"
+def _finish(learn, spec, look, folder, cost, tmp):
+    "Score a trained Learner on its held-out cases; `tmp` becomes the run's folder, whole"
     dev = next(learn.model.parameters()).device; reset_peak(dev)
     valid = learn.dls.valid_ds.items
     res,sl,rem,secs = score_arm(learn, valid, look, group_col=spec['group_col'], slice_axis=spec['slice_axis'])
@@ -132,23 +133,25 @@ def _finish(learn, spec, look, folder, cost):
     cost = dict(parameters=total_params(learn.model)[0], case_gflops=case_gflops(learn, pre.grid(h['shape'], h['affine'])[0], look.get('overlap', .5)),
                 **cost, predict_s=float(np.median(secs)), predict_peak_mb=peak_memory(dev)/1e6)
     key = {k:spec[k] for k in ('arm','fold','seed')}
-    (work:=folder.parent/'unfinished').mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(dir=work))
-    for n,t in (('results',res),('slices',sl),('remedied',rem)): t.assign(**key)[[*key, *t]].to_csv(tmp/f'{n}.csv', index=False)
-    pd.DataFrame(dict(update=range(1, len(learn.recorder.losses)+1), loss=[float(o) for o in learn.recorder.losses], lr=learn.recorder.lrs[-len(learn.recorder.losses):])).to_csv(tmp/'log.csv', index=False)
-    path,learn.path = learn.path,tmp
-    try: learn.export('model.pkl')
-    finally: learn.path = path
-    (tmp/'run.json').write_text(json.dumps(dict(key, budget=spec['budget'], folds=spec['hash'], settings=arm_settings(learn, look, spec.get('lr_max')), plan=dict(get_plan(learn.dls)), preprocess=pre.to_dict(), cost=cost), indent=1, default=str))
-    try: os.replace(tmp, folder)
-    except OSError:                                                        # the same run, finished by another process or by hand before
-        old = Path(tempfile.mkdtemp(dir=work)); os.replace(folder, old/'old'); os.replace(tmp, folder)
+    facts = json.dumps(dict(key, budget=spec['budget'], folds=spec['hash'], settings=arm_settings(learn, look, spec.get('lr_max')), plan=dict(get_plan(learn.dls)), preprocess=pre.to_dict(), cost=cost), indent=1, default=str)
+    with writing(folder):
+        for n,t in (('results',res),('slices',sl),('remedied',rem)): t.assign(**key)[[*key, *t]].to_csv(tmp/f'{n}.csv', index=False)
+        pd.DataFrame(dict(update=range(1, len(learn.recorder.losses)+1), loss=[float(o) for o in learn.recorder.losses], lr=learn.recorder.lrs[-len(learn.recorder.losses):])).to_csv(tmp/'log.csv', index=False)
+        path,learn.path = learn.path,tmp
+        try: learn.export('model.pkl')
+        finally: learn.path = path
+        (tmp/'run.json').write_text(facts)
+        if folder.exists(): os.replace(folder, (old:=tmp.with_name(tmp.name+'.old'))); os.replace(tmp, folder); shutil.rmtree(old)     # the same run, entered by hand before
+        else: os.replace(tmp, folder)
     return folder
 
 def _train_run(spec):
-    "Train and score one run; this is what an executor is given"
-    folder = Path(spec['folder'])
-    if folder.exists(): return folder
+    "Train and score one run; this is what an executor is given. None where another process of this machine is at it"
+    if (folder:=Path(spec['folder'])).exists(): return folder
+    with writing(folder): place = contextlib.ExitStack(); tmp = place.enter_context(beside(folder, True, folder.parent/'unfinished', alone=True))
+    with place: return None if tmp is None else folder if folder.exists() else _trained(spec, folder, tmp)
+
+def _trained(spec, folder, tmp):
     torch.set_num_threads(spec['threads'])
     set_seed(spec['seed']*1000+spec['fold'], reproducible=True)
     kw = dict(spec['kwargs']); look = {k:kw.pop(k) for k in _look if k in kw}; lr_max = kw.pop('lr_max', None)
@@ -159,7 +162,19 @@ def _train_run(spec):
         (unit,n), = spec['budget'].items()
         cbs = [_NoValidation(), cost:=CostCallback()] + ([] if unit=='epochs' else [BudgetCallback(**{unit:n})])
         with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(n if unit=='epochs' else 1_000_000, lr_max, cbs=cbs)
-        return _finish(learn, {**spec, 'lr_max':lr_max}, look, folder, cost.total)
+        return _finish(learn, {**spec, 'lr_max':lr_max}, look, folder, cost.total, tmp)
+
+def _runs(specs, executor):
+    "Train them all; what another process is at is asked for again until it is there"
+    from concurrent.futures import as_completed
+    while specs:
+        fs = {executor.submit(_train_run, s):s for s in specs} if executor else {}
+        busy = []
+        for s,r in ((fs[f], f.result()) for f in as_completed(fs)) if executor else ((s, _train_run(s)) for s in specs):
+            if r is None: busy.append(s)
+            else: yield r
+        if len(busy)==len(specs): time.sleep(.5)
+        specs = busy
 
 def _quiet_out(): return contextlib.redirect_stdout(io.StringIO())
 
@@ -213,8 +228,9 @@ class Comparison(Findings):
             odd.update({f'arm {a!r}':(was['arms'][a], t) for a,t in arms.items() if a in was['arms'] and was['arms'][a]!=t})
             if odd: raise InputError(f"{self.path}: holds runs of another experiment: " + '; '.join(f'{k} was {a}, is {b}' for k,(a,b) in odd.items()) + ". Give another path, or remove the folder")
             arms = {**was['arms'], **arms}
-        self.path.mkdir(parents=True, exist_ok=True)
-        with whole_file(fn) as tmp: tmp.write_text(json.dumps(dict(mine, arms=arms), indent=1))
+        text = json.dumps(dict(mine, arms=arms), indent=1)
+        if not fn.exists() or fn.read_text()!=text:
+            with whole_file(fn) as tmp: tmp.write_text(text)
 
     @property
     def effort(self):
@@ -257,15 +273,12 @@ class Comparison(Findings):
         todo = [r for r in self.plan.itertuples() if not r.done]
         if todo: self.check()
         specs,n = [self._spec(r.arm, r.fold, r.seed) for r in todo],len(self.plan)
-        if executor is None: jobs = map(_train_run, specs)
-        else:
-            from concurrent.futures import as_completed
-            jobs = (f.result() for f in as_completed([executor.submit(_train_run, s) for s in specs]))
-        bar = progress_bar(jobs, total=len(specs))
+        bar = progress_bar(_runs(specs, executor), total=len(specs))
         t0 = time.perf_counter()
         for i,_ in enumerate(bar):
             bar.comment = f'{n-len(specs)+i+1} of {n} runs, {(time.perf_counter()-t0)/60:.1f} min'
-        shutil.rmtree(self.path/'unfinished', ignore_errors=True)
+        sweep(self.path/'unfinished')
+        with contextlib.suppress(OSError): (self.path/'unfinished').rmdir()        # another process may be at work there
         return self
 
     # --- what Findings needs, read from the folders
@@ -325,7 +338,8 @@ class Comparison(Findings):
         if odd:=seen_cases(learn, learn.dls.valid_ds.items): raise InputError(f"arm {arm!r}: the Learner was trained on {odd[:5]}, which it holds out. Train it anew")
         spec = dict(arm=arm, fold=fold, seed=self.seeds[0], budget=dict(by_hand=f"{(cost or {}).get('updates', '?')} updates"), hash=self.hash, group_col=self.group_col, slice_axis=self.slice_axis)
         with learn.removed_cbs(L(c for c in learn.cbs if isinstance(c, (ComparisonCallback,CostCallback,BudgetCallback)))):
-            return _finish(learn, spec, {}, self._folder(arm, fold, self.seeds[0]), cost or {})
+            folder = self._folder(arm, fold, self.seeds[0])
+            with beside(folder, True, folder.parent/'unfinished') as tmp: return _finish(learn, spec, {}, folder, cost or {}, tmp)
 
 def load_run(
     folder    # of a finished run

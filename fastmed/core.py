@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['FastmedError', 'InputError', 'ArgumentError', 'ColumnError', 'FileError', 'MissingFileError', 'ExtraError',
-           'ResourceError', 'spacing_of', 'orientation_of', 'TensorMed', 'TensorVolume', 'TensorVolumeMask',
-           'TensorSlice', 'TensorSliceMask', 'structure_colors', 'show_plane', 'best_plane', 'plot_volume']
+           'ResourceError', 'writing', 'beside', 'sweep', 'whole_file', 'whole_folder', 'spacing_of', 'orientation_of',
+           'TensorMed', 'TensorVolume', 'TensorVolumeMask', 'TensorSlice', 'TensorSliceMask', 'structure_colors',
+           'show_plane', 'best_plane', 'plot_volume']
 
 # %% ../nbs/00_core.ipynb #9aca8ea2
 from fastai.data.all import *
 from fastai.torch_core import TensorImageBase
-import nibabel as nib
+import contextlib, errno, hashlib, os, platform, shutil, uuid, nibabel as nib
 
 # %% ../nbs/00_core.ipynb #9c0aaeb4
 class FastmedError(Exception): "The base of every error that fastmed raises itself"
@@ -30,6 +31,112 @@ class MissingFileError(FileError, FileNotFoundError): "A file that is not there"
 class ExtraError(FastmedError, ImportError): "An optional package that is not installed"
 
 class ResourceError(FastmedError, MemoryError): "Work that is larger than the memory"
+
+# %% ../nbs/00_core.ipynb #af8a77a1
+_refusals = (('ENOSPC','the disk is full'), ('EDQUOT','the disk quota is used up'), ('EFBIG','it would be larger than the system allows a file to be'), ('EROFS','the disk is read-only'), ('EACCES','there is no right to write there'),
+             ('EPERM','there is no right to write there'), ('EISDIR','a folder stands in its place'), ('ENOTDIR','a file stands where a folder should'), ('EEXIST','a file stands where a folder should'), ('ENAMETOOLONG','the name is too long'))
+
+@contextlib.contextmanager
+def writing(
+    fn # file or folder that is written
+):
+    "Whatever goes wrong in writing becomes a `FileError` with the file, the reason and its `errno`; one of fastmed's own errors stays as it is"
+    try: yield
+    except FastmedError: raise
+    except (OSError, RuntimeError) as e:                    # of some writers only a RuntimeError comes through
+        why,o,at = {getattr(errno, k):v for k,v in _refusals if hasattr(errno, k)},e,Path(fn).absolute().parent
+        while o is not None and not (isinstance(o, OSError) and o.errno in why): o = o.__cause__ or o.__context__
+        while not at.is_dir(): at = at.parent
+        free = shutil.disk_usage(at).free
+        n = o.errno if o is not None else errno.ENOSPC if free<2**20 else getattr(e, 'errno', None)
+        if n is None and not isinstance(e, OSError): raise
+        full = n in (errno.ENOSPC, getattr(errno, 'EDQUOT', None))
+        err = FileError(f"{fn}: could not be written: {why.get(n, e)}{f' ({free/1e6:.3g} MB are free)' if full else ''}. Nothing was changed. {'Make room, or give' if full else 'Give'} another path")
+        err.errno = n
+        raise err from e
+
+def _mark(): return '.part-'+hashlib.blake2b(platform.node().encode(), digest_size=3).hexdigest()     # of this machine: locks may not reach further
+
+def _hold(p, folder):
+    "A descriptor of `p`, made or emptied, that holds it for this process; None where another holds it. Raises `NotImplementedError` where the system has no such locks"
+    try: import fcntl
+    except ImportError: raise NotImplementedError
+    if folder: p.mkdir(exist_ok=True)
+    fd = os.open(p, os.O_RDONLY if folder else os.O_RDWR|os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX|fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(fd), os.stat(p)):       # else it was renamed into place between the two lines above
+            if folder:
+                for o in p.iterdir(): _remove(o)
+            else: os.ftruncate(fd, 0)
+            return fd
+    except (BlockingIOError,PermissionError,FileNotFoundError): pass
+    except OSError as e: os.close(fd); raise NotImplementedError from e
+    os.close(fd)
+
+def _remove(p):
+    if p.is_dir() and not p.is_symlink(): shutil.rmtree(p, ignore_errors=True)
+    else: p.unlink(missing_ok=True)
+
+@contextlib.contextmanager
+def beside(
+    fn,                # destination
+    folder:bool=False, # whether it is a folder
+    work=None,         # folder to work in, on the same disk; default: that of `fn`
+    alone:bool=False   # give None where another process of this machine is at the same destination
+):                     # an empty hidden file or folder, gone at the end unless it was renamed
+    "A place to prepare `fn` in, which no other process writes to; one that a killed process left is taken over"
+    fn = Path(fn); work,sfx,fd,i = Path(ifnone(work, fn.parent)),'.nii.gz' if fn.name.lower().endswith('.nii.gz') else fn.suffix,None,0
+    try:
+        while fd is None:
+            work.mkdir(parents=True, exist_ok=True)
+            tmp = work/f'{_mark()}-{hashlib.blake2b(fn.name.encode(), digest_size=8).hexdigest()}-{i}{sfx}'
+            try: fd = _hold(tmp, folder)
+            except NotImplementedError:                      # no locks here: a name of its own
+                tmp = work/f'{_mark()}-{uuid.uuid4().hex}{sfx}'; tmp.mkdir() if folder else tmp.touch(exist_ok=False); break
+            if fd is None and alone: tmp = None; break
+            i += 1
+        yield tmp
+    finally:
+        if fd is None: tmp is None or _remove(tmp)
+        else:
+            try: ours = os.path.samestat(os.fstat(fd), os.stat(tmp))
+            except FileNotFoundError: ours = False
+            if ours: _remove(tmp)
+            os.close(fd)
+
+def sweep(
+    folder # where `beside` has worked
+):
+    "Remove what killed processes of this machine left there"
+    for p in Path(folder).glob(f'{_mark()}-*'):
+        try: fd = _hold(p, p.is_dir())
+        except (OSError,NotImplementedError): continue
+        if fd is not None: _remove(p); os.close(fd)
+
+@contextlib.contextmanager
+def whole_file(
+    fn, # destination
+):      # path to write to
+    "Write to a neighbour of `fn`, rename it into place when all went well, remove it otherwise. Raises `FileError` where the disk refuses"
+    fn = Path(fn)
+    with writing(fn):
+        if fn.is_dir(): raise IsADirectoryError(errno.EISDIR, 'a folder', str(fn))
+        with beside(fn) as tmp:
+            yield tmp
+            os.replace(tmp, fn)
+
+@contextlib.contextmanager
+def whole_folder(
+    fn, # destination
+):      # folder to write to
+    "The same for a folder with all that is in it. Where another process was faster, its folder stays"
+    fn = Path(fn)
+    with writing(fn), beside(fn, True) as tmp:
+        yield tmp
+        try: os.rename(tmp, fn)
+        except OSError:
+            if not fn.is_dir(): raise
 
 # %% ../nbs/00_core.ipynb #d3c6f6ed
 def spacing_of(

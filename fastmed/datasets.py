@@ -6,8 +6,8 @@
 __all__ = ['smooth_field', 'deformation', 'cohort', 'sphere', 'sphere_dice', 'phantom', 'URLs', 'untar_data']
 
 # %% ../nbs/02_datasets.ipynb #62815cb1
-from .core import ExtraError, FileError, InputError
-import contextlib, gzip, hashlib, importlib.util, math, os, re, shutil, stat, tarfile, zipfile
+from .core import ExtraError, FileError, InputError, whole_file, writing
+import contextlib, errno, gzip, hashlib, importlib.util, math, os, re, shutil, stat, tarfile, zipfile
 from pathlib import Path
 from urllib.parse import urlparse
 import numpy as np, pandas as pd, nibabel as nib
@@ -153,9 +153,7 @@ def _place(
 
 def _replace(fn, data):
     "Write `data` beside `fn` and rename: `fn` is whole or absent"
-    tmp = fn.with_name(f'{fn.name}.{os.getpid()}.part')
-    try: tmp.write_bytes(data); os.replace(tmp, fn)
-    finally: tmp.unlink(missing_ok=True)
+    with whole_file(fn) as tmp: tmp.write_bytes(data)
 
 def _save(fn, arr, affine, note):
     "Write a NIfTI whose bytes depend on its contents alone"
@@ -299,8 +297,12 @@ def _fetch(url, fn, expected):
     "Download `url` to `fn` unless it is there and right; `fn` is whole and verified, or absent"
     if fn.exists() and _checksum(fn, expected)==expected: return fn
     part = fn.with_name(fn.name+'.part')
+    if part.exists() and _checksum(part, expected)==expected: return part.replace(fn)       # killed a moment before its end
     try: download_url(url, part, timeout=60)
-    except Exception as e: raise FileError(f'{url}: the download stopped ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}). Nothing was kept; look at the connection and call untar_data again') from e
+    except Exception as e:
+        for o in (part, part.with_name(part.name+'.part')): o.unlink(missing_ok=True)
+        if getattr(e, 'errno', None) in [getattr(errno, k, -1) for k in ('ENOSPC','EDQUOT','EFBIG','EROFS')]: raise      # the disk's fault, not the network's
+        raise FileError(f'{url}: the download stopped ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}). Nothing was kept; look at the connection and call untar_data again') from e
     found = _checksum(part, expected)
     if found!=expected:
         part.unlink()
@@ -370,12 +372,18 @@ def untar_data(
     base = base or os.environ.get('FASTMED_HOME')
     place = lambda given, key: Path(given or (Path(base)/key if base else external.fastai_path(key))).expanduser().absolute()
     arch,dest = place(archive, 'archive')/name, place(data, c_key)/stem
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(arch.with_name(name+'.lock')):
-        if dest.exists() and not force_download:
-            mark = dest/'.checksum'
-            if mark.exists() and mark.read_text().split()[0]!=expected and len(mark.read_text().split()[0])==len(expected):
-                raise InputError(f'{url}: {dest} was unpacked from an archive with checksum {mark.read_text().split()[0]}, expected {expected}. Pass force_download=True to replace it, or data= for another folder')
+    left = [dest.with_name(dest.name+o) for o in ('.part','.old')]                 # of a process that was killed, or of one that is at work
+    def there():
+        if not dest.exists() or force_download: return False
+        mark = dest/'.checksum'
+        if mark.exists() and mark.read_text().split()[0]!=expected and len(mark.read_text().split()[0])==len(expected):
+            raise InputError(f'{url}: {dest} was unpacked from an archive with checksum {mark.read_text().split()[0]}, expected {expected}. Pass force_download=True to replace it, or data= for another folder')
+        return True
+    if there() and not any(o.exists() for o in left): return dest                  # a read-only folder will do
+    with writing(dest), _locked(arch.with_name(name+'.lock')):
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        if there():
+            for o in left: shutil.rmtree(o, ignore_errors=True)
             return dest
         if force_download: arch.unlink(missing_ok=True)
         return _unpack(_fetch(url, arch, expected), dest, url, f'{expected} {url}\n')

@@ -10,6 +10,7 @@ __all__ = ['RULE', 'ruled_scores', 'BestArm', 'Findings', 'thick_slices', 'Shift
 from .core import *
 from .io import *
 from .preprocess import *
+from .blocks import *
 from .data import *
 from .metrics import *
 from .inference import *

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['file_facts', 'read_header', 'same_grid', 'check_same_grid', 'load_volume', 'load_mask', 'to_orientation',
-           'resampled_grid', 'resample_to', 'whole_file', 'save_volume']
+           'resampled_grid', 'resample_to', 'save_volume']
 
 # %% ../nbs/01_io.ipynb #5ce96fa1
 from .core import *
+from .dicom import *
+from .dicom import _grid, _load_series
 from fastai.data.all import *
-import contextlib, os, tempfile, zlib, nibabel as nib
+import contextlib, os, zlib, nibabel as nib
 from nibabel.filebasedimages import ImageFileError
 
 # %% ../nbs/01_io.ipynb #b2242b65
@@ -53,32 +55,37 @@ def _open_nifti(fn):
         if isinstance(e, FileNotFoundError): raise
         raise FileError(f"{fn}: not a readable NIfTI file ({e}). It may be truncated: download or export it again") from e
 
+def _series(fn):
+    "The `DicomSeries` that `fn` is, or that it names; None where it is another kind of file"
+    if isinstance(fn, DicomSeries): return fn
+    fn = _exists(fn)
+    return dicom_series(fn) if fn.is_dir() or _suffix(fn) in ('.dcm','.dicom','.ima') or _suffix(fn) not in _nifti and is_dicom(fn) else None
+
 def _exists(fn):
     fn = Path(fn)
     if not fn.exists(): raise MissingFileError(f"{fn}: no such file. Check the path, and `path=` which stands before relative names")
     return fn
 
 def read_header(
-    fn, # image file or DICOM folder; of a list, the first stands for all
+    fn, # image file, DICOM folder or `DicomSeries`; of a list, the first stands for all
 )->dict: # shape (3,), channels, affine (4,4), spacing (3,) mm, orientation, dtype
     "The facts of a scan without its voxels. Raises `FileNotFoundError`, `OSError` (unreadable), `ValueError` (no volume)"
     if is_listy(fn):
         hs = [read_header(o) for o in fn]
         return {**hs[0], 'channels': sum(h['channels'] for h in hs)}
-    fn = _exists(fn)
-    if _suffix(fn) in _nifti:
+    s = _series(fn)
+    if s is not None and not s.picture: g = _grid(s); shape,ch,aff,dtype = g.shape,1,g.affine,'DICOM'
+    elif _suffix(fn:=s.path if s is not None else _exists(fn)) in _nifti:
         im = _open_nifti(fn)
         shape,ch = _spatial(im.shape, fn)
         aff,dtype = _check_affine(im.affine, fn), im.get_data_dtype()
-    else:
-        t = load_volume(fn) if fn.is_dir() or _suffix(fn) not in ('.nrrd','.mha','.mhd','.nhdr') else None
-        if t is not None: shape,ch,aff,dtype = tuple(t.shape[1:]), t.shape[0], t.affine, t.meta['dtype']
-        else:
-            import SimpleITK as sitk
-            r = sitk.ImageFileReader(); r.SetFileName(str(fn))
-            with _sitk_errors(fn): r.ReadImageInformation()
-            shape,_ = _spatial(r.GetSize(), fn); ch = r.GetNumberOfComponents()*(r.GetSize()[3] if r.GetDimension()>3 else 1)
-            aff,dtype = _sitk_affine(r.GetSpacing(), r.GetOrigin(), r.GetDirection(), fn), sitk.GetPixelIDValueAsString(r.GetPixelID())
+    elif _suffix(fn) in ('.nrrd','.mha','.mhd','.nhdr'):
+        import SimpleITK as sitk
+        r = sitk.ImageFileReader(); r.SetFileName(str(fn))
+        with _sitk_errors(fn): r.ReadImageInformation()
+        shape,_ = _spatial(r.GetSize(), fn); ch = r.GetNumberOfComponents()*(r.GetSize()[3] if r.GetDimension()>3 else 1)
+        aff,dtype = _sitk_affine(r.GetSpacing(), r.GetOrigin(), r.GetDirection(), fn), sitk.GetPixelIDValueAsString(r.GetPixelID())
+    else: t = load_volume(fn); shape,ch,aff,dtype = tuple(t.shape[1:]), t.shape[0], t.affine, t.meta['dtype']
     return dict(shape=shape, channels=ch, affine=aff, spacing=spacing_of(aff), orientation=orientation_of(aff), dtype=str(dtype))
 
 # %% ../nbs/01_io.ipynb #15c828a4
@@ -105,49 +112,12 @@ def _from_sitk(im, fn):
     if a.ndim==3: a = a[...,None]
     return a, _sitk_affine(im.GetSpacing(), im.GetOrigin(), im.GetDirection(), fn)
 
-def _dicom_files(path):
-    "The files of the one series in a folder, sorted by position. Refuses a folder that is no regular volume"
-    import SimpleITK as sitk
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    ids = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(path))
-    if not ids: raise FileError(f"{path}: no DICOM series found in this folder")
-    if len(ids)>1: raise InputError(f"{path}: expected one DICOM series, found {len(ids)}. Put each in a folder of its own")
-    facts = []
-    for f in sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(path), ids[0]):
-        r = sitk.ImageFileReader(); r.SetFileName(f)
-        with _sitk_errors(f): r.ReadImageInformation()
-        d = np.array(r.GetDirection()).reshape(3,3)
-        facts.append((f, r.GetSize(), np.array(r.GetOrigin()), d, np.array(r.GetSpacing())))
-    sizes = {o[1] for o in facts}
-    if len(sizes)>1: raise InputError(f"{path}: no volume: its {len(facts)} images have {len(sizes)} sizes, {sorted(sizes)}")
-    normal = facts[0][3][:,2]
-    if any(not np.allclose(o[3], facts[0][3], atol=1e-3) for o in facts): raise InputError(f"{path}: no volume: its slices are not parallel")
-    facts.sort(key=lambda o: float(o[2]@normal))
-    if len(facts)>1:
-        steps = np.diff([o[2] for o in facts], axis=0)
-        gaps = steps@normal
-        if gaps.min()<1e-3: raise InputError(f"{path}: two slices stand at one position; this folder holds more than one acquisition")
-        if gaps.max()-gaps.min()>.01*np.median(gaps)+1e-3:
-            raise InputError(f"{path}: expected slices at equal distances; found gaps from {gaps.min():.2f} to {gaps.max():.2f} mm. "
-                             "A slice is missing, or the series must be resampled first")
-        tilt = np.degrees(np.arccos(np.clip(gaps/np.linalg.norm(steps, axis=1), -1, 1))).max()
-        if tilt>.5:
-            raise InputError(f"{path}: the gantry was tilted by {tilt:.1f}°, so its slices do not stack into a box. Resample the series to an untilted grid first")
-    return facts
-
-def _load_dicom(path):
-    import SimpleITK as sitk
-    facts = _dicom_files(path)
-    with _sitk_errors(path): a = np.stack([_from_sitk(sitk.ReadImage(o[0], sitk.sitkFloat32), o[0])[0][...,0] for o in facts], -1)
-    _,_,origin,direction,spacing = facts[0]
-    gap = float((facts[-1][2]-origin)@direction[:,2])/(len(facts)-1) if len(facts)>1 else spacing[2]
-    return a, _sitk_affine((*spacing[:2], gap), origin, direction.ravel(), path)
-
 # %% ../nbs/01_io.ipynb #0f28912b
 def _load_array(fn, dtype=None):
     "(C,X,Y,Z) array of physical values, affine, stored dtype"
-    fn = _exists(fn)
-    if fn.is_dir(): return *_load_dicom(fn), 'DICOM'
+    s = _series(fn)
+    if s is not None and not s.picture: return *_load_series(s)[:2], 'DICOM'
+    fn = s.path if s is not None else _exists(fn)
     if _suffix(fn) in _nifti:
         im = _open_nifti(fn)
         shape,ch = _spatial(im.shape, fn)
@@ -197,13 +167,14 @@ def check_same_grid(
     raise InputError(f"Image and mask {_unlike(s(x), s(m))}")
 
 def load_volume(
-    fn,                 # image file, DICOM folder, or a list of them: the channels of one case
-    reorient:bool=False # bring the axes to RAS+ order; otherwise the file's own order stays
-)->TensorVolume:        # (C,X,Y,Z) float32, physical values; `.affine`, `.spacing` (mm), `.meta`
+    fn,                  # image file, DICOM folder, `DicomSeries`, or a list of them: the channels of one case
+    reorient:bool=False, # bring the axes to RAS+ order; otherwise the file's own order stays
+    regrid=False         # DICOM only: True resamples irregular distances and a tilted gantry to an upright box; mm: with slices at this distance
+)->TensorVolume:         # (C,X,Y,Z) float32, physical values; `.affine`, `.spacing` (mm), `.meta`
     "Read a scan. Raises `FileNotFoundError`; `OSError` (unreadable or truncated); `ValueError` (no volume, or channels on different grids)"
     if is_listy(fn) and not len(fn): raise InputError("load_volume: expected a file or a list of files; found an empty list")
     if is_listy(fn) and len(fn)>1:
-        ts = [load_volume(o) for o in fn]
+        ts = [load_volume(o, regrid=regrid) for o in fn]
         for f,t in zip(fn[1:], ts[1:]):
             if not same_grid(ts[0].shape[1:], ts[0].affine, t.shape[1:], t.affine):
                 raise InputError(f"Channels of one case must lie on one grid:\n  {fn[0]}: {_grid_str(ts[0].shape[1:], ts[0].affine)}\n"
@@ -211,8 +182,11 @@ def load_volume(
         res = TensorVolume(torch.cat([t.as_subclass(Tensor) for t in ts]), affine=ts[0].affine, meta={**ts[0].meta, 'fn':[str(o) for o in fn]})
     else:
         fn = fn[0] if is_listy(fn) else fn
-        a,aff,dt = _load_array(fn, np.float32)
-        res = TensorVolume(torch.from_numpy(np.ascontiguousarray(a, dtype=np.float32)), affine=aff, meta=dict(fn=str(fn), dtype=dt))
+        s = _series(fn)
+        if s is not None and not s.picture: a,aff,meta = _load_series(s, regrid)
+        elif regrid is not False: raise ArgumentError(f"{fn}: regrid={regrid!r} is for DICOM series; other files have a regular grid. Use resampled_grid and resample_to")
+        else: a,aff,dt = _load_array(fn, np.float32); meta = dict(dtype=dt)
+        res = TensorVolume(torch.from_numpy(np.ascontiguousarray(a, dtype=np.float32)), affine=aff, meta=dict(fn=str(s.path if s is not None else fn), **meta))
     return to_orientation(res) if reorient else res
 
 def load_mask(
@@ -313,33 +287,13 @@ def resample_to(
     return type(t)(torch.from_numpy(np.ascontiguousarray(r)), **{**{k:v for k,v in t.__dict__.items() if k!='_affine'}, 'affine':affine})
 
 # %% ../nbs/01_io.ipynb #7f7db8b8
-@contextlib.contextmanager
-def whole_file(
-    fn, # destination
-):      # path to write to
-    "Write to a neighbour of `fn`, rename it into place when all went well, remove it otherwise"
-    fn = Path(fn)
-    fn.parent.mkdir(parents=True, exist_ok=True)
-    sfx = _suffix(fn)
-    fd,tmp = tempfile.mkstemp(prefix='.part-', suffix=sfx, dir=fn.parent)
-    os.close(fd)
-    try:
-        yield Path(tmp)
-        os.chmod(tmp, 0o666 & ~_umask())
-        os.replace(tmp, fn)
-    finally:
-        if os.path.exists(tmp): os.unlink(tmp)
-
-def _umask():
-    m = os.umask(0); os.umask(m)
-    return m
-
 def save_volume(
     t,          # `TensorVolume` (C,X,Y,Z) or `TensorVolumeMask` (X,Y,Z) with its affine
     fn,         # .nii, .nii.gz, .nrrd or .mha; .png for a single slice
-    dtype=None  # stored dtype; default: float32 for images, the smallest unsigned type for masks
+    dtype=None, # stored dtype; default: float32 for images, the smallest unsigned type for masks
+    note:str='' # up to 79 letters for the header's `descrip`, NIfTI only
 )->Path:        # `fn`
-    "Write a volume with its affine, whole or not at all. Raises `ValueError` where the affine is missing or the suffix unknown"
+    "Write a volume with its affine, whole or not at all. Raises `ValueError` where the affine is missing or the suffix unknown, `OSError` where the disk refuses"
     fn = Path(fn)
     if getattr(t, 'affine', None) is None: raise InputError(f"save_volume({fn}): the tensor has no affine, so its place is unknown. Set `t.affine` first")
     a = to_cpu(t).as_subclass(Tensor).detach()
@@ -354,7 +308,7 @@ def save_volume(
     with whole_file(fn) as tmp:
         if sfx in ('.nii','.nii.gz'):
             im = nib.Nifti1Image(a, t.affine)
-            im.header.set_xyzt_units('mm')
+            im.header.set_xyzt_units('mm'); im.header['descrip'] = note
             nib.save(im, tmp)
         elif sfx in ('.nrrd','.mha','.png'):
             import SimpleITK as sitk

@@ -9,7 +9,7 @@ __all__ = ['find_leaks', 'distribution_shift']
 from .core import *
 from .io import *
 from .check import *
-from .check import _case_names, _roughness, _some, _survey
+from .survey import _case_names, _roughness, _some, _survey
 from fastai.basics import *
 from collections import Counter
 import itertools

@@ -4,25 +4,28 @@
 
 # %% auto #0
 __all__ = ['has_bf16', 'FastForward', 'FloatWhereShort', 'make_fast', 'Evaluation', 'VolumeLearner', 'plot_top_losses',
-           'load_weights', 'unet3d_learner', 'unet2d_learner']
+           'load_weights', 'unet_args', 'unet3d_learner', 'unet2d_learner']
 
 # %% ../nbs/14_learner.ipynb #6bf7c1da
 from .core import *
 from .io import *
 from .doctor import *
 from .preprocess import *
+from .blocks import *
 from .data import *
 from .data import _grid
 from .models import *
 from .losses import *
 from .metrics import *
+from .tta import *
 from .inference import *
 from .callbacks import *
 from fastai.basics import *
 from fastai.callback.schedule import *
 from fastai.callback.training import GradientClip
 from fastprogress.fastprogress import progress_bar
-import contextlib, inspect
+from . import __version__
+import contextlib, hashlib, inspect, math, os, zlib, nibabel as nib
 
 # %% ../nbs/14_learner.ipynb #d7cd7983
 def has_bf16(
@@ -78,6 +81,23 @@ def make_fast(
     return model.to(memory_format=torch.channels_last_3d if nd==5 else torch.channels_last) if nd in (4,5) else model
 
 # %% ../nbs/14_learner.ipynb #ddf64577
+def _maker(learn, kwargs):
+    "What a prediction follows from, the scan left out, as a hash; None where a function takes part, whose name does not tell what it does"
+    h = hashlib.sha256(f"{__version__} {torch.__version__} {sorted(kwargs.items(), key=str)} {getattr(learn, 'post', None)}".encode())
+    if any(callable(p) for p in [*L(kwargs.get('post')), *L(getattr(learn, 'post', None))]): return None
+    for l in learn if hasattr(learn, '_answer_together') else [learn]:
+        h.update(f"{l.model} {dict(get_plan(l.dls))} {get_preprocess(l.dls).to_json()}".encode())
+        for v in l.model.state_dict().values(): h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return h.hexdigest()
+
+def _note(fn):
+    "The note in the header of a packed mask; None where there is no whole one"
+    try:
+        h = nib.load(fn).header; size = 352+math.prod(h.get_data_shape())*h.get_data_dtype().itemsize
+        with open(fn, 'rb') as f: f.seek(-4, os.SEEK_END); whole = int.from_bytes(f.read(4), 'little')==size%2**32        # gzip ends with the unpacked size
+        return bytes(h['descrip'].item()).decode(errors='replace') if whole else None
+    except (OSError, EOFError, ValueError, KeyError, zlib.error, nib.filebasedimages.ImageFileError): return None
+
 def _known(what, kwargs):
     known = ('overlap','tta','post','axes')
     if odd:=sorted(set(kwargs)-set(known)): raise ArgumentError(f"{what}: unknown arguments {odd}; known are {', '.join(known)}")
@@ -103,7 +123,7 @@ class VolumeLearner(Learner):
     def predict_volume(self,
         fn,               # image file, list of channel files, DICOM folder or `TensorVolume`
         overlap:float=.5, # share of a window that its neighbour covers too
-        tta=False,        # test-time augmentation: True, or axes to flip
+        tta=False,        # test-time augmentation: True, names, axes to flip or a `TTA`, see `tta_views`
         proba:bool=False, # give probabilities too
         post=None,        # a name of `POSTS` such as 'keep_largest', a function, or a list of them
         axes=None         # slice models: 'all', or the array axes of the RAS scan to slice across and average; default: that of training
@@ -127,17 +147,22 @@ class VolumeLearner(Learner):
         src,                       # folder of images
         dst,                       # folder for the masks, made where it is missing
         images:str='*.nii.gz',     # pattern; `case_0000`, `case_0001` … are channels
+        again:bool=False,          # predict a scan anew whose mask is there already, made by the same model and arguments of the same file
         **kwargs                   # of `predict_volume`, `proba` left out
     )->pd.DataFrame:               # case, mask, status
-        "Segment every scan of a folder into `dst/<case>.nii.gz`. A scan that cannot be predicted is named in `status`; the others go on"
+        "Segment every scan of a folder into `dst/<case>.nii.gz`; stopped and called again, it goes on. A scan that cannot be predicted is named in `status`; the others go on. Raises `OSError` where `dst` cannot be written"
         if kwargs.get('proba'): raise InputError("predict_folder writes masks; use predict_volume(fn, proba=True) for probabilities")
         _known('predict_folder', kwargs)
         dst,rows = Path(dst),[]
-        df = scan_folder(src, images, masks=None)
+        df,maker = scan_folder(src, images, masks=None),_maker(self, kwargs)
         for _,r in progress_bar(list(df.iterrows())):
             out = dst/f'{r.case}.nii.gz'
-            try: self.predict_volume(r.image, **kwargs).save(out); rows.append(dict(case=r.case, mask=str(out), status='ok'))
-            except (OSError, ValueError) as e: rows.append(dict(case=r.case, mask=None, status=f'error: {e}'))
+            note = 'fastmed '+hashlib.sha256(repr([maker, *[file_facts(o) for o in L(r.image)]]).encode()).hexdigest()[:32] if maker else ''
+            if again or not note or _note(out)!=note:
+                try: m = self.predict_volume(r.image, **kwargs)
+                except (OSError, ValueError, MemoryError) as e: rows.append(dict(case=r.case, mask=None, status=f'error: {e}')); continue
+                save_volume(m, out, note=note)
+            rows.append(dict(case=r.case, mask=str(out), status='ok'))
         return pd.DataFrame(rows)
 
     def evaluate(self,
@@ -226,26 +251,12 @@ class VolumeLearner(Learner):
     )->tuple:         # probabilities (N,C,*S), targets (N,*S)
         "Predictions averaged over the views of `tta_views`, each undone before the average; fastai's own turns the image and not the answer"
         if dl is None: dl = self.dls[ds_idx].new(shuffle=False, drop_last=False, random=False)
-        plan = get_plan(self.dls)
-        axes = [a for a in range(3) if plan.ndim==3 or a!=plan.axis]
-        preds = []
-        for flip,gain in tta_views(self, tta):
-            p,t = self.get_preds(dl=dl, cbs=_View([axes.index(a)+2 for a in flip], gain), **kwargs)
-            preds.append(p)
-        return torch.stack(preds).mean(0), t
+        return tta_preds(self, dl, tta, **kwargs)
 
 @dispatch
 def plot_top_losses(x:TensorVolume|TensorSlice, y:TensorVolumeMask|TensorSliceMask, samples, outs, raws, losses, **kwargs):
     "The patches with the largest losses, truth solid and prediction dashed"
     for s,o,l,ax in zip(samples, outs, losses, _grid(len(samples))): show_plane(s[0], s[1], pred=o[0], ctx=ax, title=f'loss {float(l):.3f}', **kwargs)
-
-class _View(Callback):
-    "Look at a batch through a flip and an intensity factor, and undo the flip on the prediction"
-    order = 12
-    def __init__(self, dims, gain): store_attr()
-    def before_batch(self): self.learn.xb = tuple((x.flip(self.dims) if self.dims else x)*self.gain for x in self.xb)
-    def after_pred(self):
-        if self.dims: self.learn.pred = self.pred.flip(self.dims)
 
 # %% ../nbs/14_learner.ipynb #e45813bf
 _learner_args = tuple(k for k in inspect.signature(Learner.__init__).parameters if k not in ('self','dls','model','loss_func','metrics','splitter'))
@@ -269,6 +280,14 @@ def load_weights(
     model.load_state_dict(ok, strict=False)
     return f"{len(ok)} of {len(own)} tensors loaded from {Path(fn).name}"
 
+def unet_args(
+    plan,   # `Plan` of the data
+    kwargs  # arguments that were given
+)->dict:    # `nf`, `depth`, `strides` and what was given
+    "Features, depth and strides of a `UNet` as the plan of the data says, unless they were given"
+    depth = kwargs.get('depth', len(kwargs['strides'])+1 if 'strides' in kwargs else plan.depth)
+    return {'nf':plan.nf, 'depth':depth, **({'strides':plan.strides[:depth-1]} if depth<=plan.depth else {}), **kwargs}
+
 def _unet_learner(ndim, dls, arch, loss_func, metrics, pretrained, fast, n_out, kwargs):
     plan,pre = get_plan(dls),get_preprocess(dls)
     if plan.ndim!=ndim: raise InputError(f"unet{ndim}d_learner: these DataLoaders give {'slices' if plan.ndim==2 else 'volumes'}: use unet{plan.ndim}d_learner")
@@ -279,9 +298,7 @@ def _unet_learner(ndim, dls, arch, loss_func, metrics, pretrained, fast, n_out, 
     if n_out==1 and len(pre.vocab)!=2: raise InputError(f"n_out=1 is a sigmoid for one structure; the masks have {len(pre.vocab)-1}")
     lk = {k:kwargs.pop(k) for k in list(kwargs) if k in _learner_args}
     patch = tuple(p for p in plan.patch if ndim==3 or p>1)
-    if arch is UNet or arch=='UNet':
-        depth = kwargs.get('depth', len(kwargs['strides'])+1 if 'strides' in kwargs else plan.depth)
-        kwargs = {'nf':plan.nf, 'depth':depth, **({'strides':plan.strides[:depth-1]} if depth<=plan.depth else {}), **kwargs}
+    if arch is UNet or arch=='UNet': kwargs = unet_args(plan, kwargs)
     model = create_model(arch, n_in, n_out, ndim=ndim, patch=patch, **kwargs)
     if pretrained: print(load_weights(model, pretrained))
     if fast: model = make_fast(model)

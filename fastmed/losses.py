@@ -13,6 +13,7 @@ from torch import nn, Tensor
 # %% ../nbs/10_losses.ipynb #56ff76a1
 class SegLoss(nn.Module):
     "Base of the losses here: checks, log-probabilities, `activation`, `decodes`, `reduction`. Subclasses write `items`."
+    normalization = 'softmax'
     def __init__(self,
         weight=None,            # (C,) one weight a class, (2,) for a sigmoid
         ignore_index:int=None,  # Voxels of this label count nowhere
@@ -60,7 +61,7 @@ class SegLoss(nn.Module):
         if not t.is_cuda and t.dtype!=torch.bool and t.numel() and (t.amax()>=C or t.amin()<0): # on a GPU the look would wait for the device
             raise InputError(f"{name}: labels {t.unique().tolist()[-4:]} found, expected 0 to {C-1}; map them by their codes, or give `ignore_index`")
         if z.dtype!=torch.float64: z = z.float()
-        logp = torch.stack([F.logsigmoid(-z[:,0]), F.logsigmoid(z[:,0])], 1) if z.shape[1]==1 else z.log_softmax(1)
+        logp = torch.stack([F.logsigmoid(-z[:,0]), F.logsigmoid(z[:,0])], 1) if z.shape[1]==1 else F.logsigmoid(z) if self.normalization=='sigmoid' else z.log_softmax(1)
         t = t.long()
         oh = t[:,None]==torch.arange(C, device=t.device)[None,:,None]
         return logp,(oh if keep is None else oh & keep[:,None]),t,keep
@@ -73,8 +74,8 @@ class SegLoss(nn.Module):
         return (v*w).sum(1)/w.sum(1).clamp_min(1e-8)
 
     def activation(self, x:Tensor)->Tensor: # (B,C,*S) logits to probabilities
-        "Softmax over the classes, or a sigmoid where there is one channel."
-        return x.sigmoid() if x.shape[1]==1 else x.softmax(1)
+        "Softmax over the classes, or a sigmoid where there is one channel or `normalization` says so."
+        return x.sigmoid() if x.shape[1]==1 or self.normalization=='sigmoid' else x.softmax(1)
     def decodes(self, x:Tensor)->Tensor: # (B,C,*S) probabilities to (B,*S) class ids
         "The likeliest class, or what lies above `thresh` where there is one channel."
         return (x[:,0]>self.thresh).long() if x.shape[1]==1 else x.argmax(1)
@@ -125,8 +126,12 @@ class DiceLoss(TverskyLoss):
         weight=None,                  # (C,) one weight a class, (2,) for a sigmoid
         ignore_index:int=None,        # Voxels of this label count nowhere
         reduction:str='mean',         # 'mean' over items, or 'none' for (B,)
-        thresh:float=.5               # Of a sigmoid's decision
-    ): super().__init__(.5, .5, smooth, batch, include_background, weight, ignore_index, reduction, thresh)
+        thresh:float=.5,              # Of a sigmoid's decision
+        normalization:str='softmax'   # Of several channels: 'softmax', the classes share each voxel; 'sigmoid', each class for itself
+    ):
+        super().__init__(.5, .5, smooth, batch, include_background, weight, ignore_index, reduction, thresh)
+        if normalization not in ('softmax','sigmoid'): raise InputError(f"normalization: expected 'softmax' or 'sigmoid', found {normalization!r}. A network of fastmed gives logits, so there is no 'none'")
+        self.normalization = normalization
 
 # %% ../nbs/10_losses.ipynb #3d004152
 class DiceCELoss(DiceLoss):

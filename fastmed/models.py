@@ -8,6 +8,7 @@ __all__ = ['FastInstanceNorm', 'conv_stage', 'init_weights', 'UShape', 'UNet', '
 
 # %% ../nbs/09_models.ipynb #b3bf9bb0
 from .core import ArgumentError, InputError
+from .zoo import DenseVoxelNet
 from numbers import Integral
 import difflib, inspect, math, torch, torch.nn.functional as F
 from torch import nn, Tensor
@@ -229,7 +230,7 @@ _monai = ('AttentionUnet','BasicUNet','BasicUNetPlusPlus','DynUNet','FlexibleUNe
 
 def model_names()->list: # Sorted
     "Names that `create_model` takes: ours, and the networks of MONAI that are tested here."
-    return sorted(('UNet','unet_cicek','monai.UNet')+_monai)
+    return sorted(('UNet','unet_cicek','DenseVoxelNet','monai.UNet')+_monai)
 
 def _refuse(name, kwargs, accepted):
     if bad:=[k for k in kwargs if k not in accepted]:
@@ -359,9 +360,7 @@ def create_model(
     "A network from a callable or a name. Raises `TypeError` on an argument it does not have, `ValueError` on an unknown name or a patch that does not fit."
     if patch is not None: patch = _axes(patch, ndim, 'patch')
     name = arch if isinstance(arch, str) else getattr(arch, '__name__', type(arch).__name__)
-    if isinstance(arch, str):
-        if arch in ('UNet','unet_cicek'): arch = dict(UNet=UNet, unet_cicek=unet_cicek)[arch]
-        else: arch = _from_monai(arch)
+    if isinstance(arch, str): arch = dict(UNet=UNet, unet_cicek=unet_cicek, DenseVoxelNet=DenseVoxelNet).get(arch) or _from_monai(arch)
     try: sig = inspect.signature(arch).parameters
     except (TypeError, ValueError): sig = {}
     if 'in_channels' in sig and 'out_channels' in sig:
@@ -372,9 +371,9 @@ def create_model(
     if not free: _refuse(name, kwargs, [k for k in own if k!='ndim'])
     if 'ndim' in kwargs: raise ArgumentError(f"{name}: `ndim` follows from the data")
     if 'ndim' in own: kwargs['ndim'] = ndim
-    elif arch is unet_cicek and ndim!=3: raise InputError(f"unet_cicek is a network for volumes (ndim=3), found ndim={ndim}; use UNet")
+    elif arch in (unet_cicek, DenseVoxelNet) and ndim!=3: raise InputError(f"{name} is a network for volumes (ndim=3), found ndim={ndim}; use UNet")
     model = arch(n_in, n_out, **kwargs)
-    if patch and isinstance(model, UShape) and any(n%d for n,d in zip(patch, model.divisor)):
+    if patch and isinstance(model, (UShape, DenseVoxelNet)) and any(n%d for n,d in zip(patch, model.divisor)):
         up = [-(-n//d)*d for n,d in zip(patch, model.divisor)]
         raise InputError(f"{name}: patch {_x(patch)} is no multiple of the total stride {_x(model.divisor)}; use {_x(up)}, or fewer levels")
     return model

@@ -11,6 +11,7 @@ from .core import *
 from .io import *
 from .preprocess import *
 from .augment import SpatialTfm
+from .blocks import *
 from .data import *
 from .models import *
 from .losses import *
@@ -296,11 +297,13 @@ class _OnnxNet(nn.Module):
         super().__init__()
         import onnxruntime as ort
         o = ort.SessionOptions(); o.intra_op_num_threads,o.log_severity_level = torch.get_num_threads(),3
+        self.sha256 = hashlib.sha256(b).hexdigest()
         self.run,self.n_in,self.size,self.divisor = ort.InferenceSession(b, o, providers=['CPUExecutionProvider']),n_in,size,size
         self.register_parameter('place', nn.Parameter(torch.zeros(()), requires_grad=False))
     def forward(self, x):
         if tuple(x.shape[1:])!=(self.n_in,*self.size): raise InputError(f"this ONNX file takes windows of {(self.n_in,*self.size)}; found {tuple(x.shape[1:])}. Export it with that patch, or use the model file")
         return torch.from_numpy(self.run.run(None, {'x':x.cpu().numpy()})[0]).to(x.device)
+    def extra_repr(self): return self.sha256
 
 def _size(model, plan): return tuple(getattr(model, 'size', None) or [-(-n//d)*d for n,d in zip((n for n in plan.patch if plan.ndim==3 or n>1), model_divisor(model))])
 

@@ -12,7 +12,7 @@ from .preprocess import *
 from fastai.data.all import *
 from fastprogress.fastprogress import progress_bar
 from concurrent.futures import ThreadPoolExecutor, as_completed
-import hashlib, json, os, shutil, tempfile
+import hashlib, json, os
 
 # %% ../nbs/05_store.ipynb #36376da0
 _version = 1   # of the layout on disk; part of every key
@@ -43,16 +43,6 @@ class Store:
         return self.path/kind/_key(_version, [file_facts(o) for o in L(fn)], {k:v for k,v in d.items() if k not in drop})
 
     # --- writing
-    def _write(self, dest, save):
-        dest.parent.mkdir(parents=True, exist_ok=True)
-        tmp = Path(tempfile.mkdtemp(prefix='.part-', dir=dest.parent))
-        try:
-            save(tmp)
-            try: os.rename(tmp, dest)
-            except OSError:
-                if not dest.exists(): raise                # another process was faster: its entry is as good
-        finally: shutil.rmtree(tmp, ignore_errors=True)
-
     def add_image(self,
         fn      # image file, or a list of channel files
     )->Path:    # folder of the entry
@@ -60,10 +50,9 @@ class Store:
         dest = self.entry('image', fn)
         if dest.exists(): return dest
         t = self.preprocess(load_volume(fn))
-        def save(p):
+        with whole_folder(dest) as p:                              # where another process was faster, its entry is as good
             np.save(p/'data.npy', t.as_subclass(Tensor).numpy())
             (p/'meta.json').write_text(json.dumps(dict(affine=t.affine.tolist(), fn=_names(fn))))
-        self._write(dest, save)
         return dest
 
     def add_mask(self,
@@ -74,11 +63,10 @@ class Store:
         if dest.exists(): return dest
         t = self.preprocess(load_mask(fn))
         fg = foreground_index(t.as_subclass(Tensor).numpy())
-        def save(p):
+        with whole_folder(dest) as p:
             np.save(p/'data.npy', t.as_subclass(Tensor).numpy())
             np.savez(p/'fg.npz', **{str(k):v for k,v in fg.items()})
             (p/'meta.json').write_text(json.dumps(dict(affine=t.affine.tolist(), fn=_names(fn))))
-        self._write(dest, save)
         return dest
 
     def build(self,
@@ -90,6 +78,7 @@ class Store:
         jobs = [(self.add_image, o, self.entry('image', o)) for o in images] + [(self.add_mask, o, self.entry('mask', o)) for o in masks]
         jobs = [(f,o) for f,o,e in jobs if not e.exists()]
         if not jobs: return self
+        for kind in ('image','mask'): sweep(self.path/kind)          # what a killed process had begun
         with ThreadPoolExecutor(ifnone(workers, min(8, defaults.cpus))) as ex:
             futs = [ex.submit(f, o) for f,o in jobs]
             try:

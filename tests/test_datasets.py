@@ -87,7 +87,7 @@ def test_cohort_without_nilearn(tmp_path, monkeypatch):
 def test_failed_write_leaves_nothing(tmp_path, monkeypatch):
     def stop(*a): raise KeyboardInterrupt
     with monkeypatch.context() as m:
-        m.setattr(D.os, 'replace', stop)
+        m.setattr(os, "replace", stop)
         with pytest.raises(KeyboardInterrupt): D._replace(tmp_path/'a.nii.gz', b'123')
     assert not list(tmp_path.iterdir())
 
