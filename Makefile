@@ -28,7 +28,7 @@ $(BIN)/python:
 # The development installation holds the demo's too, so `make demo` after `make test` installs nothing.
 $(DEV): | $(BIN)/python
 	@echo "installing fastmed with its tests into $(VENV) (some minutes the first time)"
-	$(BIN)/python -m pip install -q -e '.[dev,demo,track]'
+	$(BIN)/python -m pip install -q -e '.[dev,demo,track,dicom]'
 	@rm -f $(VENV)/.fastmed-*; touch $(DEV) $(DEMO)
 
 $(DEMO): | $(BIN)/python

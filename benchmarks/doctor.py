@@ -98,15 +98,15 @@ def far_piece(a):
     "A small cube of the first structure, as far from it as the scan allows"
     f = foreground(a); k = a[tuple(f[len(f)//2])]; c = np.array([[2 if i==0 else n-5 for i,n in zip(o, a.shape)] for o in np.ndindex(2,2,2)]); c = np.clip(c, 1, np.array(a.shape)-3)
     best = c[np.argmax([np.abs(f-o).sum(1).min() for o in c])]; return put(a, tuple(slice(o, o+3) for o in best), k)
-def other_scan(r, p, other=data/'spine/t2.nii.gz'):
+def other_scan(r, p):
     "The first channel becomes another scan, resampled to its shape"
     from scipy.ndimage import zoom
-    b = np.asarray(nib.load(other).dataobj, dtype=np.float32); swap(r, 0, rewrite(first(r), p/'x.nii.gz', lambda a: zoom(b, np.array(a.shape)/np.array(b.shape), order=1)))
+    b = np.asarray(nib.load(data/'spine/t2.nii.gz').dataobj, dtype=np.float32); swap(r, 0, rewrite(first(r), p/'x.nii.gz', lambda a: zoom(b, np.array(a.shape)/np.array(b.shape), order=1)))
 def grow(a):
     from scipy.ndimage import binary_dilation
-    k = a.max() if len(np.unique(a))<5 else np.bincount(a[a>0].ravel().astype(int)).argmax(); n = (a==k).sum(); m = a==k
+    v,c = np.unique(a[a>0], return_counts=True); k = v[np.argsort(c)[len(c)//2]]; n = (a==k).sum(); m = a==k
     while m.sum()<4*n: m = binary_dilation(m, iterations=1)
-    return np.where(m & (a==0) | (a==k), k, a).astype(a.dtype)
+    return np.where(m, k, a).astype(a.dtype)
 def main_label(a): return int(np.bincount(a[a>0].ravel().astype(int)).argmax())
 
 # fault: (kind, as what it counts as found, what it needs of the base: m masks, c channels, 5 cases to compare with, 3 dimensions, g NIfTI, what is done (row, folder, rows))
@@ -150,7 +150,7 @@ FAULTS = {
     'all but one voxel constant':   ('nearly constant', {'nearly constant'}, '', image(lambda a: put(a*0, (3,4,0), 1))),
     'a trace of noise on 1000':     ('nearly constant', {'nearly constant'}, 'g', image(lambda a: (1000+np.random.default_rng(0).normal(0, .05, a.shape)).astype(np.float32), dtype=np.float32)),
     'thousand times brighter':      ('intensity regime', {'intensity regime'}, 'g', image(lambda a: a.astype(np.float32)*1000, dtype=np.float32)),
-    'thousand times darker':        ('intensity regime', {'intensity regime'}, 'g', image(lambda a: a.astype(np.float32)/1000, dtype=np.float32)),
+    'a million times darker':       ('intensity regime', {'intensity regime'}, 'g', image(lambda a: a.astype(np.float32)/1e6, dtype=np.float32)),
     'eight times the size':         ('odd size', {'odd size'}, '5', both(lambda a: np.concatenate([a]*2, 0).repeat(1, 1) if a.shape[2]==1 else np.pad(a, [(0, n) for n in a.shape]))),
     'half of the scan':             ('odd size', {'odd size'}, '5', both(lambda a: a[:, :a.shape[1]//2])),
     'slices three times as thick':  ('odd spacing', {'odd spacing'}, '5g', both(aff=scale(1,1,3))),
@@ -168,7 +168,8 @@ FAULTS = {
     'a stray piece':                ('stray components', {'stray pieces'}, 'ms', mask(far_piece)),
     'contrast inverted':            ('wrong modality', {'odd contrast','odd intensity'}, '5', image(lambda a: a.max()-a)),
     'another organ':                ('wrong modality', {'odd contrast','odd intensity','odd size','odd spacing','intensity regime'}, '5g', other_scan),
-    'noise':                        ('wrong modality', {'odd contrast'}, '5g', image(lambda a: np.random.default_rng(0).normal(float(np.mean(a)), float(np.std(a)), a.shape).astype(np.float32), dtype=np.float32)),
+    'blurred':                      ('odd texture', {'odd texture','odd contrast'}, '5g', image(lambda a: __import__('scipy.ndimage').ndimage.gaussian_filter(a.astype(np.float32), 2.), dtype=np.float32)),
+    'noise':                        ('wrong modality', {'odd contrast','odd texture'}, '5g', image(lambda a: np.random.default_rng(0).normal(float(np.mean(a)), float(np.std(a)), a.shape).astype(np.float32), dtype=np.float32)),
     'the mask as image':            ('wrong modality', {'looks like a mask','odd contrast'}, '5m', lambda r,p: swap(r, 0, r['mask'])),
     'channels in another order':    ('wrong modality', {'odd contrast','channel order'}, 'c', lambda r,p: r.update(image=[r['image'][-1], *r['image'][1:-1], r['image'][0]])),
     'other order of axes':          ('mixed orientation', {'mixed orientation'}, '3g', lambda r,p: (r.update(image=[reoriented(o, p/f'x{i}.nii.gz') for i,o in enumerate(r['image'])] if isinstance(r['image'], list) else reoriented(r['image'], p/'x.nii.gz')),
@@ -197,16 +198,19 @@ def edit(fn, f):
 
 def bases(tmp):
     "name → (rows of sound cases, the one that gets the faults, arguments, properties): the hippocampus once for each regime of intensity"
-    hip = fm.scan_decathlon(data/'hippocampus'); top = np.array([float(fm.load_volume(f).max()) for f in hip.image[::7]]); hip = hip.iloc[::7].reset_index(drop=True); kw = dict(codes=['background','anterior','posterior'])
+    hip = fm.scan_decathlon(data/'hippocampus'); top = np.array([float(fm.load_volume(f).max()) for f in hip.image]); kind = np.array([0 if t>1e4 else 1 if str(fm.read_header(f)['dtype'])=='uint8' else 2 for t,f in zip(top, hip.image)])
+    few = np.sort(np.r_[np.flatnonzero(kind==0)[:4], np.flatnonzero(kind==1)[:6], np.flatnonzero(kind==2)[:14]]); hip,top = hip.iloc[few].reset_index(drop=True),top[few]; kw = dict(codes=['background','anterior','posterior'])
     whole = np.array([str(fm.read_header(f)['dtype'])=='uint8' for f in hip.image]); pick = lambda m: int(np.flatnonzero(m)[len(np.flatnonzero(m))//2])
     res = {'hippocampus, uint8':(hip, pick(whole), kw, 'm53dg2bs'), 'hippocampus, float':(hip, pick(~whole & (top<1e4)), kw, 'm53dg2bs'), 'hippocampus, bright float':(hip, pick(top>1e5), kw, 'm53dg2bs')}
-    ixi = fm.scan_folder(data/'ixi_brains').iloc[:6]; res['ixi_brains'] = (ixi, 3, {}, 'm53g2b')
-    ms = fm.scan_folder(data/'ms_lesions').to_dict('records'); (tmp/'ms').mkdir()
-    for r in ms:                                    # the middle of the brain, to save time
-        cut = lambda f: (im:=nib.load(f)).slicer[50:130,60:150,60:130]
-        for f in [*r['image'], r['mask']]: nib.save(cut(f), tmp/'ms'/f.name)
-        r.update(image=[tmp/'ms'/f.name for f in r['image']], mask=tmp/'ms'/r['mask'].name)
-    res['ms_lesions, four channels'] = (pd.DataFrame(ms), 1, dict(codes=['background','lesion']), 'mcdg2b')
+    def cut(df, name, where):                       # the middle of the brain, to save time
+        rows = df.to_dict('records')
+        for r in rows:
+            fs = [*(r['image'] if isinstance(r['image'], list) else [r['image']]), r['mask']]; to = [tmp/name/f.parent.name/f.name for f in fs]
+            for f,t in zip(fs, to): t.parent.mkdir(parents=True, exist_ok=True); nib.save(nib.load(f).slicer[where], t)
+            r.update(image=to[:-1] if len(to)>2 else to[0], mask=to[-1])
+        return pd.DataFrame(rows)
+    res['ixi_brains'] = (cut(fm.scan_folder(data/'ixi_brains').iloc[:6], 'ixi', np.s_[30:90,30:90,20:70]), 3, {}, 'm53g2')
+    res['ms_lesions, four channels'] = (cut(fm.scan_folder(data/'ms_lesions'), 'ms', np.s_[50:130,60:150,60:130]), 1, dict(codes=['background','lesion']), 'mcdg2')
     res['spine'] = (spine(), 1, dict(codes=['background','cord']), 'mdg2')
     co = fm.cohort(tmp/'faults_cohort', n=8, spacing=4.).assign(image=lambda d: [[a, b] for a,b in zip(d.image, d.image_t2)]); res['embedded cohort, two channels'] = (co, 5, {}, 'm5c3g2')
     res['chest_xray, PNG'] = (radiographs(40), 7, {}, '52p')
@@ -232,6 +236,7 @@ def faults(a):
             hit = r[r.problem.isin(want) & ((r.case==case) | (r.case=='(all)'))]; others = r[(r.case!=case) & (r.case!='(all)')]
             also = sorted(set(r.problem[r.case==case])-set(hit.problem))
             out.append(dict(kind=kind, fault=fault, base=name, found=bool(len(hit)) if want else not len(r), found_as=', '.join(dict.fromkeys(hit.problem)), severity=', '.join(sorted(set(hit.severity))), named=bool((hit.case==case).any()), also=', '.join(also), other_cases_blamed=len(others)))
+        print(f'{time.time()-start:.0f} s, {name}: missed', [o['fault'] for o in out if o['base']==name and not o['found']], 'blamed', [(o['fault'], o['other_cases_blamed']) for o in out if o['base']==name and o['other_cases_blamed']], flush=True)
     import pydicom
     src = data/'ct_dicom/philips_phantom_no_tilt_5mm'; fs = sorted((f for f in src.rglob('*') if f.is_file()), key=lambda f: float(pydicom.dcmread(f, stop_before_pixels=True).ImagePositionPatient[2]))
     for part,cut in (('slices 1 to 28',slice(None)), ('slices 1 to 12',slice(0,12)), ('slices 17 to 28',slice(16,28))):

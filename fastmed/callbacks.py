@@ -259,7 +259,7 @@ class ResumeCallback(Callback):
 
     def before_epoch(self):
         if self._off(): return
-        if self.was and self.was.get('done'): _set_chance(self.was['now'], self.dls); self._go_on(); self.done = True; raise CancelFitException()
+        if self.was and (self.was.get('done') or self.was['epoch']>=self.n_epoch): _set_chance(self.was['now'], self.dls); self._go_on(); self.done = True; raise CancelFitException()
         if self.was and self.epoch<self.was['epoch']: raise CancelEpochException()
         if self.was: _set_chance(self.was['start'], self.dls); self.skip = self.was['batch']; self.learn.train_iter = self.was['train_iter']-self.skip
         if self.was and not self.skip: self._go_on()
@@ -288,9 +288,9 @@ class ResumeCallback(Callback):
                  recorder=dict(lrs=r.lrs, losses=r.losses, values=r.values, iters=r.iters, smooth=[r.smooth_loss.count, r.smooth_loss.val]))
         with whole_file(self.fn) as tmp, open(tmp, 'wb') as f: torch.save(_plain(s), f)
     def after_fit(self):
-        if self._off() or self.done: return
-        if self.keep: self._save(self.epoch+1, 0, True)
-        else: self.fn.unlink(missing_ok=True)
+        if self._off(): return
+        if not self.keep: self.fn.unlink(missing_ok=True)
+        elif not self.done: self._save(self.epoch+1, 0, True)
 
 # %% ../nbs/13_callbacks.ipynb #e9b25638
 class DeepSupervisionLoss(Module):
@@ -331,6 +331,5 @@ class PictureCallback(Callback):
         dec = self.learn.loss_func.decodes(self.learn.loss_func.activation(out))
         dl.show_results(b, TensorMed(dec).as_subclass(type(b[1])), max_n=self.n)
         fn = self.learn.path/self.path/f'epoch_{self.epoch:03d}.png'
-        fn.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(fn) as tmp: plt.savefig(tmp, dpi=80)
         plt.close()

@@ -9,7 +9,7 @@ __all__ = ['PROBLEMS', 'Report', 'check_dataset']
 from .core import *
 from .io import *
 from .report import *
-from .survey import _case_names, _f, _some, _survey
+from .survey import _case_names, _f, _some, _survey, _twins
 from fastai.basics import *
 import contextlib
 
@@ -49,6 +49,8 @@ PROBLEMS = ( # kind, severity, what would be right, how to mend it
     ('intensity regime', 'warning', 'one order of magnitude', "normalise each scan by itself (normalize='zscore'), and look why it differs"),
     ('odd intensity', 'warning', '', 'look at it; units or window may differ'),
     ('odd contrast', 'warning', 'the contrast of the other cases', 'look whether it is another modality or sequence, inverted, or a channel in the wrong place'),
+    ('odd texture', 'warning', '', 'look whether it is noisy, blurred, interpolated, or no scan at all'),
+    ('channel order', 'warning', 'the channels in the order of the other cases', 'put the files in one order'),
     ('odd size', 'warning', '', 'look whether it shows the same part of the body'),
     ('odd spacing', 'warning', '', 'fastmed resamples to one spacing; look whether the scan is of the same kind'),
     ('odd volume', 'warning', '', 'look whether the mask belongs to this scan and is whole'),
@@ -131,11 +133,13 @@ def _far(v, least, sds=6.):
     d = np.abs(v-np.nanmedian(v)); return d>max(least, sds*1.4826*np.nanmedian(d))
 
 def _regimes(level):
-    "Number of the intensity regime of each case, 0 the most frequent: groups that lie a factor of three apart, where the whole spans more than ten"
+    "Number of the intensity regime of each case, 0 the most frequent: groups that lie a factor of three apart, where the whole spans more than ten; a few cases within ten of the most frequent are no regime"
     v = np.asarray(level, dtype=float); ok = np.flatnonzero(np.isfinite(v)); o = ok[np.argsort(v[ok])]; res = np.zeros(len(v), int)
     if len(o)<2 or v[o[-1]]-v[o[0]]<1: return res
-    g = np.r_[0, np.cumsum(np.diff(v[o])>np.log10(3))]; rank = np.argsort(np.argsort(-np.bincount(g), kind='stable'))
-    res[o] = rank[g]; return res
+    g = np.r_[0, np.cumsum(np.diff(v[o])>np.log10(3))]; mid = np.median(v[o][g==np.bincount(g).argmax()])
+    for j in range(g[-1]+1):
+        if (g==j).sum()<=max(1, len(o)//20) and abs(np.median(v[o][g==j])-mid)<1: g[g==j] = np.bincount(g).argmax()
+    g = np.unique(g, return_inverse=True)[1]; rank = np.argsort(np.argsort(-np.bincount(g), kind='stable')); res[o] = rank[g]; return res
 
 def _minority(problem, values, names, what=str):
     "Findings for a property in which the cases differ: by case where few do, else once for the set"
@@ -144,13 +148,6 @@ def _minority(problem, values, names, what=str):
     few = s[s!=n.index[0]]
     if len(few)<=max(1, len(s)//5) and len(s)>2: return [(i, _f(problem, what(v), expected=f'{what(n.index[0])}, as {n.iloc[0]} of {len(s)} cases')) for i,v in few.items()]
     return [(-1, _f(problem, '; '.join(f'{what(v)}: {k} cases, such as {names[s.index[s==v][0]]}' for v,k in n.items()), expected='one for all'))]
-
-def _twins(pairs):
-    "{hash: [(case number, file), …]} of the hashes that stand more than once"
-    d = {}
-    for h,i,f in pairs:
-        if h: d.setdefault(h, []).append((i,f))
-    return [v for v in d.values() if len(v)>1]
 
 def _across(heads, vox, names, subject):
     "Findings that only show beside the other cases: (case number, finding)"
@@ -171,7 +168,8 @@ def _across(heads, vox, names, subject):
                               + (f', and of another subject: a split may part them' if subject is not None and subject[i]!=subject[j] else ''), c['file'])
     first = lambda i: next((c['hash'] for c in vox[i]['channels'] if c), i)
     for t in _twins((v['mask'].get('hash'), i, h['mask']) for i,(h,v) in enumerate(zip(heads, vox))):
-        blame = [o for o in t if not heads[o[0]]['images']] if any(heads[o[0]]['images'] for o in t) else t[1:]
+        bad = lambda i: not heads[i]['images'] or any(o['problem'].startswith('mask') for o in heads[i]['findings'])   # no image of its own, or one that it does not fit
+        blame = [o for o in t if bad(o[0])] if not all(bad(o[0]) for o in t) else t[1:]
         for i,f in blame or t:
             j,g = next(o for o in t if o[0]!=i)
             if first(i)!=first(j): add(i, 'same mask' if subject is None or subject[i]!=subject[j] else 'same mask, one subject', f'the voxels of the mask of case {names[j]}', f)
@@ -190,9 +188,11 @@ def _grey(ch, names, of):
     small = [j for j in range(1, len(k)) if k[j]<=max(1, n//20)] if n>2 else []
     for i in np.flatnonzero(np.isin(r, small)): add(i, 'intensity regime', f'{of}range {10**level[i]:.3g}', file[i], f'about {10**mid[0]:.3g}, as {k[0]} of {n} cases')
     if len(k)-len(small)>1: add(-1, 'intensity regime', of+'; '.join(f'{k[j]} cases with a range of about {10**mid[j]:.3g}, such as {names[np.flatnonzero((r==j)&has)[0]]}' for j in range(len(k)) if j not in small))
-    for j in range(len(k)):
-        g = np.flatnonzero((r==j)&has); l,b = _far(level[g], np.log10(3)),_far(base[g], .3)
-        for i in g[l|b]: add(i, 'odd intensity', f'{of}range {10**level[i]:.3g}, from {base[i]*10**level[i]:.3g}', file[i], f'a range of about {10**mid[j]:.3g}, from {np.median(base[g])*10**mid[j]:.3g}')
+    far,off = np.zeros(n, bool),_far(base, .3)
+    for j in range(len(k)): g = np.flatnonzero((r==j)&has); far[g] = _far(level[g], np.log10(3))
+    for i in np.flatnonzero(far|off): add(i, 'odd intensity', f'{of}range {10**level[i]:.3g}, from {base[i]*10**level[i]:.3g}', file[i], f'a range of about {10**mid[r[i]]:.3g}, from {np.nanmedian(base)*10**mid[r[i]]:.3g}')
+    X = np.array([np.full(6, np.nan) if o is None else o['rough'] for o in ch]); x = np.log(np.where(X>0, X, np.nan))
+    for i in np.flatnonzero(np.sum([_far(c, np.log(2)) for c in x.T], 0)>=2): add(i, 'odd texture', f"{of}neighbours differ by {_some((f'{100*o:.2g}' for o in X[i,:3]), 3)} % of the range along x, y, z", file[i], f"about {_some((f'{100*o:.2g}' for o in np.nanmedian(X[:,:3], 0)), 3)} %")
     V = _contrast(ch); have = np.isfinite(V).any(1)
     if have.sum()>=5:
         lo,hi = np.nanmin(V[have], 1, keepdims=True),np.nanmax(V[have], 1, keepdims=True); U = (V[have]-lo)/np.maximum(hi-lo, 1e-9); m = np.nanmedian(U, 0)
@@ -203,8 +203,16 @@ def _grey(ch, names, of):
     return out
 
 def _order(heads, vox, names):
-    "Findings about channels that would fit the other cases better in another order"
-    return []
+    "Findings about channels that would fit those of the other cases clearly better in another order"
+    from scipy.optimize import linear_sum_assignment
+    C = pd.Series([len(v['channels']) for v in vox]).mode().iloc[0]; who = [i for i,v in enumerate(vox) if len(v['channels'])==C and all(c and np.isfinite(c['shape']).all() for c in v['channels'])]
+    if C<2 or len(who)<2: return []
+    V = np.array([[np.r_[c['shape'], np.log(c['rough'][:3].mean()+1e-9), np.log(c['rough'][3:].mean()+1e-9)] for c in vox[i]['channels']] for i in who]); odd = {}
+    for i,v in enumerate(V):
+        d = np.linalg.norm(v[:,None]-np.median(np.delete(V, i, 0), 0)[None], axis=-1); to = linear_sum_assignment(d)[1]; own = np.trace(d)
+        if (to!=np.arange(C)).any() and own-d[np.arange(C),to].sum()>max(.2*own, .3): odd[who[i]] = 'by their histograms '+_some(f'channel {a} is like channel {b}' for a,b in enumerate(to) if a!=b)
+    if len(odd)>max(1, len(who)/3): i,w = next(iter(odd.items())); return [(-1, _f('channel order', f"{_some((names[k] for k in odd), 3)}: the channels are in another order than in the other cases; {w} of the others"))]
+    return [(i, _f('channel order', f'{w} of the other cases', heads[i]['images'][0])) for i,w in odd.items()]
 
 def _labels(heads, vox, names, codes):
     "Findings about labels: (case number, finding)"
@@ -229,7 +237,8 @@ def _labels(heads, vox, names, codes):
     odd,crumbs,far = {},{},{}
     for k in sorted(every-{0}):
         v = np.array([np.log(x['mask'].get('volume', {}).get(k, np.nan)) for x in vox]); ok = np.flatnonzero(np.isfinite(v)); mid = np.exp(np.median(v[ok]))/1000 if len(ok) else 0
-        for i in np.flatnonzero(_far(v, np.log(2))): odd.setdefault(i, []).append((name(k), np.exp(v[i])/1000, mid))
+        n = np.median([sum(o for o,_ in vox[i]['mask']['pieces'][k]) for i in ok]) if len(ok) else 1
+        for i in np.flatnonzero(_far(v, np.log(2+20/n))): odd.setdefault(i, []).append((name(k), np.exp(v[i])/1000, mid))
         p = {i:vox[i]['mask']['pieces'][k] for i in ok}; more = [i for i in ok if len(p[i])>1]
         if len(ok)<3 or len(more)>max(1, .2*len(ok)): continue
         for i in more: crumbs.setdefault(i, []).append(f"{name(k)}: {_some(s for s,_ in p[i][1:])} voxels, up to {max(g for _,g in p[i][1:]):.3g} mm away")

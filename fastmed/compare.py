@@ -149,7 +149,7 @@ def _train_run(spec):
     "Train and score one run; this is what an executor is given. None where another process of this machine is at it"
     if (folder:=Path(spec['folder'])).exists(): return folder
     with writing(folder): place = contextlib.ExitStack(); tmp = place.enter_context(beside(folder, True, folder.parent/'unfinished', alone=True))
-    with place: return None if tmp is None else folder if folder.exists() else _trained(spec, folder, tmp)
+    with place: return None if tmp is None else folder if folder.exists() else spec.get('do', _trained)(spec, folder, tmp)     # `crossval` has its own
 
 def _trained(spec, folder, tmp):
     torch.set_num_threads(spec['threads'])
@@ -157,12 +157,12 @@ def _trained(spec, folder, tmp):
     kw = dict(spec['kwargs']); look = {k:kw.pop(k) for k in _look if k in kw}; lr_max = kw.pop('lr_max', None)
     df = spec['df']; df.attrs.update(spec['attrs'])
     with _quiet_out():
-        learn = make_learner(df, **kw, valid_col='_held_out')
+        learn = spec.get('make', make_learner)(df, **kw, valid_col='_held_out')
         for dl in learn.dls.loaders: dl.rng = random.Random(spec['seed'])              # other threads of a worker may draw from Python's own generator
         (unit,n), = spec['budget'].items()
         cbs = [_NoValidation(), cost:=CostCallback()] + ([] if unit=='epochs' else [BudgetCallback(**{unit:n})])
         with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(n if unit=='epochs' else 1_000_000, lr_max, cbs=cbs)
-        return _finish(learn, {**spec, 'lr_max':lr_max}, look, folder, cost.total, tmp)
+        return spec.get('finish', _finish)(learn, {**spec, 'lr_max':lr_max}, look, folder, cost.total, tmp)
 
 def _runs(specs, executor):
     "Train them all; what another process is at is asked for again until it is there"

@@ -87,6 +87,7 @@ def beside(
 ):                     # an empty hidden file or folder, gone at the end unless it was renamed
     "A place to prepare `fn` in, which no other process writes to; one that a killed process left is taken over"
     fn = Path(fn); work,sfx,fd,i = Path(ifnone(work, fn.parent)),'.nii.gz' if fn.name.lower().endswith('.nii.gz') else fn.suffix,None,0
+    tmp = None
     try:
         while fd is None:
             work.mkdir(parents=True, exist_ok=True)

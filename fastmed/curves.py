@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['Estimate', 'bootstrap_counts', 'estimate', 'auc_stat', 'ap_stat', 'area_under', 'Curve', 'score_curve',
-           'OperatingPoint', 'choose_threshold', 'operating_point', 'Calibration', 'calibration', 'agreement', 'bands',
-           'score_by', 'error_by', 'Confounding', 'confounding']
+           'OperatingPoint', 'operating_point', 'Calibration', 'calibration', 'agreement', 'bands', 'score_by',
+           'error_by', 'Confounding', 'confounding']
 
 # %% ../nbs/47_curves.ipynb #ad8336f5
 from .core import *
 from .stats import _groups
+from .scores import choose_point
 from fastai.basics import *
+import warnings
 
 # %% ../nbs/47_curves.ipynb #7326565a
 class Estimate(float):
@@ -172,34 +174,17 @@ class OperatingPoint(AttrDict):
     def __str__(self): return f"at {self.threshold:.3g} ({self.rule}): " + ', '.join(f"{k} {self[k]}" for k in ('sensitivity','specificity','ppv','npv')) + f"; {self.positives} of {self.n} positive"
     def __repr__(self): return f'OperatingPoint {self}'
 
-def choose_threshold(
-    y,                  # (n,) targets, 0 or 1
-    score,              # (n,) higher: more likely 1
-    rule='youden'       # 'youden'; ('sensitivity', .9) or ('specificity', .9): at least that; or the threshold itself
-)->tuple:               # (threshold, the rule in words); a case is positive from the threshold upwards
-    "A threshold by rule. Raises `InputError` on an unknown rule, or where a class is missing. Source: Youden 1950"
-    if isinstance(rule, (int,float,np.number)): return float(rule),'given'
-    y,s = _binary(y, score, 'choose_threshold')
-    if y.all() or not y.any(): raise InputError(f"choose_threshold: all {len(y)} cases are {int(y[0])}; a rule needs both classes")
-    from sklearn.metrics import roc_curve
-    fpr,tpr,t = (o[1:] for o in roc_curve(y, s, drop_intermediate=False))              # the first is above every score
-    if rule=='youden': return float(t[np.argmax(tpr-fpr)]),"Youden's index"
-    if not (isinstance(rule, (tuple,list)) and len(rule)==2 and rule[0] in ('sensitivity','specificity') and 0<rule[1]<=1):
-        raise InputError(f"rule: expected a threshold, 'youden', ('sensitivity', 0.9) or ('specificity', 0.9); found {rule!r}")
-    what,v = rule
-    if what=='sensitivity': return float(t[np.argmax(tpr>=v-1e-12)]),f'sensitivity at least {v:g}'
-    ok = np.flatnonzero(1-fpr>=v-1e-12)
-    return (float(t[ok[-1]]) if len(ok) else float(np.nextafter(t[0], np.inf))),f'specificity at least {v:g}'
-
 def operating_point(
     y,                  # (n,) targets, 0 or 1
     score,              # (n,) higher: more likely 1
-    rule=.5,            # see `choose_threshold`
+    rule=.5,            # threshold, 'youden', ('sensitivity', .9) or ('specificity', .9): see `choose_point`
     groups=None,        # (n,) subject of each case
     **kwargs            # of `estimate`: n_boot, level, seed
 )->OperatingPoint:      # sensitivity, specificity, ppv, npv with intervals
-    "What a threshold does: a case is positive from it upwards. Raises `InputError` as `choose_threshold`"
-    t,how = choose_threshold(y, score, rule); y,s = _binary(y, score, 'operating_point', groups); hit = s>=t
+    "What a threshold does: a case is positive from it upwards. Raises `InputError` on an unknown rule, or where a rule lacks a class. Source: Youden 1950"
+    y,s = _binary(y, score, 'operating_point', groups); t = choose_point(y, s, rule); hit = s>=t
+    if np.isnan(t): raise InputError(f"operating_point: all {len(y)} cases are {int(y[0])}; {rule!r} needs both classes. Give a threshold")
+    how = 'given' if not isinstance(rule, (str,tuple,list)) else "Youden's index" if rule=='youden' else f'{rule[0]} at least {rule[1]:g}'
     def f(w):
         tp,fn,tn,fp = ((w*m).sum(1) for m in (y&hit, y&~hit, ~y&~hit, ~y&hit))
         return np.stack([_ratio(tp, tp+fn), _ratio(tn, tn+fp), _ratio(tp, tp+fp), _ratio(tn, tn+fn)], 1)
@@ -329,9 +314,9 @@ def _by(levels, n, groups, f):
 class Confounding(AttrDict):
     "`counts` (target × level), `within` (a row a level), `areas` (a row an AUC: value, low, high, pairs), `gap` (pooled minus within, `Estimate`); names `target`, `confounder`"
     def __str__(self):
-        a = self.areas.auc; r = a.iloc[4:].max() if len(a)>4 else float('nan')
-        q = f"{self.target} against {self.confounder}: pooled AUC {a['pooled']:.3f}, within levels {a['within levels']:.3f} (difference {self.gap:+.3f} [{self.gap.low:+.3f}, {self.gap.high:+.3f}]); {self.confounder} alone {a['confounder alone']:.3f}"
-        return q + (f"; the score tells {self.confounder} among negatives with {r:.3f}" if np.isfinite(r) else '')
+        a = self.areas.auc; q = f"{self.target} against {self.confounder}: pooled AUC {a['pooled']:.3f}, within levels {a['within levels']:.3f} (difference {self.gap:+.3f} [{self.gap.low:+.3f}, {self.gap.high:+.3f}]); {self.confounder} alone {a['confounder alone']:.3f}"
+        if not len(r:=a.iloc[4:]): return q
+        k = (r-.5).abs().idxmax(); return q+f"; {k.removeprefix('score for ').removesuffix(', negatives')} is told among the negatives with {r[k]:.3f}"
     def __repr__(self): return f'Confounding: {self}'
     def plot(self): # matplotlib figure
         "Counts, the AUC within each level, and the pooled AUC beside the stratified one"
@@ -375,7 +360,7 @@ def confounding(
     area = lambda e,pairs: dict(auc=float(e), low=e.low, high=e.high, pairs=pairs)
     areas = {'pooled':area(pooled, total), 'within levels':area(within, q), 'between levels':area(between, total-q), 'confounder alone':area(own, total)}
     neg,gs = ~y,None if groups is None else np.asarray(list(groups), dtype=object)
-    for j in range(1 if len(cats)==2 else 0, len(cats)):                     # of two levels the later one, of more each against the rest
+    for j in range(len(cats)) if len(cats)>2 else [int(np.argmax([y[k==j].mean() for j in range(len(cats))]))]:   # of two levels the one with more positives, of more each against the rest
         z = (k==j)[neg]
         if z.any() and not z.all():
             e = area_under(z.astype(int), s[neg], None if gs is None else gs[neg], **kwargs)

@@ -80,7 +80,7 @@ class VolumeDataLoaders(DataLoaders):
         if label_col is None: splitter = _case_splitter(df, group_col, valid_col, valid_pct, seed)
         else: splitter = label_splitter(df, label_col, label_block(df, label_col, y_block, label_delim)[2], label_delim, group_col, valid_col, valid_pct, seed, stratify)
         train = list(splitter(range(len(df)))[0])
-        labelled = () if label_col is None else label_block(df, label_col, y_block, label_delim, train)
+        labelled = () if label_col is None else label_block(df, label_col, y_block, label_delim, train, group_col)
         heads = [_check_headers(df.iloc[i], images[i], masks[i]) for i in range(len(df))] if masks else [read_header(o) for o in images]
         for i,h in enumerate(heads):
             if h['channels']!=heads[0]['channels']:

@@ -7,7 +7,8 @@ __all__ = ['smooth_field', 'deformation', 'cohort', 'sphere', 'sphere_dice', 'ph
 
 # %% ../nbs/02_datasets.ipynb #62815cb1
 from .core import ExtraError, FileError, InputError, whole_file, writing
-import contextlib, errno, gzip, hashlib, importlib.util, math, os, re, shutil, stat, tarfile, zipfile
+from .archive import unpack_safely
+import contextlib, errno, gzip, hashlib, importlib.util, math, os, re, shutil, warnings
 from pathlib import Path
 from urllib.parse import urlparse
 import numpy as np, pandas as pd, nibabel as nib
@@ -165,7 +166,7 @@ def _is_whole(fn, note):
     "Is `fn` there, complete, and made with the arguments that `note` tells? Raises `ValueError` when others made it"
     if not fn.exists(): return False
     try: hdr = nib.load(fn).header
-    except (nib.filebasedimages.ImageFileError, OSError, EOFError): return False
+    except Exception: return False                               # whatever a damaged header makes nibabel say
     found = bytes(hdr['descrip'].item()).decode(errors='replace').rstrip('\0')
     if found!=note: raise InputError(f'{fn} is there already and says {found!r}, where this cohort would write {note!r}; give cohort another path, or delete the folder')
     size = 352 + math.prod(hdr.get_data_shape())*hdr.get_data_dtype().itemsize
@@ -295,45 +296,29 @@ def _checksum(fn, expected):
 
 def _fetch(url, fn, expected):
     "Download `url` to `fn` unless it is there and right; `fn` is whole and verified, or absent"
-    if fn.exists() and _checksum(fn, expected)==expected: return fn
+    if expected and fn.exists() and _checksum(fn, expected)==expected: return fn
     part = fn.with_name(fn.name+'.part')
-    if part.exists() and _checksum(part, expected)==expected: return part.replace(fn)       # killed a moment before its end
+    if expected and part.exists() and _checksum(part, expected)==expected: return part.replace(fn)       # killed a moment before its end
     try: download_url(url, part, timeout=60)
     except Exception as e:
         for o in (part, part.with_name(part.name+'.part')): o.unlink(missing_ok=True)
         if getattr(e, 'errno', None) in [getattr(errno, k, -1) for k in ('ENOSPC','EDQUOT','EFBIG','EROFS')]: raise      # the disk's fault, not the network's
         raise FileError(f'{url}: the download stopped ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}). Nothing was kept; look at the connection and call untar_data again') from e
+    if not expected:
+        warnings.warn(f'{url}: no checksum was given, so what arrived could not be verified. Next time pass checksum={_checksum(part, "")!r}')
+        return part.replace(fn)
     found = _checksum(part, expected)
     if found!=expected:
         part.unlink()
         raise InputError(f'{url}: expected checksum {expected}, found {found}. Nothing was unpacked; call untar_data again, or pass checksum= if the file was changed on purpose')
     return part.replace(fn)
 
-def _members(ar, url):
-    "Members of an open archive, all of them looked at before one is unpacked; macOS resource forks (`._name`) left out. Raises `ValueError` on an unsafe one"
-    is_zip,res = isinstance(ar, zipfile.ZipFile), []
-    for m in ar.infolist() if is_zip else ar.getmembers():
-        name = m.filename if is_zip else m.name
-        parts = re.split(r'[/\\]', name)
-        plain = stat.S_IFMT(m.external_attr>>16) in (0, stat.S_IFREG, stat.S_IFDIR) if is_zip else m.isfile() or m.isdir()
-        if '..' in parts or name[:1] in ('/','\\') or re.match('[A-Za-z]:', name) or not plain:
-            what = 'a name that leads out of the folder' if plain else 'a link or a device'
-            raise InputError(f'{url}: the archive holds {name!r}, {what}. Only plain files and folders inside it are accepted; nothing was unpacked, do not trust this archive')
-        if not (parts[-1].startswith('._') or '__MACOSX' in parts): res.append(m)
-    return res
-
 def _unpack(arch, dest, url, note):
     "Unpack `arch` beside `dest` and rename; a single top folder becomes `dest` itself"
     tmp = dest.with_name(dest.name+'.part')
     shutil.rmtree(tmp, ignore_errors=True)
-    kw = dict(filter='data') if hasattr(tarfile, 'data_filter') else {}
     try:
-        if tarfile.is_tarfile(arch):
-            with tarfile.open(arch) as ar:
-                for m in progress_bar(_members(ar, url), leave=False): ar.extract(m, tmp, set_attrs=False, **kw)
-        elif zipfile.is_zipfile(arch):
-            with zipfile.ZipFile(arch) as ar: ar.extractall(tmp, _members(ar, url))
-        else: raise InputError(f'{url}: the file is neither tar nor zip; give the address of an archive')
+        unpack_safely(arch, tmp, url)
         tops = list(tmp.iterdir()) if tmp.exists() else []
         if not tops: raise InputError(f'{url}: the archive is empty; give the address of another')
         top = tops[0] if len(tops)==1 and tops[0].is_dir() else tmp
@@ -348,21 +333,21 @@ def _unpack(arch, dest, url, note):
 
 # %% ../nbs/02_datasets.ipynb #797db6ce
 def untar_data(
-    url:str,                   # A name of `URLs`, or any archive (.tar, .tar.gz, .zip) together with `checksum`
+    url:str,                   # A name of `URLs`, or any archive (.tar, .tar.gz, .zip), best together with `checksum`
     archive=None,              # Folder for the archive; None: `archive` of FASTMED_HOME, else of fastai's configuration
     data=None,                 # Folder to unpack in; None: `data` of FASTMED_HOME, else of fastai's configuration
     c_key:str='data',          # Key in fastai's configuration, used when `data` is None
     force_download:bool=False, # Download and unpack anew, whatever is there
     base=None,                 # Folder used in place of FASTMED_HOME
-    checksum:str=None,         # MD5 or SHA-256 in hexadecimal; None: the Decathlon's own
+    checksum:str=None,         # MD5 or SHA-256 in hexadecimal; None: the Decathlon's own, else none: a warning says so
 )->Path:                       # The unpacked folder, or `$FASTMED_DATA/<task>` where that is there
-    "Download, verify, unpack; whole or absent. Raises `OSError` when the download stops, `ValueError` on a wrong checksum or an unsafe archive. Hands other URLs to fastai's own"
+    "Download, verify, unpack; whole or absent. Raises `OSError` when the download stops, `ValueError` on a wrong checksum or an unsafe archive. Hands fastai's own URLs to fastai"
     folder,md5 = _known(url)
-    if not (checksum or md5):
+    if not (checksum or md5) and url in [v for o in external.URLs.__mro__ for v in vars(o).values()]:
         try: return external.untar_data(url, archive=archive, data=data, c_key=c_key, force_download=force_download, base=base)
         except OSError as e: raise FileError(f"{url}: could not be fetched ({e}). Check the address and the connection") from e
-    expected = (checksum or md5).lower()
-    if not re.fullmatch('[0-9a-f]{32}|[0-9a-f]{64}', expected): raise InputError(f'{url}: checksum={checksum!r} is neither MD5 (32 hexadecimal digits) nor SHA-256 (64); give one of them')
+    expected = (checksum or md5 or '').lower()
+    if expected and not re.fullmatch('[0-9a-f]{32}|[0-9a-f]{64}', expected): raise InputError(f'{url}: checksum={checksum!r} is neither MD5 (32 hexadecimal digits) nor SHA-256 (64); give one of them')
     name = Path(urlparse(url).path).name
     stem = re.sub(r'(\.tar)?\.(tar|tgz|gz|bz2|xz|zip)$', '', name)
     if not stem: raise InputError(f'{url}: the address names no file; give the address of an archive')
@@ -376,7 +361,7 @@ def untar_data(
     def there():
         if not dest.exists() or force_download: return False
         mark = dest/'.checksum'
-        if mark.exists() and mark.read_text().split()[0]!=expected and len(mark.read_text().split()[0])==len(expected):
+        if expected and mark.exists() and mark.read_text().split()[0]!=expected and len(mark.read_text().split()[0])==len(expected):
             raise InputError(f'{url}: {dest} was unpacked from an archive with checksum {mark.read_text().split()[0]}, expected {expected}. Pass force_download=True to replace it, or data= for another folder')
         return True
     if there() and not any(o.exists() for o in left): return dest                  # a read-only folder will do
@@ -386,4 +371,4 @@ def untar_data(
             for o in left: shutil.rmtree(o, ignore_errors=True)
             return dest
         if force_download: arch.unlink(missing_ok=True)
-        return _unpack(_fetch(url, arch, expected), dest, url, f'{expected} {url}\n')
+        return _unpack(_fetch(url, arch, expected), dest, url, f'{expected or "unverified"} {url}\n')

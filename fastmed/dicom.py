@@ -7,6 +7,7 @@ __all__ = ['DicomSeries', 'scan_dicom', 'dicom_series', 'is_dicom']
 
 # %% ../nbs/30_dicom.ipynb #3e3c9977
 from .core import *
+from .guard import *
 from fastai.basics import *
 from fastprogress.fastprogress import progress_bar
 from collections import Counter, namedtuple
@@ -59,7 +60,10 @@ def _head(fn):
     except Exception as e: raise FileError(f"{fn}: its DICOM header cannot be read ({type(e).__name__}). It is damaged: export or copy it again") from None
 
 def _frames(ds, fn):
-    if not ds.get('Rows') or not ds.get('Columns'): return ()
+    if not ds.get('Rows') or not ds.get('Columns'):
+        kind = ds.file_meta.get('MediaStorageSOPClassUID') or ds.get('SOPClassUID')
+        if kind is None or 'Image Storage' in kind.name: raise FileError(f"{fn}: says that it is an image and names no rows and columns. It is truncated: export or copy it again")
+        return ()
     n,per,shared = int(_text(ds, 'NumberOfFrames') or 1),ds.get('PerFrameFunctionalGroupsSequence') or [],first(ds.get('SharedFunctionalGroupsSequence') or [])
     if per and len(per)!=n or not 0<n<=fn.stat().st_size: raise FileError(f"{fn}: promises {n} frames and describes {len(per)}. It is truncated or damaged: export or copy it again")
     ids,desc = [_text(ds, o) for o in ('PatientID','PatientName','PatientBirthDate')],str(ds.get('SeriesDescription') or '').strip()
@@ -214,21 +218,21 @@ def _affine(st, origin, gap):
     return np.diag([-1,-1,1,1.])@aff
 
 def _grid(s, regrid=False):
-    "How the frames stack, with `shape` and `affine` of the volume; after regridding also `off`, the box's first column and row"
+    "How the frames stack, with `shape` and `affine` of the volume, and by how many columns and rows each image moves in it"
     if not isinstance(regrid, (bool,np.bool_)) and not (isinstance(regrid, (int,float)) and 0<regrid<np.inf): raise ArgumentError(f"regrid: expected True, False or a distance of slices in mm; found {regrid!r}")
     st = _stack(s); size,n = np.array(s.frames[0].size),len(s)
-    st.off,st.regrid = np.zeros(2),False
+    off,st.move,st.regrid = np.zeros(2),np.zeros((n,2)),False
     if st.faults and not regrid:
         raise InputError(f"{s.path} ({s}): {'; '.join(st.faults)}. Or resample it knowingly: load_volume(series, regrid=True) makes equal distances and an upright box, linearly")
     if regrid and n>1 and (st.faults or regrid is not True):
         T = st.t[-1]-st.t[0]; n = max(2, int(round(T/(float(np.median(np.diff(st.t))) if regrid is True else regrid)))+1)
-        sh = np.round(st.shift/st.px, 3); st.off = np.floor(sh.min(0)); size = size+(np.ceil(sh.max(0))-st.off).astype(int); st.gap,st.regrid = T/(n-1),True
-    st.shape = (*(int(o) for o in size), n); st.affine = _affine(st, st.origin+(st.off*st.px)@st.axes, st.gap)
+        sh = np.round(st.shift/st.px, 3); off = np.floor(sh.min(0)); size = size+(np.ceil(sh.max(0))-off).astype(int); st.move,st.gap,st.regrid = sh-off,T/(n-1),True
+    st.shape = (*(int(o) for o in size), n); st.affine = _affine(st, st.origin+(off*st.px)@st.axes, st.gap)
     return st
 
 # %% ../nbs/30_dicom.ipynb #7fb0eaa0
 def _package(syntax):
-    return ('pylibjpeg-openjpeg' if '2000' in syntax.name else 'pyjpegls' if 'JPEG-LS' in syntax.name else 'pylibjpeg-libjpeg' if 'JPEG' in syntax.name else None)
+    return ('pylibjpeg-openjpeg' if '2000' in syntax.name else 'pyjpegls' if 'JPEG-LS' in syntax.name else 'pylibjpeg-libjpeg' if 'JPEG' in syntax.name else '')
 
 def _pixels(fn):
     "((frames, rows, columns) of one file, whether they are physical values already). Raises `FileError`"
@@ -239,6 +243,7 @@ def _pixels(fn):
         implicit,little = ds.original_encoding
         ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian if little else ExplicitVRBigEndian
     syntax = ds.file_meta.TransferSyntaxUID
+    with reading(fn): check_size(fn, [int(ds.get(k) or 1) for k in ('NumberOfFrames','Rows','Columns','SamplesPerPixel')], -(-int(ds.get('BitsAllocated') or 32)//8))
     odd = int(ds.get('HighBit', 0) or ds.get('BitsStored', 1)-1)!=int(ds.get('BitsStored', 1))-1
     try:
         if odd: raise InputError('HighBit')
@@ -255,7 +260,7 @@ def _pixels(fn):
             sitk.ProcessObject.SetGlobalWarningDisplay(False)
             with contextlib.suppress(RuntimeError): return sitk.GetArrayFromImage(sitk.ReadImage(str(fn), sitk.sitkFloat32)),True
         p = _package(syntax)
-        raise FileError(f"{fn}: its pixels cannot be decoded; they are compressed as {syntax.name} ({syntax}). " + (f"The file is truncated or damaged, or a decoder is missing: pip install pylibjpeg {p}" if p else "Export it uncompressed (Explicit VR Little Endian)")) from None
+        raise FileError(f"{fn}: its pixels cannot be decoded; they are compressed as {syntax.name} ({syntax}). " + ("The file is truncated or damaged" + (f", or a decoder is missing: pip install pylibjpeg {p}" if p else ': export or copy it again' if 'RLE' in syntax.name else ', or a film: export it uncompressed (Explicit VR Little Endian)'))) from None
 
 def _images(fs):
     "The images of `fs` in that order, one at a time: (columns, rows) float32, physical values; each file is read once"
@@ -282,13 +287,14 @@ def _blend(a, b, f): return np.where(np.isnan(a), b, np.where(np.isnan(b), a, (1
 def _load_series(s, regrid=False):
     "((1,X,Y,Z) float32, affine, meta) of a series or part"
     g = _grid(s, regrid); ims = _images(g.frames); out = None
+    check_size(s.path, g.shape, 0)
     pad = g.frames[0].padding
     if not g.regrid:
         for k,a in enumerate(ims):
             if out is None: out = np.empty(g.shape, np.float32)
             out[...,k] = a
     else:
-        t = g.t-g.t[0]; moved = (_moved(_moved(a, *((sh/g.px-g.off)[0], g.shape[0]), 0), (sh/g.px-g.off)[1], g.shape[1], 1) for a,sh in zip(ims, g.shift))
+        t = g.t-g.t[0]; moved = (_moved(_moved(a, x, g.shape[0], 0), y, g.shape[1], 1) for a,(x,y) in zip(ims, g.move))
         i,lo,hi = 0,next(moved),next(moved); out = np.empty(g.shape, np.float32)
         for k,z in enumerate(np.linspace(0, t[-1], g.shape[2])):
             while z>t[i+1]+1e-6 and i+2<len(t): i += 1; lo,hi = hi,next(moved)
@@ -301,10 +307,10 @@ def _load_series(s, regrid=False):
     return out[None],g.affine,meta
 
 # %% ../nbs/30_dicom.ipynb #43c36eeb
-def _scan(files):
+def _scan(files, bar=False):
     "(heads, how many are no DICOM, how many hold no image, {file: why it cannot be read})"
     heads,no,blind,bad = [],0,0,{}
-    for f in progress_bar(files, leave=False) if len(files)>=200 else files:
+    for f in progress_bar(files, leave=False) if bar and len(files)>=200 else files:
         try: h = _head(f)
         except FileError as e: bad[str(f)] = str(e).removeprefix(f'{f}: '); continue
         if h is None: no += 1
@@ -334,7 +340,7 @@ def scan_dicom(
     if not path.exists(): raise MissingFileError(f"{path}: no such file or folder")
     root = path.parent if path.name.upper()=='DICOMDIR' or path.is_file() else path
     files = [path] if path.is_file() and path.name.upper()!='DICOMDIR' else list(_files(root, True))
-    heads,no,blind,bad = _scan(files)
+    heads,no,blind,bad = _scan(files, bar=True)
     if bad: warn(f"{path}: {len(bad)} {'file' if len(bad)==1 else 'files'} cannot be read: " + '; '.join(f'{Path(k).name}: {v}' for k,v in list(bad.items())[:5])+(' …' if len(bad)>5 else ''))
     if not heads: raise FileError(f"{path}: no DICOM image found in {len(files)} files ({no} are no DICOM, {blind} hold no image, {len(bad)} cannot be read). Check the path")
     rows,who = [],{}

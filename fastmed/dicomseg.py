@@ -37,7 +37,7 @@ def _planes(mask, s):
         try: a = _on(g, mask, f'series {s.path}'); break
         except InputError as e: err = ifnone(err, e)
     else: raise err
-    at = zip(g.t-g.t[0], np.round(g.shift/g.px-g.off).astype(int)); w,h = s.frames[0].size
+    at = zip(g.t-g.t[0], np.round(g.move).astype(int)); w,h = s.frames[0].size
     return np.stack([a[x:x+w, y:y+h, int(round(t/g.gap))].T for t,(x,y) in at])
 
 def save_dicom_seg(

@@ -7,7 +7,9 @@ __all__ = ['case_name', 'scan_folder', 'scan_decathlon', 'GroupSplitter', 'group
 
 # %% ../nbs/03_doctor.ipynb #9a1e5aee
 from .core import *
+from .guard import *
 from fastai.data.all import *
+from collections import Counter
 import json, re
 
 # %% ../nbs/03_doctor.ipynb #0b13bb1b
@@ -22,7 +24,7 @@ def _subjects(df, path):
     "Add `subject` (and whatever else it holds) from `cases.csv`"
     fn = path/'cases.csv'
     if not fn.exists(): return df
-    extra = pd.read_csv(fn, dtype={'case':str, 'subject':str})
+    with reading(fn, 'a table of cases, UTF-8 with a line of column names', 'Save it again as CSV'): extra = pd.read_csv(fn, dtype={'case':str, 'subject':str})
     if 'case' not in extra: return df
     cols = [c for c in extra if c=='case' or c not in df]
     if extra.case.duplicated().any(): raise InputError(f"{fn}: expected one line a case; {extra.case[extra.case.duplicated()].tolist()[:5]} stand twice")
@@ -35,6 +37,8 @@ def scan_folder(
 )->pd.DataFrame: # columns `case`, `image` (a path, or a list of paths: channels), `mask`, and those of `cases.csv`
     "Pair images and masks by name; `case_0000`, `case_0001` … are the channels of `case`. Raises `FileNotFoundError` where nothing matches"
     path = Path(path)
+    for k,v in (('images',images), ('masks',masks or 'x')):
+        if not isinstance(v, str) or not v.strip('. ') or Path(v).is_absolute(): raise InputError(f"{k}: expected a pattern below {path}, such as 'images/*.nii.gz'; found {v!r}")
     ims = sorted(o for o in path.glob(images) if not o.name.startswith('.'))
     if not ims: raise MissingFileError(f"{path/images}: no image matches. Check `path` and `images=`")
     ms = {case_name(o):o for o in sorted(path.glob(masks)) if not o.name.startswith('.')} if masks else {}
@@ -57,16 +61,20 @@ def scan_decathlon(
     path = Path(path)
     if not (path/'dataset.json').exists():
         raise MissingFileError(f"{path/'dataset.json'}: no such file. A Decathlon task has one; use scan_folder for other layouts")
-    info = json.loads((path/'dataset.json').read_text())
-    rows = [dict(case=case_name(o['image']), image=path/o['image'], mask=path/o['label']) for o in info['training']]
+    fn = path/'dataset.json'
+    with reading(fn, 'the dataset.json of a Decathlon task', 'Download it again'):
+        info = json.loads(fn.read_text(encoding='utf-8-sig'))
+        rows = [dict(case=case_name(o['image']), image=path/o['image'], mask=path/o['label']) for o in info['training']]
+        labels,modality = {int(k):str(v) for k,v in info['labels'].items()},list(info.get('modality', {}).values())
+        if out:=[r['case'] for r in rows if any('..' in r[k].relative_to(path).parts for k in ('image','mask'))]: raise FileError(f"{fn}: {out[0]!r} leads out of the folder of the task. Correct the list")
+    if twice:=[k for k,n in Counter(r['case'] for r in rows).items() if n>1]: raise InputError(f"{fn}: expected each case once; {twice[:5]} stand there more than once. Correct the list")
     there = [r for r in rows if r['image'].exists() or r['mask'].exists()]
     if not there: raise MissingFileError(f"{path}: dataset.json lists {len(rows)} cases and none of their files exists")
     if len(there)<len(rows): warn(f"{path}: {len(rows)-len(there)} of the {len(rows)} cases that dataset.json lists are not there")
     for r in there: r.update({k:None for k in ('image','mask') if not r[k].exists()})
     df = _subjects(pd.DataFrame(there).astype(object), path)
-    labels = {int(k):v for k,v in info['labels'].items()}
     df.attrs['codes'] = [labels[k] for k in sorted(labels)] if sorted(labels)==list(range(len(labels))) else {labels[k]:k for k in sorted(labels)}
-    df.attrs['modality'] = list(info.get('modality', {}).values())
+    df.attrs['modality'] = modality
     return df
 
 # %% ../nbs/03_doctor.ipynb #ec8b1c0d

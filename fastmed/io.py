@@ -8,11 +8,11 @@ __all__ = ['file_facts', 'read_header', 'same_grid', 'check_same_grid', 'load_vo
 
 # %% ../nbs/01_io.ipynb #5ce96fa1
 from .core import *
+from .guard import *
 from .dicom import *
 from .dicom import _grid, _load_series
 from fastai.data.all import *
-import contextlib, os, zlib, nibabel as nib
-from nibabel.filebasedimages import ImageFileError
+import contextlib, errno, gzip, re, nibabel as nib
 
 # %% ../nbs/01_io.ipynb #b2242b65
 _nifti = ('.nii', '.nii.gz', '.hdr', '.img')
@@ -39,21 +39,21 @@ def _spatial(shape, fn):
     while len(shape)>3 and shape[-1]==1: shape.pop()
     if len(shape)==5 and shape[3]==1: shape.pop(3)
     if len(shape)>4: raise InputError(f"{fn}: expected at most 4 axes (X,Y,Z,channels); found shape {tuple(shape)}. Split the file, one scan each")
-    if not shape or 0 in shape: raise InputError(f"{fn}: the image has no voxels (shape {tuple(shape)})")
+    if not shape or min(shape)<1: raise InputError(f"{fn}: the image has no voxels (shape {tuple(shape)})")
     ch = shape[3] if len(shape)==4 else 1
     return tuple((shape[:3]+[1,1])[:3]), ch
 
 def _check_affine(aff, fn):
     aff = np.asarray(aff, dtype=np.float64)
-    if not np.isfinite(aff).all() or abs(np.linalg.det(aff[:3,:3]))<1e-12:
+    with np.errstate(all='ignore'): n = np.linalg.norm(aff[:3,:3], axis=0); ok = np.isfinite(aff).all() and 1e-6<n.min() and n.max()<1e6 and np.abs(aff[:3,3]).max()<1e9 and abs(np.linalg.det(aff[:3,:3]/n))>1e-5
+    if not ok:
         raise InputError(f"{fn}: expected an affine that can be inverted; found\n{aff[:3]}\nRepair the header (sform/qform) before use")
     return aff
 
 def _open_nifti(fn):
-    try: return nib.load(fn)
-    except (ImageFileError, EOFError, zlib.error, nib.spatialimages.HeaderDataError, OSError) as e:
-        if isinstance(e, FileNotFoundError): raise
-        raise FileError(f"{fn}: not a readable NIfTI file ({e}). It may be truncated: download or export it again") from e
+    "nibabel's image with its affine and type read, so that nothing of the header is left to fail later"
+    with reading(fn, 'a readable NIfTI file'): im = nib.load(fn); im.affine, im.get_data_dtype(), im.shape
+    return im
 
 def _series(fn):
     "The `DicomSeries` that `fn` is, or that it names; None where it is another kind of file"
@@ -79,22 +79,26 @@ def read_header(
         im = _open_nifti(fn)
         shape,ch = _spatial(im.shape, fn)
         aff,dtype = _check_affine(im.affine, fn), im.get_data_dtype()
-    elif _suffix(fn) in ('.nrrd','.mha','.mhd','.nhdr'):
-        import SimpleITK as sitk
-        r = sitk.ImageFileReader(); r.SetFileName(str(fn))
-        with _sitk_errors(fn): r.ReadImageInformation()
+    else:
+        r,_,name = _sitk_reader(fn, s is not None)
         shape,_ = _spatial(r.GetSize(), fn); ch = r.GetNumberOfComponents()*(r.GetSize()[3] if r.GetDimension()>3 else 1)
-        aff,dtype = _sitk_affine(r.GetSpacing(), r.GetOrigin(), r.GetDirection(), fn), sitk.GetPixelIDValueAsString(r.GetPixelID())
-    else: t = load_volume(fn); shape,ch,aff,dtype = tuple(t.shape[1:]), t.shape[0], t.affine, t.meta['dtype']
+        aff,dtype = _sitk_affine(r.GetSpacing(), r.GetOrigin(), r.GetDirection(), fn), name
     return dict(shape=shape, channels=ch, affine=aff, spacing=spacing_of(aff), orientation=orientation_of(aff), dtype=str(dtype))
 
 # %% ../nbs/01_io.ipynb #15c828a4
-@contextlib.contextmanager
-def _sitk_errors(fn):
+def _sitk_reader(fn, picture=False):
+    "A reader that knows its file, (shape, channels), and the name of the pixel type. The format follows from the name alone: no other of SimpleITK's many readers gets to see the bytes"
     import SimpleITK as sitk
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    try: yield
-    except RuntimeError as e: raise FileError(f"{fn}: SimpleITK could not read it ({str(e).strip().splitlines()[-1]})") from e
+    kind = 'GDCMImageIO' if picture else {'.nrrd':'NrrdImageIO', '.nhdr':'NrrdImageIO', '.mha':'MetaImageIO', '.mhd':'MetaImageIO', '.png':'PNGImageIO', '.tif':'TIFFImageIO', '.tiff':'TIFFImageIO', '.jpg':'JPEGImageIO', '.jpeg':'JPEGImageIO', '.bmp':'BMPImageIO'}.get(_suffix(fn))
+    if kind is None: raise FileError(f"{fn}: expected .nii, .nii.gz, .hdr, .img, .nrrd, .nhdr, .mha, .mhd, .png, .tif, .jpg, .bmp or DICOM; found '{_suffix(fn)}', which is not read. Convert it first")
+    check_header(fn)
+    r = sitk.ImageFileReader(); r.SetImageIO(kind); r.SetFileName(str(fn))
+    with reading(fn): r.ReadImageInformation(); name = sitk.GetPixelIDValueAsString(r.GetPixelID()); bits = re.search(r'(\d+)-bit', name)
+    if 'complex' in name or not bits: raise InputError(f"{fn}: {name} voxels are not read; save the scan as one grey channel a file")
+    shape = (*r.GetSize(), r.GetNumberOfComponents())
+    check_size(fn, shape, int(bits[1])//8)
+    return r,shape,name
 
 def _sitk_affine(spacing, origin, direction, fn):
     n = min(len(spacing), 3); m = len(spacing)
@@ -113,6 +117,18 @@ def _from_sitk(im, fn):
     return a, _sitk_affine(im.GetSpacing(), im.GetOrigin(), im.GetDirection(), fn)
 
 # %% ../nbs/01_io.ipynb #0f28912b
+@contextlib.contextmanager
+def _to_the_end(im, fn, gz):
+    "The image with its packed file opened once; afterwards the rest is read, because gzip knows at the end alone whether a byte was changed or is missing"
+    if not gz or len({str(o.filename) for o in im.file_map.values()})>1: yield im; return
+    from nibabel.fileholders import FileHolder
+    with gzip.open(fn) as f:
+        yield type(im).from_file_map({k:FileHolder(fileobj=f) for k in im.file_map})
+        try:
+            while f.read(2**20): pass
+        except gzip.BadGzipFile as e:
+            if 'Not a gzipped' not in str(e): raise                 # something foreign behind the end does no harm
+
 def _load_array(fn, dtype=None):
     "(C,X,Y,Z) array of physical values, affine, stored dtype"
     s = _series(fn)
@@ -123,17 +139,15 @@ def _load_array(fn, dtype=None):
         shape,ch = _spatial(im.shape, fn)
         if im.get_data_dtype().fields is not None or im.get_data_dtype().kind=='c':
             raise InputError(f"{fn}: colour or complex voxels ({im.get_data_dtype()}) are not read; save the scan as one grey channel a file")
-        need,have = np.prod([float(o) for o in im.shape])*im.get_data_dtype().itemsize,fn.stat().st_size*(1100 if _suffix(fn).endswith('gz') else 1)     # gzip packs no tighter
-        if need>have and _suffix(fn).startswith('.nii'): raise FileError(f"{fn}: the header promises {im.shape} voxels but they cannot be read (the file is too small for {need/1e9:.3g} GB). The file is truncated, or its header is wrong: download or export it again")
-        try: a = np.asanyarray(im.dataobj) if dtype is None else im.get_fdata(dtype=dtype, caching='unchanged')
-        except (EOFError, OSError, zlib.error, ValueError) as e:
-            raise FileError(f"{fn}: the header promises {im.shape} voxels but they cannot be read ({e}). The file is truncated: download or export it again") from e
+        item,gz = im.get_data_dtype().itemsize,_suffix(fn).endswith('gz'); need = int(np.prod([int(o) for o in im.shape], dtype=object))*item
+        own = Path(im.file_map['image'].filename)                           # of a pair, the .img
+        with reading(fn): check_size(fn, im.shape, item, unpacked(own, need) if gz else own.stat().st_size)
+        with reading(fn, f'{im.shape} voxels, as the header promises'), _to_the_end(im, own, gz) as im: a = np.asanyarray(im.dataobj) if dtype is None else im.get_fdata(dtype=dtype, caching='unchanged')
         a = a.reshape(*shape, ch)
         return np.moveaxis(a, -1, 0), _check_affine(im.affine, fn), str(im.get_data_dtype())
-    import SimpleITK as sitk
-    with _sitk_errors(fn): im = sitk.ReadImage(str(fn))
-    a,aff = _from_sitk(im, fn)
-    return a, aff, im.GetPixelIDTypeAsString()
+    r,_,name = _sitk_reader(fn, s is not None)
+    with reading(fn): im = r.Execute()
+    return *_from_sitk(im, fn), name
 
 def same_grid(
     shape_a,      # (3,) voxels of one scan
@@ -203,6 +217,7 @@ def load_mask(
             raise InputError(f"{fn}: expected whole numbers in a mask; found {_odd_values(a)}. "
                              "It may be a probability map, or was resampled with interpolation")
         a = np.round(a)
+    if not -2**31<=a.min()<=a.max()<2**31: raise InputError(f"{fn}: expected class ids; found values from {a.min():.6g} to {a.max():.6g}. It may be an image, or its scale in the header is wrong")
     res = TensorVolumeMask(torch.from_numpy(np.ascontiguousarray(a.astype(np.int32))), affine=aff, meta=dict(fn=str(fn), dtype=dt))
     return to_orientation(res) if reorient else res
 
@@ -235,7 +250,7 @@ def resampled_grid(
     "The grid of another voxel size over the same physical box; an axis whose spacing agrees to 0.1 % stays as it is"
     old = np.array(spacing_of(affine)); new = np.array(spacing, dtype=float); n = np.array(shape)
     new = np.where(np.abs(new-old)/old<1e-3, old, new)
-    m = np.maximum(1, np.round(n*old/new-1e-6).astype(int))
+    m = np.clip(np.round(n*old/new-1e-6), 1, 2**40).astype(int)
     start = (n*old-m*new)/2/old + new/old/2 - .5               # first new voxel, in old voxel units
     T = np.diag([*(new/old), 1.]); T[:3,3] = np.where(new==old, 0, start)
     return tuple(int(o) for o in m), np.asarray(affine)@T
@@ -280,6 +295,7 @@ def resample_to(
     off = T[:3,:3]-np.diag(np.diag(T[:3,:3]))
     if np.abs(off*np.array(shape)).max()>.05:
         raise InputError(f"resample_to: expected parallel grids; the axes of {orientation_of(t.affine)} and {orientation_of(affine)} are turned against each other")
+    check_size((getattr(t, 'meta', None) or {}).get('fn', 'resample_to'), (*t.shape[:-3], *shape), 4)
     a = t.as_subclass(Tensor).numpy()
     if isinstance(t, TensorVolumeMask):
         r = _resample_labels(a, T, tuple(shape)) if order in ('smooth','linear') else _resample(a, T, shape, 'nearest')
@@ -319,6 +335,8 @@ def save_volume(
             im.SetSpacing(sp.tolist()); im.SetOrigin(lps[:3,3].tolist()); im.SetDirection((lps[:3,:3]/sp).ravel().tolist())
             if sfx=='.png': im = im[:,:,0]
             sitk.WriteImage(im, str(tmp), True)
+            back = sitk.ReadImage(str(tmp))
+            if not np.array_equal(sitk.GetArrayViewFromImage(back), sitk.GetArrayViewFromImage(im), equal_nan=a.dtype.kind=='f'): raise OSError(errno.EIO, 'the file does not hold what was written')      # on a full disk NRRD ends short without a word
         else: raise InputError(f"{fn}: expected .nii, .nii.gz, .nrrd, .mha or .png; found '{sfx}'")
     return fn
 

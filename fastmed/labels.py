@@ -73,7 +73,8 @@ class LabelOf(DisplayedTransform):
     def __init__(self,
         cols,             # column, or a list of them
         kind='category',  # 'category', 'multi' or 'regression'
-        label_delim=None  # stands between the findings of a text
+        label_delim=None, # stands between the findings of a text
+        group=None        # column of the subject
     ): store_attr()
     def encodes(self, o):
         if not isinstance(o, (pd.Series, dict)): return o
@@ -100,13 +101,14 @@ def label_block(
     label_col,       # column, or several
     y_block=None,    # None: from the values; 'category', 'multi', 'regression', or a block of fastai's
     label_delim=None,# stands between the findings of a text
-    train=None       # numbers of the training rows, to refuse a class that none of them has
+    train=None,      # numbers of the training rows, to refuse a class that none of them has
+    group_col=None   # column of the subject, remembered for intervals over subjects; default 'subject' where it exists
 )->tuple:            # (`TransformBlock`, getter of the label, kind)
     "The block for these labels and what reads them. Raises `InputError` on a missing label, on one class alone, on a class that training lacks"
     found = label_kind(df, label_col, label_delim); kind,block = (found,None) if y_block is None else _y_kind(y_block)
     cols = label_col if isinstance(label_col, str) or not is_listy(label_col) else (list(label_col) if len(label_col)>1 else list(label_col)[0])
     if kind=='category' and is_listy(cols): raise InputError(f"y_block='category': expected one column; found {cols}")
-    get = LabelOf(cols, kind, label_delim)
+    get = LabelOf(cols, kind, label_delim, ifnone(group_col, 'subject' if 'subject' in df else None))
     rows = [get(r) for _,r in df.iterrows()] if kind!='regression' else []
     if kind=='regression':
         num = df[L(cols)].apply(pd.to_numeric, errors='coerce')
@@ -122,14 +124,15 @@ def label_block(
         return (MultiCategoryBlock(encoded=True, vocab=[str(c) for c in cols]) if block is None else block), get, kind
     each = rows if kind=='multi' else [[o] for o in rows]
     vocab = sorted({v for r in each for v in r}, key=lambda v: (isinstance(v, str), v))
+    if kind=='category' and isinstance(df[cols].dtype, pd.CategoricalDtype): vocab = [v for v in map(_scalar, df[cols].cat.categories) if v in vocab]    # in the order that was said
     if len(vocab)<(2 if kind=='category' else 1): raise InputError(f"label_col {label_col!r}: expected {'two classes or more' if kind=='category' else 'at least one finding'}; found {vocab} in {len(df)} cases")
-    if kind=='category' and len(vocab)>max(20, len(df)//2): raise InputError(f"label_col {label_col!r}: {len(vocab)} classes in {len(df)} cases. Is it a name? Numbers are regressed with y_block='regression'")
+    if kind=='category' and len(vocab)>max(4, len(df)//2): raise InputError(f"label_col {label_col!r}: {len(vocab)} classes in {len(df)} cases. Is it a name? Numbers are regressed with y_block='regression'")
     if train is not None:
         seen = {v for i in train for v in each[int(i)]}
         if lost:=[v for v in vocab if v not in seen]:
             i = next(i for i,r in enumerate(each) if lost[0] in r)
             raise InputError(f"label_col {label_col!r}: no training case is {lost[0]!r}, which case {_case(df, i)!r} of validation is. Split otherwise (seed, valid_col), merge classes, or leave it out")
-    if block is None: block = CategoryBlock(vocab=CategoryMap(vocab, sort=False)) if kind=='category' else MultiCategoryBlock(vocab=vocab)
+    if block is None: block = CategoryBlock(vocab=vocab, sort=False) if kind=='category' else MultiCategoryBlock(vocab=vocab)
     return block,get,kind
 
 # %% ../nbs/33_labels.ipynb #db6d8b76

@@ -8,17 +8,12 @@ __all__ = ['find_leaks', 'distribution_shift']
 # %% ../nbs/22_leaks.ipynb #438f7f61
 from .core import *
 from .io import *
-from .check import *
-from .survey import _case_names, _roughness, _some, _survey
+from .survey import _case_names, _mix, _roughness, _survey, _twins
 from fastai.basics import *
 from collections import Counter
 import itertools
 
 # %% ../nbs/22_leaks.ipynb #fee2ce32
-def _mix(x):
-    "uint64 hash of each uint64"
-    x = (x^(x>>np.uint64(30)))*np.uint64(0xbf58476d1ce4e5b9); x = (x^(x>>np.uint64(27)))*np.uint64(0x94d049bb133111eb); return x^(x>>np.uint64(31))
-
 def _sketch(a, run=8, k=512):
     "(k,) the smallest hashes of all runs of neighbours along any axis, the same from either end; flat runs do not count"
     best = np.zeros(0, np.uint64); P = np.cumprod(np.full(run, 0x9e3779b97f4a7c15, np.uint64))
@@ -40,7 +35,7 @@ def _quantum(u):
     for _ in range(3): k = np.round(d/q); q = float(d@k/(k@k))
     return q if np.abs(d-k*q).max()<.02*q else np.nan
 
-def _thumb(a, spacing, box, n=24):
+def _thumb(a, spacing, box, n=20):
     "(n,n,n) what lies in a box of `box` mm around the middle of the scan, blurred as much as the sampling needs"
     from scipy.ndimage import gaussian_filter
     t,step = a,np.array(box)/(n-1)/np.array(spacing)                     # voxels between two samples
@@ -48,84 +43,141 @@ def _thumb(a, spacing, box, n=24):
     for i in range(3):
         x = np.clip((t.shape[i]-1)/2+(np.arange(n)-(n-1)/2)*step[i], 0, t.shape[i]-1); lo = np.floor(x).astype(int); w = (x-lo).reshape([-1 if j==i else 1 for j in range(3)]).astype(np.float32)
         t = np.take(t, lo, i)*(1-w)+np.take(t, np.minimum(lo+1, t.shape[i]-1), i)*w
-    return t
+    t = t-t.mean(); return (t/max(np.abs(t).max(), 1e-30)).astype(np.float16)
+
+def _spectrum(a, n=24):
+    "(3,12) logarithm of the power of twelve frequencies along each axis, of the middle of the scan: the median over its lines"
+    a = a[tuple(slice(max(0, (k-96)//2), (k+96)//2+1) for k in a.shape)]; res = np.zeros((3,n//2)); least = 1e-12*max(float(np.ptp(a)), 1e-30)**2
+    for ax in range(3):
+        x = np.moveaxis(a, ax, -1); k = x.shape[-1]; m = min(n, k); x = x.reshape(-1, k)
+        if m<8: continue
+        x = x[::max(1, len(x)//2000)]; starts = range(0, k-m+1, n//2); p = np.zeros(n//2)
+        for i in starts: s = x[:,i:i+m]; p += np.median(np.abs(np.fft.rfft((s-s.mean(1, keepdims=True))*np.hanning(m+2)[1:-1], n))**2, 0)[1:]
+        res[ax] = np.log(p/len(starts)+least)
+    return res
 
 def _fingerprint(a, spacing, box):
-    "What two scans that are one have in common: of (X,Y,Z) float32 in RAS order"
-    a = np.ascontiguousarray(a if np.isfinite(a).all() else np.nan_to_num(a, posinf=0, neginf=0)); u,n = np.unique(a, return_counts=True)
-    d = dict(bag=None, sketch=np.zeros(0, np.uint64), quantum=np.nan, gaps=frozenset(), span=(0,0), thumb=np.zeros((24,)*3, np.float32), like=np.full(13, np.nan))
-    if len(u)<3: return d
-    with np.errstate(over='ignore'): d.update(bag=(a.size, int((_mix(u.view(np.uint32).astype(np.uint64))*n.astype(np.uint64)).sum())), sketch=_sketch(a))
+    "What two scans that are one have in common, in 25 kB at most: of one channel (X,Y,Z) float32 in RAS order"
+    a = a if np.isfinite(a).all() else np.nan_to_num(a, posinf=0, neginf=0); u,n = np.unique(a, return_counts=True)
+    if len(u)<3: return None
+    with np.errstate(over='ignore'): sketch = _sketch(a)
     c = np.cumsum(n)/a.size; q = u[np.searchsorted(c, (.05,.1,.25,.5,.75,.9,.95))].astype(float); scale = max(q[-1]-q[0], 1e-6*abs(q[-1]), 1e-30)
-    d.update(quantum=_quantum(u), thumb=_thumb(a, spacing, box), like=np.log(np.r_[np.maximum(q-float(u[0]), 0)+.01*scale, _roughness(a, 1.)+1e-6*scale]))
+    d = dict(sketch=sketch, quantum=_quantum(u), gaps=None, thumb=_thumb(a, spacing, box), like=np.r_[np.log(np.r_[np.maximum(q-float(u[0]), 0)+.01*scale, _roughness(a, 1.)+1e-6*scale]), _spectrum(a).ravel()].astype(np.float32))
     if d['quantum']>=1 and (u==np.round(u)).all():
-        k = np.round(u/d['quantum']).astype(int); lo,hi = k[np.searchsorted(c, (.02,.98))]
-        if hi-lo<=65536: d.update(gaps=frozenset(np.setdiff1d(np.arange(lo, hi), k).tolist()), span=(int(lo),int(hi)))
+        k = np.round(u/d['quantum']).astype(int); lo,hi = k[np.searchsorted(c, (.02,.98))]; there = np.zeros(hi-lo+1, bool); there[k[(k>=lo)&(k<=hi)]-lo] = True
+        if 5<=(~there).sum()<=.6*len(there) and len(there)<=8192: d['gaps'] = int(lo),len(there),np.packbits(~there)
     return d
 
-def _corr(T, U):
-    "(n,n) correlation of thumbnails (n,m,m,m) with others"
-    def norm(x): x = x.reshape(len(x), -1); x = x-x.mean(1, keepdims=True); return x/np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    return np.clip(norm(T)@norm(U).T, -.99999, .99999)
+# %% ../nbs/22_leaks.ipynb #f4521119
+def _same_runs(keys, most):
+    "Groups of positions with one key, of 2 to `most` members; `keys` is a sorted-or-not array"
+    o = np.argsort(keys, kind='stable'); k = keys[o]; cut = np.flatnonzero(k[1:]!=k[:-1])+1
+    return [g for g in np.split(o, cut) if 1<len(g)<=most]
+
+def _corr(A, B):
+    "(n,m) correlation of thumbnails, rows that are centred already and of length one, kept off ±1"
+    return np.clip(A@B.T, -.99999, .99999)
+
+def _rows(T):
+    "Thumbnails as rows, centred and of length one"
+    x = T.reshape(len(T), -1).astype(np.float32); x -= x.mean(1, keepdims=True); return x/np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 def _z(m):
     "Robust standard scores of the entries above the diagonal, for all"
     v = m[np.triu_indices(len(m), 1)]; return (m-np.median(v))/max(1.4826*np.median(np.abs(v-np.median(v))), 1e-9)
 
+def _own(P):
+    "Which prints have a quantum that says something: no round number"
+    q = np.array([p['quantum'] for p in P]); return q,np.isfinite(q) & (np.abs(q/np.array([float(f'{o:.3g}') for o in q])-1)>1e-6)
+
+def _prove(P, proof, who, of=''):
+    "Add to `proof`, {(i,j): [reasons]}, what the prints of one channel show; `who`: the number of the case of each print"
+    n = len(P); few = max(2, min(4, n//3), n//20)
+    def prove(i, j, why): i,j = sorted((who[i],who[j])); proof.setdefault((i,j), []).append(of+why)
+    big = [i for i,p in enumerate(P) if len(p['sketch'])>=256]
+    if big:
+        case = np.repeat(big, [len(P[i]['sketch']) for i in big]); shared = Counter()
+        for g in _same_runs(np.concatenate([P[i]['sketch'] for i in big]), max(4, n//10)): shared.update(itertools.combinations(sorted(case[g].tolist()), 2))
+        for (i,j),k in shared.items():
+            if k>=8: prove(i, j, f'shared pieces: {k} of {len(P[i]["sketch"])} sampled')
+    q,own = _own(P); o = np.flatnonzero(own)[np.argsort(q[own])]
+    for g in np.split(o, np.flatnonzero(np.diff(np.log(q[o]))>1e-6)+1) if len(o) else []:
+        if 1<len(g)<=few:
+            for i,j in itertools.combinations(g.tolist(), 2): prove(i, j, f'same quantum {q[i]:.7g}')
+    gappy,alike = {i:(p['gaps'][0],np.unpackbits(p['gaps'][2])[:p['gaps'][1]].astype(bool)) for i,p in enumerate(P) if p['gaps'] is not None},[]
+    for (i,(la,a)),(j,(lb,b)) in itertools.combinations(gappy.items(), 2):
+        lo,hi = max(la, lb),min(la+len(a), lb+len(b))
+        if hi-lo<8: continue
+        x,y = a[lo-la:hi-la],b[lo-lb:hi-lb]; k = int((x&y).sum())
+        if k>=5 and k>=.9*(x|y).sum(): alike.append((i,j,k))
+    crowd = Counter(k for i,j,_ in alike for k in (i,j))
+    for i,j,k in alike:
+        if max(crowd[i], crowd[j])<few: prove(i, j, f'same gaps: {k} grey values that never occur')
+    T = np.stack([p['thumb'] for p in P]); R = _rows(T); same = _corr(R, R); flip = np.full_like(same, -1)
+    for ax in ((0,),(1,),(2,),(0,1),(0,2),(1,2),(0,1,2)): np.maximum(flip, _corr(R, _rows(np.flip(T, 1+np.array(ax)))), out=flip)
+    best = np.maximum(same, flip); z = _z(np.arctanh(best))
+    for i,j in np.argwhere(np.triu((best>.995) & ((z>6) | (n<4)), 1)).tolist(): prove(i, j, f"same picture{' mirrored' if flip[i,j]>same[i,j] else ''}: correlation {best[i,j]:.4f}")
+
+def _odds(F, pairs, shrink=.3):
+    "(n,n) logarithm of the odds that two rows of features are one scan, learnt from `pairs` that are: the two-covariance model, features standardised and clipped. Source: Ioffe 2006"
+    sd = F.std(0); X = np.clip(((F-F.mean(0))/np.maximum(sd, 1e-12))[:,sd>1e-9], -4, 4); i,j = np.array(pairs).T; D = X[i]-X[j]
+    def soft(S): return (1-shrink)*S+shrink*np.diag(np.diag(S))
+    W,S = soft(D.T@D/(2*len(D)))+1e-3*np.eye(X.shape[1]),soft(X.T@X/len(X)); w,V = np.linalg.eigh(S-W); B = (V*np.maximum(w, 1e-3))@V.T; S = B+W; k = len(S)
+    J = np.block([[S,B],[B,S]]); I,Is = np.linalg.inv(J),np.linalg.inv(S); q = -.5*np.einsum('ij,jk,ik->i', X, I[:k,:k]-Is, X)
+    return q[:,None]+q[None]-X@I[:k,k:]@X.T-.5*(np.linalg.slogdet(J)[1]-2*np.linalg.slogdet(S)[1])
+
+def _alike(P, proof):
+    "{(i,j): reason} pairs of cases that are merely alike; `P`: the prints of all channels of each case, `proof`: what is proved already"
+    n = len(P); own = np.array([_own(ps)[1].any() for ps in P]); free = np.flatnonzero(~own); res = {}
+    if len(free)<10 or n<20: return res
+    T = [_rows(np.stack([ps[c]['thumb'] for ps in P])) for c in range(len(P[0]))]; likes = [np.stack([ps[c]['like'] for ps in P]).astype(float) for c in range(len(P[0]))]
+    teach = [k for k,w in proof.items() if all('quantum' in o or 'gaps' in o for o in w)]
+    if len(teach)>=12:
+        def parts(R, k): R = R-R.mean(0); u,s,_ = np.linalg.svd(R.astype(float), full_matrices=False); return u[:,:k]*s[:k]
+        M = _odds(np.hstack([*likes, *[parts(R, 20//len(T)) for R in T]]), teach)[np.ix_(free, free)]; np.fill_diagonal(M, -np.inf)
+        top = np.maximum(M.max(1, keepdims=True), 0); e = np.exp(M-top); sure = e/(e.sum(1, keepdims=True)+len(free)*np.exp(-top))       # one twin at most, as likely as none
+        nn = sure.argmax(1)
+        for i,j in enumerate(nn):
+            if i<j and nn[j]==i and min(sure[i,j], sure[j,i])>.9: res[int(free[i]),int(free[j])] = f'alike, as the proved pairs of this set are: probability {min(sure[i,j], sure[j,i]):.3f}'
+        return res
+    if len(free)<20: return res
+    def near(X):
+        X = X[free]; X = X-np.median(X, 0); sd = np.median(np.abs(X), 0); X = X[:,sd>1e-9]/sd[sd>1e-9]; d = np.zeros((len(X),)*2)
+        for x in X.T: d += (x[:,None]-x[None])**2
+        return -_z(np.log(np.sqrt(d/max(1, X.shape[1]))+1e-3))
+    Z = np.mean([_z(np.arctanh(_corr(R[free], R[free]))) for R in T], 0)+np.mean([near(x[:,:13]) for x in likes], 0)+np.mean([near(x[:,13:]) for x in likes], 0)
+    np.fill_diagonal(Z, -np.inf); nn,s = Z.argmax(1),np.sort(Z, 1); gap = s[:,-1]-s[:,-2]
+    for i,j in enumerate(nn):
+        if i<j and nn[j]==i and min(gap[i], gap[j])>1.3 and s[i,-1]>4: res[int(free[i]),int(free[j])] = f'alike, each the nearest of the other, {min(gap[i], gap[j]):.1f} standard deviations before the next'
+    return res
+
+# %% ../nbs/22_leaks.ipynb #c7e91758
 def find_leaks(
     df,                   # one row a case: `case`, `image`, and where it is known `subject`
     path='.',             # stands before relative names
-    image_col='image',    # column of the images; of several channels the first is compared
+    image_col='image',    # column of the images, or several: channels, all of which are compared
     split:str=None,       # column that says on which side, or in which fold, a case stands: warn where a pair is parted
     likely:bool=True,     # also name pairs that are merely alike (from 20 cases on)
     memory_gb:float=None, # what all threads together may use; default: half of the machine
     workers:int=None      # threads; default: a thread a core, 8 at most
 )->pd.DataFrame:          # case_a, case_b, evidence, sure ('proved' or 'likely'), with `split` also parted (bool)
-    "Pairs of cases, of different subjects as far as these are known, that look like one scan. Raises `KeyError` where a column is missing"
+    "Pairs of cases, of different subjects as far as these are known, that look like one scan. Raises `KeyError` where a column is missing, `ValueError` on an empty table"
+    if not len(df): raise InputError("find_leaks: the table has no rows")
     if split is not None and split not in df: raise ColumnError(f"split {split!r}: not in the DataFrame, which has {list(df)}")
-    names,(_,vox) = _case_names(df),_survey(df, path, image_col, None, .05, memory_gb, workers, prints=_fingerprint)
-    has = [i for i,v in enumerate(vox) if v.get('print') and v['print']['bag']]; P = [vox[i]['print'] for i in has]; n = len(P); proof,like = {},{}
-    def prove(i, j, why): proof.setdefault((min(i,j),max(i,j)), []).append(why)
-    def groups(keys):
-        d = {}
-        for i,k in enumerate(keys): d.setdefault(k, []).append(i)
-        return [v for k,v in d.items() if len(v)>1]
-    h = [vox[i]['channels'][0]['hash'] for i in has]
-    for g in groups([p['bag'] for p in P]):
-        for i,j in itertools.combinations(g, 2): prove(i, j, 'identical voxels' if h[i]==h[j] else 'the same voxels, mirrored or turned')
-    shared = Counter(); index = {}
-    for i,p in enumerate(P):
-        for v in p['sketch'].tolist() if len(p['sketch'])>=256 else []: index.setdefault(v, []).append(i)
-    for g in index.values():
-        if 1<len(g)<=max(4, n//10): shared.update(itertools.combinations(g, 2))
-    for (i,j),k in shared.items():
-        if k>=8: prove(i, j, f'shared pieces: {k} of {len(P[i]["sketch"])} sampled')
-    q = np.array([p['quantum'] for p in P]); own = np.isfinite(q) & (np.abs(q/np.array([float(f'{o:.3g}') for o in q])-1)>1e-6)
-    o = np.flatnonzero(own)[np.argsort(q[own])]
-    for g in np.split(o, np.flatnonzero(np.diff(np.log(q[o]))>1e-6)+1) if len(o) else []:
-        if 1<len(g)<=max(2, min(4, n//3), n//20):
-            for i,j in itertools.combinations(g.tolist(), 2): prove(i, j, f'same quantum {q[i]:.7g}')
-    gappy = [i for i,p in enumerate(P) if len(p['gaps'])>=5]
-    alike = []
-    for i,j in itertools.combinations(gappy, 2):
-        lo,hi = (f(P[i]['span'][k], P[j]['span'][k]) for k,f in ((0,max),(1,min))); a,b = ({k for k in P[o]['gaps'] if lo<=k<=hi} for o in (i,j))
-        if len(a&b)>=5 and len(a&b)>=.9*len(a|b): alike.append((i,j,len(a&b)))
-    crowd = Counter(k for i,j,_ in alike for k in (i,j))
-    for i,j,k in alike:
-        if max(crowd[i], crowd[j])<max(2, min(4, n//3), n//20): prove(i, j, f'same gaps: {k} grey values that never occur')
-    if n>1:
-        T = np.stack([p['thumb'] for p in P]); same = _corr(T, T); flip = np.max([_corr(T, np.flip(T, 1+np.array(ax))) for ax in ((0,),(1,),(2,),(0,1),(0,2),(1,2),(0,1,2))], axis=0)
-        best = np.maximum(same, flip); z = _z(np.arctanh(best))
-        for i,j in np.argwhere(np.triu((best>.995) & ((z>6) | (n<4)), 1)).tolist(): prove(i, j, f"same picture{' mirrored' if flip[i,j]>same[i,j] else ''}: correlation {best[i,j]:.4f}")
-        free = np.flatnonzero(~own)
-        if likely and len(free)>=20:
-            X = np.stack([P[i]['like'] for i in free]); X = X-np.median(X, 0); X = X/np.maximum(np.median(np.abs(X), 0), 1e-6)
-            Z = _z(np.arctanh(same[np.ix_(free, free)]))-_z(np.log(np.sqrt(((X[:,None]-X[None])**2).mean(-1))+1e-3)); np.fill_diagonal(Z, -np.inf); nn,s = Z.argmax(1),np.sort(Z, 1); gap = s[:,-1]-s[:,-2]
-            for i,j in enumerate(nn):
-                if i<j and nn[j]==i and min(gap[i], gap[j])>1.3 and s[i,-1]>3: like[int(free[i]),int(free[j])] = [f'alike: each the nearest of the other, {min(gap[i], gap[j]):.1f} standard deviations before the next']
+    names,(_,vox) = _case_names(df),_survey(df, path, image_col, None, .05, memory_gb, workers, prints=_fingerprint); proof = {}
+    there = [(i,c) for i,v in enumerate(vox) for c in v['channels'] if c and not c['constant']]
+    for t in _twins((c['bag'], i, c['hash']) for i,c in there):
+        for (i,a),(j,b) in itertools.combinations(t, 2):
+            if i!=j: proof.setdefault((i,j), []).append('identical voxels' if a==b else 'the same voxels, mirrored or turned')
+    most = max((len(v['prints']) for v in vox), default=0)
+    for c in range(most):
+        who = [i for i,v in enumerate(vox) if len(v['prints'])>c and v['prints'][c]]
+        if len(who)>1: _prove([vox[i]['prints'][c] for i in who], proof, who, f'channel {c}: ' if most>1 else '')
+    has = [i for i,v in enumerate(vox) if v['prints'] and all(v['prints'])]; k = min((len(vox[i]['prints']) for i in has), default=0); at = {i:p for p,i in enumerate(has)}
+    like = {(has[i],has[j]):[w] for (i,j),w in _alike([vox[i]['prints'][:k] for i in has], {(at[i],at[j]):w for (i,j),w in proof.items() if i in at and j in at}).items()} if likely and has else {}
     sub = [None]*len(df) if 'subject' not in df else [str(o) if pd.notna(o) else None for o in df.subject]
-    rows = [dict(case_a=names[has[i]], case_b=names[has[j]], evidence='; '.join(w), sure=s, **({} if split is None else dict(parted=df[split].iloc[has[i]]!=df[split].iloc[has[j]])))
-            for s,d in (('proved',proof),('likely',{k:v for k,v in like.items() if k not in proof})) for (i,j),w in sorted(d.items()) if sub[has[i]] is None or sub[has[i]]!=sub[has[j]]]
+    rows = [dict(case_a=names[i], case_b=names[j], evidence='; '.join(dict.fromkeys(w)), sure=s, **({} if split is None else dict(parted=df[split].iloc[i]!=df[split].iloc[j])))
+            for s,d in (('proved',proof),('likely',{k:v for k,v in like.items() if k not in proof})) for (i,j),w in sorted(d.items()) if sub[i] is None or sub[i]!=sub[j]]
     res = pd.DataFrame(rows, columns=['case_a','case_b','evidence','sure']+([] if split is None else ['parted']))
     if split is not None and res.parted.any():
         r = res[res.parted.astype(bool)]; warn(f"{split!r} parts {len(r)} pairs of cases that look like one scan, such as {r.case_a.iloc[0]} and {r.case_b.iloc[0]} ({r.evidence.iloc[0]}). Give both one subject, and split by it")
@@ -149,7 +201,7 @@ def distribution_shift(
     rows,ys,subs,lost = [],[],[],0
     for y,df in enumerate((df_a, df_b)):
         for k,(h,v) in enumerate(zip(*_survey(df, path, image_col, None, .05, memory_gb, workers))):
-            if not v['channels']: lost += 1; continue
+            if not v['channels'] or None in v['channels']: lost += 1; continue
             f = {('spacing',f'{a}, mm'):s for a,s in zip('xyz', h['spacing'])} | {('size',f'{a}, mm'):s*n for a,s,n in zip('xyz', h['spacing'], h['size'])}
             for c,o in enumerate(v['channels']):
                 of = f' of channel {c}' if len(v['channels'])>1 else ''

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['has_bf16', 'FastForward', 'FloatWhereShort', 'make_fast', 'Evaluation', 'VolumeLearner', 'plot_top_losses',
-           'load_weights', 'unet_args', 'unet3d_learner', 'unet2d_learner']
+           'unet_args', 'unet3d_learner', 'unet2d_learner']
 
 # %% ../nbs/14_learner.ipynb #6bf7c1da
 from .core import *
@@ -20,6 +20,8 @@ from .metrics import *
 from .tta import *
 from .inference import *
 from .callbacks import *
+from .weights import *
+from .encoders import *
 from fastai.basics import *
 from fastai.callback.schedule import *
 from fastai.callback.training import GradientClip
@@ -77,8 +79,9 @@ def make_fast(
     for m in model.modules():
         if isinstance(m, (nn.Conv2d,nn.Conv3d)):
             m.register_forward_pre_hook(g.before); m.register_forward_hook(g.after, always_call=True)
-    nd = max((p.ndim for p in model.parameters()), default=0)
-    return model.to(memory_format=torch.channels_last_3d if nd==5 else torch.channels_last) if nd in (4,5) else model
+    for p in model.parameters():
+        if p.ndim in (4,5): p.data = p.data.contiguous(memory_format=torch.channels_last_3d if p.ndim==5 else torch.channels_last)
+    return model
 
 # %% ../nbs/14_learner.ipynb #ddf64577
 def _maker(learn, kwargs):
@@ -116,10 +119,8 @@ class Evaluation(pd.DataFrame):
         if bad and len(res): res.loc[:, ['n','failed']] += bad
         return res
 
-class VolumeLearner(Learner):
+class VolumeLearner(EncoderMixin, Learner):
     "A `Learner` on patches that answers for whole scans, in their own space"
-    pretrained = False
-
     def predict_volume(self,
         fn,               # image file, list of channel files, DICOM folder or `TensorVolume`
         overlap:float=.5, # share of a window that its neighbour covers too
@@ -205,7 +206,7 @@ class VolumeLearner(Learner):
         **kwargs # of fastai's `save_model`
     )->Path:     # the file
         "fastai's `save`, whole or not at all"
-        fn = Path(join_path_file(file, self.path/self.model_dir, ext='.pth'))
+        with writing(self.path/self.model_dir/str(file)): fn = Path(join_path_file(file, self.path/self.model_dir, ext='.pth'))
         with whole_file(fn) as tmp: save_model(tmp, self.model, getattr(self, 'opt', None), **kwargs)
         return fn
 
@@ -227,22 +228,6 @@ class VolumeLearner(Learner):
         "One-cycle training that ends after `minutes`; the schedule follows the share of time, so two runs are not bit-identical. Raises `ValueError` on 0"
         self.fit_one_cycle(1_000_000, lr_max, cbs=L(kwargs.pop('cbs', None))+BudgetCallback(minutes), **kwargs)
 
-    @delegates(Learner.fit_one_cycle)
-    def fine_tune(self,
-        epochs:int,          # with every layer trained
-        base_lr:float=2e-3,  # of the frozen epochs; half of it afterwards
-        freeze_epochs:int=1, # with the encoder frozen, where it is pretrained
-        lr_mult:float=100,   # how many times slower the encoder learns afterwards
-        pct_start:float=.3,  # share of the epochs in which the rate rises
-        div:float=5.,        # the rate starts at its top divided by this
-        **kwargs
-    ):
-        "fastai's `fine_tune` where an encoder is pretrained; else one-cycle training from the start, since a frozen random encoder wastes its epoch"
-        if self.pretrained:
-            self.freeze(); self.fit_one_cycle(freeze_epochs, slice(base_lr), pct_start=.99, **kwargs)
-            self.unfreeze(); return self.fit_one_cycle(epochs, slice(base_lr/2/lr_mult, base_lr/2), pct_start=pct_start, div=div, **kwargs)
-        self.unfreeze(); self.fit_one_cycle(epochs, base_lr, pct_start=pct_start, div=div, **kwargs)
-
     def tta(self,
         ds_idx:int=1, # of the DataLoaders: 1 is validation
         dl=None,      # DataLoader to go over instead
@@ -260,25 +245,6 @@ def plot_top_losses(x:TensorVolume|TensorSlice, y:TensorVolumeMask|TensorSliceMa
 
 # %% ../nbs/14_learner.ipynb #e45813bf
 _learner_args = tuple(k for k in inspect.signature(Learner.__init__).parameters if k not in ('self','dls','model','loss_func','metrics','splitter'))
-
-def load_weights(
-    model:nn.Module, # changed in place
-    fn               # file with a state dict: torch (weights only) or .safetensors
-)->str:              # what matched
-    "Load the weights whose names and shapes match. Raises `InputError` where none does, `FileError` where the file holds no tensors"
-    if not Path(fn).is_file(): raise MissingFileError(f"{fn}: no such file of weights")
-    try:
-        if str(fn).endswith('.safetensors'):
-            from safetensors.torch import load_file
-            sd = load_file(fn)
-        else: sd = torch.load(fn, map_location='cpu', weights_only=True)
-    except Exception as e: raise FileError(f"{fn}: no weights could be read ({type(e).__name__}: {str(e).splitlines()[0]}). It must hold tensors alone: a state dict") from e
-    sd = sd.get('model', sd) if isinstance(sd, dict) else sd
-    own = model.state_dict()
-    ok = {k:v for k,v in sd.items() if k in own and own[k].shape==v.shape}
-    if not ok: raise InputError(f"{fn}: none of its {len(sd)} tensors has the name and shape of one of the model's {len(own)}")
-    model.load_state_dict(ok, strict=False)
-    return f"{len(ok)} of {len(own)} tensors loaded from {Path(fn).name}"
 
 def unet_args(
     plan,   # `Plan` of the data
@@ -299,12 +265,13 @@ def _unet_learner(ndim, dls, arch, loss_func, metrics, pretrained, fast, n_out, 
     lk = {k:kwargs.pop(k) for k in list(kwargs) if k in _learner_args}
     patch = tuple(p for p in plan.patch if ndim==3 or p>1)
     if arch is UNet or arch=='UNet': kwargs = unet_args(plan, kwargs)
-    model = create_model(arch, n_in, n_out, ndim=ndim, patch=patch, **kwargs)
-    if pretrained: print(load_weights(model, pretrained))
+    elif ndim==3: kwargs = thin_axis(plan, arch, kwargs)
+    model,report = create_network(arch, n_in, n_out, ndim=ndim, patch=patch, pretrained=pretrained, **kwargs)
+    if report: print(report)
     if fast: model = make_fast(model)
     loss_func = ifnone(loss_func, DiceCELoss(batch=ndim==2))          # most slices lack a structure: Dice of one says little, so slices sum over the batch
     if getattr(model, 'deep_supervision', False): loss_func = DeepSupervisionLoss(loss_func)
-    lk = {'lr':3e-3, 'wd':1e-2, **lk, 'cbs':L(lk.get('cbs'))+[GradientClip(12.), RememberCallback()]}
+    lk = {'lr':3e-3, 'wd':1e-2, 'train_bn':False, **lk, 'cbs':L(lk.get('cbs'))+[GradientClip(12.), RememberCallback(), FrozenNorms()]}
     learn = VolumeLearner(dls, model, loss_func=loss_func, metrics=ifnone(metrics, dice_metrics(pre.vocab)), splitter=param_splitter, **lk)
     learn.n_in,learn.n_out,learn.pretrained = n_channels,n_out,bool(pretrained)
     said = lambda o: f"{o.__module__}.{getattr(o, '__qualname__', type(o).__qualname__)}" if callable(o) else o
@@ -313,13 +280,13 @@ def _unet_learner(ndim, dls, arch, loss_func, metrics, pretrained, fast, n_out, 
 
 def unet3d_learner(
     dls,               # `VolumeDataLoaders`, or DataLoaders with a `VolumeBlock` and a `PatchTransform`
-    arch=UNet,         # ours, any callable `(n_in, n_out)`, or a MONAI network by name
+    arch=UNet,         # ours, any callable `(n_in, n_out)`, a MONAI network by name, or an encoder's name such as 'resnet34': see `encoder_names`
     loss_func=None,    # default: `DiceCELoss()`
     metrics=None,      # default: `dice_metrics(codes)`
-    pretrained=None,   # file of weights to start from
+    pretrained=None,   # file of weights to start from; True: timm's, for an encoder of timm's
     fast:bool=True,    # channels-last and bfloat16 where the machine gains by it; False: plain float32
     n_out:int=None,    # channels of the logits; default: the number of codes; 1: a sigmoid for one structure
-    **kwargs           # of the network (`nf`, `depth`, …) and of `Learner` (`lr`, `cbs`, `opt_func`, …), by name
+    **kwargs           # of the network (`nf`, `depth`; `as_rgb`, `levels` of encoders; …) and of `Learner` (`lr`, `cbs`, `opt_func`, …), by name
 )->VolumeLearner:      # ready to train
     "A 3D U-Net Learner: inputs, outputs, loss and metrics follow from `dls`. Raises `TypeError` on an argument that nobody takes"
     return _unet_learner(3, dls, arch, loss_func, metrics, pretrained, fast, n_out, kwargs)
@@ -327,10 +294,10 @@ def unet3d_learner(
 @delegates(unet3d_learner, keep=True)
 def unet2d_learner(
     dls,               # `SliceDataLoaders`, or DataLoaders with a `SliceBlock` and a `PatchTransform`
-    arch=UNet,         # ours, any callable `(n_in, n_out)`, or a MONAI network by name
+    arch=UNet,         # ours, any callable `(n_in, n_out)`, a MONAI network by name, or an encoder's name such as 'resnet34': see `encoder_names`
     loss_func=None,    # default: `DiceCELoss(batch=True)`, its Dice summed over the batch, as nnU-Net does in 2D
     metrics=None,      # default: `dice_metrics(codes)`
-    pretrained=None,   # file of weights to start from
+    pretrained=None,   # file of weights to start from; True: timm's, for an encoder of timm's
     fast:bool=True,    # channels-last and bfloat16 where the machine gains by it; False: plain float32
     n_out:int=None,    # channels of the logits; default: the number of codes; 1: a sigmoid for one structure
     **kwargs           # as of `unet3d_learner`

@@ -8,6 +8,7 @@ __all__ = ['NORMALIZATIONS', 'BYTES', 'normalize_channel', 'Preprocess', 'auto_s
 
 # %% ../nbs/04_preprocess.ipynb #c9e29ca9
 from .core import *
+from .guard import *
 from .io import *
 from fastai.data.all import *
 import json, math, nibabel as nib
@@ -181,8 +182,7 @@ class Preprocess:
         s:str         # what `to_json` wrote
     )->'Preprocess':  # equal to the one that wrote it
         "The Preprocess that `to_json` wrote. Raises `ValueError` naming a field that is unknown"
-        d = json.loads(s)
-        odd = set(d)-set(cls().to_dict())
+        with reading('Preprocess.from_json', 'what to_json wrote', 'Write it again'): d = json.loads(s); odd = set(d)-set(cls().to_dict())
         if odd: raise InputError(f"Preprocess.from_json: unknown fields {sorted(odd)}")
         return cls(**d)
     def __eq__(self, o): return isinstance(o, Preprocess) and self.to_json()==o.to_json()

@@ -21,7 +21,7 @@ from .data import *
 from fastai.data.all import *
 from fastprogress.fastprogress import progress_bar
 from concurrent.futures import ThreadPoolExecutor, as_completed
-import warnings
+import tempfile
 
 # %% ../nbs/34_radiographs.ipynb #2b3fcee5
 class TensorRadiograph(TensorSlice):
@@ -36,7 +36,7 @@ class TensorRadiograph(TensorSlice):
         return ctx
 
 _kinds = ('.png','.tif','.tiff','.jpg','.jpeg','.dcm','.dicom','.ima','')
-_tags = ('0028|0004','0028|1050','0028|1051','0028|0101','0028|0103','0028|1052','0028|1053')   # photometric interpretation; window; bits, sign; intercept, slope
+_tags = ('0028|0004','0028|1050','0028|1051')   # photometric interpretation, window centre and width
 
 def _read_picture(fn):
     "(array (h,w) or (h,w,c) of the file's values, its tags where it is DICOM, (row, column) spacing)"
@@ -57,13 +57,15 @@ def _read_picture(fn):
         tags = {k:r.GetMetaData(k).strip() for k in _tags if r.HasMetaDataKey(k)}
         shape = [n for n in r.GetSize()]
         if len(shape)>2 and max(shape[2:])>1: raise InputError(f"{fn}: expected one picture; found {shape[2]} frames or pages. Save the one that is meant, or read it with load_volume")
-        im = r.Execute()
+        if tags.get('0028|0004')=='MONOCHROME1':                           # GDCM would turn it about the middle of its bits, and the window is meant for the values before
+            with tempfile.TemporaryDirectory() as tmp:
+                f = Path(tmp)/'x.dcm'; f.write_bytes(fn.read_bytes().replace(b'MONOCHROME1', b'MONOCHROME2')); r.SetFileName(str(f)); r.ReadImageInformation()
+                if r.GetMetaData('0028|0004').strip()=='MONOCHROME1': raise InputError(f"{fn}: a negative (MONOCHROME1) whose header is packed is not read. Save it unpacked (explicit VR little endian)")
+                im = r.Execute()
+        else: im = r.Execute()
     except RuntimeError as e: raise FileError(f"{fn}: not a readable picture ({str(e).strip().splitlines()[-1]}). It may be cut off, or another kind of file") from e
     a = sitk.GetArrayFromImage(im); sp = im.GetSpacing()
     while a.ndim>2+(im.GetNumberOfComponentsPerPixel()>1): a = a[0]
-    if tags.get('0028|0004')=='MONOCHROME1':                               # GDCM has turned it; the window is meant for the values before
-        bits,signed,b,m = [float(tags.get(k, d)) for k,d in (('0028|0101',16), ('0028|0103',0), ('0028|1052',0), ('0028|1053',1))]
-        a = np.float32(m*(-1 if signed else 2**bits-1)+2*b)-a.astype(np.float32)
     return a,tags,(float(sp[1]),float(sp[0])) if '0028|0004' in tags else (1.,1.)
 
 def _grey(a, fn, colour):
@@ -317,7 +319,7 @@ class RadiographDataLoaders(DataLoaders):
         kind = label_block(df, label_col, y_block, label_delim)[2]
         splitter = label_splitter(df, label_col, kind, label_delim, group_col, valid_col, valid_pct, seed, stratify)
         train = list(splitter(range(len(df)))[0])
-        block,get_y,_ = label_block(df, label_col, y_block, label_delim, train)
+        block,get_y,_ = label_block(df, label_col, y_block, label_delim, train, group_col)
         LoadRadiograph(prep, cache).build(files)
         if isinstance(batch_tfms, str):
             if batch_tfms!='auto': raise InputError(f"batch_tfms: expected 'auto', a list or None; found {batch_tfms!r}")

@@ -7,12 +7,13 @@ __all__ = ['cache_dir', 'Store', 'foreground_index', 'label_values']
 
 # %% ../nbs/05_store.ipynb #4982f75f
 from .core import *
+from .guard import *
 from .io import *
 from .preprocess import *
 from fastai.data.all import *
 from fastprogress.fastprogress import progress_bar
 from concurrent.futures import ThreadPoolExecutor, as_completed
-import hashlib, json, os
+import contextlib, hashlib, json, os
 
 # %% ../nbs/05_store.ipynb #36376da0
 _version = 1   # of the layout on disk; part of every key
@@ -91,7 +92,9 @@ class Store:
     # --- reading
     def _read(self, dest, cls, **kwargs):
         meta = json.loads((dest/'meta.json').read_text())
-        a = np.load(dest/'data.npy', mmap_mode='c')                # 'c': pages are read when touched, writes stay private
+        a,aff = np.load(dest/'data.npy', mmap_mode='c'),np.array(meta['affine'], dtype=float)      # 'c': pages are read when touched, writes stay private
+        if a.ndim!=(3 if cls is TensorVolumeMask else 4) or 0 in a.shape or a.dtype.kind not in ('iu' if cls is TensorVolumeMask else 'f') or aff.shape!=(4,4) or not np.isfinite(aff).all(): raise ValueError(f'{a.dtype} {a.shape} with an affine of {aff.shape}')
+        if any(v.ndim!=2 or v.shape[1]!=3 or v.dtype.kind!='i' or v.min(initial=0)<0 or (v>=a.shape).any() for v in kwargs.get('fg', {}).values()): raise ValueError('places of foreground outside the mask')
         return cls(torch.from_numpy(a), affine=meta['affine'], meta=dict(fn=meta['fn']), **kwargs)
 
     def image(self,
@@ -120,7 +123,7 @@ class Store:
             dest = self._there(kind, fn)
             if dest is None: return None
             if len(self._open)>2000: self._open.clear()
-            self._open[k] = read(dest)
+            with reading(f"{fn}: its entry in the store, {dest}", 'what was written there', 'Remove that folder, and it is made anew'): self._open[k] = read(dest)
         t = self._open[k]
         res = t.as_subclass(Tensor).view(t.shape).as_subclass(type(t))
         res.__dict__.update(t.__dict__)
@@ -139,7 +142,8 @@ class Store:
     ):             # `func()`, from disk the second time
         "Keep a computed fact beside the entries"
         dest = self.path/'facts'/f'{name}-{_key(_version, key)}.json'
-        if dest.exists(): return json.loads(dest.read_text())
+        if dest.exists():
+            with contextlib.suppress(ValueError, OSError): return json.loads(dest.read_text())      # one that is not whole is found anew
         res = func()
         with whole_file(dest) as tmp: tmp.write_text(json.dumps(res))
         return res

@@ -20,6 +20,13 @@ def _f(problem, found, file=None, expected=None): return dict(problem=problem, f
 def _said(e, fn): return ' '.join(str(e).replace(f'{fn}: ', '').split())[:240] or type(e).__name__
 def _some(xs, n=5): xs = list(xs); return ', '.join(map(str, xs[:n]))+(f' … ({len(xs)})' if len(xs)>n else '')
 
+def _twins(pairs):
+    "{hash: [(case number, file), …]} of the hashes that stand more than once"
+    d = {}
+    for h,i,f in pairs:
+        if h: d.setdefault(h, []).append((i,f))
+    return [v for v in d.values() if len(v)>1]
+
 # %% ../nbs/36_survey.ipynb #3d8350fb
 def _paths(o, path, who=''):
     "The files of one cell: none, one, or the channels of a case"

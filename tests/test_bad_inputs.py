@@ -16,6 +16,9 @@ def world(study, learner, tmp_path):
         return T/name
     def huge(b): return b[:40]+struct.pack('<8h', 3, 30000, 30000, 30000, 1, 1, 1, 1)+b[56:]
     def flat(b): return b[:252]+struct.pack('<2h', 0, 1)+b[256:280]+bytes(48)+b[328:]          # an sform of noughts
+    def png(a):
+        from PIL import Image
+        b = io.BytesIO(); Image.fromarray(np.asarray(a).astype(np.uint8)).save(b, 'PNG'); return b.getvalue()
     def exported(l): l.export('whole.pkl'); return (l.path/'whole.pkl').read_bytes()
     def sh(*words):
         out,err = io.StringIO(),io.StringIO()
@@ -26,7 +29,9 @@ def world(study, learner, tmp_path):
         def __missing__(self, k):
             if k in ('L3','L2'): self[k] = learner(int(k[1])); return self[k]
             raise KeyError(k)
-    return World(vars(fastmed.all), T=T, P=P, D=D, IM=P/D.image[0], MA=P/D['mask'][0], t=fastmed.all.load_volume(P/D.image[0]), put=put, huge=huge, flat=flat, exported=exported, sh=sh, np=np, nib=nib, gzip=gzip, torch=torch,
+    KL = dict(valid_pct=.25, spacing=1.25, bs=2, num_workers=0, device='cpu', cache=tmp_path/'cache')
+    def DY(): return fastmed.all.VolumeDataLoaders.from_df(D.assign(y=['a','b']*4), P, label_col='y', **KL)
+    return World(vars(fastmed.all), T=T, KL=KL, DY=DY, png=png, pd=fastmed.all.pd, P=P, D=D, IM=P/D.image[0], MA=P/D['mask'][0], t=fastmed.all.load_volume(P/D.image[0]), put=put, huge=huge, flat=flat, exported=exported, sh=sh, np=np, nib=nib, gzip=gzip, torch=torch,
                  KW=dict(codes=CODES, valid_pct=.25, spacing=1.25, patch=16, bs=2, samples_per_case=2, num_workers=0, device='cpu', cache=tmp_path/'cache'))
 
 @pytest.mark.parametrize('what,code,kind,words', BAD, ids=[b[0] for b in BAD])

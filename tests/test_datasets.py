@@ -262,13 +262,13 @@ def test_killed_half_way(web):
     assert names(got)==['dataset.json','imagesTr/a.nii.gz'] and not [o for o in web.left() if '.part' in o and not o.startswith('archive/')]
 
 def test_stopped_while_unpacking(web, monkeypatch):
-    real,count = tarfile.TarFile.extract,[]
+    real,count = tarfile.TarFile.extractfile,[]
     def stop(self, *a, **kw):
         count.append(1)
         if len(count)==2: raise KeyboardInterrupt
         return real(self, *a, **kw)
     with monkeypatch.context() as m:
-        m.setattr(tarfile.TarFile, 'extract', stop)
+        m.setattr(tarfile.TarFile, 'extractfile', stop)
         with pytest.raises(KeyboardInterrupt): web.get('good.tar')
     assert not list((web.home/'data').iterdir())
     (web.home/'data/good.part').mkdir(); (web.home/'data/good.part/junk').write_text('from a killed process')
@@ -296,6 +296,13 @@ def test_places(web, monkeypatch, tmp_path):
     assert untar_data(web.url('good.tar'), checksum=web.md5('good.tar'))==tmp_path/'h/data/good'
     monkeypatch.delenv('FASTMED_HOME'); monkeypatch.setattr(D.external, 'fastai_path', lambda key: tmp_path/'fastai'/key)
     assert untar_data(web.url('good.tar'), checksum=web.md5('good.tar'))==tmp_path/'fastai/data/good'
+
+def test_an_address_without_a_checksum_gets_the_same_care(web):
+    with pytest.warns(UserWarning, match='no checksum was given.*[0-9a-f]{64}'): p = untar_data(web.url('good.tar'), base=web.home)
+    assert names(p)==['dataset.json','imagesTr/a.nii.gz'] and untar_data(web.url('good.tar'), base=web.home)==p and len(web.srv.hits)==1
+    tar(web.www/'evil.tar', [('a/ok.txt', b'ok'), ('../evil.txt', b'evil')])
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match='leads out'): untar_data(web.url('evil.tar'), base=web.home)
+    assert not list(web.home.parent.rglob('evil.txt')) and not (web.home/'data/evil').exists()
 
 def test_decathlon_url_is_verified(web, monkeypatch):
     "A task's URL carries its own checksum: what the server holds now is refused"

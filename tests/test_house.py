@@ -186,7 +186,7 @@ def test_import_time():
 
 def test_import_stays_light():
     "Libraries that only some rooms need are imported where they are used"
-    heavy = ['monai', 'SimpleITK', 'nilearn', 'torchio', 'sklearn', 'timm', 'tensorboard', 'nbdev', 'ipywidgets']
+    heavy = ['monai', 'SimpleITK', 'nilearn', 'torchio', 'sklearn', 'timm', 'tensorboard', 'nbdev', 'ipywidgets', 'pydicom', 'highdicom']
     before,after = [ast.literal_eval(python(f'import sys\nimport {m}\nprint([o for o in {heavy} if o in sys.modules])')) for m in ('fastai.vision.all', 'fastmed.all')]
     assert set(after) <= set(before), f'fastmed.all imports {sorted(set(after)-set(before))}'
 
@@ -242,10 +242,10 @@ def test_requirements_are_ranges_and_complete():
     reqs = [o for k,v in cfg.items() if k.endswith('requirements') for o in v.split()]
     assert not [o for o in reqs if '==' in o], 'ranges, not pins'
     name = lambda o: re.split(r'[<>=!~\[]', o)[0].lower()
-    main,extra = {name(o) for o in cfg['requirements'].split()}, {name(o) for k in ('demo_requirements', 'track_requirements', 'onnx_requirements') for o in cfg[k].split()}
+    main,extra = {name(o) for o in cfg['requirements'].split()}, {name(o) for k in ('demo_requirements', 'track_requirements', 'onnx_requirements', 'dicom_requirements') for o in cfg[k].split()}
     known = {'IPython':'ipython', 'PIL':'pillow', 'SimpleITK':'simpleitk', 'sklearn':'scikit-learn'}
     through_fastai = {'ipython', 'pillow', 'torchvision', 'fastprogress', 'tqdm', 'fasttransform', 'fastdownload', 'plum', 'packaging', 'requests'}
-    optional = {'ipywidgets', 'pydicom'} # asked for by name where they are used
+    optional = {'ipywidgets'} # asked for by name where they are used
     used = {a for n in rooms for o in ast.walk(tree_of(n)) for a in ([b.name for b in o.names] if isinstance(o, ast.Import) else [o.module] if isinstance(o, ast.ImportFrom) and not o.level else [])}
     used = {known.get(o.split('.')[0], o.split('.')[0]).lower() for o in used} - set(sys.stdlib_module_names) - {'fastmed'}
     assert not (missing:=used - main - extra - through_fastai - optional), f'settings.ini does not name {sorted(missing)}'
@@ -280,7 +280,7 @@ def test_wheel_metadata(built):
     assert meta['License-Expression']=='Apache-2.0' or meta['License']=='Apache-2.0'
     assert meta['Requires-Python']==f'>={cfg["min_python"]}' and meta['Keywords'].replace(',', ' ').split()==cfg['keywords'].split()
     assert meta['Version']==re.search(r'__version__ = "([^"]+)"', (lib/'__init__.py').read_text())[1]
-    assert set(meta.get_all('Provides-Extra'))=={'demo', 'track', 'dev', 'bench', 'onnx'}
+    assert set(meta.get_all('Provides-Extra'))=={'demo', 'track', 'dev', 'bench', 'onnx', 'dicom'}
     assert len([o for o in meta.get_all('Requires-Dist') if 'extra ==' not in o])==len(cfg['requirements'].split())
     assert 'in fastai\'s own words' in meta.get_payload() and 'Programming Language :: Python :: 3.10' in meta.get_all('Classifier')
     assert 'fastmed = fastmed.cli:main' in z.read(next(o for o in names if o.endswith('entry_points.txt'))).decode()

@@ -156,7 +156,7 @@ def test_law_3_unknown_is_refused(study, learner, loaders, tmp_path):
 def test_law_3_from_df_uses_each_argument(study, tmp_path):
     "Each argument of `from_df` changes what it is there to change."
     path,df = study
-    df = df.assign(site=[f'x{i%3}' for i in range(8)], held=[i<2 for i in range(8)], image_b=df.image, mask_b=df['mask'].str.replace('labels','labels_b'))
+    df = df.assign(site=[f'x{i%3}' for i in range(8)], held=[i<2 for i in range(8)], finds=['a|b','a']*4, image_b=df.image, mask_b=df['mask'].str.replace('labels','labels_b'))
     (path/'labels_b').mkdir(exist_ok=True)
     for a,b in zip(df['mask'], df.mask_b):
         m = nib.load(path/a); nib.save(nib.Nifti1Image((np.asarray(m.dataobj)>0).astype(np.uint8), m.affine), path/b)
@@ -168,6 +168,7 @@ def test_law_3_from_df_uses_each_argument(study, tmp_path):
     kw = dict(path=path, codes=CODES, spacing=None, patch=12, normalize='zscore', bs=2, samples_per_case=1, batch_tfms=None, cache=tmp_path/'cache', **QUIET)
     make = lambda cls=VolumeDataLoaders, **k: cls.from_df(df, **{**kw, **k})
     base = make()
+    label = lambda **k: VolumeDataLoaders.from_df(df, **{**{a:v for a,v in kw.items() if a not in ('patch','codes')}, 'label_col':'site', **k})
     xb = lambda d: d.train.one_batch()[0]
     valid = lambda d: set(d.valid_ds.items.case)
     fg = lambda d,n=4: np.mean([bool(b[1].any()) for _ in range(n) for b in d.train])
@@ -193,7 +194,12 @@ def test_law_3_from_df_uses_each_argument(study, tmp_path):
         num_workers=lambda: make(num_workers=2).train.fake_l.num_workers==2 and base.train.fake_l.num_workers==0,
         device=lambda: make(device='meta').device.type=='meta' and base.device.type=='cpu',
         axis=lambda: {make(SliceDataLoaders, patch=(8,10), axis=a).plan.patch for a in (0,1,2)}=={(1,8,10),(8,1,10),(8,10,1)},
-        context=lambda: xb(make(SliceDataLoaders, axis=0, context=2)).shape[1]==5)
+        context=lambda: xb(make(SliceDataLoaders, axis=0, context=2)).shape[1]==5,
+        label_col=lambda: (label().task, label(label_col='held').vocab, base.task)==('category', [False,True], 'mask'),
+        y_block=lambda: label(label_col='held', y_block='regression').task=='regression',
+        label_delim=lambda: label(label_col='finds', label_delim='|').vocab==['a','b'] and label(label_col='finds').vocab==['a','a|b'],
+        size=lambda: xb(label(size=16)).shape[2:]==(16,16,16)!=xb(label()).shape[2:],
+        stratify=lambda: any(valid(label(label_col='finds', group_col='case', valid_pct=.25, seed=s))!=valid(label(label_col='finds', group_col='case', valid_pct=.25, seed=s, stratify=False)) for s in range(4)))
     assert set(used)==set(inspect.signature(VolumeDataLoaders.from_df).parameters), 'an argument without its check'
     for k,f in used.items(): assert f(), f'from_df accepts {k} and does nothing with it'
     for k in ('axis','context'):

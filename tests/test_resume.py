@@ -50,6 +50,25 @@ def test_random_item_transforms_too(study, tmp_path):
     with pytest.raises(KeyboardInterrupt): fit(make(path, df, tmp_path/'b', **kw), 2, 5)
     assert same(whole, fit(make(path, df, tmp_path/'b', **kw), 2))
 
+class Dark(Callback):
+    "Go out when all is done, before or after the last state is written"
+    def __init__(self, order): self.order = order
+    def after_fit(self): raise KeyboardInterrupt
+
+@pytest.mark.parametrize('keep', [False,True])
+@pytest.mark.parametrize('order', [64,66])
+def test_cut_at_the_very_end(study, tmp_path, keep, order):
+    "Between the last batch and the moment that the model is saved: nothing is trained again, and nothing is forgotten"
+    path,df = study; whole = fit(make(path, df, tmp_path/'a'), 1)
+    def go(*cbs):
+        l = make(path, df, tmp_path/'b')
+        with l.no_bar(), l.no_logging(): l.fit_one_cycle(3, 1e-2, cbs=[ResumeCallback('r.pth', 1, keep=keep), *cbs])
+        return l
+    with pytest.raises(KeyboardInterrupt): go(Dark(order))
+    if not keep and order>65: return                                   # the file is gone: the caller said so
+    for _ in range(1+keep): l = go(Lights(1)); assert same(whole, l) and [float(o) for o in whole.recorder.losses]==[float(o) for o in l.recorder.losses] and len(l.recorder.values)==3
+    assert (tmp_path/'b'/'r.pth').exists()==keep
+
 def test_another_fit_is_refused(study, tmp_path):
     path,df = study
     with pytest.raises(KeyboardInterrupt): fit(make(path, df, tmp_path), 1, 2)

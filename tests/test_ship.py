@@ -241,7 +241,7 @@ def test_forgery_is_a_fair_test(saved, scan, tmp_path):
 
 ARGS = ('network','args','dict')
 FORGED = dict(
-    newer=(put(2, 'format'), 'newer fastmed'), unknown=(put('os.system', 'network', 'arch'), "expected a network among.*'os.system'"), private=(put('ResNet', 'network', 'arch'), 'expected a network among'),
+    newer=(put(3, 'format'), 'newer fastmed'), unknown=(put('os.system', 'network', 'arch'), "expected a network among.*'os.system'"), private=(put('ResNet', 'network', 'arch'), 'expected a network among'),
     list_arch=(put(['UNet'], 'network', 'arch'), 'expected a network among'), act=(put('os.system', *ARGS, 'act'), 'expected act'), act2=(put('torch.nn.modules.activation.Module', *ARGS, 'act'), 'expected act'),
     argument=(put(1, *ARGS, 'evil'), "no argument 'evil'"), deep=(put(10**9, *ARGS, 'depth'), 'numbers up to'), wide=(put(9_000, *ARGS, 'nf'), 'larger than its weights'), levels=(put(9_999, *ARGS, 'depth'), None), wide2=(put(10**30, *ARGS, 'nf'), 'numbers up to'),
     convs=(put(9_999, *ARGS, 'convs'), 'larger than its weights'), negative=(put(-1, *ARGS, 'nf'), 'nf'), text=(put('8', *ARGS, 'nf'), 'nf'), kernels=(put({'tuple':[9_999]*2}, *ARGS, 'kernels'), None),
@@ -344,7 +344,7 @@ def test_onnx_forged(onnx, learner, tmp_path):
         return tmp_path/'bad.onnx'
     load_onnx(write(lambda d: None))
     def other(c): c.graph.node[0].op_type = 'Nothing'
-    for edit,mod in ((put(2, 'format'), lambda c: c), (put([8,8], 'window'), lambda c: c), (put(2, 'network', 'n_in'), lambda c: c), (put([1.]*64, 'echo'), lambda c: c), (lambda d: None, other)):
+    for edit,mod in ((put(3, 'format'), lambda c: c), (put([8,8], 'window'), lambda c: c), (put(2, 'network', 'n_in'), lambda c: c), (put([1.]*64, 'echo'), lambda c: c), (lambda d: None, other)):
         with pytest.raises(ValueError, match='bad.onnx'): load_onnx(write(edit, mod))
 
 def save_bytes(learn, tmp): return save_model(learn, tmp/'s.safetensors').read_bytes()

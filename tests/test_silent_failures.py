@@ -308,6 +308,37 @@ def test_row_17_labels_are_declared_or_refused(tmp_path, values):
     block = DataBlock((VolumeBlock, VolumeMaskBlock), get_x=CaseFiles('image', tmp_path), get_y=CaseFiles('mask', tmp_path), splitter=IndexSplitter([0]), item_tfms=PatchTransform((8,8,8)))
     with pytest.raises(ValueError, match=str(values[2])): list(block.dataloaders(df, bs=1, **QUIET).train)
 
+# ---- 18, 19
+
+@pytest.mark.parametrize('n_in', [1,2,4,7])
+def test_row_18_channels_are_adapted(n_in):
+    "One channel takes the sum; more are repeated and rescaled: none starts at zero, and equal channels give what equal colours gave."
+    import timm
+    torch.manual_seed(0)
+    net = timm.create_model('resnet10t', features_only=True).eval()
+    new = adapt_input(deepcopy(net), n_in)
+    w = first(m for m in new.modules() if isinstance(m, nn.Conv2d)).weight
+    assert w.shape[1]==n_in and all(float(w[:,i].abs().max())>1e-3 for i in range(n_in))
+    x = torch.randn(1,1,64,64)
+    with torch.no_grad():
+        a,b = net(x.expand(-1,3,-1,-1)),new(x.expand(-1,n_in,-1,-1))
+        assert all(float((p-q).abs().max())<=1e-5*max(1., float(p.abs().max())) for p,q in zip(a, b))
+        for i in range(n_in):
+            y = x.repeat(1,n_in,1,1); y[:,i] += 1.
+            assert float((new(y)[0]-b[0]).abs().max())>1e-3, f'channel {i} is not seen'
+
+@pytest.mark.parametrize('how', ['average','centre'])
+def test_row_19_inflated_equals_its_parent(how):
+    "On a volume constant along the third axis, the border repeated, the inflated network answers what its parent answers for the slice; with zeros around it does not."
+    import timm
+    torch.manual_seed(0)
+    net = timm.create_model('resnet10t', features_only=True).eval()
+    x = torch.randn(1,3,64,64); v = x[...,None].repeat(1,1,1,1,32)
+    with torch.no_grad():
+        a,b,z = net(x),inflate(net, how=how)(v),inflate(net, how='average', padding='zeros')(v)
+        assert all(float((q-p[...,None]).abs().max())<=1e-5*max(1., float(p.abs().max())) for p,q in zip(a, b))
+        assert float((z[-1]-a[-1][...,None]).abs().max())>1e-3*float(a[-1].abs().max())
+
 # ---- 20 to 24
 
 def test_row_20_broken_voxels_do_not_train(tmp_path):
