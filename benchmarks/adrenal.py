@@ -23,7 +23,7 @@ def table(folder):
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--epochs', type=int, default=30); p.add_argument('--size', type=int, default=64); p.add_argument('--nf', type=int, default=16); p.add_argument('--tta', type=int, default=8)
+    p.add_argument('--epochs', type=int, default=20); p.add_argument('--size', type=int, default=48); p.add_argument('--nf', type=int, default=16); p.add_argument('--tta', type=int, default=8)
     p.add_argument('--files', default=None, help='folder of the NIfTI files; default: below the cache'); p.add_argument('--out', default=here/'adrenal.csv')
     a = p.parse_args()
     from fastmed.all import MixUp, VolumeDataLoaders, cache_dir, classifier_learner, set_seed, volume_tfms
@@ -32,7 +32,8 @@ if __name__=='__main__':
     with quiet():
         dls = VolumeDataLoaders.from_df(df, files, label_col='label', valid_col='held', size=a.size, normalize='none', bs=16, device='cpu', batch_tfms=volume_tfms(max_rotate=20., max_scale=.2, p_contrast=0., p_brightness=0., p_gamma=0., p_noise=0., p_blur=0., p_low_res=0.))
         learn = classifier_learner(dls, 'small_resnet', nf=a.nf, wd=.05, cbs=MixUp(.4), metrics=[])
-        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(a.epochs, 3e-3)
-        t1 = time.perf_counter(); ev = learn.evaluate(tta=a.tta)
+    with learn.no_bar(): learn.fit_one_cycle(a.epochs, 3e-3)
+    t1 = time.perf_counter()
+    with quiet(): ev = learn.evaluate(tta=a.tta)
     su = ev.summary(n_boot=2000)
     keep([dict(score=s, of=r.of, value=round(r.value, 4), low=round(r.low, 4), high=round(r.high, 4), cases=int(r.n), epochs=a.epochs, size=a.size, train_min=round((t1-t0)/60, 1), minutes=round((time.perf_counter()-t0)/60, 1)) for s,r in su.iterrows()], a.out, ['score','epochs','size'])

@@ -49,6 +49,6 @@ if __name__=='__main__':
         rows += [dict(task=t, score=s, value=round(r.value, 4), low=round(r.low, 4), high=round(r.high, 4), pictures=int(r.n), patients=int(r.subjects), folds=len(a.folds), epochs=a.epochs or tasks[t], size=a.size, minutes=round(minutes, 1)) for s,r in su.iterrows()]
         cases.append(pd.DataFrame(ev)[['case','subject','fold','target','pred',*[c for c in ev if c.startswith('prob_')]]].assign(task=t).round(4))
     keep(rows, a.out, ['task','score','folds','epochs','size'])
-        if a.folds==list(range(5)):
+    if a.folds==list(range(5)):
         new = pd.concat(cases); old = pd.read_csv(a.cases, dtype=str) if Path(a.cases).exists() else new[:0]
         pd.concat([old[~old.task.isin(new.task)], new]).to_csv(a.cases, index=False)

@@ -235,7 +235,7 @@ def faults(a):
                 r = fresh(before[key], fm.check_dataset(pd.DataFrame(rs).astype(object), workers=1, **use)); shutil.rmtree(p)
             hit = r[r.problem.isin(want) & ((r.case==case) | (r.case=='(all)'))]; others = r[(r.case!=case) & (r.case!='(all)')]
             also = sorted(set(r.problem[r.case==case])-set(hit.problem))
-            out.append(dict(kind=kind, fault=fault, base=name, found=bool(len(hit)) if want else not len(r), found_as=', '.join(dict.fromkeys(hit.problem)), severity=', '.join(sorted(set(hit.severity))), named=bool((hit.case==case).any()), also=', '.join(also), other_cases_blamed=len(others)))
+            out.append(dict(kind=kind, fault=fault, base=name, found=bool(len(hit)) if want else not len(r), found_as=', '.join(dict.fromkeys(hit.problem)), severity=', '.join(sorted(set(hit.severity))), named=bool((hit.case==case).any()), also=', '.join(also), other_cases_blamed=len(others), example=next(iter(hit.found), '').replace(str(tmp), '')[:110]))
         print(f'{time.time()-start:.0f} s, {name}: missed', [o['fault'] for o in out if o['base']==name and not o['found']], 'blamed', [(o['fault'], o['other_cases_blamed']) for o in out if o['base']==name and o['other_cases_blamed']], flush=True)
     import pydicom
     src = data/'ct_dicom/philips_phantom_no_tilt_5mm'; fs = sorted((f for f in src.rglob('*') if f.is_file()), key=lambda f: float(pydicom.dcmread(f, stop_before_pixels=True).ImagePositionPatient[2]))
@@ -244,7 +244,7 @@ def faults(a):
             if a.only and a.only not in fault: continue
             p = Path(tempfile.mkdtemp(dir=tmp)); mine = [Path(shutil.copy(o, p/f'{k:03d}.dcm')) for k,o in enumerate(fs[cut])]; f(mine, p)
             with contextlib.redirect_stdout(io.StringIO()): r = pd.DataFrame(fm.check_dataset(pd.DataFrame([dict(case='ct', image=p)]), workers=1))
-            hit = r[r.problem.isin(want)]; out.append(dict(kind=kind, fault=fault or 'as it is', base=f'ct_dicom, {part}', found=bool(len(hit)) if want else not len(r), found_as=', '.join(dict.fromkeys(hit.problem)), severity=', '.join(sorted(set(hit.severity))), named=bool(len(hit)), also=', '.join(sorted(set(r.problem)-want)), other_cases_blamed=0))
+            hit = r[r.problem.isin(want)]; out.append(dict(kind=kind, fault=fault or 'as it is', base=f'ct_dicom, {part}', found=bool(len(hit)) if want else not len(r), found_as=', '.join(dict.fromkeys(hit.problem)), severity=', '.join(sorted(set(hit.severity))), named=bool(len(hit)), also=', '.join(sorted(set(r.problem)-want)), other_cases_blamed=0, example=next(iter(hit.found), '').replace(str(tmp), '')[:110]))
     shutil.rmtree(tmp); t = pd.DataFrame(out); t.loc[t.kind.str.startswith('(no'), 'kind'] = '(no fault)'
     if not a.only: t.to_csv(here/'doctor_faults.csv', index=False)
     k = t.groupby('kind', sort=False).agg(planted=('found','size'), found=('found','sum'), bases=('base','nunique'), found_as=('found_as', lambda s: '; '.join(f'{n} × {v}' for v,n in s.value_counts().items() if v)), severity=('severity', lambda s: ', '.join(sorted({o for v in s for o in v.split(', ') if o}))), other_cases_blamed=('other_cases_blamed','sum')).reset_index()

@@ -284,8 +284,8 @@ def kept(p, f):
     s = Store(Preprocess(codes=['background','a','b']), p.parent.parent/'c'); src = p.parent/'scan.nii'
     for kind,add in (('image',s.add_image),('mask',s.add_mask)):
         src.write_bytes(f['scan.nii']); os.utime(src, (1,1)); e = s.entry(kind, src); shutil.rmtree(e, ignore_errors=True); e = add(src)
-        for n in ('data.npy','meta.json','fg.npz'):
-            if n in f and (e/n).exists(): (e/n).write_bytes(f[n])
+        for n in f:
+            if n.startswith(kind): (e/n.removeprefix(f'{kind} ')).write_bytes(f[n])
         s._open.clear(); t = getattr(s, kind)(src)
         if t.affine is None or t.ndim!=(4 if kind=='image' else 3) or not np.isfinite(t.affine).all(): wrong(f'{kind}: {tuple(t.shape)}, {t.affine}')
         float(t.float().sum())
@@ -353,7 +353,7 @@ def seeds(data):
     nib.save(nib.Nifti1Image(m, aff), d/'scan.nii')
     from fastmed.all import Preprocess, Store
     s = Store(Preprocess(codes=['background','a','b']), d/'c'); ei,em = s.add_image(d/'scan.nii'),s.add_mask(d/'scan.nii')
-    out['store'] = [{'data.npy':(ei/'data.npy').read_bytes(), 'scan.nii':(d/'scan.nii').read_bytes()}, {'meta.json':(ei/'meta.json').read_bytes(), 'scan.nii':(d/'scan.nii').read_bytes()}, {'fg.npz':(em/'fg.npz').read_bytes(), 'scan.nii':(d/'scan.nii').read_bytes()}]
+    out['store'] = [{f'{k} {n}':(e/n).read_bytes(), 'scan.nii':(d/'scan.nii').read_bytes()} for k,e,n in (('image',ei,'data.npy'), ('image',ei,'meta.json'), ('mask',em,'data.npy'), ('mask',em,'meta.json'), ('mask',em,'fg.npz'))]
     out['preprocess.json'] = [{'p.json':Preprocess(spacing=(1,1,2), normalize='ct', codes={'background':0,'a':[1,2]}, stats=[dict(lo=0.,hi=1.,mean=.5,std=.2)]).to_json().encode()}]
     out['plan.toml'] = [{'plan.toml':b'data = "d"\nfolds = 2\nseed = 1\nbudget = {updates = 2}\nimages = "images/*.nii"\nmasks = "labels/*.nii"\npath = "out"\n\n[arms.3D]\nndim = 3\npatch = [8, 8, 8]\n\n[arms.2D]\nndim = 2\ncontext = 1\n',
                          **{f'd/{k}/{c}.nii':(d/'scan.nii').read_bytes() for k in ('images','labels') for c in 'abcd'}}]
@@ -499,7 +499,10 @@ def main():
     a = p.parse_args(); data = os.environ.get('FASTMED_DATA'); data = Path(data) if data and not a.quick else None
     import torch, SimpleITK, nibabel, fastmed.all, fastmed.cli
     SimpleITK.ProcessObject.SetGlobalWarningDisplay(False); torch.set_num_threads(1); nibabel.imageglobals.logger.setLevel(60)
-    t0 = time.perf_counter(); given = seeds(data); rows,bad = [],{}
+    t0 = time.perf_counter()
+    import contextlib
+    with contextlib.redirect_stdout(io.StringIO()): given = seeds(data)
+    rows,bad = [],{}
     for name,mutate,read,n,quick in READERS:
         if a.reader and name not in a.reader or not given[name]: continue
         if a.only is not None:

@@ -201,7 +201,9 @@ def kills(job, work, n, seed):
         share = (k//2+rng.random())/math.ceil(n/2)                     # one instant in each stretch of the work
         if writing: pid = fork(watched, job, path, max(1, math.ceil(share*events)), rng.choice([0.,0.,rng.uniform(0, .004)]), log=log)
         else:
-            pid = fork(job.work, path, log=log); time.sleep(share*took)
+            pid,t0 = fork(job.work, path, log=log),time.perf_counter()
+            while (over:=time.perf_counter()-t0)<share*took and (gone:=os.waitid(os.P_PID, pid, os.WEXITED|os.WNOWAIT|os.WNOHANG)) is None: time.sleep(min(.005, share*took-over))
+            if over<share*took: took = over                             # quicker than the first time: the instants move up
             with contextlib.suppress(ProcessLookupError): os.kill(pid, signal.SIGKILL)
         if ended(pid)==-signal.SIGKILL:
             row['kills'] += 1; row['while_writing'] += writing

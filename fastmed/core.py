@@ -57,12 +57,14 @@ def writing(
 
 def _mark(): return '.part-'+hashlib.blake2b(platform.node().encode(), digest_size=3).hexdigest()     # of this machine: locks may not reach further
 
-def _hold(p, folder):
-    "A descriptor of `p`, made or emptied, that holds it for this process; None where another holds it. Raises `NotImplementedError` where the system has no such locks"
+def _hold(p, folder, make=True):
+    "A descriptor of `p`, made or emptied, that holds it for this process; None where another holds it or took it away. Raises `NotImplementedError` where the system has no such locks"
     try: import fcntl
     except ImportError: raise NotImplementedError
-    if folder: p.mkdir(exist_ok=True)
-    fd = os.open(p, os.O_RDONLY if folder else os.O_RDWR|os.O_CREAT, 0o666)
+    try:
+        if folder and make: p.mkdir(exist_ok=True)
+        fd = os.open(p, os.O_RDONLY if folder else os.O_RDWR|(os.O_CREAT if make else 0), 0o666)
+    except (FileNotFoundError,FileExistsError): return     # taken away between two looks
     try:
         fcntl.flock(fd, fcntl.LOCK_EX|fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(fd), os.stat(p)):       # else it was renamed into place between the two lines above
@@ -86,17 +88,21 @@ def beside(
     alone:bool=False   # give None where another process of this machine is at the same destination
 ):                     # an empty hidden file or folder, gone at the end unless it was renamed
     "A place to prepare `fn` in, which no other process writes to; one that a killed process left is taken over"
-    fn = Path(fn); work,sfx,fd,i = Path(ifnone(work, fn.parent)),'.nii.gz' if fn.name.lower().endswith('.nii.gz') else fn.suffix,None,0
-    tmp = None
+    fn = Path(fn); work,sfx,fd,tmp = Path(ifnone(work, fn.parent)),'.nii.gz' if fn.name.lower().endswith('.nii.gz') else fn.suffix,None,None
     try:
-        while fd is None:
-            work.mkdir(parents=True, exist_ok=True)
+        for i in range(1000):
+            try: work.mkdir(parents=True, exist_ok=True)
+            except FileExistsError:
+                if work.exists(): raise
+                continue                                     # taken away between two looks
             tmp = work/f'{_mark()}-{hashlib.blake2b(fn.name.encode(), digest_size=8).hexdigest()}-{i}{sfx}'
             try: fd = _hold(tmp, folder)
             except NotImplementedError:                      # no locks here: a name of its own
                 tmp = work/f'{_mark()}-{uuid.uuid4().hex}{sfx}'; tmp.mkdir() if folder else tmp.touch(exist_ok=False); break
-            if fd is None and alone: tmp = None; break
-            i += 1
+            if fd is not None: break
+            tmp = None
+            if alone: break
+        else: raise FileNotFoundError(errno.ENOENT, 'no place beside it could be held', str(fn))
         yield tmp
     finally:
         if fd is None: tmp is None or _remove(tmp)
@@ -111,7 +117,7 @@ def sweep(
 ):
     "Remove what killed processes of this machine left there"
     for p in Path(folder).glob(f'{_mark()}-*'):
-        try: fd = _hold(p, p.is_dir())
+        try: fd = _hold(p, p.is_dir(), False)
         except (OSError,NotImplementedError): continue
         if fd is not None: _remove(p); os.close(fd)
 

@@ -266,7 +266,8 @@ def _images(fs):
     "The images of `fs` in that order, one at a time: (columns, rows) float32, physical values; each file is read once"
     left,there = Counter(o.file for o in fs),{}
     for o in fs:
-        if o.file not in there: there[o.file] = _pixels(o.file)
+        if o.file not in there:
+            with reading(o.file): there[o.file] = _pixels(o.file)
         a,physical = there[o.file]; left[o.file] -= 1
         if not left[o.file]: del there[o.file]
         if o.frame>=len(a) or a[o.frame].shape!=o.size[::-1]: raise FileError(f"{o.file}: expected {o.size[0]}×{o.size[1]} pixels; found {a.shape}. The file changed since its header was read, or is damaged")

@@ -8,7 +8,7 @@ __all__ = ['CaseInterpretation']
 # %% ../nbs/49_interpret.ipynb #02963a4f
 from .core import *
 from .labels import *
-from .learner import *
+from .callbacks import *
 from .scores import choose_point
 from .classify import *
 from .curves import *
@@ -319,7 +319,7 @@ class CaseInterpretation:
                 for k in self.labels:
                     if 0<self.one(k)[0].mean()<1: f = self.confounding(c, k, by.get(c)); sec[f'Is {k} read from {c}?'] = [str(f), f.plot(), f.counts, f.areas]
         if worst and self.learn is not None and self.df is not None: sec['Worst cases'] = [self.plot_worst(worst), self.worst(worst)]
-        if self.learn is not None and len(getattr(getattr(self.learn, 'recorder', None), 'values', [])): sec['Training'] = [self.learn.plot_metrics()]
+        if self.learn is not None and getattr(self.learn, 'history', []): sec['Training'] = [self.learn.plot_metrics()]
         return html_report(fn, title or f"{', '.join(self.labels)}: what was learned", self.answer(), sec)
 
 # %% ../nbs/49_interpret.ipynb #dee8351c
@@ -358,27 +358,29 @@ def interpret(self:Learner,
 
 # %% ../nbs/49_interpret.ipynb #ee51017c
 @patch
-def training_table(self:Learner)->pd.DataFrame: # index epoch from 1, a column a loss or metric
-    "Losses and metrics of the last training, by epoch. Raises `InputError` before any"
-    r = getattr(self, 'recorder', None)
-    if r is None or not len(getattr(r, 'values', [])): raise InputError("plot_metrics: nothing was trained here. A loaded Learner does not remember its training")
-    names = [n for n in r.metric_names if n not in ('epoch','time')]; v = [list(o) for o in r.values]
-    return pd.DataFrame([o+[float('nan')]*(len(names)-len(o)) for o in v], columns=names, index=pd.RangeIndex(1, len(v)+1, name='epoch')).astype(float)
+def training_table(self:Learner)->pd.DataFrame: # index epoch, running through; fit, and a column a loss or metric
+    "Losses and metrics of every training by epoch. Of a Learner of fastai's own the last one, until its next `get_preds`. Raises `InputError` before any"
+    h = list(getattr(self, 'history', [])); r = getattr(self, 'recorder', None)
+    if not h and r is not None and len(getattr(r, 'losses', [])) and len(r.values): h = [epoch_table(r)]
+    if not h: raise InputError("plot_metrics: nothing was trained here, or nothing of it was kept")
+    t = pd.concat([o.assign(fit=i) for i,o in enumerate(h, 1)], ignore_index=True); t.index = pd.RangeIndex(1, len(t)+1, name='epoch')
+    return t[['fit',*[c for c in t if c!='fit']]]
 
 @patch
 def plot_metrics(self:Learner,
     imsize=3.,      # inches a picture
     ncols:int=3     # pictures in a row
 ):                  # matplotlib figure
-    "Losses and metrics of the last training by epoch. Raises `InputError` before any"
+    "Losses and metrics by epoch, a grey line between one training and the next. Raises `InputError` before any"
     import matplotlib.pyplot as plt
-    t = self.training_table(); fam = {}
-    for c in t: b = re.sub('^(train|valid)_', '', c); fam.setdefault(b if b=='loss' else b.split('_')[0], []).append(c)
+    t = self.training_table(); fam,ends = {},t.index[:-1][np.diff(t.fit)>0]+.5
+    for c in t.columns[1:]: b = re.sub('^(train|valid)_', '', c); fam.setdefault(b if b=='loss' else b.split('_')[0], []).append(c)
     fam = {k:v for k,v in fam.items() if t[v].notna().any(axis=None)}; n = len(fam); ncols = min(ncols, n)
     fig,axs = plt.subplots(-(-n//ncols), ncols, figsize=(imsize*1.25*ncols, imsize*-(-n//ncols)), squeeze=False)
     for a in axs.flat[n:]: a.set_axis_off()
     for (k,cs),ax in zip(fam.items(), axs.flat):
         for c in cs: s = t[c].dropna(); ax.plot(s.index, s, 'o-' if len(s)<30 else '-', ms=3, label=c.replace('_', ' '))
+        for e in ends: ax.axvline(e, color='grey', ls=':', lw=1)
         ax.set(xlabel='epoch', ylabel=k if len(cs)>1 else cs[0].replace('_', ' ')); ax.xaxis.get_major_locator().set_params(integer=True)
         if len(cs)>1: ax.legend(fontsize=7)
     fig.tight_layout(); return fig

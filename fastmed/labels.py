@@ -210,6 +210,7 @@ def whole_plan(
     ax = [a for a in range(3) if ndim==3 or a!=base.axis]
     pre = Preprocess(base.spacing, orientation=orientation)
     heads = [read_header(o) for o in all_files(df, image_col, path)]
+    heads = list({(tuple(h['shape']), np.asarray(h['affine']).tobytes()):h for h in heads}.values())      # scans of one grid count once
     def need(sp):
         p = Preprocess(sp, orientation=orientation)
         return np.max([p.grid(h['shape'], h['affine'])[0] for h in heads], 0)

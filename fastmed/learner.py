@@ -12,6 +12,7 @@ from .io import *
 from .doctor import *
 from .preprocess import *
 from .blocks import *
+from .labels import get_labels
 from .data import *
 from .data import _grid
 from .models import *
@@ -256,6 +257,7 @@ def unet_args(
 
 def _unet_learner(ndim, dls, arch, loss_func, metrics, pretrained, fast, n_out, kwargs):
     plan,pre = get_plan(dls),get_preprocess(dls)
+    if get_labels(dls) is not None: raise InputError(f"unet{ndim}d_learner: these DataLoaders hold labels of cases: use classifier_learner, which learns the mask too where there is one")
     if plan.ndim!=ndim: raise InputError(f"unet{ndim}d_learner: these DataLoaders give {'slices' if plan.ndim==2 else 'volumes'}: use unet{plan.ndim}d_learner")
     if pre.vocab is None: raise InputError("unet_learner: the masks have no codes. Say VolumeMaskBlock(codes), or from_df(codes=…)")
     n_channels = dls.train_ds[0][0].shape[0]

@@ -135,7 +135,8 @@ def match_weights(
                 keys = real(own, [k for k in own if k.startswith(a)])
                 if whole and len(d:=_in_order(own, sd, keys, part(b)))==len(keys): found |= d
             match = {**match, **found}; wrong = {k:v for k,v in wrong.items() if k not in match}
-    return match,wrong
+    counter = 'num_batches_tracked'                             # belongs to its statistics, and says nothing by itself
+    return {k:v for k,v in match.items() if not k.endswith(counter) or k[:-len(counter)]+'running_mean' in match},wrong
 
 def load_weights(
     model:nn.Module,        # changed in place

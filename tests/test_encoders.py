@@ -139,7 +139,7 @@ def test_inflated_trains_pickles_and_is_fast():
 
 @pytest.mark.parametrize('name,ndim,size', [('lcnet_050',2,(50,36)), ('vit_tiny_patch16_224',2,(40,64)), ('swin_tiny_patch4_window7_224',2,(64,64)), ('vgg11',2,(33,20)), ('inception_v4',2,(80,90)), ('visformer_tiny',2,(224,224)), ('timm.lcnet_050',3,(20,33,16)), ('resnet10',3,(20,20,9)), ('DenseNet121',2,(32,40))])
 def test_a_decoder_on_any_encoder(name, ndim, size):
-    kw = dict(block_config=(2,2,2,2)) if name=='DenseNet121' else dict(widen_factor=.25) if name=='resnet10' else {}
+    kw = dict(block_config=(2,2,2,2)) if name=='DenseNet121' else dict(widen_factor=.25) if name=='resnet10' else dict(levels=3) if name=='inception_v4' else {}
     net,_ = create_network(name, 2, 3, ndim, patch=size, nf=4, **kw)
     x = torch.randn(2,2,*size)
     assert net(x).shape==(2,3,*size)
@@ -165,7 +165,7 @@ def test_names_and_arguments():
     with pytest.raises(InputError, match='pretrained=True'): create_network('UNet', 1, 2, pretrained=True)
     with pytest.raises(InputError, match='MedicalNet'): create_encoder('resnet10', 1, 3, pretrained=True)
     with pytest.raises(InputError, match='no feature maps'): create_encoder('lcnet_050', 1, 2, levels=9)
-    with pytest.raises(InputError, match='no weights'): create_encoder('resnet18d', 1, 2, pretrained=True) if not __import__('timm').get_pretrained_cfg('resnet18d').has_weights else create_encoder('vit_tiny_r_s16_p8_384', 1, 2, pretrained=__file__)
+    with pytest.raises(InputError, match='no weights for convnext_atto_rms'): create_encoder('convnext_atto_rms', 1, 2, pretrained=True)
 
 def test_weights_that_cannot_be_fetched(monkeypatch):
     import timm
@@ -270,7 +270,7 @@ def test_files_that_are_refused(tmp_path):
 def test_timm_files_by_name(tmp_path):
     import timm
     from safetensors.torch import save_file
-    for name in ('resnet10t','convnext_atto','mobilenetv3_small_050','regnety_002','densenet121' if False else 'ghostnet_050','vit_tiny_patch16_224'):
+    for name in ('resnet10t','convnext_atto','mobilenetv3_small_050','vit_tiny_patch16_224'):
         full = made(name); save_file(full.state_dict(), tmp_path/'f.safetensors')
         e,rep = create_encoder(name, 1, 2, patch=(224,224), pretrained=tmp_path/'f.safetensors')
         assert rep.encoder[0]==rep.encoder[1] and not rep.missing and not rep.mismatched, rep

@@ -218,12 +218,12 @@ def test_fastais_own_interpretation(learn3):
     it.plot_top_losses(2); it.plot_confusion_matrix(); Interpretation.from_learner(learn3).plot_top_losses(2)
 
 def test_training_curves(learn3, loaders):
-    t = learn3.training_table(); assert list(t.columns[:2])==['train_loss','valid_loss'] and len(t)==14 and 'roc_auc' in t
-    assert len([a for a in learn3.plot_metrics().axes if a.axison])==len(t.columns)-1
+    t = learn3.training_table(); assert list(t.columns[:3])==['fit','train_loss','valid_loss'] and len(t)==14 and 'roc_auc' in t      # get_preds was called since
+    assert len([a for a in learn3.plot_metrics().axes if a.axison])==len(t.columns)-2
     seg = unet3d_learner(loaders[3], nf=4, depth=2)
     with pytest.raises(InputError, match='nothing was trained'): seg.plot_metrics()
-    with seg.no_bar(), seg.no_logging(): seg.fit(1)
-    assert seg.plot_metrics().axes[1].get_ylabel()=='dice'
+    with seg.no_bar(), seg.no_logging(): seg.fit(1); seg.validate(); seg.fit(2)
+    assert seg.plot_metrics().axes[1].get_ylabel()=='dice' and list(seg.training_table().fit)==[1,2,2] and list(seg.training_table().index)==[1,2,3]
     with pytest.raises(InputError, match='show_worst'): seg.interpret()
     with pytest.raises(InputError, match='one score a class'): grad_cam(seg.model, seg.dls.one_batch()[0])
 

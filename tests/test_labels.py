@@ -205,3 +205,9 @@ def test_augmentation_leaves_validation_alone_and_moves_training(chests, tmp_pat
 def test_shift_moves_and_repeats_the_edge():
     set_seed(0); x = TensorRadiograph(torch.arange(100.).view(1,1,10,10).repeat(50,1,1,1)); y = ShiftTfm(.2)(x, split_idx=0)
     d = (y-x)[:,0].as_subclass(Tensor); mid = d[:,3:7,3:7].flatten(1); assert (mid==mid[:,:1]).all() and len(mid[:,0].unique())>10 and mid.abs().max()<=22
+
+def test_workers_change_nothing(chests, tmp_path):
+    path,df = chests
+    def batches(nw):
+        set_seed(1); d = RadiographDataLoaders.from_df(df, path, size=32, bs=4, cache=tmp_path, device='cpu', num_workers=nw); set_seed(2); return [(x.numpy().tobytes(),y.tolist()) for x,y in d.train]
+    assert batches(0)==batches(2)
