@@ -179,7 +179,7 @@ def resealed(rng, b, other):
     from fastmed import ship
     i = b.rfind(b'"sha256": "sha256:')+11; z = b[:i]+ship._blank.encode()+b[i+len(ship._blank):]
     if rng.random()<.4:
-        j = z.rfind(b'{"sha256": "sha256:'); end = json.JSONDecoder().raw_decode(z[j:].decode('latin-1'))[1]; meta = json.loads(z[j:j+end]); t = json.dumps({'sha256':ship._blank, **{k:v for k,v in values(rng, meta).items() if k!='sha256'}} if isinstance(meta, dict) else meta).encode()
+        j = z.rfind(b'{"sha256": "sha256:'); end = json.JSONDecoder().raw_decode(z[j:].decode('latin-1'))[1]; meta = json.loads(z[j:j+end]); t = json.dumps({'sha256':ship._blank, **{k:v for k,v in (lambda m: m if isinstance(m, dict) else {'x':m})(values(rng, meta)).items() if k!='sha256'}}).encode()
         if len(t)<=end: z = z[:j]+t.ljust(end)+z[j+end:]
         return ship._seal(z)
     z = blind(rng, z, other, len(z))
@@ -406,7 +406,7 @@ READERS = ( # name, who changes the first file, how it is read, files of a whole
     ('mhd + nhdr', lines(b'\x00', META+NRRD), volume, 900, 20), ('png', chunks, volume, 1500, 40), ('tiff', tiff, volume, 1200, 30), ('jpeg, bmp', blind, volume, 500, 10), ('dicom slice', dicom, volume, 1500, 30), ('dicom folder', dicom, volume, 500, 10),
     ('model file', sealed, model, 900, 20), ('onnx', resealed, onnx, 300, 5), ('plan.toml', text, plan, 500, 15), ('dataset.json', text, decathlon, 500, 20), ('cases.csv', text, table, 500, 20), ('preprocess.json', text, settings, 500, 20),
     ('store', blind, kept, 500, 15), ('tar', tars, archive, 1200, 30), ('zip', zips, archive, 1000, 30))
-WHOLE = ('nifti','nifti.gz','nrrd','mha','png','dicom slice')                 # what is cut short must not be read
+WHOLE = ('nifti','nifti.gz','nrrd','mha','png','tiff','jpeg, bmp','dicom slice')                 # what is cut short must not be read
 
 def make(reader, mutate, given, n):
     "File number `n`: ({name: bytes}, name of the changed file, whether it was merely cut)"

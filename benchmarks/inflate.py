@@ -48,14 +48,13 @@ def inflation():
         row,n = dict(family=name, parameters_2d=sum(p.numel() for p in net.parameters())),0
         try:
             for how in ('average','centre'):
-                deep = inflate(net, how=how)
-                row['parameters_3d'] = sum(p.numel() for p in deep.parameters())
                 for dt in (torch.float32,torch.float64):
-                    net.to(dt); deep.to(dt); x = image(net, dt); n = x.shape[-1]
+                    net.to(dt); deep = inflate(net, how=how, check=dt==torch.float32); x = image(net, dt); n = x.shape[-1]
                     for depth in (32,n):
                         try: b = deep(x[...,None].repeat(1,1,1,1,depth)); break
                         except RuntimeError: continue                                     # an unpadded convolution needs more slices
                     row[f'{how}_{str(dt)[6:]}'] = apart([o[...,None] for o in net(x)], b)
+                row['parameters_3d'] = sum(p.numel() for p in deep.parameters())
                 net.float()
             row['status'] = 'equal'
         except ValueError as e: row['status'] = f'refused: {str(e).partition(": ")[2].partition(" is written")[0]}'
@@ -71,12 +70,15 @@ def adaptation():
         x = torch.randn(1, 1, n, n, generator=torch.Generator().manual_seed(0))
         want,row = net(x.expand(-1,3,-1,-1)),dict(family=name, first_convolution=' '.join(first_convs(net)))
         for k in (1,2,4,9): row[f'channels_{k}'] = apart(want, adapt_input(copy.deepcopy(net), k)(x.expand(-1,k,-1,-1)))
+        net.double(); x = x.double()
+        for k in (1,4): row[f'channels_{k}_float64'] = apart(net(x.expand(-1,3,-1,-1)), adapt_input(copy.deepcopy(net), k)(x.expand(-1,k,-1,-1)))
         print(row, flush=True); yield row
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument('--what', default='adapt,inflate', help='adapt, inflate')
     p.add_argument('--out', default=Path(__file__).parent, type=Path, help='folder of the tables')
     a = p.parse_args()
     warnings.filterwarnings('ignore')
-    pd.DataFrame(adaptation()).to_csv(a.out/'adapt.csv', index=False, float_format='%.1e')
-    pd.DataFrame(inflation()).to_csv(a.out/'inflate.csv', index=False, float_format='%.1e')
+    if 'adapt' in a.what: pd.DataFrame(adaptation()).to_csv(a.out/'adapt.csv', index=False, float_format='%.1e')
+    if 'inflate' in a.what: pd.DataFrame(inflation()).to_csv(a.out/'inflate.csv', index=False, float_format='%.1e')

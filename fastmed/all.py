@@ -20,11 +20,13 @@ from fastmed.radiographs import *
 from fastmed.models import *
 from fastmed.adapt import *
 from fastmed.inflate import *
+from fastmed.resenc import *
 from fastmed.weights import *
 from fastmed.encoders import *
 from fastmed.losses import *
 from fastmed.metrics import *
 from fastmed.tta import *
+from fastmed.memory import *
 from fastmed.inference import *
 from fastmed.callbacks import *
 from fastmed.learner import *
@@ -48,3 +50,4 @@ from fastmed.plain import *
 from fastmed.casefiles import *
 from fastmed.ship import *
 from fastmed.leaks import *
+from fastmed.efficiency import *

@@ -87,7 +87,7 @@ def unpack_safely(
                     if size<0: raise ValueError('a file of negative size')
                     if parts and (parts[-1].startswith('._') or '__MACOSX' in parts): size,parts = 0,()
                     if parts: names.add(parts, kind=='folder')
-                except ValueError as e: _refuse(name, f'{n[:200]!r}, {e}')
+                except ValueError as e: _refuse(name, f'{n!r:.200}, {e}')
                 total += size if kind=='file' else 0
                 if total>most: _refuse(name, f'more than {most/1e9:.3g} GB in {arch.stat().st_size:,} bytes')
                 if parts: todo.append((parts, size, kind, m))

@@ -254,7 +254,7 @@ class ResumeCallback(Callback):
     def before_fit(self):
         self.was,self.skip,self.done = None,0,False
         if self._off(): return
-        self.fn = self.learn.path/self.file
+        self.fn = self.learn.path/self.file; sweep(self.fn.parent)            # a state that a kill cut short
         if not self.fn.exists(): return
         try: s = torch.load(self.fn, map_location='cpu', weights_only=True)
         except Exception as e: raise InputError(f"{self.fn}: not a file of ResumeCallback, or not whole ({type(e).__name__}). Remove it to start anew") from e

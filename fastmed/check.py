@@ -127,10 +127,10 @@ class Report(pd.DataFrame):
 
 # %% ../nbs/20_check.ipynb #591dba88
 def _far(v, least, sds=6.):
-    "(n,) bool: values further from the median than `sds` robust standard deviations and than `least`"
-    v = np.asarray(v, dtype=float)
-    if np.isfinite(v).sum()<5: return np.zeros(len(v), bool)
-    d = np.abs(v-np.nanmedian(v)); return d>max(least, sds*1.4826*np.nanmedian(d))
+    "(n,) bool: values further from the median than `sds` robust standard deviations, more of them where cases are few, and than `least`"
+    v = np.asarray(v, dtype=float); n = int(np.isfinite(v).sum())
+    if n<5: return np.zeros(len(v), bool)
+    d = np.abs(v-np.nanmedian(v)); return d>max(least, sds*(1+4/n)*1.4826*np.nanmedian(d))
 
 def _regimes(level):
     "Number of the intensity regime of each case, 0 the most frequent: groups that lie a factor of three apart, where the whole spans more than ten; a few cases within ten of the most frequent are no regime"
@@ -188,7 +188,7 @@ def _grey(ch, names, of):
     small = [j for j in range(1, len(k)) if k[j]<=max(1, n//20)] if n>2 else []
     for i in np.flatnonzero(np.isin(r, small)): add(i, 'intensity regime', f'{of}range {10**level[i]:.3g}', file[i], f'about {10**mid[0]:.3g}, as {k[0]} of {n} cases')
     if len(k)-len(small)>1: add(-1, 'intensity regime', of+'; '.join(f'{k[j]} cases with a range of about {10**mid[j]:.3g}, such as {names[np.flatnonzero((r==j)&has)[0]]}' for j in range(len(k)) if j not in small))
-    far,off = np.zeros(n, bool),_far(base, .3)
+    far,off = np.zeros(n, bool),_far(base, .4)
     for j in range(len(k)): g = np.flatnonzero((r==j)&has); far[g] = _far(level[g], np.log10(3))
     for i in np.flatnonzero(far|off): add(i, 'odd intensity', f'{of}range {10**level[i]:.3g}, from {base[i]*10**level[i]:.3g}', file[i], f'a range of about {10**mid[r[i]]:.3g}, from {np.nanmedian(base)*10**mid[r[i]]:.3g}')
     X = np.array([np.full(6, np.nan) if o is None else o['rough'] for o in ch]); x = np.log(np.where(X>0, X, np.nan))
@@ -196,7 +196,7 @@ def _grey(ch, names, of):
     V = _contrast(ch); have = np.isfinite(V).any(1)
     if have.sum()>=5:
         lo,hi = np.nanmin(V[have], 1, keepdims=True),np.nanmax(V[have], 1, keepdims=True); U = (V[have]-lo)/np.maximum(hi-lo, 1e-9); m = np.nanmedian(U, 0)
-        d = np.full(n, np.nan); d[have] = [1-np.corrcoef(u[k], m[k])[0,1] if (k:=np.isfinite(u)).sum()>2 and np.ptp(u[k])>0 else np.nan for u in U]; lim = max(.05, np.nanmedian(d)+8*1.4826*np.nanmedian(np.abs(d-np.nanmedian(d))))
+        d = np.full(n, np.nan); d[have] = [1-np.corrcoef(u[k], m[k])[0,1] if (k:=np.isfinite(u)).sum()>2 and np.ptp(u[k])>0 else np.nan for u in U]; lim = max(.1, np.nanmedian(d)+8*1.4826*np.nanmedian(np.abs(d-np.nanmedian(d))))
         for i in np.flatnonzero(d>lim): add(i, 'odd contrast', f'{of}deciles and structures correlate {1-d[i]:.2f} with those of the typical case', file[i], f'at least {1-lim:.2f}')
     few = get('distinct'); plain = np.array([o is not None and not o['constant'] and not o['flat'] for o in ch])
     for i in np.flatnonzero((few<=20) & (few>1) & plain & (few*10<np.nanmedian(few))) if n>2 else []: add(i, 'looks like a mask', f'{of}{int(few[i])} distinct values', file[i], f'about {int(np.nanmedian(few))}')

@@ -82,7 +82,7 @@ def arm_settings(
             'optimiser':_text(learn.opt_func), 'top rate':str(ifnone(lr_max, learn.lr)), 'weight decay':str(learn.wd), 'callbacks':', '.join(sorted(type(c).__name__ for c in learn.cbs if type(c).__name__ not in _quiet)),
             'selection':'weights after the last update', 'window overlap':str(look.get('overlap', .5)), 'test-time augmentation':str(look.get('tta', False)), 'post-processing':_text(look.get('post')), 'slicing axes at prediction':str(look.get('axes'))}
 
-_quiet = ('TrainEvalCallback','Recorder','CastToTensor','ProgressCallback','BudgetCallback','CostCallback','ComparisonCallback','_NoValidation')
+_quiet = ('MemoryCallback','TrainEvalCallback','Recorder','CastToTensor','ProgressCallback','BudgetCallback','CostCallback','ComparisonCallback','_NoValidation')
 def _hash(o): return hashlib.sha256(json.dumps(o, default=str, sort_keys=True).encode()).hexdigest()[:12]
 
 class _NoValidation(Callback):

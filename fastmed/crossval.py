@@ -318,9 +318,9 @@ class CrossValidation:
         "The finding in words, with both kinds of doubt"
         s = self._main(); t = self.summary(); r = t.loc['all'] if self.task=='segmentation' else t.loc[[s]].iloc[-1]; sp = self.splits()
         name = {'dice':'mean Dice','roc_auc':'ROC AUC','mae':'mean absolute error'}[s]; of = '' if self.task=='segmentation' or r.of=='all' else f" ({r.of})"
-        res = f"On {r.n} cases of {r.subjects} subjects, none judged by a model that had seen its subject, the {name}{of} is {r['mean']:.3f} (95 % interval over subjects {r.low:.3f} to {r.high:.3f})."
+        res = f"On {int(r.n)} cases of {int(r.subjects)} subjects, none judged by a model that had seen its subject, the {name}{of} is {r['mean']:.3f} (95 % interval over subjects {r.low:.3f} to {r.high:.3f})."
         res += f" A single split would have shown anything from {sp.min():.3f} to {sp.max():.3f}"
-        return res + (f"; the {r.repeats} repeats lie between {r.repeat_low:.3f} and {r.repeat_high:.3f}." if r.repeats>1 else "; with repeats=1 it is not known how much another draw of the folds would change.") + (f" {r.failed} cases failed." if r.failed else '')
+        return res + (f"; the {int(r.repeats)} repeats lie between {r.repeat_low:.3f} and {r.repeat_high:.3f}." if r.repeats>1 else "; with repeats=1 it is not known how much another draw of the folds would change.") + (f" Of {int(r.failed)} a structure was missed or not read." if r.failed else '')
 
     def plot(self,
         score:str=None, # as of `splits`

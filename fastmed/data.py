@@ -7,10 +7,11 @@ __all__ = ['VolumeDataLoaders', 'SliceDataLoaders', 'label_text', 'show_batch', 
 
 # %% ../nbs/08_data.ipynb #89c87021
 from .core import *
+from .guard import memory_left
 from .io import *
 from .io import _grid_str, _unlike
 from .doctor import *
-from .doctor import _case_splitter
+from .doctor import _case_splitter, _warn_twins
 from .preprocess import *
 from .store import *
 from .blocks import *
@@ -80,6 +81,7 @@ class VolumeDataLoaders(DataLoaders):
         if label_col is None: splitter = _case_splitter(df, group_col, valid_col, valid_pct, seed)
         else: splitter = label_splitter(df, label_col, label_block(df, label_col, y_block, label_delim)[2], label_delim, group_col, valid_col, valid_pct, seed, stratify)
         train = list(splitter(range(len(df)))[0])
+        _warn_twins(df, images, train)
         labelled = () if label_col is None else label_block(df, label_col, y_block, label_delim, train, group_col)
         heads = [_check_headers(df.iloc[i], images[i], masks[i]) for i in range(len(df))] if masks else [read_header(o) for o in images]
         for i,h in enumerate(heads):
@@ -90,6 +92,8 @@ class VolumeDataLoaders(DataLoaders):
         kw = dict(axis=axis, context=context) if cls._ndim==2 else {}
         kw.update(spacing=spacing, bs=bs, samples_per_case=samples_per_case, device=device)
         plan = whole_plan(df.iloc[train], cls._ndim, image_col, path, size, **kw) if labelled else suggest_plan(df.iloc[train], cls._ndim, image_col, path, patch=patch, **kw)
+        need,left = plan.bs*int(np.prod([float(p) for p in plan.patch]))*(1+2*plan.get('context', 0))*(4*heads[0]['channels']+1),memory_left()
+        if need>left: raise ResourceError(f"patch: a batch of {plan.bs} patches of {'×'.join(map(str, plan.patch))} voxels takes {need/1e9:.3g} GB before a network has seen it, and {left/1e9:.3g} GB are free. Give a smaller patch= or bs=")
         pre = Preprocess(plan.spacing, normalize, plan.orientation, codes)
         cache = Path(ifnone(cache, cache_dir()))
         if codes is None and masks: codes = pre.codes = df.attrs.get('codes') or _codes_from(label_values(Store(pre, cache), masks))

@@ -10,7 +10,7 @@ from .core import *
 from .guard import *
 from fastai.data.all import *
 from collections import Counter
-import json, re
+import hashlib, json, re
 
 # %% ../nbs/03_doctor.ipynb #0b13bb1b
 def case_name(
@@ -38,7 +38,7 @@ def scan_folder(
     "Pair images and masks by name; `case_0000`, `case_0001` … are the channels of `case`. Raises `FileNotFoundError` where nothing matches"
     path = Path(path)
     for k,v in (('images',images), ('masks',masks or 'x')):
-        if not isinstance(v, str) or not v.strip('. ') or Path(v).is_absolute(): raise InputError(f"{k}: expected a pattern below {path}, such as 'images/*.nii.gz'; found {v!r}")
+        if not isinstance(v, str) or not v.strip('. ') or Path(v).is_absolute() or len(v)>1000: raise InputError(f"{k}: expected a pattern below {path}, such as 'images/*.nii.gz'; found {str(v)[:80]!r}")
     ims = sorted(o for o in path.glob(images) if not o.name.startswith('.'))
     if not ims: raise MissingFileError(f"{path/images}: no image matches. Check `path` and `images=`")
     ms = {case_name(o):o for o in sorted(path.glob(masks)) if not o.name.startswith('.')} if masks else {}
@@ -66,9 +66,10 @@ def scan_decathlon(
         info = json.loads(fn.read_text(encoding='utf-8-sig'))
         rows = [dict(case=case_name(o['image']), image=path/o['image'], mask=path/o['label']) for o in info['training']]
         labels,modality = {int(k):str(v) for k,v in info['labels'].items()},list(info.get('modality', {}).values())
-        if out:=[r['case'] for r in rows if any('..' in r[k].relative_to(path).parts for k in ('image','mask'))]: raise FileError(f"{fn}: {out[0]!r} leads out of the folder of the task. Correct the list")
+        if out:=[r['case'] for r in rows if any('..' in (r[k].relative_to(path) if r[k].is_relative_to(path) else r[k]).parts for k in ('image','mask'))]: raise FileError(f"{fn}: {out[0]!r} leads out of the folder of the task. Correct the list")
     if twice:=[k for k,n in Counter(r['case'] for r in rows).items() if n>1]: raise InputError(f"{fn}: expected each case once; {twice[:5]} stand there more than once. Correct the list")
-    there = [r for r in rows if r['image'].exists() or r['mask'].exists()]
+    if len(set(labels.values()))<len(labels): raise InputError(f"{fn}: expected a name of its own for each label; found {labels}")
+    with reading(fn, 'names of files'): there = [r for r in rows if r['image'].exists() or r['mask'].exists()]
     if not there: raise MissingFileError(f"{path}: dataset.json lists {len(rows)} cases and none of their files exists")
     if len(there)<len(rows): warn(f"{path}: {len(rows)-len(there)} of the {len(rows)} cases that dataset.json lists are not there")
     for r in there: r.update({k:None for k in ('image','mask') if not r[k].exists()})
@@ -141,3 +142,23 @@ def _case_splitter(df, group_col, valid_col, valid_pct, seed):
         return lambda o: (L(np.flatnonzero(~v).tolist()), L(np.flatnonzero(v).tolist()))
     if not 0<valid_pct<1: raise InputError(f"valid_pct: expected a share between 0 and 1; found {valid_pct}")
     return GroupSplitter(df[group_col] if group_col is not None else range(len(df)), valid_pct, seed)
+
+def _content(fn):
+    "What tells one content from another without unpacking it: of a .gz the checksum at its end, else size and the bytes at both ends; None where there is no such file"
+    try:
+        with open(fn, 'rb') as f:
+            n = f.seek(0, 2); f.seek(max(0, n-8)); end = f.read(8)
+            if str(fn).lower().endswith('.gz'): return end
+            return n,*(hashlib.blake2b((f.seek(k), f.read(2**14))[1], digest_size=16).digest() for k in (0, n//2, max(0, n-2**14)))
+    except (OSError, ValueError, TypeError): return None
+
+def _warn_twins(df, files, train):
+    "Warn where one content stands on both sides of a split: in files of other names too, as long as they are of one kind"
+    seen,train = {},set(train)
+    for i,fs in enumerate(files):
+        for f in fs if is_listy(fs) else [fs]:
+            if (k:=_content(f)) is not None: seen.setdefault(k, []).append(i)
+    both = [(next(i for i in v if i in train), next(i for i in v if i not in train)) for v in seen.values() if {i in train for i in v}=={True,False}]
+    if both:
+        a,b = (df.iloc[i].get('case', i) for i in both[0])
+        warn(f"{len(both)} images stand on both sides of the split, such as that of case {a!r} (training), which is that of case {b!r} (validation): the score will be of memory. Drop one of them, or give both one subject. find_leaks(df) looks deeper")

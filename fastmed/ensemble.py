@@ -113,7 +113,8 @@ class Ensemble:
         common,alike = all(same_grid(*grids[0], *g) for g in grids), all(f.pre==self.about[0].pre for f in self.about)
         ways = [1 if axes is None or f.plan.ndim==3 and any(g.plan.ndim==2 for g in self.about) else len(_axes(axes, f.plan)) for f in self.about]
         most = sum(f.bytes for f in self.about)
-        m = RunningMean(len(self.vocab), grids[0][0] if common else shape, (sum(ways) if common else len(self))*spread, most)
+        plan = self.about[0].plan; main = 0 if not common else plan.axis if plan.ndim==2 else int(np.argmax(grids[0][0]))      # as of `slide_window`
+        m = RunningMean(len(self.vocab), grids[0][0] if common else shape, (sum(ways) if common else len(self))*spread, most, main)
         x = self.about[0].pre(t) if alike else None
         if alike: del t
         for f,n,g,learn in zip(self.about, ways, grids, self):
@@ -123,14 +124,13 @@ class Ensemble:
                 if first==0: own.member(1/n)                              # of each direction
                 own.add(p, axis, first, stop)
             lab,_ = predict_grid(learn, x, overlap, tta, progress=progress, axes=axes if f.plan.ndim==2 or not any(h.plan.ndim==2 for h in self.about) else None, sink=sink)
-            if common and m.tie is None: m.tie = lab.as_subclass(Tensor)        # probabilities round where logits did not: the first member decides a tie
+            if common and m.tie is None: m.decides(lab.as_subclass(Tensor))
             if not common:
-                q = m._array(m.p.shape, np.float32)
-                for c in range(len(q)): q[c] = maps_back(own.p[c:c+1], f.pre, x.affine, shape, affine)[0]; own.release()
-                m.member()
-                for i,_ in m.planes(): m.add(q[:,i], 0, i.start, min(i.stop, shape[0]))
+                q = RunningMean(len(self.vocab), shape, most=most); m.member()
+                for c in range(len(q.p)): q.p[c] = maps_back(own.p[c:c+1], f.pre, x.affine, shape, affine)[0]; own.release(); q.release()
+                for (i,),p in q.planes(): m.add(p, 0, i.start, min(i.stop, shape[0]))
             grid_affine = x.affine
-            del learn
+            del learn,lab
         return m,(self.about[0].pre,grid_affine) if common else (None,affine)
 
     def _finish(self, lab, on, shape, affine, meta, post):

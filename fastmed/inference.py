@@ -14,6 +14,7 @@ from .patches import *
 from .models import model_divisor
 from .blocks import *
 from .tta import *
+from .memory import check_prediction
 from .data import *
 from fastai.data.all import *
 from fastprogress.fastprogress import progress_bar
@@ -65,7 +66,7 @@ def slide_window(
     batches = [jobs[i:i+bs] for i in range(0, len(jobs), bs)]
     room = max(min(shape[main], b[-1][0][main]+patch[main])-max(0, b[0][0][main]) for b in batches)   # planes in work at a time
     acc,base,wsum = None,0,torch.zeros((room if keep else 0, *rest), device=device)
-    few = max(1, 2**21//max(1, n_out*rest[0]*rest[1]))                     # planes whose probabilities are worked out at a time
+    few = max(1, 2**18//max(1, n_out*rest[0]*rest[1]))                     # planes whose probabilities are worked out at a time
 
     def finish(upto):
         "Write the planes before `upto`; those after it move to the front"
@@ -276,6 +277,7 @@ def predict_case(
     n_in = getattr(learn, 'n_in', None)
     if n_in is not None and t.shape[0]!=n_in:
         raise InputError(f"{meta.get('fn','the tensor')}: the model was trained on {n_in} channel{'s'*(n_in>1)}; found {t.shape[0]}. Give as many, in the order of training")
+    check_prediction(learn, t, proba, axes)
     if hasattr(learn, '_answer_together'):                                   # an `Ensemble`; the box lets it drop the scan as soon as it can
         box = [t]; del t; return learn._answer_together(box, overlap, tta, proba, post, axes, progress)
     x = pre(t); del t

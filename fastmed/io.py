@@ -86,18 +86,18 @@ def read_header(
     return dict(shape=shape, channels=ch, affine=aff, spacing=spacing_of(aff), orientation=orientation_of(aff), dtype=str(dtype))
 
 # %% ../nbs/01_io.ipynb #15c828a4
-def _sitk_reader(fn, picture=False):
+def _sitk_reader(fn, picture=False, voxels=False):
     "A reader that knows its file, (shape, channels), and the name of the pixel type. The format follows from the name alone: no other of SimpleITK's many readers gets to see the bytes"
     import SimpleITK as sitk
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     kind = 'GDCMImageIO' if picture else {'.nrrd':'NrrdImageIO', '.nhdr':'NrrdImageIO', '.mha':'MetaImageIO', '.mhd':'MetaImageIO', '.png':'PNGImageIO', '.tif':'TIFFImageIO', '.tiff':'TIFFImageIO', '.jpg':'JPEGImageIO', '.jpeg':'JPEGImageIO', '.bmp':'BMPImageIO'}.get(_suffix(fn))
     if kind is None: raise FileError(f"{fn}: expected .nii, .nii.gz, .hdr, .img, .nrrd, .nhdr, .mha, .mhd, .png, .tif, .jpg, .bmp or DICOM; found '{_suffix(fn)}', which is not read. Convert it first")
-    check_header(fn)
+    check_header(fn, voxels)
     r = sitk.ImageFileReader(); r.SetImageIO(kind); r.SetFileName(str(fn))
     with reading(fn): r.ReadImageInformation(); name = sitk.GetPixelIDValueAsString(r.GetPixelID()); bits = re.search(r'(\d+)-bit', name)
     if 'complex' in name or not bits: raise InputError(f"{fn}: {name} voxels are not read; save the scan as one grey channel a file")
     shape = (*r.GetSize(), r.GetNumberOfComponents())
-    check_size(fn, shape, int(bits[1])//8)
+    if voxels: check_size(fn, shape, int(bits[1])//8)
     return r,shape,name
 
 def _sitk_affine(spacing, origin, direction, fn):
@@ -145,7 +145,7 @@ def _load_array(fn, dtype=None):
         with reading(fn, f'{im.shape} voxels, as the header promises'), _to_the_end(im, own, gz) as im: a = np.asanyarray(im.dataobj) if dtype is None else im.get_fdata(dtype=dtype, caching='unchanged')
         a = a.reshape(*shape, ch)
         return np.moveaxis(a, -1, 0), _check_affine(im.affine, fn), str(im.get_data_dtype())
-    r,_,name = _sitk_reader(fn, s is not None)
+    r,_,name = _sitk_reader(fn, s is not None, True)
     with reading(fn): im = r.Execute()
     return *_from_sitk(im, fn), name
 

@@ -126,8 +126,8 @@ def _odds(F, pairs, shrink=.3):
     J = np.block([[S,B],[B,S]]); I,Is = np.linalg.inv(J),np.linalg.inv(S); q = -.5*np.einsum('ij,jk,ik->i', X, I[:k,:k]-Is, X)
     return q[:,None]+q[None]-X@I[:k,k:]@X.T-.5*(np.linalg.slogdet(J)[1]-2*np.linalg.slogdet(S)[1])
 
-def _alike(P, proof):
-    "{(i,j): reason} pairs of cases that are merely alike; `P`: the prints of all channels of each case, `proof`: what is proved already"
+def _alike(P, proof, sure=.9, ahead=1.3):
+    "{(i,j): reason} pairs of cases that are merely alike; `P`: the prints of all channels of each case, `proof`: what is proved already; `sure`: least probability, `ahead`: least lead where nothing teaches"
     n = len(P); own = np.array([_own(ps)[1].any() for ps in P]); free = np.flatnonzero(~own); res = {}
     if len(free)<10 or n<20: return res
     T = [_rows(np.stack([ps[c]['thumb'] for ps in P])) for c in range(len(P[0]))]; likes = [np.stack([ps[c]['like'] for ps in P]).astype(float) for c in range(len(P[0]))]
@@ -135,10 +135,10 @@ def _alike(P, proof):
     if len(teach)>=12:
         def parts(R, k): R = R-R.mean(0); u,s,_ = np.linalg.svd(R.astype(float), full_matrices=False); return u[:,:k]*s[:k]
         M = _odds(np.hstack([*likes, *[parts(R, 20//len(T)) for R in T]]), teach)[np.ix_(free, free)]; np.fill_diagonal(M, -np.inf)
-        top = np.maximum(M.max(1, keepdims=True), 0); e = np.exp(M-top); sure = e/(e.sum(1, keepdims=True)+len(free)*np.exp(-top))       # one twin at most, as likely as none
-        nn = sure.argmax(1)
+        top = np.maximum(M.max(1, keepdims=True), 0); e = np.exp(M-top); p = e/(e.sum(1, keepdims=True)+len(free)*np.exp(-top))       # one twin at most, as likely as none
+        p = np.minimum(p, p.T); nn = p.argmax(1)
         for i,j in enumerate(nn):
-            if i<j and nn[j]==i and min(sure[i,j], sure[j,i])>.9: res[int(free[i]),int(free[j])] = f'alike, as the proved pairs of this set are: probability {min(sure[i,j], sure[j,i]):.3f}'
+            if i<j and nn[j]==i and p[i,j]>sure: res[int(free[i]),int(free[j])] = f'alike, as the proved pairs of this set are: probability {p[i,j]:.3f}'
         return res
     if len(free)<20: return res
     def near(X):
@@ -148,8 +148,23 @@ def _alike(P, proof):
     Z = np.mean([_z(np.arctanh(_corr(R[free], R[free]))) for R in T], 0)+np.mean([near(x[:,:13]) for x in likes], 0)+np.mean([near(x[:,13:]) for x in likes], 0)
     np.fill_diagonal(Z, -np.inf); nn,s = Z.argmax(1),np.sort(Z, 1); gap = s[:,-1]-s[:,-2]
     for i,j in enumerate(nn):
-        if i<j and nn[j]==i and min(gap[i], gap[j])>1.3 and s[i,-1]>4: res[int(free[i]),int(free[j])] = f'alike, each the nearest of the other, {min(gap[i], gap[j]):.1f} standard deviations before the next'
+        if i<j and nn[j]==i and min(gap[i], gap[j])>ahead and s[i,-1]>4: res[int(free[i]),int(free[j])] = f'alike, each the nearest of the other, {min(gap[i], gap[j]):.1f} standard deviations before the next'
     return res
+
+def _pairs(vox, likely=True, **kwargs):
+    "Pairs of cases, {(i,j): [reasons]}: those that are proved to be one scan, and those that are merely alike"
+    proof = {}; there = [(i,c) for i,v in enumerate(vox) for c in v['channels'] if c and not c['constant']]
+    for t in _twins((c['bag'], i, c['hash']) for i,c in there):
+        for (i,a),(j,b) in itertools.combinations(t, 2):
+            if i!=j: proof.setdefault((i,j), []).append('identical voxels' if a==b else 'the same voxels, mirrored or turned')
+    most = max((len(v['prints']) for v in vox), default=0)
+    for c in range(most):
+        who = [i for i,v in enumerate(vox) if len(v['prints'])>c and v['prints'][c]]
+        if len(who)>1: _prove([vox[i]['prints'][c] for i in who], proof, who, f'channel {c}: ' if most>1 else '')
+    has = [i for i,v in enumerate(vox) if v['prints'] and all(v['prints'])]; k = min((len(vox[i]['prints']) for i in has), default=0); at = {i:p for p,i in enumerate(has)}
+    if not likely or not has: return proof,{}
+    like = _alike([vox[i]['prints'][:k] for i in has], {(at[i],at[j]):w for (i,j),w in proof.items() if i in at and j in at}, **kwargs)
+    return proof,{(has[i],has[j]):[w] for (i,j),w in like.items() if (has[i],has[j]) not in proof}
 
 # %% ../nbs/22_leaks.ipynb #c7e91758
 def find_leaks(
@@ -164,26 +179,51 @@ def find_leaks(
     "Pairs of cases, of different subjects as far as these are known, that look like one scan. Raises `KeyError` where a column is missing, `ValueError` on an empty table"
     if not len(df): raise InputError("find_leaks: the table has no rows")
     if split is not None and split not in df: raise ColumnError(f"split {split!r}: not in the DataFrame, which has {list(df)}")
-    names,(_,vox) = _case_names(df),_survey(df, path, image_col, None, .05, memory_gb, workers, prints=_fingerprint); proof = {}
-    there = [(i,c) for i,v in enumerate(vox) for c in v['channels'] if c and not c['constant']]
-    for t in _twins((c['bag'], i, c['hash']) for i,c in there):
-        for (i,a),(j,b) in itertools.combinations(t, 2):
-            if i!=j: proof.setdefault((i,j), []).append('identical voxels' if a==b else 'the same voxels, mirrored or turned')
-    most = max((len(v['prints']) for v in vox), default=0)
-    for c in range(most):
-        who = [i for i,v in enumerate(vox) if len(v['prints'])>c and v['prints'][c]]
-        if len(who)>1: _prove([vox[i]['prints'][c] for i in who], proof, who, f'channel {c}: ' if most>1 else '')
-    has = [i for i,v in enumerate(vox) if v['prints'] and all(v['prints'])]; k = min((len(vox[i]['prints']) for i in has), default=0); at = {i:p for p,i in enumerate(has)}
-    like = {(has[i],has[j]):[w] for (i,j),w in _alike([vox[i]['prints'][:k] for i in has], {(at[i],at[j]):w for (i,j),w in proof.items() if i in at and j in at}).items()} if likely and has else {}
+    names,(_,vox) = _case_names(df),_survey(df, path, image_col, None, .05, memory_gb, workers, prints=_fingerprint); proof,like = _pairs(vox, likely)
     sub = [None]*len(df) if 'subject' not in df else [str(o) if pd.notna(o) else None for o in df.subject]
     rows = [dict(case_a=names[i], case_b=names[j], evidence='; '.join(dict.fromkeys(w)), sure=s, **({} if split is None else dict(parted=df[split].iloc[i]!=df[split].iloc[j])))
-            for s,d in (('proved',proof),('likely',{k:v for k,v in like.items() if k not in proof})) for (i,j),w in sorted(d.items()) if sub[i] is None or sub[i]!=sub[j]]
+            for s,d in (('proved',proof),('likely',like)) for (i,j),w in sorted(d.items()) if sub[i] is None or sub[i]!=sub[j]]
     res = pd.DataFrame(rows, columns=['case_a','case_b','evidence','sure']+([] if split is None else ['parted']))
     if split is not None and res.parted.any():
         r = res[res.parted.astype(bool)]; warn(f"{split!r} parts {len(r)} pairs of cases that look like one scan, such as {r.case_a.iloc[0]} and {r.case_b.iloc[0]} ({r.evidence.iloc[0]}). Give both one subject, and split by it")
     return res
 
 # %% ../nbs/22_leaks.ipynb #78917f79
+def _shift_features(dfs, path, image_col, site_col, memory_gb, workers):
+    "(X, y, groups, unreadable): a row of features a case, which set it is of, the number of its subject"
+    rows,ys,subs,lost = [],[],[],0
+    for y,df in enumerate(dfs):
+        for k,(h,v) in enumerate(zip(*_survey(df, path, image_col, None, .05, memory_gb, workers))):
+            if not v['channels'] or None in v['channels']: lost += 1; continue
+            f = {('spacing',f'{a}, mm'):s for a,s in zip('xyz', h['spacing'])} | {('size',f'{a}, mm'):s*n for a,s,n in zip('xyz', h['spacing'], h['size'])}
+            for c,o in enumerate(v['channels']):
+                of = f' of channel {c}' if len(v['channels'])>1 else ''
+                f.update({('intensity','log10 range'+of):o['level'], ('intensity','offset / range'+of):o['base'], **{('intensity',f'decile {d+1}{of}'):s for d,s in enumerate(o['shape'])},
+                          **{('intensity',f"{('roughness','curvature')[d//3]} along {'xyz'[d%3]}{of}"):s for d,s in enumerate(o['rough'])}})
+            if all(site_col in o for o in dfs): f[('site',f'is {df[site_col].iloc[k]}')] = 1.
+            rows.append(f); ys.append(y); subs.append(str(df.subject.iloc[k]) if 'subject' in df and pd.notna(df.subject.iloc[k]) else f'{y} {k}')
+    X = pd.DataFrame(rows); site = [c for c in X if c[0]=='site']; X[site] = X[site].fillna(0); X = X.fillna(X.median()).fillna(0).round(9)
+    if len(X): X.columns = pd.MultiIndex.from_tuples(X.columns)
+    return X,np.array(ys, dtype=int),pd.factorize(np.array(subs))[0],lost
+
+def _shift(X, y, g, lost, n_boot, seed):
+    "The table of `distribution_shift` from its features"
+    from sklearn.ensemble import ExtraTreesClassifier
+    from sklearn.model_selection import StratifiedGroupKFold
+    least = min(len(set(g[y==k])) for k in (0,1))
+    if least<5: raise InputError(f"distribution_shift: expected at least five readable subjects in each set; found {(y==0).sum()} and {(y==1).sum()} cases, {least} subjects in the smaller, {lost} unreadable")
+    rng = np.random.default_rng(seed)
+    def draws(k): u,w = np.unique(g[y==k], return_inverse=True); return rng.multinomial(len(u), np.full(len(u), 1/len(u)), n_boot)[:,w]
+    wa,wb = draws(0),draws(1); folds = list(StratifiedGroupKFold(min(5, least), shuffle=True, random_state=seed).split(X, y, g)); res = {}
+    def wins(p): return (p[y==1][None]>p[y==0][:,None])+.5*(p[y==1][None]==p[y==0][:,None])
+    for fam in ('all', *dict.fromkeys(X.columns.get_level_values(0))):
+        x = X.values if fam=='all' else X[fam].values; cols = X.columns if fam=='all' else X[[fam]].columns; p = np.zeros(len(y))
+        for tr,te in folds: p[te] = ExtraTreesClassifier(300, min_samples_leaf=2, class_weight='balanced', random_state=seed).fit(x[tr], y[tr]).predict_proba(x[te])[:,1]
+        M = wins(p.round(6)); boot = ((wa@M)*wb).sum(1)/(wa.sum(1)*wb.sum(1)); k = int(np.argmax([abs(wins(o).mean()-.5) for o in x.T]))
+        res[fam] = dict(auc=M.mean(), low=np.quantile(boot, .025), high=np.quantile(boot, .975), telling=' '.join(cols[k]), a=np.median(x[y==0,k]), b=np.median(x[y==1,k]))
+    return pd.DataFrame(res).T.rename_axis('family').infer_objects()
+
+# %% ../nbs/22_leaks.ipynb #ef2d6fcc
 def distribution_shift(
     df_a,                 # one set: a row a case, with `case`, `image`, and where it is known `subject`
     df_b,                 # the other
@@ -196,29 +236,6 @@ def distribution_shift(
     workers:int=None      # threads; default: a thread a core, 8 at most
 )->pd.DataFrame:          # index 'all' and the families: auc, low, high (95 %), telling (the feature that tells most), a, b (its medians)
     "Can a classifier (extremely randomised trees, Geurts 2006) tell two sets apart, and by what? Raises `ValueError` on fewer than five readable cases in a set"
-    from sklearn.ensemble import ExtraTreesClassifier
-    from sklearn.model_selection import StratifiedGroupKFold
-    rows,ys,subs,lost = [],[],[],0
-    for y,df in enumerate((df_a, df_b)):
-        for k,(h,v) in enumerate(zip(*_survey(df, path, image_col, None, .05, memory_gb, workers))):
-            if not v['channels'] or None in v['channels']: lost += 1; continue
-            f = {('spacing',f'{a}, mm'):s for a,s in zip('xyz', h['spacing'])} | {('size',f'{a}, mm'):s*n for a,s,n in zip('xyz', h['spacing'], h['size'])}
-            for c,o in enumerate(v['channels']):
-                of = f' of channel {c}' if len(v['channels'])>1 else ''
-                f.update({('intensity','log10 range'+of):o['level'], ('intensity','offset / range'+of):o['base'], **{('intensity',f'decile {d+1}{of}'):s for d,s in enumerate(o['shape'])},
-                          **{('intensity',f"{('roughness','curvature')[d//3]} along {'xyz'[d%3]}{of}"):s for d,s in enumerate(o['rough'])}})
-            if site_col in df_a and site_col in df_b: f[('site',f'is {df[site_col].iloc[k]}')] = 1.
-            rows.append(f); ys.append(y); subs.append(str(df.subject.iloc[k]) if 'subject' in df and pd.notna(df.subject.iloc[k]) else f'{y} {k}')
-    X,y = pd.DataFrame(rows),np.array(ys); site = [c for c in X if c[0]=='site']; X[site] = X[site].fillna(0); X = X.fillna(X.median()).fillna(0).round(9); g,_ = pd.factorize(np.array(subs))
-    X.columns = pd.MultiIndex.from_tuples(X.columns); least = min((len(set(g[y==k])) for k in (0,1)), default=0)
-    if least<5: raise InputError(f"distribution_shift: expected at least five readable subjects in each set; found {(y==0).sum()} and {(y==1).sum()} cases, {least} subjects in the smaller, {lost} unreadable")
-    rng = np.random.default_rng(seed)
-    def draws(k): u,w = np.unique(g[y==k], return_inverse=True); return rng.multinomial(len(u), np.full(len(u), 1/len(u)), n_boot)[:,w]
-    wa,wb = draws(0),draws(1); folds = list(StratifiedGroupKFold(min(5, least), shuffle=True, random_state=seed).split(X, y, g)); res = {}
-    def wins(p): return (p[y==1][None]>p[y==0][:,None])+.5*(p[y==1][None]==p[y==0][:,None])
-    for fam in ('all', *dict.fromkeys(X.columns.get_level_values(0))):
-        x = X.values if fam=='all' else X[fam].values; cols = X.columns if fam=='all' else X[[fam]].columns; p = np.zeros(len(y))
-        for tr,te in folds: p[te] = ExtraTreesClassifier(300, min_samples_leaf=2, class_weight='balanced', random_state=seed).fit(x[tr], y[tr]).predict_proba(x[te])[:,1]
-        M = wins(p.round(6)); boot = ((wa@M)*wb).sum(1)/(wa.sum(1)*wb.sum(1)); k = int(np.argmax([abs(wins(o).mean()-.5) for o in x.T]))
-        res[fam] = dict(auc=M.mean(), low=np.quantile(boot, .025), high=np.quantile(boot, .975), telling=' '.join(cols[k]), a=np.median(x[y==0,k]), b=np.median(x[y==1,k]))
-    return pd.DataFrame(res).T.rename_axis('family').infer_objects()
+    for n,df in (('df_a',df_a),('df_b',df_b)):
+        if not len(df): raise InputError(f"distribution_shift: {n} has no rows")
+    return _shift(*_shift_features((df_a, df_b), path, image_col, site_col, memory_gb, workers), n_boot, seed)

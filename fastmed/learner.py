@@ -19,6 +19,7 @@ from .models import *
 from .losses import *
 from .metrics import *
 from .tta import *
+from .memory import MemoryCallback, memory_explained
 from .inference import *
 from .callbacks import *
 from .weights import *
@@ -122,6 +123,9 @@ class Evaluation(pd.DataFrame):
 
 class VolumeLearner(EncoderMixin, Learner):
     "A `Learner` on patches that answers for whole scans, in their own space"
+    def fit(self, *args, **kwargs):                  # fastai's; a lack of memory is told in its own words
+        with memory_explained(self): return super().fit(*args, **kwargs)
+
     def predict_volume(self,
         fn,               # image file, list of channel files, DICOM folder or `TensorVolume`
         overlap:float=.5, # share of a window that its neighbour covers too
@@ -273,7 +277,7 @@ def _unet_learner(ndim, dls, arch, loss_func, metrics, pretrained, fast, n_out, 
     if fast: model = make_fast(model)
     loss_func = ifnone(loss_func, DiceCELoss(batch=ndim==2))          # most slices lack a structure: Dice of one says little, so slices sum over the batch
     if getattr(model, 'deep_supervision', False): loss_func = DeepSupervisionLoss(loss_func)
-    lk = {'lr':3e-3, 'wd':1e-2, 'train_bn':False, **lk, 'cbs':L(lk.get('cbs'))+[GradientClip(12.), RememberCallback(), FrozenNorms()]}
+    lk = {'lr':3e-3, 'wd':1e-2, 'train_bn':False, **lk, 'cbs':L(lk.get('cbs'))+[GradientClip(12.), RememberCallback(), FrozenNorms(), MemoryCallback()]}
     learn = VolumeLearner(dls, model, loss_func=loss_func, metrics=ifnone(metrics, dice_metrics(pre.vocab)), splitter=param_splitter, **lk)
     learn.n_in,learn.n_out,learn.pretrained = n_channels,n_out,bool(pretrained)
     said = lambda o: f"{o.__module__}.{getattr(o, '__qualname__', type(o).__qualname__)}" if callable(o) else o

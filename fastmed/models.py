@@ -219,7 +219,7 @@ def param_splitter(
 )->list:            # [encoder's parameters, the rest], or one list where no encoder is found
     "Splitter for a fastai Learner: encoder first, everything else after."
     top = getattr(model, 'model', model) if isinstance(model, MonaiNet) else model
-    enc = [c for n,c in top.named_children() if n.lower().startswith(_enc)]
+    enc = [c for n,c in top.named_children() if n.lower().startswith(_enc)] or [m for n,m in model.named_modules() if n.endswith('.encoder')][:1]
     ids = {id(p) for m in enc for p in m.parameters()}
     first,rest = [p for p in params(model) if id(p) in ids],[p for p in params(model) if id(p) not in ids]
     return [first,rest] if first and rest else [params(model)]

@@ -8,7 +8,6 @@ __all__ = ['NORMALIZATIONS', 'BYTES', 'normalize_channel', 'Preprocess', 'auto_s
 
 # %% ../nbs/04_preprocess.ipynb #c9e29ca9
 from .core import *
-from .guard import *
 from .io import *
 from fastai.data.all import *
 import json, math, nibabel as nib
@@ -182,9 +181,11 @@ class Preprocess:
         s:str         # what `to_json` wrote
     )->'Preprocess':  # equal to the one that wrote it
         "The Preprocess that `to_json` wrote. Raises `ValueError` naming a field that is unknown"
-        with reading('Preprocess.from_json', 'what to_json wrote', 'Write it again'): d = json.loads(s); odd = set(d)-set(cls().to_dict())
-        if odd: raise InputError(f"Preprocess.from_json: unknown fields {sorted(odd)}")
-        return cls(**d)
+        try: d = dict(json.loads(s)); odd = set(d)-set(cls().to_dict()); res = None if odd else cls(**d)
+        except FastmedError: raise
+        except (ValueError, TypeError, RecursionError, OverflowError) as e: raise InputError(f"Preprocess.from_json: expected what to_json wrote; found {str(e)[:200]}. Write it again") from e
+        if odd: raise InputError(f"Preprocess.from_json: unknown fields {_short(sorted(odd))}")
+        return res
     def __eq__(self, o): return isinstance(o, Preprocess) and self.to_json()==o.to_json()
     def __repr__(self):
         d = {k:v for k,v in self.to_dict().items() if v is not None}

@@ -12,6 +12,7 @@ from .blocks import *
 from .data import *
 from .models import *
 from .callbacks import *
+from .encoders import create_network
 from .learner import *
 from .learner import _learner_args
 from fastai.basics import *
@@ -169,7 +170,7 @@ def restoration_learner(
     if arch in (UNet,'UNet'):
         try: kwargs = unet_args(get_plan(dls), kwargs)                       # so that the weights fit the U-Net that follows
         except InputError: kwargs = {'depth':max(2, min(5, *(int(math.log2(s&-s))+1 for s in size))), **kwargs}     # no plan: by the size
-    model = create_model(arch, n, n, ndim=len(size), patch=size, **kwargs)
+    model = create_network(arch, n, n, ndim=len(size), patch=size, **kwargs)[0]
     if fast: model = make_fast(model)
     lk = {'lr':1e-3, 'wd':1e-2, **lk, 'cbs':L(lk.get('cbs'))+[GradientClip(12.), RestorationCallback(damage, p)]}
     learn = RestorationLearner(dls, model, loss_func=ifnone(loss_func, MSELossFlat()), metrics=RestoredShare(), splitter=param_splitter, **lk)

@@ -112,7 +112,7 @@ def _numbers(a, lab=None):
     q = np.quantile(fg, _qs) if len(fg) else np.full(11, lo); w = np.quantile(s, (.005,.995)); scale = float(q[-1]-q[0])
     d.update(distinct=len(u), flat=bool(w[1]-w[0]<=1e-3*max(abs(w[0]), abs(w[1]))), value=float(w[0]))
     if scale<=0: return d
-    d.update(level=float(np.log10(scale)), base=float(q[0]/scale), shape=(q[1:-1]-q[0])/scale, rough=_roughness(a, scale))
+    d.update(level=float(np.log10(scale)), base=float(q[0]/scale), shape=(q[1:-1]-q[0])/scale, rough=_roughness(np.where(np.isfinite(a), a, q[5]) if bad else a, scale))
     if lab is not None and not bad:
         l = lab.reshape(-1)[::step]; n = np.bincount(l); v = np.bincount(l, (s-q[0])/scale)/np.maximum(n, 1)
         d['means'] = {int(k):float(v[k]) for k in np.flatnonzero(n>=20) if k}

@@ -23,17 +23,19 @@ class RunningMean:
         n:int,              # classes
         shape,              # (3,) voxels
         votes:int=0,        # members whose labels are kept; 0: neither labels nor entropies
-        most:float=2**28    # bytes that may lie in memory; more goes to a temporary file
+        most:float=2**28,   # bytes that may lie in memory; more goes to a temporary file
+        main:int=0          # array axis along which the planes come; they lie together in the file
     ):
-        self.filed = 4*np.prod(shape)*(n+(votes>0))>most
+        self.filed,self.main = 4*np.prod(shape)*(n+(votes>0))>most,main
         self.p = self._array((n,*shape), np.float32)
         self.h,self.votes = (self._array(tuple(shape), np.float32),self._array((votes,*shape), np.uint8 if n<=256 else np.int16)) if votes else (None,None)
-        self.k,self.total,self.tie = -1,0.,None                # tie: (X,Y,Z) labels
+        self.k,self.total,self.tie = -1,0.,None
 
     def _array(self, shape, dtype):
-        if not self.filed: return torch.zeros(shape, dtype=getattr(torch, np.dtype(dtype).name))
-        with tempfile.TemporaryFile() as f: f.truncate(int(np.prod(shape))*np.dtype(dtype).itemsize); m = mmap.mmap(f.fileno(), 0)
-        t = torch.from_numpy(np.frombuffer(m, dtype).reshape(shape)); t.pages = m
+        lead = len(shape)-3; sh = [*shape[:lead], shape[lead+self.main], *[o for a,o in enumerate(shape[lead:]) if a!=self.main]]
+        if not self.filed: return torch.zeros(sh, dtype=getattr(torch, np.dtype(dtype).name)).movedim(lead, lead+self.main)
+        with tempfile.TemporaryFile() as f: f.truncate(int(np.prod(sh))*np.dtype(dtype).itemsize); m = mmap.mmap(f.fileno(), 0)
+        t = torch.from_numpy(np.frombuffer(m, dtype).reshape(sh)).movedim(lead, lead+self.main); t.pages = m
         return t
 
     def member(self,
@@ -49,32 +51,46 @@ class RunningMean:
         stop:int   # plane after the last
     ):
         "Planes of the present member"
-        a = self.p.movedim(axis+1, 1)[:,first:stop]
-        a.add_((p-a).mul_(self.share))
-        if self.h is not None:
-            h = self.h.movedim(axis, 0)[first:stop]; h.add_((entropy(p)-h).mul_(self.share))
-            self.votes[self.k].movedim(axis, 0)[first:stop] = p.max(0)[1].to(self.votes.dtype)
+        p,n = p.movedim(1, axis+1),self.p.shape[self.main+1]
+        for i in range(0, n, self.few) if axis!=self.main else (None,):
+            at = [slice(first,stop) if a==axis else slice(None) for a in range(3)]; q = p
+            if i is not None: at[self.main] = slice(i,i+self.few); q = p.narrow(self.main+1, i, min(self.few, n-i))
+            at = tuple(at); a = self.p[(slice(None),*at)]; a.add_((q-a).mul_(self.share))
+            if self.h is not None:
+                h = self.h[at]; h.add_((entropy(q)-h).mul_(self.share))
+                self.votes[(self.k,*at)] = q.max(0)[1].to(self.votes.dtype)
+            self.release()
+
+    def decides(self,
+        labels:Tensor # (X,Y,Z)
+    ):
+        "Whose labels count where classes share the highest probability: rounding makes ties of what were none"
+        self.tie = self._array(tuple(labels.shape), np.uint8 if len(self.p)<=256 else np.int16)
+        for i in range(labels.shape[self.main]): self.tie.select(self.main, i).copy_(labels.select(self.main, i))
         self.release()
+
+    @property
+    def few(self): return max(1, int(2**18//max(1, self.p.select(self.main+1, 0).numel())))      # planes at a time
 
     def release(self):
         "Give the pages of a file back to the system"
-        for t in (self.p, self.h, self.votes):
+        for t in (self.p, self.h, self.votes, self.tie):
             if (m:=getattr(t, 'pages', None)) is not None and hasattr(m, 'madvise'): m.madvise(mmap.MADV_DONTNEED)
 
     def planes(self):
-        "Go through the mean a few planes at a time: (slice, (n,k,Y,Z))"
-        few = max(1, int(2**21//max(1, self.p[:,0].numel())))
-        for i in range(0, self.p.shape[1], few):
-            yield slice(i, i+few), self.p[:,i:i+few]
+        "Go through the mean a few planes at a time: where in (X,Y,Z) they are, and their probabilities"
+        for i in range(0, self.p.shape[self.main+1], self.few):
+            at = (slice(None),)*self.main+(slice(i, i+self.few),)
+            yield at, self.p[(slice(None),*at)]
             self.release()
 
     def labels(self)->Tensor: # (X,Y,Z), the dtype of `votes` or as many classes need
-        "The class with the highest mean probability; where several share it, the one that `tie` names, if it is among them"
+        "The class with the highest mean probability; where several share it, the one of `decides`, if it is among them"
         res = torch.zeros(self.p.shape[1:], dtype=torch.uint8 if len(self.p)<=256 else torch.int16)
-        for i,p in self.planes():
+        for at,p in self.planes():
             best,where = p.max(0)
-            if self.tie is not None: t = self.tie[i].long(); where = torch.where(p.gather(0, t[None])[0]==best, t, where)
-            res[i] = where.to(res.dtype)
+            if self.tie is not None: t = self.tie[at].long(); where = torch.where(p.gather(0, t[None])[0]==best, t, where)
+            res[at] = where.to(res.dtype)
         return res
 
 def entropy(
@@ -106,16 +122,16 @@ class Uncertainty(AttrDict):
         ctx = show_plane(t, truth, axis, index, ctx, pred=m)
         a = v.select(axis, index).numpy(); rest = [i for i in range(3) if i!=axis]; sp = t.spacing
         im = ctx.imshow(a.T, origin='lower', cmap='inferno', alpha=np.clip(2*a.T/top, 0, .8), vmin=0, vmax=top, aspect=sp[rest[1]]/sp[rest[0]], interpolation='nearest')
-        plt.colorbar(im, ax=ctx, fraction=.04, pad=.02, label={'disagreement':'share of members'}.get(measure, 'nats'))
+        plt.colorbar(im, ax=ctx, fraction=.046*a.shape[1]*sp[rest[1]]/a.shape[0]/sp[rest[0]], pad=.02, label={'disagreement':'share of members'}.get(measure, 'nats'))
         ctx.set_title(f"{measure.replace('_',' ')}, {'xyz'[axis]} = {index}" if title is None else title, fontsize=8)
         return ctx
 
 def _spread(m, codes):
     "The maps of a `RunningMean`, (3,X,Y,Z), and a row a structure"
     lab,n = m.labels(),len(codes); maps = torch.zeros(3, *lab.shape)
-    for i,p in m.planes():
-        maps[0,i] = entropy(p); maps[1,i] = (maps[0,i]-m.h[i]).clamp_min(0)
-        maps[2,i] = (m.votes[:,i]!=lab[i]).float().mean(0)
+    for at,p in m.planes():
+        maps[(0,*at)] = entropy(p); maps[(1,*at)] = (maps[(0,*at)]-m.h[at]).clamp_min(0)
+        maps[(2,*at)] = (m.votes[(slice(None),*at)]!=lab[at]).float().mean(0)
     v = m.votes.flatten(1).long(); K = len(v)
     size = torch.stack([torch.bincount(o, minlength=n) for o in v]).double()
     dice = []

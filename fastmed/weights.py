@@ -154,8 +154,9 @@ def load_weights(
         raise InputError(f"{fn}: none of its {len(sd)} tensors has the name and shape of one of the model's {len(own)}{' (encoder)' if match else ''}.{odd} The file has {', '.join(list(sd)[:2])} …; the model {', '.join(list(own)[:2])} … "
                          "Build the network that the file was made with")
     adapted = [k for k in match if own[k].shape!=sd[match[k]].shape]
+    used = set(match.values()); odd = {_bare(k) for k in wrong}
     model.load_state_dict({k:adapt_weight(sd[v], own[k].shape[1]) if k in adapted else sd[v] for k,v in match.items()}, strict=False)
-    return WeightReport(fn, match, adapted, wrong, [k for k in own if k not in match and k not in wrong and not k.endswith('num_batches_tracked')], [k for k in sd if k not in set(match.values())], (len(got),len(enc)))
+    return WeightReport(fn, match, adapted, wrong, [k for k in own if k not in match and k not in wrong and not k.endswith('num_batches_tracked')], [k for k in sd if k not in used and _bare(k) not in odd], (len(got),len(enc)))
 
 # %% ../nbs/25_weights.ipynb #a27438ae
 def save_encoder(

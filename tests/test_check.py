@@ -1,10 +1,12 @@
 "The doctor: each kind of fault planted once is found, clean data raises nothing, leaks are named, sets are told apart."
-import gzip, resource, shutil
+import gzip, re, warnings
 import nibabel as nib, numpy as np, pandas as pd, pytest
+from fastmed.core import FastmedError
 from fastmed.check import *
 from fastmed.leaks import *
 from fastmed.leaks import _quantum
 from fastmed.datasets import phantom, cohort
+from scipy.ndimage import gaussian_filter
 from fastmed.doctor import scan_decathlon, scan_folder
 from phantoms import CODES, affine_of, python
 
@@ -55,6 +57,8 @@ FAULTS = { # name: (kind that must be found, what is done to the case)
     'truncated .nii': ('unreadable', raw(lambda b: gzip.decompress(b)[:9000], 'x.nii')),
     'not a scan': ('unreadable', raw(lambda b: b'hello'*100)),
     'empty file': ('unreadable', raw(lambda b: b'')),
+    'checksum gone': ('unreadable', raw(lambda b: b[:-8])),
+    'a bit changed': ('unreadable', raw(lambda b: b[:5000]+bytes([b[5000]^4])+b[5001:])),
     'no such file': ('missing file', lambda r,p: r.update(image=p/'gone.nii.gz')),
     'image without mask': ('no mask', lambda r,p: r.update(mask=None)),
     'mask without image': ('no image', lambda r,p: r.update(image=None)),
@@ -64,6 +68,7 @@ FAULTS = { # name: (kind that must be found, what is done to the case)
     'mask of another direction': ('mask direction', ma(affine=turn)),
     'mask elsewhere': ('mask place', ma(affine=move((3,0,0)))),
     'mask with other axes, same place': ('mask turned', lambda r,p: r.update(mask=turned(r['mask'], p/'m.nii.gz'))),
+    'two mask files': ('mask channels', lambda r,p: r.update(mask=[r['mask'], r['mask']])),
     'mask of two channels': ('mask channels', ma(lambda a: np.stack([a,a], -1))),
     'channel of another shape': ('channel shape', second(lambda f,t: rewrite(f, t, lambda a: a[:-2]))),
     'channel of another spacing': ('channel spacing', second(lambda f,t: rewrite(f, t, affine=mul((1,1,1.2))))),
@@ -92,6 +97,8 @@ FAULTS = { # name: (kind that must be found, what is done to the case)
     'thousand times brighter': ('intensity regime', im(lambda a: a*1000)),
     'offset': ('odd intensity', im(lambda a: a+np.float32(1024))),
     'other modality': ('odd contrast', im(lambda a: a.max()-a)),
+    'noise': ('odd texture', im(lambda a: np.random.default_rng(0).normal(a.mean(), a.std(), a.shape).astype(np.float32))),
+    'blurred': ('odd texture', im(lambda a: gaussian_filter(a, 2.))),
     'odd size': ('odd size', odd_grid(shape=(24,24,90))),
     'odd spacing': ('odd spacing', odd_grid(affine=affine_of('RAS', (1,1,5)))),
     'odd label volume': ('odd volume', ma(lambda a: a*(np.indices(a.shape)[0]<a.shape[0]//2-2).astype(np.uint8))),
@@ -119,7 +126,7 @@ def test_planted_fault_is_found(healthy, tmp_path, name):
 
 def test_every_kind_is_planted(healthy, tmp_path):
     "The table of problems and the faults of this file name the same kinds"
-    own = {'case named twice','no volume','rare label','labels not consecutive','same image','same mask','same mask, one subject'}
+    own = {'case named twice','no volume','gantry tilt','missing slice','channel order','rare label','labels not consecutive','same image','same mask','same mask, one subject'}
     assert {p for p,_ in FAULTS.values()} | own == {p[0] for p in PROBLEMS}
 
 def test_rounding_is_no_finding(healthy, tmp_path):
@@ -129,10 +136,13 @@ def test_rounding_is_no_finding(healthy, tmp_path):
 def test_twins(healthy, tmp_path):
     df = sick(healthy, lambda r,p: r.update(image=rewrite(healthy.image[2], p/'x.nii', dtype=np.float64), mask=rewrite(healthy['mask'][2], p/'m.nii')), tmp_path); r = check_dataset(df, CODES)
     assert list(r.problem)==['same image'] and r.case.iloc[0]=='c05' and 'c02' in r.found.iloc[0] and len(r.clean())==N-1
+    for n,f in (('turned',lambda f,t: turned(f, t)), ('mirrored',lambda f,t: rewrite(f, t, lambda a: a[::-1]))):
+        df = sick(healthy, lambda r,p: r.update(image=f(healthy.image[2], p/f'{n}.nii')), tmp_path); r = check_dataset(df); r = r[r.problem=='same image']
+        assert list(r.case)==['c05'] and ('mirrored' in r.found.iloc[0])==(n=='mirrored') and 'another subject' in r.found.iloc[0]
     one = make(0); two = [nib.Nifti1Image(one[0].get_fdata(dtype=np.float32)+np.float32(k), one[0].affine) for k in (1,2)]
     for k,o in enumerate(two): nib.save(o, tmp_path/f't{k}.nii'); nib.save(one[1], tmp_path/f'u{k}.nii')
     t = pd.DataFrame([dict(case=f't{k}', image=tmp_path/f't{k}.nii', mask=tmp_path/f'u{k}.nii', subject=s) for k,s in ((0,'a'),(1,'b'))])
-    assert list(check_dataset(t).problem)==['same mask']*2 and list(check_dataset(t.assign(subject='a')).problem)==['same mask, one subject']*2
+    assert list(check_dataset(t).problem)==['same mask'] and list(check_dataset(t.assign(subject='a')).problem)==['same mask, one subject']
     t = t.astype(object); t.loc[1,'image'] = None
     assert check_dataset(t).groupby('problem').case.agg(list).to_dict()=={'no image':['t1'], 'same mask':['t1']}, 'the case that has its image is not blamed'
 
@@ -170,6 +180,68 @@ check_dataset(df, workers=2); print(resource.getrusage(resource.RUSAGE_SELF).ru_
     for k in range(6): nib.save(nib.Nifti1Image(rng.normal(size=(96,96,96)).astype(np.float32), np.eye(4)), tmp_path/f'{k}.nii')
     assert float(python(code, tmp_path, 60).splitlines()[-1])<1.1
 
+def test_channel_order(healthy):
+    "One case of twelve has its channels the other way round, in each of several sets"
+    rows = [dict(r, image=[r['image'],r['second']]) for r in healthy.to_dict('records')]; assert not len(check_dataset(pd.DataFrame(rows)))
+    for df in (rows, rows[3:8], rows[4:6]):
+        df = [dict(r, image=r['image'][::-1]) if r['case']=='c05' else r for r in df]; r = check_dataset(pd.DataFrame(df))
+        o = r[r.problem=='channel order']; assert len(o)==1 and 'c05' in o.case.iloc[0]+o.found.iloc[0]
+    df = rows[:5]+[dict(rows[5], image=[healthy.image[5], 'gone.nii'])]; r = check_dataset(pd.DataFrame(df)); assert list(r.problem)==['missing file'], r.to_string()
+
+def test_labels_that_one_case_has(healthy, tmp_path):
+    "Declared or not, in few cases or many, the case is named"
+    for n in (4,12):
+        df = sick(healthy, FAULTS['unexpected label'][1], tmp_path).iloc[[BAD,*[i for i in range(N) if i!=BAD][:n-1]]]; r = check_dataset(df)
+        assert list(r[r.problem=='rare label'].case)==['c05'] and 'c05' in r[r.problem=='labels not consecutive'].found.iloc[0]
+
+def test_what_most_cases_have_is_told_once(healthy, tmp_path):
+    rows = healthy.to_dict('records')
+    for i in range(8): (d:=tmp_path/str(i)).mkdir(); FAULTS['mask at the border'][1](rows[i], d)
+    r = check_dataset(pd.DataFrame(rows).astype(object)); o = r[r.problem=='touches border']; assert list(o.case)==['(all)'] and '8 of 12' in o.found.iloc[0]
+
+def test_odd_tables(healthy, tmp_path, monkeypatch):
+    "One case, names with umlauts and spaces, relative paths, empty cells of every kind, threads, nothing readable: an answer or an error of ours"
+    one = healthy.iloc[[0]]; assert not len(check_dataset(one)) and not len(find_leaks(one)) and not len(check_dataset(one.drop(columns=['case','subject','mask'])))
+    (d:=tmp_path/'Köpfe und Füße').mkdir(); rows = []
+    for i in range(6): rows.append(dict(case=f'Größe {i} ä', image=rewrite(healthy.image[i], d/f'bild {i} ü.nii.gz').relative_to(tmp_path), mask=str(rewrite(healthy['mask'][i], d/f'maske {i}.nii').relative_to(tmp_path))))
+    df = pd.DataFrame(rows).astype(object)
+    for w in (0,1,2): assert not len(check_dataset(df, CODES, path=tmp_path, workers=w)) and not len(find_leaks(df, tmp_path, workers=w))
+    assert set(check_dataset(df, CODES).problem)=={'missing file'} and not len(find_leaks(df))
+    monkeypatch.chdir(tmp_path); assert not len(check_dataset(df, CODES))
+    for v in (None, np.nan, pd.NA, '', []):
+        r = check_dataset(df.assign(mask=[v if i==3 else o for i,o in enumerate(df['mask'])])); assert list(zip(r.case, r.problem))==[('Größe 3 ä','no mask')]
+    assert set(check_dataset(df.assign(mask=None)).problem)=={'no mask'} and set(check_dataset(df.assign(image=None)).problem)=={'no image'} and not len(check_dataset(df, mask_col='none'))
+    for f in (check_dataset, find_leaks):
+        for bad in (df.iloc[:0], pd.DataFrame(), df.drop(columns='image'), df.assign(image=5), df.assign(image=[object()]*6)):
+            with pytest.raises(FastmedError): f(bad)
+        with pytest.raises(FastmedError): f(df, memory_gb=-1)
+    page = check_dataset(df.assign(mask=None)).html(tmp_path/'r.html').read_text(); assert 'Größe 3 ä' in page and str(tmp_path) not in page
+
+def test_strange_sets(tmp_path):
+    "All constant, all unreadable, four axes, headers that promise too much, binary images"
+    def write(name, *arrays, dtype=np.float32):
+        rows = []
+        for i,a in enumerate(arrays): nib.save(nib.Nifti1Image(a.astype(dtype), np.eye(4)), fn:=tmp_path/f'{name}{i}.nii.gz'); rows.append(dict(case=f'{name}{i}', image=fn))
+        return pd.DataFrame(rows)
+    rng = np.random.default_rng(0)
+    df = write('flat', *[np.full((8,8,8), i) for i in range(6)]); r = check_dataset(df); assert set(r.problem)=={'constant'} and len(r)==6 and not len(find_leaks(df)) and not len(r.clean()); r.html(tmp_path/'f.html')
+    junk = [dict(case=f'{i}', image=tmp_path/f'{i}.nii') for i in range(6)]
+    for o in junk: o['image'].write_bytes(rng.bytes(500))
+    df = pd.DataFrame(junk); r = check_dataset(df); assert set(r.problem)=={'unreadable'} and len(r)==6 and not len(find_leaks(df)); r.show()
+    with pytest.raises(FastmedError, match='5|five'): distribution_shift(df, df)
+    df = write('four', *[rng.normal(size=(9,8,7,3)) for _ in range(6)]); assert not len(check_dataset(df)) and not len(find_leaks(df)); assert 'intensity' in distribution_shift(df, df).index
+    df = write('five', *[rng.normal(size=(4,4,4,2,2)) for _ in range(2)]); assert set(check_dataset(df).problem)=={'no volume'}
+    df = write('shape', *[rng.random((12,12,12))>.5 for _ in range(8)], dtype=np.uint8); assert not len(check_dataset(df)) and not len(find_leaks(df))
+    for i,shape in enumerate(((30000,30000,30000),(32767,1,1),(0,5,5),(-5,5,5))):
+        h = bytearray(gzip.decompress(df.image[0].read_bytes())); h[42:48] = np.array(shape, '<i2').tobytes(); (tmp_path/f'huge{i}.nii').write_bytes(bytes(h))
+    r = check_dataset(pd.DataFrame([dict(case=f'h{i}', image=tmp_path/f'huge{i}.nii') for i in range(4)])); assert set(r.errors.case)=={'h0','h1','h2','h3'}, r.to_string()
+
+def test_the_split_of_dataloaders_warns(healthy, tmp_path):
+    from fastmed.doctor import _warn_twins
+    twin = rewrite(healthy.image[2], tmp_path/'x.nii.gz'); files = list(healthy.image); files[5] = twin
+    with pytest.warns(UserWarning, match="'c02'.*'c05'"): _warn_twins(healthy, files, range(5))
+    with warnings.catch_warnings(): warnings.simplefilter('error'); _warn_twins(healthy, files, range(6)); _warn_twins(healthy, list(healthy.image), range(5))
+
 # ---- leaks
 
 def scans(path, f, n=6):
@@ -193,6 +265,25 @@ def test_leak_is_found(tmp_path, name):
     got = find_leaks(df); assert [(r.case_a, r.case_b, r.sure) for r in got.itertuples()]==[('0','6','proved')] and why in got.evidence.iloc[0], got.to_string()
     assert not len(find_leaks(df.assign(subject=['s0','1','2','3','4','5','s0']))), 'two scans of one subject are no leak'
     with pytest.warns(UserWarning, match='parts 1 pairs'): assert find_leaks(df, split='side').parted.all()
+
+def test_leak_in_any_channel(tmp_path):
+    "Only the second channel gives the pair away; and a file that stands once as first and once as second channel"
+    df = scans(tmp_path, lambda a: (a, np.random.default_rng(77).normal(1000, 50, a.shape).astype(np.float32))); (tmp_path/'b').mkdir(); two = scans(tmp_path/'b', lambda a: (a, a[::-1]))
+    both = df.assign(image=[list(o) for o in zip(df.image, two.image)]); got = find_leaks(both); assert list(zip(got.case_a, got.case_b))==[('0','6')] and 'mirrored' in got.evidence.iloc[0]
+    both['image'] = [*both.image[:6], [df.image[6], df.image[3]]]; assert ('3','6') in set(zip(*find_leaks(both)[['case_a','case_b']].values.T))
+    assert len(find_leaks(both.assign(image=[o if i else o[:1] for i,o in enumerate(both.image)])))==1, 'cases may have unlike numbers of channels'
+
+def test_likeness_is_learnt_from_proved_pairs(tmp_path):
+    "Ladders of some pairs teach what two halves of one scan share; pairs without a ladder are then found, and no others"
+    rows,rng = [],np.random.default_rng(0)
+    for i in range(40):
+        a = gaussian_filter(rng.normal(size=(48,24,24)), rng.uniform(1, 3))*rng.uniform(800, 4000)+rng.uniform(500, 1500)+rng.normal(0, rng.uniform(2, 60), (48,24,24))
+        if i<30: q = np.float32(round(rng.uniform(3, 9), 5)); a = np.round(a/q).astype(np.float32)*q
+        for k,x in enumerate((a[:24], a[24:])):
+            if k and i%2: continue
+            nib.save(nib.Nifti1Image(x.astype(np.float32), np.eye(4)), fn:=tmp_path/f'{i}_{k}.nii'); rows.append(dict(case=f'{i}_{k}', image=fn))
+    got = find_leaks(pd.DataFrame(rows)); true = got.case_a.str.split('_').str[0]==got.case_b.str.split('_').str[0]; free = got[got.case_a.str.split('_').str[0].astype(int)>=30]
+    assert true.mean()>.9 and (got.sure=='proved').sum()>=15 and len(free)>=4 and free.evidence.str.contains('as the proved pairs').all(), got.to_string()
 
 def test_no_leak_among_unlike(tmp_path):
     assert not len(find_leaks(scans(tmp_path, lambda a: (a, np.random.default_rng(77).normal(1000, 50, a.shape).astype(np.float32)))))
@@ -240,7 +331,7 @@ def test_hippocampus_as_downloaded(data, tmp_path):
 def test_hippocampus_leaks(data):
     df = scan_decathlon(data/'hippocampus'); s = df.set_index('case').subject; pairs = len(df)-s.nunique()
     t = find_leaks(df.drop(columns='subject')); true = s[t.case_a].values==s[t.case_b].values
-    assert true.mean()>.95 and true.sum()>.87*pairs and true[t.sure=='proved'].mean()>.96, (true.mean(), true.sum()/pairs)
+    assert true.mean()>.95 and true.sum()>.95*pairs and true[t.sure=='proved'].mean()>.96, (true.mean(), true.sum()/pairs)
     assert len(find_leaks(df))==(~true).sum()
     with pytest.warns(UserWarning, match='parts'): find_leaks(df.drop(columns='subject').assign(fold=np.arange(len(df))%2), split='fold')
 
@@ -248,6 +339,6 @@ def test_other_real_sets(data):
     assert not len(check_dataset(scan_folder(data/'ms_lesions'))) and not len(find_leaks(scan_folder(data/'ms_lesions')))
     ixi = scan_folder(data/'ixi_brains'); assert not len(check_dataset(ixi).errors) and not len(find_leaks(ixi))
     ct = pd.DataFrame([dict(case=o.name, image=o) for o in sorted((data/'ct_dicom').iterdir())]); r = check_dataset(ct)
-    assert r.groupby('case').problem.agg(list).to_dict()=={o:['no volume'] for o in ct.case if 'tilt18' in o or 'mixed' in o}
+    assert r.groupby('case').problem.agg(list).to_dict()=={o:['gantry tilt' if 'tilt18' in o else 'no volume'] for o in ct.case if 'tilt18' in o or 'mixed' in o} and not r.found.str.contains(str(data)).any()
     sp = data/'spine'; df = pd.DataFrame([dict(case=c, image=sp/f'{c}.nii.gz', mask=sp/m) for c,m in (('t1','t1_cord.nii.gz'),('t2','t2_cord.nii.gz'),('t2s','t2s_greymatter.nii.gz'),('mt1','mt1_cord.nii.gz'))])
     r = check_dataset(df); assert not len(r.errors) and set(r.problem)=={'mixed orientation','touches border'}

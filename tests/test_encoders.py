@@ -250,6 +250,41 @@ def test_nnunet(tmp_path):
     torch.save({f'module.{k}':v for k,v in net.encoder.state_dict(prefix='encoder.').items()}, tmp_path/'enc.pt')         # nnssl keeps the encoder alone
     assert load_weights(UNet(1, 3, nf=4, depth=3), tmp_path/'enc.pt').encoder==(18,18)
 
+class Residual(nn.Module):
+    "A residual block with nnU-Net's names"
+    def __init__(self, i, o, s=1):
+        super().__init__()
+        self.conv1,self.conv2 = Block(i, o, s),Block(o, o)
+        del self.conv2.nonlin, self.conv2.all_modules[2]
+        skip = Block(i, o)
+        skip.conv = skip.all_modules[0] = nn.Conv3d(i, o, 1, bias=False); del skip.nonlin, skip.all_modules[2]
+        self.skip = nn.Sequential(*([nn.AvgPool3d(s, s)] if s>1 else []), *([skip] if i!=o else []))
+    def forward(self, x): return nn.functional.leaky_relu(self.conv2(self.conv1(x))+self.skip(x), .01)
+class ResPlain(nn.Module):
+    def __init__(self, nfs=(4,8,8), blocks=(1,2,1)):
+        super().__init__()
+        self.encoder = nn.Module()
+        self.encoder.stem = Stack(Block(1, nfs[0]))
+        self.encoder.stages = nn.Sequential(*[nn.Sequential(*[Residual(n if j else nfs[max(i-1,0)], n, 2 if i and not j else 1) for j in range(b)]) for i,(n,b) in enumerate(zip(nfs, blocks))])
+        self.decoder = nn.Module(); self.decoder.encoder = self.encoder
+    def forward(self, x):
+        x,fs = self.encoder.stem(x),[]
+        for s in self.encoder.stages: fs.append(x:=s(x))
+        return fs
+
+def test_nnssl(tmp_path):
+    torch.manual_seed(0)
+    net = shaken(ResPlain(nfs=(4,8,16)))
+    torch.save({'network_weights':{f'_orig_mod.{k}':v for k,v in net.state_dict().items()}, 'nnssl_adaptation_plan':{'architecture_plans':{'arch_class_name':'ResEncL'}, 'key_to_encoder':'encoder.stages', 'key_to_stem':'encoder.stem'}}, tmp_path/'mae.pth')
+    e,rep = create_encoder('ResEnc', 1, 3, pretrained=tmp_path/'mae.pth', width=4, blocks=(1,2,1))
+    x = torch.randn(1,1,16,16,16)
+    with torch.no_grad(): assert apart(net(x), e(x))<1e-5 and rep.encoder[0]==rep.encoder[1] and not rep.missing
+    seg,rep = create_network('ResEnc', 2, 3, pretrained=tmp_path/'mae.pth', width=4, blocks=(1,2), nf=4)           # fewer levels, two channels
+    assert rep.encoder[0]==rep.encoder[1] and rep.adapted and seg(torch.randn(1,2,16,16,16)).shape==(1,3,16,16,16)
+    for kw in (dict(width=8), dict(blocks=(1,3,1))):
+        with pytest.raises(InputError, match='none of its'): create_encoder('ResEnc', 1, 3, pretrained=tmp_path/'mae.pth', **{**dict(width=4, blocks=(1,2,1)), **kw})
+    with pytest.raises(InputError, match='none of its'): load_weights(UNet(1, 3, nf=4, depth=3), tmp_path/'mae.pth')
+
 def test_files_that_are_refused(tmp_path):
     net = UNet(1, 2, ndim=2, nf=4, depth=2)
     with pytest.raises(MissingFileError): load_weights(net, tmp_path/'none.pth')
@@ -286,7 +321,7 @@ def test_timm_files_by_name(tmp_path):
 
 # ---- between tasks
 
-@pytest.mark.parametrize('arch,ndim,kw', [('UNet',3,dict(nf=4, depth=2)), ('UNet',2,dict(nf=4, depth=2)), ('lcnet_050',2,{}), ('timm.lcnet_050',3,dict(levels=3))])
+@pytest.mark.parametrize('arch,ndim,kw', [('UNet',3,dict(nf=4, depth=2)), ('UNet',2,dict(nf=4, depth=2)), ('lcnet_050',2,{}), ('timm.lcnet_050',3,dict(levels=3)), ('ResEnc',3,dict(width=4, blocks=(1,1)))])
 def test_encoder_between_tasks(arch, ndim, kw, tmp_path, learner, loaders):
     f = unet3d_learner if ndim==3 else unet2d_learner
     seg = f(loaders[ndim], arch, path=tmp_path, **(kw if arch=='UNet' else {**kw, 'nf':4}))
@@ -313,6 +348,15 @@ def test_encoder_between_tasks(arch, ndim, kw, tmp_path, learner, loaders):
     assert any(k.startswith('encoder.') for k in free)
     assert seg.opt.hypers[0]['lr']<seg.opt.hypers[-1]['lr']
 
+def test_an_encoder_below_a_wrapper(tmp_path):
+    clf = create_encoder_classifier('lcnet_050', 1, 2, 2, levels=2)
+    inner = nn.Sequential(clf, nn.Softplus())
+    a,b = param_splitter(inner),param_splitter(clf)
+    assert [len(o) for o in a]==[len(o) for o in b]==[len(list(clf.encoder.parameters())),2]
+    save_encoder(inner, tmp_path/'e.safetensors')
+    other = create_encoder_classifier('lcnet_050', 1, 3, 2, levels=2); load_encoder(other, tmp_path/'e.safetensors')
+    assert all(torch.equal(p, q) for p,q in zip(clf.encoder.state_dict().values(), other.encoder.state_dict().values()))
+
 def test_frozen_batch_norm_as_in_fastai_when_asked(loaders, tmp_path):
     learn = unet2d_learner(loaders[2], 'lcnet_050', nf=4, path=tmp_path, train_bn=True)
     learn.freeze(); was = {k:v.clone() for k,v in learn.model.encoder.state_dict().items()}
@@ -322,7 +366,7 @@ def test_frozen_batch_norm_as_in_fastai_when_asked(loaders, tmp_path):
 
 # ---- ship
 
-@pytest.mark.parametrize('arch,ndim,kw', [('lcnet_050',2,dict(nf=4)), ('timm.regnety_002',3,dict(nf=4, levels=2, how='centre', strides3=(1,2))), ('resnet10',3,dict(nf=4, widen_factor=.25)), ('vit_tiny_patch16_224',2,dict(nf=4))])
+@pytest.mark.parametrize('arch,ndim,kw', [('lcnet_050',2,dict(nf=4)), ('timm.regnety_002',3,dict(nf=4, levels=2, how='centre', strides3=(1,2))), ('resnet10',3,dict(nf=4, widen_factor=.25)), ('ResEnc',3,dict(nf=4, width=4, blocks=(1,2))), ('vit_tiny_patch16_224',2,dict(nf=4))])
 def test_by_name_in_a_file(arch, ndim, kw, loaders, study, tmp_path):
     path,df = study
     learn = (unet3d_learner if ndim==3 else unet2d_learner)(loaders[ndim], arch, path=tmp_path, **kw)
@@ -333,7 +377,7 @@ def test_by_name_in_a_file(arch, ndim, kw, loaders, study, tmp_path):
     for o in (again,old):
         got = o.predict_volume(path/df.image[0], proba=True)
         assert all(torch.equal(a.as_subclass(Tensor), b.as_subclass(Tensor)) for a,b in zip(want, got))
-    assert again.arch==arch and ('timm' in again.facts or arch=='resnet10')
+    assert again.arch==arch and ('timm' in again.facts)==(arch not in ('resnet10','ResEnc'))
 
 def test_colours_travel(study, tmp_path):
     path,df = study

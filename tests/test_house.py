@@ -186,7 +186,7 @@ def test_import_time():
 
 def test_import_stays_light():
     "Libraries that only some rooms need are imported where they are used"
-    heavy = ['monai', 'SimpleITK', 'nilearn', 'torchio', 'sklearn', 'timm', 'tensorboard', 'nbdev', 'ipywidgets', 'highdicom']                       # nibabel imports pydicom itself where it is installed
+    heavy = ['monai', 'SimpleITK', 'nilearn', 'torchio', 'sklearn', 'timm', 'tensorboard', 'nbdev', 'ipywidgets', 'highdicom'] # nibabel imports pydicom itself where it is installed
     before,after = [ast.literal_eval(python(f'import sys\nimport {m}\nprint([o for o in {heavy} if o in sys.modules])')) for m in ('fastai.vision.all', 'fastmed.all')]
     assert set(after) <= set(before), f'fastmed.all imports {sorted(set(after)-set(before))}'
 

@@ -9,9 +9,9 @@ SIZE = dict(SwinUNETR=32, FlexibleUNet=32)
 SMALL = dict(UNet=dict(nf=4), SegResNet=dict(init_filters=8), SegResNetDS=dict(init_filters=8), SegResNetVAE=dict(vae_nz=8), DynUNet=dict(filters=(4,8,16,16)),
     VNet={}, SwinUNETR=dict(feature_size=12), UNETR=dict(feature_size=4, hidden_size=24, mlp_dim=24, num_heads=4), AttentionUnet=dict(channels=(4,8,16), strides=(2,2)),
     BasicUNet=dict(features=(4,4,8,8,8,4)), BasicUNetPlusPlus=dict(features=(4,4,8,8,8,4)), HighResNet={}, FlexibleUNet=dict(decoder_channels=(16,8,8,4,4)), MedNeXt=dict(init_filters=4, kernel_size=3),
-    unet_cicek={})
+    unet_cicek={}, DenseVoxelNet=dict(growth=4, layers=2))
 SMALL['monai.UNet'] = dict(channels=(4,8,16), strides=(2,2))
-TWO_D = [n for n in SMALL if n!='unet_cicek']
+TWO_D = [n for n in SMALL if n not in ('unet_cicek','DenseVoxelNet')]
 
 def test_every_name_is_tested(): assert set(SMALL)==set(model_names())
 
