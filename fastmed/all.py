@@ -45,6 +45,7 @@ from fastmed.ensemble import *
 from fastmed.findings import *
 from fastmed.compare import *
 from fastmed.crossval import *
+from fastmed.survey import *
 from fastmed.check import *
 from fastmed.plain import *
 from fastmed.casefiles import *

@@ -206,15 +206,6 @@ def test_cam_points_at_the_ball_in_the_scans_own_space(learn3, volumes):
     x = learn3.case_input(str(path/df.image[41])); assert torch.equal(x[0], item_of(learn3, str(path/df.image[41])).as_subclass(torch.Tensor))       # the network sees what evaluate shows it
     with pytest.raises(InputError, match='none of'): grad_cam(learn3, df.iloc[41], 'maybe')
 
-def test_interpret_a_slice_classifier(volumes, tmp_path):
-    path,df = volumes
-    from fastmed.all import SliceDataLoaders
-    dls = SliceDataLoaders.from_df(df.drop(columns='centre')[::3], path, label_col='ball', spacing=None, size=18, axis=2, context=1, bs=8, batch_tfms=None, num_workers=0, device='cpu', cache=tmp_path)
-    learn = classifier_learner(dls, Tiny, fast=False, path=tmp_path)
-    with learn.no_bar(), learn.no_logging(): learn.fit(1)
-    it = learn.interpret(n_boot=10); x = item_of(learn, dls.valid_ds.items.iloc[0]); assert len(it)==len(dls.valid_ds) and tuple(x.shape)==(3,18,18)
-    assert len(it.plot_worst(2).axes)==2 and tuple(grad_cam(learn, dls.valid_ds.items.iloc[0]).shape)==(1,18,18)
-
 def test_interpret_survives_export_and_bad_files(learn3, volumes, tmp_path):
     path,df = volumes; valid = learn3.dls.valid_ds.items; it = learn3.interpret(n_boot=20)
     learn3.export('c.pkl'); again = load_learner(learn3.path/'c.pkl')

@@ -17,7 +17,7 @@ For a cuboid n voxels thick in pipeline voxels of any size this is near (1-2/n)Â
 What is lost in truth is far less than the bound allows; `benchmarks/roundtrip.py` measures it. Below, balls of at least `FLOOR` pipeline voxels radius must also keep the Dice given there.
 
 `FASTMED_EXAMPLES=2000` runs that many examples of each, drawn anew each time; without it a fixed draw is run."""
-import itertools, math, os, tempfile
+import copy, itertools, math, os, tempfile
 from pathlib import Path
 import nibabel as nib, numpy as np, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -264,7 +264,7 @@ def predicted(learn, a, aff, mm, order, folder):
 def sharp(learner):
     "A Learner whose network needs no training"
     from phantoms import Nearest
-    learn = learner(3); learn.model = Nearest(1, 2); learn.n_out = 2
+    learn = learner(3); learn.model = Nearest(1, 2); learn.n_out = 2; learn.dls = copy.deepcopy(learn.dls)             # its preprocessing is changed below; that of the other tests is not
     return learn
 
 @examples(40)

@@ -186,7 +186,7 @@ def test_whole_or_not_at_all(saved, tmp_path, monkeypatch):
     was = fn.read_bytes()
     def full(self, b): open(self, 'wb').write(b[:len(b)//2]); raise OSError(28, 'No space left on device')
     monkeypatch.setattr(type(fn), 'write_bytes', full)
-    with pytest.raises(OSError, match='No space'): save_model(learn, fn)
+    with pytest.raises(OSError, match='disk is full'): save_model(learn, fn)
     assert fn.read_bytes()==was and not list(tmp_path.glob('.part*'))
 
 # ---- what is not opened

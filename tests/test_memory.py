@@ -1,0 +1,45 @@
+"What a training and a prediction need, said before they begin: refused, warned of, let through; a real lack of memory in words."
+import warnings
+import numpy as np, pytest, torch
+import fastmed.memory as M
+from fastmed.all import (MemoryCallback, ResourceError, TensorVolume, free_memory, memory_estimate, memory_parts)
+
+def fit(l, *cbs):
+    with l.no_bar(), l.no_logging(): l.fit(1, cbs=list(cbs))
+
+def need(l): fixed,each = M._needs(l); return fixed+l.dls.train.bs*each
+
+@pytest.mark.parametrize('ndim', [3,2])
+def test_refused_warned_let_through(learner, ndim):
+    l = learner(ndim); n = need(l)/1e9
+    with pytest.raises(ResourceError, match=r'^(T|.*T)raining on this computer takes about .* GB more .* are allowed') as e: fit(l, MemoryCallback(n/1.4))
+    assert 'Exception occured' not in str(e.value) and isinstance(e.value, MemoryError)
+    with pytest.warns(UserWarning, match='may not fit'): fit(l, MemoryCallback(n/1.1))
+    with warnings.catch_warnings(): warnings.simplefilter('error', UserWarning); l._checked = fit(l, MemoryCallback(n*1.5))
+
+def test_the_batch_that_is_named_fits(learner):
+    l = learner(3); fixed,each = M._needs(l); free = (fixed+5.5*each)/.8
+    assert 'A batch of 5 fits: bs=5' in M._advice(l, .8*free) and memory_estimate(l, bs=5)-memory_parts(l)['weights']<=free
+
+def test_what_cannot_be_counted_is_let_through(learner, monkeypatch):
+    l = learner(3)
+    def broken(*a, **k): raise RuntimeError('no such thing')
+    monkeypatch.setattr(M, 'memory_parts', broken); fit(l, MemoryCallback(1e-6))
+
+def test_another_error_stays(learner):
+    l = learner(3)
+    def loss(*a): raise RuntimeError('shapes differ')
+    l.loss_func = loss
+    with pytest.raises(RuntimeError, match='shapes differ') as e: fit(l)
+    assert not isinstance(e.value, ResourceError)
+
+def test_a_prediction_that_cannot_fit(learner, monkeypatch):
+    import fastmed.inference
+    l = learner(3); t = TensorVolume(torch.randn(1,24,24,24), affine=np.eye(4)); t.meta = dict(fn='huge.nii')
+    with l.no_bar(): assert l.predict_volume(t).shape==(24,24,24)
+    monkeypatch.setattr(M, 'free_memory', lambda device=None: 1e6)
+    with pytest.raises(ResourceError, match='huge.nii: 24×24×24 voxels.*GB are free'), l.no_bar(): l.predict_volume(t)
+
+def test_free_memory_obeys_the_group(monkeypatch):
+    assert 0<free_memory('cpu')<2**50
+    monkeypatch.setattr(M, '_left_by_groups', lambda: 12345); assert free_memory('cpu')==12345
