@@ -5,9 +5,11 @@ difference is the largest over all feature maps, as a share of the map's largest
 
     python benchmarks/inflate.py                  # inflate.csv and adapt.csv, about ten minutes of one core
 """
-import argparse, copy, time, warnings
+import argparse, copy, sys, time, warnings
 from pathlib import Path
 import pandas as pd, timm, torch
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]/'tests'))
+from phantoms import shaken
 from fastmed.adapt import adapt_input, first_convs
 from fastmed.inflate import inflate
 
@@ -18,17 +20,6 @@ legacy_seresnet18 inception_v4 xception41 legacy_xception repghostnet_050 repvit
 refused = '''vit_tiny_patch16_224 swin_tiny_patch4_window7_224 mobilevit_xxs coatnet_nano_rw_224 inception_v3 hgnetv2_b0 tresnet_m poolformer_s12'''.split()
 adaptable = '''resnet18 resnext50_32x4d seresnet18 densenet121 efficientnet_b0 tf_efficientnet_b0 mobilenetv3_large_100 convnext_tiny regnety_002 vgg11_bn hrnet_w18_small repvgg_a0 mobileone_s0 resnetv2_50x1_bit eca_nfnet_l0 xception41 inception_v4
 ghostnet_050 edgenext_xx_small vit_tiny_patch16_224 deit_tiny_patch16_224 beit_base_patch16_224 swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 pvt_v2_b0 maxvit_nano_rw_256 crossvit_tiny_240 visformer_tiny'''.split()
-
-def shaken(m):
-    "`m` in evaluation, its norms with statistics and weights of their own"
-    g = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for n,b in m.named_buffers():
-            if n.endswith('running_mean'): b.normal_(0, .1, generator=g)
-            if n.endswith('running_var'): b.uniform_(.5, 1.5, generator=g)
-        for p in m.parameters():
-            if p.ndim==1: p += .1*torch.randn(p.shape, generator=g)
-    return m.eval()
 
 def apart(a, b):
     a,b = ([o] if isinstance(o, torch.Tensor) else list(o) for o in (a,b))

@@ -307,8 +307,7 @@ def classifier_learner(
     masks = prep is None and any(_find(tl.tfms, LoadMask) for tl in dls.train_ds.tls)
     if masks:
         if arch not in ('resnet18','UNet') and arch is not UNet: raise InputError(f"arch={arch!r}: with masks and labels together the network is a U-Net; leave arch out")
-        pre = get_preprocess(dls); depth = kwargs.get('depth', len(kwargs['strides'])+1 if 'strides' in kwargs else plan.depth)
-        kwargs = {'nf':plan.nf, 'depth':depth, **({'strides':plan.strides[:depth-1]} if depth<=plan.depth else {}), **kwargs}; arch = 'UNet'
+        pre,kwargs,arch = get_preprocess(dls),unet_args(plan, kwargs),'UNet'
         if kwargs.get('deep_supervision'): raise InputError("deep_supervision is not offered with masks and labels together")
         model = MultiTaskNet(create_model('UNet', n_in, len(pre.vocab), ndim=have, patch=patch, **kwargs), len(vocab))
         if pretrained: print(load_weights(model, pretrained))

@@ -18,18 +18,31 @@ def _number(fn, key=None):
     m = re.search(rf'^{key}:?\s+(\d+)( kB)?', s, re.M) if key else re.match(r'(\d+)()\s*$', s)
     return int(m[1])*(1024 if m[2] else 1) if m else None
 
-def memory_left()->int: # bytes
-    "What this process can still get: of the machine, of its container and of its own limit; 8 GiB where the system does not say"
+def _groups():
+    "Files of the control groups (a container, a batch job) that this process is in: limit, use, statistics, and the statistic's name of what can be given back"
+    try: groups = [o.split(':', 2) for o in Path('/proc/self/cgroup').read_text().splitlines()]
+    except OSError: return
+    for _,what,path in groups:
+        if what=='': at,names,key = Path('/sys/fs/cgroup'),('memory.max','memory.current'),'inactive_file'
+        elif 'memory' in what.split(','): at,names,key = Path('/sys/fs/cgroup/memory'),('memory.limit_in_bytes','memory.usage_in_bytes'),'total_inactive_file'
+        else: continue
+        for part in ['', *([] if '..' in path else path.strip('/').split('/'))]:            # a limit holds for all groups below it
+            at = at/part; yield *(at/o for o in names),at/'memory.stat',key
+
+def memory_left(
+    unknown:float=8*2**30 # where the system does not say
+)->int:                   # bytes
+    "What this process can still get: of the machine, of its container or batch job, and of its own limit"
     left = [_number('/proc/meminfo', 'MemAvailable')]
-    for most,used,stat,key in (('memory.max','memory.current','memory.stat','inactive_file'), ('memory/memory.limit_in_bytes','memory/memory.usage_in_bytes','memory/memory.stat','total_inactive_file')):
-        a,b = (_number(f'/sys/fs/cgroup/{o}') for o in (most,used))
-        if a is not None and b is not None: left.append(a-b+(_number(f'/sys/fs/cgroup/{stat}', key) or 0))
+    for most,used,stat,key in _groups():
+        a,b = _number(most),_number(used)
+        if a is not None and b is not None: left.append(a-b+(_number(stat, key) or 0))
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
         soft,used = resource.getrlimit(resource.RLIMIT_AS)[0],_number('/proc/self/status', 'VmSize')
         if soft!=resource.RLIM_INFINITY and used is not None: left.append(soft-used)
     left = [o for o in left if o is not None]
-    return max(0, min(left)) if left else 8*2**30
+    return max(0, min(left)) if left else unknown
 
 # %% ../nbs/01_guard.ipynb #6e6aa041
 def _line(e):

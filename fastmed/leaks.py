@@ -87,8 +87,8 @@ def _z(m):
     v = m[np.triu_indices(len(m), 1)]; return (m-np.median(v))/max(1.4826*np.median(np.abs(v-np.median(v))), 1e-9)
 
 def _own(P):
-    "Which prints have a quantum that says something: no round number"
-    q = np.array([p['quantum'] for p in P]); return q,np.isfinite(q) & (np.abs(q/np.array([float(f'{o:.3g}') for o in q])-1)>1e-6)
+    "Which prints have a quantum that says something: no round number, and no power of two, which is the step of a floating-point format"
+    q = np.array([p['quantum'] for p in P]); two = 2.**np.round(np.log2(q)); return q,np.isfinite(q) & (np.abs(q/np.array([float(f'{o:.3g}') for o in q])-1)>1e-6) & (np.abs(q/two-1)>1e-6)
 
 def _prove(P, proof, who, of=''):
     "Add to `proof`, {(i,j): [reasons]}, what the prints of one channel show; `who`: the number of the case of each print"

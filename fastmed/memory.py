@@ -18,28 +18,14 @@ from torch.nn.modules.conv import _ConvNd
 import contextlib, math, os, re, traceback
 
 # %% ../nbs/26_memory.ipynb #a25b646f
-def _left_by_groups():
-    "Bytes that the control groups of this process (a container, a batch job) still allow; infinite without a limit"
-    res = math.inf
-    try: groups = [o.split(':', 2) for o in Path('/proc/self/cgroup').read_text().splitlines()]
-    except OSError: return res
-    for _,what,path in groups:
-        if what=='': at,limit,used,cold = Path('/sys/fs/cgroup'),'memory.max','memory.current','inactive_file'
-        elif 'memory' in what.split(','): at,limit,used,cold = Path('/sys/fs/cgroup/memory'),'memory.limit_in_bytes','memory.usage_in_bytes','total_inactive_file'
-        else: continue
-        for part in ['', *([] if '..' in path else path.strip('/').split('/'))]:            # a limit holds for all groups below it
-            at = at/part
-            try: res = min(res, int((at/limit).read_text())-int((at/used).read_text())+int(re.search(rf'^{cold} (\d+)', (at/'memory.stat').read_text(), re.M)[1]))
-            except (OSError, ValueError, TypeError): pass
-    return res
-
 def free_memory(
     device=None # torch device; default: fastai's
 )->float:       # bytes; infinite where the system does not say
     "Memory that can still be taken on a device: of a GPU, or of this computer within the limits set to this process"
     device = torch.device(ifnone(device, default_device()))
     if device.type=='cuda': return float(torch.cuda.mem_get_info(device)[0]+torch.cuda.memory_reserved(device)-torch.cuda.memory_allocated(device))
-    if Path('/proc/meminfo').exists(): return float(max(0, min(memory_left(), _left_by_groups())))
+    left = memory_left(math.inf)
+    if left<math.inf: return float(left)
     try: return float(os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES'))                 # no more than there is
     except (AttributeError, ValueError, OSError): return math.inf
 

@@ -19,8 +19,6 @@ from .blocks import *
 from .labels import *
 from .data import *
 from fastai.data.all import *
-from fastprogress.fastprogress import progress_bar
-from concurrent.futures import ThreadPoolExecutor, as_completed
 import tempfile
 
 # %% ../nbs/16_radiographs.ipynb #2b3fcee5
@@ -131,7 +129,7 @@ class RadiographPrep:
 
     def __call__(self,
         t             # `TensorRadiograph` (1,H,W), or a file
-    )->TensorRadiograph: # (1,size,size) float32 of half precision
+    )->TensorRadiograph: # (1,size,size) float32; of half precision, but for 'none'
         "Bring a picture onto the square. Raises what `load_radiograph` raises, and `InputError` on a picture of one value"
         if not isinstance(t, Tensor): t = load_radiograph(t, self.window, self.colour)
         meta,x = getattr(t, 'meta', None) or {},t.as_subclass(Tensor).float()
@@ -146,7 +144,10 @@ class RadiographPrep:
         if self.normalize=='zscore': x = (x-x.mean())/x.std().clamp(min=1e-6)
         top,left = (self.size-to[0])//2,(self.size-to[1])//2
         x = F.pad(x, (left, self.size-to[1]-left, top, self.size-to[0]-top), value=x.min().item())
-        return TensorRadiograph(x.half().float(), meta=meta)
+        return TensorRadiograph(x.to(self.dtype).float(), meta=meta)
+
+    @property
+    def dtype(self): return torch.float32 if self.normalize=='none' else torch.float16     # the file's own 16 bits do not fit into half precision
 
     def to_dict(self): return {k:getattr(self, k) for k in ('size','window','normalize','colour')}
     def __repr__(self): return 'RadiographPrep(' + ', '.join(f'{k}={v!r}' for k,v in self.to_dict().items()) + ')'
@@ -164,7 +165,7 @@ class LoadRadiograph(DisplayedTransform):
         fn     # file
     )->Path:   # of the cache, there or not
         "Where a picture is kept once it was decoded: its name follows from the facts of the file and the `RadiographPrep`. Raises `FileNotFoundError`"
-        return self.cache/'picture'/f'{_key(_version, file_facts(fn), self.prep.to_dict())}.npy'
+        return self.cache/'picture'/f'{_key(_version, file_facts(fn), str(self.prep.dtype), self.prep.to_dict())}.npy'
     def add(self,
         fn     # file
     )->Path:   # of the cache
@@ -173,7 +174,7 @@ class LoadRadiograph(DisplayedTransform):
         if not dest.exists():
             x = self.prep(fn)
             with whole_file(dest) as tmp:
-                with open(tmp, 'wb') as f: np.save(f, x.numpy().astype(np.float16))
+                with open(tmp, 'wb') as f: np.save(f, x.to(self.prep.dtype).numpy())
         return dest
     def build(self,
         files,          # list of files
@@ -182,13 +183,7 @@ class LoadRadiograph(DisplayedTransform):
         "Decode all that was not yet, in parallel. An error names its file; what was finished stays"
         todo = [] if self.cache is None else [f for f in files if not Path(f).is_file() or not self.entry(f).exists()]
         if not todo: return self
-        with ThreadPoolExecutor(ifnone(workers, min(8, defaults.cpus))) as ex:
-            futs = [ex.submit(self.add, f) for f in todo]
-            try:
-                for f in progress_bar(as_completed(futs), total=len(futs), leave=False): f.result()
-            except BaseException:
-                for f in futs: f.cancel()
-                raise
+        each_in_threads(self.add, [(f,) for f in todo], workers)
         return self
     def encodes(self, fn):
         if isinstance(fn, TensorRadiograph): return self.prep(fn)

@@ -78,3 +78,15 @@ def answers(learn, new, files):
         preds,_ = learn.get_preds(dl=learn.dls.test_dl(files, num_workers=0))
     return dict(volume=m.numpy(), affine=m.affine, tta=mp.numpy(), proba=p.numpy(), decoded=dec.numpy(), ids=ids.numpy(), probs=probs.numpy(), preds=preds.numpy(), pre=np.array(get_preprocess(learn.dls).to_json()))
 """
+
+def shaken(m, seed=0):
+    "`m` in evaluation, its norms with statistics and weights of their own"
+    import torch
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for n,b in m.named_buffers():
+            if n.endswith('running_mean'): b.normal_(0, .1, generator=g)
+            if n.endswith('running_var'): b.uniform_(.5, 1.5, generator=g)
+        for p in m.parameters():
+            if p.ndim==1: p += .1*torch.randn(p.shape, generator=g)
+    return m.eval()

@@ -6,18 +6,7 @@ from torch import nn, Tensor
 from fastmed.all import *
 for _n in [n for n in globals() if n.startswith('test')]: del globals()[_n]          # fastcore's own, which pytest would collect
 from fastmed.adapt import _standard
-from phantoms import python
-
-def shaken(m, seed=0):
-    "`m` in evaluation, its norms with statistics and weights of their own"
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for n,b in m.named_buffers():
-            if n.endswith('running_mean'): b.normal_(0, .1, generator=g)
-            if n.endswith('running_var'): b.uniform_(.5, 1.5, generator=g)
-        for p in m.parameters():
-            if p.ndim==1: p += .1*torch.randn(p.shape, generator=g)
-    return m.eval()
+from phantoms import python, shaken
 
 def made(name, **kwargs):
     import timm

@@ -151,4 +151,4 @@ vm = int(next(o for o in open('/proc/self/status') if o.startswith('VmSize')).sp
 resource.setrlimit(resource.RLIMIT_AS, (vm+2**28+2**20,)*2)
 print(memory_left())
 """, tmp_path)
-    assert 0<int(out.split()[-1])<=2**28+2**20
+    assert 0<int(out.split()[-1])<=2**28+2**24                          # what the interpreter gave back meanwhile is left again

@@ -1,6 +1,7 @@
 "What a training and a prediction need, said before they begin: refused, warned of, let through; a real lack of memory in words."
 import warnings
 import numpy as np, pytest, torch
+from fastai.callback.core import Callback
 import fastmed.memory as M
 from fastmed.all import (MemoryCallback, ResourceError, TensorVolume, free_memory, memory_estimate, memory_parts)
 
@@ -42,4 +43,13 @@ def test_a_prediction_that_cannot_fit(learner, monkeypatch):
 
 def test_free_memory_obeys_the_group(monkeypatch):
     assert 0<free_memory('cpu')<2**50
-    monkeypatch.setattr(M, '_left_by_groups', lambda: 12345); assert free_memory('cpu')==12345
+    monkeypatch.setattr('fastmed.guard._groups', lambda: [('most','used','stat','inactive_file')])
+    monkeypatch.setattr('fastmed.guard._number', lambda fn, key=None: dict(most=20000, used=8000, stat=345).get(fn)); assert free_memory('cpu')==12345
+
+@pytest.mark.parametrize('error', [torch.OutOfMemoryError('CUDA out of memory'), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9999 bytes"), MemoryError('no memory')])
+def test_out_of_memory_inside_a_fit(learner, error):
+    class Full(Callback):
+        def after_pred(self): raise error
+    l = learner(3)
+    with pytest.raises(ResourceError, match='ran out while training with a batch of') as e: fit(l, Full())
+    assert e.value.__cause__ is error
