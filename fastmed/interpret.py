@@ -345,7 +345,8 @@ def interpret(self:Learner,
     items = df if df is not None else dl.items
     if isinstance(self, CaseLearner) and isinstance(items, pd.DataFrame):
         if not len(items): raise none
-        res = self.evaluate(items.drop(columns='sample', errors='ignore')); y,p,sub = res.arrays(); ok = (res.status=='ok').values; d = items.reset_index(drop=True)[ok].reset_index(drop=True)
+        if df is None and 'sample' in items: items = items[items['sample']==items['sample'].min()].drop(columns='sample')         # a case has many slices and one answer
+        res = self.evaluate(items); y,p,sub = res.arrays(); ok = (res.status=='ok').values; d = items.reset_index(drop=True)[ok].reset_index(drop=True)
         add = {**({} if 'image' in d else {'case':res.case[ok].values}), **({'subject':sub} if len(set(sub))<len(sub) or 'patient_id' not in d else {})}
         return CaseInterpretation(y.astype(int) if task=='category' else y, p, vocab, task, d.assign(**{k:v for k,v in add.items() if k not in d}), failed=res.case[~ok], **kwargs)
     if dl is None: dl = self.dls.test_dl(df, with_labels=True)

@@ -7,7 +7,7 @@ from PIL import Image
 import nibabel as nib
 from hypothesis import given, settings, strategies as st
 from fastai.vision.all import load_learner, Interpretation, ClassificationInterpretation, vision_learner
-from fastmed.all import set_seed, InputError, ArgumentError, ColumnError, TensorVolume, VolumeDataLoaders, unet3d_learner, sphere
+from fastmed.all import set_seed, InputError, ArgumentError, ColumnError, TensorVolume, SliceDataLoaders, VolumeDataLoaders, unet3d_learner, sphere
 from fastmed.radiographs import RadiographDataLoaders
 from fastmed.classify import classifier_learner, regression_learner
 from fastmed.curves import *
@@ -194,6 +194,13 @@ def test_interpret_a_volume_classifier(learn3, volumes):
     assert it.plot_worst(2) is not None and len(it.plot_worst(2, target='yes').axes)==6
     p = learn3.evaluate()[[f'prob_{k}' for k in it.vocab]].to_numpy(float); assert np.array_equal(p, it.p)
     assert list(it.worst(20).loss)==sorted(it.losses(), reverse=True)
+
+def test_interpret_a_slice_classifier_counts_cases(volumes, tmp_path):
+    "A case has many slices and one answer"
+    path,df = volumes; dls = SliceDataLoaders.from_df(df.drop(columns='centre'), path, label_col='ball', valid_col='valid', spacing=None, bs=10, num_workers=0, device='cpu', cache=tmp_path)
+    assert len(dls.valid.items)>20
+    learn = classifier_learner(dls, 'small_resnet', nf=2); it = learn.interpret(n_boot=5)
+    p = learn.evaluate()[[f'prob_{k}' for k in it.vocab]].to_numpy(float); assert len(it)==20 and np.array_equal(p, it.p) and it.plot_worst(1) is not None
 
 def test_cam_points_at_the_ball_in_the_scans_own_space(learn3, volumes):
     path,df = volumes; hits,dist = [],[]
