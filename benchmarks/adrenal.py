@@ -2,7 +2,8 @@
 
     FASTMED_DATA=… python benchmarks/adrenal.py                       # at most 20 minutes on two cores
 
-The arrays become NIfTI files once (fastmed reads files), and three lines train. The 98 cases choose nothing: neither epoch nor setting. A linear model on a grid of 16³ reaches an AUC of 0.855.
+The arrays become NIfTI files once (fastmed reads files), a few lines train, and networks of several seeds answer together. The 98 cases choose nothing: neither epoch nor setting; those were looked at on a fifth of the 1188.
+A linear model on a grid of 16³ reaches an AUC of 0.855, the mean thickness of the gland alone 0.843; so the looks of training bend and turn the gland, and scale it little.
 """
 import argparse, os, time
 from pathlib import Path
@@ -23,17 +24,21 @@ def table(folder):
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--epochs', type=int, default=20); p.add_argument('--size', type=int, default=48); p.add_argument('--nf', type=int, default=16); p.add_argument('--tta', type=int, default=8)
+    p.add_argument('--epochs', type=int, default=25); p.add_argument('--size', type=int, default=48); p.add_argument('--nf', type=int, default=16); p.add_argument('--nets', type=int, default=3, help='networks, a seed each'); p.add_argument('--tta', type=int, default=8)
     p.add_argument('--files', default=None, help='folder of the NIfTI files; default: below the cache'); p.add_argument('--out', default=here/'adrenal.csv')
     a = p.parse_args()
-    from fastmed.all import MixUp, VolumeDataLoaders, cache_dir, classifier_learner, set_seed, volume_tfms
-    files = Path(a.files or cache_dir()/'adrenal'); df = table(files)
-    set_seed(0); t0 = time.perf_counter()
-    with quiet():
-        dls = VolumeDataLoaders.from_df(df, files, label_col='label', valid_col='held', size=a.size, normalize='none', bs=16, device='cpu', batch_tfms=volume_tfms(max_rotate=20., max_scale=.2, p_contrast=0., p_brightness=0., p_gamma=0., p_noise=0., p_blur=0., p_low_res=0.))
-        learn = classifier_learner(dls, 'small_resnet', nf=a.nf, wd=.05, cbs=MixUp(.4), metrics=[])
-    with learn.no_bar(): learn.fit_one_cycle(a.epochs, 3e-3)
-    t1 = time.perf_counter()
-    with quiet(): ev = learn.evaluate(tta=a.tta)
-    su = ev.summary(n_boot=2000)
-    keep([dict(score=s, of=r.of, value=round(r.value, 4), low=round(r.low, 4), high=round(r.high, 4), cases=int(r.n), epochs=a.epochs, size=a.size, train_min=round((t1-t0)/60, 1), minutes=round((time.perf_counter()-t0)/60, 1)) for s,r in su.iterrows()], a.out, ['score','epochs','size'])
+    from fastmed.all import Ensemble, VolumeDataLoaders, cache_dir, classifier_learner, set_seed, volume_tfms
+    files = Path(a.files or cache_dir()/'adrenal'); df = table(files); nets,rows,t0 = [],[],time.perf_counter()
+    looks = volume_tfms(max_rotate=15., max_scale=.1, max_elastic=.2, p_contrast=0., p_brightness=0., p_gamma=0., p_noise=0., p_blur=0., p_low_res=0.)      # a shape has no grey values to change
+    def note(what, learn):
+        with quiet(): su = learn.evaluate(df[df.held], tta=a.tta).summary(n_boot=2000)
+        rows.extend(dict(what=what, score=s, of=r.of, value=round(r.value, 4), low=round(r.low, 4), high=round(r.high, 4), cases=int(r.n), epochs=a.epochs, size=a.size, minutes=round((time.perf_counter()-t0)/60, 1)) for s,r in su.iterrows())
+    for seed in range(a.nets):
+        set_seed(seed)
+        with quiet():
+            dls = VolumeDataLoaders.from_df(df, files, label_col='label', valid_col='held', size=a.size, normalize='none', bs=16, device='cpu', batch_tfms=looks)
+            nets.append(classifier_learner(dls, 'small_resnet', nf=a.nf, wd=.05, metrics=[]))
+        with nets[-1].no_bar(): nets[-1].fit_one_cycle(a.epochs, 3e-3)
+        note(f'network {seed}', nets[-1])
+    if a.nets>1: note(f'{a.nets} networks together', Ensemble(nets))
+    keep(rows, a.out, ['what','score','epochs','size'])

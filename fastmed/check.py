@@ -95,9 +95,10 @@ class Report(pd.DataFrame):
         n:int=12# suspicious cases to show at most, the gravest first
     )->Path:    # `fn`
         "One page: the findings, and pictures of suspicious cases beside typical ones"
-        sec = {'In short':self.summary().assign(found=lambda d: d.found.str.slice(0, 90)) if len(self) else 'No finding.',
+        t = pd.DataFrame(self).assign(found=[s.replace(o, Path(o).name) if o else s for s,o in zip(self.found, self.file)], file=[Path(o).name if o else '' for o in self.file])   # folders bear names of patients
+        sec = {'In short':Report(t).summary().assign(found=lambda d: [s if len(s)<=90 else s[:88]+' …' for s in d.found]) if len(self) else 'No finding.',
                'Suspicious cases beside typical ones':self.show(n)}
-        if len(self): sec['Every finding'] = pd.DataFrame(self).assign(file=[Path(o).name if o else '' for o in self.file]).reset_index(drop=True)
+        if len(self): sec['Every finding'] = t.reset_index(drop=True)
         return html_report(fn, 'What the doctor found', self.answer(), sec)
 
     def show(self,

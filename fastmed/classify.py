@@ -22,6 +22,7 @@ from .models import *
 from .losses import *
 from .metrics import *
 from .callbacks import *
+from .tta import *
 from .learner import *
 from .learner import _learner_args
 from .weights import *
@@ -107,7 +108,7 @@ class CaseLearner(VolumeLearner, EncoderMixin):
 
     def case_answer(self,
         item,            # as of `case_input`
-        tta=False        # number of looks to average, the plain one and small turns and scales of training; True: 8
+        tta=False        # looks to average: a number of small turns and scales of training, the plain one among them, True: 8; or by name, see `tta_views`
     )->Tensor:           # (n_out,) probabilities, or numbers; of slices the mean
         "The answer for one case. Raises what `case_input` raises"
         x = self.case_input(item); model = self.model; d = next(model.parameters()).device; was = model.training
@@ -122,6 +123,7 @@ class CaseLearner(VolumeLearner, EncoderMixin):
         return torch.stack(ps).mean(0)
 
     def _looks(self, x, tta):
+        if isinstance(tta, (str,list,tuple,TTA)): yield from batch_looks(self, x, tta); return
         yield x
         if sp:=self._spatial(tta):
             kind = TensorVolume if x.ndim==5 else TensorSlice
@@ -130,8 +132,8 @@ class CaseLearner(VolumeLearner, EncoderMixin):
                 yield sp.apply(x.as_subclass(kind), {a:None if v is None else v.repeat(len(x), *(1,)*(v.ndim-1)) for a,v in one.items()}).as_subclass(Tensor)
 
     def _spatial(self, tta):
-        if tta is False or tta is None: return None
-        if tta is not True and (isinstance(tta, float) or not isinstance(tta, (int,np.integer)) or tta<1): raise InputError(f"tta: expected False, True or a number of looks; found {tta!r}")
+        if tta is False or tta is None or isinstance(tta, (str,list,tuple,TTA)): return None
+        if tta is not True and (isinstance(tta, float) or not isinstance(tta, (int,np.integer)) or tta<1): raise InputError(f"tta: expected False, True, a number of looks, names of `tta_views` or a TTA; found {tta!r}")
         return first(f for f in getattr(self.dls.train.after_batch, 'fs', L()) if isinstance(f, SpatialTfm))
 
     def predict(self,
@@ -217,14 +219,15 @@ class CaseLearner(VolumeLearner, EncoderMixin):
     def tta(self,
         ds_idx:int=1, # of the DataLoaders: 1 is validation
         dl=None,      # DataLoader to go over instead
-        n=8,          # looks: the plain one, and small turns and scales of training
+        n=8,          # looks: the plain one, and small turns and scales of training; or by name, see `tta_views`
         **kwargs      # of `get_preds`
     )->tuple:         # probabilities (N,n) or numbers, targets
         "Predictions averaged over several looks. Raises `InputError` on a number of looks that is none"
         sp = self._spatial(n)
         if dl is None: dl = self.dls[ds_idx].new(shuffle=False, drop_last=False, random=False) if isinstance(self.dls[ds_idx], PatchDL) else self.dls[ds_idx]
+        if isinstance(n, (str,list,tuple,TTA)): return tta_preds(self, dl, n, **kwargs)
         ps = []
-        for k in range(int(n) if sp is not None else 1):
+        for k in range((8 if n is True else int(n)) if sp is not None else 1):
             p,t = self.get_preds(dl=dl, cbs=_Look(sp, k) if k else None, **kwargs); ps.append(p)
         return torch.stack(ps).mean(0),t
 

@@ -60,7 +60,7 @@ def _fingerprint(a, spacing, box):
     "What two scans that are one have in common, in 25 kB at most: of one channel (X,Y,Z) float32 in RAS order"
     a = a if np.isfinite(a).all() else np.nan_to_num(a, posinf=0, neginf=0); u,n = np.unique(a, return_counts=True)
     if len(u)<3: return None
-    with np.errstate(over='ignore'): sketch = _sketch(a)
+    with np.errstate(over='ignore'): sketch = _sketch(a, 8 if len(u)>256 else 12)      # of few grey values a gentle slope of eight is common
     c = np.cumsum(n)/a.size; q = u[np.searchsorted(c, (.05,.1,.25,.5,.75,.9,.95))].astype(float); scale = max(q[-1]-q[0], 1e-6*abs(q[-1]), 1e-30)
     d = dict(sketch=sketch, quantum=_quantum(u), gaps=None, thumb=_thumb(a, spacing, box), like=np.r_[np.log(np.r_[np.maximum(q-float(u[0]), 0)+.01*scale, _roughness(a, 1.)+1e-6*scale]), _spectrum(a).ravel()].astype(np.float32))
     if d['quantum']>=1 and (u==np.round(u)).all():

@@ -10,6 +10,7 @@ __all__ = ['bend_intensity', 'shuffle_local', 'paint_boxes', 'mask_patches', 'Re
 from .core import *
 from .blocks import *
 from .data import *
+from .radiographs import get_prep
 from .models import *
 from .callbacks import *
 from .encoders import create_network
@@ -147,8 +148,8 @@ class RestorationLearner(VolumeLearner):
         fig,axs = plt.subplots(len(x), 3, figsize=(6.6, 2.2*len(x)), squeeze=False)
         for b,row in enumerate(axs):
             for ax,t,name in zip(row, (x,y,out), ('as it is','damaged','repaired')):
-                p = t[b,0] if t.ndim==4 else t[b,0,...,t.shape[-1]//2]
-                ax.imshow(p.T, cmap='gray', origin='lower', vmin=float(x[b].min()), vmax=float(x[b].max())); ax.set_axis_off()
+                p,o = (t[b,0],'upper') if get_prep(self.dls) else ((t[b,0] if t.ndim==4 else t[b,0,...,t.shape[-1]//2]).T,'lower')   # a radiograph's rows come from the top
+                ax.imshow(p, cmap='gray', origin=o, vmin=float(x[b].min()), vmax=float(x[b].max())); ax.set_axis_off()
                 if b==0: ax.set_title(name, fontsize=9)
         fig.tight_layout(); return fig
     def _no(self, *args, **kwargs): raise InputError("a restoration Learner repairs patches and knows no structures: give its weights to unet3d_learner, unet2d_learner or classifier_learner first")

@@ -121,6 +121,15 @@ print('\\n'+json.dumps(res))
 """, *[df.to_json(tmp/'df.json') or tmp, path])
     return here,*json.loads(out.strip().splitlines()[-1])
 
+def test_looks_by_name(trained):
+    "A flip is a flip, and what a number of looks means is the same in `evaluate` and `tta`"
+    dl = trained.dls.valid; x = dl.one_batch()[0].as_subclass(torch.Tensor); net = trained.model.eval()
+    with torch.no_grad(), trained.no_bar():
+        want = (net(x).softmax(1)+net(x.flip(2)).softmax(1))/2
+        assert torch.allclose(trained.tta(n=TTA(flips=(0,)))[0][:len(x)], want, atol=1e-4)
+        for n in (True, 3, TTA((), rotate=10)): assert np.allclose(trained.tta(n=n)[0][:,1].numpy(), trained.evaluate(tta=n).iloc[:,-2].to_numpy(float), atol=1e-4), n
+        for n in ('flop', 2.5): pytest.raises(InputError, trained.evaluate, tta=n)
+
 def test_law_1_exported_in_a_fresh_process(answers): assert answers[0]==answers[1]
 def test_law_1_model_file_in_a_fresh_process(answers): assert answers[0]==answers[2]
 
