@@ -195,7 +195,7 @@ class Comparison(Findings):
         arms = ifnone(arms, {'3D':dict(ndim=3), '2D':dict(ndim=2), '2.5D':dict(ndim=2, context=2)})
         self.budget = ifnone(budget, dict(minutes=10))
         if not isinstance(self.budget, dict) or len(self.budget)!=1 or (u:=next(iter(self.budget))) not in ('minutes','epochs','updates','voxels') or not self.budget[u]>0:
-            raise InputError(f"budget: expected one of minutes, epochs, updates, voxels, above 0, as in dict(minutes=10); found {self.budget}")
+            raise InputError(f"budget: expected one of minutes, epochs, updates, voxels, above 0, as in dict(minutes=10); found {str(self.budget)[:100]}")
         if not arms: raise InputError("arms: expected at least one, such as {'3D':dict(ndim=3)}")
         if 'case' not in df: df = df.assign(case=[str(i) for i in range(len(df))])
         if (d:=df['case'].astype(str).duplicated()).any(): raise InputError(f"case {df['case'][d].iloc[0]!r} stands in two rows. Each case needs a name of its own")

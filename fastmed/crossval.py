@@ -146,7 +146,7 @@ class CrossValidation:
         if not isinstance(repeats, (int,np.integer)) or repeats<1: raise InputError(f"repeats: expected a whole number of 1 or more; found {repeats!r}")
         self.budget = ifnone(budget, dict(minutes=10)) if fit is None else None
         if fit is None and (not isinstance(self.budget, dict) or len(self.budget)!=1 or (u:=next(iter(self.budget))) not in ('minutes','epochs','updates','voxels') or not self.budget[u]>0):
-            raise InputError(f"budget: expected one of minutes, epochs, updates, voxels, above 0, as in dict(minutes=10); found {self.budget}")
+            raise InputError(f"budget: expected one of minutes, epochs, updates, voxels, above 0, as in dict(minutes=10); found {str(self.budget)[:100]}")
         if odd:=sorted({'is_valid','_held_out'}&set(df)): raise InputError(f"cross_validate: the DataFrame has a column {odd[0]!r}, which is filled for each fold. Drop it, or give it as folds= under another name")
         if 'case' not in df: df = df.assign(case=[str(i) for i in range(len(df))])
         if (d:=df['case'].astype(str).duplicated()).any(): raise InputError(f"case {df['case'][d].iloc[0]!r} stands in two rows. Each case needs a name of its own")

@@ -322,6 +322,7 @@ def _unpack(arch, dest, url, note):
         tops = list(tmp.iterdir()) if tmp.exists() else []
         if not tops: raise InputError(f'{url}: the archive is empty; give the address of another')
         top = tops[0] if len(tops)==1 and tops[0].is_dir() else tmp
+        if (top/'.checksum').is_dir(): raise InputError(f'{url}: the archive holds a folder named .checksum, which is the name of our note beside the files; give the address of another')
         (top/'.checksum').write_text(note)
         old = dest.with_name(dest.name+'.old')
         shutil.rmtree(old, ignore_errors=True)

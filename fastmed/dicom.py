@@ -12,7 +12,7 @@ from fastai.basics import *
 from fastprogress.fastprogress import progress_bar
 from collections import Counter, namedtuple
 from types import SimpleNamespace
-import contextlib, hashlib, os, re, warnings, nibabel as nib
+import contextlib, hashlib, math, os, re, warnings, nibabel as nib
 
 # %% ../nbs/02_dicom.ipynb #83810ec6
 _head_tags = ('SOPClassUID','SOPInstanceUID','StudyInstanceUID','SeriesInstanceUID','Modality','SeriesDescription','SeriesNumber','InstanceNumber','Rows','Columns','NumberOfFrames','SamplesPerPixel','PixelRepresentation','PhotometricInterpretation',
@@ -87,7 +87,7 @@ def _frames(ds, fn):
             raise FileError(f"{fn}: expected rows and columns at right angles; found ImageOrientationPatient {axes}. Repair the header or export it again")
         if n>1 and not per and pos and axes: pos = tuple((np.array(pos)+_normal(axes)*(offs[f]-offs[0])).tolist()) if len(offs)==n and offs.any() else None
         px = _nums(text(f, 'PixelMeasuresSequence', 'PixelSpacing', 'ImagerPixelSpacing', 'NominalScannedPixelSpacing', 'ImagePlanePixelSpacing'), 2)
-        thick = next((o[0] for o in (_nums(text(f, 'PixelMeasuresSequence', k), 1) for k in ('SpacingBetweenSlices','SliceThickness')) if o and o[0]>0), 1.)
+        thick = next((o[0] for o in (_nums(text(f, 'PixelMeasuresSequence', k), 1) for k in ('SpacingBetweenSlices','SliceThickness')) if o and o[0]>1e-3), 1.)
         slope,inter = (_nums(text(f, 'PixelValueTransformationSequence', k) or d, 1) for k,d in (('DoseGridScaling' if dose else 'RescaleSlope', '1'), ('RescaleIntercept', '0')))
         if not slope or not inter or not slope[0]: raise FileError(f"{fn}: its RescaleSlope or RescaleIntercept is no number, or the slope is nought. Repair the header or export it again")
         tags = (tag(f, 'FrameContentSequence', 'TemporalPositionIndex', _apart[0]), tag(f, 'MREchoSequence', 'EffectiveEchoTime', _apart[1]), tag(f, 'MRDiffusionSequence', 'DiffusionBValue', _apart[2]),
@@ -228,6 +228,7 @@ def _grid(s, regrid=False):
         T = st.t[-1]-st.t[0]; n = max(2, int(round(T/(float(np.median(np.diff(st.t))) if regrid is True else regrid)))+1)
         sh = np.round(st.shift/st.px, 3); off = np.floor(sh.min(0)); size = size+(np.ceil(sh.max(0))-off).astype(int); st.move,st.gap,st.regrid = sh-off,T/(n-1),True
     st.shape = (*(int(o) for o in size), n); st.affine = _affine(st, st.origin+(off*st.px)@st.axes, st.gap)
+    if not all(1e-6<o<1e6 for o in (*st.px, st.gap)): raise InputError(f"{s.path} ({s}): expected voxels of a size in mm; found {'×'.join(f'{o:.4g}' for o in (*st.px, st.gap))}. Repair PixelSpacing or SliceThickness, or export the series again")
     return st
 
 # %% ../nbs/02_dicom.ipynb #7fb0eaa0
@@ -243,8 +244,13 @@ def _pixels(fn):
         implicit,little = ds.original_encoding
         ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian if little else ExplicitVRBigEndian
     syntax = ds.file_meta.TransferSyntaxUID
-    with reading(fn): check_size(fn, [int(ds.get(k) or 1) for k in ('NumberOfFrames','Rows','Columns','SamplesPerPixel')], -(-int(ds.get('BitsAllocated') or 32)//8))
+    sizes = [int(ds.get(k) or 1) for k in ('NumberOfFrames','Rows','Columns','SamplesPerPixel')]
+    with reading(fn): check_size(fn, sizes, -(-int(ds.get('BitsAllocated') or 32)//8))
+    bits,stored = int(ds.get('BitsAllocated') or 0),int(ds.get('BitsStored') or 0)
+    if bits and not 0<=stored<=bits: raise FileError(f"{fn}: the header promises {stored} bits in each {bits}. The file is damaged: export or copy it again")
     odd = int(ds.get('HighBit', 0) or ds.get('BitsStored', 1)-1)!=int(ds.get('BitsStored', 1))-1
+    if odd and not syntax.is_compressed and 8*len(ds.get('PixelData') or b'')<math.prod(sizes)*bits:                # the reader below would fill up with whatever lies in memory
+        raise FileError(f"{fn}: the header promises {ds.Columns}×{ds.Rows} pixels but they cannot be read. The file is truncated or damaged: export or copy it again")
     try:
         if odd: raise InputError('HighBit')
         with warnings.catch_warnings():

@@ -371,3 +371,15 @@ def test_real_series(data, tmp_path):
         i,j = np.meshgrid(np.arange(0, 512, 4), np.arange(0, 512, 4), indexing='ij'); w = np.array(o.position)+i[...,None]*o.px[0]*np.array(o.axes[:3])+j[...,None]*o.px[1]*np.array(o.axes[3:]); w = w@inv[:3,:3].T+inv[:3,3]
         got,want = map_coordinates(x[0].numpy(), np.moveaxis(w, -1, 0), order=1, mode='nearest'),a[::4,::4]; body = want>-200; far = np.abs(got-np.roll(want, 2, 1))[body].mean()
         assert np.corrcoef(got[body], want[body])[0,1]>.9 and np.abs(got-want)[body].mean()<.5*far, k
+
+def test_a_damaged_header_is_refused_not_guessed(tmp_path):
+    "Bits that do not exist, pixels that are not there, a slice of nothing or of no end"
+    def one(name, **kw):
+        def each(ds, k):
+            for o,v in kw.items(): setattr(ds, o, v)
+        d = tmp_path/name; write(d, np.random.default_rng(0).integers(0, 2000, (14,11,1)), each=each); return next(d.iterdir())
+    assert load_volume(one('whole')).shape==(1,14,11,1)
+    for name,kw,match in (('bits', dict(BitsStored=65535), '65535 bits in each 16'), ('short', dict(HighBit=13, BitsStored=12, PixelData=b'\0'*40), 'truncated'), ('endless', dict(SliceThickness=1e300), 'size in mm')):
+        f = one(name, **kw)
+        with pytest.raises(FastmedError, match=match): load_volume(f)
+    f = one('thin', SliceThickness='1e-320'); assert read_header(f)['spacing'][2]==1. and load_volume(f).spacing[2]==1.
