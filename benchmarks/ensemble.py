@@ -1,6 +1,6 @@
 """Five fold models of the hippocampus against their ensemble, on subjects that none of them has seen; whether their disagreement finds the worst cases; and what the ensemble costs in memory.
 
-    FASTMED_DATA=… python benchmarks/ensemble.py --minutes 2 --path ensemble_runs     # about 14 minutes on two cores; stopped and started again, it goes on
+    FASTMED_DATA=… python benchmarks/ensemble.py --path ensemble_runs                # about 20 minutes on two cores; stopped and started again, it goes on
 
 One of the five folds of `hippocampus_folds.csv` is the test set. The other subjects are split in five by `cross_validate`, which trains a 3D model on each four fifths of them. All five, and their ensemble, then predict the test set.
 Writes `ensemble.csv` (scores and differences), `ensemble_worst.csv` (uncertainty against Dice), `ensemble_cases.csv` (a row a test case and structure), `ensemble_memory.csv` (a row a fresh process).
@@ -26,7 +26,7 @@ def of_case(ev):
 def scores(a):
     from fastmed.all import TTA, cross_validate, mean_interval, paired_comparison
     df = cases(a.test); rest,test = [df[df.test==t].drop(columns='test').reset_index(drop=True) for t in (False,True)]
-    cv = cross_validate(rest, folds=5, ndim=3, codes=CODES, budget=dict(minutes=a.minutes), path=a.path/'folds', masks=False); print(cv.answer(), '\n')
+    cv = cross_validate(rest, folds=5, ndim=3, codes=CODES, budget=dict(updates=a.updates), path=a.path/'folds', masks=False); print(cv.answer(), '\n')
     ens = cv.ensemble(); assert not ens.saw(test), ens.saw(test)
     sub = test.set_index('case').subject.astype(str); per,rows = {},[]
     evs = {f'fold {i}':l.evaluate(test) for i,l in enumerate(ens)}; evs['ensemble'] = ens.evaluate(test, uncertainty=True)
@@ -39,9 +39,9 @@ def scores(a):
     for name,x,y in (('ensemble − mean of the members', pd_.ensemble, pd_[members].mean(axis=1)), (f'ensemble − {best}, the best out of fold', pd_.ensemble, pd_[best]), *((f'ensemble − {m}', pd_.ensemble, pd_[m]) for m in members),
                      ('fold 0: looks − none', pd_['fold 0, looks'], pd_['fold 0']), ('ensemble: looks − none', pd_['ensemble, looks'], pd_.ensemble)):
         r = paired_comparison(x, y, sub[pd_.index].values); rows.append(dict(what=name, dice=r.mean, low=r.low, high=r.high, p=r.p, win=r.win, loss=r.loss, cases=r.n, subjects=r.subjects))
-    keep([{k:round(v, 5) if isinstance(v, float) else v for k,v in r.items()} | dict(minutes=a.minutes, test=a.test) for r in rows], here/'ensemble.csv', ['what','minutes','test'])
+    keep([{k:round(v, 5) if isinstance(v, float) else v for k,v in r.items()} | dict(updates=a.updates, test=a.test) for r in rows], here/'ensemble.csv', ['what','updates','test'])
     e = evs['ensemble']; t = e.finds_worst()
-    keep([dict(measure=k, **{c:round(float(v), 4) for c,v in r.items()}, minutes=a.minutes, test=a.test) for k,r in t.iterrows()], here/'ensemble_worst.csv', ['measure','minutes','test'])
+    keep([dict(measure=k, **{c:round(float(v), 4) for c,v in r.items()}, updates=a.updates, test=a.test) for k,r in t.iterrows()], here/'ensemble_worst.csv', ['measure','updates','test'])
     pd.DataFrame(e).drop(columns='subject').round(5).to_csv(here/'ensemble_cases.csv', index=False)
 
 def predict(a):
@@ -72,7 +72,7 @@ def memory(a):
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--minutes', type=float, default=2., help='of each of the five trainings'); p.add_argument('--path', type=Path, default=Path('ensemble_runs'), help='folder of the runs')
+    p.add_argument('--updates', type=int, default=200, help='of each of the five trainings'); p.add_argument('--path', type=Path, default=Path('ensemble_runs'), help='folder of the runs')
     p.add_argument('--test', type=int, default=0, help='the fold of hippocampus_folds.csv that is the test set'); p.add_argument('--size', type=int, default=200, help='side of the large scan for memory'); p.add_argument('--repeats', type=int, default=3, help='fresh processes of each kind')
     p.add_argument('--only', choices=['scores','memory'], help='one half alone'); p.add_argument('--what', help=argparse.SUPPRESS); p.add_argument('--learners', type=Path, help=argparse.SUPPRESS); p.add_argument('--scan', help=argparse.SUPPRESS)
     a = p.parse_args()
