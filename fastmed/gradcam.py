@@ -201,7 +201,7 @@ def plot_cam(
     if nd==2:
         if ctx is None: ctx = plt.subplots(figsize=(imsize,imsize))[1]
         x.show(ctx=ctx, title=title, **kwargs); c.show(ctx=ctx, **heat); return ctx.figure
-    at = np.unravel_index(int(c.as_subclass(Tensor).argmax()), c.shape[1:])
+    flat = c.as_subclass(Tensor)[0]; at = [n//2 for n in flat.shape] if flat.max()<=flat.min() else np.unravel_index(int(flat.argmax()), flat.shape)          # a map that says nothing: the middle
     if ctx is None: ctx = plt.subplots(1, 3, figsize=(3*imsize,imsize))[1]
     for a,ax in enumerate(ctx): show_plane(x, axis=a, index=int(at[a]), ctx=ax, title=f"{'xyz'[a]} = {at[a]}" + (f', {title}' if title and a==0 else ''), **kwargs); show_plane(c, axis=a, index=int(at[a]), ctx=ax, **heat)
     return ctx[0].figure
