@@ -193,7 +193,7 @@ class Preprocess:
         return 'Preprocess(' + ', '.join(f'{k}={v!r}' for k,v in d.items()) + ')'
 
 def _name(t): return (getattr(t, 'meta', None) or {}).get('fn', 'the tensor')
-def _short(o, n=12): return f"{list(o)[:n]}{' …' if len(o)>n else ''}"
+def _short(o, n=12): s = str(list(o)[:n]); return f"{s[:300]}{' …' if len(o)>n or len(s)>300 else ''}"
 def _consecutive(found): return int(found.min())==0 and len(found)==int(found.max())+1
 
 def auto_spacing(
