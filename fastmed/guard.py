@@ -247,7 +247,7 @@ def _check_tiff(fn, voxels):
             f.seek(at); return f.read(n)
         h = read(0, min(16, size)); o = {b'II':'<', b'MM':'>'}.get(h[:2]); kind = struct.unpack(o+'H', h[2:4])[0] if o and len(h)>=8 else 0
         if kind not in (42,43) or kind==43 and (len(h)<16 or h[4:8]!=struct.pack(o+'HH', 8, 0)): _bad(fn, 'expected a TIFF file')
-        big = kind==43; at, = struct.unpack(o+'Q', h[8:16]) if big else struct.unpack(o+'I', h[4:8]); seen,total,held = set(),0,0
+        big = kind==43; at, = struct.unpack(o+'Q', h[8:16]) if big else struct.unpack(o+'I', h[4:8]); seen,kinds,total,held = set(),set(),0,0
         while at:
             if at in seen or len(seen)>100_000: _bad(fn, 'its pages follow each other in a circle')
             seen.add(at); n, = struct.unpack(o+('Q' if big else 'H'), read(at, 8 if big else 2)); w = 20 if big else 12
@@ -265,6 +265,7 @@ def _check_tiff(fn, voxels):
                 if not (isinstance(v[0], int) and all or len(v)==1) or not set(v)<=set(v[:1]) or not lo<=v[0]<=hi: _bad(fn, f'its tag {tag}: expected {"equal numbers" if all else "a number"} from {lo} to {hi}; found {str(v)[:60]}')
                 return v[0]
             W,H,B,S,C = one(256, 0, 1, 2**31-1),one(257, 0, 1, 2**31-1),one(258, 1, 1, 64, all=True),one(277, 1, 1, 1024),one(259, 1, 1, 65535)
+            kinds.add(one(254, 0, 0, 2))                      # a page, a small copy of one, a page of several: ITK counts them by this and trusts its count
             if one(339, 1, 1, 6, all=True)>3: _bad(fn, 'complex or undefined voxels are not read')
             if len(e.get(258, ()))>1 and len(e[258])!=S: _bad(fn, f'its tag 258: expected {S} numbers; found {len(e[258])}')
             for a_,b_ in ((273,279),(324,325)):
@@ -281,7 +282,7 @@ def _check_tiff(fn, voxels):
                 for a_,b_ in zip(offs, cnts): check_stream(fn, 0, a_, b_)
             total += -(-W*B*S//8)*H; held += (sum(cnts) if cnts else size)*{1:1, 32773:64}.get(C, 4096)
             at, = struct.unpack(o+('Q' if big else 'I'), b[n*w:n*w+(8 if big else 4)])
-    if not seen: _bad(fn, 'it has no page')
+    if len(kinds-{1})!=1: _bad(fn, 'its pages are of several kinds (tag 254)' if kinds-{1} else 'it has no page')
     check_size(fn, (total,), 1, held, room=voxels)
 
 def _check_png(fn, voxels):

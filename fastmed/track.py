@@ -21,7 +21,7 @@ class TensorBoardVolumes(Callback):
         log_dir='runs', # folder of the runs; TensorBoard is started on it
         run=None,       # name of this run; default: the network's
         n:int=2,        # validation scans that are drawn, the first ones; 0: none
-        every:int=1     # epochs between two drawings
+        every:int=1     # epochs between two drawings; the last is always drawn
     ):
         if n<0 or every<1: raise InputError(f"TensorBoardVolumes: expected n of 0 or more and every of 1 or more; found n={n}, every={every}")
         self.log_dir,self.run_name,self.n,self.every = log_dir,run,n,every
@@ -32,6 +32,7 @@ class TensorBoardVolumes(Callback):
         try: from torch.utils.tensorboard import SummaryWriter
         except ImportError as e: raise ExtraError("TensorBoardVolumes needs TensorBoard: pip install 'fastmed[track]'") from e
         self.writer,self.step = SummaryWriter(str(Path(self.log_dir)/ifnone(self.run_name, type(self.model).__name__))),0
+        self.drawn = None
 
     def after_batch(self):
         if self.writer is None or not self.training: return
@@ -52,9 +53,11 @@ class TensorBoardVolumes(Callback):
             if e: continue                                            # the table of `evaluate` names it
             fig = plot_volume(to_orientation(load_volume(im(r))), to_orientation(truth), pred=to_orientation(pred), title=f'{name}: truth solid, prediction dashed')
             self.writer.add_image(f'scan/{name}', np.array(Image.open(BytesIO(figure_png(fig))).convert('RGB')), self.epoch+1, dataformats='HWC')
-        self.writer.flush()
+        self.writer.flush(); self.drawn = self.epoch
 
     def after_fit(self):
-        if self.writer is not None: self.writer.close()
+        if self.writer is not None:
+            if self.n and self.drawn!=self.epoch: self._draw()                 # the last epoch in any case
+            self.writer.close()
         self.writer = None
     def __getstate__(self): return {**self.__dict__, 'writer':None}

@@ -23,9 +23,9 @@ def test_mutated_files(tmp_path):
 MHA = b'ObjectType = Image\nNDims = 3\nBinaryData = True\nBinaryDataByteOrderMSB = False\nCompressedData = False\nTransformMatrix = 1 0 0 0 1 0 0 0 1\nOffset = 0 0 0\nElementSpacing = 1 1 1\nDimSize = 4 3 2\nElementType = MET_SHORT\nElementDataFile = LOCAL\n'
 NRRD = b'NRRD0004\ntype: short\ndimension: 3\nspace: left-posterior-superior\nsizes: 4 3 2\nspace directions: (1,0,0) (0,1,0) (0,0,1)\nkinds: domain domain domain\nendian: little\nencoding: raw\nspace origin: (0,0,0)\n\n'
 VOX = np.arange(24, dtype='<i2').tobytes()
-def tiff(next_page=0, w=4, h=6, at=None):
+def tiff(next_page=0, w=4, h=6, at=None, kind=None):
     "A TIFF of one strip; its next page is `next_page`"
-    e = [(256,4,1,w),(257,4,1,h),(258,3,1,16),(259,3,1,1),(262,3,1,1),(273,4,1,8 if at is None else at),(277,3,1,1),(278,4,1,h),(279,4,1,48)]
+    e = [*([] if kind is None else [(254,4,1,kind)]),(256,4,1,w),(257,4,1,h),(258,3,1,16),(259,3,1,1),(262,3,1,1),(273,4,1,8 if at is None else at),(277,3,1,1),(278,4,1,h),(279,4,1,48)]
     return b'II*\0'+struct.pack('<I', 56)+VOX+struct.pack('<H', len(e))+b''.join(struct.pack('<HHII', *o) for o in e)+struct.pack('<I', next_page)
 ONCE = { # name: (suffix, bytes): it crashed, hung, or was read as something else
     'NDims beyond every array': ('.mha', MHA.replace(b'NDims = 3', b'NDims = 16777216')+VOX), 'a file name for sprintf': ('.mhd', MHA.replace(b'LOCAL', b'%s%n%s')+VOX), 'numbered files for sprintf': ('.mhd', MHA.replace(b'LOCAL', b'x%03d.raw 1 2 1')+VOX),
@@ -33,7 +33,7 @@ ONCE = { # name: (suffix, bytes): it crashed, hung, or was read as something els
     'fewer sizes than axes': ('.mha', MHA.replace(b'4 3 2', b'4 3')+VOX), 'voxels cut off': ('.mha', MHA+VOX[:-2]), 'spacing that is none': ('.mha', MHA.replace(b'ElementSpacing = 1 1 1', b'ElementSpacing = 1 nan 1')+VOX), 'an infinite turn': ('.mha', MHA.replace(b'1 0 0 0 1 0 0 0 1', b'1e400 0 0 0 1 0 0 0 1')+VOX),
     'a scene': ('.mha', MHA.replace(b'= Image', b'= Scene')+VOX), 'a field twice': ('.mha', b'NDims = 2\n'+MHA+VOX), 'nrrd: axes without end': ('.nrrd', NRRD.replace(b'dimension: 3', b'dimension: 16')+VOX), 'nrrd: data of a device': ('.nhdr', NRRD.replace(b'encoding: raw', b'encoding: raw\ndata file: /dev/zero')),
     'nrrd: numbered files': ('.nhdr', NRRD.replace(b'encoding: raw', b'encoding: raw\ndata file: x%03d.raw 1 2 1')), 'nrrd: block type': ('.nrrd', NRRD.replace(b'type: short', b'type: block')+VOX), 'nrrd: cut off': ('.nrrd', NRRD+VOX[:-1]), 'nrrd: skip into nowhere': ('.nrrd', NRRD.replace(b'encoding: raw', b'encoding: raw\nbyte skip: 99999')+VOX),
-    'nrrd: an unknown encoding': ('.nrrd', NRRD.replace(b'raw', b'bzip2')+VOX), 'tiff: a page that follows itself': ('.tif', tiff(56)), 'tiff: a strip beyond the end': ('.tif', tiff(at=9999)), 'tiff: no rows': ('.tif', tiff(h=0)), 'a format that nobody asked for': ('.gipl', b'\0'*400), 'vtk by another name': ('.vtk', b'# vtk DataFile Version 3.0\nx\nASCII\n')}
+    'nrrd: an unknown encoding': ('.nrrd', NRRD.replace(b'raw', b'bzip2')+VOX), 'tiff: a page that follows itself': ('.tif', tiff(56)), 'tiff: a page of no kind': ('.tif', tiff(kind=2**32-2)), 'tiff: nothing but a small copy': ('.tif', tiff(kind=1)), 'tiff: a strip beyond the end': ('.tif', tiff(at=9999)), 'tiff: no rows': ('.tif', tiff(h=0)), 'a format that nobody asked for': ('.gipl', b'\0'*400), 'vtk by another name': ('.vtk', b'# vtk DataFile Version 3.0\nx\nASCII\n')}
 
 @pytest.fixture(scope='module')
 def once(tmp_path_factory):
