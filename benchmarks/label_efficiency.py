@@ -25,16 +25,17 @@ def chest(a, out):
     pool = df[~df.test].reset_index(drop=True)
     net = dict(arch='UNet', nf=16, depth=5)
     def loaders(d, label, **kw): return RadiographDataLoaders.from_df(d, root, label_col=label, size=96, bs=32, num_workers=0, device='cpu', **kw)
-    with quiet():
-        set_seed(0); t0 = time.perf_counter()
-        rest = restoration_learner(loaders(pool, 'sex', valid_pct=.1), **net)
-        with rest.no_bar(), rest.no_logging(): rest.fit_one_cycle(a.pre, 3e-3)
-        rest.save_encoder(out/'chest_restoration.safetensors')
-        print(f"restoration: {rest.validate()[1]:.2f} of the damage undone, {time.perf_counter()-t0:.0f} s", flush=True)
-        set_seed(0)
-        prox = classifier_learner(loaders(pool, 'sex', valid_pct=.1), **net)
-        with prox.no_bar(), prox.no_logging(): prox.fit_one_cycle(a.pre, 3e-3)
-        prox.save_encoder(out/'chest_proxy.safetensors')
+    if not (out/'chest_proxy.safetensors').exists():
+        with quiet():
+            set_seed(0); t0 = time.perf_counter()
+            rest = restoration_learner(loaders(pool, 'sex', valid_pct=.1), **net)
+            with rest.no_bar(), rest.no_logging(): rest.fit_one_cycle(a.pre, 3e-3)
+            rest.save_encoder(out/'chest_restoration.safetensors')
+            print(f"restoration: {rest.validate()[1]:.2f} of the damage undone, {time.perf_counter()-t0:.0f} s", flush=True)
+            set_seed(0)
+            prox = classifier_learner(loaders(pool, 'sex', valid_pct=.1), **net)
+            with prox.no_bar(), prox.no_logging(): prox.fit_one_cycle(a.pre, 3e-3)
+            prox.save_encoder(out/'chest_proxy.safetensors')
     def make(d): return classifier_learner(loaders(d, 'pneumonia', valid_col='_held_out'), metrics=[], **net)
     return label_efficiency(df, a.chest_sizes, {'scratch':None, 'restoration':out/'chest_restoration.safetensors', 'proxy: sex':out/'chest_proxy.safetensors'}, a.repeats, make,
                             dict(updates=a.chest_updates), 'test', stratify='pneumonia', path=out/'chest', lr_max=2e-3)
@@ -45,12 +46,13 @@ def hippocampus(a, out):
     from fastmed.all import torch
     df = scan_decathlon(Path(os.environ['FASTMED_DATA'])/'hippocampus'); df['test'] = test_subjects(df, 'subject')
     codes = ['background','anterior','posterior']
-    with quiet():
-        set_seed(0); t0 = time.perf_counter()
-        rest = restoration_learner(VolumeDataLoaders.from_df(df[~df.test], mask_col=None, valid_pct=.1, num_workers=0, device='cpu'))
-        with rest.no_bar(), rest.no_logging(): rest.fit_for(a.pre_minutes)
-        rest.save_encoder(out/'hippocampus_restoration.safetensors'); torch.save(rest.model.state_dict(), out/'hippocampus_all.pth')
-        print(f"restoration: {rest.validate()[1]:.2f} of the damage undone, {time.perf_counter()-t0:.0f} s", flush=True)
+    if not (out/'hippocampus_all.pth').exists():                                             # what is finished is not done again
+        with quiet():
+            set_seed(0); t0 = time.perf_counter()
+            rest = restoration_learner(VolumeDataLoaders.from_df(df[~df.test], mask_col=None, valid_pct=.1, num_workers=0, device='cpu'))
+            with rest.no_bar(), rest.no_logging(): rest.fit_for(a.pre_minutes)
+            rest.save_encoder(out/'hippocampus_restoration.safetensors'); torch.save(rest.model.state_dict(), out/'hippocampus_all.pth')
+            print(f"restoration: {rest.validate()[1]:.2f} of the damage undone, {time.perf_counter()-t0:.0f} s", flush=True)
     def whole(learn): load_weights(learn.model, out/'hippocampus_all.pth')
     return label_efficiency(df, a.sizes, {'scratch':None, 'restoration, encoder':out/'hippocampus_restoration.safetensors', 'restoration, all':whole}, a.repeats, None, dict(updates=a.updates), 'test',
                             path=out/'hippocampus', codes=codes, num_workers=0, device='cpu')

@@ -48,13 +48,13 @@ class Preprocess:
         stats=None,              # intensity statistics of the training cases, one dict a channel; fitted
     ):
         for n in ([normalize] if isinstance(normalize, str) else normalize):
-            if n not in NORMALIZATIONS+('auto',): raise InputError(f"normalize: expected one of {', '.join(NORMALIZATIONS)} or 'auto'; found {n!r}")
-        if order not in ('linear','cubic'): raise InputError(f"order: expected 'linear' or 'cubic'; found {order!r}")
-        if mask_order not in ('smooth','nearest'): raise InputError(f"mask_order: expected 'smooth' or 'nearest'; found {mask_order!r}")
+            if n not in NORMALIZATIONS+('auto',): raise InputError(f"normalize: expected one of {', '.join(NORMALIZATIONS)} or 'auto'; found {str(n)[:80]!r}")
+        if order not in ('linear','cubic'): raise InputError(f"order: expected 'linear' or 'cubic'; found {str(order)[:80]!r}")
+        if mask_order not in ('smooth','nearest'): raise InputError(f"mask_order: expected 'smooth' or 'nearest'; found {str(mask_order)[:80]!r}")
         if isinstance(spacing, (int,float)): spacing = (spacing,)*3
         if spacing is not None and spacing!='auto':
             spacing = tuple(float(o) for o in spacing)
-            if len(spacing)!=3 or min(spacing)<=0: raise InputError(f"spacing: expected three sizes above 0, in mm; found {spacing}")
+            if len(spacing)!=3 or min(spacing)<=0: raise InputError(f"spacing: expected three sizes above 0, in mm; found {str(spacing)[:80]}")
         if not (codes is None or isinstance(codes, dict)): codes = [str(o) for o in codes]
         store_attr('spacing,normalize,orientation,codes,order,mask_order,stats')
 
