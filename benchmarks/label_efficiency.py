@@ -1,6 +1,6 @@
 """How many labelled patients, and what is a head start worth? Pneumonia on chest radiographs, and the hippocampus.
 
-    FASTMED_DATA=… python benchmarks/label_efficiency.py                      # both, about half an hour on two cores
+    FASTMED_DATA=… python benchmarks/label_efficiency.py                      # both, about three hours of one core
     FASTMED_DATA=… python benchmarks/label_efficiency.py --what chest
 
 The test subjects (30 %, drawn with a seed) are the same for every training, and are seen by no pretraining. Every start gets the same network, the same training subjects and the same number of updates.
@@ -60,7 +60,7 @@ def hippocampus(a, out):
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--what', nargs='+', default=['chest','hippocampus'], choices=['chest','hippocampus'])
-    p.add_argument('--sizes', nargs='+', type=int, default=[5,10,20,40]); p.add_argument('--updates', type=int, default=100); p.add_argument('--pre-minutes', type=float, default=3.)
+    p.add_argument('--sizes', nargs='+', type=int, default=[5,10,20,40]); p.add_argument('--updates', type=int, default=200); p.add_argument('--pre-minutes', type=float, default=8.)
     p.add_argument('--chest-sizes', nargs='+', type=int, default=[20,80,320]); p.add_argument('--chest-updates', type=int, default=200); p.add_argument('--pre', type=int, default=15, help='epochs of the pretraining on radiographs')
     p.add_argument('--repeats', type=int, default=3); p.add_argument('--runs', help='folder of the runs; give it to go on with what was stopped')
     a = p.parse_args(); out = Path(a.runs or tempfile.mkdtemp()); out.mkdir(parents=True, exist_ok=True)

@@ -79,7 +79,11 @@ class Ensemble:
             self.__class__ = CaseEnsemble
 
     def _read(self, fn):
-        "A Learner from a file"
+        "A Learner from a file, and what reading it took given back"
+        learn = self._open(fn); release_memory()
+        return learn
+
+    def _open(self, fn):
         if not fn.is_file(): raise MissingFileError(f"{fn}: no such model file")
         if fn.suffix!='.pkl' and (f:=getattr(self, '_read_'+fn.suffix[1:], None)) is not None: return f(fn)      # of the room `ship`
         with warnings.catch_warnings():
@@ -112,12 +116,13 @@ class Ensemble:
         grids = [f.pre.grid(shape, affine) for f in self.about]
         common,alike = all(same_grid(*grids[0], *g) for g in grids), all(f.pre==self.about[0].pre for f in self.about)
         ways = [1 if axes is None or f.plan.ndim==3 and any(g.plan.ndim==2 for g in self.about) else len(_axes(axes, f.plan)) for f in self.about]
-        most = sum(f.bytes for f in self.about)
+        most = max(f.bytes for f in self.about)
         plan = self.about[0].plan; main = 0 if not common else plan.axis if plan.ndim==2 else int(np.argmax(grids[0][0]))      # as of `slide_window`
         m = RunningMean(len(self.vocab), grids[0][0] if common else shape, (sum(ways) if common else len(self))*spread, most, main)
         x = self.about[0].pre(t) if alike else None
         if alike: del t
-        for f,n,g,learn in zip(self.about, ways, grids, self):
+        for i,(f,n,g) in enumerate(zip(self.about, ways, grids)):
+            release_memory(); learn = self[i]
             if not alike: x = f.pre(t)
             own = m if common else RunningMean(len(self.vocab), g[0], most=most)
             def sink(p, axis, first, stop, own=own, n=n):
@@ -128,7 +133,7 @@ class Ensemble:
             if not common:
                 q = RunningMean(len(self.vocab), shape, most=most); m.member()
                 for c in range(len(q.p)): q.p[c] = maps_back(own.p[c:c+1], f.pre, x.affine, shape, affine)[0]; own.release(); q.release()
-                for (i,),p in q.planes(): m.add(p, 0, i.start, min(i.stop, shape[0]))
+                for (at,),p in q.planes(): m.add(p, 0, at.start, min(at.stop, shape[0]))
             grid_affine = x.affine
             del learn,lab
         return m,(self.about[0].pre,grid_affine) if common else (None,affine)

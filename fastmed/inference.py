@@ -66,7 +66,7 @@ def slide_window(
     batches = [jobs[i:i+bs] for i in range(0, len(jobs), bs)]
     room = max(min(shape[main], b[-1][0][main]+patch[main])-max(0, b[0][0][main]) for b in batches)   # planes in work at a time
     acc,base,wsum = None,0,torch.zeros((room if keep else 0, *rest), device=device)
-    few = max(1, 2**18//max(1, n_out*rest[0]*rest[1]))                     # planes whose probabilities are worked out at a time
+    few = max(1, 2**16//max(1, n_out*rest[0]*rest[1]))                     # planes whose probabilities are worked out at a time
 
     def finish(upto):
         "Write the planes before `upto`; those after it move to the front"
