@@ -80,7 +80,7 @@ class Ensemble:
 
     def _read(self, fn):
         "A Learner from a file, and what reading it took given back"
-        learn = self._open(fn); release_memory()
+        learn = self._open(fn); release_memory(self.lazy)
         return learn
 
     def _open(self, fn):
@@ -122,7 +122,7 @@ class Ensemble:
         x = self.about[0].pre(t) if alike else None
         if alike: del t
         for i,(f,n,g) in enumerate(zip(self.about, ways, grids)):
-            release_memory(); learn = self[i]
+            release_memory(False); learn = self[i]
             if not alike: x = f.pre(t)
             own = m if common else RunningMean(len(self.vocab), g[0], most=most)
             def sink(p, axis, first, stop, own=own, n=n):

@@ -17,9 +17,11 @@ from fastai.basics import *
 import ctypes, gc, mmap, tempfile
 
 # %% ../nbs/40_uncertainty.ipynb #f2afc596
-def release_memory():
-    "Give what is no longer used back to the system: Python's cycles and, where the C library is glibc, the pages that it keeps"
-    gc.collect()
+def release_memory(
+    collect:bool=True # Python's cycles too, which takes a third of a second
+):
+    "Give what is no longer used back to the system, where the C library is glibc and keeps pages"
+    if collect: gc.collect()
     if sys.platform=='linux' and (trim:=getattr(ctypes.CDLL(None), 'malloc_trim', None)) is not None: trim(0)
 
 class RunningMean:
