@@ -2,7 +2,7 @@
 
     FASTMED_DATA=… python benchmarks/adrenal.py                       # at most 20 minutes on two cores
 
-The arrays become NIfTI files once (fastmed reads files), a few lines train, and networks of several seeds answer together. Settings were compared on folds of the 1188.
+The arrays become NIfTI files once (fastmed reads files), a few lines train, and networks of several seeds answer together. The depth was chosen on folds of the 1188; the 98 chose nothing.
 A linear model on a grid of 16³ reaches an AUC of 0.855, the mean thickness of the gland alone 0.843. Thickness is what a mask says least plainly to a convolution, so the network also sees how deep each voxel lies below the surface, as a second channel.
 """
 import argparse, os, time
