@@ -31,11 +31,12 @@ def chest(a, out):
             rest = restoration_learner(loaders(pool, 'sex', valid_pct=.1), **net)
             with rest.no_bar(), rest.no_logging(): rest.fit_one_cycle(a.pre, 3e-3)
             rest.save_encoder(out/'chest_restoration.safetensors')
-            print(f"restoration: {rest.validate()[1]:.2f} of the damage undone, {time.perf_counter()-t0:.0f} s", flush=True)
+            undone,took = rest.validate()[1],time.perf_counter()-t0
             set_seed(0)
             prox = classifier_learner(loaders(pool, 'sex', valid_pct=.1), **net)
             with prox.no_bar(), prox.no_logging(): prox.fit_one_cycle(a.pre, 3e-3)
             prox.save_encoder(out/'chest_proxy.safetensors')
+        print(f"restoration: {undone:.2f} of the damage undone, {took:.0f} s", flush=True)                 # `quiet` would swallow it
     def make(d): return classifier_learner(loaders(d, 'pneumonia', valid_col='_held_out'), metrics=[], **net)
     return label_efficiency(df, a.chest_sizes, {'scratch':None, 'restoration':out/'chest_restoration.safetensors', 'proxy: sex':out/'chest_proxy.safetensors'}, a.repeats, make,
                             dict(updates=a.chest_updates), 'test', stratify='pneumonia', path=out/'chest', lr_max=2e-3)
@@ -52,7 +53,8 @@ def hippocampus(a, out):
             rest = restoration_learner(VolumeDataLoaders.from_df(df[~df.test], mask_col=None, valid_pct=.1, num_workers=0, device='cpu'))
             with rest.no_bar(), rest.no_logging(): rest.fit_for(a.pre_minutes)
             rest.save_encoder(out/'hippocampus_restoration.safetensors'); torch.save(rest.model.state_dict(), out/'hippocampus_all.pth')
-            print(f"restoration: {rest.validate()[1]:.2f} of the damage undone, {time.perf_counter()-t0:.0f} s", flush=True)
+            undone,took = rest.validate()[1],time.perf_counter()-t0
+        print(f"restoration: {undone:.2f} of the damage undone, {took:.0f} s", flush=True)                 # `quiet` would swallow it
     def whole(learn): load_weights(learn.model, out/'hippocampus_all.pth')
     return label_efficiency(df, a.sizes, {'scratch':None, 'restoration, encoder':out/'hippocampus_restoration.safetensors', 'restoration, all':whole}, a.repeats, None, dict(updates=a.updates), 'test',
                             path=out/'hippocampus', codes=codes, num_workers=0, device='cpu')
