@@ -332,6 +332,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'fastmed.core.ColumnError': ('core.html#columnerror', 'fastmed/core.py'),
                               'fastmed.core.ExtraError': ('core.html#extraerror', 'fastmed/core.py'),
                               'fastmed.core.FastmedError': ('core.html#fastmederror', 'fastmed/core.py'),
+                              'fastmed.core.FastmedError.__init__': ('core.html#fastmederror.__init__', 'fastmed/core.py'),
                               'fastmed.core.FileError': ('core.html#fileerror', 'fastmed/core.py'),
                               'fastmed.core.InputError': ('core.html#inputerror', 'fastmed/core.py'),
                               'fastmed.core.MissingFileError': ('core.html#missingfileerror', 'fastmed/core.py'),

@@ -14,7 +14,9 @@ from fastai.torch_core import TensorImageBase
 import contextlib, errno, hashlib, os, platform, shutil, uuid, nibabel as nib
 
 # %% ../nbs/00_core.ipynb #9c0aaeb4
-class FastmedError(Exception): "The base of every error that fastmed raises itself"
+class FastmedError(Exception):
+    "The base of every error that fastmed raises itself. Of a message of more than 4000 characters, such as one with a whole header in it, the two ends are kept"
+    def __init__(self, *args): super().__init__(*(f'{a[:3000]} … {a[-900:]}' if isinstance(a, str) and len(a)>4000 else a for a in args))
 
 class InputError(FastmedError, ValueError): "A scan, table or value that would give a wrong answer"
 

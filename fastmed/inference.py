@@ -214,9 +214,10 @@ def predict_grid(
     "Slide a Learner's model over a pre-processed volume. Raises `ValueError` on axes that there are not, or of a volume model"
     model,plan,pre = learn.model,get_plan(learn.dls),get_preprocess(learn.dls)
     p = next(model.parameters())
+    plans = [plan] if axes is None else [_sliced(plan, a) for a in _axes(axes, plan)]
+    if axes is not None and (new:=[o.axis for o in plans if o.axis!=plan.axis]): warn(f"axes={axes!r}: the network has learned slices across axis {plan.axis} alone, and guesses across {new}: the average can be tens of points worse. Compare both by evaluate, or leave axes out")
     was = model.training
     model.eval()
-    plans = [plan] if axes is None else [_sliced(plan, a) for a in _axes(axes, plan)]
     try:
         d,lab,total = model_divisor(model),None,None
         for pl in plans:
