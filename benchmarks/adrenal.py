@@ -15,14 +15,13 @@ def shapes(part):
     "The masks (n,64,64,64) of 'train' or 'val', and whether each is diseased"
     with np.load(Path(os.environ['FASTMED_DATA'])/'adrenal'/'adrenal_64.npz') as z: return z[f'{part}_images']>0, z[f'{part}_labels'].ravel()>0
 
-def save(folder, name, x):
-    "Write a mask, and the depth of its voxels below the surface in units of four, as NIfTI files where they are not there yet; their names"
+def save(folder, name, make):
+    "Write the mask that `make()` gives, and the depth of its voxels below the surface in units of four, as NIfTI files where they are not there yet; their names"
     import nibabel as nib
     from scipy.ndimage import distance_transform_edt
     shape,deep = folder/f'{name}.nii.gz',folder/f'{name}_depth.nii.gz'
-    if callable(x) and not (shape.exists() and deep.exists()): x = x()
-    if not shape.exists(): nib.save(nib.Nifti1Image(x.astype(np.uint8), np.eye(4)), shape)
-    if not deep.exists(): nib.save(nib.Nifti1Image((distance_transform_edt(x)/4).astype(np.float32), np.eye(4)), deep)
+    if not (shape.exists() and deep.exists()):
+        x = make(); nib.save(nib.Nifti1Image(x.astype(np.uint8), np.eye(4)), shape); nib.save(nib.Nifti1Image((distance_transform_edt(x)/4).astype(np.float32), np.eye(4)), deep)
     return dict(case=name, shape=shape.name, depth=deep.name)
 
 def nodule(x, rng):
@@ -32,22 +31,25 @@ def nodule(x, rng):
     return x | (((at/(radius*sides/np.prod(sides)**(1/3)))**2).sum(-1)<1)
 
 def thicker(x, rng):
-    "The mask with up to 2 voxels more all around, or here more and there less"
+    "The mask with 1 to 2 voxels more all around, or here more and there less"
     from scipy.ndimage import distance_transform_edt, gaussian_filter
-    by = rng.uniform(.6, 2.); field = gaussian_filter(rng.normal(size=x.shape), 10); field = (field-field.min())/np.ptp(field)
+    by = rng.uniform(1, 2.3); field = gaussian_filter(rng.normal(size=x.shape), 10); field = (field-field.min())/np.ptp(field)
     return x | (distance_transform_edt(~x)<=by*(field if rng.random()<.5 else 1))
 
 def grown(x, seed):
-    "A normal mask made ill"
-    rng = np.random.default_rng(seed); x = nodule(x, rng) if rng.random()<.6 else thicker(x, rng)
-    return nodule(x, rng) if rng.random()<.15 else x
+    "A normal mask made ill: larger by a twentieth or more, or a label would be wrong"
+    rng = np.random.default_rng(seed)
+    while True:
+        y = nodule(x, rng) if rng.random()<.6 else thicker(x, rng)
+        if rng.random()<.15: y = nodule(y, rng)
+        if y.sum()>=1.05*x.sum(): return y
 
 def tables(folder):
     "Two tables of files, which are written where they are missing: the glands with their labels, and normal glands of the training part beside what we made of them"
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True); rows,made = [],[]
     for part in ('train','val'):
         for i,(x,ill) in enumerate(zip(*shapes(part))):
-            rows.append(dict(save(folder, f'{part}_{i:04}', x), label=['normal','hyperplasia or mass'][int(ill)], held=part=='val'))
+            rows.append(dict(save(folder, f'{part}_{i:04}', lambda: x), label=['normal','hyperplasia or mass'][int(ill)], held=part=='val'))
             if part=='train' and not ill:
                 made.append(dict(rows[-1], label='as it was', gland=i))
                 made += [dict(save(folder, f'grown_{i:04}_{k}', lambda: grown(x, (i,k))), label='made ill', gland=i) for k in range(2)]
