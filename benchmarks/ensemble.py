@@ -5,7 +5,7 @@
 One of the five folds of `hippocampus_folds.csv` is the test set. The other subjects are split in five by `cross_validate`, which trains a 3D model on each four fifths of them. All five, and their ensemble, then predict the test set.
 Writes `ensemble.csv` (scores and differences), `ensemble_worst.csv` (uncertainty against Dice), `ensemble_cases.csv` (a row a test case and structure), `ensemble_memory.csv` (a row a fresh process).
 """
-import argparse, itertools, json, os, sys, tempfile
+import argparse, json, shutil, sys, tempfile
 from pathlib import Path
 import numpy as np, pandas as pd
 from common import child, here, keep, machine, peak, quiet, reset_peak, rss
@@ -56,20 +56,18 @@ def predict(a):
     print('\n'+json.dumps(dict(before=before, loaded=loaded, peak=peak(), weights=l_bytes)))
 
 def memory(a):
-    "One member, all five, and all five read one by one, each in fresh processes; with glibc as it comes, which keeps freed pages for later, and told to give them back, which shows what is in use"
+    "One member, all five, and all five read one by one, each in fresh processes"
     from fastmed.all import load_run, save_model
     rows = []
     with tempfile.TemporaryDirectory() as tmp:
         for i in range(5): save_model(load_run(a.path/'folds'/f'repeat 0, fold {i}'), Path(tmp)/f'{i}.safetensors')
-        for scan,freed in itertools.product(('hippocampus', str(a.size)), ('kept','given back')):
-            os.environ.pop('MALLOC_MMAP_THRESHOLD_', None)
-            if freed!='kept': os.environ['MALLOC_MMAP_THRESHOLD_'] = '131072'
+        for scan in ('hippocampus', str(a.size)):
             for what in ('one','five','lazy'):
                 rs = [child(__file__, '--what', what, '--learners', tmp, '--scan', scan, '--test', a.test) for _ in range(a.repeats)]
-                p = min(r['peak'] for r in rs); rows.append(dict(scan=scan if scan=='hippocampus' else f'{scan}³', freed=freed, members=what, peak_mb=round(p/1e6, 1), highest_mb=round(max(r['peak'] for r in rs)/1e6, 1), weights_mb=round(rs[0]['weights']/1e6, 1), runs=len(rs)))
+                p = min(r['peak'] for r in rs); rows.append(dict(scan=scan if scan=='hippocampus' else f'{scan}³', members=what, peak_mb=round(p/1e6, 1), highest_mb=round(max(r['peak'] for r in rs)/1e6, 1), weights_mb=round(rs[0]['weights']/1e6, 1), runs=len(rs)))
             one,five,lazy = [r['peak_mb'] for r in rows[-3:]]; w = rows[-1]['weights_mb']
             for r,x in zip(rows[-3:], (one,five,lazy)): r.update(above_one_mb=round(x-one, 1), held=bool(x<=one+w))
-    keep(rows, here/'ensemble_memory.csv', ['scan','freed','members'])
+    keep(rows, here/'ensemble_memory.csv', ['scan','members'])
     if not all(r['held'] for r in rows): sys.exit('an ensemble held more than one member and the weights')
 
 if __name__=='__main__':
