@@ -1481,7 +1481,15 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'fastmed.zoo': { 'fastmed.zoo.DenseVoxelNet': ('zoo.html#densevoxelnet', 'fastmed/zoo.py'),
                              'fastmed.zoo.DenseVoxelNet.__init__': ('zoo.html#densevoxelnet.__init__', 'fastmed/zoo.py'),
                              'fastmed.zoo.DenseVoxelNet.forward': ('zoo.html#densevoxelnet.forward', 'fastmed/zoo.py'),
+                             'fastmed.zoo.ShapeNet': ('zoo.html#shapenet', 'fastmed/zoo.py'),
+                             'fastmed.zoo.ShapeNet.__getstate__': ('zoo.html#shapenet.__getstate__', 'fastmed/zoo.py'),
+                             'fastmed.zoo.ShapeNet.__init__': ('zoo.html#shapenet.__init__', 'fastmed/zoo.py'),
+                             'fastmed.zoo.ShapeNet._measures': ('zoo.html#shapenet._measures', 'fastmed/zoo.py'),
+                             'fastmed.zoo.ShapeNet.forward': ('zoo.html#shapenet.forward', 'fastmed/zoo.py'),
                              'fastmed.zoo._DenseBlock': ('zoo.html#_denseblock', 'fastmed/zoo.py'),
                              'fastmed.zoo._DenseBlock.__init__': ('zoo.html#_denseblock.__init__', 'fastmed/zoo.py'),
                              'fastmed.zoo._DenseBlock.forward': ('zoo.html#_denseblock.forward', 'fastmed/zoo.py'),
-                             'fastmed.zoo._layer': ('zoo.html#_layer', 'fastmed/zoo.py')}}}
+                             'fastmed.zoo._layer': ('zoo.html#_layer', 'fastmed/zoo.py'),
+                             'fastmed.zoo._slice_measures': ('zoo.html#_slice_measures', 'fastmed/zoo.py'),
+                             'fastmed.zoo._spread': ('zoo.html#_spread', 'fastmed/zoo.py'),
+                             'fastmed.zoo.shape_measures': ('zoo.html#shape_measures', 'fastmed/zoo.py')}}}

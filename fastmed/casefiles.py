@@ -28,7 +28,7 @@ from fastai.basics import *
 import json
 
 # %% ../nbs/48_casefiles.ipynb #802e445d
-def _case_arch(arch, ndim): return arch if arch in ('small_resnet','UNet') or isinstance(arch, str) and is_encoder(arch, ndim) else None
+def _case_arch(arch, ndim): return arch if arch in ('small_resnet','shape_net','UNet') or isinstance(arch, str) and is_encoder(arch, ndim) else None
 
 def case_plan(
     dls     # DataLoaders with labels

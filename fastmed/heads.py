@@ -8,6 +8,7 @@ __all__ = ['ResidualBlock', 'SmallResNet', 'create_classifier', 'Unscale', 'add_
 
 # %% ../nbs/35_heads.ipynb #3f52e19d
 from .core import *
+from .zoo import ShapeNet
 from .models import *
 from .losses import *
 from .weights import load_weights
@@ -65,8 +66,10 @@ class SmallResNet(nn.Module):
         return self.encoder(x)
     def forward(self, x): return self.head(self.encoder(x))
 
+_own = (('small_resnet',SmallResNet),('shape_net',ShapeNet))
+
 def create_classifier(
-    arch,           # 'small_resnet'; the name of a network that `create_encoder_classifier` knows; or a callable `(n_in, n_out, …)`
+    arch,           # 'small_resnet'; 'shape_net', of masks; the name of a network that `create_encoder_classifier` knows; or a callable `(n_in, n_out, …)`
     n_in:int,       # channels of the image
     n_out:int,      # answers
     ndim:int=2,     # 2 or 3 spatial axes
@@ -75,10 +78,11 @@ def create_classifier(
     **kwargs        # of the network, by name
 )->nn.Module:       # (B,n_in,*S) → (B,n_out)
     "A network that gives one answer a case, from a name or a callable. Raises `ArgumentError` on an argument that it does not have, `InputError` on an unknown name"
-    if isinstance(arch, str) and arch!='small_resnet':
-        if arch!='UNet' and not is_encoder(arch, ndim) and (near:=difflib.get_close_matches(arch.lower(), ['small_resnet'], 1)): raise InputError(f"no network is named {arch!r}; close: {near[0]}")
+    own = dict(_own)
+    if isinstance(arch, str) and arch not in own:
+        if arch!='UNet' and not is_encoder(arch, ndim) and (near:=difflib.get_close_matches(arch.lower(), own, 1)): raise InputError(f"no network is named {arch!r}; close: {near[0]}")
         return create_encoder_classifier(arch, n_in, n_out, ndim, patch=patch, pretrained=pretrained, **kwargs)
-    f = SmallResNet if arch=='small_resnet' else arch
+    f = own.get(arch, arch) if isinstance(arch, str) else arch
     if not callable(f): raise ArgumentError(f"arch: expected a name or a callable (n_in, n_out); found {arch!r}")
     ps = inspect.signature(f).parameters; free = any(p.kind==p.VAR_KEYWORD for p in ps.values())
     if odd:=[k for k in kwargs if k not in ps and not free]: raise ArgumentError(f"{getattr(f, '__name__', f)} has no argument {', '.join(map(repr, odd))}; it takes {', '.join(list(ps)[2:])}")

@@ -89,7 +89,9 @@ def _window(model, plan):
     p = tuple(getattr(model, 'size', None) or [min(-(-n//d)*d, 2*d if d>1 else 8) for n,d in zip((n for n in plan.patch if plan.ndim==3 or n>1), model_divisor(model))])
     return p if math.prod(p)<=2**22 else None
 
-def _noise(model, size, bs=1): return torch.randn((bs, model.n_in, *size), generator=torch.Generator().manual_seed(0))
+def _noise(model, size, bs=1):
+    x = torch.randn((bs, model.n_in, *size), generator=torch.Generator().manual_seed(0))
+    return (x>0).float() if getattr(model, 'masks', False) else x
 
 def _answer(model, x):
     "Logits of windows, in evaluation"
@@ -281,9 +283,10 @@ def _load(b, fn, device):
     meta = _meta_of(b, fn, _header(b, fn))
     try: tensors = load(b)
     except (SafetensorError, ValueError, KeyError) as e: raise InputError(f"{fn}: its tensors cannot be read ({e}). {_again}") from e
+    del b                                        # neither it nor the tensors lie beside the network while that answers
     def network(plan):
         model = _build(meta['network'], plan, 2*sum(t.numel() for t in tensors.values())+2**22)
-        _fill(model, tensors)
+        _fill(model, tensors); tensors.clear()
         made = ', '.join(f'{k} {meta["training"][k]}' for k in ('fastmed','torch','monai','timm') if k in meta['training'])
         if not _same(meta['echo'], _echo(model, plan), 1e-3): raise InputError(f"{meta['network']['arch']} answers otherwise than it did when it was saved. Install the versions that it was saved with ({made})")
         return make_fast(model) if meta['network']['fast'] else model
@@ -295,8 +298,8 @@ def load_model(
 )->SavedLearner: # with `predict_volume`, `predict_folder`, `evaluate`, `facts`, `saw`; or the `Ensemble` that was saved
     "Open a model file; nothing in it is run. Raises `OSError` where it is not there, `ValueError` where it is changed, cut off, foreign, too new, or names a network that is not known"
     if not Path(fn).is_file(): raise MissingFileError(f"{fn}: no such model file")
-    b,device = Path(fn).read_bytes(),torch.device(ifnone(device, default_device()))
-    return _unpack(b, fn, device) if '"members":' in _header(b, fn) else _load(b, fn, device)
+    box,device = [Path(fn).read_bytes()],torch.device(ifnone(device, default_device()))
+    return (_unpack if '"members":' in _header(box[0], fn) else _load)(box.pop(), fn, device)
 
 # %% ../nbs/49_ship.ipynb #f4494156
 @patch
