@@ -78,7 +78,7 @@ def slide_window(
         if best.isnan().any(): raise InputError(f"{name}: the network answers NaN. Its training diverged, or its weights are not whole: train again at a lower rate")
         lm[base:upto] = (where if n_out>1 else a[0]>0).to(dt).cpu()
         for i in range(0, k, few) if keep else ():
-            j = min(k, i+few); p = (a[:,i:j]/wsum[i:j]).float()
+            j = min(k, i+few); p = a[:,i:j].div_(wsum[i:j]).float()                # in place: these planes are done
             p = (p.softmax(0) if n_out>1 else torch.cat([1-p.sigmoid(), p.sigmoid()])).cpu()
             if proba: pm[:,base+i:base+j] = p.half()
             if sink is not None: sink(p, main, base+i, base+j)

@@ -14,6 +14,7 @@ from .classify import *
 from .curves import *
 from .curves import _ratio
 from .gradcam import *
+from .gradcam import _is_conv
 from .report import *
 from fastai.basics import *
 import re
@@ -270,7 +271,7 @@ class CaseInterpretation:
         "The cases with the highest loss, with what the network looked at. Needs a Learner and its `df`"
         if self.learn is None or self.df is None: raise InputError("plot_worst: pictures need the Learner and the files: use learn.interpret(), or CaseInterpretation(learn=…, df=…)")
         import matplotlib.pyplot as plt
-        t = self.worst(k); its = [item_of(self.learn, self.df.iloc[i]) for i in t.index]; nd = its[0].ndim-1
+        cam = cam and any(map(_is_conv, self.learn.model.modules())); t = self.worst(k); its = [item_of(self.learn, self.df.iloc[i]) for i in t.index]; nd = its[0].ndim-1
         c = 1 if nd==3 else min(len(t), 4); fig,axs = plt.subplots(-(-len(t)//c), c*(3 if nd==3 else 1), figsize=(c*imsize*(3 if nd==3 else 1), -(-len(t)//c)*(imsize+.3)), squeeze=False)
         for a in axs.flat: a.set_axis_off()
         for j,(i,r) in enumerate(t.iterrows()):

@@ -82,7 +82,7 @@ def shape_measures(
         for k in (3,5): low = minimum_filter1d(thick, k); res |= {f'thick for {k} across axis {a}, max':low.max(), f'thick for {k} across axis {a}, mean':low.mean()}
     return {k:float(x) for k,x in res.items()}
 
-# %% ../nbs/15_zoo.ipynb #9500704b
+# %% ../nbs/15_zoo.ipynb #2d3a1486
 class ShapeNet(nn.Module):
     "One linear layer on the measures of masks, each in standard deviations of the training cases; by name 'shape_net'. Raises `InputError` on pictures of two axes"
     masks = True         # what it takes
@@ -113,6 +113,6 @@ class ShapeNet(nn.Module):
         "Raises `InputError` on another number of channels or axes, or on values of no mask"
         if x.ndim!=5 or x.shape[1]!=self.n_in: raise InputError(f"ShapeNet: expected (B,{self.n_in},X,Y,Z), found {tuple(x.shape)}")
         x = x.detach().float().cpu(); low,high = float(x.min()),float(x.max())
-        if not (low>=-.01 and high<=1.01 and ((x>.1)&(x<.9)).float().mean()<.25): raise InputError(f"ShapeNet: expected masks of 0 and 1, a channel for each structure; found values from {low:.3g} to {high:.3g}. Say normalize='none' where DataLoaders are made, or use another network for grey scans")
+        if not (low>=-.01 and high<=1.01 and ((x>.1)&(x<.9)).float().mean()<.25): raise InputError(f"ShapeNet: expected masks of 0 and 1, a channel for each structure; found values from {low:.3g} to {high:.3g}. Say normalize='none' and batch_tfms=[] where DataLoaders are made, or use another network for grey scans")
         v = torch.from_numpy(np.stack([np.concatenate([self._measures(m) for m in case]) for case in (x>.5).numpy()])).to(self.head.weight.device)
         with torch.autocast(v.device.type, enabled=False): return self.head(self.drop(self.norm(v).clamp(-5, 5)))

@@ -235,3 +235,53 @@ def test_radiograph_learner(tmp_path):
     assert torch.equal(learn.predict(load_radiograph(fn))[2], p) and len(learn.predict_folder(tmp_path, '*.png'))==32
     learn.show_results(max_n=2); learn.show_worst(2); Interpretation.from_learner(learn).plot_top_losses(2); learn.tta(n=2)
     r18 = quiet_fit(classifier_learner(dls, metrics=[]), 1); assert 'resnet18' in r18.arch and r18.predict(fn)[0] in ('low','high')
+
+# ---- masks, measured
+
+@pytest.fixture(scope='module')
+def shapes(tmp_path_factory):
+    "Forty masks of two plates that cross, every second with a ball on them, in a folder with a space and an umlaut"
+    import nibabel as nib
+    path = tmp_path_factory.mktemp('Nebenniere links ä'); rows = []
+    for i in range(40):
+        rng = np.random.default_rng(i); g = np.stack(np.mgrid[:24,:24,:20], -1)-rng.uniform(9, 12, 3); x = ((abs(g[...,0])<=1.2)|(abs(g[...,1])<=1.2))&(abs(g)<rng.uniform(6, 9)).all(-1)
+        if i%2: x |= ((g-rng.uniform(-2, 2, 3))**2).sum(-1)<=16
+        nib.save(nib.Nifti1Image(x.astype(np.uint8), affine_of('LAS' if i%3 else 'RAS', (1,1,1))), path/f'g {i:02}.nii.gz'); rows.append(dict(case=f'g{i:02}', image=f'g {i:02}.nii.gz', ill=['no','yes'][i%2], cubic=float(x.sum())))
+    return path,pd.DataFrame(rows)
+
+def masks(shapes, label='ill', **kw):
+    path,df = shapes
+    return VolumeDataLoaders.from_df(df, path, **{'label_col':label, 'bs':8, 'cache':path/'cache', 'valid_pct':.3, 'normalize':'none', 'batch_tfms':[], **QUIET, **kw})
+
+@pytest.fixture(scope='module')
+def measured(shapes): set_seed(0); return quiet_fit(classifier_learner(masks(shapes), 'shape_net', path=shapes[0]), 20, 1e-2)
+
+def test_shape_net_learns_and_answers_everywhere(measured, shapes, tmp_path):
+    path,df = shapes; ev = measured.evaluate(); assert ev.summary(n_boot=20).loc['roc_auc','value']>.95 and (ev.status=='ok').all()
+    fn = str(path/df.image[1]); p = measured.predict(fn)[2]; assert p[1]>.5
+    measured.export(tmp_path/'e.pkl'); save_model(measured, tmp_path/'m.safetensors')
+    code = f"from fastmed.all import *\nfor l in (load_learner({str(tmp_path/'e.pkl')!r}), load_model({str(tmp_path/'m.safetensors')!r}, 'cpu')): print(l.predict({fn!r})[2].tolist())"
+    assert [json.loads(o) for o in python(code, tmp_path).splitlines()[-2:]]==[p.tolist()]*2
+    other = quiet_fit(classifier_learner(measured.dls, 'small_resnet', nf=4), 1); both = Ensemble([measured, other]).predict(fn)[2]
+    assert torch.allclose(both, (p+other.predict(fn)[2])/2, atol=1e-6)
+    assert measured.predict(str(path/df.image[1]))[2].equal(p) and len(measured.model.known)>=40                  # what is remembered changes nothing
+    it = measured.interpret(n_boot=5); it.plot_curves(); it.report(tmp_path/'r.html')
+    with pytest.raises(InputError, match='has no convolution'): grad_cam(measured, fn)
+    with pytest.raises(InputError, match='no part that is named as an encoder'): measured.save_encoder(tmp_path/'enc')
+
+def test_shape_net_refuses_what_is_no_mask(shapes, cases):
+    for dls in (masks(shapes, normalize='zscore'), loaders(cases, normalize='none')):
+        with pytest.raises(InputError, match='expected masks of 0 and 1'): quiet_fit(classifier_learner(dls, 'shape_net'))
+    with pytest.raises(InputError, match='expected volumes'): classifier_learner(loaders(cases, SliceDataLoaders, axis=2), 'shape_net')
+    with pytest.raises(ArgumentError, match='nf'): classifier_learner(masks(shapes), 'shape_net', nf=4)
+
+def test_shape_net_regresses_and_repeats(shapes):
+    "Volume from the measures, the same bits with workers as without"
+    def run(**kw): set_seed(0); return quiet_fit(regression_learner(masks(shapes, 'cubic', **kw), 'shape_net'), 15, 1e-2)
+    a,b = run(),run(num_workers=2); assert a.evaluate().pred.tolist()==b.evaluate().pred.tolist()
+    ev = a.evaluate(); assert np.corrcoef(ev.target, ev.pred)[0,1]>.9
+
+@pytest.mark.parametrize('shape', [(1,1,1), (2,9,3), (40,3,3)])
+def test_shape_measures_of_odd_masks(shape):
+    m = np.ones(shape, bool); s = shape_measures(m); assert np.isfinite(list(s.values())).all() and math.isclose(s['volume'], np.log(m.size)) and s['fill across axis 0, mean']==1
+    apart = np.zeros((9,9,9), bool); apart[0,0,0] = apart[8,8,8] = True; t = shape_measures(apart); assert t.keys()==s.keys() and np.isfinite(list(t.values())).all() and t['extent of axis 2']==9
