@@ -53,7 +53,7 @@ class Ensemble:
     "Several Learners that answer together: the mean of their probabilities. Raises `ValueError` where structures or channels differ, `OSError` where a file is missing"
     def __init__(self,
         members,         # Learners and files or folders of such, in a list; or one folder
-        lazy:bool=False, # read a member from its file each time and forget it: the weights of one in memory at a time
+        lazy:bool=False, # read a member from its file each time and forget it: the weights of one on the device at a time
         post=None,       # post-processing wherever none is named; default: that of the members
         device=None      # where the networks of files go; default: fastai's
     ):
@@ -62,12 +62,12 @@ class Ensemble:
         if not self.sources: raise InputError("Ensemble: expected one member or more; found none")
         if lazy and (odd:=[o for o in self.sources if not isinstance(o, Path)]): raise InputError(f"Ensemble: lazy=True reads members from files; found a {type(odd[0]).__name__}. Export it first, or leave lazy out")
         self.names = [o.parent.name if isinstance(o, Path) and o.stem=='model' else f'member {i}' for i,o in enumerate(self.sources)]
-        self.kept,self.about,self.seen = [],[],{}
+        self.kept,self.about,self.seen,self.filed = [],[],{},[]
         for o,name in zip(self.sources, self.names):
             learn = self._read(o) if isinstance(o, Path) else o
             self.about.append(_about(learn, name)); self.seen.update(getattr(learn, 'seen', {}))
             if not self.kept: self.dls,self.lent = learn.dls,{k:getattr(learn, k) for k in _lent if hasattr(learn, k)}
-            self.kept.append(None if lazy else learn)
+            self.kept.append(None if lazy else learn); self.filed.append(WeightFile(learn.model) if isinstance(o, Path) and not lazy else None)
         a0 = self.about[0]
         for a in self.about[1:]:
             for what in ('task','structures','classes','channels'):
@@ -135,6 +135,7 @@ class Ensemble:
                 for c in range(len(q.p)): q.p[c] = maps_back(own.p[c:c+1], f.pre, x.affine, shape, affine)[0]; own.release(); q.release()
                 for (at,),p in q.planes(): m.add(p, 0, at.start, min(at.stop, shape[0]))
             grid_affine = x.affine
+            if self.filed[i] is not None: self.filed[i].rest()
             del learn,lab
         return m,(self.about[0].pre,grid_affine) if common else (None,affine)
 

@@ -23,6 +23,7 @@ from .memory import MemoryCallback
 from .encoders import create_network, is_encoder
 from .learner import *
 from .classify import *
+from .uncertainty import WeightFile
 from .ensemble import *
 from .casefiles import *
 from .plain import _plain, _back, _numbers
@@ -320,7 +321,7 @@ def _unpack(b, fn, device):
     meta = _meta_of(b, fn, _header(b, fn)); parts = load(b); keys = [f'{i:03}' for i in range(len(parts))]
     if not parts or meta['members']!=len(parts) or sorted(parts)!=keys or any(t.dtype!=torch.uint8 or t.ndim!=1 for t in parts.values()) or not isinstance(meta.get('post'), list) or any(o not in POSTS for o in meta['post']): raise InputError(f"{fn}: expected an ensemble of {meta['members']} model files; found {sorted(parts)[:5]} and post-processing {meta.get('post')}. {_again}")
     ens = Ensemble([_load(parts[k].numpy().tobytes(), f'{fn}, member {int(k)}', device) for k in keys], post=tuple(meta['post']), device=device)
-    ens.facts = meta.get('training'); return ens
+    ens.facts,ens.filed = meta.get('training'),[WeightFile(l.model) for l in ens]; return ens
 
 @patch
 def _read_safetensors(self:Ensemble, fn):
