@@ -127,14 +127,29 @@ def _load(fn):
     if not hasattr(learn, 'predict_volume'): raise InputError(f"{fn}: holds a {type(learn).__name__} that was not made by fastmed")
     return learn
 
+def _answers(learn, a):
+    "`fastmed predict` with a model that answers for cases: a table in `a.dst`, or in answers.csv of that folder"
+    import glob
+    from fastmed.core import InputError, whole_file
+    if a.post or a.overlap!=.5: raise InputError(f"{a.model}: answers for cases and writes no masks: leave --{'post' if a.post else 'overlap'} out")
+    src,dst = Path(a.src),Path(a.dst); one = src.is_file() or not any(src.glob(a.images))
+    if dst.suffix.lower()!='.csv': dst = dst/'answers.csv'
+    res = learn.predict_folder(src.resolve().parent if one else src, glob.escape(src.resolve().name) if one else a.images, tta=a.tta)
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(dst) as tmp: res.to_csv(tmp, index=False)
+    print(dst)
+    for r in res[res.status!='ok'].itertuples(): print(f'{r.case}: {r.status}', file=sys.stderr)
+    return int((res.status!='ok').any())
+
 def predict(
     a # the parsed arguments
 ):
-    "`fastmed predict`: masks for a file or a folder; 1 where a scan of a folder failed"
+    "`fastmed predict`: masks for a file or a folder, or a table of answers; 1 where a scan of a folder failed"
     from fastmed.core import MissingFileError
     learn = _load(a.model)
     src,dst,kw = Path(a.src),Path(a.dst),dict(overlap=a.overlap, tta=a.tta, post=a.post or None)
     if not src.exists(): raise MissingFileError(f"{src}: no such file or folder")
+    if getattr(learn, 'task', 'segmentation')!='segmentation': return _answers(learn, a)
     if src.is_file() or not any(src.glob(a.images)):
         if dst.is_dir():
             from fastmed.doctor import case_name
@@ -149,6 +164,9 @@ def evaluate(
 ):
     "`fastmed evaluate`: a model against the masks of a folder"
     learn = _load(a.model)
+    if getattr(learn, 'task', 'segmentation')!='segmentation':
+        from fastmed.core import InputError
+        raise InputError(f"{a.model}: answers for cases, and their truth stands in a table, not in a folder: use learn.evaluate(df)")
     ev = learn.evaluate(scan(Path(a.path).resolve(), a.images, a.masks), tolerance=a.tolerance, overlap=a.overlap, tta=a.tta, post=a.post or None)
     if a.csv:
         from fastmed.io import whole_file
@@ -210,7 +228,7 @@ def parser()->argparse.ArgumentParser:
     "The command line of fastmed"
     from fastmed import __version__
     POSTS = ('keep_largest','fill_holes','close_slices','blur_slices')      # those of the inference room, which would take seconds to import
-    p = argparse.ArgumentParser(prog='fastmed', description='Train, compare and ship segmentation models on medical scans.')
+    p = argparse.ArgumentParser(prog='fastmed', description='Train, compare and ship deep-learning models on medical scans.')
     p.add_argument('--version', action='version', version=f'fastmed {__version__}')
     sub = p.add_subparsers(dest='command', required=True, metavar='demo | scan | check | train | predict | evaluate | compare')
     def cmd(name, f, help):
@@ -236,8 +254,8 @@ def parser()->argparse.ArgumentParser:
     t.add_argument('--valid-pct', type=float, default=.2, help='share of validation cases (0.2)'); t.add_argument('--seed', type=int, default=42)
     t.add_argument('--cache', help='folder of the store'); t.add_argument('--resume', action='store_true', help='go on with a training that was killed; give the same arguments')
     t.add_argument('--workers', type=int, help='worker processes')
-    r = cmd('predict', predict, 'Write masks for a scan or a folder of scans.')
-    r.add_argument('model', help='exported Learner, or model file (.safetensors)'); r.add_argument('src', help='scan, DICOM folder, or folder of scans'); r.add_argument('dst', help='mask file, or folder')
+    r = cmd('predict', predict, 'Write masks for a scan or a folder of scans; of a classifier or regression, a table of answers.')
+    r.add_argument('model', help='exported Learner, or model file (.safetensors)'); r.add_argument('src', help='scan, DICOM folder, or folder of scans'); r.add_argument('dst', help='mask file or folder; table (.csv) or folder')
     r.add_argument('--images', default='*.nii.gz', help="pattern inside a folder ('*.nii.gz')"); look(r)
     e = cmd('evaluate', evaluate, 'Score a model on a folder of scans and masks.')
     e.add_argument('model', help='exported Learner, or model file (.safetensors)'); e.add_argument('path', help='folder: a Decathlon task, or images/ and labels/')

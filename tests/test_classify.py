@@ -285,3 +285,16 @@ def test_shape_net_regresses_and_repeats(shapes):
 def test_shape_measures_of_odd_masks(shape):
     m = np.ones(shape, bool); s = shape_measures(m); assert np.isfinite(list(s.values())).all() and math.isclose(s['volume'], np.log(m.size)) and s['fill across axis 0, mean']==1
     apart = np.zeros((9,9,9), bool); apart[0,0,0] = apart[8,8,8] = True; t = shape_measures(apart); assert t.keys()==s.keys() and np.isfinite(list(t.values())).all() and t['extent of axis 2']==9
+
+def test_command_line_answers_for_cases(measured, shapes, tmp_path, capsys):
+    from fastmed.cli import main
+    path,df = shapes; save_model(measured, tmp_path/'m ü.safetensors'); measured.export(tmp_path/'m.pkl'); want = measured.predict_folder(path)
+    (path/'broken.nii.gz').write_bytes(b'no scan')
+    try: assert main(['predict', str(tmp_path/'m ü.safetensors'), str(path), str(tmp_path/'out')])==1 and 'broken.nii.gz: error' in capsys.readouterr().err
+    finally: (path/'broken.nii.gz').unlink()
+    t = pd.read_csv(tmp_path/'out'/'answers.csv'); assert len(t)==41 and (t.status!='ok').sum()==1
+    t = t[t.status=='ok'].reset_index(drop=True); assert t.case.tolist()==want.case.tolist() and np.allclose(t.prob_yes, want.prob_yes)
+    assert main(['predict', str(tmp_path/'m.pkl'), str(path/df.image[3]), str(tmp_path/'one.csv')])==0 and pd.read_csv(tmp_path/'one.csv').prob_yes.tolist()==t.prob_yes[t.case==df.image[3]].tolist()
+    for words in (['predict', '--post', 'fill_holes'], ['predict', '--overlap', '.2'], ['evaluate']):
+        capsys.readouterr(); assert main([words[0], str(tmp_path/'m.pkl'), str(path), *([str(tmp_path/'x')] if words[0]=='predict' else []), *words[1:]])==2
+        err = capsys.readouterr().err; assert 'answers for cases' in err and not (tmp_path/'x').exists()
