@@ -89,13 +89,12 @@ class ShapeNet(nn.Module):
     def __init__(self,
         n_in:int,        # masks of a case, a channel each
         n_out:int,       # answers
-        ndim:int=3,      # spatial axes: 3
-        dropout:float=0. # share of the measures that a training step leaves out
+        ndim:int=3       # spatial axes: 3
     ):
         super().__init__()
         if ndim!=3: raise InputError(f"ShapeNet: expected volumes, found ndim={ndim!r}. Use another network, or VolumeDataLoaders")
         n = n_in*len(shape_measures(np.ones((1,1,1))))
-        self.norm,self.drop,self.head = nn.BatchNorm1d(n, affine=False, momentum=None),nn.Dropout(dropout),nn.Linear(n, n_out)
+        self.norm,self.head = nn.BatchNorm1d(n, affine=False, momentum=None),nn.Linear(n, n_out)
         nn.init.zeros_(self.head.weight); nn.init.zeros_(self.head.bias)
         self.n_in,self.n_out,self.ndim,self.divisor,self.known = n_in,n_out,3,(1,1,1),{}
     def __getstate__(self): return {**self.__dict__, 'known':{}}
@@ -115,4 +114,4 @@ class ShapeNet(nn.Module):
         x = x.detach().float().cpu(); low,high = float(x.min()),float(x.max())
         if not (low>=-.01 and high<=1.01 and ((x>.1)&(x<.9)).float().mean()<.25): raise InputError(f"ShapeNet: expected masks of 0 and 1, a channel for each structure; found values from {low:.3g} to {high:.3g}. Say normalize='none' and batch_tfms=[] where DataLoaders are made, or use another network for grey scans")
         v = torch.from_numpy(np.stack([np.concatenate([self._measures(m) for m in case]) for case in (x>.5).numpy()])).to(self.head.weight.device)
-        with torch.autocast(v.device.type, enabled=False): return self.head(self.drop(self.norm(v).clamp(-5, 5)))
+        with torch.autocast(v.device.type, enabled=False): return self.head(self.norm(v).clamp(-5, 5))
