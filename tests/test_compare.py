@@ -1,5 +1,5 @@
 "Comparisons: statistics against SciPy, experiments that are killed, twins, and executors."
-import json, os, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 import multiprocessing
@@ -114,26 +114,28 @@ def make(study, tmp, arms=ARMS, **kwargs):
 def table(c): return c.results.sort_values(['arm','fold','seed','case','structure']).reset_index(drop=True)
 
 def test_killed_and_started_again(study, whole, tmp_path):
-    "SIGKILL at three moments, each time started again: the same table, and nothing trained twice"
+    "SIGKILL in the middle of the first, the second and the third run, each time started again: the same table, and nothing trained twice"
     code = """
-import sys; sys.path.insert(0, sys.argv[2])
+import os, signal, sys; sys.path.insert(0, sys.argv[2])
 import torch; torch.set_num_threads(1)
 from test_compare import make
 import pandas as pd
 from pathlib import Path
+from fastai.learner import Learner
+done,batch = int(sys.argv[4]),Learner.one_batch
+def one_batch(self, i, b):
+    if self.training and self.train_iter==1+2*done and len(list(Path(sys.argv[1]).glob('c/*, fold*')))==done: os.kill(os.getpid(), signal.SIGKILL)
+    batch(self, i, b)
+Learner.one_batch = one_batch
 make((Path(sys.argv[3]), pd.read_csv(sys.argv[3]+'/cases.csv')), sys.argv[1]).run()
 """
-    (tmp_path/'run.py').write_text(code); kills = 0
+    (tmp_path/'run.py').write_text(code)
     env = {**os.environ, 'PYTHONPATH':os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent), os.environ.get('PYTHONPATH','')]), 'PYTHONWARNINGS':'ignore'}
     for n in (0,1,2):
-        p = subprocess.Popen([sys.executable, str(tmp_path/'run.py'), str(tmp_path), str(Path(__file__).parent), str(study[0])], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        t0 = time.time()
-        while p.poll() is None and time.time()-t0<240 and len(list(tmp_path.glob('c/*, fold*')))<n+1: time.sleep(.02)
-        time.sleep(.15*n)                                              # into the next run
-        if p.poll() is None: p.send_signal(signal.SIGKILL); kills += 1
-        p.wait(); assert p.returncode in (0,-signal.SIGKILL), p.stderr.read().decode()[-2000:]
-    assert kills>=2
-    stamps = {f:f.stat().st_mtime_ns for f in tmp_path.glob('c/*, fold*/results.csv')}; assert 0<len(stamps)<4
+        p = subprocess.run([sys.executable, str(tmp_path/'run.py'), str(tmp_path), str(Path(__file__).parent), str(study[0]), str(n)], env=env, capture_output=True, text=True, timeout=240)
+        assert p.returncode==-signal.SIGKILL, p.stderr[-2000:]
+        assert len(list(tmp_path.glob('c/*, fold*')))==n and (tmp_path/'c'/'unfinished').exists()
+    stamps = {f:f.stat().st_mtime_ns for f in tmp_path.glob('c/*, fold*/results.csv')}; assert len(stamps)==2
     n = torch.get_num_threads(); torch.set_num_threads(1); c = make(study, tmp_path).run(); torch.set_num_threads(n)
     pd.testing.assert_frame_equal(table(c), table(whole))
     assert all(f.stat().st_mtime_ns==t for f,t in stamps.items()) and not (tmp_path/'c'/'unfinished').exists()

@@ -1,5 +1,5 @@
 "Cross-validation: killed and started again, processes, leaks, labels, luck."
-import os, signal, subprocess, sys, time
+import os, signal, subprocess, sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 import multiprocessing
@@ -44,24 +44,27 @@ def test_every_case_once_a_repeat_by_a_model_that_does_not_know_it(whole, study)
     assert not np.array_equal(whole.fold[0], whole.fold[1]) and 'single split' in whole.answer() and 'repeats lie between' in whole.answer()
 
 def test_killed_and_started_again(study, whole, tmp_path):
-    "SIGKILL at two moments, each time started again: the same table, and nothing trained twice"
+    "SIGKILL in the middle of the first and of the second fold, each time started again: the same table, and nothing trained twice"
     (tmp_path/'run.py').write_text("""
-import sys; sys.path.insert(0, sys.argv[2])
+import os, signal, sys; sys.path.insert(0, sys.argv[2])
 import torch; torch.set_num_threads(1)
 from test_crossval import make
 import pandas as pd
 from pathlib import Path
+from fastai.learner import Learner
+done,batch = int(sys.argv[4]),Learner.one_batch
+def one_batch(self, i, b):
+    if self.training and self.train_iter==1+2*done and len(list(Path(sys.argv[1]).glob('cv/repeat*')))==done: os.kill(os.getpid(), signal.SIGKILL)
+    batch(self, i, b)
+Learner.one_batch = one_batch
 make((Path(sys.argv[3]), pd.read_csv(sys.argv[3]+'/cases.csv')), sys.argv[1])
-"""); kills = 0
+""")
     env = {**os.environ, 'PYTHONPATH':os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent), os.environ.get('PYTHONPATH','')]), 'PYTHONWARNINGS':'ignore'}
     for n in (0,1):
-        p = subprocess.Popen([sys.executable, str(tmp_path/'run.py'), str(tmp_path), str(Path(__file__).parent), str(study[0])], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        t0 = time.time()
-        while p.poll() is None and time.time()-t0<240 and len(list(tmp_path.glob('cv/repeat*')))<n+1: time.sleep(.02)
-        time.sleep(.1*n)
-        if p.poll() is None: p.send_signal(signal.SIGKILL); kills += 1
-        p.wait(); assert p.returncode in (0,-signal.SIGKILL), p.stderr.read().decode()[-2000:]
-    stamps = {f:f.stat().st_mtime_ns for f in tmp_path.glob('cv/repeat*/results.csv')}; assert 0<len(stamps)<4 and kills
+        p = subprocess.run([sys.executable, str(tmp_path/'run.py'), str(tmp_path), str(Path(__file__).parent), str(study[0]), str(n)], env=env, capture_output=True, text=True, timeout=240)
+        assert p.returncode==-signal.SIGKILL, p.stderr[-2000:]
+        assert len(list(tmp_path.glob('cv/repeat*')))==n and (tmp_path/'cv'/'unfinished').exists()
+    stamps = {f:f.stat().st_mtime_ns for f in tmp_path.glob('cv/repeat*/results.csv')}; assert len(stamps)==1
     n = torch.get_num_threads(); torch.set_num_threads(1); c = make(study, tmp_path); torch.set_num_threads(n)
     pd.testing.assert_frame_equal(table(c), table(whole))
     assert all(f.stat().st_mtime_ns==t for f,t in stamps.items()) and not (tmp_path/'cv'/'unfinished').exists()
