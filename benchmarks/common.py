@@ -5,14 +5,18 @@ import pandas as pd, torch
 
 here = Path(__file__).resolve().parent
 
-def machine():
-    "CPU model, cores, threads and torch of this run, as one string"
+def machine(device='cpu'):
+    "CPU model, cores, threads and torch of this run, as one string; of a GPU its name before"
     try: cpu = next(o.split(':',1)[1].strip() for o in open('/proc/cpuinfo') if o.startswith('model name'))
     except (OSError, StopIteration): import platform; cpu = platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return f'{cpu}, {cores} cores, {torch.get_num_threads()} threads, torch {torch.__version__}'
+    gpu = f'{torch.cuda.get_device_name(device)}, ' if torch.device(device).type=='cuda' else ''
+    return f'{gpu}{cpu}, {cores} cores, {torch.get_num_threads()} threads, torch {torch.__version__}'
 
 def _status(key): return int(next(o for o in open('/proc/self/status') if o.startswith(key)).split()[1])*1024
+def wait(device):
+    "What a GPU was told to do is done"
+    if torch.device(device).type=='cuda': torch.cuda.synchronize()
 def rss():
     "Bytes this process holds now"
     return _status('VmRSS:')
@@ -38,12 +42,13 @@ def child(script, *args):
 def keep(
     rows, # list of dicts
     fn,   # CSV; rows of an earlier run with the same `by` give way, others stay
-    by    # columns that name a measurement
+    by,   # columns that name a measurement
+    device='cpu' # where it ran
 ):
     "Print the rows as a table, and keep them in a CSV with the facts of the machine"
     df = pd.DataFrame(rows)
     print(df.to_string(index=False), flush=True)
-    df['machine'] = machine()
+    df['machine'] = machine(device)
     fn,by = Path(fn),[*by,'machine']
     if fn.exists():
         old = pd.read_csv(fn)

@@ -3,6 +3,7 @@
     FASTMED_DATA=… python benchmarks/speed.py            # everything, about 8 minutes on two cores
     FASTMED_DATA=… python benchmarks/speed.py --what step
     FASTMED_DATA=… python benchmarks/speed.py --what fit --ndim 3
+    FASTMED_DATA=… python benchmarks/speed.py --device cuda      # the same on a GPU, about 2 minutes
 
 `step`: forward, loss, backward and AdamW of the default network with the hooks of `make_fast`, against the same weights in plain contiguous float32; the two take turns.
 `fit`: `learn.fit_one_cycle` on the hippocampus with the defaults, against a bare PyTorch loop on the same network (channels-last and bfloat16 too), with cases held in memory,
@@ -10,25 +11,26 @@ its own crops, augmentation, loss and one-cycle; the same number of updates, no 
 """
 import argparse, copy, math, time
 import numpy as np, torch, torch.nn.functional as F
-from common import here, keep, quiet
+from common import here, keep, quiet, wait
 
 shapes = {3:dict(nf=16, patch=(40,56,40), bs=4), 2:dict(nf=32, patch=(56,40), bs=32)}
 
 # ---- a step
-def step(ndim, steps, nf, patch, bs, depth=4, n_out=3):
+def step(ndim, steps, nf, patch, bs, depth=4, n_out=3, device='cpu'):
     from fastmed.all import UNet, DiceCELoss, make_fast
     torch.manual_seed(0)
-    net = UNet(1, n_out, ndim=ndim, nf=nf, depth=depth)
-    x,y = torch.randn(bs, 1, *patch),torch.randint(0, n_out, (bs,*patch))
+    net = UNet(1, n_out, ndim=ndim, nf=nf, depth=depth).to(device)
+    x,y = torch.randn(bs, 1, *patch, device=device),torch.randint(0, n_out, (bs,*patch), device=device)
     loss = DiceCELoss()
     nets = dict(plain=net, fast=make_fast(copy.deepcopy(net)))
     opts = {k:torch.optim.AdamW(m.parameters(), 1e-3) for k,m in nets.items()}
     took = {k:[] for k in nets}
     for i in range(steps+2):                            # two to warm up
         for k in list(nets)[::1 if i%2 else -1]:
-            t0 = time.perf_counter()
+            wait(device); t0 = time.perf_counter()
             loss(nets[k](x), y).backward()
             opts[k].step(); opts[k].zero_grad()
+            wait(device)
             if i>1: took[k].append(time.perf_counter()-t0)
     r = {f'{k}_{n}_s':round(float(f(v)), 4) for n,f in (('min',np.min),('median',np.median)) for k,v in took.items()}
     return dict(what='step', ndim=ndim, batch='×'.join(map(str, (bs,*patch))), nf=nf, n=steps, **r,
@@ -58,19 +60,19 @@ class Crops:
 def turn(x, y, rotate=math.radians(15), scale=.25, contrast=.25, noise=.1):
     "Rotation and scale by one grid, contrast and noise, for 2D and 3D"
     n,nd = len(x),x.ndim-2
-    u = lambda *s: torch.rand(*s)*2-1
-    R = torch.eye(nd).repeat(n,1,1)
+    u = lambda *s: torch.rand(*s, device=x.device)*2-1
+    R = torch.eye(nd, device=x.device).repeat(n,1,1)
     for i,j in ((0,1),(1,2),(0,2)) if nd==3 else ((0,1),):
-        a = u(n)*rotate; r = torch.eye(nd).repeat(n,1,1)
+        a = u(n)*rotate; r = torch.eye(nd, device=x.device).repeat(n,1,1)
         r[:,i,i],r[:,j,j],r[:,i,j],r[:,j,i] = a.cos(),a.cos(),-a.sin(),a.sin()
         R = R@r
-    size = torch.tensor(x.shape[2:][::-1], dtype=torch.float)
-    th = torch.cat([R*size/size[:,None]/(1+u(n,1,1)*scale), torch.zeros(n,nd,1)], 2)
+    size = torch.tensor(x.shape[2:][::-1], dtype=torch.float, device=x.device)
+    th = torch.cat([R*size/size[:,None]/(1+u(n,1,1)*scale), torch.zeros(n,nd,1, device=x.device)], 2)
     g = F.affine_grid(th, x.shape, align_corners=False)
     x = F.grid_sample(x, g, padding_mode='border', align_corners=False)
     y = F.grid_sample(y[:,None].float(), g, mode='nearest', padding_mode='border', align_corners=False)[:,0].long()
     col = (n,)+(1,)*(nd+1); m = x.mean(tuple(range(1, nd+2)), keepdim=True)
-    return (x-m)*(1+u(*col)*contrast)+m+torch.randn_like(x)*torch.rand(*col)*noise, y
+    return (x-m)*(1+u(*col)*contrast)+m+torch.randn_like(x)*torch.rand(*col, device=x.device)*noise, y
 
 def dice_ce(z, y):
     "Cross-entropy plus soft Dice of the foreground, as everybody writes it"
@@ -78,20 +80,20 @@ def dice_ce(z, y):
     t = F.one_hot(y, z.shape[1]).movedim(-1,1).flatten(2)[:,1:].float()
     return F.cross_entropy(z, y) + 1-((2*(p*t).sum(2)+1)/(p.sum(2)+t.sum(2)+1)).mean()
 
-def bare(net, crops, updates, lr=3e-3, bf16=True):
+def bare(net, crops, updates, lr=3e-3, bf16=True, device='cpu'):
     fmt = torch.channels_last_3d if crops.patch.min()>1 else torch.channels_last
-    net = net.to(memory_format=fmt).train()
+    net = net.to(device, memory_format=fmt).train()
     opt = torch.optim.AdamW(net.parameters(), lr, weight_decay=1e-2)
     sched = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=updates, pct_start=.25)
     for _ in range(updates):
-        x,y = turn(*crops.batch())
-        with torch.autocast('cpu', torch.bfloat16, enabled=bf16): z = net(x.to(memory_format=fmt))
+        x,y = turn(*[o.to(device) for o in crops.batch()])
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16): z = net(x.to(memory_format=fmt))
         dice_ce(z, y).backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 12.)
         opt.step(); sched.step(); opt.zero_grad()
 
 # ---- the same through fastmed
-def fit(ndim, repeats, n_cases=None, samples='auto'):
+def fit(ndim, repeats, n_cases=None, samples='auto', device='cpu'):
     from fastmed.all import (VolumeDataLoaders, SliceDataLoaders, unet3d_learner, unet2d_learner, UNet, DiceCELoss, Callback, CancelValidException, CancelFitException,
                              set_seed, has_bf16)
     from hippocampus import cases
@@ -99,7 +101,7 @@ def fit(ndim, repeats, n_cases=None, samples='auto'):
     if n_cases: df = df.groupby('valid').head(n_cases).reset_index(drop=True)
     df.attrs['codes'] = ['background','anterior','posterior']
     set_seed(0)
-    with quiet(): dls = (VolumeDataLoaders if ndim==3 else SliceDataLoaders).from_df(df, valid_col='valid', samples_per_case=samples, device='cpu')
+    with quiet(): dls = (VolumeDataLoaders if ndim==3 else SliceDataLoaders).from_df(df, valid_col='valid', samples_per_case=samples, device=device)
     plan,updates = dls.plan,len(dls.train)
 
     class NoValidation(Callback):
@@ -121,13 +123,14 @@ def fit(ndim, repeats, n_cases=None, samples='auto'):
         learn = learner()
         t0 = time.perf_counter()
         with quiet(): learn.fit_one_cycle(1, 3e-3, cbs=Stop() if warm else None)
+        wait(device)
         s = time.perf_counter()-t0
         assert warm or len(learn.recorder.losses)==updates
         return s
     def theirs(warm=False):
         net = UNet(1, len(dls.codes), ndim=ndim, nf=plan.nf, strides=plan.strides, depth=plan.depth)
         t0 = time.perf_counter()
-        bare(net, crops, 3 if warm else updates, bf16=has_bf16('cpu'))
+        bare(net, crops, 3 if warm else updates, bf16=has_bf16(device), device=device); wait(device)
         return time.perf_counter()-t0
     ours(True); theirs(True)
     took = dict(fastmed=[], bare=[])
@@ -145,7 +148,7 @@ if __name__=='__main__':
     p.add_argument('--cases', type=int, default=None, help='training cases and validation cases, all by default')
     p.add_argument('--samples', type=int, default=None, help="patches a case; default: fastmed's")
     p.add_argument('--tiny', action='store_true', help='a network of 4 features: does the script run?')
-    p.add_argument('--out', default=here/'speed.csv')
+    p.add_argument('--device', default='cpu'); p.add_argument('--out', default=here/'speed.csv')
     a = p.parse_args()
-    if a.what!='fit': keep([step(d, a.steps, **{**shapes[d], **({'nf':4,'bs':1} if a.tiny else {})}) for d in a.ndim], a.out, ['what','ndim','nf'])
-    if a.what!='step': keep([fit(d, a.repeats, a.cases, a.samples or 'auto') for d in a.ndim], a.out, ['what','ndim','nf'])
+    if a.what!='fit': keep([step(d, a.steps, **{**shapes[d], **({'nf':4,'bs':1} if a.tiny else {})}, device=a.device) for d in a.ndim], a.out, ['what','ndim','nf'], a.device)
+    if a.what!='step': keep([fit(d, a.repeats, a.cases, a.samples or 'auto', a.device) for d in a.ndim], a.out, ['what','ndim','nf'], a.device)

@@ -261,7 +261,7 @@ class ResumeCallback(Callback):
         if odd:=[f"{k}: {s['terms'].get(k)} then, {v} now" for k,v in self._terms().items() if s['terms'].get(k)!=v]:
             raise InputError(f"{self.fn}: is of another fit ({'; '.join(o[:150] for o in odd)}). Call the fit as it was, or remove the file to start anew")
         self.learn.model.load_state_dict(s['model'])
-        self.opt.load_state_dict({**s['opt'], 'hypers':L(s['opt']['hypers'])})
+        self.opt.load_state_dict(dict(state=to_device(s['opt']['state'], next(self.learn.model.parameters()).device), hypers=L(s['opt']['hypers'])))
         if (c:=self._scaler()) is not None and s['scaler']: c.load_state_dict(s['scaler'])
         if (b:=getattr(self.learn, 'budget', None)) is not None:
             b.spent,b.t0 = s['spent'],time.perf_counter()-s['elapsed']

@@ -67,7 +67,10 @@ class Ensemble:
             learn = self._read(o) if isinstance(o, Path) else o
             self.about.append(_about(learn, name)); self.seen.update(getattr(learn, 'seen', {}))
             if not self.kept: self.dls,self.lent = learn.dls,{k:getattr(learn, k) for k in _lent if hasattr(learn, k)}
+            if lazy:
+                for c in getattr(learn, 'cbs', ()): c.learn = None           # lent, and the network would stay with them
             self.kept.append(None if lazy else learn); self.filed.append(WeightFile(learn.model) if isinstance(o, Path) and not lazy else None)
+            del learn
         a0 = self.about[0]
         for a in self.about[1:]:
             for what in ('task','structures','classes','channels'):
@@ -79,8 +82,8 @@ class Ensemble:
             self.__class__ = CaseEnsemble
 
     def _read(self, fn):
-        "A Learner from a file, and what reading it took given back"
-        learn = self._open(fn); release_memory(self.lazy)
+        "A Learner from a file, once the one before is gone, and what reading it took given back"
+        release_memory(self.lazy); learn = self._open(fn); release_memory(self.lazy)
         return learn
 
     def _open(self, fn):

@@ -131,7 +131,7 @@ def grad_cam(
     target=None,     # class: number, name (Learner), or one a picture; default: the predicted class, of a regression its value
     layer=None,      # module or its name; default: the last convolutional map, see `cam_layer`
     space='input'    # 'scan' (volumes, with a Learner): on the scan's own grid
-):                   # (B,*S), 0 to 1, on the grid of the input; of one item the same type as the item with one channel, a volume with its affine
+):                   # (B,*S), 0 to 1, on the grid and the device of the input; of one item the same type as the item with one channel, a volume with its affine
     "Where a network finds its evidence for a class. Raises `InputError` on transformers, unknown layers and targets. Source: Selvaraju 2017, equations 1 and 2"
     learn,one,item = None,None,None
     if isinstance(model, Learner): learn,model = model,model.model
@@ -168,7 +168,7 @@ def grad_cam(
     cam = (A*g.mean(tuple(range(2, g.ndim)), keepdim=True)).sum(1).relu()
     cam = _spread(cam, v.shape[2:], *_centres(rows, i, v))
     cam = cam/cam.flatten(1).amax(1).clamp(min=1e-20).reshape(-1, *[1]*nd)
-    if one is None: return cam
+    if one is None: return cam.to(x.device)
     cam = cam.cpu()
     if isinstance(one, TensorMed): cam = retain_meta(one, cam.as_subclass(type(one)))
     if space=='scan':

@@ -1,8 +1,8 @@
 "Ensembles and test-time augmentation: equal members, means by hand, grids, files, memory, uncertainty."
-import pickle
+import gc, pickle
 import numpy as np, pandas as pd, pytest, torch
 from torch import Tensor, nn
-from fastmed.all import (MEASURES, TTA, Ensemble, Look, RunningMean, TensorVolume, UncertainEvaluation, VolumeDataLoaders, entropy, finds_worst, load_learner, load_model, load_volume, look_back, look_through,
+from fastmed.all import (MEASURES, TTA, Ensemble, Look, RunningMean, TensorVolume, UNet, UncertainEvaluation, VolumeDataLoaders, entropy, finds_worst, load_learner, load_model, load_volume, look_back, look_through,
                          patch_plan, save_model, slide_window, tta_views, unet3d_learner)
 from phantoms import CODES, Edge, Nearest, affine_of, python, write_case
 
@@ -152,6 +152,13 @@ print(peak_memory('cpu'), sum(f.stat().st_size for f in files), p.double().sum()
 """, tmp_path).split()[-3:]
     one,weights,_ = map(float, most("load_model(files[0], 'cpu')")); five,_,a = map(float, most("Ensemble(files, device='cpu')")); _,_,b = map(float, most("Ensemble([load_model(f, 'cpu') for f in files])"))
     assert a==b and weights>5e7 and five<=one+weights/2, f'{five/1e6:.0f} MB against {one/1e6:.0f} and weights of {weights/1e6:.0f} MB'
+
+def test_read_as_needed_keeps_no_network(learner, study, tmp_path):
+    "Neither after opening nor after an answer, by callbacks that are lent or otherwise"
+    path,df = study; fs = [save_model(learner(3), tmp_path/f'{i}.safetensors') for i in range(2)]
+    def there(): gc.collect(); return sum(isinstance(o, UNet) for o in gc.get_objects())
+    was = there(); ens = Ensemble(fs, lazy=True, device='cpu'); assert there()==was and ens.cbs
+    ens.predict_volume(path/df.image[0]); assert there()==was
 
 # ---- looks
 
