@@ -1,6 +1,6 @@
 "On a GPU: the answers of the CPU, training of every kind, files that move between the two, memory. Skipped where there is none."
 import numpy as np, pandas as pd, pytest, torch
-from torch import Tensor, nn
+from torch import Tensor
 from fastmed.all import *
 from phantoms import CODES, affine_of, python, write_case
 for k in [o for o in globals() if o.startswith('test')]: del globals()[k]    # fastcore's own
