@@ -14,7 +14,7 @@ from .patches import *
 from .models import model_divisor
 from .blocks import *
 from .tta import *
-from .memory import check_prediction
+from .memory import check_prediction, prediction_explained
 from .data import *
 from fastai.data.all import *
 from fastprogress.fastprogress import progress_bar
@@ -279,11 +279,12 @@ def predict_case(
     if n_in is not None and t.shape[0]!=n_in:
         raise InputError(f"{meta.get('fn','the tensor')}: the model was trained on {n_in} channel{'s'*(n_in>1)}; found {t.shape[0]}. Give as many, in the order of training")
     check_prediction(learn, t, proba, axes)
-    if hasattr(learn, '_answer_together'):                                   # an `Ensemble`; the box lets it drop the scan as soon as it can
-        box = [t]; del t; return learn._answer_together(box, overlap, tta, proba, post, axes, progress)
-    x = pre(t); del t
-    lab,pr = predict_grid(learn, x, overlap, tta, proba, progress, axes)
-    del x
+    with prediction_explained(meta.get('fn', 'the tensor')):
+        if hasattr(learn, '_answer_together'):                               # an `Ensemble`; the box lets it drop the scan as soon as it can
+            box = [t]; del t; return learn._answer_together(box, overlap, tta, proba, post, axes, progress)
+        x = pre(t); del t
+        lab,pr = predict_grid(learn, x, overlap, tta, proba, progress, axes)
+        del x
     plan = get_plan(learn.dls); axis = own_axis(pre, affine, plan.axis) if plan.ndim==2 else None
     mask = apply_post(pre.inverse(lab, shape, affine), getattr(learn, 'post', None) if post is None else post, axis)
     mask.meta = meta

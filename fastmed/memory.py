@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['free_memory', 'memory_parts', 'memory_estimate', 'MemoryCallback', 'is_out_of_memory', 'memory_explained',
-           'prediction_bytes', 'check_prediction']
+           'prediction_explained', 'prediction_bytes', 'check_prediction']
 
 # %% ../nbs/26_memory.ipynb #5d630b81
 from .core import *
@@ -143,6 +143,19 @@ def memory_explained(
         try: bs,free = learn.dls.train.bs,free_memory(next(learn.model.parameters()).device); say = f" with a batch of {bs}. {_advice(learn, .8*free, max(2, bs//2+1)) if bs>1 else _advice(learn, .8*free)}"
         except Exception: say = ". Take a smaller batch (bs=) or patch"
         raise ResourceError(f"The memory of {'the GPU' if cuda else 'this computer'} ran out while training{say} ({(str(e).splitlines() or [type(e).__name__])[0][:150]})") from e
+
+@contextlib.contextmanager
+def prediction_explained(
+    fn # the scan, for the message
+):
+    "A lack of memory while a scan is predicted becomes a `ResourceError` that names it; what was begun is given back"
+    try: yield
+    except FastmedError: raise
+    except (MemoryError,RuntimeError) as e:
+        if not is_out_of_memory(e): raise
+        traceback.clear_frames(e.__traceback__)
+        if gpu:=isinstance(e, torch.OutOfMemoryError): torch.cuda.empty_cache()
+        raise ResourceError(f"{fn}: the memory of {'the GPU' if gpu else 'this computer'} ran out while predicting ({(str(e).splitlines() or [type(e).__name__])[0][:150]}). {'Take the network to the CPU, learn.model.cpu(), or crop the scan' if gpu else 'Crop the scan, or use a machine with more memory'}") from e
 
 # %% ../nbs/26_memory.ipynb #03739a01
 def prediction_bytes(

@@ -1,9 +1,9 @@
 "What a training and a prediction need, said before they begin: refused, warned of, let through; a real lack of memory in words."
-import warnings
+import shutil, warnings
 import numpy as np, pytest, torch
 from fastai.callback.core import Callback
 import fastmed.memory as M
-from fastmed.all import (MemoryCallback, ResourceError, TensorVolume, free_memory, memory_estimate, memory_parts)
+from fastmed.all import (Ensemble, MemoryCallback, ResourceError, TensorVolume, free_memory, memory_estimate, memory_parts)
 
 def fit(l, *cbs):
     with l.no_bar(), l.no_logging(): l.fit(1, cbs=list(cbs))
@@ -53,3 +53,21 @@ def test_out_of_memory_inside_a_fit(learner, error):
     l = learner(3)
     with pytest.raises(ResourceError, match='ran out while training with a batch of') as e: fit(l, Full())
     assert e.value.__cause__ is error
+
+@pytest.mark.parametrize('error', [torch.OutOfMemoryError('CUDA out of memory'), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9999 bytes"), MemoryError('no memory')])
+def test_out_of_memory_inside_a_prediction(learner, study, tmp_path, error):
+    "The scan is named and the mend; in a folder the other scans go on; another error stays what it is"
+    path,df = study; l = learner(3); src = tmp_path/'in'; src.mkdir(); names = ['a.nii','b.nii']
+    for n,fn in zip(names, df.image): shutil.copy(path/fn, src/n)
+    calls = [error]
+    def full(*a):
+        if calls: raise calls.pop()
+    l.model.register_forward_pre_hook(full)
+    with l.no_bar(), pytest.raises(ResourceError, match=r'a\.nii: the memory of (the GPU|this computer) ran out while predicting.*[Cc]rop') as e: l.predict_volume(src/'a.nii')
+    assert e.value.__cause__ is error and l.predict_volume(src/'a.nii').ndim==3
+    calls.append(error); r = l.predict_folder(src, tmp_path/'out', images='*.nii'); assert r.status.str.startswith('error').tolist()==[True,False] and (tmp_path/'out'/'b.nii.gz').exists()
+    calls.append(error)
+    with pytest.raises(ResourceError, match='a.nii: the memory of'): Ensemble([l]).predict_volume(src/'a.nii')
+    calls.append(RuntimeError('shapes differ'))
+    with pytest.raises(RuntimeError, match='shapes differ') as e: l.predict_volume(src/'a.nii')
+    assert not isinstance(e.value, ResourceError)
