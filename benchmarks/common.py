@@ -13,10 +13,11 @@ def machine(device='cpu'):
     gpu = f'{torch.cuda.get_device_name(device)}, ' if torch.device(device).type=='cuda' else ''
     return f'{gpu}{cpu}, {cores} cores, {torch.get_num_threads()} threads, torch {torch.__version__}'
 
-def _status(key): return int(next(o for o in open('/proc/self/status') if o.startswith(key)).split()[1])*1024
 def wait(device):
-    "What a GPU was told to do is done"
+    "Return when a GPU has done what it was told"
     if torch.device(device).type=='cuda': torch.cuda.synchronize()
+
+def _status(key): return int(next(o for o in open('/proc/self/status') if o.startswith(key)).split()[1])*1024
 def rss():
     "Bytes this process holds now"
     return _status('VmRSS:')

@@ -1023,6 +1023,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fastmed.memory._advice': ('memory.html#_advice', 'fastmed/memory.py'),
                                 'fastmed.memory._held': ('memory.html#_held', 'fastmed/memory.py'),
                                 'fastmed.memory._needs': ('memory.html#_needs', 'fastmed/memory.py'),
+                                'fastmed.memory._said': ('memory.html#_said', 'fastmed/memory.py'),
                                 'fastmed.memory._smaller': ('memory.html#_smaller', 'fastmed/memory.py'),
                                 'fastmed.memory.check_prediction': ('memory.html#check_prediction', 'fastmed/memory.py'),
                                 'fastmed.memory.free_memory': ('memory.html#free_memory', 'fastmed/memory.py'),

@@ -131,7 +131,7 @@ def grad_cam(
     target=None,     # class: number, name (Learner), or one a picture; default: the predicted class, of a regression its value
     layer=None,      # module or its name; default: the last convolutional map, see `cam_layer`
     space='input'    # 'scan' (volumes, with a Learner): on the scan's own grid
-):                   # (B,*S), 0 to 1, on the grid and the device of the input; of one item the same type as the item with one channel, a volume with its affine
+):                   # (B,*S), 0 to 1, on the grid of the input, of a batch on its device; of one item, on the CPU, the same type as the item with one channel, a volume with its affine
     "Where a network finds its evidence for a class. Raises `InputError` on transformers, unknown layers and targets. Source: Selvaraju 2017, equations 1 and 2"
     learn,one,item = None,None,None
     if isinstance(model, Learner): learn,model = model,model.model

@@ -128,6 +128,8 @@ def is_out_of_memory(
     "Whether an exception says that there is no memory left"
     return isinstance(e, (torch.OutOfMemoryError,MemoryError)) or isinstance(e, RuntimeError) and re.search("out of memory|can't allocate memory|not enough memory|bad_alloc", str(e)) is not None
 
+def _said(e): return (str(e).splitlines() or [type(e).__name__])[0][:150]
+
 @contextlib.contextmanager
 def memory_explained(
     learn # Learner that is trained inside
@@ -142,7 +144,7 @@ def memory_explained(
         if (cuda:=next(learn.model.parameters()).is_cuda): torch.cuda.empty_cache()
         try: bs,free = learn.dls.train.bs,free_memory(next(learn.model.parameters()).device); say = f" with a batch of {bs}. {_advice(learn, .8*free, max(2, bs//2+1)) if bs>1 else _advice(learn, .8*free)}"
         except Exception: say = ". Take a smaller batch (bs=) or patch"
-        raise ResourceError(f"The memory of {'the GPU' if cuda else 'this computer'} ran out while training{say} ({(str(e).splitlines() or [type(e).__name__])[0][:150]})") from e
+        raise ResourceError(f"The memory of {'the GPU' if cuda else 'this computer'} ran out while training{say} ({_said(e)})") from e
 
 @contextlib.contextmanager
 def prediction_explained(
@@ -155,7 +157,7 @@ def prediction_explained(
         if not is_out_of_memory(e): raise
         traceback.clear_frames(e.__traceback__)
         if gpu:=isinstance(e, torch.OutOfMemoryError): torch.cuda.empty_cache()
-        raise ResourceError(f"{fn}: the memory of {'the GPU' if gpu else 'this computer'} ran out while predicting ({(str(e).splitlines() or [type(e).__name__])[0][:150]}). {'Take the network to the CPU, learn.model.cpu(), or crop the scan' if gpu else 'Crop the scan, or use a machine with more memory'}") from e
+        raise ResourceError(f"{fn}: the memory of {'the GPU' if gpu else 'this computer'} ran out while predicting ({_said(e)}). {'Take the network to the CPU, learn.model.cpu(), or crop the scan' if gpu else 'Crop the scan, or use a machine with more memory'}") from e
 
 # %% ../nbs/26_memory.ipynb #03739a01
 def prediction_bytes(

@@ -6,7 +6,7 @@ import multiprocessing
 import numpy as np, pandas as pd, pytest, torch
 from scipy import stats
 from fastmed.all import (Comparison, Findings, anisotropy_shift, bootstrap_means, compare_learners, group_folds, holm, load_volume, paired_comparison, ruled_scores, slice_consistency, thick_slices)
-from phantoms import CODES, affine_of, python, write_case
+from phantoms import CODES, affine_of, dies, python, write_case
 
 # --- statistics
 def scores(n=40, shift=.01, seed=0):
@@ -116,23 +116,16 @@ def table(c): return c.results.sort_values(['arm','fold','seed','case','structur
 def test_killed_and_started_again(study, whole, tmp_path):
     "SIGKILL in the middle of the first, the second and the third run, each time started again: the same table, and nothing trained twice"
     code = """
-import os, signal, sys; sys.path.insert(0, sys.argv[2])
+import sys; sys.path.insert(0, sys.argv[2])
 import torch; torch.set_num_threads(1)
 from test_compare import make
 import pandas as pd
-from pathlib import Path
-from fastai.learner import Learner
-done,batch = int(sys.argv[4]),Learner.one_batch
-def one_batch(self, i, b):
-    if self.training and self.train_iter==1+2*done and len(list(Path(sys.argv[1]).glob('c/*, fold*')))==done: os.kill(os.getpid(), signal.SIGKILL)
-    batch(self, i, b)
-Learner.one_batch = one_batch
 make((Path(sys.argv[3]), pd.read_csv(sys.argv[3]+'/cases.csv')), sys.argv[1]).run()
 """
-    (tmp_path/'run.py').write_text(code)
     env = {**os.environ, 'PYTHONPATH':os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent), os.environ.get('PYTHONPATH','')]), 'PYTHONWARNINGS':'ignore'}
     for n in (0,1,2):
-        p = subprocess.run([sys.executable, str(tmp_path/'run.py'), str(tmp_path), str(Path(__file__).parent), str(study[0]), str(n)], env=env, capture_output=True, text=True, timeout=240)
+        (tmp_path/'run.py').write_text(dies(f"self.training and self.train_iter=={1+2*n} and len(list(Path({str(tmp_path)!r}).glob('c/*, fold*')))=={n}")+code)
+        p = subprocess.run([sys.executable, str(tmp_path/'run.py'), str(tmp_path), str(Path(__file__).parent), str(study[0])], env=env, capture_output=True, text=True, timeout=240)
         assert p.returncode==-signal.SIGKILL, p.stderr[-2000:]
         assert len(list(tmp_path.glob('c/*, fold*')))==n and (tmp_path/'c'/'unfinished').exists()
     stamps = {f:f.stat().st_mtime_ns for f in tmp_path.glob('c/*, fold*/results.csv')}; assert len(stamps)==2

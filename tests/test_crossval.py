@@ -5,7 +5,7 @@ from pathlib import Path
 import multiprocessing
 import numpy as np, pandas as pd, pytest, torch
 from fastmed.all import Ensemble, VolumeDataLoaders, cross_validate, load_mask, stratified_folds, unet3d_learner
-from phantoms import CODES
+from phantoms import CODES, dies
 
 ARGS = dict(codes=CODES, ndim=3, budget=dict(updates=4), nf=4, depth=2, bs=2, samples_per_case=2, patch=16, spacing=1.25, device='cpu')
 
@@ -45,23 +45,17 @@ def test_every_case_once_a_repeat_by_a_model_that_does_not_know_it(whole, study)
 
 def test_killed_and_started_again(study, whole, tmp_path):
     "SIGKILL in the middle of the first and of the second fold, each time started again: the same table, and nothing trained twice"
-    (tmp_path/'run.py').write_text("""
-import os, signal, sys; sys.path.insert(0, sys.argv[2])
+    code = """
+import sys; sys.path.insert(0, sys.argv[2])
 import torch; torch.set_num_threads(1)
 from test_crossval import make
 import pandas as pd
-from pathlib import Path
-from fastai.learner import Learner
-done,batch = int(sys.argv[4]),Learner.one_batch
-def one_batch(self, i, b):
-    if self.training and self.train_iter==1+2*done and len(list(Path(sys.argv[1]).glob('cv/repeat*')))==done: os.kill(os.getpid(), signal.SIGKILL)
-    batch(self, i, b)
-Learner.one_batch = one_batch
 make((Path(sys.argv[3]), pd.read_csv(sys.argv[3]+'/cases.csv')), sys.argv[1])
-""")
+"""
     env = {**os.environ, 'PYTHONPATH':os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent), os.environ.get('PYTHONPATH','')]), 'PYTHONWARNINGS':'ignore'}
     for n in (0,1):
-        p = subprocess.run([sys.executable, str(tmp_path/'run.py'), str(tmp_path), str(Path(__file__).parent), str(study[0]), str(n)], env=env, capture_output=True, text=True, timeout=240)
+        (tmp_path/'run.py').write_text(dies(f"self.training and self.train_iter=={1+2*n} and len(list(Path({str(tmp_path)!r}).glob('cv/repeat*')))=={n}")+code)
+        p = subprocess.run([sys.executable, str(tmp_path/'run.py'), str(tmp_path), str(Path(__file__).parent), str(study[0])], env=env, capture_output=True, text=True, timeout=240)
         assert p.returncode==-signal.SIGKILL, p.stderr[-2000:]
         assert len(list(tmp_path.glob('cv/repeat*')))==n and (tmp_path/'cv'/'unfinished').exists()
     stamps = {f:f.stat().st_mtime_ns for f in tmp_path.glob('cv/repeat*/results.csv')}; assert len(stamps)==1

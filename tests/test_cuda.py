@@ -1,4 +1,5 @@
 "On a GPU: the answers of the CPU, training of every kind, files that move between the two, memory. Skipped where there is none."
+import gc
 import numpy as np, pandas as pd, pytest, torch
 from torch import Tensor
 from fastmed.all import *
@@ -65,11 +66,11 @@ def test_an_ensemble_and_its_uncertainty(pair, learner, study, tmp_path):
 def test_an_ensemble_takes_one_member_and_the_weights(study, tmp_path):
     path,df = study; fs = []
     dls = VolumeDataLoaders.from_df(df, path, codes=CODES, valid_pct=.25, patch=16, bs=2, num_workers=0, device='cuda', cache=tmp_path/'c')
-    for i in range(5): set_seed(i); save_model(unet3d_learner(dls, nf=16, depth=3), fs.append(tmp_path/f'{i}.safetensors') or fs[-1])
+    for i in range(5): set_seed(i); fs.append(save_model(unet3d_learner(dls, nf=16, depth=3), tmp_path/f'{i}.safetensors'))
     weights = sum(p.numel()*4 for p in load_model(fs[0], 'cpu').model.parameters())
     def most(make):
         torch.cuda.empty_cache(); base = torch.cuda.memory_allocated(); l = make(); l.predict_volume(path/df.image[0]); torch.cuda.reset_peak_memory_stats()
-        l.predict_volume(path/df.image[0]); res = torch.cuda.max_memory_allocated()-base; del l; import gc; gc.collect(); return res
+        l.predict_volume(path/df.image[0]); res = torch.cuda.max_memory_allocated()-base; del l; gc.collect(); return res
     one = most(lambda: load_model(fs[0], 'cuda')); five = most(lambda: Ensemble(fs, device='cuda')); lazy = most(lambda: Ensemble(fs, device='cuda', lazy=True))
     assert five<=one+4*weights+1e6 and lazy<=one+1e6, (one, five, lazy, weights)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pandas as pd, pytest, torch
 from fastai.callback.core import Callback
 from fastmed.all import ResumeCallback, TorchIOTransform, VolumeDataLoaders, SliceDataLoaders, set_seed, unet2d_learner, unet3d_learner
-from phantoms import CODES
+from phantoms import CODES, dies
 
 class Lights(Callback):
     "Go out after so many batches"
@@ -89,19 +89,10 @@ def test_sigkill_from_the_shell(study, tmp_path):
     "`fastmed train` killed, then with --resume: the model of a run that was not killed"
     src = str(Path(__file__).parent.parent); env = {**os.environ, 'PYTHONPATH':os.pathsep.join([src, os.environ.get('PYTHONPATH','')]), 'PYTHONWARNINGS':'ignore', 'OMP_NUM_THREADS':'1'}
     main = 'from fastmed.cli import main; import sys; sys.exit(main())'
-    killed = """
-import os, signal
-from fastai.learner import Learner
-batch = Learner.one_batch
-def one_batch(self, i, b):
-    if self.training and self.epoch==1 and i==1: os.kill(os.getpid(), signal.SIGKILL)
-    batch(self, i, b)
-Learner.one_batch = one_batch
-"""
     def cmd(out, *more, code=main): return [sys.executable, '-c', code, 'train', str(study[0]), '--images', 'images/*.nii', '--masks', 'labels/*.nii', '--codes', ','.join(CODES), '--out', str(tmp_path/out), '--epochs', '3', '--cache', str(tmp_path/'s'), '--spacing', '1.25', *more]
     assert subprocess.run(cmd('a.pkl'), env=env, capture_output=True).returncode==0
     kept = tmp_path/'b.pkl.resume'
-    assert subprocess.run(cmd('b.pkl', code=killed+main), env=env, capture_output=True).returncode==-signal.SIGKILL
+    assert subprocess.run(cmd('b.pkl', code=dies('self.training and self.epoch==1 and i==1')+main), env=env, capture_output=True).returncode==-signal.SIGKILL
     assert kept.exists() and not (tmp_path/'b.pkl').exists()
     r = subprocess.run(cmd('b.pkl', '--resume'), env=env, capture_output=True, text=True)
     assert r.returncode==0 and 'nothing to resume' not in r.stdout and not kept.exists(), r.stderr
