@@ -90,7 +90,7 @@ class BuildStore(Job):
             if d.parent.name=='mask': dict(np.load(d/'fg.npz'))
             res[d] = stamp(d/'data.npy')
         return res
-    def result(self, path): return {str(f.relative_to(path)):digest(f.read_bytes()) for f in sorted(path.rglob('*')) if f.is_file() and not f.name.startswith('.') and f.suffix!='.npz'} | \
+    def result(self, path): return {str(f.relative_to(path)):digest(f.read_bytes()) for f in sorted(path.rglob('*')) if f.is_file() and not f.name.startswith('.') and f.suffix!='.npz' and f.parent.name!='facts'} | \
                                    {str(f.relative_to(path)):{k:digest(v) for k,v in np.load(f).items()} for f in sorted(path.rglob('*.npz'))}
 
 class Slow(http.server.SimpleHTTPRequestHandler):

@@ -98,7 +98,7 @@ class VolumeDataLoaders(DataLoaders):
         cache = Path(ifnone(cache, cache_dir()))
         if codes is None and masks: codes = pre.codes = df.attrs.get('codes') or _codes_from(label_values(Store(pre, cache), masks))
         tr_im,tr_m = [images[i] for i in train],[masks[i] for i in train if masks]
-        key = dict(files=[[file_facts(f) for f in L(o)] for o in tr_im+tr_m], pre=pre.to_dict())
+        key = dict(files=[[kept_digest(f, cache) for f in L(o)] for o in tr_im+tr_m], pre=pre.to_dict())
         pre = Preprocess(**Store(pre, cache).cached('fit', key, lambda: pre.fit(tr_im, tr_m or None).to_dict()))
         if labelled: _say_larger(df, heads, pre, plan)
         Store(pre, cache).build(images, masks)

@@ -138,7 +138,7 @@ def label_efficiency(
     pool = groups[~test].nunique()
     if not sizes or max(sizes)>pool or min(sizes)<1: raise InputError(f"sizes {tuple(sizes)}: expected numbers from 1 to {pool}, the subjects that are not held out for the test")
     path = Path(path); path.mkdir(parents=True, exist_ok=True)
-    def start(i): return None if inits[i] is None else getattr(inits[i], '__qualname__', repr(inits[i])) if callable(inits[i]) else file_facts(inits[i])[1:]
+    def start(i): return None if inits[i] is None else getattr(inits[i], '__qualname__', repr(inits[i])) if callable(inits[i]) else file_digest(inits[i])
     facts = hashlib.sha256(json.dumps([sorted(df.case[test].astype(str)), sorted(df.case[~test].astype(str)), budget, seed, lr_max, str(stratify), {k:str(v) for k,v in kwargs.items() if k not in ('cache','num_workers','device')}], default=str).encode()).hexdigest()[:12]
     todo = [(i,n,r) for r in range(repeats) for n in sizes for i in inits]
     fns = {(i,n,r):path/f"{i}, {n} subjects, repeat {r}, {hashlib.sha256((facts+str(start(i))).encode()).hexdigest()[:12]}.csv" for i,n,r in todo}

@@ -163,7 +163,7 @@ class VolumeLearner(EncoderMixin, Learner):
         df,maker = scan_folder(src, images, masks=None),_maker(self, kwargs)
         for _,r in progress_bar(list(df.iterrows())):
             out = dst/f'{r.case}.nii.gz'
-            note = 'fastmed '+hashlib.sha256(repr([maker, *[file_facts(o) for o in L(r.image)]]).encode()).hexdigest()[:32] if maker else ''
+            note = 'fastmed '+hashlib.sha256(repr([maker, *[file_digest(o) for o in L(r.image)]]).encode()).hexdigest()[:32] if maker else ''
             if again or not note or _note(out)!=note:
                 try: m = self.predict_volume(r.image, **kwargs)
                 except (OSError, ValueError, MemoryError) as e: rows.append(dict(case=r.case, mask=None, status=f'error: {e}')); continue

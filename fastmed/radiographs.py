@@ -164,8 +164,8 @@ class LoadRadiograph(DisplayedTransform):
     def entry(self,
         fn     # file
     )->Path:   # of the cache, there or not
-        "Where a picture is kept once it was decoded: its name follows from the facts of the file and the `RadiographPrep`. Raises `FileNotFoundError`"
-        return self.cache/'picture'/f'{_key(_version, file_facts(fn), str(self.prep.dtype), self.prep.to_dict())}.npy'
+        "Where a picture is kept once it was decoded: its name follows from the content of the file and the `RadiographPrep`. Raises `FileNotFoundError`"
+        return self.cache/'picture'/f'{_key(_version, kept_digest(fn, self.cache), str(self.prep.dtype), self.prep.to_dict())}.npy'
     def add(self,
         fn     # file
     )->Path:   # of the cache
@@ -189,12 +189,13 @@ class LoadRadiograph(DisplayedTransform):
         if isinstance(fn, TensorRadiograph): return self.prep(fn)
         fn = str(fn)
         if self.cache is None: return self.prep(fn)
-        if fn not in self._open:
-            e = self.entry(fn) if Path(fn).is_file() else None
+        facts = file_facts(fn) if Path(fn).is_file() else None
+        if fn not in self._open or facts not in (None, self._open[fn][0]):
+            e = None if facts is None else self.entry(fn)
             if e is None or not e.exists(): return self.prep(fn)                  # a file of tomorrow is read, and not kept
             if len(self._open)>20_000: self._open.clear()
-            self._open[fn] = np.load(e, mmap_mode='r')
-        return TensorRadiograph(torch.from_numpy(self._open[fn].astype(np.float32)), meta=dict(fn=fn))
+            self._open[fn] = facts,np.load(e, mmap_mode='r')
+        return TensorRadiograph(torch.from_numpy(self._open[fn][1].astype(np.float32)), meta=dict(fn=fn))
 
 # %% ../nbs/21_radiographs.ipynb #d05b51e2
 class ShiftTfm(Transform):
