@@ -11,7 +11,7 @@ __all__ = ['FastmedError', 'InputError', 'ArgumentError', 'ColumnError', 'FileEr
 # %% ../nbs/00_core.ipynb #9aca8ea2
 from fastai.data.all import *
 from fastai.torch_core import TensorImageBase
-import contextlib, errno, hashlib, os, platform, shutil, uuid, nibabel as nib
+import contextlib, errno, hashlib, os, platform, shutil, stat, uuid, nibabel as nib
 
 # %% ../nbs/00_core.ipynb #9c0aaeb4
 class FastmedError(Exception):
@@ -59,19 +59,47 @@ def writing(
 
 def _mark(): return '.part-'+hashlib.blake2b(platform.node().encode(), digest_size=3).hexdigest()     # of this machine: locks may not reach further
 
+class _Planted(Exception): "What stands at the name of a temporary file was not made by this user"
+
+def _open(p, folder, make):
+    "A descriptor of the temporary `p`, made where it is missing; None where it was taken away between two looks. Raises `_Planted` on a link, and on what belongs to somebody else or has a second name"
+    how = os.O_NOFOLLOW|(os.O_RDONLY|os.O_DIRECTORY if folder else os.O_RDWR|os.O_NONBLOCK)
+    new = make
+    try:
+        if folder and make: p.mkdir()
+        elif make: return os.open(p, how|os.O_CREAT|os.O_EXCL, 0o666)
+    except FileExistsError: new = False
+    try: fd = os.open(p, how)
+    except FileNotFoundError: return
+    except OSError as e:                                     # a link, a folder in place of a file, or a file that may not be opened
+        if os.path.lexists(p): raise _Planted from e
+        raise
+    s = os.fstat(fd)
+    alone = stat.S_ISDIR(s.st_mode) if folder else stat.S_ISREG(s.st_mode) and s.st_nlink<=1
+    if new or alone and s.st_uid==os.geteuid(): return fd    # what is new is ours, whatever owner a network disk gives it
+    os.close(fd)
+    raise _Planted
+
+def _empty(fd):
+    "Remove what lies in the folder of a descriptor; no link in it is followed"
+    with os.scandir(fd) as found: found = list(found)
+    for o in found:
+        if o.is_dir(follow_symlinks=False):
+            sub = os.open(o.name, os.O_RDONLY|os.O_DIRECTORY|os.O_NOFOLLOW, dir_fd=fd)
+            try: _empty(sub)
+            finally: os.close(sub)
+            os.rmdir(o.name, dir_fd=fd)
+        else: os.unlink(o.name, dir_fd=fd)
+
 def _hold(p, folder, make=True):
-    "A descriptor of `p`, made or emptied, that holds it for this process; None where another holds it or took it away. Raises `NotImplementedError` where the system has no such locks"
+    "A descriptor of `p`, made or emptied, that holds it for this process; None where another holds it or took it away. Raises `NotImplementedError` where the system has no such locks, `_Planted` as `_open`"
     try: import fcntl
     except ImportError: raise NotImplementedError
-    try:
-        if folder and make: p.mkdir(exist_ok=True)
-        fd = os.open(p, os.O_RDONLY if folder else os.O_RDWR|(os.O_CREAT if make else 0), 0o666)
-    except (FileNotFoundError,FileExistsError): return     # taken away between two looks
+    if (fd:=_open(p, folder, make)) is None: return
     try:
         fcntl.flock(fd, fcntl.LOCK_EX|fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(fd), os.stat(p)):       # else it was renamed into place between the two lines above
-            if folder:
-                for o in p.iterdir(): _remove(o)
+        if os.path.samestat(os.fstat(fd), os.lstat(p)):      # else it was renamed into place between the two lines above
+            if folder: _empty(fd)
             else: os.ftruncate(fd, 0)
             return fd
     except (BlockingIOError,PermissionError,FileNotFoundError): pass
@@ -99,6 +127,7 @@ def beside(
                 continue                                     # taken away between two looks
             tmp = work/f'{_mark()}-{hashlib.blake2b(fn.name.encode(), digest_size=8).hexdigest()}-{i}{sfx}'
             try: fd = _hold(tmp, folder)
+            except _Planted: tmp = None; continue
             except NotImplementedError:                      # no locks here: a name of its own
                 tmp = work/f'{_mark()}-{uuid.uuid4().hex}{sfx}'; tmp.mkdir() if folder else tmp.touch(exist_ok=False); break
             if fd is not None: break
@@ -109,7 +138,7 @@ def beside(
     finally:
         if fd is None: tmp is None or _remove(tmp)
         else:
-            try: ours = os.path.samestat(os.fstat(fd), os.stat(tmp))
+            try: ours = os.path.samestat(os.fstat(fd), os.lstat(tmp))
             except FileNotFoundError: ours = False
             if ours: _remove(tmp)
             os.close(fd)
@@ -117,10 +146,10 @@ def beside(
 def sweep(
     folder # where `beside` has worked
 ):
-    "Remove what killed processes of this machine left there"
+    "Remove what killed processes of this user and machine left there; links, and what belongs to somebody else, stay"
     for p in Path(folder).glob(f'{_mark()}-*'):
-        try: fd = _hold(p, p.is_dir(), False)
-        except (OSError,NotImplementedError): continue
+        try: fd = _hold(p, p.is_dir() and not p.is_symlink(), False)
+        except (OSError,NotImplementedError,_Planted): continue
         if fd is not None: _remove(p); os.close(fd)
 
 @contextlib.contextmanager
