@@ -7,21 +7,22 @@ __all__ = ['DicomSeries', 'scan_dicom', 'dicom_series', 'is_dicom']
 
 # %% ../nbs/03_dicom.ipynb #3e3c9977
 from .core import *
+from .frames import decoded, files_below, may_be_tiled, tile_of, tiling
 from .guard import *
 from fastai.basics import *
 from fastprogress.fastprogress import progress_bar
 from collections import Counter, namedtuple
 from types import SimpleNamespace
-import contextlib, hashlib, math, os, re, warnings, nibabel as nib
+import contextlib, hashlib, os, re, nibabel as nib
 
 # %% ../nbs/03_dicom.ipynb #83810ec6
 _head_tags = ('SOPClassUID','SOPInstanceUID','StudyInstanceUID','SeriesInstanceUID','Modality','SeriesDescription','SeriesNumber','InstanceNumber','Rows','Columns','NumberOfFrames','SamplesPerPixel','PixelRepresentation','PhotometricInterpretation',
               'ImagePositionPatient','ImageOrientationPatient','PixelSpacing','ImagerPixelSpacing','NominalScannedPixelSpacing','ImagePlanePixelSpacing','SliceThickness','SpacingBetweenSlices','GridFrameOffsetVector','RescaleSlope','RescaleIntercept','DoseGridScaling',
-              'PixelPaddingValue','SharedFunctionalGroupsSequence','PerFrameFunctionalGroupsSequence','PatientID','PatientName','PatientBirthDate')
+              'PixelPaddingValue','SharedFunctionalGroupsSequence','PerFrameFunctionalGroupsSequence','ModalityLUTSequence',(0x0019,0x100a),(0x0065,0x1050),'PatientID','PatientName','PatientBirthDate')
 _apart = ('TemporalPositionIdentifier','EchoTime','DiffusionBValue','DiffusionGradientOrientation','TriggerTime','AcquisitionNumber','ImageType')  # what tells two acquisitions of one place from each other
-_pixel_tags = ('Rows','Columns','NumberOfFrames','SamplesPerPixel','PhotometricInterpretation','PlanarConfiguration','BitsAllocated','BitsStored','HighBit','PixelRepresentation','ExtendedOffsetTable','ExtendedOffsetTableLengths',
+_pixel_tags = ('Rows','Columns','NumberOfFrames','SamplesPerPixel','PhotometricInterpretation','PlanarConfiguration','BitsAllocated','BitsStored','HighBit','PixelRepresentation','ModalityLUTSequence','ExtendedOffsetTable','ExtendedOffsetTableLengths',
                'PixelData','FloatPixelData','DoubleFloatPixelData')
-_Frame = namedtuple('_Frame', 'file frame number position axes px thickness size slope inter padding sop colour tags')
+_Frame = namedtuple('_Frame', 'file frame number position axes px thickness size slope inter padding sop colour tags tiles', defaults=(0,))  # tiles: of a mosaic, how many in a row
 
 def _hash(*s): return hashlib.sha256('|'.join(s).encode()).hexdigest()[:10]
 
@@ -52,7 +53,7 @@ def _nums(s, n):
     return v if len(v)==n and np.isfinite(v).all() else None
 
 def _head(fn):
-    "(facts of the series, frames) of a file; None where it is no DICOM, () where it is one without an image"
+    "(facts of the series, frames) of a file; None where it is no DICOM, and where it holds no image what it is instead, such as 'RT Plan Storage'"
     ds = _read(fn, (*_head_tags, *_apart))
     if ds is None: return None
     try: return _frames(ds, Path(fn))
@@ -63,7 +64,7 @@ def _frames(ds, fn):
     if not ds.get('Rows') or not ds.get('Columns'):
         kind = ds.file_meta.get('MediaStorageSOPClassUID') or ds.get('SOPClassUID')
         if kind is None or 'Image Storage' in kind.name: raise FileError(f"{fn}: says that it is an image and names no rows and columns. It is truncated: export or copy it again")
-        return ()
+        return str(kind.name)
     n,per,shared = int(_text(ds, 'NumberOfFrames') or 1),ds.get('PerFrameFunctionalGroupsSequence') or [],first(ds.get('SharedFunctionalGroupsSequence') or [])
     if per and len(per)!=n or not 0<n<=fn.stat().st_size: raise FileError(f"{fn}: promises {n} frames and describes {len(per)}. It is truncated or damaged: export or copy it again")
     ids,desc = [_text(ds, o) for o in ('PatientID','PatientName','PatientBirthDate')],str(ds.get('SeriesDescription') or '').strip()
@@ -71,7 +72,7 @@ def _frames(ds, fn):
         if len(o)>2: desc = re.sub(re.escape(o), '…', desc, flags=re.I)        # some write the patient into the description
     study,photo,dose = _text(ds, 'StudyInstanceUID'),_text(ds, 'PhotometricInterpretation'),_text(ds, 'Modality')=='RTDOSE'
     info = dict(group=(study, _text(ds, 'SeriesInstanceUID') or _text(ds, 'SeriesNumber'), *ids), subject=ids[:1] if ids[0] else ids[1:] if any(ids) else [study], ids=ids, modality=_text(ds, 'Modality'), description=desc,
-                photometric=photo, seg=_text(ds, 'SOPClassUID').startswith('1.2.840.10008.5.1.4.1.1.66.'))
+                photometric=photo, fault='', seg=_text(ds, 'SOPClassUID').startswith('1.2.840.10008.5.1.4.1.1.66.'))
     def item(f, seq): return next((o.get(seq)[0] for o in (per[f] if per else None, shared) if o is not None and o.get(seq)), None)
     def text(f, seq, *names): return next((v for d in (item(f, seq), ds) if d is not None for v in (_text(d, o) for o in names) if v), '')
     def tag(f, seq, name, old):
@@ -92,10 +93,19 @@ def _frames(ds, fn):
         if not slope or not inter or not slope[0]: raise FileError(f"{fn}: its RescaleSlope or RescaleIntercept is no number, or the slope is nought. Repair the header or export it again")
         tags = (tag(f, 'FrameContentSequence', 'TemporalPositionIndex', _apart[0]), tag(f, 'MREchoSequence', 'EffectiveEchoTime', _apart[1]), tag(f, 'MRDiffusionSequence', 'DiffusionBValue', _apart[2]),
                 tag(f, 'MRDiffusionSequence', 'DiffusionGradientOrientation', _apart[3]), tag(f, 'CardiacSynchronizationSequence', 'NominalCardiacTriggerDelayTime', _apart[4]), tag(f, 'FrameContentSequence', 'FrameAcquisitionNumber', _apart[5]),
-                ' '.join(_text(ds, 'ImageType').split('\\')[2:]))
+                ' '.join(text(f, 'MRImageFrameTypeSequence', 'FrameType', 'ImageType').split('\\')[2:]))
         fs.append(_Frame(fn, f, f+1 if n>1 else int(num[0]) if num else None, pos, axes, px[::-1] if px and min(px)>0 else None, thick, (int(ds.Columns), int(ds.Rows)), slope[0], inter[0],
-                         pad*slope[0]+inter[0] if isinstance(pad, (int,float)) else None, _hash(_text(ds, 'SOPInstanceUID'), str(f)), int(ds.get('SamplesPerPixel') or 1)>1 or photo.startswith('PALETTE'), tags))
+                         pad*slope[0]+inter[0] if isinstance(pad, (int,float)) and not ds.get('ModalityLUTSequence') else None, _hash(_text(ds, 'SOPInstanceUID'), str(f)), int(ds.get('SamplesPerPixel') or 1)>1 or photo.startswith('PALETTE'), tags))
+    if n==1 and may_be_tiled(ds):
+        import pydicom
+        try: fs = _untiled(fs[0], tiling(pydicom.dcmread(fn, stop_before_pixels=True, force=True)))
+        except InputError as e: info['fault'] = str(e)
     return info,fs
+
+def _untiled(o, t):
+    "The slices of a mosaic as frames of its file, the first frame given"
+    if t is None: return [o]
+    return [o._replace(frame=k, number=k+1, position=p, size=t.size, sop=_hash(o.sop, str(k)), tiles=t.across) for k,p in enumerate(t.positions)]
 
 # %% ../nbs/03_dicom.ipynb #3a36052c
 def _groups(xs, key):
@@ -113,13 +123,15 @@ def _plane_name(axes):
     return ('oblique ' if n.max()<np.cos(np.radians(5)) else '')+('sagittal','coronal','axial')[int(n.argmax())]
 
 def _alike(fs):
-    "Groups of frames of one size and one orientation, the largest first"
+    "Groups of frames of one size, one size of pixels and one orientation, the largest first"
     res = []
     for o in fs:
         for g in res:
-            if g[0].size==o.size and (g[0].axes==o.axes or o.axes and g[0].axes and np.allclose(g[0].axes, o.axes, atol=2e-3)): g.append(o); break
+            if g[0].size==o.size and _close(g[0].px, o.px, rtol=1e-3) and _close(g[0].axes, o.axes, atol=2e-3): g.append(o); break
         else: res.append([o])
     return sorted(res, key=len, reverse=True)
+
+def _close(a, b, **kw): return a==b or bool(a and b) and np.allclose(a, b, **kw)
 
 def _place(o): return round(float(np.dot(o.position, _normal(o.axes))), 2)
 
@@ -133,7 +145,7 @@ class DicomSeries:
     ):
         store_attr('alone,part')
         self.key,self.modality,self.description = _hash(*info['group'][:2]),info['modality'],info['description']
-        self.seg,self.photometric = info['seg'],info['photometric']
+        self.seg,self.photometric,self.fault = info['seg'],info['photometric'],info.get('fault', '')
         whole = all(o.position and o.axes for o in frames) and len(_alike(frames))==1
         self.frames = sorted(frames, key=lambda o: (_place(o) if whole else 0, o.number or 0, str(o.file), o.frame))
 
@@ -152,10 +164,11 @@ class DicomSeries:
 
     def split(self):
         "The parts that may be volumes, largest first: by size and orientation, then by the attribute that leaves one image a position"
-        info = dict(group=('','') , modality=self.modality, description=self.description, seg=self.seg, photometric=self.photometric)
+        info = dict(group=('','') , modality=self.modality, description=self.description, seg=self.seg, photometric=self.photometric, fault=self.fault)
         res = []
         for fs in (gs:=_alike(self.frames)):
             where = f"{_plane_name(fs[0].axes)} {fs[0].size[0]}×{fs[0].size[1]}" if len(gs)>1 else ''
+            if len({g[0].px for g in gs})>1 and fs[0].px: where += f' of {fs[0].px[0]:.4g} mm'
             parts = {'':fs}
             if all(o.position and o.axes for o in fs) and max(Counter(map(_place, fs)).values())>1:
                 once = lambda d: len(d)>1 and all(max(Counter(map(_place, g)).values())==1 for g in d.values())
@@ -164,29 +177,50 @@ class DicomSeries:
                 if parts is None:
                     rank = {id(o):i for g in _groups(sorted(fs, key=lambda o: (o.number or 0, o.file, o.frame)), _place).values() for i,o in enumerate(g)}
                     parts = _groups(fs, lambda o: f'turn {rank[id(o)]+1}')
+                elif all(len({o.tags[-1] for o in g})==1 for g in parts.values()) and len({o.tags[-1] for o in fs})>1:
+                    parts = {k if 'ImageType' in k else f'{k}, ImageType {g[0].tags[-1]}':g for k,g in parts.items()}   # magnitude, phase, field map: what it shows
             elif len(fs)>1 and not all(o.position for o in fs): parts = {o.file.name+(f' frame {o.frame+1}' if o.frame else ''):[o] for o in fs}
             res += [(g, ' '.join(filter(None, [self.part, where, k]))) for k,g in parts.items()]
         if len(res)==1: return [self]
+        names,seen = Counter(k for _,k in res),Counter()
+        for i,(g,k) in enumerate(res):
+            seen[k] += 1
+            if names[k]>1: res[i] = g,f'{k} no. {seen[k]}'         # two tilts of one plane
         res = [DicomSeries(g, info, False, k) for g,k in res]
         for o in res: o.key = _hash(self.key, o.part)
         return res
 
 # %% ../nbs/03_dicom.ipynb #638b607c
+def _parting(s):
+    "What to do with a series that is several volumes: its parts by name, where the headers tell them apart"
+    parts = s.split()
+    if len(parts)==1: return "Nothing in its headers tells them apart: export each volume as a series of its own"
+    names = '; '.join(f"{o.part} ({len(o)} image{'s'*(len(o)>1)})" for o in parts[:6])
+    return f"`scan_dicom(…).series[i].split()` parts it into {len(parts)}: {names}{' …' if len(parts)>6 else ''}"
+
+def _check_pixel_sizes(s, who):
+    "Raise `InputError` where a size in mm would have to be guessed, or differs. A radiograph or page without a position may have none"
+    fs = s.frames
+    bare = [o for o in fs if not o.px and not o.colour and (o.position or s.modality in ('CT','MR','PT','NM'))]
+    if bare: raise InputError(f"{who}: expected the size of its pixels in mm; {len(bare)} of its {len(fs)} images carry no PixelSpacing (0028,0030) of two numbers above 0: {_names(bare)}. Add it, or export the series again")
+    sizes = _groups(fs, lambda o: o.px and tuple(float(f'{v:.3g}') for v in o.px))
+    if len(fs)>1 and not all(_close(o.px, fs[0].px, rtol=1e-3) for o in fs): raise InputError(f"{who}: no volume: its pixels are of several sizes: {'; '.join(f'{k} mm: {_names(v)}' for k,v in sizes.items())}. {_parting(s)}")
+
 def _stack(s):
     "The frames in order, and how they stack: `faults` are those that regridding mends. Raises `InputError` for the others"
     fs,who = s.frames,f'{s.path} ({s})'
-    split = "`scan_dicom(…).series[i].split()` parts it into volumes"
+    if s.fault: raise InputError(f"{who}: {s.fault}")
     if s.seg: raise InputError(f"{who}: a DICOM segmentation, and no image. load_dicom_seg(fn, series) reads it onto the grid of its series")
     gs = _alike(fs)
     if len(sizes:={o.size for o in fs})>1:
-        raise InputError(f"{who}: no volume: its {len(fs)} images have {len(sizes)} sizes: {'; '.join(f'{k[0]}×{k[1]}: {_names(v)}' for k,v in _groups(fs, lambda o: o.size).items())}. {split}")
+        raise InputError(f"{who}: no volume: its {len(fs)} images have {len(sizes)} sizes: {'; '.join(f'{k[0]}×{k[1]}: {_names(v)}' for k,v in _groups(fs, lambda o: o.size).items())}. {_parting(s)}")
     if len(fs)>1 and (bad:=[o for o in fs if not o.position or not o.axes]):
         raise InputError(f"{who}: no volume: {len(bad)} of its {len(fs)} images carry no position (ImagePositionPatient): {_names(bad)}. They are pages, radiographs or a film; load them one by one")
+    _check_pixel_sizes(s, who)
     if len(gs)>1:
-        raise InputError(f"{who}: no volume: its slices are not parallel: {'; '.join(f'{_plane_name(g[0].axes)}: {_names(g)}' for g in gs[:4])}. A localizer or a reformat lies among them; {split}")
+        raise InputError(f"{who}: no volume: its slices are not parallel: {'; '.join(f'{_plane_name(g[0].axes)}: {_names(g)}' for g in gs[:4])}. A localizer or a reformat lies among them. {_parting(s)}")
     if len(fs)>1 and any(o.colour for o in fs): raise InputError(f"{who}: no volume: {sum(o.colour for o in fs)} of its {len(fs)} images are in colour. They are pages or a film; load them one by one")
     o = fs[0]; px = np.array(o.px or (1.,1.)); ax = np.array(o.axes or (1.,0,0,0,1,0)).reshape(2,3); ax /= np.linalg.norm(ax, axis=1, keepdims=True); normal = np.cross(*ax)
-    if bad:=[p for p in fs if not np.allclose(p.px or (1.,1.), px, rtol=1e-3)]: raise InputError(f"{who}: no volume: its pixels are of several sizes: {_names(fs[:1])} {tuple(px)} mm, {_names(bad)} {bad[0].px} mm. {split}")
     pos = np.array([p.position or (0,0,0) for p in fs], dtype=float)
     st = SimpleNamespace(frames=fs, axes=ax, normal=normal, px=px, origin=pos[0], t=pos@normal, shift=(pos-pos[0])@ax.T, gap=o.thickness, tilt=0., faults=[])
     if len(fs)==1: return st
@@ -197,7 +231,7 @@ def _stack(s):
         if fs[i].sop==fs[i+1].sop: raise InputError(f"{who}: {_names([fs[i]])} and {_names([fs[i+1]])} are one image under two names. Take the copies away ({n} of them)")
         what = '; '.join(f"{k} ({', '.join(dict.fromkeys(v))})"[:120] for k,v in zip(_apart, zip(*[p.tags for p in fs])) if len(set(v))>1)
         raise InputError(f"{who}: expected one image a position; found {n} more, as {_names([fs[i]])} and {_names([fs[i+1]])} at one position; "
-                         f"they differ in {what or 'nothing that the header tells'}. Several acquisitions (echoes, b-values, time points) are several volumes: {split}")
+                         f"they differ in {what or 'nothing that the header tells'}. Several acquisitions (echoes, b-values, time points) are several volumes. {_parting(s)}")
     T = st.t[-1]-st.t[0]; st.gap = T/(len(fs)-1); side = np.abs(st.shift).max(); st.tilt = float(np.degrees(np.arctan(np.linalg.norm(st.shift[-1])/T)))
     if side>px.max() or st.tilt>.5 and side>.05*px.min():
         off = np.abs(st.shift-np.outer((st.t-st.t[0])/T, st.shift[-1])).max()
@@ -232,41 +266,11 @@ def _grid(s, regrid=False):
     return st
 
 # %% ../nbs/03_dicom.ipynb #7fb0eaa0
-def _package(syntax):
-    return ('pylibjpeg-openjpeg' if '2000' in syntax.name else 'pyjpegls' if 'JPEG-LS' in syntax.name else 'pylibjpeg-libjpeg' if 'JPEG' in syntax.name else '')
-
 def _pixels(fn):
     "((frames, rows, columns) of one file, whether they are physical values already). Raises `FileError`"
     ds = _read(fn, _pixel_tags, pixels=True)
     if ds is None: raise FileError(f"{fn}: is no longer the DICOM file that it was")
-    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
-    if 'TransferSyntaxUID' not in ds.file_meta:
-        implicit,little = ds.original_encoding
-        ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian if little else ExplicitVRBigEndian
-    syntax = ds.file_meta.TransferSyntaxUID
-    sizes = [int(ds.get(k) or 1) for k in ('NumberOfFrames','Rows','Columns','SamplesPerPixel')]
-    with reading(fn): check_size(fn, sizes, -(-int(ds.get('BitsAllocated') or 32)//8))
-    bits,stored = int(ds.get('BitsAllocated') or 0),int(ds.get('BitsStored') or 0)
-    if bits and not 0<=stored<=bits: raise FileError(f"{fn}: the header promises {stored} bits in each {bits}. The file is damaged: export or copy it again")
-    odd = int(ds.get('HighBit', 0) or ds.get('BitsStored', 1)-1)!=int(ds.get('BitsStored', 1))-1
-    if odd and not syntax.is_compressed and 8*len(ds.get('PixelData') or b'')<math.prod(sizes)*bits:                # the reader below would fill up with whatever lies in memory
-        raise FileError(f"{fn}: the header promises {ds.Columns}×{ds.Rows} pixels but they cannot be read. The file is truncated or damaged: export or copy it again")
-    try:
-        if odd: raise InputError('HighBit')
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            a = ds.pixel_array
-        bits = int(ds.BitsAllocated)-int(ds.BitsStored) if a.dtype.kind in 'iu' and int(ds.BitsAllocated)==8*a.itemsize else 0
-        return ((a<<bits)>>bits if bits>0 else a).reshape(-1, *a.shape[-2:]),False
-    except MemoryError: raise ResourceError(f"{fn}: its {ds.get('NumberOfFrames', 1)} frames of {ds.Columns}×{ds.Rows} do not fit into memory") from None
-    except Exception as e:
-        if not syntax.is_compressed and not odd or syntax.is_deflated: raise FileError(f"{fn}: the header promises {ds.Columns}×{ds.Rows} pixels but they cannot be read ({type(e).__name__}). The file is truncated or damaged: export or copy it again") from None
-        if int(ds.get('NumberOfFrames') or 1)==1:
-            import SimpleITK as sitk
-            sitk.ProcessObject.SetGlobalWarningDisplay(False)
-            with contextlib.suppress(RuntimeError): return sitk.GetArrayFromImage(sitk.ReadImage(str(fn), sitk.sitkFloat32)),True
-        p = _package(syntax)
-        raise FileError(f"{fn}: its pixels cannot be decoded; they are compressed as {syntax.name} ({syntax}). " + ("The file is truncated or damaged" + (f", or a decoder is missing: pip install pylibjpeg {p}" if p else ': export or copy it again' if 'RLE' in syntax.name else ', or a film: export it uncompressed (Explicit VR Little Endian)'))) from None
+    return decoded(ds, fn)
 
 def _images(fs):
     "The images of `fs` in that order, one at a time: (columns, rows) float32, physical values; each file is read once"
@@ -276,8 +280,9 @@ def _images(fs):
             with reading(o.file): there[o.file] = _pixels(o.file)
         a,physical = there[o.file]; left[o.file] -= 1
         if not left[o.file]: del there[o.file]
-        if o.frame>=len(a) or a[o.frame].shape!=o.size[::-1]: raise FileError(f"{o.file}: expected {o.size[0]}×{o.size[1]} pixels; found {a.shape}. The file changed since its header was read, or is damaged")
-        yield np.asarray(a[o.frame] if physical else a[o.frame]*np.float64(o.slope)+o.inter, dtype=np.float32).T
+        image = tile_of(a[0], o.frame, o.tiles) if o.tiles else a[o.frame] if o.frame<len(a) else None
+        if image is None or image.shape!=o.size[::-1]: raise FileError(f"{o.file}: expected {o.size[0]}×{o.size[1]} pixels; found {a.shape}. The file changed since its header was read, or is damaged")
+        yield np.asarray(image if physical else image*np.float64(o.slope)+o.inter, dtype=np.float32).T
 
 # %% ../nbs/03_dicom.ipynb #d86becf5
 def _moved(a, d, n, axis):
@@ -315,41 +320,41 @@ def _load_series(s, regrid=False):
 
 # %% ../nbs/03_dicom.ipynb #43c36eeb
 def _scan(files, bar=False):
-    "(heads, how many are no DICOM, how many hold no image, {file: why it cannot be read})"
-    heads,no,blind,bad = [],0,0,{}
+    "(heads, how many are no DICOM, {file: what it is instead of an image}, {file: why it cannot be read})"
+    heads,no,blind,bad = [],0,{},{}
     for f in progress_bar(files, leave=False) if bar and len(files)>=200 else files:
         try: h = _head(f)
         except FileError as e: bad[str(f)] = str(e).removeprefix(f'{f}: '); continue
         if h is None: no += 1
-        elif not h: blind += 1
+        elif isinstance(h, str): blind[str(f)] = h
         else: heads.append(h)
     return heads,no,blind,bad
+
+def _none(no, blind, bad=()):
+    "What was found instead of images, in words"
+    kinds = ', '.join(f'{n} {k}' for k,n in Counter(blind.values()).items())
+    return f"{no} {'is' if no==1 else 'are'} no DICOM, {len(blind)} hold{'s'*(len(blind)==1)} no image{f' ({kinds})' if kinds else ''}" + (f', {len(bad)} cannot be read' if bad else '')
 
 def _series_of(heads, alone=True):
     "Series of those heads, as (facts, `DicomSeries`), in the order of their first file"
     own = {k:len({h[0]['group'] for h in v})==1 for k,v in _groups(heads, lambda h: h[1][0].file.parent).items()}
     for hs in _groups(heads, lambda h: h[0]['group']).values():
         fs = [o for h in hs for o in h[1]]; dirs = {o.file.parent for o in fs}
-        info = {**hs[0][0], 'seg':any(h[0]['seg'] for h in hs)}
+        info = {**hs[0][0], 'seg':any(h[0]['seg'] for h in hs), 'fault':next((h[0]['fault'] for h in hs if h[0]['fault']), '')}
         yield info,DicomSeries(fs, info, len(hs)==1 or alone and len(dirs)==1 and own[next(iter(dirs))])
-
-def _files(path, deep):
-    for d,ds,fs in os.walk(path):
-        ds[:] = sorted(o for o in ds if not o.startswith('.')) if deep else []
-        yield from (Path(d)/o for o in sorted(fs) if not o.startswith('.'))
 
 def scan_dicom(
     path,                    # folder, with all below it; a DICOMDIR; or one file
     strip_identity:bool=True # False: patient's id, name and birth date become columns
-)->pd.DataFrame: # a row a series: series, key, subject, modality, description, plane, slices, shape, spacing (mm), orientation, problem, folder; what was passed over stands in `attrs`
+)->pd.DataFrame: # a row a series: series, key, subject, modality, description, plane, slices, shape, spacing (mm), orientation, problem, folder; what was passed over stands in `attrs`, by `kinds` what holds no image
     "The DICOM series of a tree, from headers alone and without the patients' identity. Files that cannot be read are named in a warning. Raises `FileNotFoundError`; `OSError` where there is no DICOM image"
     path = Path(path)
     if not path.exists(): raise MissingFileError(f"{path}: no such file or folder")
     root = path.parent if path.name.upper()=='DICOMDIR' or path.is_file() else path
-    files = [path] if path.is_file() and path.name.upper()!='DICOMDIR' else list(_files(root, True))
+    files = [path] if path.is_file() and path.name.upper()!='DICOMDIR' else list(files_below(root))
     heads,no,blind,bad = _scan(files, bar=True)
     if bad: warn(f"{path}: {len(bad)} {'file' if len(bad)==1 else 'files'} cannot be read: " + '; '.join(f'{Path(k).name}: {v}' for k,v in list(bad.items())[:5])+(' …' if len(bad)>5 else ''))
-    if not heads: raise FileError(f"{path}: no DICOM image found in {len(files)} files ({no} are no DICOM, {blind} hold no image, {len(bad)} cannot be read). Check the path")
+    if not heads: raise FileError(f"{path}: no DICOM image found in {len(files)} files: {_none(no, blind, bad)}. Check the path")
     rows,who = [],{}
     for info,s in _series_of(heads):
         row = dict(series=s, key=s.key, subject=f"s{who.setdefault(tuple(info['subject']), len(who)+1)}", modality=s.modality, description=s.description, plane=', '.join(dict.fromkeys(_plane_name(g[0].axes) for g in _alike(s.frames))), slices=len(s))
@@ -362,7 +367,7 @@ def scan_dicom(
         rows.append(row)
     df = pd.DataFrame(rows)
     df = df[[*[o for o in df if o not in ('problem','folder')], 'problem', 'folder']]
-    df.attrs.update(files=len(files), no_dicom=no, no_image=blind, unreadable=bad)
+    df.attrs.update(files=len(files), no_dicom=no, no_image=len(blind), kinds=dict(Counter(blind.values())), unreadable=bad)
     return df
 
 def dicom_series(
@@ -372,12 +377,12 @@ def dicom_series(
     if isinstance(path, DicomSeries): return path
     path = Path(path)
     if not path.exists(): raise MissingFileError(f"{path}: no such file or folder")
-    files = [path] if path.is_file() else list(_files(path, False))
+    files = [path] if path.is_file() else list(files_below(path, deep=False))
     heads,no,blind,bad = _scan(files)
     if bad: raise FileError(f"{path}: {len(bad)} of its files cannot be read: "+'; '.join(f'{Path(k).name}: {v}' for k,v in list(bad.items())[:3]) if path.is_dir() else f"{path}: {bad[str(path)]}")
     if not heads:
         below = path.is_dir() and any(o.is_dir() for o in path.iterdir())
-        raise FileError(f"{path}: no DICOM series found in this {'folder' if path.is_dir() else 'file'} ({len(files)} files: {no} no DICOM, {blind} without an image)" + ('. It holds folders: scan_dicom(path) lists the series below it' if below else ''))
+        raise FileError(f"{path}: no DICOM series found in this {'folder' if path.is_dir() else 'file'} ({len(files)} files: {_none(no, blind)})" + ('. It holds folders: scan_dicom(path) lists the series below it' if below else ''))
     ss = [s for _,s in _series_of(heads)]
     if len(ss)>1:
         raise InputError(f"{path}: expected one DICOM series, found {len(ss)}: {'; '.join(map(str, ss[:6]))}{' …' if len(ss)>6 else ''}. Take one: load_volume(scan_dicom(path).series[0]); or put each into a folder of its own")

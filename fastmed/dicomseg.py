@@ -85,7 +85,7 @@ def load_dicom_seg(
     "Read a DICOM segmentation onto the grid of its series, each frame by its own position. Raises `ValueError` where a frame lies elsewhere or segments overlap; `OSError`"
     import pydicom
     s = dicom_series(series); g = _grid(s); h = _head(fn)
-    if not h or not h[0]['seg']: raise InputError(f"{fn}: no DICOM segmentation")
+    if not h or isinstance(h, str) or not h[0]['seg']: raise InputError(f"{fn}: no DICOM segmentation")
     ds = pydicom.dcmread(fn)
     if ds.SegmentationType=='FRACTIONAL': raise InputError(f"{fn}: a fractional segmentation; expected a binary one or a label map")
     out,inv = np.zeros(g.shape, np.int32),np.linalg.inv(g.affine); a,_ = _pixels(fn)
