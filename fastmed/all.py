@@ -13,6 +13,7 @@ from fastmed.preprocess import *
 from fastmed.store import *
 from fastmed.patches import *
 from fastmed.augment import *
+from fastmed.transforms import *
 from fastmed.blocks import *
 from fastmed.labels import *
 from fastmed.data import *

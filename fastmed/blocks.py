@@ -12,6 +12,7 @@ from .io import *
 from .preprocess import *
 from .store import *
 from .patches import *
+from .transforms import ActingPipeline
 from fastai.data.all import *
 from fastai.vision.augment import RandTransform
 import zlib
@@ -125,6 +126,7 @@ class PatchDL(TfmdDL):
         self.samples,self.seed,self.epoch_seed = samples,seed,seed
         self.random = ifnone(random, getattr(dataset, 'split_idx', None)==0)
         super().__init__(dataset, n=len(dataset)*samples if n is None else n, **kwargs)
+        self.after_item,self.after_batch = ActingPipeline(self.after_item),ActingPipeline(self.after_batch)
 
     def new(self,
         dataset=None, # other cases; None: the same

@@ -220,6 +220,7 @@ class TensorVolumeMask(TensorMed):
 
 class TensorSlice(TensorMed):
     "An image slice (C,H,W), float32"
+    rows_first = False                       # its axes are the scan's: shown turned, the first from left to right
     def show(self, ctx=None, mask=None, **kwargs): return show_plane(self, mask, ctx=ctx, **kwargs)
 
 class TensorSliceMask(TensorMed):

@@ -24,6 +24,7 @@ import tempfile
 # %% ../nbs/21_radiographs.ipynb #2b3fcee5
 class TensorRadiograph(TensorSlice):
     "A picture (C,H,W), float32, its rows from the top"
+    rows_first = True
     def show(self, ctx=None, mask=None, title=None, figsize=(4,4), cmap='gray', **kwargs):
         import matplotlib.pyplot as plt
         if ctx is None: ctx = plt.subplots(figsize=figsize)[1]
