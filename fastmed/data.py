@@ -129,6 +129,22 @@ class VolumeDataLoaders(DataLoaders):
         dls = dblock.dataloaders(source, path=path, bs=bs, **kwargs)
         return cls(*dls.loaders, path=dls.path, device=dls.device)
 
+    def _training_by(self, dl_type, **kwargs):
+        train = self.train.new(cls=dl_type, **kwargs)
+        return type(self)(train, *self.loaders[1:], path=self.path, device=self.device)
+
+    def weighted_dataloaders(self,
+        wgts # one number a case of training, in the order of `train_ds.items`
+    ):       # the same DataLoaders, training cases drawn by weight
+        "fastai's `weighted_dataloaders`, of DataLoaders that are ready. Raises `InputError` on another number of weights than cases"
+        return self._training_by(WeightedPatchDL, wgts=wgts)
+
+    def partial_dataloaders(self,
+        partial_n:int # patches of an epoch
+    ):                # the same DataLoaders, with so many patches of training an epoch
+        "fastai's `partial_dataloaders`, of DataLoaders that are ready"
+        return self._training_by(PartialPatchDL, partial_n=partial_n)
+
     @classmethod
     @delegates(from_df)
     def from_folder(cls,

@@ -212,7 +212,7 @@ def unet_cicek(
     return CicekUNet(n_in, n_out)
 
 # %% ../nbs/22_models.ipynb #8e0b48e9
-_enc = ('encoder','enc','backbone','stem','swinvit','vit','convinit','conv_init','down','in_tr','input_block','bottleneck','conv_0','bottom')
+_enc = ('encoder','enc','backbone','stem','swinvit','vit','convinit','conv_init','down','in_tr','input_block','bottleneck','conv_0','conv_1_0','conv_2_0','conv_3_0','conv_4_0','bottom')
 
 def param_splitter(
     model:nn.Module # Any network

@@ -200,7 +200,7 @@ class FrozenNorms(Callback):
 
 class EncoderMixin:
     "What a Learner does with an encoder: save it, load it, tune it. Stands before `Learner` among the bases"
-    pretrained = False
+    pretrained,loaded = False,False      # how its weights began; whether trained ones were loaded since
 
     def _encoder_file(self, file): return Path(join_path_file(str(file).removesuffix('.safetensors'), self.path/self.model_dir, ext='.safetensors'))
 
@@ -220,6 +220,26 @@ class EncoderMixin:
         self.pretrained = True
         return self
 
+    def load(self,
+        file,        # name below `path/model_dir`
+        device=None, # default: that of the DataLoaders
+        **kwargs     # of fastai's `load_model`
+    ):               # the Learner
+        "fastai's `load`; `fine_tune` then freezes the encoder first, since it is no longer random"
+        super().load(file, device=device, **kwargs)
+        if not hasattr(self, 'lr_finder'): self.loaded = True              # lr_find puts back what was there
+        return self
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if state.get('seen'): self.loaded = True                           # a Learner that was trained, exported and loaded
+
+    def freeze(self):
+        "fastai's `freeze`, which says so where no encoder is found and nothing is frozen"
+        super().freeze()
+        if len(self.opt.param_lists)<2:
+            warn(f"freeze: no encoder is found in {_what(get_model(self.model))}, so nothing is frozen. Give splitter=, a function model → [encoder's parameters, the rest]")
+
     @delegates(Learner.fit_one_cycle)
     def fine_tune(self,
         epochs:int,          # with every layer trained
@@ -230,8 +250,8 @@ class EncoderMixin:
         div:float=5.,        # the rate starts at its top divided by this
         **kwargs
     ):
-        "fastai's `fine_tune` where an encoder is pretrained; else one-cycle training from the start, since a frozen random encoder wastes its epoch"
-        if self.pretrained:
+        "fastai's `fine_tune` where an encoder is pretrained or was loaded; else one-cycle training from the start, since a frozen random encoder wastes its epoch"
+        if self.pretrained or self.loaded:
             self.freeze(); self.fit_one_cycle(freeze_epochs, slice(base_lr), pct_start=.99, **kwargs)
             self.unfreeze(); return self.fit_one_cycle(epochs, slice(base_lr/2/lr_mult, base_lr/2), pct_start=pct_start, div=div, **kwargs)
         self.unfreeze(); self.fit_one_cycle(epochs, base_lr, pct_start=pct_start, div=div, **kwargs)
