@@ -31,6 +31,7 @@ from fastmed.tta import *
 from fastmed.memory import *
 from fastmed.inference import *
 from fastmed.callbacks import *
+from fastmed.resume import *
 from fastmed.learner import *
 from fastmed.pretrain import *
 from fastmed.report import *
