@@ -103,6 +103,19 @@ def _note(fn):
         return bytes(h['descrip'].item()).decode(errors='replace') if whole else None
     except (OSError, EOFError, ValueError, KeyError, zlib.error, nib.filebasedimages.ImageFileError): return None
 
+def _follow_codes(learn, old, new):
+    "Metrics named after the codes of DataLoaders take the names of those that replace them. Raises `InputError` where the network was made for another number of codes"
+    try: a,b = [get_preprocess(o).vocab for o in (old,new)]
+    except InputError: return                                     # no masks: radiographs
+    if not a or not b or list(a)==list(b): return
+    if len(a)!=len(b):
+        if getattr(learn, 'n_out', None)!=len(a): return
+        raise InputError(f"learn.dls: the network was made for {len(a)} codes, {list(a)}; these DataLoaders hold {len(b)}, {list(b)}. Make a new Learner")
+    was,now = metric_names(a),metric_names(b)
+    for m in learn.metrics:
+        k = getattr(m, 'structure_index', None)
+        if isinstance(m, DiceScore) and k and m._name==was[k-1]: m._name = now[k-1]
+
 def _known(what, kwargs):
     known = ('overlap','tta','post','axes')
     if odd:=sorted(set(kwargs)-set(known)): raise ArgumentError(f"{what}: unknown arguments {odd}; known are {', '.join(known)}")
@@ -248,6 +261,10 @@ class VolumeLearner(EncoderMixin, Learner):
         refuse_tfms(item_tfms, batch_tfms)
         if dl is None: dl = self.dls[ds_idx].new(shuffle=False, drop_last=False, random=False)
         return tta_preds(self, dl, tta, n, beta, use_max, **kwargs)
+
+    def __setattr__(self, k, v):
+        if k=='dls' and isinstance(self.__dict__.get('dls'), DataLoaders): _follow_codes(self, self.dls, v)
+        super().__setattr__(k, v)
 
 @dispatch
 def plot_top_losses(x:TensorVolume|TensorSlice, y:TensorVolumeMask|TensorSliceMask, samples, outs, raws, losses, **kwargs):

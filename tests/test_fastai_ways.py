@@ -119,3 +119,22 @@ def test_a_compiled_network_is_saved(cases, tmp_path, in_place):
 def test_the_slider_is_a_widget_that_prints_nothing():
     w = pytest.importorskip('ipywidgets'); drawn = plot_volume(TensorVolume(torch.randn(1,6,5,4)), slider=True)
     assert isinstance(drawn, w.Widget) and drawn.f(index=2) is None and drawn.children[0].max==3
+
+def test_a_compiled_classifier_is_saved(cases, tmp_path):
+    learn = classifier_learner(volumes(cases, mask_col=None, label_col='kind', patch='auto', size=16), 'small_resnet', nf=4)
+    want = learn.case_answer(cases[0]/cases[1].image[0])
+    learn.model = torch.compile(learn.model, backend='eager')
+    save_model(learn, tmp_path/'m.safetensors')
+    assert torch.allclose(load_model(tmp_path/'m.safetensors', device='cpu').case_answer(cases[0]/cases[1].image[0]), want, atol=1e-6)
+
+# ---- learn.dls = other
+
+def test_other_dataloaders_bring_their_names(cases):
+    learn = unet3d_learner(volumes(cases, codes=['background','large','small']), nf=4, depth=2, path=cases[0])
+    learn.dls = volumes(cases, codes=['background','liver','spleen'])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=DiceCallback())
+    names = list(learn.recorder.metric_names)
+    assert [n for n in names if 'liver' in n or 'spleen' in n]==['dice_liver','dice_spleen','case_dice_liver','case_dice_spleen'] and not any('large' in n for n in names)
+    assert list(learn.evaluate().structure.unique())==['liver','spleen'] and list(learn.predict_volume(cases[0]/cases[1].image[0]).codes)==['background','liver','spleen']
+    with pytest.raises(InputError, match='made for 3 codes'): learn.dls = volumes(cases, codes={'background':0, 'any':[1,2]})
+    learn.export(cases[0]/'m.pkl'); assert load_learner(cases[0]/'m.pkl').predict_volume(cases[0]/cases[1].image[0]).codes[1]=='liver'
