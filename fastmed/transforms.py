@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/15_transforms.ipynb #0b1c1027
-from .core import ArgumentError, InputError, TensorMed, TensorSlice, TensorSliceMask, TensorVolume, TensorVolumeMask
+from .core import ArgumentError, TensorMed, TensorSlice, TensorSliceMask, TensorVolume, TensorVolumeMask
 from fastai.data.core import Pipeline
 from fastai.data.transforms import IntToFloatTensor, ToTensor
 from fastai.torch_core import TensorImage, TensorMask, retain_meta
