@@ -41,7 +41,7 @@ def case_meta(
     learn   # `CaseLearner`
 )->dict:    # network, plan, preprocess or picture, labels, columns, looks: plain values
     "What a model file says of a classifier, besides its training. Raises `InputError` on a network that is not known by name"
-    dls,plan = learn.dls,case_plan(learn.dls); model = get_model(learn.model); masks = isinstance(model, MultiTaskNet)
+    dls,plan = learn.dls,case_plan(learn.dls); model = get_model(learn.model); model = getattr(model, '_orig_mod', model); masks = isinstance(model, MultiTaskNet)
     name = _case_arch(getattr(learn, 'arch', None), plan.ndim)
     if name is None: raise InputError(f"save_model: expected a network that is known by name; found {getattr(learn, 'arch', None)}. Make the Learner by classifier_learner with a name as arch; or keep it with learn.export, which is a pickle")
     get = _find(dls.train_ds.tls[-1].tfms, LabelOf)

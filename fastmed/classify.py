@@ -220,16 +220,21 @@ class CaseLearner(VolumeLearner, EncoderMixin):
         ds_idx:int=1, # of the DataLoaders: 1 is validation
         dl=None,      # DataLoader to go over instead
         n=8,          # looks: the plain one, and small turns and scales of training; or by name, see `tta_views`
+        item_tfms=None,  # as in fastai; refused, since the looks are those of training
+        batch_tfms=None, # as in fastai; refused
+        beta='mean',     # as of `mix_looks`
+        use_max=False,   # as of `mix_looks`
         **kwargs      # of `get_preds`
     )->tuple:         # probabilities (N,n) or numbers, targets
-        "Predictions averaged over several looks. Raises `InputError` on a number of looks that is none"
+        "Predictions mixed over several looks. Raises `InputError` on a number of looks that is none"
+        refuse_tfms(item_tfms, batch_tfms)
         sp = self._spatial(n)
         if dl is None: dl = self.dls[ds_idx].new(shuffle=False, drop_last=False, random=False) if isinstance(self.dls[ds_idx], PatchDL) else self.dls[ds_idx]
-        if isinstance(n, (str,list,tuple,TTA)): return tta_preds(self, dl, n, **kwargs)
+        if isinstance(n, (str,list,tuple,TTA)): return tta_preds(self, dl, n, None, beta, use_max, **kwargs)
         ps = []
         for k in range((8 if n is True else int(n)) if sp is not None else 1):
             p,t = self.get_preds(dl=dl, cbs=_Look(sp, k) if k else None, **kwargs); ps.append(p)
-        return torch.stack(ps).mean(0),t
+        return mix_looks(ps[0], ((p,torch.ones(())) for p in ps[1:]), beta, use_max),t
 
     def show_worst(self,
         n:int=6,      # cases
@@ -321,8 +326,8 @@ def classifier_learner(
     if own is not None and loss_func is None: loss_func = MultiTaskLoss(DiceCELoss(batch=have==2), own) if masks else own
     elif any(o is not None for o in (weight, pos_weight)) or label_smoothing: raise InputError("weight, label_smoothing and pos_weight belong to the default loss: give them to your loss_func, or leave it out")
     if metrics is None: metrics = ([*dice_metrics(pre.vocab)] if masks else [])+label_metrics(task, vocab, point)
-    lk = {'lr':2e-3, 'wd':1e-2, 'train_bn':False, **lk, 'cbs':L(lk.get('cbs'))+[RememberCallback(),FrozenNorms()]}
-    learn = CaseLearner(dls, model, loss_func=loss_func, metrics=metrics, splitter=param_splitter, **lk)
+    lk = {'lr':2e-3, 'wd':1e-2, 'train_bn':False, 'splitter':param_splitter, **lk, 'cbs':L(lk.get('cbs'))+[RememberCallback(),FrozenNorms()]}
+    learn = CaseLearner(dls, model, loss_func=loss_func, metrics=metrics, **lk)
     learn.n_in,learn.n_out,learn.pretrained = n_channels,len(vocab),bool(pretrained)
     said = lambda o: f"{o.__module__}.{getattr(o, '__qualname__', type(o).__qualname__)}" if callable(o) else o
     learn.arch,learn.arch_args,learn.arch_patch = said(arch),{k:said(v) for k,v in kwargs.items()},patch

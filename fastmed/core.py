@@ -314,9 +314,12 @@ def plot_volume(
     show = partial(show_plane, t, mask, pred=pred, channel=channel, **kwargs)
     if slider:
         import ipywidgets
-        ax_ = ifnone(axis, 2)
-        return ipywidgets.interact(lambda index: (show(axis=ax_, index=index), plt.show())[1:1],
-                                   index=ipywidgets.IntSlider(t.shape[ax_+1]//2, 0, t.shape[ax_+1]-1))
+        axis = ifnone(axis, 2)
+        last = t.shape[axis+1]-1
+        def draw(index):                                   # gives nothing back: the widget would print it
+            show(axis=axis, index=index)
+            plt.show()
+        return ipywidgets.interactive(draw, index=ipywidgets.IntSlider((last+1)//2, 0, last))
     if axis is None:
         names = [f'{a} = {{}}' for a in 'xyz']
         fig,axs = plt.subplots(1, 3, figsize=(3*imsize, imsize))

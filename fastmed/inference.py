@@ -219,7 +219,7 @@ def predict_grid(
     was = model.training
     model.eval()
     try:
-        d,lab,total = model_divisor(model),None,None
+        d,lab,total = model_divisor(model, plan.ndim, x.shape[0]*(1+2*plan.get('context', 0) if plan.ndim==2 else 1)),None,None
         for pl in plans:
             div = [1,1,1]
             for a,v in zip([a for a in range(3) if pl.ndim==3 or a!=pl.axis], d): div[a] = v

@@ -103,6 +103,19 @@ def _note(fn):
         return bytes(h['descrip'].item()).decode(errors='replace') if whole else None
     except (OSError, EOFError, ValueError, KeyError, zlib.error, nib.filebasedimages.ImageFileError): return None
 
+def _follow_codes(learn, old, new):
+    "Metrics named after the codes of DataLoaders take the names of those that replace them. Raises `InputError` where the network was made for another number of codes"
+    try: a,b = [get_preprocess(o).vocab for o in (old,new)]
+    except InputError: return                                     # no masks: radiographs
+    if not a or not b or list(a)==list(b): return
+    if len(a)!=len(b):
+        if getattr(learn, 'n_out', None)!=len(a): return
+        raise InputError(f"learn.dls: the network was made for {len(a)} codes, {list(a)}; these DataLoaders hold {len(b)}, {list(b)}. Make a new Learner")
+    was,now = metric_names(a),metric_names(b)
+    for m in learn.metrics:
+        k = getattr(m, 'structure_index', None)
+        if isinstance(m, DiceScore) and k and m._name==was[k-1]: m._name = now[k-1]
+
 def _known(what, kwargs):
     known = ('overlap','tta','post','axes')
     if odd:=sorted(set(kwargs)-set(known)): raise ArgumentError(f"{what}: unknown arguments {odd}; known are {', '.join(known)}")
@@ -234,14 +247,24 @@ class VolumeLearner(EncoderMixin, Learner):
         self.fit_one_cycle(1_000_000, lr_max, cbs=L(kwargs.pop('cbs', None))+BudgetCallback(minutes), **kwargs)
 
     def tta(self,
-        ds_idx:int=1, # of the DataLoaders: 1 is validation
-        dl=None,      # DataLoader to go over instead
-        tta=True,     # see `tta_views`
-        **kwargs      # of `get_preds`
-    )->tuple:         # probabilities (N,C,*S), targets (N,*S)
-        "Predictions averaged over the views of `tta_views`, each undone before the average; fastai's own turns the image and not the answer"
+        ds_idx:int=1,    # of the DataLoaders: 1 is validation
+        dl=None,         # DataLoader to go over instead
+        n:int=None,      # views besides the plain one; default: all of `tta`
+        item_tfms=None,  # as in fastai; refused, since a random transform cannot be undone
+        batch_tfms=None, # as in fastai; refused
+        beta='mean',     # 'mean': the plain view is one of them; its share, fastai's is 0.25; None: give (mean of the others, plain)
+        use_max=False,   # the largest of all views instead of a mean
+        tta=True,        # see `tta_views`
+        **kwargs         # of `get_preds`
+    )->tuple:            # probabilities (N,C,*S), targets (N,*S)
+        "fastai's `tta` over the views of `tta_views`, each undone before they are mixed; fastai's own turns the image and not the answer"
+        refuse_tfms(item_tfms, batch_tfms)
         if dl is None: dl = self.dls[ds_idx].new(shuffle=False, drop_last=False, random=False)
-        return tta_preds(self, dl, tta, **kwargs)
+        return tta_preds(self, dl, tta, n, beta, use_max, **kwargs)
+
+    def __setattr__(self, k, v):
+        if k=='dls' and isinstance(self.__dict__.get('dls'), DataLoaders): _follow_codes(self, self.dls, v)
+        super().__setattr__(k, v)
 
 @dispatch
 def plot_top_losses(x:TensorVolume|TensorSlice, y:TensorVolumeMask|TensorSliceMask, samples, outs, raws, losses, **kwargs):
@@ -249,7 +272,7 @@ def plot_top_losses(x:TensorVolume|TensorSlice, y:TensorVolumeMask|TensorSliceMa
     for s,o,l,ax in zip(samples, outs, losses, _grid(len(samples))): show_plane(s[0], s[1], pred=o[0], ctx=ax, title=f'loss {float(l):.3f}', **kwargs)
 
 # %% ../nbs/37_learner.ipynb #e45813bf
-_learner_args = tuple(k for k in inspect.signature(Learner.__init__).parameters if k not in ('self','dls','model','loss_func','metrics','splitter'))
+_learner_args = tuple(k for k in inspect.signature(Learner.__init__).parameters if k not in ('self','dls','model','loss_func','metrics'))
 
 def unet_args(
     plan,   # `Plan` of the data
@@ -277,8 +300,8 @@ def _unet_learner(ndim, dls, arch, loss_func, metrics, pretrained, fast, n_out, 
     if fast: model = make_fast(model)
     loss_func = ifnone(loss_func, DiceCELoss(batch=ndim==2))          # most slices lack a structure: Dice of one says little, so slices sum over the batch
     if getattr(model, 'deep_supervision', False): loss_func = DeepSupervisionLoss(loss_func)
-    lk = {'lr':3e-3, 'wd':1e-2, 'train_bn':False, **lk, 'cbs':L(lk.get('cbs'))+[GradientClip(12.), RememberCallback(), FrozenNorms(), MemoryCallback()]}
-    learn = VolumeLearner(dls, model, loss_func=loss_func, metrics=ifnone(metrics, dice_metrics(pre.vocab)), splitter=param_splitter, **lk)
+    lk = {'lr':3e-3, 'wd':1e-2, 'train_bn':False, 'splitter':param_splitter, **lk, 'cbs':L(lk.get('cbs'))+[GradientClip(12.), RememberCallback(), FrozenNorms(), MemoryCallback()]}
+    learn = VolumeLearner(dls, model, loss_func=loss_func, metrics=ifnone(metrics, dice_metrics(pre.vocab)), **lk)
     learn.n_in,learn.n_out,learn.pretrained = n_channels,n_out,bool(pretrained)
     said = lambda o: f"{o.__module__}.{getattr(o, '__qualname__', type(o).__qualname__)}" if callable(o) else o
     learn.arch,learn.arch_args,learn.arch_patch = said(arch),{k:said(v) for k,v in kwargs.items()},patch      # in words: `save_model` builds it anew from these

@@ -325,12 +325,11 @@ def _monai_divisor(model, n_in, ndim):
     name,one = type(model).__name__,lambda d: (d,)*ndim
     if name in ('SegResNet','SegResNetVAE'): return one(2**(len(model.blocks_down)-1))
     if name in ('SegResNetDS','SegResNetDS2'): return tuple(int(i) for i in model.shape_factor())
-    if name=='VNet': return one(16)
     if name=='SwinUNETR': return one(int(max(_seq(model.patch_size)))**5)
     if name=='MedNeXt': return one(2**len(model.enc_stages))
     if name=='DynUNet' or name in ('UNet','AttentionUnet') and hasattr(model, 'strides'):
         return tuple(math.prod(_seq(s)[a%len(_seq(s))] for s in model.strides) for a in range(ndim))
-    if name in ('BasicUNet','BasicUNetPlusPlus'): return one(16)
+    if name in ('VNet','BasicUNet','BasicUNetPlusPlus'): return one(16)
     if name=='FlexibleUNet': return one(32)
     if name=='HighResNet': return one(1)
     return _probe(model, n_in, ndim)
@@ -338,15 +337,16 @@ def _monai_divisor(model, n_in, ndim):
 def _seq(v): return tuple(v) if isinstance(v, (list,tuple)) else (v,)
 
 def model_divisor(
-    model:nn.Module # Ours, one of MONAI's, or any other
-)->tuple:           # (ndim,) the input's size must be a multiple of this
+    model:nn.Module, # Ours, one of MONAI's, or any other
+    ndim:int=None,   # Spatial axes of its input, where it has no convolution that tells them
+    n_in:int=None    # Channels of its input, likewise
+)->tuple:            # (ndim,) the input's size must be a multiple of this
     "Per axis, what the size of an input must be a multiple of: known for ours and MONAI's, tried out for others. Raises `ValueError` when nothing fits."
     if d:=getattr(model, 'divisor', None): return tuple(d)
-    w = next((p for p in model.parameters() if p.ndim in (4,5)), None)
-    if w is None: raise InputError(f"{type(model).__name__} has no convolution to tell its axes from; give it a `divisor` attribute, one int an axis")
-    c = next(m for m in model.modules() if isinstance(m, _convs+_convts))
-    ndim = len(c.kernel_size)
-    return _monai_divisor(model, c.in_channels, ndim) if type(model).__module__.startswith('monai.') else _probe(model, c.in_channels, ndim)
+    c = next((m for m in model.modules() if isinstance(m, _convs+_convts)), None)
+    if c is not None: ndim,n_in = len(c.kernel_size),c.in_channels
+    elif not ndim or not n_in: raise InputError(f"{type(model).__name__} has no convolution to tell its axes from; give it a `divisor` attribute, one int an axis")
+    return _monai_divisor(model, n_in, ndim) if type(model).__module__.startswith('monai.') else _probe(model, n_in, ndim)
 
 # %% ../nbs/22_models.ipynb #3970e1df
 def create_model(
@@ -365,14 +365,15 @@ def create_model(
     except (TypeError, ValueError): sig = {}
     if 'in_channels' in sig and 'out_channels' in sig:
         return _make_monai(arch, sig, n_in, n_out, ndim, patch, kwargs)
-    free = not sig or any(p.kind==p.VAR_KEYWORD for p in sig.values())
-    named = [k for k,p in sig.items() if p.kind in (p.KEYWORD_ONLY,p.POSITIONAL_OR_KEYWORD)]
-    own = named[2:] if len(named)>=2 else []
-    if not free: _refuse(name, kwargs, [k for k in own if k!='ndim'])
+    own = [k for k,p in sig.items() if p.kind in (p.KEYWORD_ONLY,p.POSITIONAL_OR_KEYWORD)][2:]
+    if sig and not any(p.kind==p.VAR_KEYWORD for p in sig.values()): _refuse(name, kwargs, [k for k in own if k!='ndim'])
     if 'ndim' in kwargs: raise ArgumentError(f"{name}: `ndim` follows from the data")
     if 'ndim' in own: kwargs['ndim'] = ndim
     elif arch in (unet_cicek, DenseVoxelNet) and ndim!=3: raise InputError(f"{name} is a network for volumes (ndim=3), found ndim={ndim}; use UNet")
     model = arch(n_in, n_out, **kwargs)
+    if not any(isinstance(m, _convs+_convts) for m in model.modules()) and not hasattr(model, 'divisor'):
+        try: model.n_in,model.divisor = n_in,model_divisor(model, ndim, n_in)
+        except InputError: model.n_in,model.divisor,model.size = n_in,patch,patch           # it takes the patch and no other size
     if patch and isinstance(model, (UShape, DenseVoxelNet)) and any(n%d for n,d in zip(patch, model.divisor)):
         up = [-(-n//d)*d for n,d in zip(patch, model.divisor)]
         raise InputError(f"{name}: patch {_x(patch)} is no multiple of the total stride {_x(model.divisor)}; use {_x(up)}, or fewer levels")

@@ -173,7 +173,7 @@ def restoration_learner(
         except InputError: kwargs = {'depth':max(2, min(5, *(int(math.log2(s&-s))+1 for s in size))), **kwargs}     # no plan: by the size
     model = create_network(arch, n, n, ndim=len(size), patch=size, **kwargs)[0]
     if fast: model = make_fast(model)
-    lk = {'lr':1e-3, 'wd':1e-2, **lk, 'cbs':L(lk.get('cbs'))+[GradientClip(12.), RestorationCallback(damage, p)]}
-    learn = RestorationLearner(dls, model, loss_func=ifnone(loss_func, MSELossFlat()), metrics=RestoredShare(), splitter=param_splitter, **lk)
+    lk = {'lr':1e-3, 'wd':1e-2, 'splitter':param_splitter, **lk, 'cbs':L(lk.get('cbs'))+[GradientClip(12.), RestorationCallback(damage, p)]}
+    learn = RestorationLearner(dls, model, loss_func=ifnone(loss_func, MSELossFlat()), metrics=RestoredShare(), **lk)
     learn.n_in = learn.n_out = n
     return learn

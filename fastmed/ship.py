@@ -200,15 +200,20 @@ def _meta(learn, post, evaluation):
     sp = first(f for f in getattr(learn.dls.train.after_batch, 'fs', L()) if isinstance(f, SpatialTfm))
     pt = first(f for f in learn.dls.train.after_item.fs if isinstance(f, PatchTransform))
     cols = [getattr(first(f for f in tl.tfms.fs if isinstance(f, CaseFiles)), 'cols', d) for tl,d in zip(learn.dls.train_ds.tls, ('image','mask'))]
-    net = dict(arch=name, args=_plain({k:v for k,v in learn.arch_args.items() if k!='pretrained'}, 'the network'), patch=_plain(learn.arch_patch, 'patch'), n_in=int(learn.n_in), n_out=int(learn.n_out), fast=any(isinstance(getattr(h, '__self__', None), FastForward) for h in get_model(learn.model)._forward_pre_hooks.values()))
+    net = dict(arch=name, args=_plain({k:v for k,v in learn.arch_args.items() if k!='pretrained'}, 'the network'), patch=_plain(learn.arch_patch, 'patch'), n_in=int(learn.n_in), n_out=int(learn.n_out), fast=any(isinstance(getattr(h, '__self__', None), FastForward) for h in _uncompiled(learn.model)._forward_pre_hooks.values()))
     return dict(sha256=_blank, format=1, network=net, plan=_plain(dict(plan), 'the plan'), preprocess=json.loads(pre.to_json()), columns=_plain(tuple(list(L(c)) if is_listy(c) else c for c in cols), 'columns'),
                 seed=int(getattr(learn.dls.valid, 'seed', 42)), foreground=_plain(pt.foreground, 'foreground'), flips=_plain(tuple(sp.flips) if sp is not None else (), 'flips'), post=list(L(post)), training=_facts(learn, evaluation))
 
 def _json(meta): return json.dumps(meta, ensure_ascii=True, allow_nan=False)
 
+def _uncompiled(model):
+    "The network itself, without `torch.compile` or a wrapper of several devices"
+    model = get_model(model)
+    return copy(getattr(model, '_orig_mod', model))       # a copy of a module shares its weights, and leaves behind what was compiled in place
+
 def _rebuilt(learn, meta):
     "The network of `meta` with the weights of `learn`, plain float32 on the CPU"
-    tensors = {k:v.detach().cpu().contiguous().clone() for k,v in get_model(learn.model).state_dict().items()}
+    tensors = {k:v.detach().cpu().contiguous().clone() for k,v in _uncompiled(learn.model).state_dict().items()}
     plan = Plan(_back(meta['plan'])); model = _build(meta['network'], plan, math.inf)
     try: _fill(model, tensors)
     except ValueError as e: raise InputError(f"save_model: the network was changed after the Learner was made: {e}. Make it by its arguments, or keep it with learn.export") from e
@@ -238,7 +243,7 @@ def save_model(
     b = _seal(save(tensors, {'fastmed':_json(meta)}))
     if size:=_window(model, plan):
         d = next(learn.model.parameters()).device; x = _noise(model, size).to(d)
-        y,z = _answer(get_model(learn.model), x), _answer(_load(b, fn, d).model, x)
+        y,z = _answer(_uncompiled(learn.model), x), _answer(_load(b, fn, d).model, x)
         if not (torch.equal(y, z) if d.type=='cpu' else _same(y, z, 1e-2)):
             raise InputError(f"save_model({fn}): the network answers otherwise than one built from its name and arguments: it was changed after the Learner was made. Make it by its arguments, or keep it with learn.export")
     with whole_file(fn) as tmp: tmp.write_bytes(b)

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/15_transforms.ipynb #0b1c1027
-from .core import ArgumentError, InputError, TensorMed, TensorSlice, TensorSliceMask, TensorVolume, TensorVolumeMask
+from .core import ArgumentError, TensorMed, TensorSlice, TensorSliceMask, TensorVolume, TensorVolumeMask
 from fastai.data.core import Pipeline
 from fastai.data.transforms import IntToFloatTensor, ToTensor
 from fastai.torch_core import TensorImage, TensorMask, retain_meta
@@ -26,6 +26,7 @@ def _families(classes):
 def _teaches(*classes):
     "Decorator: an `encodes` for these classes of fastai's and all that were derived from them"
     def add(encodes):
+        encodes.__name__ = 'encodes'                    # by which fastai's classes take it
         for c in _families(classes): c(encodes)
         return encodes
     return add
@@ -62,20 +63,20 @@ def _moved(t, x, kind, mode):
     return _back(kind.affine_coord(rows.as_subclass(Tensor).as_subclass(kind), mat, coords, None, mode, t.pad_mode, t.align_corners), rows, x)
 
 @_teaches(AffineCoordTfm)
-def encodes(self, x:TensorSlice):
+def _move_image(self, x:TensorSlice):
     _check_batch(self, x)
     _check_size(self, x)
     return _moved(self, x, TensorImage, self.mode)
 
 @_teaches(AffineCoordTfm)
-def encodes(self, x:TensorSliceMask): return _moved(self, x, TensorMask, self.mode_mask)
+def _move_mask(self, x:TensorSliceMask): return _moved(self, x, TensorMask, self.mode_mask)
 
 # %% ../nbs/15_transforms.ipynb #f6c1588c
 def _cropped(t, x, kind, mode):
     return _back(t._encode(x.as_subclass(Tensor).as_subclass(kind), mode), x, x)
 
 @_teaches(RandomResizedCropGPU)
-def encodes(self, x:TensorSlice):
+def _crop_image(self, x:TensorSlice):
     _check_batch(self, x)
     _check_size(self, x)
     if self.valid_scale!=1: raise ArgumentError(f"RandomResizedCropGPU: valid_scale={self.valid_scale} would crop at validation what a prediction sees whole; leave it at 1")
@@ -85,12 +86,12 @@ def encodes(self, x:TensorSlice):
     return _cropped(self, x, TensorImage, self.mode)
 
 @_teaches(RandomResizedCropGPU)
-def encodes(self, x:TensorSliceMask): return _cropped(self, x, TensorMask, self.mode_mask)
+def _crop_mask(self, x:TensorSliceMask): return _cropped(self, x, TensorMask, self.mode_mask)
 
 
 # %% ../nbs/15_transforms.ipynb #7fdfef48
 @_teaches(LightingTfm)
-def encodes(self, x:TensorSlice):
+def _light(self, x:TensorSlice):
     _check_batch(self, x)
     if any(isinstance(f, type(Saturation().fs[0])) for f in self.fs): raise ArgumentError("Saturation acts on colours; slices and radiographs are grey. Leave it out")
     t = x.as_subclass(Tensor)
@@ -99,7 +100,7 @@ def encodes(self, x:TensorSlice):
     return _back(self.space_fn(((t-lo)/span).as_subclass(TensorImage), partial(compose_tfms, tfms=self.fs)).as_subclass(Tensor)*span+lo, x, x)
 
 @_teaches(RandomErasing)
-def encodes(self, x:TensorSlice):
+def _erase(self, x:TensorSlice):
     t = x.as_subclass(Tensor)
     sd,mean = torch.std_mean(t, (-3,-2,-1), correction=0, keepdim=True)
     sd = sd.clamp(min=1e-8)
