@@ -2,6 +2,7 @@
 from fastai.vision.all import *
 from fastmed.core import *
 from fastmed.guard import *
+from fastmed.nifti import *
 from fastmed.dicom import *
 from fastmed.dicomseg import *
 from fastmed.io import *

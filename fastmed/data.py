@@ -11,7 +11,7 @@ from .guard import memory_left
 from .io import *
 from .io import _grid_str, _unlike
 from .doctor import *
-from .doctor import _case_splitter, _warn_twins
+from .doctor import _case_splitter, _warn_twins, check_codes, check_columns
 from .preprocess import *
 from .store import *
 from .blocks import *
@@ -96,7 +96,7 @@ class VolumeDataLoaders(DataLoaders):
         if need>left: raise ResourceError(f"patch: a batch of {plan.bs} patches of {'×'.join(map(str, plan.patch))} voxels takes {need/1e9:.3g} GB before a network has seen it, and {left/1e9:.3g} GB are free. Give a smaller patch= or bs=")
         pre = Preprocess(plan.spacing, normalize, plan.orientation, codes)
         cache = Path(ifnone(cache, cache_dir()))
-        if codes is None and masks: codes = pre.codes = df.attrs.get('codes') or _codes_from(label_values(Store(pre, cache), masks))
+        if codes is None and masks: codes = pre.codes = check_codes(df.attrs.get('codes')) or _codes_from(label_values(Store(pre, cache), masks))
         tr_im,tr_m = [images[i] for i in train],[masks[i] for i in train if masks]
         key = dict(files=[[file_facts(f) for f in L(o)] for o in tr_im+tr_m], pre=pre.to_dict())
         pre = Preprocess(**Store(pre, cache).cached('fit', key, lambda: pre.fit(tr_im, tr_m or None).to_dict()))

@@ -78,6 +78,79 @@ def scan_decathlon(
     df.attrs['modality'] = modality
     return df
 
+# %% ../nbs/09_doctor.ipynb #c0de5a02
+def _whole(v):
+    "A value of a mask as a plain integer; None where it is no whole number"
+    if isinstance(v, (bool,np.bool_)) or not isinstance(v, (int,float,np.number)): return None
+    return int(v) if np.isfinite(v) and v==int(v) else None
+
+def _code_values(name, v):
+    "The values of one structure: an integer, or a list of them"
+    many = isinstance(v, (list,tuple,set,frozenset,range,L,pd.Series)) or isinstance(v, np.ndarray) and v.ndim==1
+    whole = [_whole(o) for o in (v if many else [v])]
+    if not whole or None in whole: raise InputError(f"codes: expected a whole number, or a list of them, as the value of {name!r}; found {str(v)[:80]}")
+    return whole if many else whole[0]
+
+def _refuse_shared(codes):
+    "Raise `InputError` where a value stands under two names"
+    seen = {}
+    for name,v in codes.items():
+        for o in set(L(v)):
+            if o in seen:
+                raise InputError(f"codes: value {o} stands under {seen[o]!r} and under {name!r}; expected each value under one name, because a voxel "
+                                 "is of one structure here. Nested regions are not trained on: name the parts, and merge them after the prediction")
+            seen[o] = name
+
+def _refuse_late_background(names, codes):
+    "Raise `InputError` where the background is not first: the one of that name, else the one of value 0"
+    k = next((i for i,n in enumerate(names) if n.strip().lower() in ('background','bg')), None)
+    if k is None and isinstance(codes, dict): k = next((i for i,n in enumerate(names) if 0 in L(codes[n])), None)
+    if not k: return
+    order = [names[k]]+names[:k]+names[k+1:]
+    fix = {n:codes[n] for n in order} if isinstance(codes, dict) else order
+    raise InputError(f"codes: the background {names[k]!r} stands behind {names[0]!r}; expected it first, because the first name is never scored. "
+                     + (f"Write codes={fix}" if isinstance(codes, dict) else f"Where the file's values follow this order, say them: codes={{{names[k]!r}:{k}, {names[0]!r}:0, …}}"))
+
+def check_codes(
+    codes # None, a list of names for the values 0, 1, 2 …, or a dict name → value or values in the file
+):        # the same, with names as text and values as plain integers
+    "The names of the structures, background first. Raises `InputError` on a name or value that stands twice, and on a background that is not first"
+    if codes is None: return None
+    if not isinstance(codes, dict) and not isinstance(codes, (list,tuple,np.ndarray,L,pd.Series,pd.Index)):
+        raise ArgumentError(f"codes: expected a list of names, or a dict name → value(s); found {codes!r}")
+    names = [str(o) for o in codes]
+    if not names: raise InputError("codes: expected at least the name of the background; found none. Leave codes out to take them from the data")
+    if twice:=[n for n,k in Counter(names).items() if k>1]: raise InputError(f"codes: expected a name of its own for each structure; {twice} stand there more than once in {names}")
+    if not isinstance(codes, dict):
+        _refuse_late_background(names, names)
+        return names
+    codes = {n:_code_values(n, v) for n,v in zip(names, codes.values())}
+    _refuse_shared(codes)
+    _refuse_late_background(names, codes)
+    return codes
+
+# %% ../nbs/09_doctor.ipynb #c0de5a04
+def check_columns(
+    df # DataFrame
+):
+    "Raise `InputError` where the name of a column stands twice"
+    if twice:=list(dict.fromkeys(df.columns[df.columns.duplicated()])):
+        raise InputError(f"the DataFrame has two columns {twice[0]!r}{f' (and {twice[1:]})' if twice[1:] else ''}; expected each name once. "
+                         "Rename one, or drop it: df.loc[:, ~df.columns.duplicated()]")
+
+def marked_rows(
+    df, # one row a case
+    col # column of True and False, or of 1 and 0
+)->np.ndarray: # (rows,) bool
+    "The rows that a column marks. Raises `ColumnError` where there is none, `InputError` naming the case whose value is another"
+    check_columns(df)
+    if col not in df: raise ColumnError(f"valid_col {col!r}: not in the DataFrame, which has {list(df)}")
+    for i,v in enumerate(df[col]):
+        if not isinstance(v, (bool,np.bool_,int,float,np.number)) or v not in (0,1):
+            case = df['case'].iloc[i] if 'case' in df else df.index[i]
+            raise InputError(f"case {case!r}: {col} is {v!r}; expected True or False, or 1 and 0, in every row. Fill it in; of a column of folds mark one: df.assign(is_valid=df[{col!r}]==0)")
+    return df[col].astype(bool).values
+
 # %% ../nbs/09_doctor.ipynb #ec8b1c0d
 def GroupSplitter(
     groups,             # group of each item, such as the subject
@@ -131,8 +204,7 @@ def _case_splitter(df, group_col, valid_col, valid_pct, seed):
     if group_col is None and 'subject' in df: group_col = 'subject'
     if group_col is not None and group_col not in df: raise ColumnError(f"group_col {group_col!r}: not in the DataFrame, which has {list(df)}")
     if valid_col is not None:
-        if valid_col not in df: raise ColumnError(f"valid_col {valid_col!r}: not in the DataFrame, which has {list(df)}")
-        v = df[valid_col].astype(bool).values
+        v = marked_rows(df, valid_col)
         if v.all() or not v.any():
             raise InputError(f"valid_col {valid_col!r}: expected some cases to train and some to validate; found {v.sum()} of {len(v)} marked")
         if group_col is not None:

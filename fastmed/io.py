@@ -9,10 +9,12 @@ __all__ = ['file_facts', 'read_header', 'same_grid', 'check_same_grid', 'load_vo
 # %% ../nbs/05_io.ipynb #5ce96fa1
 from .core import *
 from .guard import *
+from .nifti import affine_mm, header_forms, image_label, length_unit, nifti_image, open_nifti, turned_forms
 from .dicom import *
 from .dicom import _grid, _load_series
 from fastai.data.all import *
-import contextlib, errno, gzip, re, nibabel as nib
+from nibabel.spatialimages import SpatialImage
+import contextlib, errno, gzip, os, re, nibabel as nib
 
 # %% ../nbs/05_io.ipynb #b2242b65
 _nifti = ('.nii', '.nii.gz', '.hdr', '.img')
@@ -50,40 +52,42 @@ def _check_affine(aff, fn):
         raise InputError(f"{fn}: expected an affine that can be inverted; found\n{aff[:3]}\nRepair the header (sform/qform) before use")
     return aff
 
-def _open_nifti(fn):
-    "nibabel's image with its affine and type read, so that nothing of the header is left to fail later"
-    with reading(fn, 'a readable NIfTI file'): im = nib.load(fn); im.affine, im.get_data_dtype(), im.shape
-    return im
-
 def _series(fn):
     "The `DicomSeries` that `fn` is, or that it names; None where it is another kind of file"
     if isinstance(fn, DicomSeries): return fn
+    if isinstance(fn, SpatialImage): return None
     fn = _exists(fn)
     return dicom_series(fn) if fn.is_dir() or _suffix(fn) in ('.dcm','.dicom','.ima') or _suffix(fn) not in _nifti and is_dicom(fn) else None
 
+def _is_nibabel(fn): return isinstance(fn, SpatialImage) or _suffix(_exists(fn)) in _nifti
+
 def _exists(fn):
+    if not isinstance(fn, (str,os.PathLike)):
+        what = f"{type(fn).__name__} of shape {tuple(fn.shape)}" if hasattr(fn, 'shape') else repr(fn)[:80]
+        hint = ". An array does not know its place: wrap it, nib.Nifti1Image(array, affine)" if hasattr(fn, 'shape') else ""
+        raise ArgumentError(f"expected an image file, a DICOM folder, an image of nibabel's, or a list of them; found {what}{hint}")
     fn = Path(fn)
     if not fn.exists(): raise MissingFileError(f"{fn}: no such file. Check the path, and `path=` which stands before relative names")
     return fn
 
 def read_header(
-    fn, # image file, DICOM folder or `DicomSeries`; of a list, the first stands for all
-)->dict: # shape (3,), channels, affine (4,4), spacing (3,) mm, orientation, dtype
+    fn, # image file, DICOM folder, `DicomSeries` or image of nibabel's; of a list, the first stands for all
+)->dict: # shape (3,), channels, affine (4,4) and spacing (3,) in mm, orientation, dtype, unit of length of the header
     "The facts of a scan without its voxels. Raises `FileNotFoundError`, `OSError` (unreadable), `ValueError` (no volume)"
     if is_listy(fn):
         hs = [read_header(o) for o in fn]
         return {**hs[0], 'channels': sum(h['channels'] for h in hs)}
-    s = _series(fn)
+    s,unit = _series(fn),'mm'
     if s is not None and not s.picture: g = _grid(s); shape,ch,aff,dtype = g.shape,1,g.affine,'DICOM'
-    elif _suffix(fn:=s.path if s is not None else _exists(fn)) in _nifti:
-        im = _open_nifti(fn)
-        shape,ch = _spatial(im.shape, fn)
-        aff,dtype = _check_affine(im.affine, fn), im.get_data_dtype()
+    elif _is_nibabel(fn:=s.path if s is not None else fn):
+        im = open_nifti(fn)
+        shape,ch = _spatial(im.shape, image_label(fn))
+        aff,dtype,unit = _check_affine(affine_mm(im), image_label(fn)), im.get_data_dtype(), length_unit(im)[0]
     else:
         r,_,name = _sitk_reader(fn, s is not None)
         shape,_ = _spatial(r.GetSize(), fn); ch = r.GetNumberOfComponents()*(r.GetSize()[3] if r.GetDimension()>3 else 1)
         aff,dtype = _sitk_affine(r.GetSpacing(), r.GetOrigin(), r.GetDirection(), fn), name
-    return dict(shape=shape, channels=ch, affine=aff, spacing=spacing_of(aff), orientation=orientation_of(aff), dtype=str(dtype))
+    return dict(shape=shape, channels=ch, affine=aff, spacing=spacing_of(aff), orientation=orientation_of(aff), dtype=str(dtype), unit=unit)
 
 # %% ../nbs/05_io.ipynb #15c828a4
 def _sitk_reader(fn, picture=False, voxels=False):
@@ -129,25 +133,32 @@ def _to_the_end(im, fn, gz):
         except gzip.BadGzipFile as e:
             if 'Not a gzipped' not in str(e): raise                 # something foreign behind the end does no harm
 
+def _nifti_voxels(im, fn, dtype):
+    "The voxels of nibabel's image as physical values; a file is held against its size and read to its end"
+    def values(im): return np.asanyarray(im.dataobj) if dtype is None else im.get_fdata(dtype=dtype, caching='unchanged')
+    if isinstance(fn, SpatialImage):
+        with reading(image_label(fn)): return values(im)
+    item,gz = im.get_data_dtype().itemsize,_suffix(fn).endswith('gz'); need = int(np.prod([int(o) for o in im.shape], dtype=object))*item
+    own = Path(im.file_map['image'].filename)                           # of a pair, the .img
+    with reading(fn): check_size(fn, im.shape, item, unpacked(own, need) if gz else own.stat().st_size)
+    with reading(fn, f'{im.shape} voxels, as the header promises'), _to_the_end(im, own, gz) as im: return values(im)
+
 def _load_array(fn, dtype=None):
-    "(C,X,Y,Z) array of physical values, affine, stored dtype"
+    "(C,X,Y,Z) array of physical values, affine, metadata: stored dtype, and of NIfTI the forms of the header"
     s = _series(fn)
-    if s is not None and not s.picture: return *_load_series(s)[:2], 'DICOM'
-    fn = s.path if s is not None else _exists(fn)
-    if _suffix(fn) in _nifti:
-        im = _open_nifti(fn)
-        shape,ch = _spatial(im.shape, fn)
+    if s is not None and not s.picture: return *_load_series(s)[:2], dict(dtype='DICOM')
+    fn = s.path if s is not None else fn
+    if _is_nibabel(fn):
+        im = open_nifti(fn)
+        shape,ch = _spatial(im.shape, image_label(fn))
         if im.get_data_dtype().fields is not None or im.get_data_dtype().kind=='c':
-            raise InputError(f"{fn}: colour or complex voxels ({im.get_data_dtype()}) are not read; save the scan as one grey channel a file")
-        item,gz = im.get_data_dtype().itemsize,_suffix(fn).endswith('gz'); need = int(np.prod([int(o) for o in im.shape], dtype=object))*item
-        own = Path(im.file_map['image'].filename)                           # of a pair, the .img
-        with reading(fn): check_size(fn, im.shape, item, unpacked(own, need) if gz else own.stat().st_size)
-        with reading(fn, f'{im.shape} voxels, as the header promises'), _to_the_end(im, own, gz) as im: a = np.asanyarray(im.dataobj) if dtype is None else im.get_fdata(dtype=dtype, caching='unchanged')
-        a = a.reshape(*shape, ch)
-        return np.moveaxis(a, -1, 0), _check_affine(im.affine, fn), str(im.get_data_dtype())
+            raise InputError(f"{image_label(fn)}: colour or complex voxels ({im.get_data_dtype()}) are not read; save the scan as one grey channel a file")
+        a = _nifti_voxels(im, fn, dtype).reshape(*shape, ch)
+        forms = header_forms(im, shape)
+        return np.moveaxis(a, -1, 0), _check_affine(affine_mm(im), image_label(fn)), dict(dtype=str(im.get_data_dtype()), **({} if forms is None else {'header':forms}))
     r,_,name = _sitk_reader(fn, s is not None, True)
     with reading(fn): im = r.Execute()
-    return *_from_sitk(im, fn), name
+    return *_from_sitk(im, fn), dict(dtype=name)
 
 def same_grid(
     shape_a,      # (3,) voxels of one scan
@@ -181,7 +192,7 @@ def check_same_grid(
     raise InputError(f"Image and mask {_unlike(s(x), s(m))}")
 
 def load_volume(
-    fn,                  # image file, DICOM folder, `DicomSeries`, or a list of them: the channels of one case
+    fn,                  # image file, DICOM folder, `DicomSeries`, image of nibabel's, or a list of them: the channels of one case
     reorient:bool=False, # bring the axes to RAS+ order; otherwise the file's own order stays
     regrid=False         # DICOM only: True resamples irregular distances and a tilted gantry to an upright box; mm: with slices at this distance
 )->TensorVolume:         # (C,X,Y,Z) float32, physical values; `.affine`, `.spacing` (mm), `.meta`
@@ -193,22 +204,23 @@ def load_volume(
             if not same_grid(ts[0].shape[1:], ts[0].affine, t.shape[1:], t.affine):
                 raise InputError(f"Channels of one case must lie on one grid:\n  {fn[0]}: {_grid_str(ts[0].shape[1:], ts[0].affine)}\n"
                                  f"  {f}: {_grid_str(t.shape[1:], t.affine)}\nResample the second onto the first")
-        res = TensorVolume(torch.cat([t.as_subclass(Tensor) for t in ts]), affine=ts[0].affine, meta={**ts[0].meta, 'fn':[str(o) for o in fn]})
+        res = TensorVolume(torch.cat([t.as_subclass(Tensor) for t in ts]), affine=ts[0].affine, meta={**ts[0].meta, 'fn':[str(image_label(o)) for o in fn]})
     else:
         fn = fn[0] if is_listy(fn) else fn
         s = _series(fn)
         if s is not None and not s.picture: a,aff,meta = _load_series(s, regrid)
         elif regrid is not False: raise ArgumentError(f"{fn}: regrid={regrid!r} is for DICOM series; other files have a regular grid. Use resampled_grid and resample_to")
-        else: a,aff,dt = _load_array(fn, np.float32); meta = dict(dtype=dt)
-        res = TensorVolume(torch.from_numpy(np.ascontiguousarray(a, dtype=np.float32)), affine=aff, meta=dict(fn=str(s.path if s is not None else fn), **meta))
+        else: a,aff,meta = _load_array(fn, np.float32)
+        res = TensorVolume(torch.from_numpy(np.ascontiguousarray(a, dtype=np.float32)), affine=aff, meta=dict(fn=str(s.path if s is not None else image_label(fn)), **meta))
     return to_orientation(res) if reorient else res
 
 def load_mask(
-    fn,                 # label file
+    fn,                 # label file, or image of nibabel's
     reorient:bool=False # bring the axes to RAS+ order
 )->TensorVolumeMask:    # (X,Y,Z) int32, the values of the file
     "Read a mask. Raises `ValueError` where a value is not a whole number, or where there are several channels"
-    a,aff,dt = _load_array(fn)
+    a,aff,meta = _load_array(fn)
+    fn = image_label(fn)
     if a.shape[0]!=1:
         raise InputError(f"{fn}: expected a mask of one channel (X,Y,Z); found {a.shape[0]} channels. Merge one-hot channels into one file of class ids")
     a = a[0]
@@ -218,7 +230,7 @@ def load_mask(
                              "It may be a probability map, or was resampled with interpolation")
         a = np.round(a)
     if not -2**31<=a.min()<=a.max()<2**31: raise InputError(f"{fn}: expected class ids; found values from {a.min():.6g} to {a.max():.6g}. It may be an image, or its scale in the header is wrong")
-    res = TensorVolumeMask(torch.from_numpy(np.ascontiguousarray(a.astype(np.int32))), affine=aff, meta=dict(fn=str(fn), dtype=dt))
+    res = TensorVolumeMask(torch.from_numpy(np.ascontiguousarray(a.astype(np.int32))), affine=aff, meta=dict(fn=str(fn), **meta))
     return to_orientation(res) if reorient else res
 
 def _odd_values(a): return [float(o) for o in np.unique(a[~np.isfinite(a) | (np.abs(a-np.round(a))>1e-3)])[:5].round(4)]
@@ -238,8 +250,10 @@ def to_orientation(
     flips = [c+i for i in range(3) if tr[i,1]<0]
     if flips: r = r.flip(flips)
     r = r.permute(*range(c), *[c+int(i) for i in perm]).contiguous()
-    aff = t.affine @ nib.orientations.inv_ornt_aff(tr, t.shape[c:])
-    return type(t)(r, **{**{k:v for k,v in t.__dict__.items() if k!='_affine'}, 'affine':aff})
+    turn = nib.orientations.inv_ornt_aff(tr, t.shape[c:])
+    kept = {k:v for k,v in t.__dict__.items() if k!='_affine'}
+    if (kept.get('meta') or {}).get('header'): kept['meta'] = {**kept['meta'], 'header':turned_forms(kept['meta']['header'], turn, r.shape[c:])}
+    return type(t)(r, **{**kept, 'affine':t.affine @ turn})
 
 # %% ../nbs/05_io.ipynb #3f5a9bf9
 def resampled_grid(
@@ -323,8 +337,8 @@ def save_volume(
     sfx = _suffix(fn)
     with whole_file(fn) as tmp:
         if sfx in ('.nii','.nii.gz'):
-            im = nib.Nifti1Image(a, t.affine)
-            im.header.set_xyzt_units('mm'); im.header['descrip'] = note
+            im = nifti_image(a, t.affine, (getattr(t, 'meta', None) or {}).get('header'))
+            im.header['descrip'] = note
             nib.save(im, tmp)
         elif sfx in ('.nrrd','.mha','.png'):
             import SimpleITK as sitk

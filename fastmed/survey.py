@@ -45,10 +45,11 @@ def _header(fn, tol):
     out,cos = [],h['affine'][:3,:3]/h['spacing']
     skew = np.degrees(np.arcsin(min(1, np.abs(cos.T@cos-np.eye(3)).max())))
     if skew>.5: out.append(_f('skewed affine', f'axes {skew:.1f}° off the right angle', fn))
+    if h['unit']!='mm': out.append(_f('unit of length', f"{h['unit']}; read as voxels of {' × '.join(f'{o:.4g}' for o in h['spacing'])} mm", fn))
     if str(fn).lower().endswith(('.nii','.nii.gz')):
         try:
-            im = nib.load(fn); (s,_),(q,_) = im.get_sform(coded=True),im.get_qform(coded=True)
-            if s is not None and q is not None and not same_grid(h['shape'], s, h['shape'], q, max(tol, .1)):
+            im = nib.load(fn); (s,_),(q,_) = im.get_sform(coded=True),im.get_qform(coded=True); mm = h['affine']@np.linalg.inv(im.affine)
+            if s is not None and q is not None and not same_grid(h['shape'], s:=mm@s, h['shape'], q:=mm@q, max(tol, .1)):
                 out.append(_f('sform against qform', f"sform {_grid_str(h['shape'], s)}; qform {_grid_str(h['shape'], q)}", fn))
         except Exception as e: out.append(_f('sform against qform', f'one of them cannot be read ({_said(e, fn)})', fn))
     return h,out
