@@ -8,7 +8,7 @@ __all__ = ['PROBLEMS', 'Report', 'check_dataset']
 # %% ../nbs/56_check.ipynb #ad5ce3b7
 from .core import *
 from .io import *
-from .doctor import check_codes
+from .doctor import check_codes, check_columns
 from .report import *
 from .survey import _case_names, _f, _some, _survey, _twins
 from fastai.basics import *
@@ -268,7 +268,7 @@ def check_dataset(
 )->Report:                # one row a finding; `.errors`, `.warnings`, `.summary()`, `.clean()`, `.html(fn)`
     "Find what is wrong with a data set: headers first, every voxel once. Raises `KeyError` where a column of images is missing, `ValueError` on an empty table"
     if not len(df): raise InputError("check_dataset: the table has no rows")
-    codes = check_codes(ifnone(codes, df.attrs.get('codes'))); names = _case_names(df)
+    codes = check_codes(ifnone(codes, df.attrs.get('codes'))); names = _case_names(check_columns(df))
     heads,vox = _survey(df, path, image_col, mask_col, tol, memory_gb, workers)
     subject = None if 'subject' not in df else [str(o) if pd.notna(o) else i for i,o in enumerate(df.subject)]
     found = [(i,o) for i,(h,v) in enumerate(zip(heads, vox)) for o in h['findings']+v['findings']] + _labels(heads, vox, names, codes) + _across(heads, vox, names, subject)

@@ -8,6 +8,7 @@ __all__ = []
 # %% ../nbs/54_survey.ipynb #6e45c0e5
 from .core import *
 from .io import *
+from .doctor import check_columns
 from .io import _grid_str, _load_array, _odd_values
 from fastai.basics import *
 from fastprogress.fastprogress import progress_bar
@@ -182,8 +183,9 @@ def _case_voxels(h, prints=None):
 # %% ../nbs/54_survey.ipynb #3385e69b
 def _survey(df, path, image_col, mask_col, tol, memory_gb, workers, prints=None):
     "Headers, then voxels of all cases, in threads; (headers, numbers), a dict a case"
+    path = Path(path).absolute()
     for c in L(image_col):
-        if c not in df: raise ColumnError(f"image_col {c!r}: not in the DataFrame, which has {list(df)}")
+        if c not in check_columns(df): raise ColumnError(f"image_col {c!r}: not in the DataFrame, which has {list(df)}")
     if memory_gb is not None and not memory_gb>0: raise InputError(f"memory_gb: expected a positive number; found {memory_gb}")
     try: ram = os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')
     except (AttributeError, ValueError, OSError): ram = 8*2**30

@@ -1,9 +1,13 @@
 "What files, tables and codes say, and what is refused by name: units, both forms of a header, codes, marks, relative names, layouts."
-import json, os, warnings
+import json, os
 import nibabel as nib, numpy as np, pandas as pd, pytest, torch
-from fastai.data.all import DataBlock
-from fastmed.all import *
+from fastai.data.all import DataBlock, RandomSplitter
+from pathlib import Path
+from fastmed.all import (ArgumentError, CaseFiles, Comparison, FileError, InputError, PatchTransform, Preprocess, RadiographDataLoaders, SliceDataLoaders, TensorVolumeMask,
+                         VolumeBlock, VolumeDataLoaders, VolumeMaskBlock, check_dataset, check_same_grid, find_leaks, label_efficiency, load_mask, load_volume, read_header,
+                         resample_to, resampled_grid, save_volume, scan_decathlon, scan_folder, to_orientation, unet2d_learner, unet3d_learner)
 from fastmed.core import FastmedError
+from fastmed.crossval import CrossValidation
 from phantoms import CODES, affine_of, write_case
 
 NESTED = {'background':0, 'WT':[1,2,3], 'TC':[1,3], 'ET':3}
@@ -159,7 +163,7 @@ def test_relative_names_stay_where_they_were_given(relative, monkeypatch, cls):
     monkeypatch.chdir(there)
     for a,b in zip(was, batches(dls)): assert torch.equal(a, b)
     learn = (unet3d_learner if cls is VolumeDataLoaders else unet2d_learner)(dls, nf=4, depth=2, path=tmp)
-    assert (learn.evaluate().voxels_targ>0).all()
+    assert (learn.evaluate().target_mm3>0).all()
 
 def test_relative_names_of_a_plain_block(relative, monkeypatch):
     df,there,tmp = relative
@@ -191,10 +195,9 @@ def test_relative_names_of_a_comparison(relative, monkeypatch):
     v = cross_validation(df, tmp, CODES)
     monkeypatch.chdir(there)
     c.run(); v.run()
-    assert not (there/'runs').exists() and not (there/'cv').exists() and (c.scores.voxels_targ>0).all() and (v.scores.voxels_targ>0).all()
+    assert not (there/'runs').exists() and not (there/'cv').exists() and (c.results.target_mm3>0).all() and (v.results.target_mm3>0).all()
 
 def cross_validation(df, tmp, codes):
-    from fastmed.crossval import CrossValidation
     return CrossValidation(df, 2, path='cv', codes=codes, budget=dict(updates=1), nf=4, depth=2, cache=tmp/'cache', **QUIET)
 
 def test_a_report_of_relative_names_shows_them_later(relative, monkeypatch):
