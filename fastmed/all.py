@@ -5,6 +5,7 @@ from fastmed.guard import *
 from fastmed.frames import *
 from fastmed.dicom import *
 from fastmed.dicomseg import *
+from fastmed.nifti import *
 from fastmed.io import *
 from fastmed.archive import *
 from fastmed.datasets import *

@@ -10,6 +10,7 @@ __all__ = ['CaseFiles', 'warn_parted_subjects', 'LoadVolume', 'LoadMask', 'Patch
 # %% ../nbs/16_blocks.ipynb #e732fa4e
 from .core import *
 from .io import *
+from .doctor import check_columns
 from .preprocess import *
 from .store import *
 from .patches import *
@@ -25,9 +26,14 @@ class CaseFiles(DisplayedTransform):
     input_types = (pd.Series, dict, str, Path, list)
     def __init__(self,
         cols='image', # column, or several: channels
-        path='.'      # stands before relative names
-    ): store_attr()
-    def encodes(self, o): return case_files(o, self.cols, self.path) if isinstance(o, (pd.Series, dict)) else o
+        path='.'      # stands before relative names, and is itself taken from today's folder; None: names stay relative to the folder of each call
+    ):
+        store_attr()
+        if path is not None: self.path = Path(path).absolute()
+    def encodes(self, o):
+        if not isinstance(o, (pd.Series, dict)): return o
+        if isinstance(o, pd.Series): check_columns(o)
+        return case_files(o, self.cols, ifnone(self.path, '.'))
 
 def warn_parted_subjects(
     items # `TfmdLists` of rows, split

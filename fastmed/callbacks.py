@@ -10,7 +10,7 @@ __all__ = ['case_truth', 'case_columns', 'case_rows', 'predicted_cases', 'Rememb
 # %% ../nbs/35_callbacks.ipynb #23c0c82e
 from .core import *
 from .io import *
-from .doctor import case_name
+from .doctor import case_name, check_columns
 from .preprocess import *
 from .blocks import *
 from .data import *
@@ -47,7 +47,7 @@ def case_rows(
     items # DataFrame, or a list of items
 )->list:  # of (name of the case, item)
     "The items one by one, with their names: the column `case`, else the name of the file, else the number"
-    if isinstance(items, pd.DataFrame): return [(r.get('case', r.name), r) for _,r in items.iterrows()]
+    if isinstance(items, pd.DataFrame): return [(r.get('case', r.name), r) for _,r in check_columns(items).iterrows()]
     return [(case_name(o) if isinstance(o, (str,Path)) else i, o) for i,o in enumerate(items)]
 
 # %% ../nbs/35_callbacks.ipynb #2b8b2cb0

@@ -83,8 +83,8 @@ def case_loaders(
     get = LabelOf(lab['cols'], task, lab['delim'], lab['group'])
     ys = [TargetNumbers(vocab)] if task=='regression' else [Categorize(vocab=vocab, sort=False)] if task=='category' else [EncodedMultiCategorize(vocab)] if is_listy(lab['cols']) else [MultiCategorize(vocab=vocab), OneHotEncode(len(vocab))]
     ykind = dict(category=TensorCategory, multi=TensorMultiCategory, regression=TensorRegression)[task]
-    tls = [TfmdLists(df, [CaseFiles(cols[0]), load], splits=[[],[]], types=[CaseFiles.input_types, (str,Path,list), kind])]
-    if masks: tls.append(TfmdLists(df, [CaseFiles(cols[1]), LoadMask(pre)], splits=[[],[]], types=[CaseFiles.input_types, (str,Path,list), TensorVolumeMask]))
+    tls = [TfmdLists(df, [CaseFiles(cols[0], None), load], splits=[[],[]], types=[CaseFiles.input_types, (str,Path,list), kind])]
+    if masks: tls.append(TfmdLists(df, [CaseFiles(cols[1], None), LoadMask(pre)], splits=[[],[]], types=[CaseFiles.input_types, (str,Path,list), TensorVolumeMask]))
     tls.append(TfmdLists(df, [get, *ys], splits=[[],[]], types=[LabelOf.input_types, *[object]*(len(ys)-1), ykind]))
     looks = _back(meta['looks']); after = [] if looks is None else [SpatialTfm(**looks)]
     ds = Datasets(tls=tls, n_inp=1)

@@ -8,6 +8,7 @@ __all__ = ['PROBLEMS', 'Report', 'check_dataset']
 # %% ../nbs/56_check.ipynb #ad5ce3b7
 from .core import *
 from .io import *
+from .doctor import check_codes, check_columns
 from .report import *
 from .survey import _case_names, _f, _some, _survey, _twins
 from fastai.basics import *
@@ -27,6 +28,7 @@ PROBLEMS = ( # kind, severity, what would be right, how to mend it
     ('singular affine', 'error', 'an affine that can be inverted', 'repair sform and qform of the header'),
     ('skewed affine', 'error', 'axes at right angles', 'resample the scan onto a straight grid, or repair its header'),
     ('sform against qform', 'warning', 'two transforms that agree', 'find out which one is right and write it into both; fastmed takes the sform'),
+    ('unit of length', 'warning', 'a header in mm', 'nothing for fastmed, which converts to mm; other tools may ignore the unit: save the scan again in mm'),
     ('too large', 'error', 'a scan that fits into memory', 'crop or resample it, or raise memory_gb'),
     *((f'mask {k}', 'error', '', 'find the right mask, or resample it: resample_to(load_mask(mask), image.shape[1:], image.affine)') for k in _kinds),
     ('mask turned', 'warning', '', 'nothing for fastmed, which turns both; for other tools save both in one orientation'),
@@ -266,7 +268,7 @@ def check_dataset(
 )->Report:                # one row a finding; `.errors`, `.warnings`, `.summary()`, `.clean()`, `.html(fn)`
     "Find what is wrong with a data set: headers first, every voxel once. Raises `KeyError` where a column of images is missing, `ValueError` on an empty table"
     if not len(df): raise InputError("check_dataset: the table has no rows")
-    codes = ifnone(codes, df.attrs.get('codes')); names = _case_names(df)
+    codes = check_codes(ifnone(codes, df.attrs.get('codes'))); names = _case_names(check_columns(df))
     heads,vox = _survey(df, path, image_col, mask_col, tol, memory_gb, workers)
     subject = None if 'subject' not in df else [str(o) if pd.notna(o) else i for i,o in enumerate(df.subject)]
     found = [(i,o) for i,(h,v) in enumerate(zip(heads, vox)) for o in h['findings']+v['findings']] + _labels(heads, vox, names, codes) + _across(heads, vox, names, subject)

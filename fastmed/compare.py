@@ -10,7 +10,7 @@ __all__ = ['make_learner', 'case_gflops', 'arm_settings', 'score_arm', 'Comparis
 from .core import *
 from .io import *
 from .doctor import *
-from .doctor import _group_values
+from .doctor import _group_values, check_codes, check_columns
 from .preprocess import *
 from .blocks import *
 from .data import *
@@ -197,14 +197,14 @@ class Comparison(Findings):
         if not isinstance(self.budget, dict) or len(self.budget)!=1 or (u:=next(iter(self.budget))) not in ('minutes','epochs','updates','voxels') or not self.budget[u]>0:
             raise InputError(f"budget: expected one of minutes, epochs, updates, voxels, above 0, as in dict(minutes=10); found {str(self.budget)[:100]}")
         if not arms: raise InputError("arms: expected at least one, such as {'3D':dict(ndim=3)}")
-        if 'case' not in df: df = df.assign(case=[str(i) for i in range(len(df))])
+        if 'case' not in check_columns(df): df = df.assign(case=[str(i) for i in range(len(df))])
         if (d:=df['case'].astype(str).duplicated()).any(): raise InputError(f"case {df['case'][d].iloc[0]!r} stands in two rows. Each case needs a name of its own")
         if len({str(a).lower() for a in arms})<len(arms): raise InputError(f"arms: {list(arms)} are alike but for capitals; their folders would be one")
         for a in arms:
             if not re.fullmatch(r'[^/\\:*?"<>|\x00-\x1f]+', str(a)) or str(a).startswith('.') or str(a)=='unfinished': raise InputError(f"arm {a!r}: the name becomes a folder; leave out / \\ : * ? \" < > | and a leading dot")
             if odd:=sorted({'valid_col','valid_pct','df'} & {*arms[a], *common}): raise InputError(f"arm {a!r}: {odd} belong to the folds; use folds= and group_col=")
-        self.spec_arms = {str(a):{**common, **kw} for a,kw in arms.items()}
-        self.codes,self.group_col,self.path = codes,group_col,Path(path)
+        self.spec_arms = {str(a):{**common, **kw, 'path':Path(kw.get('path', '.')).absolute()} for a,kw in arms.items()}     # whatever folder the process is in later
+        self.codes,self.group_col,self.path = check_codes(codes),group_col,Path(path).absolute()
         self.seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
         if not self.seeds: raise InputError("seeds: expected 1 or more")
         self.df = df.reset_index(drop=True); self.df.attrs.update(df.attrs)

@@ -9,7 +9,7 @@ __all__ = ['stratified_folds', 'fold_learner', 'CrossValidation', 'cross_validat
 from .core import *
 from .io import *
 from .doctor import *
-from .doctor import _group_values
+from .doctor import _group_values, check_codes, check_columns
 from .blocks import *
 from .data import *
 from .radiographs import *
@@ -147,11 +147,12 @@ class CrossValidation:
         self.budget = ifnone(budget, dict(minutes=10)) if fit is None else None
         if fit is None and (not isinstance(self.budget, dict) or len(self.budget)!=1 or (u:=next(iter(self.budget))) not in ('minutes','epochs','updates','voxels') or not self.budget[u]>0):
             raise InputError(f"budget: expected one of minutes, epochs, updates, voxels, above 0, as in dict(minutes=10); found {str(self.budget)[:100]}")
-        if odd:=sorted({'is_valid','_held_out'}&set(df)): raise InputError(f"cross_validate: the DataFrame has a column {odd[0]!r}, which is filled for each fold. Drop it, or give it as folds= under another name")
+        if odd:=sorted({'is_valid','_held_out'}&set(check_columns(df))): raise InputError(f"cross_validate: the DataFrame has a column {odd[0]!r}, which is filled for each fold. Drop it, or give it as folds= under another name")
         if 'case' not in df: df = df.assign(case=[str(i) for i in range(len(df))])
         if (d:=df['case'].astype(str).duplicated()).any(): raise InputError(f"case {df['case'][d].iloc[0]!r} stands in two rows. Each case needs a name of its own")
         attrs,self.df = dict(df.attrs),df.reset_index(drop=True); self.df.attrs.update(attrs)
-        self.fit,self.kwargs,self.group_col,self.path,self.seed,self.masks = fit,kwargs,group_col,Path(path),seed,masks
+        self.fit,self.kwargs,self.group_col,self.path,self.seed,self.masks = fit,kwargs,group_col,Path(path).absolute(),seed,masks
+        if fit is None: self.kwargs = {**kwargs, 'path':Path(kwargs.get('path', '.')).absolute(), **({'codes':check_codes(kwargs['codes'])} if 'codes' in kwargs else {})}
         if isinstance(folds, str):
             if folds not in df: raise ColumnError(f"folds {folds!r}: not in the DataFrame, which has {list(df)}")
             if stratify is not None: raise ArgumentError(f"stratify: the folds stand in column {folds!r} already; leave one of them out")

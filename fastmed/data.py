@@ -11,7 +11,7 @@ from .guard import memory_left
 from .io import *
 from .io import _grid_str, _unlike
 from .doctor import *
-from .doctor import _case_splitter, _warn_twins
+from .doctor import _case_splitter, _warn_twins, check_codes, check_columns
 from .preprocess import *
 from .store import *
 from .blocks import *
@@ -68,14 +68,15 @@ class VolumeDataLoaders(DataLoaders):
     ):                             # these DataLoaders, every case preprocessed and kept
         "From a DataFrame with a row a case. Raises `KeyError` (a column), `ValueError` (a case, named, that cannot be used)"
         if not len(df): raise InputError("from_df: the DataFrame has no rows")
-        df = df.reset_index(drop=True)
+        df = check_columns(df).reset_index(drop=True)
         odd = dict(y_block=y_block, label_delim=label_delim, size=size) if label_col is None else dict(patch=None if patch=='auto' else patch, foreground=None if foreground=='auto' else foreground)
         if odd:=[k for k,v in odd.items() if v is not None]: raise InputError(f"{', '.join(odd)}: {'belongs to labels: say label_col=… too' if label_col is None else 'belongs to patches; with a label_col the item is the whole scan, of size=…'}")
         if mask_col=='auto': mask_col = 'mask' if label_col is None else None
         foreground = 1/3 if foreground=='auto' else foreground
         if not 0<=foreground<=1: raise InputError(f"foreground: expected a share from 0 to 1; found {foreground}")
         if cls._ndim==3 and (axis!='auto' or context): raise InputError("axis and context belong to slices: use SliceDataLoaders")
-        images,masks = all_files(df, image_col, path),all_files(df, mask_col, path) if mask_col is not None else []
+        root = Path(path).absolute()                                        # whatever folder the process is in later
+        images,masks = all_files(df, image_col, root),all_files(df, mask_col, root) if mask_col is not None else []
         for m in masks:
             if is_listy(m): raise InputError(f"mask_col {mask_col!r}: expected one file a case; found {m}")
         if label_col is None: splitter = _case_splitter(df, group_col, valid_col, valid_pct, seed)
@@ -96,7 +97,7 @@ class VolumeDataLoaders(DataLoaders):
         if need>left: raise ResourceError(f"patch: a batch of {plan.bs} patches of {'×'.join(map(str, plan.patch))} voxels takes {need/1e9:.3g} GB before a network has seen it, and {left/1e9:.3g} GB are free. Give a smaller patch= or bs=")
         pre = Preprocess(plan.spacing, normalize, plan.orientation, codes)
         cache = Path(ifnone(cache, cache_dir()))
-        if codes is None and masks: codes = pre.codes = df.attrs.get('codes') or _codes_from(label_values(Store(pre, cache), masks))
+        if codes is None and masks: codes = pre.codes = check_codes(df.attrs.get('codes')) or _codes_from(label_values(Store(pre, cache), masks))
         tr_im,tr_m = [images[i] for i in train],[masks[i] for i in train if masks]
         key = dict(files=[[kept_digest(f, cache) for f in L(o)] for o in tr_im+tr_m], pre=pre.to_dict())
         pre = Preprocess(**Store(pre, cache).cached('fit', key, lambda: pre.fit(tr_im, tr_m or None).to_dict()))

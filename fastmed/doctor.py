@@ -10,7 +10,7 @@ from .core import *
 from .guard import *
 from fastai.data.all import *
 from collections import Counter
-import hashlib, json, re
+import glob, hashlib, json, re
 
 # %% ../nbs/09_doctor.ipynb #0b13bb1b
 def case_name(
@@ -34,9 +34,9 @@ def scan_folder(
     path,                                # folder of the data set
     images:str='images/*.nii.gz',        # pattern of the images, below `path`
     masks:str|None='labels/*.nii.gz'     # pattern of the masks; None where there are none
-)->pd.DataFrame: # columns `case`, `image` (a path, or a list of paths: channels), `mask`, and those of `cases.csv`
-    "Pair images and masks by name; `case_0000`, `case_0001` … are the channels of `case`. Raises `FileNotFoundError` where nothing matches"
-    path = Path(path)
+)->pd.DataFrame: # columns `case`, `image` (a whole path, or a list of them: channels), `mask`, and those of `cases.csv`
+    "Pair images and masks by name; `case_0000`, `case_0001` … are the channels of `case`. Raises `FileNotFoundError` where nothing matches, `InputError` where nothing pairs"
+    path = Path(path).absolute()
     for k,v in (('images',images), ('masks',masks or 'x')):
         if not isinstance(v, str) or not v.strip('. ') or Path(v).is_absolute() or len(v)>1000: raise InputError(f"{k}: expected a pattern below {path}, such as 'images/*.nii.gz'; found {str(v)[:80]!r}")
     ims = sorted(o for o in path.glob(images) if not o.name.startswith('.'))
@@ -49,34 +49,139 @@ def scan_folder(
         channel = m and n not in ms and (m[1] in ms or f'{m[1]}_0000' in names)    # without a mask to tell, channels are numbered from 0000
         cases.setdefault(m[1] if channel else n, []).append(o)
     for n in ms: cases.setdefault(n, [])
+    if masks and not any(fs and n in ms for n,fs in cases.items()):
+        im = next(n for n,fs in cases.items() if fs)
+        raise InputError(f"{path}: no image has a mask of its name: {len(ims)} images such as {im!r}, {len(ms)} masks such as {next(iter(ms))!r}. "
+                         "Give both the same name, tell the pairs in a DataFrame of your own, or say masks=None")
     rows = [dict(case=n, image=(fs[0] if len(fs)==1 else fs or None), mask=ms.get(n)) for n,fs in cases.items()]
     df = pd.DataFrame(rows).sort_values('case', ignore_index=True).astype(object)
     if not masks: df = df.drop(columns='mask')
     return _subjects(df, path)
 
+def _decathlon_cases(info, path):
+    "Rows, names of the labels and modalities of a Decathlon task; an image that is not there may be the `_0000`, `_0001` … of nnU-Net's first version"
+    def images(p): return p if p.exists() else _one_or_all(sorted(p.parent.glob(f'{glob.escape(case_name(p))}_[0-9][0-9][0-9][0-9]{"".join(p.suffixes[-2:])}')) or [p])
+    rows = [dict(case=case_name(o['image']), image=path/o['image'], mask=path/o['label']) for o in info['training']]
+    if out:=[r['case'] for r in rows if any('..' in (r[k].relative_to(path) if r[k].is_relative_to(path) else r[k]).parts for k in ('image','mask'))]:
+        raise FileError(f"{path/'dataset.json'}: {out[0]!r} leads out of the folder of the task. Correct the list")
+    labels = {int(k):str(v) for k,v in info['labels'].items()}
+    codes = [labels[k] for k in sorted(labels)] if sorted(labels)==list(range(len(labels))) else {labels[k]:k for k in sorted(labels)}
+    if len(set(labels.values()))<len(labels): raise InputError(f"{path/'dataset.json'}: expected a name of its own for each label; found {labels}")
+    return [{**r, 'image':images(r['image'])} for r in rows],codes,list(info.get('modality', {}).values())
+
+def _nnunet_cases(info, path):
+    "Rows, codes and channels of an nnU-Net data set: `imagesTr/case_0000.…` for each channel, `labelsTr/case.…`"
+    fn,end,channels = path/'dataset.json',str(info['file_ending']),[str(v) for _,v in sorted(info['channel_names'].items(), key=lambda o: int(o[0]))]
+    images,masks = {},{o.name.removesuffix(end):o for o in sorted((path/'labelsTr').iterdir()) if o.name.endswith(end) and not o.name.startswith('.')}
+    for o in sorted((path/'imagesTr').iterdir()):
+        if m:=re.fullmatch(rf'([^.].*)_\d{{4}}{re.escape(end)}', o.name): images.setdefault(m[1], []).append(o)
+    if bad:=[k for k,fs in images.items() if len(fs)!=len(channels)]:
+        raise InputError(f"{fn}: case {bad[0]!r} has {len(images[bad[0]])} files in imagesTr; expected {len(channels)} channels, {channels}. Complete the case, or remove it")
+    rows = [dict(case=k, image=_one_or_all(images.get(k) or [path/'imagesTr'/f'{k}_0000{end}']), mask=masks.get(k, path/'labelsTr'/f'{k}{end}')) for k in sorted({*images, *masks})]
+    if len(rows)<(n:=int(info.get('numTraining', 0))): warn(f"{path}: {n-len(rows)} of the {n} cases that dataset.json counts are not there")
+    if 'ignore' in info['labels']: warn(f"{fn}: the label 'ignore' ({info['labels']['ignore']}) is a structure like any other here: leave its cases out, or give it to the background by codes=")
+    codes = {str(k):v for k,v in info['labels'].items()}
+    return rows,list(codes) if list(codes.values())==list(range(len(codes))) else codes,channels
+
+def _one_or_all(fs): return fs[0] if len(fs)==1 else fs
+def _there(fs): return fs is not None and all(o.exists() for o in L(fs))
+
 def scan_decathlon(
     path, # folder with `dataset.json`
-)->pd.DataFrame: # columns `case`, `image`, `mask`, and those of `cases.csv`; `df.attrs['codes']` holds the structures' names
-    "The training cases of a Medical Segmentation Decathlon task. Raises `FileNotFoundError` where `dataset.json` is missing"
-    path = Path(path)
-    if not (path/'dataset.json').exists():
-        raise MissingFileError(f"{path/'dataset.json'}: no such file. A Decathlon task has one; use scan_folder for other layouts")
-    fn = path/'dataset.json'
-    with reading(fn, 'the dataset.json of a Decathlon task', 'Download it again'):
+)->pd.DataFrame: # columns `case`, `image`, `mask`, and those of `cases.csv`, whole paths; `df.attrs['codes']` holds the structures' names
+    "The training cases of a Medical Segmentation Decathlon task, or of an nnU-Net data set. Raises `FileNotFoundError` where `dataset.json` is missing"
+    path = Path(path).absolute(); fn = path/'dataset.json'
+    if not fn.exists(): raise MissingFileError(f"{fn}: no such file. A Decathlon task has one; use scan_folder for other layouts")
+    with reading(fn, 'the dataset.json of a Decathlon task or of nnU-Net', 'Download it again'):
         info = json.loads(fn.read_text(encoding='utf-8-sig'))
-        rows = [dict(case=case_name(o['image']), image=path/o['image'], mask=path/o['label']) for o in info['training']]
-        labels,modality = {int(k):str(v) for k,v in info['labels'].items()},list(info.get('modality', {}).values())
-        if out:=[r['case'] for r in rows if any('..' in (r[k].relative_to(path) if r[k].is_relative_to(path) else r[k]).parts for k in ('image','mask'))]: raise FileError(f"{fn}: {out[0]!r} leads out of the folder of the task. Correct the list")
+        kind = first(f for f,keys in ((_decathlon_cases, {'training','labels'}), (_nnunet_cases, {'channel_names','labels','file_ending'})) if keys<=set(info))
+        if kind is None:
+            raise FileError(f"{fn}: expected the keys training and labels (Decathlon), or channel_names, labels and file_ending (nnU-Net); found {list(info)[:12]}. "
+                            "For another layout use scan_folder")
+        rows,codes,modality = kind(info, path)
     if twice:=[k for k,n in Counter(r['case'] for r in rows).items() if n>1]: raise InputError(f"{fn}: expected each case once; {twice[:5]} stand there more than once. Correct the list")
-    if len(set(labels.values()))<len(labels): raise InputError(f"{fn}: expected a name of its own for each label; found {labels}")
-    with reading(fn, 'names of files'): there = [r for r in rows if r['image'].exists() or r['mask'].exists()]
+    with reading(fn, 'names of files'): there = [r for r in rows if _there(r['image']) or _there(r['mask'])]
     if not there: raise MissingFileError(f"{path}: dataset.json lists {len(rows)} cases and none of their files exists")
     if len(there)<len(rows): warn(f"{path}: {len(rows)-len(there)} of the {len(rows)} cases that dataset.json lists are not there")
-    for r in there: r.update({k:None for k in ('image','mask') if not r[k].exists()})
+    for r in there: r.update({k:None for k in ('image','mask') if not _there(r[k])})
     df = _subjects(pd.DataFrame(there).astype(object), path)
-    df.attrs['codes'] = [labels[k] for k in sorted(labels)] if sorted(labels)==list(range(len(labels))) else {labels[k]:k for k in sorted(labels)}
-    df.attrs['modality'] = modality
+    df.attrs.update(codes=codes, modality=modality)
     return df
+
+# %% ../nbs/09_doctor.ipynb #c0de5a02
+def _whole(v):
+    "A value of a mask as a plain integer; None where it is no whole number"
+    if isinstance(v, (bool,np.bool_)) or not isinstance(v, (int,float,np.number)): return None
+    return int(v) if np.isfinite(v) and v==int(v) else None
+
+def _code_values(name, v):
+    "The values of one structure: an integer, or a list of them"
+    many = isinstance(v, (list,tuple,set,frozenset,range,L,pd.Series)) or isinstance(v, np.ndarray) and v.ndim==1
+    whole = [_whole(o) for o in (v if many else [v])]
+    if not whole or None in whole: raise InputError(f"codes: expected a whole number, or a list of them, as the value of {name!r}; found {str(v)[:80]}")
+    return whole if many else whole[0]
+
+def _refuse_shared(codes):
+    "Raise `InputError` where a value stands under two names"
+    seen = {}
+    for name,v in codes.items():
+        for o in set(L(v)):
+            if o in seen:
+                raise InputError(f"codes: value {o} stands under {seen[o]!r} and under {name!r}; expected each value under one name, because a voxel "
+                                 "is of one structure here. Nested regions are not trained on: name the parts, and merge them after the prediction")
+            seen[o] = name
+
+def _refuse_late_background(names, codes):
+    "Raise `InputError` where the background is not first: the one of that name, else the one of value 0"
+    k = next((i for i,n in enumerate(names) if n.strip().lower() in ('background','bg')), None)
+    if k is None and isinstance(codes, dict): k = next((i for i,n in enumerate(names) if 0 in L(codes[n])), None)
+    if not k: return
+    order = [names[k]]+names[:k]+names[k+1:]
+    fix = {n:codes[n] for n in order} if isinstance(codes, dict) else order
+    raise InputError(f"codes: the background {names[k]!r} stands behind {names[0]!r}; expected it first, because the first name is never scored. "
+                     + (f"Write codes={fix}" if isinstance(codes, dict) else f"Where the file's values follow this order, say them: codes={{{names[k]!r}:{k}, {names[0]!r}:0, …}}"))
+
+def check_codes(
+    codes # None, a list of names for the values 0, 1, 2 …, or a dict name → value or values in the file
+):        # the same, with names as text and values as plain integers
+    "The names of the structures, background first. Raises `InputError` on a name or value that stands twice, and on a background that is not first"
+    if codes is None: return None
+    if not isinstance(codes, dict) and not isinstance(codes, (list,tuple,np.ndarray,L,pd.Series,pd.Index)):
+        raise ArgumentError(f"codes: expected a list of names, or a dict name → value(s); found {codes!r}")
+    names = [str(o) for o in codes]
+    if not names: raise InputError("codes: expected at least the name of the background; found none. Leave codes out to take them from the data")
+    if twice:=[n for n,k in Counter(names).items() if k>1]: raise InputError(f"codes: expected a name of its own for each structure; {twice} stand there more than once in {names}")
+    if not isinstance(codes, dict):
+        _refuse_late_background(names, names)
+        return names
+    codes = {n:_code_values(n, v) for n,v in zip(names, codes.values())}
+    _refuse_shared(codes)
+    _refuse_late_background(names, codes)
+    return codes
+
+# %% ../nbs/09_doctor.ipynb #c0de5a04
+def check_columns(
+    df # DataFrame, or a row of one
+):     # the same
+    "Raise `InputError` where the name of a column stands twice"
+    names = df.columns if isinstance(df, pd.DataFrame) else df.index
+    if not names.has_duplicates: return df
+    twice = list(dict.fromkeys(names[names.duplicated()]))
+    raise InputError(f"the DataFrame has two columns {twice[0]!r}{f' (and {twice[1:]})' if twice[1:] else ''}; expected each name once. "
+                     "Rename one, or drop it: df.loc[:, ~df.columns.duplicated()]")
+
+def marked_rows(
+    df, # one row a case
+    col # column of True and False, or of 1 and 0
+)->np.ndarray: # (rows,) bool
+    "The rows that a column marks. Raises `ColumnError` where there is none, `InputError` naming the case whose value is another"
+    check_columns(df)
+    if col not in df: raise ColumnError(f"valid_col {col!r}: not in the DataFrame, which has {list(df)}")
+    for i,v in enumerate(df[col]):
+        if not isinstance(v, (bool,np.bool_,int,float,np.number)) or v not in (0,1):
+            case = df['case'].iloc[i] if 'case' in df else df.index[i]
+            raise InputError(f"case {case!r}: {col} is {v!r}; expected True or False, or 1 and 0, in every row. Fill it in; of a column of folds mark one: df.assign(is_valid=df[{col!r}]==0)")
+    return df[col].astype(bool).values
 
 # %% ../nbs/09_doctor.ipynb #ec8b1c0d
 def GroupSplitter(
@@ -131,8 +236,7 @@ def _case_splitter(df, group_col, valid_col, valid_pct, seed):
     if group_col is None and 'subject' in df: group_col = 'subject'
     if group_col is not None and group_col not in df: raise ColumnError(f"group_col {group_col!r}: not in the DataFrame, which has {list(df)}")
     if valid_col is not None:
-        if valid_col not in df: raise ColumnError(f"valid_col {valid_col!r}: not in the DataFrame, which has {list(df)}")
-        v = df[valid_col].astype(bool).values
+        v = marked_rows(df, valid_col)
         if v.all() or not v.any():
             raise InputError(f"valid_col {valid_col!r}: expected some cases to train and some to validate; found {v.sum()} of {len(v)} marked")
         if group_col is not None:

@@ -8,7 +8,7 @@ __all__ = ['draw_order', 'LabelEfficiency', 'label_efficiency']
 # %% ../nbs/62_efficiency.ipynb #c53f38f1
 from .core import *
 from .doctor import *
-from .doctor import _group_values
+from .doctor import _group_values, check_columns, marked_rows
 from .stats import *
 from .stats import _groups
 from .callbacks import *
@@ -131,9 +131,9 @@ def label_efficiency(
     inits,budget = ifnone(inits, {'scratch':None}),ifnone(budget, dict(updates=300))
     if make is None: make = lambda d: make_learner(d, valid_col='_held_out', group_col=group_col, **kwargs)
     elif kwargs: raise ArgumentError(f"label_efficiency: {sorted(kwargs)} belong to make_learner; with make= put them into that function")
-    df = df.reset_index(drop=True); groups = _group_values(df, group_col)
+    df = check_columns(df).reset_index(drop=True); groups = _group_values(df, group_col)
     if 'case' not in df: df = df.assign(case=[str(i) for i in range(len(df))])
-    test = df[valid_col].astype(bool).values if valid_col else groups.isin(draw_order(groups, None if stratify is None else df[stratify], seed)[:max(1, round(test_pct*groups.nunique()))]).values
+    test = marked_rows(df, valid_col) if valid_col else groups.isin(draw_order(groups, None if stratify is None else df[stratify], seed)[:max(1, round(test_pct*groups.nunique()))]).values
     if (both:=set(groups[test]) & set(groups[~test])): raise InputError(f"valid_col {valid_col!r}: subjects {sorted(both)[:5]} stand on both sides")
     pool = groups[~test].nunique()
     if not sizes or max(sizes)>pool or min(sizes)<1: raise InputError(f"sizes {tuple(sizes)}: expected numbers from 1 to {pool}, the subjects that are not held out for the test")

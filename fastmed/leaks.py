@@ -7,6 +7,7 @@ __all__ = ['find_leaks', 'distribution_shift']
 
 # %% ../nbs/61_leaks.ipynb #438f7f61
 from .core import *
+from .doctor import check_columns
 from .io import *
 from .survey import _case_names, _mix, _roughness, _survey, _twins
 from fastai.basics import *
@@ -179,7 +180,7 @@ def find_leaks(
     "Pairs of cases, of different subjects as far as these are known, that look like one scan. Raises `KeyError` where a column is missing, `ValueError` on an empty table"
     if not len(df): raise InputError("find_leaks: the table has no rows")
     if split is not None and split not in df: raise ColumnError(f"split {split!r}: not in the DataFrame, which has {list(df)}")
-    names,(_,vox) = _case_names(df),_survey(df, path, image_col, None, .05, memory_gb, workers, prints=_fingerprint); proof,like = _pairs(vox, likely)
+    names,(_,vox) = _case_names(check_columns(df)),_survey(df, path, image_col, None, .05, memory_gb, workers, prints=_fingerprint); proof,like = _pairs(vox, likely)
     sub = [None]*len(df) if 'subject' not in df else [str(o) if pd.notna(o) else None for o in df.subject]
     rows = [dict(case_a=names[i], case_b=names[j], evidence='; '.join(dict.fromkeys(w)), sure=s, **({} if split is None else dict(parted=df[split].iloc[i]!=df[split].iloc[j])))
             for s,d in (('proved',proof),('likely',like)) for (i,j),w in sorted(d.items()) if sub[i] is None or sub[i]!=sub[j]]

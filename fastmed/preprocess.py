@@ -9,6 +9,7 @@ __all__ = ['NORMALIZATIONS', 'BYTES', 'normalize_channel', 'Preprocess', 'auto_s
 # %% ../nbs/10_preprocess.ipynb #c9e29ca9
 from .core import *
 from .io import *
+from .doctor import check_codes
 from fastai.data.all import *
 import json, math, nibabel as nib
 
@@ -51,11 +52,11 @@ class Preprocess:
             if n not in NORMALIZATIONS+('auto',): raise InputError(f"normalize: expected one of {', '.join(NORMALIZATIONS)} or 'auto'; found {str(n)[:80]!r}")
         if order not in ('linear','cubic'): raise InputError(f"order: expected 'linear' or 'cubic'; found {str(order)[:80]!r}")
         if mask_order not in ('smooth','nearest'): raise InputError(f"mask_order: expected 'smooth' or 'nearest'; found {str(mask_order)[:80]!r}")
-        if isinstance(spacing, (int,float)): spacing = (spacing,)*3
+        if isinstance(spacing, (int,float,np.number)): spacing = (spacing,)*3
         if spacing is not None and spacing!='auto':
             spacing = tuple(float(o) for o in spacing)
             if len(spacing)!=3 or min(spacing)<=0: raise InputError(f"spacing: expected three sizes above 0, in mm; found {str(spacing)[:80]}")
-        if not (codes is None or isinstance(codes, dict)): codes = [str(o) for o in codes]
+        codes = check_codes(codes)
         store_attr('spacing,normalize,orientation,codes,order,mask_order,stats')
 
     # --- the way in

@@ -10,6 +10,7 @@ __all__ = ['TensorRadiograph', 'check_window', 'load_radiograph', 'RadiographPre
 from .core import *
 from .io import *
 from .doctor import *
+from .doctor import check_columns
 from .preprocess import *
 from .preprocess import NORMALIZATIONS
 from .store import *
@@ -307,9 +308,9 @@ class RadiographDataLoaders(DataLoaders):
         "From a DataFrame with a row a picture. Raises `ColumnError`, `InputError` (a case, named), `FileError` (a file, named)"
         if not len(df): raise InputError("from_df: the DataFrame has no rows")
         if isinstance(bs, bool) or not isinstance(bs, (int,np.integer)) or bs<1: raise InputError(f"bs: expected a whole number of 1 or more; found {bs!r}")
-        df = df.reset_index(drop=True)
+        df = check_columns(df).reset_index(drop=True)
         prep,cache,device = RadiographPrep(size, window, normalize, colour),Path(ifnone(cache, cache_dir())),torch.device(ifnone(device, default_device()))
-        files = all_files(df, image_col, path)
+        files = all_files(df, image_col, Path(path).absolute())
         for i,f in enumerate(files):
             if is_listy(f): raise InputError(f"image_col {image_col!r}: expected one file a picture; found {f}")
             if not Path(f).is_file(): raise MissingFileError(f"case {df.iloc[i].get('case', i)!r}: {f}: no such file. Check the path, and `path=` which stands before relative names")

@@ -140,7 +140,7 @@ def _empty_dls(meta, plan, pre, device):
     "DataLoaders without data that know how a scan is read, cut and flipped"
     im,ms = _back(meta['columns'])
     df = pd.DataFrame({c:[] for c in [*L(im), *L(ms)]})
-    tls = [TfmdLists(df, [CaseFiles(c), load], splits=[[],[]], types=[CaseFiles.input_types, (str,Path,list), t])
+    tls = [TfmdLists(df, [CaseFiles(c, None), load], splits=[[],[]], types=[CaseFiles.input_types, (str,Path,list), t])
            for c,load,t in ((im, LoadVolume(pre), TensorVolume), (ms, LoadMask(pre), TensorVolumeMask))]
     ds = Datasets(tls=tls)
     dl = PatchDL(ds.subset(0), bs=plan.get('bs', 4), seed=meta['seed'], device=device, after_item=[PatchTransform(plan, meta['foreground'])],

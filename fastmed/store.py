@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 import contextlib, hashlib, json, os, time
 
 # %% ../nbs/12_store.ipynb #36376da0
-_version = 1   # of the layout on disk; part of every key
+_version = 2   # of the layout on disk and of how files are read; part of every key
 
 def _key(*parts): return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:24]
 

@@ -8,6 +8,7 @@ __all__ = []
 # %% ../nbs/54_survey.ipynb #6e45c0e5
 from .core import *
 from .io import *
+from .doctor import check_columns
 from .io import _grid_str, _load_array, _odd_values
 from fastai.basics import *
 from fastprogress.fastprogress import progress_bar
@@ -45,10 +46,11 @@ def _header(fn, tol):
     out,cos = [],h['affine'][:3,:3]/h['spacing']
     skew = np.degrees(np.arcsin(min(1, np.abs(cos.T@cos-np.eye(3)).max())))
     if skew>.5: out.append(_f('skewed affine', f'axes {skew:.1f}° off the right angle', fn))
+    if h['unit']!='mm': out.append(_f('unit of length', f"{h['unit']}; read as voxels of {' × '.join(f'{o:.4g}' for o in h['spacing'])} mm", fn))
     if str(fn).lower().endswith(('.nii','.nii.gz')):
         try:
-            im = nib.load(fn); (s,_),(q,_) = im.get_sform(coded=True),im.get_qform(coded=True)
-            if s is not None and q is not None and not same_grid(h['shape'], s, h['shape'], q, max(tol, .1)):
+            im = nib.load(fn); (s,_),(q,_) = im.get_sform(coded=True),im.get_qform(coded=True); mm = h['affine']@np.linalg.inv(im.affine)
+            if s is not None and q is not None and not same_grid(h['shape'], s:=mm@s, h['shape'], q:=mm@q, max(tol, .1)):
                 out.append(_f('sform against qform', f"sform {_grid_str(h['shape'], s)}; qform {_grid_str(h['shape'], q)}", fn))
         except Exception as e: out.append(_f('sform against qform', f'one of them cannot be read ({_said(e, fn)})', fn))
     return h,out
@@ -181,8 +183,9 @@ def _case_voxels(h, prints=None):
 # %% ../nbs/54_survey.ipynb #3385e69b
 def _survey(df, path, image_col, mask_col, tol, memory_gb, workers, prints=None):
     "Headers, then voxels of all cases, in threads; (headers, numbers), a dict a case"
+    path = Path(path).absolute()
     for c in L(image_col):
-        if c not in df: raise ColumnError(f"image_col {c!r}: not in the DataFrame, which has {list(df)}")
+        if c not in check_columns(df): raise ColumnError(f"image_col {c!r}: not in the DataFrame, which has {list(df)}")
     if memory_gb is not None and not memory_gb>0: raise InputError(f"memory_gb: expected a positive number; found {memory_gb}")
     try: ram = os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')
     except (AttributeError, ValueError, OSError): ram = 8*2**30

@@ -80,6 +80,7 @@ FAULTS = { # name: (kind that must be found, what is done to the case)
     'channels in the wrong order': ('odd contrast', lambda r,p: r.update(image=r['second'])),
     'singular affine': ('singular affine', raw(zero_affine)),
     'skewed affine': ('skewed affine', both(affine=shear)),
+    'header in metres': ('unit of length', im(affine=lambda A: np.diag([.001]*3+[1])@A, header=lambda x: x.header.set_xyzt_units('meter'))),
     'sform against qform': ('sform against qform', im(header=flip_qform)),
     'too large': ('too large', raw(huge)),
     'unexpected label': ('unexpected label', ma(lambda a: put(a, (10,10,slice(8,12)), 7))),
