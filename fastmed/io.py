@@ -11,6 +11,7 @@ from .core import *
 from .guard import *
 from .dicom import *
 from .dicom import _grid, _load_series
+from .frames import picture_pixels
 from fastai.data.all import *
 import contextlib, errno, gzip, re, nibabel as nib
 
@@ -146,6 +147,8 @@ def _load_array(fn, dtype=None):
         a = a.reshape(*shape, ch)
         return np.moveaxis(a, -1, 0), _check_affine(im.affine, fn), str(im.get_data_dtype())
     r,_,name = _sitk_reader(fn, s is not None, True)
+    exact = picture_pixels(fn) if s is not None else None
+    if exact is not None: return np.moveaxis(exact, -1, 0).transpose(0,2,1)[...,None], _sitk_affine(r.GetSpacing(), r.GetOrigin(), r.GetDirection(), fn), str(exact.dtype)
     with reading(fn): im = r.Execute()
     return *_from_sitk(im, fn), name
 
