@@ -105,11 +105,11 @@ def _refer(seg, s, heads):
     def reference(head, item):
         item.ReferencedSOPClassUID,item.ReferencedSOPInstanceUID = head.SOPClassUID,head.SOPInstanceUID
         return item
-    for frame in seg.PerFrameFunctionalGroupsSequence:
-        for derivation in frame.get('DerivationImageSequence', []):
-            for item in derivation.SourceImageSequence:
-                o = s.frames[int(item.ReferencedFrameNumber)-1]
-                reference(heads[o.file], item).ReferencedFrameNumber = o.frame+1
+    derivations = [d for frame in seg.PerFrameFunctionalGroupsSequence for d in frame.get('DerivationImageSequence', [])]
+    items = {id(item):item for d in derivations for item in d.SourceImageSequence}     # frames of several structures share them
+    for item in items.values():
+        o = s.frames[int(item.ReferencedFrameNumber)-1]
+        reference(heads[o.file], item).ReferencedFrameNumber = o.frame+1
     seg.SourceImageSequence = [reference(h, pydicom.Dataset()) for h in heads.values()]
     seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence = [reference(h, pydicom.Dataset()) for h in heads.values()]
 
@@ -117,6 +117,7 @@ def _without_identity(seg):
     "Say what was done, and take out when: a segmentation made on the day of the scan tells the day of the scan"
     import pydicom
     for k in ('InstanceCreationDate','InstanceCreationTime','SeriesDate','SeriesTime','TimezoneOffsetFromUTC'): seg.pop(k, None)
+    for d in seg.get('ContributingEquipmentSequence', []): d.pop('ContributionDateTime', None)
     seg.ContentDate,seg.ContentTime,seg.PatientIdentityRemoved = '19000101','000000','YES'
     seg.DeidentificationMethod = 'fastmed: nothing of the images but their UIDs and geometry'
     def code(value, meaning):
