@@ -51,7 +51,8 @@ def test_magnitude_and_field_map_have_names(data):
         turned = nib.as_closest_canonical(nib.Nifti1Image(t[0].numpy(), t.affine))
         want = nib.as_closest_canonical(im)
         assert np.allclose(turned.affine, want.affine, atol=2e-2)
-        assert np.allclose(turned.get_fdata(), want.get_fdata(), atol=1.)        # dcm2niix rounds to the steps of the stored values
+        # dcm2niix applies the scale of Philips' private elements, so values differ by a line
+        assert np.corrcoef(turned.get_fdata().ravel(), want.get_fdata().ravel())[0,1]>.9999
 
 def test_measures_that_stand_in_each_frame(tmp_path):
     "As Siemens, Philips and Canon write them; and a series of several such files"
@@ -160,3 +161,13 @@ def test_the_day_of_the_segmentation_is_not_in_it(tmp_path):
     assert today not in save_dicom_seg(m, tmp_path/'s', tmp_path/'a.dcm').read_bytes()
     kept = pydicom.dcmread(save_dicom_seg(m, tmp_path/'s', tmp_path/'b.dcm', strip_identity=False))
     assert kept.StudyDate=='20200101' and kept.ContentDate!='19000101'
+
+def test_prediction_takes_regrid(tmp_path, loaders, weights):
+    "A tilted series is predicted where `regrid=True` says so, and is refused where nothing does"
+    from fastmed.all import unet3d_learner
+    learn = unet3d_learner(loaders[3], nf=4, depth=2)
+    write(tmp_path/'s', np.random.default_rng(0).integers(0, 900, (20,18,9)), px=(1.,1.), gap=1.5, shear=.4)
+    with pytest.raises(InputError, match='regrid=True'): learn.predict_volume(tmp_path/'s')
+    m = learn.predict_volume(tmp_path/'s', regrid=True)
+    t = load_volume(tmp_path/'s', regrid=True)
+    assert m.shape==t.shape[1:] and np.array_equal(m.affine, t.affine)
