@@ -11,7 +11,7 @@ from .dicom import *
 from .dicom import _grid, _head, _pixels, _stack
 from . import __version__
 from fastai.basics import *
-import re, warnings, nibabel as nib
+import warnings, nibabel as nib
 
 # %% ../nbs/04_dicomseg.ipynb #2fe5ab39
 def _extra():
@@ -40,31 +40,109 @@ def _planes(mask, s):
     at = zip(g.t-g.t[0], np.round(g.move).astype(int)); w,h = s.frames[0].size
     return np.stack([a[x:x+w, y:y+h, int(round(t/g.gap))].T for t,(x,y) in at])
 
+def _heads(s):
+    "{file: header} of a series that a segmentation can refer to. Raises `InputError`"
+    import pydicom
+    if any(o.tiles for o in s.frames):
+        raise InputError(f"{s.path} ({s}): a mosaic, whose slices are no images of their own that a segmentation could refer to. Save the mask as NIfTI: save_volume(mask, 'mask.nii.gz')")
+    heads = {f:pydicom.dcmread(f, stop_before_pixels=True, force=True) for f in s.files}
+    if any(not o.get('FrameOfReferenceUID') for o in heads.values()):
+        raise InputError(f"{s.path} ({s}): its images name no frame of reference (FrameOfReferenceUID), so no segmentation can be placed on them")
+    return heads
+
+def _measures(o, head):
+    "Where frame `o` of a series lies and how large its pixels are, as elements of a header"
+    import pydicom
+    def number(v): return pydicom.valuerep.DSfloat(float(v), auto_format=True)
+    groups = [*(head.get('PerFrameFunctionalGroupsSequence') or [])[o.frame:o.frame+1], *(head.get('SharedFunctionalGroupsSequence') or [])]
+    said = [d.get('PixelMeasuresSequence')[0] for d in groups if d.get('PixelMeasuresSequence')]+[head]
+    res = pydicom.Dataset()
+    for k in ('SliceThickness','SpacingBetweenSlices'):
+        v = next((d.get(k) for d in said if d.get(k)), None)
+        if v or k=='SliceThickness': setattr(res, k, number(v or o.thickness))
+    res.PixelSpacing = [number(v) for v in o.px[::-1]]
+    res.ImagePositionPatient,res.ImageOrientationPatient = [number(v) for v in o.position],[number(v) for v in o.axes]
+    return res
+
+_kept = ('SOPClassUID','SOPInstanceUID','StudyInstanceUID','SeriesInstanceUID','FrameOfReferenceUID','Modality','Rows','Columns')
+_blank = ('PatientName','PatientID','PatientBirthDate','PatientSex','AccessionNumber','StudyID','StudyDate','StudyTime','ReferringPhysicianName')
+
+def _source(head, strip_identity):
+    "The header of an image as far as a segmentation takes it over: without identity, what names it among others and nothing else"
+    import pydicom
+    res = pydicom.Dataset()
+    res.update({e.tag:head[e.tag] for e in head if not strip_identity and e.tag.group!=0x5200})
+    for k in _kept:
+        if k in head: setattr(res, k, head[k].value)
+    for k in _blank:
+        if k not in res: setattr(res, k, '')
+    return res
+
+def _sources(s, heads, strip_identity):
+    "What highdicom takes for the images of a series: a header an image, or one multi-frame header with the frames of the series alone, in their order"
+    import pydicom
+    from highdicom.utils import is_multiframe_image
+    first = _measures(s.frames[0], heads[s.frames[0].file])
+    if not is_multiframe_image(heads[s.frames[0].file]):
+        res = [_source(heads[o.file], strip_identity) for o in s.frames]
+        for d,o in zip(res, s.frames):
+            d.update(_measures(o, heads[o.file])); d.ImageOrientationPatient = first.ImageOrientationPatient
+        return res
+    res,shared,orientation,frames = _source(heads[s.frames[0].file], strip_identity),pydicom.Dataset(),pydicom.Dataset(),[]
+    orientation.ImageOrientationPatient = first.ImageOrientationPatient
+    for o in s.frames:
+        frame,place = pydicom.Dataset(),pydicom.Dataset()
+        place.ImagePositionPatient = _measures(o, heads[o.file]).ImagePositionPatient
+        frame.PlanePositionSequence = [place]; frames.append(frame)
+    for k in ('ImagePositionPatient','ImageOrientationPatient'): delattr(first, k)
+    shared.PixelMeasuresSequence,shared.PlaneOrientationSequence = [first],[orientation]
+    res.SharedFunctionalGroupsSequence,res.PerFrameFunctionalGroupsSequence,res.NumberOfFrames = [shared],frames,len(frames)
+    return [res]
+
+def _refer(seg, s, heads):
+    "Name the files and frames that stood behind the one multi-frame header of `_sources`"
+    import pydicom
+    def reference(head, item):
+        item.ReferencedSOPClassUID,item.ReferencedSOPInstanceUID = head.SOPClassUID,head.SOPInstanceUID
+        return item
+    derivations = [d for frame in seg.PerFrameFunctionalGroupsSequence for d in frame.get('DerivationImageSequence', [])]
+    items = {id(item):item for d in derivations for item in d.SourceImageSequence}     # frames of several structures share them
+    for item in items.values():
+        o = s.frames[int(item.ReferencedFrameNumber)-1]
+        reference(heads[o.file], item).ReferencedFrameNumber = o.frame+1
+    seg.SourceImageSequence = [reference(h, pydicom.Dataset()) for h in heads.values()]
+    seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence = [reference(h, pydicom.Dataset()) for h in heads.values()]
+
+def _without_identity(seg):
+    "Say what was done, and take out when: a segmentation made on the day of the scan tells the day of the scan"
+    import pydicom
+    for k in ('InstanceCreationDate','InstanceCreationTime','SeriesDate','SeriesTime','TimezoneOffsetFromUTC'): seg.pop(k, None)
+    for d in seg.get('ContributingEquipmentSequence', []): d.pop('ContributionDateTime', None)
+    seg.ContentDate,seg.ContentTime,seg.PatientIdentityRemoved = '19000101','000000','YES'
+    seg.DeidentificationMethod = 'fastmed: nothing of the images but their UIDs and geometry'
+    def code(value, meaning):
+        d = pydicom.Dataset()
+        d.CodeValue,d.CodingSchemeDesignator,d.CodeMeaning = value,'DCM',meaning
+        return d
+    seg.DeidentificationMethodCodeSequence = [code('113100', 'Basic Application Confidentiality Profile'), code('113110', 'Retain UIDs Option')]
+
 def save_dicom_seg(
     mask,                     # `TensorVolumeMask` (X,Y,Z) on the grid of the series, with its affine
     series,                   # its `DicomSeries`, or the folder or multi-frame file
     fn,                       # .dcm file to write
     codes=None,               # names of the structures, background first; default: those of the mask
-    strip_identity:bool=True, # False: patient's name, id, birth date and the like are copied from the series
+    strip_identity:bool=True, # False: what the series says of patient and study is copied
     model:str='fastmed'       # name of what segmented
 )->Path:                      # `fn`
     "Write a mask as a DICOM segmentation of its series, whole or not at all. Raises `ValueError` where it lies on another grid or holds a class without a name; `ImportError` without highdicom"
-    hd = _extra(); import pydicom
+    hd = _extra()
     from pydicom.sr.coding import Code
     if getattr(mask, 'affine', None) is None or mask.ndim!=3: raise InputError(f"save_dicom_seg({fn}): expected a TensorVolumeMask (X,Y,Z) with its affine; found {type(mask).__name__} {tuple(getattr(mask, 'shape', ()))}")
     s = dicom_series(series); a = _planes(mask, s); top = int(a.max())
     if a.min()<0 or a.dtype.kind=='f' and (a!=np.round(a)).any(): raise InputError(f"save_dicom_seg({fn}): expected class ids, whole numbers from 0; found {a.min():g} to {a.max():g}")
     codes = list(ifnone(codes, ifnone(getattr(mask, 'codes', None), ['background', *(f'structure {i}' for i in range(1, max(top,1)+1))])))
     if top>=len(codes) or len(codes)<2: raise InputError(f"save_dicom_seg({fn}): the mask holds class {top}, and codes names {len(codes)}: {codes}. codes[0] is the background")
-    src = [pydicom.dcmread(f, stop_before_pixels=True, force=True) for f in s.files]
-    if any(not o.get('FrameOfReferenceUID') for o in src): raise InputError(f"{s.path} ({s}): its images name no frame of reference (FrameOfReferenceUID), so no segmentation can be placed on them")
-    if len(src)!=len(s) and len(src)>1: raise InputError(f"{s.path} ({s}): a series of several multi-frame files; write a segmentation for each: scan_dicom(file).series[0]")
-    if len(src)==1 and len(s)>=1 and src[0].get('NumberOfFrames', 1)>1:
-        b = np.zeros((int(src[0].NumberOfFrames), *a.shape[1:]), a.dtype); b[[o.frame for o in s.frames]] = a; a = b
-    if strip_identity:
-        for d in src:
-            for e in [e.tag for e in d if e.tag.group==0x10 or e.VR=='PN' or re.match(r'Institution|Accession|StudyID|StudyDesc|AdmittingD|RequestA|IssuerOf|OtherPat|OtherStudy|StationName|PatientI', e.keyword)]: del d[e]
-            d.update(dict(PatientName='', PatientID='', PatientBirthDate='', PatientSex='', AccessionNumber='', StudyID='', ReferringPhysicianName=''))
+    heads = _heads(s); src = _sources(s, heads, strip_identity)
     alg = hd.AlgorithmIdentificationSequence(model[:64], Code('123110', 'DCM', 'Artificial Intelligence'), __version__)
     segs = [hd.seg.SegmentDescription(i, str(c)[:64], Code('123037004', 'SCT', 'Anatomical Structure'), Code(f'class{i}', '99FASTMED', str(c)[:64]), 'AUTOMATIC', alg) for i,c in enumerate(codes) if i]
     with warnings.catch_warnings():
@@ -73,28 +151,47 @@ def save_dicom_seg(
                                        omit_empty_frames=bool(a.any()))
         except (ValueError, TypeError, AttributeError, KeyError) as e: raise InputError(f"{s.path} ({s}): highdicom makes no segmentation of it ({type(e).__name__}: {e})") from (None if strip_identity else e)
         seg.SpecificCharacterSet = 'ISO_IR 192'                # names of structures in any script
-        seg.PatientIdentityRemoved = 'YES' if strip_identity else seg.get('PatientIdentityRemoved', 'NO')
-        if strip_identity: seg.DeidentificationMethod = 'fastmed: patient, staff and institution blanked, UIDs kept'
+        if 'PerFrameFunctionalGroupsSequence' in src[0]: _refer(seg, s, heads)
+        if strip_identity: _without_identity(seg)
+        else: seg.PatientIdentityRemoved = seg.get('PatientIdentityRemoved', 'NO')
         with whole_file(fn) as tmp: seg.save_as(tmp)
     return Path(fn)
 
+def _place_in(s, f, fn):
+    "Which frame of the series the frame `f` of a segmentation lies on. Raises `InputError`"
+    near = s.frames[int(np.argmin([np.linalg.norm(np.subtract(o.position, f.position)) for o in s.frames]))]
+    axes = np.reshape(near.axes, (2,3)); scale = np.array([*near.px, max(near.thickness, .1)])
+    def corner(o, x, y): return np.add(o.position, np.array(o.axes[:3])*o.px[0]*x+np.array(o.axes[3:])*o.px[1]*y)
+    for x,y in ((0,0),(f.size[0]-1,0),(0,f.size[1]-1)):
+        off = np.stack([*axes, np.cross(*axes)])@(corner(f, x, y)-corner(near, x, y))/scale
+        if f.size!=near.size or np.abs(off).max()>.05: raise InputError(f"{fn}: frame {f.frame+1} does not lie on a slice of {s.path} ({s})")
+    return s.frames.index(near)
+
+def _boxed(planes, g):
+    "(n, columns, rows) of the slices on the grid `g`: as they are, or on a regridded box the nearest slice and pixel"
+    out,t = np.zeros(g.shape, np.int32),g.t-g.t[0]
+    for k in range(g.shape[2]):
+        i = int(np.abs(t-k*g.gap).argmin()) if g.regrid else k
+        x,y = np.round(g.move[i]).astype(int)
+        out[x:x+planes.shape[1], y:y+planes.shape[2], k] = planes[i]
+    return out
+
 def load_dicom_seg(
-    fn,    # DICOM segmentation
-    series # the `DicomSeries`, folder or multi-frame file that it belongs to
+    fn,          # DICOM segmentation
+    series,      # the `DicomSeries`, folder or multi-frame file that it belongs to
+    regrid=False # as in `load_volume(series, regrid=…)`: onto the upright box of a tilted or irregular series, by the nearest slice and pixel
 )->TensorVolumeMask: # (X,Y,Z) class ids on the grid of the series; `codes` holds the labels of the segments
     "Read a DICOM segmentation onto the grid of its series, each frame by its own position. Raises `ValueError` where a frame lies elsewhere or segments overlap; `OSError`"
     import pydicom
-    s = dicom_series(series); g = _grid(s); h = _head(fn)
+    s = dicom_series(series); g = _grid(s, regrid); h = _head(fn)
     if not h or isinstance(h, str) or not h[0]['seg']: raise InputError(f"{fn}: no DICOM segmentation")
     ds = pydicom.dcmread(fn)
     if ds.SegmentationType=='FRACTIONAL': raise InputError(f"{fn}: a fractional segmentation; expected a binary one or a label map")
-    out,inv = np.zeros(g.shape, np.int32),np.linalg.inv(g.affine); a,_ = _pixels(fn)
+    planes = np.zeros((len(s), *s.frames[0].size), np.int32); a,_ = _pixels(fn)
     for f,p,d in zip(h[1], ds.PerFrameFunctionalGroupsSequence, a):
-        corner = [inv@[*(np.array([-1,-1,1])*np.add(f.position, np.array(f.axes[:3])*f.px[0]*x+np.array(f.axes[3:])*f.px[1]*y)),1] for x,y in ((0,0),(f.size[0]-1,0),(0,f.size[1]-1))]
-        k = round(corner[0][2])
-        if f.size!=s.frames[0].size or not 0<=k<g.shape[2] or np.abs(np.array(corner)[:,:3]-[(0,0,k),(f.size[0]-1,0,k),(0,f.size[1]-1,k)]).max()>.05: raise InputError(f"{fn}: frame {f.frame+1} does not lie on a slice of {s.path} ({s})")
+        k = _place_in(s, f, fn)
         n = d.T.astype(np.int32)*(1 if ds.SegmentationType=='LABELMAP' else int((p.get('SegmentIdentificationSequence') or ds.SharedFunctionalGroupsSequence[0].SegmentIdentificationSequence)[0].ReferencedSegmentNumber))
-        if (out[...,k][n>0]>0).any(): raise InputError(f"{fn}: its segments overlap, which a mask of class ids cannot say")
-        out[...,k][n>0] = n[n>0]
+        if (planes[k][n>0]>0).any(): raise InputError(f"{fn}: its segments overlap, which a mask of class ids cannot say")
+        planes[k][n>0] = n[n>0]
     names = {int(o.SegmentNumber):str(o.SegmentLabel) for o in ds.SegmentSequence}
-    return TensorVolumeMask(torch.from_numpy(out), affine=g.affine, codes=[names.get(i, 'background' if i==0 else f'structure {i}') for i in range(max(names)+1)], meta=dict(fn=str(fn), dtype='DICOM'))
+    return TensorVolumeMask(torch.from_numpy(_boxed(planes, g)), affine=g.affine, codes=[names.get(i, 'background' if i==0 else f'structure {i}') for i in range(max(names)+1)], meta=dict(fn=str(fn), dtype='DICOM'))

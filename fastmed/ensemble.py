@@ -167,10 +167,11 @@ class Ensemble:
         tta=False,        # test-time augmentation of each member, see `tta_views`
         proba:bool=False, # give the mean probabilities too
         post=None,        # a name of `POSTS` such as 'keep_largest', a function, or a list of them, once, on the common answer
-        axes=None         # 'all', or the array axes of the RAS scan that slice models slice across; default: that of training
+        axes=None,        # 'all', or the array axes of the RAS scan that slice models slice across; default: that of training
+        regrid=False      # DICOM series alone, as in `load_volume`: True puts a tilted or irregular one on an upright box
     ):                    # `TensorVolumeMask` on the scan's own grid; with `proba` also a `TensorVolume` (n,X,Y,Z)
         "Segment a scan by the mean of all members: the mask has its shape, affine and orientation. Raises `OSError` or `ValueError` naming the file"
-        return predict_case(self, fn, overlap, tta, proba, post, axes)
+        return predict_case(self, fn, overlap, tta, proba, post, axes, regrid=regrid)
 
     predict,predict_folder,show_worst = VolumeLearner.predict,VolumeLearner.predict_folder,VolumeLearner.show_worst
 

@@ -40,15 +40,15 @@ def _whole(v):
     except (TypeError, ValueError): return 0
 
 def _csa(ds):
-    "(number of tiles, direction in which they are counted) of the CSA header, None each where it does not say"
+    "(number of tiles, direction in which they are counted) of the CSA header, 0 and None where it does not say"
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         from nibabel.nicom import csareader
         try:
             header = csareader.get_csa_header(ds)
-            if header is None: return None,None
-            return csareader.get_n_mosaic(header),csareader.get_slice_normal(header)
-        except Exception: return None,None                # whatever a damaged one makes the reader throw
+            if header is None: return 0,None
+            return _whole(csareader.get_n_mosaic(header)),csareader.get_slice_normal(header)
+        except Exception: return 0,None                # whatever a damaged one makes the reader throw
 
 # %% ../nbs/02_frames.ipynb #292d0bab
 _how = 'Export it with its private elements, or convert the original with dcm2niix'

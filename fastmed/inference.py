@@ -269,10 +269,12 @@ def predict_case(
     proba:bool=False,  # give probabilities too
     post=None,         # see `apply_post`; default: the model's own, where it was saved with one; () for none
     axes=None,         # slice models: see `predict_grid`; axes of the scan in the pipeline's order (RAS)
-    progress:bool=True # a bar on long ones
+    progress:bool=True,# a bar on long ones
+    regrid=False       # DICOM series alone: as in `load_volume`
 ):                     # `TensorVolumeMask` on the scan's own grid; with `proba` also a `TensorVolume` (n,X,Y,Z) float32
     "Segment a scan in its own space. Raises `OSError` or `ValueError`, naming the file, where it cannot be read or does not fit the model"
-    t = fn if isinstance(fn, TensorVolume) else load_volume(fn)
+    if regrid is not False and isinstance(fn, TensorVolume): raise ArgumentError(f"regrid={regrid!r} is for DICOM series that are read here; say it to load_volume")
+    t = fn if isinstance(fn, TensorVolume) else load_volume(fn, regrid=regrid)
     if t.affine is None: raise InputError("predict_volume: the tensor has no affine, so its place is unknown. Set `t.affine` first")
     pre,shape,affine,meta = get_preprocess(learn.dls),tuple(t.shape[1:]),t.affine,getattr(t, 'meta', {}) or {}
     n_in = getattr(learn, 'n_in', None)

@@ -12,6 +12,7 @@ from .guard import *
 from .nifti import affine_mm, header_forms, image_label, length_unit, nifti_image, open_nifti, turned_forms
 from .dicom import *
 from .dicom import _grid, _load_series
+from .frames import picture_pixels
 from fastai.data.all import *
 from nibabel.spatialimages import SpatialImage
 import contextlib, errno, gzip, hashlib, os, re, nibabel as nib
@@ -182,6 +183,8 @@ def _load_array(fn, dtype=None):
         forms = header_forms(im, shape)
         return np.moveaxis(a, -1, 0), _check_affine(affine_mm(im), image_label(fn)), dict(dtype=str(im.get_data_dtype()), **({} if forms is None else {'header':forms}))
     r,_,name = _sitk_reader(fn, s is not None, True)
+    exact = picture_pixels(fn) if s is not None else None
+    if exact is not None: return np.moveaxis(exact, -1, 0).transpose(0,2,1)[...,None], _sitk_affine(r.GetSpacing(), r.GetOrigin(), r.GetDirection(), fn), str(exact.dtype)
     with reading(fn): im = r.Execute()
     return *_from_sitk(im, fn), dict(dtype=name)
 

@@ -116,8 +116,8 @@ def _follow_codes(learn, old, new):
         k = getattr(m, 'structure_index', None)
         if isinstance(m, DiceScore) and k and m._name==was[k-1]: m._name = now[k-1]
 
-def _known(what, kwargs):
-    known = ('overlap','tta','post','axes')
+def _known(what, kwargs, *more):
+    known = ('overlap','tta','post','axes',*more)
     if odd:=sorted(set(kwargs)-set(known)): raise ArgumentError(f"{what}: unknown arguments {odd}; known are {', '.join(known)}")
 
 class Evaluation(pd.DataFrame):
@@ -145,10 +145,11 @@ class VolumeLearner(EncoderMixin, Learner):
         tta=False,        # test-time augmentation: True, names, axes to flip or a `TTA`, see `tta_views`
         proba:bool=False, # give probabilities too
         post=None,        # a name of `POSTS` such as 'keep_largest', a function, or a list of them
-        axes=None         # slice models: 'all', or the array axes of the RAS scan to slice across and average; default: that of training
+        axes=None,        # slice models: 'all', or the array axes of the RAS scan to slice across and average; default: that of training
+        regrid=False      # DICOM series alone, as in `load_volume`: True puts a tilted or irregular one on an upright box
     ):                    # `TensorVolumeMask` on the scan's own grid; with `proba` also a `TensorVolume` (n,X,Y,Z)
         "Segment a scan: the mask has its shape, affine and orientation. Raises `OSError` or `ValueError` naming the file"
-        return predict_case(self, fn, overlap, tta, proba, post, axes)
+        return predict_case(self, fn, overlap, tta, proba, post, axes, regrid=regrid)
 
     def predict(self,
         item,                 # file, list of channel files, row of the DataFrame, or `TensorVolume`
@@ -171,7 +172,7 @@ class VolumeLearner(EncoderMixin, Learner):
     )->pd.DataFrame:               # case, mask, status
         "Segment every scan of a folder into `dst/<case>.nii.gz`; stopped and called again, it goes on. A scan that cannot be predicted is named in `status`; the others go on. Raises `OSError` where `dst` cannot be written"
         if kwargs.get('proba'): raise InputError("predict_folder writes masks; use predict_volume(fn, proba=True) for probabilities")
-        _known('predict_folder', kwargs)
+        _known('predict_folder', kwargs, 'regrid')
         dst,rows = Path(dst),[]
         df,maker = scan_folder(src, images, masks=None),_maker(self, kwargs)
         for _,r in progress_bar(list(df.iterrows())):

@@ -19,6 +19,7 @@ from .augment import *
 from .blocks import *
 from .labels import *
 from .data import *
+from .frames import picture_pixels
 from fastai.data.all import *
 import tempfile
 
@@ -57,6 +58,8 @@ def _read_picture(fn):
         tags = {k:r.GetMetaData(k).strip() for k in _tags if r.HasMetaDataKey(k)}
         shape = [n for n in r.GetSize()]
         if len(shape)>2 and max(shape[2:])>1: raise InputError(f"{fn}: expected one picture; found {shape[2]} frames or pages. Save the one that is meant, or read it with load_volume")
+        exact = picture_pixels(fn) if '0028|0004' in tags else None
+        if exact is not None: return exact,tags,(float(r.GetSpacing()[1]),float(r.GetSpacing()[0]))
         if tags.get('0028|0004')=='MONOCHROME1':                           # GDCM would turn it about the middle of its bits, and the window is meant for the values before
             with tempfile.TemporaryDirectory() as tmp:
                 f = Path(tmp)/'x.dcm'; f.write_bytes(fn.read_bytes().replace(b'MONOCHROME1', b'MONOCHROME2')); r.SetFileName(str(f)); r.ReadImageInformation()
