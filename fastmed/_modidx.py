@@ -1352,6 +1352,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fastmed.resume._as_tuple': ('resume.html#_as_tuple', 'fastmed/resume.py'),
                                 'fastmed.resume._chance': ('resume.html#_chance', 'fastmed/resume.py'),
                                 'fastmed.resume._counted': ('resume.html#_counted', 'fastmed/resume.py'),
+                                'fastmed.resume._counters': ('resume.html#_counters', 'fastmed/resume.py'),
                                 'fastmed.resume._gradients': ('resume.html#_gradients', 'fastmed/resume.py'),
                                 'fastmed.resume._has_state': ('resume.html#_has_state', 'fastmed/resume.py'),
                                 'fastmed.resume._is_log': ('resume.html#_is_log', 'fastmed/resume.py'),

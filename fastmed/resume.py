@@ -130,14 +130,19 @@ def _set_gradients(learn, grads):
         if g is None: p.grad = None
         else: p.grad = torch.zeros_like(p) if isinstance(g, int) else torch.empty_like(p).copy_(g)
 
+def _counters(r):
+    "What counts within an epoch of training, where the recorder asks its metrics there too: the metrics, and what they share"
+    if not r.train_metrics: return []
+    return [o for m in r.metrics for o in (m, *m.__dict__.values()) if hasattr(type(o), 'reset')]
+
 def _recorded(r):
-    "What the recorder holds; its metrics count within an epoch too, where they are asked of training"
-    return dict(lrs=r.lrs, losses=r.losses, values=r.values, iters=r.iters, smooth=[r.smooth_loss.count, r.smooth_loss.val], metrics=[_state_of(m) for m in r.metrics])
+    "What the recorder holds"
+    return dict(lrs=r.lrs, losses=r.losses, values=r.values, iters=r.iters, smooth=[r.smooth_loss.count, r.smooth_loss.val], metrics=[_state_of(o) for o in _counters(r)])
 
 def _set_recorded(r, s, *where):
     r.lrs,r.losses,r.iters,r.values = s['lrs'],s['losses'],s['iters'],L(map(L, s['values']))
     r.smooth_loss.count,r.smooth_loss.val = s['smooth']
-    for m,o in zip(r.metrics, s['metrics']): _set_state(m, o, *where)
+    for m,o in zip(_counters(r), s['metrics']): _set_state(m, o, *where)
     r.learn.smooth_loss = r.smooth_loss.value if r.smooth_loss.count else r.smooth_loss.val
     if len(r.values): r.learn.final_record = r.values[-1]
 

@@ -2,8 +2,8 @@
 import os, signal, subprocess, sys, time
 from pathlib import Path
 import pandas as pd, pytest, torch
-from fastai.callback.core import Callback
-from fastmed.all import ResumeCallback, TorchIOTransform, VolumeDataLoaders, SliceDataLoaders, set_seed, unet2d_learner, unet3d_learner
+from fastai.callback.all import CSVLogger, Callback, EarlyStoppingCallback, GradientAccumulation, ReduceLROnPlateau, SaveModelCallback, TerminateOnNaNCallback
+from fastmed.all import BudgetCallback, CostCallback, DiceCallback, ResumeCallback, TorchIOTransform, VolumeDataLoaders, SliceDataLoaders, set_seed, unet2d_learner, unet3d_learner
 from phantoms import CODES, dies
 
 class Lights(Callback):
@@ -84,6 +84,86 @@ def test_by_the_clock(study, tmp_path, capsys):
     l = make(path, df, tmp_path); t0 = time.time()
     with l.no_bar(), l.no_logging(): l.fit_for(1/20, cbs=cb())
     assert time.time()-t0<8 and 'not bit-identical' in capsys.readouterr().out
+
+def columns(learn): return [[float(v) for v in o] for o in learn.recorder.values]
+def log_of(tmp): return (Path(tmp)/'history.csv').read_text().splitlines()
+def without_time(rows): return [r.rsplit(',', 1)[0] for r in rows]
+
+def trackers():
+    return dict(early=lambda: [EarlyStoppingCallback('dice', patience=3)], plateau=lambda: [ReduceLROnPlateau('dice', patience=1, factor=2)], best=lambda: [SaveModelCallback('dice')], log=lambda: [CSVLogger()],
+                appended=lambda: [CSVLogger(append=True)], dice=lambda: [DiceCallback(n=1, every=2), EarlyStoppingCallback('case_dice', patience=2)], collected=lambda: [GradientAccumulation(4), CostCallback()], graph=lambda: [TerminateOnNaNCallback(), BudgetCallback(updates=17)])
+
+def fit_with(learn, cbs, every, lights=None):
+    with learn.no_bar(), learn.no_logging(): learn.fit(5, 3e-2, cbs=[ResumeCallback('r.pth', every), *cbs]+([Lights(lights)] if lights else []))
+    return learn
+
+@pytest.mark.parametrize('every', [None,1,3])
+@pytest.mark.parametrize('which', [*trackers(), 'all'])
+def test_trackers_and_loggers_go_on(study, tmp_path, which, every):
+    "Those that watch the table, write it or count keep what they had: weights, rates, table, log and counts are those of a fit that was never stopped"
+    path,df = study
+    def cbs():
+        some = {k:f() for k,f in trackers().items() if which in (k,'all')}
+        if which=='all': some.pop('appended')
+        return sum(some.values(), [])
+    mine = cbs()
+    for o in 'ab':
+        (tmp_path/o).mkdir()
+        (tmp_path/o/'history.csv').write_text('an earlier fit\n')
+    whole = fit_with(make(path, df, tmp_path/'a'), mine, every)
+    for n in (7, 5):
+        with pytest.raises(KeyboardInterrupt): fit_with(make(path, df, tmp_path/'b'), cbs(), every, n)
+    again = cbs()
+    cut = fit_with(make(path, df, tmp_path/'b'), again, every)
+    assert same(whole, cut) and whole.recorder.lrs==cut.recorder.lrs and str(columns(whole))==str(columns(cut))
+    assert [list(h.items()) for h in whole.opt.hypers]==[list(h.items()) for h in cut.opt.hypers]
+    for a,b in zip(mine, again):
+        for k in ('best','wait','count','spent','rows'):
+            if k in a.__dict__ and not isinstance(a, CostCallback): assert str(a.__dict__[k])==str(b.__dict__[k]), (a, k)
+        if isinstance(a, CostCallback): assert [a.total[k] for k in ('epochs','updates','voxels')]==[b.total[k] for k in ('epochs','updates','voxels')]
+    if which in ('log','appended','all'):
+        assert without_time(log_of(tmp_path/'a'))==without_time(log_of(tmp_path/'b'))
+        assert len(log_of(tmp_path/'b'))==1+len(whole.recorder.values)+(which=='appended')
+    if which in ('best','all'): assert all(torch.equal(x, y) for x,y in zip(*[torch.load(tmp_path/o/'models'/'model.pth').values() for o in 'ab']))
+
+def test_the_graph_and_training_metrics_go_on(study, tmp_path):
+    "The recorder's own metrics of training, which count within an epoch, and the schedule that is plotted"
+    path,df = study
+    def go(tmp, lights=None):
+        l = make(path, df, tmp); l.recorder.train_metrics = True
+        return fit(l, 1, lights)
+    whole = go(tmp_path/'a')
+    with pytest.raises(KeyboardInterrupt): go(tmp_path/'b', 6)
+    cut = go(tmp_path/'b')
+    assert str(columns(whole))==str(columns(cut)) and whole.recorder.hps==cut.recorder.hps
+
+class Watch(Callback):
+    "Who sees what: a callback that reads the table after each epoch, as trackers do, and counts batches"
+    order = 60
+    def __init__(self): self.epochs,self.batches = [],0
+    def before_batch(self): self.batches += self.training
+    def after_epoch(self): self.epochs.append((self.epoch, len(self.recorder.values[-1])))
+
+def test_what_was_done_is_seen_by_no_other_callback(study, tmp_path):
+    path,df = study; seen = []
+    with pytest.raises(KeyboardInterrupt): fit_with(make(path, df, tmp_path), [Watch()], 1, 6)
+    class Fresh(Watch):
+        def before_batch(self): seen.append((self.epoch, self.iter))
+    w = Watch(); l = fit_with(make(path, df, tmp_path), [w, Fresh()], 1)
+    assert w.epochs==[(e, len(l.recorder.metric_names)-2) for e in range(5)]
+    train = [o for o in seen if o[0]==1][:1]; assert train[0][0]==1 and train[0][1]>0, 'no batch that was done'
+    assert w.batches==5*len(l.dls.train)
+
+def test_looking_does_not_end_a_fit(study, tmp_path):
+    "`validate`, `get_preds` and `lr_find` between the kill and the call that goes on leave file and weights alone"
+    path,df = study
+    whole = fit(make(path, df, tmp_path/'a'), 1)
+    l = make(path, df, tmp_path/'b'); cb = ResumeCallback('r.pth', 1); l.add_cb(cb)
+    with pytest.raises(KeyboardInterrupt), l.no_bar(), l.no_logging(): l.fit_one_cycle(3, 1e-2, cbs=Lights(6))
+    was = (tmp_path/'b'/'r.pth').read_bytes()
+    l = make(path, df, tmp_path/'b'); l.add_cb(ResumeCallback('r.pth', 1)); before = [p.clone() for p in l.model.parameters()]
+    with l.no_bar(), l.no_logging(): l.validate(); l.get_preds()
+    assert (tmp_path/'b'/'r.pth').read_bytes()==was and all(torch.equal(a, b) for a,b in zip(before, l.model.parameters()))
 
 def test_sigkill_from_the_shell(study, tmp_path):
     "`fastmed train` killed, then with --resume: the model of a run that was not killed"

@@ -1,7 +1,8 @@
 "Callbacks and evaluation, where a fit is cut short, interrupted, or a case fails."
+from contextlib import nullcontext
 import numpy as np, pandas as pd, pytest, torch
-from fastai.callback.core import Callback
-from fastmed.all import (BudgetCallback, DiceCallback, VolumeDataLoaders, unet3d_learner, TensorVolumeMask, load_mask, save_volume, scan_folder, summarise)
+from fastai.callback.all import Callback, CancelStepException, EarlyStoppingCallback, GradientAccumulation, ReduceLROnPlateau
+from fastmed.all import (BudgetCallback, CostCallback, DiceCallback, set_seed, VolumeDataLoaders, unet3d_learner, TensorVolumeMask, load_mask, save_volume, scan_folder, summarise)
 from phantoms import write_case, CODES
 
 @pytest.fixture
@@ -66,3 +67,85 @@ def test_a_thin_patch_tells_the_axis(tmp_path):
     df = pd.DataFrame([write_case(tmp_path, f'c{i}', np.eye(4), (16,20,12), i) for i in range(4)]); kw = dict(codes=CODES, cache=tmp_path/'s', device='cpu')
     assert SliceDataLoaders.from_df(df, tmp_path, patch=(16,1,8), **kw).plan.axis==1
     with pytest.raises(ValueError, match='axis=0 was asked for'): SliceDataLoaders.from_df(df, tmp_path, patch=(16,1,8), axis=0, **kw)
+
+def test_an_interrupted_look_is_not_shown_by_later_fits(learn):
+    "A `DiceCallback` given to the fit: no column of it stays, and a new one has its columns once"
+    n = len(learn.metrics)
+    with learn.no_bar(), learn.no_logging():
+        with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=[DiceCallback(), Stop()])
+        learn.fit(1)
+        assert not [o for o in learn.recorder.metric_names if o.startswith('case_')] and len(learn.metrics)==n
+        learn.fit(1, cbs=DiceCallback())
+        names = list(learn.recorder.metric_names)
+        assert names.count('case_dice')==1 and len(learn.recorder.values[0])==len(names)-2
+        with pytest.raises(ValueError, match='case_dice_large.*remove_cb'): learn.fit(1, cbs=[DiceCallback(), DiceCallback()])
+
+class Waits(Callback):
+    "What a tracker has waited, after each epoch"
+    order = 70
+    def __init__(self, of): self.of,self.seen = of,[]
+    def after_epoch(self): self.seen.append(self.of.wait)
+
+def test_epochs_without_a_look_are_not_without_improvement(learn):
+    "Of six epochs the second, fourth and sixth are looked at; with patience 2 the fit ends after two looks that were no better, not before"
+    for patience,every,epochs in ((2,2,6),(1,3,6),(0,2,4)):
+        early = EarlyStoppingCallback('case_dice', patience=patience); w = Waits(early)
+        with learn.no_bar(), learn.no_logging(): learn.fit(9, lr=0., wd=0., cbs=[DiceCallback(every=every, n=1), early, w])
+        at = list(learn.recorder.metric_names[1:]).index('case_dice')
+        assert [np.isnan(v[at]) for v in learn.recorder.values]==[(i+1)%every>0 for i in range(epochs)]
+    slow = ReduceLROnPlateau('case_dice', patience=1)
+    with learn.no_bar(), learn.no_logging(): learn.fit(5, lr=1e-9, wd=0., cbs=[DiceCallback(every=2, n=1), slow])
+    assert learn.opt.hypers[-1]['lr']==pytest.approx(1e-11), 'after the looks of epochs 4 and 5, not of 1 and 3'
+
+class Steps(Callback):
+    "Steps of the optimiser, by its own state"
+    def before_fit(self): self.n,self.last = 0,None
+    def after_batch(self):
+        now = [p.detach().clone() for p in self.learn.model.parameters()]
+        if self.training and self.last is not None: self.n += any(not torch.equal(a, b) for a,b in zip(now, self.last))
+        self.last = now
+
+def test_an_update_is_a_step_that_happened(learn):
+    "Batches whose gradients are collected are no updates: neither of the budget nor of the cost"
+    learn.add_cb(CostCallback()); steps = Steps()
+    with learn.no_bar(), learn.no_logging(): learn.fit(99, 1e-2, cbs=[BudgetCallback(updates=5), GradientAccumulation(4), steps])
+    assert learn.cost.total['updates']==5==steps.n and len(learn.recorder.losses)==20
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
+    assert learn.cost.total['updates']==len(learn.dls.train)
+
+class Over(Callback):
+    "As mixed precision does where gradients overflow"
+    def before_step(self):
+        if self.iter%2: raise CancelStepException()
+
+def test_a_step_that_was_passed_over_is_no_update(learn):
+    learn.add_cb(CostCallback())
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Over())
+    assert learn.cost.total['updates']==(len(learn.dls.train)+1)//2
+
+@pytest.mark.parametrize('where', ['learner','call'])
+def test_lr_find_with_a_budget(learn, where):
+    "The rates and losses are those without a budget, and what training cost is kept"
+    cbs = [BudgetCallback(updates=3), CostCallback()]
+    rates = lambda: (list(learn.recorder.lrs), [float(o) for o in learn.recorder.losses])
+    if where=='learner': learn.add_cbs(cbs)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-9, cbs=cbs if where=='call' else None)
+    def find():
+        set_seed(1)
+        for dl in learn.dls.loaders: dl.rng.seed(1)
+        with learn.no_bar(): learn.lr_find(num_it=9, show_plot=False)
+        return rates()
+    if where=='learner': got = find()
+    else:
+        with learn.added_cbs(cbs): got = find()
+    assert learn.cost.total['updates']==3 if where=='learner' else True
+    with learn.removed_cbs(cbs) if where=='learner' else nullcontext(): assert find()==got and len(got[0])>=9
+
+def test_validation_costs_no_training(learn):
+    "Neither `validate` nor `get_preds` empties the cost of the last fit, or stumbles over a budget"
+    learn.add_cbs([BudgetCallback(updates=3), CostCallback()])
+    with learn.no_bar(), learn.no_logging():
+        learn.validate()
+        learn.fit(1); was = learn.cost.total
+        learn.validate(); learn.get_preds()
+    assert learn.cost.total==was and was['updates']==3
