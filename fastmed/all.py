@@ -9,6 +9,7 @@ from fastmed.archive import *
 from fastmed.datasets import *
 from fastmed.doctor import *
 from fastmed.preprocess import *
+from fastmed.plan import *
 from fastmed.store import *
 from fastmed.patches import *
 from fastmed.augment import *

@@ -10,6 +10,7 @@ __all__ = ['CaseFiles', 'LoadVolume', 'LoadMask', 'PatchTransform', 'PatchDL', '
 from .core import *
 from .io import *
 from .preprocess import *
+from .plan import *
 from .store import *
 from .patches import *
 from fastai.data.all import *

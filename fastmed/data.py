@@ -13,6 +13,7 @@ from .io import _grid_str, _unlike
 from .doctor import *
 from .doctor import _case_splitter, _warn_twins
 from .preprocess import *
+from .plan import *
 from .store import *
 from .blocks import *
 from .labels import *
