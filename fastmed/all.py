@@ -29,6 +29,7 @@ from fastmed.metrics import *
 from fastmed.tta import *
 from fastmed.memory import *
 from fastmed.inference import *
+from fastmed.pace import *
 from fastmed.callbacks import *
 from fastmed.learner import *
 from fastmed.pretrain import *

@@ -22,6 +22,7 @@ from .metrics import *
 from .tta import *
 from .memory import MemoryCallback, memory_explained
 from .inference import *
+from .pace import PaceCallback
 from .callbacks import *
 from .weights import *
 from .encoders import *
@@ -222,8 +223,8 @@ class VolumeLearner(EncoderMixin, Learner):
         lr_max=None,       # default: `learn.lr`
         **kwargs           # of `fit_one_cycle`
     ):
-        "One-cycle training that ends after `minutes`; the schedule follows the share of time, so two runs are not bit-identical. Raises `ValueError` on 0"
-        self.fit_one_cycle(1_000_000, lr_max, cbs=L(kwargs.pop('cbs', None))+BudgetCallback(minutes), **kwargs)
+        "One-cycle training that ends after `minutes`; it says before how many updates that will be. The schedule follows the share of time, so two runs are not bit-identical. Raises `ValueError` on 0"
+        self.fit_one_cycle(1_000_000, lr_max, cbs=L(kwargs.pop('cbs', None))+L(PaceCallback(minutes), BudgetCallback(minutes)), **kwargs)
 
     def tta(self,
         ds_idx:int=1, # of the DataLoaders: 1 is validation
@@ -266,7 +267,7 @@ def _unet_learner(ndim, dls, arch, loss_func, metrics, pretrained, fast, n_out, 
     elif ndim==3: kwargs = thin_axis(plan, arch, kwargs)
     model,report = create_network(arch, n_in, n_out, ndim=ndim, patch=patch, pretrained=pretrained, **kwargs)
     if report: print(report)
-    if fast: model = make_fast(model)
+    if ifnone(fast, plan.get('fast', True)): model = make_fast(model)
     loss_func = ifnone(loss_func, DiceCELoss(batch=ndim==2))          # most slices lack a structure: Dice of one says little, so slices sum over the batch
     if getattr(model, 'deep_supervision', False): loss_func = DeepSupervisionLoss(loss_func)
     lk = {'lr':3e-3, 'wd':1e-2, 'train_bn':False, **lk, 'cbs':L(lk.get('cbs'))+[GradientClip(12.), RememberCallback(), FrozenNorms(), MemoryCallback()]}
@@ -282,7 +283,7 @@ def unet3d_learner(
     loss_func=None,    # default: `DiceCELoss()`
     metrics=None,      # default: `dice_metrics(codes)`
     pretrained=None,   # file of weights to start from; True: timm's, for an encoder of timm's
-    fast:bool=True,    # channels-last and bfloat16 where the machine gains by it; False: plain float32
+    fast:bool=None,    # channels-last and bfloat16 where the machine has it; False: plain float32; default: as the plan found quicker, else True
     n_out:int=None,    # channels of the logits; default: the number of codes; 1: a sigmoid for one structure
     **kwargs           # of the network (`nf`, `depth`; `as_rgb`, `levels` of encoders; …) and of `Learner` (`lr`, `cbs`, `opt_func`, …), by name
 )->VolumeLearner:      # ready to train
@@ -296,7 +297,7 @@ def unet2d_learner(
     loss_func=None,    # default: `DiceCELoss(batch=True)`, its Dice summed over the batch, as nnU-Net does in 2D
     metrics=None,      # default: `dice_metrics(codes)`
     pretrained=None,   # file of weights to start from; True: timm's, for an encoder of timm's
-    fast:bool=True,    # channels-last and bfloat16 where the machine gains by it; False: plain float32
+    fast:bool=None,    # channels-last and bfloat16 where the machine has it; False: plain float32; default: as the plan found quicker, else True
     n_out:int=None,    # channels of the logits; default: the number of codes; 1: a sigmoid for one structure
     **kwargs           # as of `unet3d_learner`
 )->VolumeLearner:      # ready to train

@@ -204,7 +204,8 @@ def _sizes(plan, sp, axes, given):
             p,st = _shrunk(list(res[-1].patch), st, sp, axes)
             if tuple(p)==res[-1].patch: return
             res.append(_resized(res[-1], axes, p, st))
-    while 'bs' not in given and res[-1].bs>(2 if plan.ndim==3 else 8): res.append(_resized(res[-1], axes, bs=res[-1].bs//2))
+    least = 2 if plan.ndim==3 else 8
+    while 'bs' not in given and res[-1].bs>least: res.append(_resized(res[-1], axes, bs=max(least, res[-1].bs//2)))
     smaller_patches(40**3 if plan.ndim==3 else 96**2)
     if 'nf' not in given and plan.nf>=16: res.append(_resized(res[-1], axes, nf=plan.nf//2))
     smaller_patches(24**3 if plan.ndim==3 else 48**2)
@@ -250,7 +251,7 @@ def suggest_plan(
 )->Plan:                  # spacing, axis, patch, strides, depth, nf, bs, samples_per_case, …, each with its reason
     "Spacing, patch, batch, depth and strides from the data, a memory budget and a time budget, each with its reason. Source of the idea: nnU-Net (Isensee 2021)"
     if minutes is not None and not (isinstance(minutes, (int,float)) and minutes>0): raise InputError(f"minutes: expected a number above 0, or None; found {minutes!r}")
-    given = [k for k,v in dict(patch=patch, bs=bs, nf=nf).items() if not (v is None or isinstance(v, str))]
+    fixed = [k for k,v in dict(patch=patch, bs=bs, nf=nf).items() if not (v is None or isinstance(v, str))]
     if ndim not in (2,3): raise InputError(f"ndim: expected 2 or 3; found {ndim}")
     for k,v,least in (('bs',bs,1), ('samples_per_case',samples_per_case,1), ('context',context,0)):
         if not (v is None or v=='auto' or isinstance(v, (int,np.integer)) and v>=least): raise InputError(f"{k}: expected a whole number of {least} or more; found {v!r}")
@@ -315,7 +316,7 @@ def suggest_plan(
     if ndim==2: d.update(axis=axis, context=context); why['context'] = 'neighbouring slices on each side, as channels'
     plan = Plan(d, reasons=why)
     if minutes is None: return plan
-    sizes = [Plan({**o, 'samples_per_case':_samples(o.bs, len(heads))}, reasons=why) if auto_samples else o for o in _sizes(plan, sp, axes, given)]
+    sizes = [Plan({**o, 'samples_per_case':_samples(o.bs, len(heads))}, reasons=why) if auto_samples else o for o in _sizes(plan, sp, axes, fixed)]
     n_in = heads[0]['channels']*(1+2*context if ndim==2 else 1)
     if machine is None: machine = measure_machine(ndim, {o.nf for o in sizes}, n_in, device)
     return fit_plan(sizes, minutes, machine, n_in)
