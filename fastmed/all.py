@@ -11,6 +11,7 @@ from fastmed.archive import *
 from fastmed.datasets import *
 from fastmed.doctor import *
 from fastmed.preprocess import *
+from fastmed.plan import *
 from fastmed.store import *
 from fastmed.patches import *
 from fastmed.augment import *
@@ -31,6 +32,7 @@ from fastmed.metrics import *
 from fastmed.tta import *
 from fastmed.memory import *
 from fastmed.inference import *
+from fastmed.pace import *
 from fastmed.callbacks import *
 from fastmed.resume import *
 from fastmed.learner import *

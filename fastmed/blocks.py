@@ -12,6 +12,7 @@ from .core import *
 from .io import *
 from .doctor import check_columns
 from .preprocess import *
+from .plan import *
 from .store import *
 from .patches import *
 from .transforms import ActingPipeline

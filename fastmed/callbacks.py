@@ -168,9 +168,21 @@ class DiceCallback(Callback):
             if o.get('monitor') in self.now and 'wait' in o: c.wait = min(c.wait, c.patience-1)-1
 
 # %% ../nbs/35_callbacks.ipynb #2b68e2c5
+class _BudgetBar:
+    "The master bar of a fit by budget: it shows the share that is spent, where fastai's counts epochs to a million"
+    def __init__(self, bar, budget): self.bar,self.budget = bar,budget
+    def __getattr__(self, k): return getattr(self.bar, k)
+    def update(self, val):
+        main = self.bar.main_bar
+        main.total,main.comment = 100,self.budget.where()
+        main.update(min(99, round(100*self.budget._share())))         # at 100 the bar would close itself
+    def add_child(self, child):
+        self.bar.add_child(child)
+        child.prefix = f'{self.budget.where()} :'
+
 class BudgetCallback(UpdateCallback):
     "End a fit after so many minutes, updates or voxels, and let every schedule follow the share of them that is spent"
-    order,run_valid = 62,True        # after the progress bar, whose estimate of epochs is mended here
+    order,run_valid = 62,True        # after the progress bar, which is told what to show
     clocks = ('t0','v0')             # moved on where a fit is resumed
     def __init__(self,
         minutes:float=None, # of training and validation together
@@ -181,18 +193,31 @@ class BudgetCallback(UpdateCallback):
         if len(given)!=1: raise InputError(f"BudgetCallback: expected one of minutes, updates, voxels; found {given}")
         (self.unit,self.amount), = given.items()
         if not self.amount>0: raise InputError(f"{self.unit}: expected more than 0; found {self.amount}")
-    def before_fit(self): self.t0,self.valid_s,self.spent,self.late = time.perf_counter(),0.,0,False
+    def before_fit(self):
+        self.t0,self.valid_s,self.spent,self.late,self.updates = time.perf_counter(),0.,0,False,0
+        progress = getattr(self.learn, 'progress', None)
+        if getattr(progress, 'mbar', None) is not None: progress.mbar = _BudgetBar(progress.mbar, self)
+    def where(self)->str: # such as '0.4 of 2 minutes, 37 updates'
+        "How much of the budget is spent, in words"
+        if self.unit=='updates': return f'{self.updates} of {self.amount:g} updates'
+        spent = f'{(time.perf_counter()-self.t0)/60:.1f}' if self.unit=='minutes' else f'{self.spent:.3g}'
+        return f"{spent} of {self.amount:g} {self.unit}, {self.updates} updates"
     def _share(self):
         if self.unit!='minutes': return min(1., self.spent/self.amount)
         total = self.amount*60
         return min(1., (time.perf_counter()-self.t0)/max(total-self.valid_s, total/10))
     def before_train(self): self.learn.pct_train = self._share()
     def after_update(self):
+        self.updates += 1
         if self.unit=='updates': self.spent += 1
     def after_batch(self):
         if not self.training: return
         if self.unit=='voxels': self.spent += patch_voxels(self.xb[0])
         self.learn.pct_train = self._share()
+        progress = getattr(self.learn, 'progress', None)
+        if isinstance(getattr(progress, 'mbar', None), _BudgetBar):
+            progress.mbar.update(None)
+            progress.pbar.prefix = f'{self.where()} :'
         if self.learn.pct_train>=1: self.late = True; raise CancelTrainException()
     def after_cancel_train(self):
         if self.late: self.recorder.cancel_train = False         # the epoch was cut short, its training loss still counts
@@ -200,9 +225,6 @@ class BudgetCallback(UpdateCallback):
     def after_epoch(self):
         now = time.perf_counter()
         self.valid_s = max(self.valid_s, now-self.v0)
-        epochs = (self.epoch+1)/max(1e-6, self._share() if self.unit!='minutes' else (now-self.t0)/self.amount/60)
-        bar = getattr(getattr(getattr(self.learn, 'progress', None), 'mbar', None), 'main_bar', None)
-        if bar is not None: bar.total = max(self.epoch+2, round(epochs))
         if self.late: raise CancelFitException()
 
 def patch_voxels(

@@ -16,6 +16,7 @@ from .blocks import *
 from .data import *
 from .metrics import *
 from .inference import *
+from .pace import shared_plan
 from .callbacks import *
 from .learner import *
 from .findings import *
@@ -246,7 +247,7 @@ class Comparison(Findings):
     def _folder(self, arm, fold, seed): return (self.path/f'{arm}, fold {fold}, seed {seed}').resolve()
 
     def _spec(self, arm, fold, seed):
-        kw = {'group_col':self.group_col, 'codes':self.codes, **self.spec_arms[arm]}
+        kw = shared_plan(self.path/f'plan, {arm}.json', {'group_col':self.group_col, 'codes':self.codes, **self.spec_arms[arm]}, lambda **kw: make_learner(self.split(int(self.fold.min())), **kw, valid_col='_held_out'))
         return dict(arm=arm, fold=fold, seed=seed, kwargs=kw, df=self.split(fold), attrs=dict(self.df.attrs), budget=self.budget, hash=self.hash, group_col=self.group_col, slice_axis=self.slice_axis, folder=str(self._folder(arm, fold, seed)), threads=torch.get_num_threads())
 
     @property
@@ -258,9 +259,9 @@ class Comparison(Findings):
         "Make each arm's DataLoaders and Learner once, so that a mistake shows before the hours are spent; gives the settings that differ"
         res,axes = {},[]
         for a in self.spec_arms:
-            sp = self._spec(a, int(self.fold.min()), self.seeds[0]); kw = dict(sp['kwargs'])
-            look,lr_max = {k:kw.pop(k) for k in _look if k in kw},kw.pop('lr_max', None)
             try:
+                sp = self._spec(a, int(self.fold.min()), self.seeds[0]); kw = dict(sp['kwargs'])
+                look,lr_max = {k:kw.pop(k) for k in _look if k in kw},kw.pop('lr_max', None)
                 with _quiet_out(): learn = make_learner(sp['df'], **kw, valid_col='_held_out')
                 res[a] = arm_settings(learn, look, lr_max); axes += [get_plan(learn.dls).axis] if get_plan(learn.dls).ndim==2 else []
             except (TypeError, ValueError, KeyError) as e: raise type(e)(f"arm {a!r}: {e.args[0] if e.args else e}") from e
@@ -273,8 +274,7 @@ class Comparison(Findings):
         todo = [r for r in self.plan.itertuples() if not r.done]
         if todo: self.check()
         specs,n = [self._spec(r.arm, r.fold, r.seed) for r in todo],len(self.plan)
-        bar = progress_bar(_runs(specs, executor), total=len(specs))
-        t0 = time.perf_counter()
+        bar,t0 = progress_bar(_runs(specs, executor), total=len(specs)),time.perf_counter()
         for i,_ in enumerate(bar):
             bar.comment = f'{n-len(specs)+i+1} of {n} runs, {(time.perf_counter()-t0)/60:.1f} min'
         sweep(self.path/'unfinished')

@@ -15,6 +15,7 @@ from .data import *
 from .radiographs import *
 from .metrics import *
 from .inference import *
+from .pace import shared_plan
 from .callbacks import *
 from .learner import *
 from .scores import *
@@ -188,7 +189,8 @@ class CrossValidation:
         d = self.split(fold, repeat); d = d.assign(_held_out=d.is_valid); d.attrs.update(self.df.attrs)
         res = dict(arm='cross-validation', repeat=repeat, fold=fold, seed=self.seed+repeat, df=d, attrs=dict(self.df.attrs), hash=self.hash[repeat], group_col=self.group_col, masks=self.masks, folder=str(self._folder(repeat, fold)), threads=torch.get_num_threads())
         if self.fit: return dict(res, do=_fit_fold, fit=self.fit, look=self.kwargs)
-        return dict(res, kwargs={'group_col':self.group_col, **self.kwargs}, budget=self.budget, make=fold_learner, finish=_fold_finish)
+        kw = shared_plan(self.path/'plan.json', {'group_col':self.group_col, **self.kwargs}, lambda **kw: fold_learner(d, **kw, valid_col='_held_out'))
+        return dict(res, kwargs=kw, budget=self.budget, make=fold_learner, finish=_fold_finish)
 
     @property
     def plan(self)->pd.DataFrame: # repeat, fold, cases, done

@@ -13,6 +13,7 @@ from .io import _grid_str, _unlike
 from .doctor import *
 from .doctor import _case_splitter, _warn_twins, check_codes, check_columns
 from .preprocess import *
+from .plan import *
 from .store import *
 from .blocks import *
 from .labels import *
@@ -65,9 +66,12 @@ class VolumeDataLoaders(DataLoaders):
         label_delim=None,          # stands between the findings of a text
         size=None,                 # with `label_col`: voxels of the whole scan; default: the largest training case, within the memory
         stratify=True,             # with `label_col`: each class alike on both sides
+        minutes=None,              # of training: the machine is measured, and the plan gives enough updates in this time, see `suggest_plan`
+        plan=None,                 # a `Plan` made before, such as that of another fold: its patch, batch, spacing, axis and context, and nothing is measured
     ):                             # these DataLoaders, every case preprocessed and kept
         "From a DataFrame with a row a case. Raises `KeyError` (a column), `ValueError` (a case, named, that cannot be used)"
         if not len(df): raise InputError("from_df: the DataFrame has no rows")
+        _check_plan(cls._ndim, label_col, plan, minutes, dict(patch=patch, bs=bs, samples_per_case=samples_per_case, spacing=spacing, axis=axis, context=context))
         df = check_columns(df).reset_index(drop=True)
         odd = dict(y_block=y_block, label_delim=label_delim, size=size) if label_col is None else dict(patch=None if patch=='auto' else patch, foreground=None if foreground=='auto' else foreground)
         if odd:=[k for k,v in odd.items() if v is not None]: raise InputError(f"{', '.join(odd)}: {'belongs to labels: say label_col=… too' if label_col is None else 'belongs to patches; with a label_col the item is the whole scan, of size=…'}")
@@ -92,7 +96,8 @@ class VolumeDataLoaders(DataLoaders):
         device = torch.device(ifnone(device, default_device()))
         kw = dict(axis=axis, context=context) if cls._ndim==2 else {}
         kw.update(spacing=spacing, bs=bs, samples_per_case=samples_per_case, device=device)
-        plan = whole_plan(df.iloc[train], cls._ndim, image_col, path, size, **kw) if labelled else suggest_plan(df.iloc[train], cls._ndim, image_col, path, patch=patch, **kw)
+        if plan is not None: plan = Plan(plan, reasons=getattr(plan, 'reasons', None))
+        else: plan = whole_plan(df.iloc[train], cls._ndim, image_col, path, size, **kw) if labelled else suggest_plan(df.iloc[train], cls._ndim, image_col, path, patch=patch, minutes=minutes, **kw)
         need,left = plan.bs*int(np.prod([float(p) for p in plan.patch]))*(1+2*plan.get('context', 0))*(4*heads[0]['channels']+1),memory_left()
         if need>left: raise ResourceError(f"patch: a batch of {plan.bs} patches of {'×'.join(map(str, plan.patch))} voxels takes {need/1e9:.3g} GB before a network has seen it, and {left/1e9:.3g} GB are free. Give a smaller patch= or bs=")
         pre = Preprocess(plan.spacing, normalize, plan.orientation, codes)
@@ -176,6 +181,17 @@ def _codes_from(values):
                          "Declare them: codes={'background':0, 'lesion':255}, or the list of names for 0,1,2…")
     if len(values)<2: raise InputError("The masks hold nothing but background (0). Check that they are the right files, or declare codes=['background', …]")
     return ['background']+[str(v) for v in values[1:]]
+
+def _check_plan(ndim, label_col, plan, minutes, given):
+    "Raises `InputError` where a plan or its minutes do not go together with the other arguments"
+    if label_col is not None and (minutes is not None or plan is not None): raise InputError(f"{'minutes' if plan is None else 'plan'}: belongs to patches; with a label_col the item is the whole scan, of size=…")
+    if plan is None: return
+    auto = dict(patch='auto', bs=None, samples_per_case='auto', spacing='auto', axis='auto', context=0, minutes=None)
+    more = [k for k,v in dict(given, minutes=minutes).items() if type(v)!=type(auto[k]) or v!=auto[k]]
+    if more: raise InputError(f"plan: it says {', '.join(more)} already. Leave {'it' if len(more)==1 else 'them'} out, or change the plan")
+    lacks = [k for k in ('ndim','spacing','orientation','patch','strides','depth','nf','bs','samples_per_case') if k not in plan]
+    if lacks: raise InputError(f"plan: expected what suggest_plan gives; {', '.join(lacks)} not found")
+    if plan['ndim']!=ndim: raise InputError(f"plan: is of {plan['ndim']}D patches, and these DataLoaders are {ndim}D")
 
 def _say_larger(df, heads, pre, plan):
     "Tell which scans have to be made smaller to lie on the plan's grid"

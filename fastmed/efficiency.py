@@ -11,6 +11,7 @@ from .doctor import *
 from .doctor import _group_values, check_columns, marked_rows
 from .stats import *
 from .stats import _groups
+from .pace import shared_plan
 from .callbacks import *
 from .scores import roc_auc
 from .learner import *
@@ -140,6 +141,7 @@ def label_efficiency(
     path = Path(path); path.mkdir(parents=True, exist_ok=True)
     def start(i): return None if inits[i] is None else getattr(inits[i], '__qualname__', repr(inits[i])) if callable(inits[i]) else file_digest(inits[i])
     facts = hashlib.sha256(json.dumps([sorted(df.case[test].astype(str)), sorted(df.case[~test].astype(str)), budget, seed, lr_max, str(stratify), {k:str(v) for k,v in kwargs.items() if k not in ('cache','num_workers','device')}], default=str).encode()).hexdigest()[:12]
+    kwargs = shared_plan(path/f'plan, {facts}.json', kwargs, lambda **kw: make_learner(df.assign(_held_out=test), valid_col='_held_out', group_col=group_col, **kw))
     todo = [(i,n,r) for r in range(repeats) for n in sizes for i in inits]
     fns = {(i,n,r):path/f"{i}, {n} subjects, repeat {r}, {hashlib.sha256((facts+str(start(i))).encode()).hexdigest()[:12]}.csv" for i,n,r in todo}
     for (i,n,r),fn in progress_bar(list(fns.items())):

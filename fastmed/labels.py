@@ -12,7 +12,7 @@ from .io import *
 from .doctor import *
 from .doctor import _case_splitter, _group_values
 from .preprocess import *
-from .preprocess import default_memory
+from .plan import *
 from .patches import *
 from .blocks import *
 from fastai.data.all import *
