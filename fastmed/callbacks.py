@@ -200,7 +200,7 @@ class BudgetCallback(UpdateCallback):
     def where(self)->str: # such as '0.4 of 2 minutes, 37 updates'
         "How much of the budget is spent, in words"
         if self.unit=='updates': return f'{self.updates} of {self.amount:g} updates'
-        spent = f'{(time.perf_counter()-self.t0)/60:.1f}' if self.unit=='minutes' else f'{self.spent:.3g}'
+        spent = f'{min(self.amount, (time.perf_counter()-self.t0)/60):.{1 if self.amount>=1 else 2}f}' if self.unit=='minutes' else f'{self.spent:.3g}'
         return f"{spent} of {self.amount:g} {self.unit}, {self.updates} updates"
     def _share(self):
         if self.unit!='minutes': return min(1., self.spent/self.amount)
