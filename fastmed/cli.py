@@ -27,9 +27,9 @@ def demo(
     evs,preds,cost,curves = {},{},{},{}
     for arm,(dls_cls,factory) in {'3D':(VolumeDataLoaders, unet3d_learner), '2D':(SliceDataLoaders, unet2d_learner)}.items():
         set_seed(seed)
-        dls = dls_cls.from_df(df, path=path.resolve(), image_col=['image','image_t2'], codes=['air','CSF','grey','white'], seed=seed, cache=path/'store')
+        dls = dls_cls.from_df(df, path=path.resolve(), image_col=['image','image_t2'], codes=['air','CSF','grey','white'], seed=seed, cache=path/'store', minutes=minutes)
         learn = factory(dls)
-        print(f'\nTraining {arm} for {minutes:g} min on {len(dls.train_ds)} subjects, {len(dls.valid_ds)} held out: patch {dls.plan.patch}, batch {dls.plan.bs}', flush=True)
+        print(f'\nTraining {arm} for {minutes:g} min on {len(dls.train_ds)} subjects, {len(dls.valid_ds)} held out: patch {dls.plan.patch}, batch {dls.plan.bs}, {dls.plan.nf} features', flush=True)
         t1 = time.perf_counter(); learn.fit_for(minutes); t2 = time.perf_counter()
         evs[arm] = learn.evaluate()
         t3 = time.perf_counter()
