@@ -88,6 +88,24 @@ class UpdateCallback(FitCallback):
         if not self.passed_over: self.after_update()
         self.passed_over = False
 
+# %% ../nbs/35_callbacks.ipynb #6d1f0b2a
+def one_process(
+    name, # of the callback
+    fix   # what to do instead
+):
+    "Raises `InputError` where several processes train"
+    if num_distrib()>1: raise InputError(f"{name}: works in one process, and {num_distrib()} train here. Leave it out, and {fix}")
+
+def same_everywhere(
+    x:float, # of this process
+    device   # torch device of the training
+)->float:    # of the first process
+    "A number that all processes of a training share, such as the share of its time: by their own clocks they would take unlike steps and end apart"
+    if num_distrib()<2 or not torch.distributed.is_initialized(): return x
+    t = torch.tensor(x, dtype=torch.float64, device=device)
+    torch.distributed.broadcast(t, 0)
+    return t.item()
+
 # %% ../nbs/35_callbacks.ipynb #f2789054
 class RememberCallback(Callback):
     "Keep in `learn.seen` the case and the subject of everything the Learner was trained on, in `learn.history` losses and metrics of each training by epoch; both are exported with it"
@@ -128,6 +146,7 @@ class DiceCallback(Callback):
     def before_fit(self):
         self.now = None
         if hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds'): return
+        one_process('DiceCallback', 'call learn.evaluate() after the training')
         names = [*['case_'+o for o in metric_names(get_preprocess(self.dls).vocab)], 'case_dice']
         self._add_columns(names)
         self._forget(names)
@@ -205,14 +224,14 @@ class BudgetCallback(UpdateCallback):
     def _share(self):
         if self.unit!='minutes': return min(1., self.spent/self.amount)
         total = self.amount*60
-        return min(1., (time.perf_counter()-self.t0)/max(total-self.valid_s, total/10))
+        return same_everywhere(min(1., (time.perf_counter()-self.t0)/max(total-self.valid_s, total/10)), self.dls.device)
     def before_train(self): self.learn.pct_train = self._share()
     def after_update(self):
         self.updates += 1
         if self.unit=='updates': self.spent += 1
     def after_batch(self):
         if not self.training: return
-        if self.unit=='voxels': self.spent += patch_voxels(self.xb[0])
+        if self.unit=='voxels': self.spent += patch_voxels(self.xb[0])*max(1, num_distrib())     # each process has a share of the batch, and they are alike
         self.learn.pct_train = self._share()
         progress = getattr(self.learn, 'progress', None)
         if isinstance(getattr(progress, 'mbar', None), _BudgetBar):
@@ -269,7 +288,7 @@ class CostCallback(UpdateCallback):
     def after_validate(self): self.now['valid_s'] += self._clock()-self.t0
     def after_update(self): self.now['updates'] += 1
     def after_batch(self):
-        if self.training: self.now['voxels'] += patch_voxels(self.xb[0])
+        if self.training: self.now['voxels'] += patch_voxels(self.xb[0])*max(1, num_distrib())
     def after_epoch(self): self.rows.append({**self.now, 'peak_mb':peak_memory(self.dls.device)/1e6})
     @property
     def epochs(self): return pd.DataFrame(self.rows, columns=list(self._zero()))
@@ -311,6 +330,7 @@ class PictureCallback(Callback):
         every:int=1,     # epochs
         n:int=4          # patches
     ): store_attr('path,every,n', path=path)
+    def before_fit(self): one_process('PictureCallback', 'call learn.show_results() after the training')
     def after_epoch(self):
         if hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds') or (self.epoch+1)%self.every: return
         import matplotlib.pyplot as plt

@@ -219,6 +219,7 @@ class VolumeLearner(EncoderMixin, Learner):
     )->Path:     # the file
         "fastai's `save`, whole or not at all"
         with writing(self.path/self.model_dir/str(file)): fn = Path(join_path_file(file, self.path/self.model_dir, ext='.pth'))
+        if rank_distrib(): return fn                              # of several processes the first one writes
         with whole_file(fn) as tmp: save_model(tmp, self.model, getattr(self, 'opt', None), **kwargs)
         return fn
 
@@ -227,6 +228,7 @@ class VolumeLearner(EncoderMixin, Learner):
         **kwargs            # of fastai's `export`
     ):
         "fastai's `export`, whole or not at all; the Learner keeps its data and optimizer when it fails"
+        if rank_distrib(): return                                 # of several processes the first one writes
         path,dls,opt = self.path,self.dls,self.opt
         try:
             with whole_file(Path(path)/fname) as tmp: super().export(tmp.resolve(), **kwargs)

@@ -12,6 +12,7 @@ import re
 import numpy as np, pandas as pd, torch
 from torch import Tensor
 from fastai.learner import Metric
+from fastai.torch_core import noop, num_distrib
 
 # %% ../nbs/30_metrics.ipynb #723c9f4d
 def _bool(m, name, fn):
@@ -227,6 +228,7 @@ class DiceCounts:
     def add(self,
         pred, # (B,C,*S) logits, or a list whose first entry is at full size; C==1 is a sigmoid
         targ, # (B,*S) class ids
+        gather=noop # class ids of this process → those of all processes that train together
     ):
         "Count one batch. Raises `ValueError` on unlike shapes and on class ids that `pred` has no channel for."
         pred = pred[0] if isinstance(pred, (list,tuple)) else pred
@@ -235,7 +237,7 @@ class DiceCounts:
         if pred.shape[2:]!=targ.shape[1:] or len(pred)!=len(targ):
             raise InputError(f"DiceScore: predictions are {tuple(pred.shape)} and masks {tuple(targ.shape)}; expected (B,C,*S) and (B,*S) on one grid")
         C = max(2, pred.shape[1])
-        lab,targ = _labels(pred).flatten(),targ.flatten()
+        lab,targ = gather(_labels(pred)).flatten(),gather(targ).flatten()
         if self.ignore_index is not None: keep = targ!=self.ignore_index; lab,targ = lab[keep],targ[keep]
         if len(targ) and (targ.min()<0 or targ.max()>=C):
             odd = [v for v in targ.unique().tolist() if not 0<=v<C][:6]
@@ -267,7 +269,7 @@ class DiceScore(Metric):
     def reset(self): self.seen = 0; self.counts.reset()
     def accumulate(self, learn):
         self.seen += 1
-        if self.seen>self.counts.n: self.counts.add(learn.pred, learn.yb[0])
+        if self.seen>self.counts.n: self.counts.add(learn.pred, learn.yb[0], learn.to_detach if num_distrib()>1 else noop)
     @property
     def value(self): # 0 to 1, or nan
         d = self.counts.dice

@@ -7,7 +7,7 @@ __all__ = ['ResumeCallback']
 
 # %% ../nbs/36_resume.ipynb #2b82ad15
 from .core import InputError, sweep, whole_file
-from .callbacks import FitCallback
+from .callbacks import FitCallback, one_process
 from fastai.basics import *
 from collections import Counter
 from contextlib import contextmanager
@@ -173,8 +173,9 @@ def _read(self:ResumeCallback):
 
 @patch
 def before_fit(self:ResumeCallback):
+    "Take up the state that is there"
     self.was,self.skip,self.done,self.began = None,0,False,time.perf_counter()
-    if num_distrib()>1: raise InputError(f"ResumeCallback keeps the chance of one process, and {num_distrib()} train here: leave it out, and keep the weights by SaveModelCallback(every_epoch=True, with_opt=True)")
+    one_process('ResumeCallback', 'keep the weights by SaveModelCallback(every_epoch=True, with_opt=True)')     # it would keep the chance of one of them
     self.fn = self.learn.path/self.file
     sweep(self.fn.parent)                            # a state that a kill cut short
     self.marks = {k:_marks(c) for k,c in _named(self.learn)}
@@ -212,6 +213,7 @@ def go_on(self:ResumeCallback):
 
 @patch
 def before_epoch(self:ResumeCallback):
+    "Pass over what was done"
     s = self.was
     if s and (s['done'] or s['epoch']>=self.n_epoch):
         self.go_on()
@@ -227,18 +229,22 @@ def before_epoch(self:ResumeCallback):
 
 @patch
 def before_train(self:ResumeCallback):
+    "Draw the batches that were done"
     if self.skip: self.learn.dl = _DoneBatches(self.learn.dl, self)
 
 @patch
 def before_batch(self:ResumeCallback):
+    "Learn nothing from them"
     if self.skip: raise CancelBatchException()
 
 @patch
 def after_batch(self:ResumeCallback):
+    "Save between two epochs"
     if self.every and self.training and not self.skip and (self.iter+1)%self.every==0: self._save(self.epoch, self.iter+1)
 
 @patch
 def after_epoch(self:ResumeCallback):
+    "Save, or go on after the last epoch that was done"
     if not self.was: return self._save(self.epoch+1, 0)
     if self.epoch+1==self.was['epoch']:
         self.learn.cbs = self.others
@@ -246,6 +252,7 @@ def after_epoch(self:ResumeCallback):
 
 @patch
 def after_fit(self:ResumeCallback):
+    "Done: the file goes, or says so"
     if not self.keep: self.fn.unlink(missing_ok=True)
     elif not self.done: self._save(self.epoch+1, 0, True)
 

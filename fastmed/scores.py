@@ -13,6 +13,7 @@ import math
 import numpy as np, pandas as pd, torch
 from torch import Tensor
 from fastai.learner import Metric
+from fastai.torch_core import noop, num_distrib
 
 # %% ../nbs/43_scores.ipynb #e2e39f38
 def _arr(v): return (v.detach().cpu().as_subclass(Tensor).float().numpy() if isinstance(v, Tensor) else np.asarray(v)).astype(float)
@@ -172,7 +173,11 @@ class CaseAnswers:
         p = learn.pred[-1] if isinstance(learn.pred, (tuple,list)) else learn.pred
         act = getattr(learn.loss_func, 'label', learn.loss_func); act = getattr(act, 'activation', None)
         p = p.detach().as_subclass(Tensor).float()
-        self.preds.append((p if act is None else act(p)).cpu()); self.targs.append(learn.yb[-1].detach().as_subclass(Tensor).cpu()); self.n += 1; self.scores = {}
+        gather = learn.to_detach if num_distrib()>1 else noop        # of all processes that train together
+        self.preds.append(gather(p if act is None else act(p)).cpu())
+        self.targs.append(gather(learn.yb[-1].detach().as_subclass(Tensor)).cpu())
+        self.n += 1
+        self.scores = {}
     def all(self,
         task,  # as of `label_scores`
         vocab, # as of `label_scores`

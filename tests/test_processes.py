@@ -1,0 +1,71 @@
+"Two processes that train together (gloo, on the CPU): no file is lost, and they stay together."
+import os, socket, subprocess, sys
+from pathlib import Path
+import numpy as np, pandas as pd, pytest
+import fastmed
+from phantoms import CODES, write_case
+
+SCRIPT = '''
+import os, sys, torch
+from pathlib import Path
+from fastmed.all import *
+rank,tmp = int(os.environ['RANK']),Path(sys.argv[1])
+torch.set_num_threads(1)
+torch.distributed.init_process_group('gloo', init_method='env://')
+df = pd.read_csv(tmp/'cases.csv')
+dls = VolumeDataLoaders.from_df(df, tmp, codes=['background','large','small'], patch=16, bs=2, samples_per_case=4, cache=tmp/f's{rank}', device='cpu', batch_tfms=None)
+set_seed(rank); learn = unet3d_learner(dls, nf=4, depth=2, path=tmp)
+def said(s): (tmp/f'{s}_{rank}').touch()
+
+learn.save('w'); distrib_barrier()
+learn.load('w'); assert (tmp/'models'/'w.pth').stat().st_size>1000
+learn.export('m.pkl'); distrib_barrier()
+assert (tmp/'m.pkl').stat().st_size>1000 and learn.dls is dls; said('files')
+
+for cb in (DiceCallback(), ResumeCallback(), PictureCallback()):
+    with learn.no_bar(), learn.no_logging():
+        try: learn.fit(1, cbs=cb)
+        except InputError as e: assert 'one process, and 2 train here' in str(e), e
+        else: assert False, cb
+said('refused')
+
+class Slow(Callback):
+    "The second process has the slower clock: alone it would end elsewhere, with other rates"
+    def before_fit(self):
+        if rank: self.learn.budget.t0 -= 1.
+    order = 63
+with learn.no_bar(), learn.no_logging(): learn.fit_for(.05, cbs=Slow())
+both = [None, None]; torch.distributed.all_gather_object(both, list(learn.recorder.lrs))
+assert both[0]==both[1] and len(both[0]); said('together')
+
+c = DiceCounts(); m = DiceScore(1, counts=c)
+learn.dl,learn.pred,learn.yb = dls.valid,torch.zeros(1,2,4,4,4),(torch.zeros(1,4,4,4, dtype=torch.long),)
+learn.pred[:,1] = 1 if rank else -1
+learn.yb[0][:] = 1
+m.reset(); m.accumulate(learn)
+assert abs(m.value-2/3)<1e-6, m.value                       # half of the voxels are found, over both processes
+said('counted')
+'''
+
+@pytest.fixture(scope='module')
+def marks(tmp_path_factory):
+    "What two processes that run `SCRIPT` have reached"
+    tmp = tmp_path_factory.mktemp('two')
+    pd.DataFrame([write_case(tmp, f'c{i}', np.eye(4), (16,16,16), i) for i in range(5)]).to_csv(tmp/'cases.csv', index=False)
+    (tmp/'script.py').write_text(SCRIPT, encoding='utf-8')
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    path = os.pathsep.join([str(Path(fastmed.__file__).parent.parent), os.environ.get('PYTHONPATH', '')])
+    env = {**os.environ, 'PYTHONPATH':path, 'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg', 'OMP_NUM_THREADS':'1', 'WORLD_SIZE':'2', 'MASTER_ADDR':'127.0.0.1', 'MASTER_PORT':str(port)}
+    ps = [subprocess.Popen([sys.executable, tmp/'script.py', tmp], env={**env, 'RANK':str(r)}, cwd=tmp, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for r in (0,1)]
+    try: errs = [p.communicate(timeout=240)[1] for p in ps]
+    finally:
+        for p in ps: p.kill()
+    return {o.name for o in tmp.glob('*_[01]')},'\n'.join(e[-1500:] for e in errs)
+
+@pytest.mark.parametrize('what', ['files','refused','together','counted'])
+def test_two_processes(marks, what):
+    "Save and export are the first one's; what works in one process alone says so; `fit_for` ends together, with the same rates; Dice counts the cases of both"
+    reached,errs = marks
+    assert {f'{what}_0',f'{what}_1'}<=reached, errs
