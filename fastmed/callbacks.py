@@ -145,12 +145,22 @@ class BudgetCallback(Callback):
         if len(given)!=1: raise InputError(f"BudgetCallback: expected one of minutes, updates, voxels; found {given}")
         (self.unit,self.amount), = given.items()
         if not self.amount>0: raise InputError(f"{self.unit}: expected more than 0; found {self.amount}")
-    def before_fit(self): self.t0,self.valid_s,self.spent,self.late = time.perf_counter(),0.,0,False
+    def before_fit(self):
+        self.t0,self.valid_s,self.spent,self.late = time.perf_counter(),0.,0,False
+        self._expect(None)                                        # nobody knows how many epochs there will be
+    def _expect(self, epochs):
+        bar = getattr(getattr(getattr(self.learn, 'progress', None), 'mbar', None), 'main_bar', None)
+        if bar is not None: bar.total = epochs
     def _share(self):
         if self.unit!='minutes': return min(1., self.spent/self.amount)
         total = self.amount*60
         return min(1., (time.perf_counter()-self.t0)/max(total-self.valid_s, total/10))
-    def before_train(self): self.learn.pct_train = self._share()
+    def before_train(self):
+        self.learn.pct_train = self._share()
+        bar = getattr(getattr(self.learn, 'progress', None), 'pbar', None)
+        if '/None' in getattr(bar, 'prefix', ''):
+            bar.prefix = bar.prefix.replace('/None', '')
+            bar.update(0)
     def after_batch(self):
         if not self.training: return
         self.spent += 1 if self.unit=='updates' else patch_voxels(self.xb[0])
@@ -163,8 +173,7 @@ class BudgetCallback(Callback):
         now = time.perf_counter()
         self.valid_s = max(self.valid_s, now-self.v0)
         epochs = (self.epoch+1)/max(1e-6, self._share() if self.unit!='minutes' else (now-self.t0)/self.amount/60)
-        bar = getattr(getattr(getattr(self.learn, 'progress', None), 'mbar', None), 'main_bar', None)
-        if bar is not None: bar.total = max(self.epoch+2, round(epochs))
+        self._expect(max(self.epoch+2, round(epochs)))
         if self.late: raise CancelFitException()
 
 def patch_voxels(

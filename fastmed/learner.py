@@ -29,7 +29,7 @@ from fastai.callback.schedule import *
 from fastai.callback.training import GradientClip
 from fastprogress.fastprogress import progress_bar
 from . import __version__
-import contextlib, hashlib, inspect, math, os, zlib, nibabel as nib
+import contextlib, hashlib, inspect, os, zlib, nibabel as nib
 
 # %% ../nbs/37_learner.ipynb #d7cd7983
 def has_bf16(
@@ -124,7 +124,7 @@ def check_free(
     if overwrite: return
     if foreign:=[fn for fn in there if prediction_key(fn) is None]:
         more = f' (and {len(foreign)-1} more)' if len(foreign)>1 else ''
-        raise FileError(f"{foreign[0]}{more}: is there already, and fastmed did not write it, or it was changed since. Nothing was changed. Give another path, or replace it by overwrite=True (in a shell: --overwrite)")
+        raise FileError(f"{foreign[0]}{more}: is there already, and is not a mask that fastmed wrote and nobody changed since. Nothing was changed. Give another path, or replace it by overwrite=True (in a shell: --overwrite)")
 
 # %% ../nbs/37_learner.ipynb #ddf64577
 def _maker(learn, kwargs):
