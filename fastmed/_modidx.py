@@ -284,6 +284,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'fastmed.cli._mask': ('cli.html#_mask', 'fastmed/cli.py'),
                              'fastmed.cli._number': ('cli.html#_number', 'fastmed/cli.py'),
                              'fastmed.cli._output': ('cli.html#_output', 'fastmed/cli.py'),
+                             'fastmed.cli._stopped_at_once': ('cli.html#_stopped_at_once', 'fastmed/cli.py'),
                              'fastmed.cli.check': ('cli.html#check', 'fastmed/cli.py'),
                              'fastmed.cli.compare': ('cli.html#compare', 'fastmed/cli.py'),
                              'fastmed.cli.demo': ('cli.html#demo', 'fastmed/cli.py'),

@@ -6,7 +6,7 @@
 __all__ = ['demo', 'scan', 'train', 'predict', 'evaluate', 'scan_series', 'check', 'compare', 'parser', 'main']
 
 # %% ../nbs/63_cli.ipynb #fe225344
-import argparse, contextlib, math, os, sys, time
+import argparse, contextlib, math, os, signal, sys, threading, time, warnings
 from pathlib import Path
 
 # %% ../nbs/63_cli.ipynb #dc70cf1a
@@ -139,18 +139,15 @@ def _load(
     from fastmed.core import InputError, MissingFileError
     fn = Path(fn)
     if not fn.is_file(): raise MissingFileError(f"{fn}: no such model file")
-    if fn.suffix.lower()=='.safetensors':
-        from fastmed.all import load_model
-        return load_model(fn)
-    if fn.suffix.lower()=='.onnx':
-        from fastmed.all import load_onnx
-        return load_onnx(fn)
+    if fn.suffix.lower() in ('.safetensors','.onnx'):
+        from fastmed.all import load_model, load_onnx
+        return (load_onnx if fn.suffix.lower()=='.onnx' else load_model)(fn)
     if not trust: raise InputError(f"{fn}: is not a .safetensors file, and a pickle runs whatever its sender put into it. Only where you trust the sender, say --trust; save_model(load_learner(…), 'model.safetensors') makes a file that runs nothing")
-    print(f'fastmed: {fn} is opened as a pickle, and what is in it is run, because you said --trust', file=sys.stderr)
-    return _load_pickle(fn)
+    learn = _load_pickle(fn)
+    print(f'fastmed: {fn} was opened as a pickle, and what is in it was run, because you said --trust', file=sys.stderr)
+    return learn
 
 def _load_pickle(fn):
-    import warnings
     from fastmed.all import load_learner
     from fastmed.core import InputError
     with warnings.catch_warnings():
@@ -162,9 +159,8 @@ def _load_pickle(fn):
 
 def _failed(res):
     "1 where a scan failed, each named on stderr"
-    bad = res[res.status!='ok']
-    for r in bad.itertuples(): print(f'{r.case}: {r.status}', file=sys.stderr)
-    return int(len(bad)>0)
+    for r in res[res.status!='ok'].itertuples(): print(f'{r.case}: {r.status}', file=sys.stderr)
+    return int((res.status!='ok').any())
 
 def _answers(learn, a, one):
     "`fastmed predict` with a model that answers for cases: a table in `a.dst`, or in answers.csv of that folder"
@@ -203,7 +199,7 @@ def predict(
     kw = dict(overlap=a.overlap, tta=a.tta, post=a.post or None)
     if one: return _mask(learn, a, **kw)
     res = learn.predict_folder(src, a.dst, a.images, a.overwrite, **kw)
-    for fn in res.mask[res.status=='ok']: print(fn)
+    for fn in res['mask'][res.status=='ok']: print(fn)
     return _failed(res)
 
 def evaluate(
@@ -211,11 +207,10 @@ def evaluate(
 ):
     "`fastmed evaluate`: a model against the masks of a folder"
     from fastmed.core import InputError, whole_file
-    df = _cases(a)
     if a.csv: _output(a.csv, ('.csv',), [a.model], a.overwrite)
     learn = _load(a.model, a.trust)
     if getattr(learn, 'task', 'segmentation')!='segmentation': raise InputError(f"{a.model}: answers for cases, and their truth stands in a table, not in a folder: use learn.evaluate(df)")
-    ev = learn.evaluate(df, tolerance=a.tolerance, overlap=a.overlap, tta=a.tta, post=a.post or None)
+    ev = learn.evaluate(_cases(a), tolerance=a.tolerance, overlap=a.overlap, tta=a.tta, post=a.post or None)
     if a.csv:
         with whole_file(a.csv) as tmp: ev.to_csv(tmp, index=False)
     for s in ('dice','hd95'): print(f'{s}\n{ev.summary(s).round(4).to_string()}')
@@ -358,6 +353,18 @@ def parser()->argparse.ArgumentParser:
 
 # %% ../nbs/63_cli.ipynb #a3f0be51
 @contextlib.contextmanager
+def _stopped_at_once():
+    "Ctrl-C ends the process: in the middle of an import, libraries would turn it into errors of their own"
+    def stop(*args):
+        os.write(2, b'fastmed: stopped\n')
+        os._exit(130)
+    own = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if own: signal.signal(signal.SIGINT, stop)
+    try: yield
+    finally:
+        if own: signal.signal(signal.SIGINT, signal.default_int_handler)
+
+@contextlib.contextmanager
 def _bars():
     "Bars and logs of training on stderr, so that stdout holds nothing but paths and tables; without a terminal no bars"
     from fastprogress import fastprogress
@@ -379,6 +386,7 @@ def main(
     "The `fastmed` command: one line and exit code 2 where the user's input is at fault"
     try:
         a = parser().parse_args(argv)
+        with _stopped_at_once(): import fastmed.all                  # noqa: F401
         with _bars(): res = a.func(a)
     except SystemExit as e: return e.code                            # what was wrong, or the help, is said already
     except (OSError, ValueError, KeyError, TypeError, ImportError, MemoryError) as e:
