@@ -29,7 +29,7 @@ from fastai.callback.schedule import *
 from fastai.callback.training import GradientClip
 from fastprogress.fastprogress import progress_bar
 from . import __version__
-import contextlib, hashlib, inspect, os, zlib, nibabel as nib
+import contextlib, hashlib, inspect, os, threading, zlib, nibabel as nib
 
 # %% ../nbs/37_learner.ipynb #d7cd7983
 def has_bf16(
@@ -41,33 +41,37 @@ def has_bf16(
     if device.type=='cpu': return any(getattr(torch.cpu, f, bool)() for f in ('_is_avx512_bf16_supported','_is_amx_tile_supported'))
     return False
 
+class _Entered(threading.local):
+    "The contexts that this thread has entered and not left"
+    def __init__(self): self.stack = []
+
 class FastForward:
     "Run a module channels-last, and under bfloat16 autocast where the device has it; it answers in float32"
-    def __init__(self): self.stack = []
+    def __init__(self): self.entered = _Entered()
     def before(self, m, args):
         x = args[0]
         fmt = {4:torch.channels_last, 5:torch.channels_last_3d}.get(x.ndim)
         c = torch.autocast(x.device.type, torch.bfloat16) if has_bf16(x.device) else contextlib.nullcontext()
-        c.__enter__(); self.stack.append(c)
+        c.__enter__(); self.entered.stack.append(c)
         return (x.contiguous(memory_format=fmt) if fmt else x, *args[1:])
     def after(self, m, args, out):
-        self.stack.pop().__exit__(None, None, None)
+        self.entered.stack.pop().__exit__(None, None, None)
         return None if out is None else to_float(out)
     def __getstate__(self): return {}
-    def __setstate__(self, s): self.stack = []
+    def __setstate__(self, s): self.entered = _Entered()
 
 class FloatWhereShort:
     "Run a convolution in float32 where an axis of its input is shorter than its kernel: there oneDNN's bfloat16 gives wrong gradients (torch 2.15)"
-    def __init__(self): self.stack = []
+    def __init__(self): self.entered = _Entered()
     def before(self, m, args):
         x = args[0]
         short = x.device.type=='cpu' and torch.is_autocast_enabled('cpu') and any(n<k for n,k in zip(x.shape[2:], m.kernel_size))
         c = torch.autocast('cpu', enabled=False) if short else contextlib.nullcontext()
-        c.__enter__(); self.stack.append(c)
+        c.__enter__(); self.entered.stack.append(c)
         return (x.float(), *args[1:]) if short else None
-    def after(self, m, args, out): self.stack.pop().__exit__(None, None, None)
+    def after(self, m, args, out): self.entered.stack.pop().__exit__(None, None, None)
     def __getstate__(self): return {}
-    def __setstate__(self, s): self.stack = []
+    def __setstate__(self, s): self.entered = _Entered()
 
 def make_fast(
     model:nn.Module # 2D or 3D network
@@ -256,10 +260,10 @@ class VolumeLearner(EncoderMixin, Learner):
         fname='export.pkl', # below `learn.path`
         **kwargs            # of fastai's `export`
     ):
-        "fastai's `export`, whole or not at all; the Learner keeps its data and optimizer when it fails"
+        "fastai's `export`, whole or not at all, the network in evaluation; the Learner keeps its data and optimizer when it fails"
         path,dls,opt = self.path,self.dls,self.opt
         try:
-            with whole_file(Path(path)/fname) as tmp: super().export(tmp.resolve(), **kwargs)
+            with evaluating(self.model), whole_file(Path(path)/fname) as tmp: super().export(tmp.resolve(), **kwargs)
         finally: self.dls = dls; self.opt = ifnone(self.opt, opt)
 
     def fit_for(self,

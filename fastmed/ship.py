@@ -96,11 +96,8 @@ def _noise(model, size, bs=1):
 
 def _answer(model, x):
     "Logits of windows, in evaluation"
-    was = model.training; model.eval()
-    try:
-        with torch.inference_mode(): y = model(x)
-        return torch.cat([o.flatten(1) for o in y], 1) if isinstance(y, tuple) else y
-    finally: model.train(was)
+    with torch.inference_mode(), evaluating(model): y = model(x)
+    return torch.cat([o.flatten(1) for o in y], 1) if isinstance(y, tuple) else y
 
 def _echo(model, plan):
     "64 logits of a fixed window of noise, in float32 on the CPU"
@@ -161,7 +158,7 @@ def _learner(meta, device, network):
     if odd:=[o for o in post if o not in POSTS]: raise InputError(f"expected post-processing among {', '.join(POSTS)}; found {odd}")
     seen,flips = meta['training']['seen'],_back(meta['flips'])
     if not (isinstance(meta['foreground'], Real) and isinstance(meta['seed'], int) and all(f in range(plan.ndim) for f in flips) and all(isinstance(o, str) for k in ('case','subject') for o in seen[k])): raise InputError(f"expected a share, a seed, axes to flip and fingerprints; found {meta['foreground']!r}, {meta['seed']!r}, {flips!r}, {str(seen)[:80]}")
-    learn = SavedLearner(_empty_dls(meta, plan, pre, device), network(plan).to(device), loss_func=DeepSupervisionLoss(DiceCELoss(batch=plan.ndim==2)), metrics=dice_metrics(pre.vocab), splitter=param_splitter, lr=3e-3, wd=1e-2, train_bn=False, cbs=[RememberCallback(),FrozenNorms(),MemoryCallback()])
+    learn = SavedLearner(_empty_dls(meta, plan, pre, device), network(plan).to(device).eval(), loss_func=DeepSupervisionLoss(DiceCELoss(batch=plan.ndim==2)), metrics=dice_metrics(pre.vocab), splitter=param_splitter, lr=3e-3, wd=1e-2, train_bn=False, cbs=[RememberCallback(),FrozenNorms(),MemoryCallback()])
     learn.arch,learn.arch_args,learn.arch_patch,learn.n_in,learn.n_out = net['arch'],_back(net['args']),_back(net['patch']),net['n_in'],net['n_out']
     learn.post,learn.facts,learn.pretrained = tuple(post),meta['training'],True
     return learn
