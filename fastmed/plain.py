@@ -56,7 +56,11 @@ class TooLarge(InputError): "A network that takes more memory than a trial of it
 
 class TrialBudget(TorchDispatchMode):
     "Raise `TooLarge` before results that are held at a time have more than `most` elements"
-    def __init__(self, most): super().__init__(); self.most,self.held = most,0
+    def __init__(self,
+        most:int # elements that may be held at a time
+    ):
+        super().__init__()
+        self.most,self.held = most,0
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         given = {t.untyped_storage()._cdata for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)}

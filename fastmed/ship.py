@@ -102,7 +102,7 @@ def _answer(model, x):
 
 def _echo(model, plan):
     "64 logits of a fixed window of noise, in float32 on the CPU; none where that would take much memory"
-    if not (p:=_window(model, plan)): return []
+    if not (p:=_window(model, plan)) or model.n_in*math.prod(p)>_held: return []
     try:
         with TrialBudget(_held): y = _answer(model, _noise(model, p)).flatten()
     except TooLarge: return []
