@@ -103,7 +103,7 @@ def case_learner(
     "The Learner that a file describes. Raises `InputError`, `KeyError` on what does not fit"
     dls,net = case_loaders(meta, device),meta['network']; task,vocab = get_labels(dls); plan = case_plan(dls)
     if net['n_out']!=len(vocab): raise InputError(f"expected {len(vocab)} outputs, one a label; found {net['n_out']}")
-    model = network(plan).to(device); masks = isinstance(model, MultiTaskNet)
+    model = network(plan).to(device).eval(); masks = isinstance(model, MultiTaskNet)
     loss = LabelLoss(task, sd=model.unscale.sd.clone() if hasattr(model, 'unscale') else None)
     if masks: loss = MultiTaskLoss(DiceCELoss(batch=plan.ndim==2), loss)
     learn = cls(dls, model, loss_func=loss, metrics=(dice_metrics(get_preprocess(dls).vocab) if masks else [])+label_metrics(task, vocab), splitter=param_splitter, lr=2e-3, wd=1e-2, train_bn=False, cbs=[RememberCallback()])

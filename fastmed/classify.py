@@ -30,6 +30,7 @@ from .heads import *
 from .scores import *
 from fastai.basics import *
 from fastprogress.fastprogress import progress_bar
+from copy import copy
 import math
 
 # %% ../nbs/45_classify.ipynb #7d853869
@@ -111,15 +112,13 @@ class CaseLearner(VolumeLearner, EncoderMixin):
         tta=False        # looks to average: a number of small turns and scales of training, the plain one among them, True: 8; or by name, see `tta_views`
     )->Tensor:           # (n_out,) probabilities, or numbers; of slices the mean
         "The answer for one case. Raises what `case_input` raises"
-        x = self.case_input(item); model = self.model; d = next(model.parameters()).device; was = model.training
+        x = self.case_input(item); model = self.model; d = next(model.parameters()).device
         act = getattr(self.loss_func, 'label', self.loss_func)
-        model.eval(); ps = []
-        try:
-            with torch.no_grad():
-                for v in self._looks(x, tta):
-                    out = [model(b.to(d)) for b in v.split(16)]
-                    ps.append(torch.cat([act.activation(o[-1] if isinstance(o, tuple) else o).cpu() for o in out]).mean(0))
-        finally: model.train(was)
+        ps = []
+        with torch.no_grad(), evaluating(model):
+            for v in self._looks(x, tta):
+                out = [model(b.to(d)) for b in v.split(16)]
+                ps.append(torch.cat([act.activation(o[-1] if isinstance(o, tuple) else o).cpu() for o in out]).mean(0))
         return torch.stack(ps).mean(0)
 
     def _looks(self, x, tta):
@@ -186,22 +185,22 @@ class CaseLearner(VolumeLearner, EncoderMixin):
         **kwargs    # of `VolumeLearner.evaluate`
     )->Evaluation:  # as of `VolumeLearner.evaluate`
         "The masks of a Learner that was trained on masks and labels. Raises `InputError` where there are none"
-        with self._for_masks('evaluate_masks'): return VolumeLearner.evaluate(self, df, **kwargs)
+        return VolumeLearner.evaluate(self._for_masks('evaluate_masks'), df, **kwargs)
 
     def predict_volume(self,
         fn,         # as of `VolumeLearner.predict_volume`
         **kwargs    # of `VolumeLearner.predict_volume`
     ):              # as of `VolumeLearner.predict_volume`
         "The mask of a scan, from a Learner that was trained on masks and labels. Raises `InputError` where there are none"
-        with self._for_masks('predict_volume'): return VolumeLearner.predict_volume(self, fn, **kwargs)
+        return VolumeLearner.predict_volume(self._for_masks('predict_volume'), fn, **kwargs)
 
-    @contextmanager
     def _for_masks(self, what):
-        model,n_out = self.model,self.n_out
+        "A Learner beside this one, with the same network but for its labels"
+        model = self.model
         if not isinstance(model, MultiTaskNet): raise InputError(f"{what}: this Learner was trained on labels alone and gives no masks; use predict or evaluate. Masks and labels: from_df(mask_col=…, label_col=…)")
-        self.model,self.n_out = model.net,model.net.n_out
-        try: yield
-        finally: self.model,self.n_out = model,n_out
+        res = copy(self)
+        res.model,res.n_out = model.net,model.net.n_out
+        return res
 
     def predict_folder(self,
         src,                   # folder of files

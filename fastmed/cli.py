@@ -6,7 +6,7 @@
 __all__ = ['demo', 'scan', 'train', 'predict', 'evaluate', 'scan_series', 'check', 'compare', 'parser', 'main']
 
 # %% ../nbs/63_cli.ipynb #fe225344
-import argparse, os, sys, time
+import argparse, contextlib, math, os, signal, sys, threading, time, warnings
 from pathlib import Path
 
 # %% ../nbs/63_cli.ipynb #dc70cf1a
@@ -83,93 +83,135 @@ def scan(
     if images is None and masks is None and (path/'dataset.json').exists(): return scan_decathlon(path)
     return scan_folder(path, images or 'images/*.nii.gz', masks or 'labels/*.nii.gz')
 
+def _output(
+    fn,             # file that would be written
+    endings,        # of its name
+    sources=(),     # files that are read
+    overwrite=False # whether a file may be replaced
+):
+    "The path of a file that a command will write, checked before the work begins. Raises `FileError`, `InputError`"
+    from fastmed.core import FileError, InputError, beside, writing
+    from fastmed.learner import check_free
+    fn = Path(fn)
+    if fn.is_dir(): raise FileError(f"{fn}: is a folder; expected a file such as {fn/'name'}{endings[0]}")
+    if not fn.name.lower().endswith(endings): raise InputError(f"{fn}: expected a name that ends in {', '.join(endings)}; found {fn.suffix or 'no ending'}. Nothing was done")
+    check_free([fn], sources, overwrite)
+    with writing(fn), beside(fn): pass                               # a disk that refuses says so now
+    return fn
+
+def _cases(a):
+    "The table of the cases that a command was given"
+    return scan(Path(a.path).resolve(), a.images, a.masks)
+
 def train(
     a # the parsed arguments
 ):
-    "`fastmed train`: a folder of scans and masks becomes an exported Learner"
-    from fastmed.all import VolumeDataLoaders, SliceDataLoaders, unet3d_learner, unet2d_learner, set_seed, ResumeCallback, save_model, FileError, beside, writing
-    out = Path(a.out)
-    if out.is_dir(): raise FileError(f"{out}: is a folder; --out wants a file such as model.pkl")
-    with writing(out), beside(out): pass                              # a disk that refuses says so before the training
+    "`fastmed train`: a folder of scans and masks becomes a model file"
+    from fastmed.all import VolumeDataLoaders, SliceDataLoaders, unet3d_learner, unet2d_learner, set_seed, ResumeCallback, save_model
+    out = _output(a.out, ('.safetensors','.pkl'), overwrite=a.overwrite)
     set_seed(a.seed)
-    kw = dict(codes=a.codes.split(',') if a.codes else None, valid_pct=a.valid_pct, seed=a.seed, cache=a.cache, num_workers=a.workers, path=out.parent.resolve())
+    kw = dict(codes=a.codes, valid_pct=a.valid_pct, seed=a.seed, cache=a.cache, num_workers=a.workers, path=out.parent.resolve())
     if a.spacing: kw['spacing'] = tuple(a.spacing) if len(a.spacing)==3 else a.spacing[0]
-    df = scan(Path(a.path).resolve(), a.images, a.masks)
-    dls = (VolumeDataLoaders if a.ndim==3 else SliceDataLoaders).from_df(df, **kw)
+    dls = (VolumeDataLoaders if a.ndim==3 else SliceDataLoaders).from_df(_cases(a), **kw)
     learn = (unet3d_learner if a.ndim==3 else unet2d_learner)(dls, arch=a.arch)
     print(f'{len(dls.train_ds)} cases train, {len(dls.valid_ds)} validate\n{dls.plan}\n{dls.preprocess}', flush=True)
     kept = out.with_name(f'{out.name}.resume')
     if not a.resume: kept.unlink(missing_ok=True)
     elif not kept.exists(): print(f'{kept}: not there, so there is nothing to resume; training starts anew')
     cb = ResumeCallback(kept.name, every=50, keep=True)              # until the model is written
-    if a.epochs: learn.fit_one_cycle(a.epochs, cbs=cb)
+    if a.epochs is not None: learn.fit_one_cycle(a.epochs, cbs=cb)
     else: learn.fit_for(a.minutes, cbs=cb)
-    safe = out.suffix=='.safetensors'
-    if not safe: learn.export(out.name)
+    safe = out.suffix.lower()=='.safetensors'
+    if not safe:
+        learn.export(out.name)
+        print(f'fastmed: {out} is a pickle: whoever opens it runs what is in it, so predict and evaluate ask for --trust', file=sys.stderr)
     ev = learn.evaluate()
     if safe: save_model(learn, out, evaluation=ev)
     kept.unlink(missing_ok=True)
     print(ev.summary().round(4).to_string())
     print(f'{out} written')
 
-def _load(fn):
-    import warnings
-    from fastmed.all import load_learner
+def _load(
+    fn,   # model file
+    trust # whether a pickle may be opened
+):
+    "The Learner of a model file. Raises `InputError` on a pickle that is not trusted, and on what is no model"
     from fastmed.core import InputError, MissingFileError
-    if not Path(fn).is_file(): raise MissingFileError(f"{fn}: no such model file")
-    if Path(fn).suffix=='.safetensors':
-        from fastmed.all import load_model
-        return load_model(fn)
+    fn = Path(fn)
+    if not fn.is_file(): raise MissingFileError(f"{fn}: no such model file")
+    if fn.suffix.lower() in ('.safetensors','.onnx'):
+        from fastmed.all import load_model, load_onnx
+        return (load_onnx if fn.suffix.lower()=='.onnx' else load_model)(fn)
+    if not trust: raise InputError(f"{fn}: is not a .safetensors file, and a pickle runs whatever its sender put into it. Only where you trust the sender, say --trust; save_model(load_learner(…), 'model.safetensors') makes a file that runs nothing")
+    learn = _load_pickle(fn)
+    print(f'fastmed: {fn} was opened as a pickle, and what is in it was run, because you said --trust', file=sys.stderr)
+    return learn
+
+def _load_pickle(fn):
+    from fastmed.all import load_learner
+    from fastmed.core import InputError
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
+        warnings.simplefilter('ignore')                              # fastai's, of what was said above
         try: learn = load_learner(fn)
         except Exception as e: raise InputError(f"{fn}: not an exported Learner of fastmed ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})") from e
     if not hasattr(learn, 'predict_volume'): raise InputError(f"{fn}: holds a {type(learn).__name__} that was not made by fastmed")
     return learn
 
-def _answers(learn, a):
+def _failed(res):
+    "1 where a scan failed, each named on stderr"
+    for r in res[res.status!='ok'].itertuples(): print(f'{r.case}: {r.status}', file=sys.stderr)
+    return int((res.status!='ok').any())
+
+def _answers(learn, a, one):
     "`fastmed predict` with a model that answers for cases: a table in `a.dst`, or in answers.csv of that folder"
     import glob
     from fastmed.core import InputError, whole_file
     if a.post or a.overlap!=.5: raise InputError(f"{a.model}: answers for cases and writes no masks: leave --{'post' if a.post else 'overlap'} out")
-    src,dst = Path(a.src),Path(a.dst); one = src.is_file() or not any(src.glob(a.images))
+    src,dst = Path(a.src),Path(a.dst)
     if dst.suffix.lower()!='.csv': dst = dst/'answers.csv'
-    res = learn.predict_folder(src.resolve().parent if one else src, glob.escape(src.resolve().name) if one else a.images, tta=a.tta)
-    dst.parent.mkdir(parents=True, exist_ok=True)
+    _output(dst, ('.csv',), [a.model, src], a.overwrite)
+    folder,images = (src.resolve().parent, glob.escape(src.resolve().name)) if one else (src, a.images)
+    res = learn.predict_folder(folder, images, tta=a.tta)
     with whole_file(dst) as tmp: res.to_csv(tmp, index=False)
     print(dst)
-    for r in res[res.status!='ok'].itertuples(): print(f'{r.case}: {r.status}', file=sys.stderr)
-    return int((res.status!='ok').any())
+    return _failed(res)
+
+def _mask(learn, a, **kwargs):
+    "`fastmed predict` of one scan"
+    from fastmed.doctor import case_name
+    from fastmed.learner import save_prediction
+    src,dst = Path(a.src),Path(a.dst)
+    if dst.is_dir() or str(a.dst).endswith('/'): dst = dst/f'{case_name(src)}.nii.gz'
+    sources = [a.model, src] if src.is_file() else [a.model, *src.iterdir()]
+    _output(dst, ('.nii.gz','.nii','.nrrd','.mha','.png'), sources, a.overwrite)
+    print(save_prediction(learn.predict_volume(src, **kwargs), dst))
+    return 0
 
 def predict(
     a # the parsed arguments
 ):
     "`fastmed predict`: masks for a file or a folder, or a table of answers; 1 where a scan of a folder failed"
     from fastmed.core import MissingFileError
-    learn = _load(a.model)
-    src,dst,kw = Path(a.src),Path(a.dst),dict(overlap=a.overlap, tta=a.tta, post=a.post or None)
+    src = Path(a.src)
     if not src.exists(): raise MissingFileError(f"{src}: no such file or folder")
-    if getattr(learn, 'task', 'segmentation')!='segmentation': return _answers(learn, a)
-    if src.is_file() or not any(src.glob(a.images)):
-        if dst.is_dir():
-            from fastmed.doctor import case_name
-            dst = dst/f'{case_name(src)}.nii.gz'
-        print(learn.predict_volume(src, **kw).save(dst)); return 0
-    res = learn.predict_folder(src, dst, a.images, **kw)
-    for r in res.itertuples(): print(r.mask if r.status=='ok' else f'{r.case}: {r.status}', file=sys.stdout if r.status=='ok' else sys.stderr)
-    return int((res.status!='ok').any())
+    learn,one = _load(a.model, a.trust),src.is_file() or not any(src.glob(a.images))
+    if getattr(learn, 'task', 'segmentation')!='segmentation': return _answers(learn, a, one)
+    kw = dict(overlap=a.overlap, tta=a.tta, post=a.post or None)
+    if one: return _mask(learn, a, **kw)
+    res = learn.predict_folder(src, a.dst, a.images, a.overwrite, **kw)
+    for fn in res['mask'][res.status=='ok']: print(fn)
+    return _failed(res)
 
 def evaluate(
     a # the parsed arguments
 ):
     "`fastmed evaluate`: a model against the masks of a folder"
-    learn = _load(a.model)
-    if getattr(learn, 'task', 'segmentation')!='segmentation':
-        from fastmed.core import InputError
-        raise InputError(f"{a.model}: answers for cases, and their truth stands in a table, not in a folder: use learn.evaluate(df)")
-    ev = learn.evaluate(scan(Path(a.path).resolve(), a.images, a.masks), tolerance=a.tolerance, overlap=a.overlap, tta=a.tta, post=a.post or None)
+    from fastmed.core import InputError, whole_file
+    if a.csv: _output(a.csv, ('.csv',), [a.model], a.overwrite)
+    learn = _load(a.model, a.trust)
+    if getattr(learn, 'task', 'segmentation')!='segmentation': raise InputError(f"{a.model}: answers for cases, and their truth stands in a table, not in a folder: use learn.evaluate(df)")
+    ev = learn.evaluate(_cases(a), tolerance=a.tolerance, overlap=a.overlap, tta=a.tta, post=a.post or None)
     if a.csv:
-        from fastmed.io import whole_file
         with whole_file(a.csv) as tmp: ev.to_csv(tmp, index=False)
     for s in ('dice','hd95'): print(f'{s}\n{ev.summary(s).round(4).to_string()}')
 
@@ -181,6 +223,7 @@ def scan_series(
     import pandas as pd
     from fastmed.dicom import scan_dicom
     from fastmed.core import whole_file
+    if a.csv: _output(a.csv, ('.csv',), [a.path], a.overwrite)
     df = scan_dicom(a.path); n,t = df.attrs,df.drop(columns='series')
     with pd.option_context('display.max_colwidth', 120): print(t.assign(spacing=[o and ' '.join(f'{x:.4g}' for x in o) for o in t.spacing], shape=[o and '×'.join(map(str, o)) for o in t['shape']], problem=t.problem.str.split(': `| Or ').str[0]).to_string(index=False, na_rep=''))
     def are(k, what): return f"{k} {'file is' if k==1 else 'files are'} {what}"
@@ -193,7 +236,9 @@ def check(
 )->int: # 1 where there is an error
     "`fastmed check`: what is wrong with a folder of scans"
     from fastmed.all import check_dataset
-    r = check_dataset(scan(Path(a.path).resolve(), a.images, a.masks), a.codes.split(',') if a.codes else None)
+    df = _cases(a)
+    if a.html: _output(a.html, ('.html','.htm'), overwrite=a.overwrite)
+    r = check_dataset(df, a.codes)
     print(r.answer())
     if len(r): print(r.summary().to_string(index=False))
     if a.html: print(f'{r.html(a.html)} written')
@@ -223,54 +268,127 @@ def compare(
     print(comp.answer(), comp.best().sentence)
     print(f"{comp.report(report)} written")
 
+# %% ../nbs/63_cli.ipynb #7c19e0d2
+class _Parser(argparse.ArgumentParser):
+    "Says what is wrong in one line"
+    def error(self, message): self.exit(2, f'{self.prog}: {message}. See {self.prog} --help\n')
+
+def _number(
+    low,         # smallest value
+    kind=float,  # int or float
+    below=None,  # every value is smaller than this
+    above=False  # `low` itself is too small
+):
+    "A type of argparse: a finite number in a range"
+    ends = f"{'more than' if above else 'at least'} {low}" + ('' if below is None else f' and less than {below}')
+    def number(text):
+        v = kind(text)                                               # argparse says what is no number
+        if not math.isfinite(v) or v<low or above and v==low or below is not None and v>=below: raise argparse.ArgumentTypeError(f'expected {ends}; found {text}')
+        return v
+    number.__name__ = 'whole number' if kind is int else 'number'
+    return number
+
+def _codes(text):
+    "A type of argparse: names by commas"
+    names = [o.strip() for o in text.split(',')]
+    if '' in names or len(set(names))<len(names): raise argparse.ArgumentTypeError(f'expected names by commas, each another one and none of them empty; found {text!r}')
+    return names
+
+class _OneOrThree(argparse.Action):
+    "One number, or one an axis"
+    def __call__(self, parser, namespace, values, option_string=None):
+        if len(values) not in (1,3): raise argparse.ArgumentError(self, f'expected one number or three; found {len(values)}')
+        setattr(namespace, self.dest, values)
+
 # %% ../nbs/63_cli.ipynb #0197b520
 def parser()->argparse.ArgumentParser:
     "The command line of fastmed"
     from fastmed import __version__
-    POSTS = ('keep_largest','fill_holes','close_slices','blur_slices')      # those of the inference room, which would take seconds to import
-    p = argparse.ArgumentParser(prog='fastmed', description='Train, compare and ship deep-learning models on medical scans.')
+    POSTS = ('keep_largest','fill_holes','close_slices','blur_slices')      # those of `fastmed.inference`, which would take seconds to import
+    p = _Parser(prog='fastmed', description='Train, compare and ship deep-learning models on medical scans.')
     p.add_argument('--version', action='version', version=f'fastmed {__version__}')
     sub = p.add_subparsers(dest='command', required=True, metavar='demo | scan | check | train | predict | evaluate | compare')
     def cmd(name, f, help):
         s = sub.add_parser(name, help=help, description=help); s.set_defaults(func=f); return s
+    def overwrite(s): s.add_argument('--overwrite', action='store_true', help='replace files that are there already; never a source')
     def look(s):
-        s.add_argument('--overlap', type=float, default=.5, help='share of a window that its neighbour covers too (0.5)')
+        s.add_argument('--trust', action='store_true', help='open a model file that is a pickle, and run what is in it')
+        s.add_argument('--overlap', type=_number(0, below=1), default=.5, help='share of a window that its neighbour covers too (0.5)')
         s.add_argument('--tta', action='store_true', help='test-time augmentation')
         s.add_argument('--post', action='append', choices=POSTS, help='post-processing, may be given more than once')
     d = cmd('demo', lambda a: demo(a.path, a.n, a.minutes, a.seed), 'Train 2D and 3D on the embedded cohort; write a report with pictures.')
-    d.add_argument('--path', default='demo', help='folder to write to (demo)'); d.add_argument('--n', type=int, default=24, help='subjects (24)')
-    d.add_argument('--minutes', type=float, default=2., help='training time of each model (2)'); d.add_argument('--seed', type=int, default=0)
+    d.add_argument('--path', default='demo', help='folder to write to (demo)'); d.add_argument('--n', type=_number(1, int), default=24, help='subjects (24)')
+    d.add_argument('--minutes', type=_number(0, above=True), default=2., help='training time of each model (2)'); d.add_argument('--seed', type=_number(0, int), default=0)
     q = cmd('scan', scan_series, 'List the DICOM series of a folder and all below it, and what is wrong with each.')
     q.add_argument('path', help='folder, DICOMDIR or file'); q.add_argument('--csv', help='file for the table')
+    overwrite(q)
     k = cmd('check', check, 'Find what is wrong with a folder of scans and masks; exit code 1 where there are errors.')
     k.add_argument('path', help='folder: a Decathlon task, or images/ and labels/'); k.add_argument('--images', help='pattern of the images'); k.add_argument('--masks', help='pattern of the masks')
-    k.add_argument('--codes', help='names of the structures, by commas, background first'); k.add_argument('--html', help='file for the report with pictures')
+    k.add_argument('--codes', type=_codes, help='names of the structures, by commas, background first'); k.add_argument('--html', help='file for the report with pictures')
+    overwrite(k)
     t = cmd('train', train, 'Train on a folder of scans and masks.')
-    t.add_argument('path', help='folder: a Decathlon task, or images/ and labels/'); t.add_argument('--out', default='model.pkl', help='file for the model: an exported Learner (model.pkl), or a safe model file (.safetensors)')
+    t.add_argument('path', help='folder: a Decathlon task, or images/ and labels/'); t.add_argument('--out', default='model.safetensors', help='file for the model (model.safetensors); .pkl: an exported Learner, which is a pickle')
+    overwrite(t)
     t.add_argument('--ndim', type=int, choices=[2,3], default=3, help='2: slices, 3: volumes (3)'); t.add_argument('--arch', default='UNet', help="'UNet', or a MONAI network by name")
-    t.add_argument('--minutes', type=float, default=10., help='training time (10)'); t.add_argument('--epochs', type=int, help='train for epochs instead of minutes')
+    t.add_argument('--minutes', type=_number(0, above=True), default=10., help='training time (10)'); t.add_argument('--epochs', type=_number(1, int), help='train for epochs instead of minutes')
     t.add_argument('--images', help="pattern of the images ('images/*.nii.gz')"); t.add_argument('--masks', help="pattern of the masks ('labels/*.nii.gz')")
-    t.add_argument('--codes', help='names of the structures, by commas, background first'); t.add_argument('--spacing', type=float, nargs='+', help='mm, one number or three')
-    t.add_argument('--valid-pct', type=float, default=.2, help='share of validation cases (0.2)'); t.add_argument('--seed', type=int, default=42)
+    t.add_argument('--codes', type=_codes, help='names of the structures, by commas, background first'); t.add_argument('--spacing', type=_number(0, above=True), nargs='+', action=_OneOrThree, help='mm, one number or three')
+    t.add_argument('--valid-pct', type=_number(0, below=1, above=True), default=.2, help='share of validation cases (0.2)'); t.add_argument('--seed', type=_number(0, int), default=42)
     t.add_argument('--cache', help='folder of the store'); t.add_argument('--resume', action='store_true', help='go on with a training that was killed; give the same arguments')
-    t.add_argument('--workers', type=int, help='worker processes')
+    t.add_argument('--workers', type=_number(0, int), help='worker processes')
     r = cmd('predict', predict, 'Write masks for a scan or a folder of scans; of a classifier or regression, a table of answers.')
-    r.add_argument('model', help='exported Learner, or model file (.safetensors)'); r.add_argument('src', help='scan, DICOM folder, or folder of scans'); r.add_argument('dst', help='mask file or folder; table (.csv) or folder')
-    r.add_argument('--images', default='*.nii.gz', help="pattern inside a folder ('*.nii.gz')"); look(r)
+    r.add_argument('model', help='model file (.safetensors, .onnx); an exported Learner with --trust'); r.add_argument('src', help='scan, DICOM folder, or folder of scans'); r.add_argument('dst', help='mask file or folder; table (.csv) or folder')
+    r.add_argument('--images', default='*.nii.gz', help="pattern inside a folder ('*.nii.gz')")
+    look(r)
+    overwrite(r)
     e = cmd('evaluate', evaluate, 'Score a model on a folder of scans and masks.')
-    e.add_argument('model', help='exported Learner, or model file (.safetensors)'); e.add_argument('path', help='folder: a Decathlon task, or images/ and labels/')
+    e.add_argument('model', help='model file (.safetensors, .onnx); an exported Learner with --trust'); e.add_argument('path', help='folder: a Decathlon task, or images/ and labels/')
     e.add_argument('--images', help="pattern of the images"); e.add_argument('--masks', help="pattern of the masks")
-    e.add_argument('--tolerance', type=float, default=1., help='of the surface Dice, mm (1)'); e.add_argument('--csv', help='file for the table of cases'); look(e)
+    e.add_argument('--tolerance', type=_number(0), default=1., help='of the surface Dice, mm (1)'); e.add_argument('--csv', help='file for the table of cases')
+    look(e)
+    overwrite(e)
     c = cmd('compare', compare, 'Train and compare models as a plan says; finished runs are not repeated.')
     c.add_argument('plan', help='TOML file: data, arms, folds, budget, …')
     return p
+
+# %% ../nbs/63_cli.ipynb #a3f0be51
+@contextlib.contextmanager
+def _stopped_at_once():
+    "Ctrl-C ends the process: in the middle of an import, libraries would turn it into errors of their own"
+    def stop(*args):
+        os.write(2, b'fastmed: stopped\n')
+        os._exit(130)
+    own = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if own: signal.signal(signal.SIGINT, stop)
+    try: yield
+    finally:
+        if own: signal.signal(signal.SIGINT, signal.default_int_handler)
+
+@contextlib.contextmanager
+def _bars():
+    "Bars and logs of training on stderr, so that stdout holds nothing but paths and tables; without a terminal no bars"
+    from fastprogress import fastprogress
+    terminal = sys.stderr.isatty()
+    def log(*args, **kwargs): print(*args, **{**kwargs, 'file':sys.stderr})
+    def draw(*args, **kwargs):
+        if terminal: log(*args, **kwargs)
+    own,ours = vars(fastprogress),dict(NO_BAR=not terminal, WRITER_FN=log, print=draw)
+    was = {k:own[k] for k in ours if k in own}
+    own.update(ours)
+    try: yield
+    finally:
+        for k in ours: own.pop(k)
+        own.update(was)
 
 def main(
     argv=None # arguments; default: those of the process
 )->int:       # 0: done; 1: some scans failed; 2: a user's mistake
     "The `fastmed` command: one line and exit code 2 where the user's input is at fault"
-    a = parser().parse_args(argv)
-    try: res = a.func(a)
+    try:
+        a = parser().parse_args(argv)
+        with _stopped_at_once(): import fastmed.all                  # noqa: F401
+        with _bars(): res = a.func(a)
+    except SystemExit as e: return e.code                            # what was wrong, or the help, is said already
     except (OSError, ValueError, KeyError, TypeError, ImportError, MemoryError) as e:
         if os.environ.get('FASTMED_DEBUG'): raise
         msg = e.args[0] if isinstance(e, KeyError) and e.args else str(e) or type(e).__name__

@@ -217,12 +217,11 @@ class Comparison(Findings):
         else: self.fold = group_folds(self.df, folds, group_col=group_col)
         self.hash = _hash(sorted(zip(self.df['case'].astype(str), self.fold.tolist())))
         self.slice_axis = None
-        self._check_folder()
+        self._check_folder(False)
 
-    def _check_folder(self):
-        "A folder that holds another experiment is refused"
-        fn = self.path/'comparison.json'
-        mine = dict(budget=self.budget, folds=self.hash, codes=_text(self.codes))
+    def _check_folder(self, keep=True):
+        "A folder that holds another experiment is refused; what this one is, is kept there once it was checked"
+        fn,mine = self.path/'comparison.json',dict(budget=self.budget, folds=self.hash, codes=_text(self.codes))
         arms = {a:_text({k:v for k,v in kw.items() if k not in ('cache','num_workers','device','path')}) for a,kw in self.spec_arms.items()}     # where it runs may change
         if fn.exists():
             was = json.loads(fn.read_text()); odd = {k:(was.get(k), v) for k,v in mine.items() if was.get(k)!=json.loads(json.dumps(v))}
@@ -230,7 +229,7 @@ class Comparison(Findings):
             if odd: raise InputError(f"{self.path}: holds runs of another experiment: " + '; '.join(f'{k} was {a}, is {b}' for k,(a,b) in odd.items()) + ". Give another path, or remove the folder")
             arms = {**was['arms'], **arms}
         text = json.dumps(dict(mine, arms=arms), indent=1)
-        if not fn.exists() or fn.read_text()!=text:
+        if keep and (not fn.exists() or fn.read_text()!=text):
             with whole_file(fn) as tmp: tmp.write_text(text)
 
     @property
@@ -273,6 +272,7 @@ class Comparison(Findings):
         "Train and score every run that is not finished. Stop it at any moment, and call it again"
         todo = [r for r in self.plan.itertuples() if not r.done]
         if todo: self.check()
+        self._check_folder()
         specs,n = [self._spec(r.arm, r.fold, r.seed) for r in todo],len(self.plan)
         bar,t0 = progress_bar(_runs(specs, executor), total=len(specs)),time.perf_counter()
         for i,_ in enumerate(bar):
@@ -338,7 +338,7 @@ class Comparison(Findings):
         if odd:=seen_cases(learn, learn.dls.valid_ds.items): raise InputError(f"arm {arm!r}: the Learner was trained on {odd[:5]}, which it holds out. Train it anew")
         spec = dict(arm=arm, fold=fold, seed=self.seeds[0], budget=dict(by_hand=f"{(cost or {}).get('updates', '?')} updates"), hash=self.hash, group_col=self.group_col, slice_axis=self.slice_axis)
         with learn.removed_cbs(L(c for c in learn.cbs if isinstance(c, (ComparisonCallback,CostCallback,BudgetCallback)))):
-            folder = self._folder(arm, fold, self.seeds[0])
+            self._check_folder(); folder = self._folder(arm, fold, self.seeds[0])
             with beside(folder, True, folder.parent/'unfinished') as tmp: return _finish(learn, spec, {}, folder, cost or {}, tmp)
 
 def load_run(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FastmedError', 'InputError', 'ArgumentError', 'ColumnError', 'FileError', 'MissingFileError', 'ExtraError',
            'ResourceError', 'writing', 'beside', 'sweep', 'whole_file', 'whole_folder', 'spacing_of', 'orientation_of',
-           'TensorMed', 'TensorVolume', 'TensorVolumeMask', 'TensorSlice', 'TensorSliceMask', 'structure_colors',
-           'show_plane', 'best_plane', 'plot_volume']
+           'evaluating', 'TensorMed', 'TensorVolume', 'TensorVolumeMask', 'TensorSlice', 'TensorSliceMask',
+           'structure_colors', 'show_plane', 'best_plane', 'plot_volume']
 
 # %% ../nbs/00_core.ipynb #9aca8ea2
 from fastai.data.all import *
@@ -188,6 +188,18 @@ def orientation_of(
 )->str:     # such as 'RAS': where each array axis points
     "The three-letter orientation code of an affine"
     return ''.join(nib.aff2axcodes(np.asarray(affine)))
+
+# %% ../nbs/00_core.ipynb #c2c84fa4
+@contextlib.contextmanager
+def evaluating(
+    model # network
+):        # the same network
+    "`model` in evaluation, and afterwards each of its modules as it was; one that is in evaluation already is not touched, so several threads may ask it at once"
+    was = [m for m in model.modules() if m.training]
+    if was: model.eval()
+    try: yield model
+    finally:
+        for m in was: m.training = True
 
 # %% ../nbs/00_core.ipynb #1da6c3f0
 class TensorMed(TensorImageBase):

@@ -216,9 +216,7 @@ def predict_grid(
     p = next(model.parameters())
     plans = [plan] if axes is None else [_sliced(plan, a) for a in _axes(axes, plan)]
     if axes is not None and (new:=[o.axis for o in plans if o.axis!=plan.axis]): warn(f"axes={axes!r}: the network has learned slices across axis {plan.axis} alone, and guesses across {new}: the average can be tens of points worse. Compare both by evaluate, or leave axes out")
-    was = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         d,lab,total = model_divisor(model, plan.ndim, x.shape[0]*(1+2*plan.get('context', 0) if plan.ndim==2 else 1)),None,None
         for pl in plans:
             div = [1,1,1]
@@ -227,7 +225,6 @@ def predict_grid(
                                   proba=sink is None and (proba or len(plans)>1), divisor=div, device=p.device, progress=progress, sink=sink)
             if len(plans)>1 and sink is None: total = pr.div_(len(plans)) if total is None else total.add_(pr.div_(len(plans)))
         if total is not None: pr,lab = total,total.max(0)[1].to(lab.dtype)
-    finally: model.train(was)
     return TensorVolumeMask(lab, affine=x.affine, codes=pre.vocab, meta=getattr(x, 'meta', None)), pr
 
 def _axes(axes, plan):

@@ -31,36 +31,40 @@ from fastai.callback.schedule import *
 from fastai.callback.training import GradientClip
 from fastprogress.fastprogress import progress_bar
 from . import __version__
-import contextlib, hashlib, inspect, math, os, zlib, nibabel as nib
+import contextlib, hashlib, inspect, os, threading, zlib, nibabel as nib
 
 # %% ../nbs/37_learner.ipynb #d7cd7983
+class _Entered(threading.local):
+    "The contexts that this thread has entered and not left"
+    def __init__(self): self.stack = []
+
 class FastForward:
     "Run a module channels-last, and under bfloat16 autocast where the device has it; it answers in float32"
-    def __init__(self): self.stack = []
+    def __init__(self): self.entered = _Entered()
     def before(self, m, args):
         x = args[0]
         fmt = {4:torch.channels_last, 5:torch.channels_last_3d}.get(x.ndim)
         c = torch.autocast(x.device.type, torch.bfloat16) if has_bf16(x.device) else contextlib.nullcontext()
-        c.__enter__(); self.stack.append(c)
+        c.__enter__(); self.entered.stack.append(c)
         return (x.contiguous(memory_format=fmt) if fmt else x, *args[1:])
     def after(self, m, args, out):
-        self.stack.pop().__exit__(None, None, None)
+        self.entered.stack.pop().__exit__(None, None, None)
         return None if out is None else to_float(out)
     def __getstate__(self): return {}
-    def __setstate__(self, s): self.stack = []
+    def __setstate__(self, s): self.entered = _Entered()
 
 class FloatWhereShort:
     "Run a convolution in float32 where an axis of its input is shorter than its kernel: there oneDNN's bfloat16 gives wrong gradients (torch 2.15)"
-    def __init__(self): self.stack = []
+    def __init__(self): self.entered = _Entered()
     def before(self, m, args):
         x = args[0]
         short = x.device.type=='cpu' and torch.is_autocast_enabled('cpu') and any(n<k for n,k in zip(x.shape[2:], m.kernel_size))
         c = torch.autocast('cpu', enabled=False) if short else contextlib.nullcontext()
-        c.__enter__(); self.stack.append(c)
+        c.__enter__(); self.entered.stack.append(c)
         return (x.float(), *args[1:]) if short else None
-    def after(self, m, args, out): self.stack.pop().__exit__(None, None, None)
+    def after(self, m, args, out): self.entered.stack.pop().__exit__(None, None, None)
     def __getstate__(self): return {}
-    def __setstate__(self, s): self.stack = []
+    def __setstate__(self, s): self.entered = _Entered()
 
 def make_fast(
     model:nn.Module # 2D or 3D network
@@ -78,6 +82,47 @@ def make_fast(
         if p.ndim in (4,5): p.data = p.data.contiguous(memory_format=torch.channels_last_3d if p.ndim==5 else torch.channels_last)
     return model
 
+# %% ../nbs/37_learner.ipynb #de7513a3
+def _mask_digest(mask, affine):
+    "What tells one mask from another: its class ids, and where they lie"
+    h = hashlib.blake2b(repr((mask.shape, np.asarray(affine, dtype='<f4').tolist())).encode(), digest_size=16)
+    for k in range(mask.shape[-1]): h.update(mask[...,k].astype('<i4').tobytes())
+    return h.hexdigest()
+
+def save_prediction(
+    mask,        # `TensorVolumeMask` (X,Y,Z) with its affine
+    fn,          # .nii, .nii.gz, .nrrd, .mha or .png
+    key:str='-'  # of what the mask was made from, up to 32 letters
+)->Path:         # `fn`
+    "Write a mask, whole or not at all; a NIfTI file notes that fastmed wrote it, and the digest of what it wrote"
+    return save_volume(mask, fn, note=f'fastmed {key} {_mask_digest(to_cpu(mask).as_subclass(Tensor).detach().numpy(), mask.affine)}')
+
+def prediction_key(
+    fn # file that may be there
+):     # the `key` of `save_prediction`; None where fastmed did not write the file, or where it was changed since
+    "What the mask in a file was made from, by the note in its header"
+    try:
+        im = nib.load(fn)
+        name,key,digest = bytes(im.header['descrip'].item()).decode(errors='replace').split()
+        return key if name=='fastmed' and digest==_mask_digest(np.asanyarray(im.dataobj), im.affine) else None
+    except (OSError, EOFError, ValueError, TypeError, KeyError, MemoryError, zlib.error, nib.filebasedimages.ImageFileError): return None
+
+def check_free(
+    fns,                 # files that would be written
+    sources=(),          # files that are read for them
+    overwrite:bool=False # whether files may be replaced that fastmed did not write
+):
+    "Raise `FileError` where writing would lose something: a source, or a file that fastmed did not write or that was changed since"
+    same = {(s.st_dev,s.st_ino) for s in (Path(o).stat() for o in sources if Path(o).exists())}
+    there = [fn for fn in fns if os.path.lexists(fn)]
+    for fn in there:
+        s = Path(fn).stat() if Path(fn).exists() else None
+        if s is not None and (s.st_dev,s.st_ino) in same: raise FileError(f"{fn}: is read for the prediction, and a prediction never replaces what it was made from. Nothing was changed. Give another path")
+    if overwrite: return
+    if foreign:=[fn for fn in there if prediction_key(fn) is None]:
+        more = f' (and {len(foreign)-1} more)' if len(foreign)>1 else ''
+        raise FileError(f"{foreign[0]}{more}: is there already, and is not a mask that fastmed wrote and nobody changed since. Nothing was changed. Give another path, or replace it by overwrite=True (in a shell: --overwrite)")
+
 # %% ../nbs/37_learner.ipynb #ddf64577
 def _maker(learn, kwargs):
     "What a prediction follows from, the scan left out, as a hash; None where a function takes part, whose name does not tell what it does"
@@ -87,14 +132,6 @@ def _maker(learn, kwargs):
         h.update(f"{l.model} {dict(get_plan(l.dls))} {get_preprocess(l.dls).to_json()}".encode())
         for v in l.model.state_dict().values(): h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return h.hexdigest()
-
-def _note(fn):
-    "The note in the header of a packed mask; None where there is no whole one"
-    try:
-        h = nib.load(fn).header; size = 352+math.prod(h.get_data_shape())*h.get_data_dtype().itemsize
-        with open(fn, 'rb') as f: f.seek(-4, os.SEEK_END); whole = int.from_bytes(f.read(4), 'little')==size%2**32        # gzip ends with the unpacked size
-        return bytes(h['descrip'].item()).decode(errors='replace') if whole else None
-    except (OSError, EOFError, ValueError, KeyError, zlib.error, nib.filebasedimages.ImageFileError): return None
 
 def _follow_codes(learn, old, new):
     "Metrics named after the codes of DataLoaders take the names of those that replace them. Raises `InputError` where the network was made for another number of codes"
@@ -160,21 +197,25 @@ class VolumeLearner(EncoderMixin, Learner):
         src,                       # folder of images
         dst,                       # folder for the masks, made where it is missing
         images:str='*.nii.gz',     # pattern; `case_0000`, `case_0001` … are channels
-        again:bool=False,          # predict a scan anew whose mask is there already, made by the same model and arguments of the same file
+        overwrite:bool=False,      # predict all anew, and replace files in `dst` that fastmed did not write or that were changed since; never a source
         **kwargs                   # of `predict_volume`, `proba` left out
     )->pd.DataFrame:               # case, mask, status
-        "Segment every scan of a folder into `dst/<case>.nii.gz`; stopped and called again, it goes on. A scan that cannot be predicted is named in `status`; the others go on. Raises `OSError` where `dst` cannot be written"
+        "Segment every scan of a folder into `dst/<case>.nii.gz`; stopped and called again, it goes on. A scan that cannot be predicted is named in `status`; the others go on. Raises `OSError` where `dst` cannot be written or holds what would be lost"
         if kwargs.get('proba'): raise InputError("predict_folder writes masks; use predict_volume(fn, proba=True) for probabilities")
+        if 'again' in kwargs: raise ArgumentError("predict_folder: again= is not known. Say overwrite=True, which predicts all anew")
         _known('predict_folder', kwargs, 'regrid')
         dst,rows = Path(dst),[]
         df,maker = scan_folder(src, images, masks=None),_maker(self, kwargs)
+        sources,first_out = [o for files in df.image for o in L(files)],dst/f'{df.case[0]}.nii.gz'
+        check_free([dst/f'{c}.nii.gz' for c in df.case], sources, overwrite)
+        with writing(first_out), beside(first_out): pass                 # a disk that refuses says so before the first prediction
         for _,r in progress_bar(list(df.iterrows())):
             out = dst/f'{r.case}.nii.gz'
-            note = 'fastmed '+hashlib.sha256(repr([maker, *[file_digest(o) for o in L(r.image)]]).encode()).hexdigest()[:32] if maker else ''
-            if again or not note or _note(out)!=note:
-                try: m = self.predict_volume(r.image, **kwargs)
+            key = hashlib.sha256(repr([maker, *[file_digest(o) for o in L(r.image)]]).encode()).hexdigest()[:32] if maker else '-'
+            if overwrite or not maker or prediction_key(out)!=key:
+                try: m = self.predict_volume(r.image, **kwargs); check_free([out], sources, overwrite)
                 except (OSError, ValueError, MemoryError) as e: rows.append(dict(case=r.case, mask=None, status=f'error: {e}')); continue
-                save_volume(m, out, note=note)
+                save_prediction(m, out, key)
             rows.append(dict(case=r.case, mask=str(out), status='ok'))
         return pd.DataFrame(rows)
 
@@ -227,11 +268,11 @@ class VolumeLearner(EncoderMixin, Learner):
         fname='export.pkl', # below `learn.path`
         **kwargs            # of fastai's `export`
     ):
-        "fastai's `export`, whole or not at all; the Learner keeps its data and optimizer when it fails"
+        "fastai's `export`, whole or not at all, the network in evaluation; the Learner keeps its data and optimizer when it fails"
         if rank_distrib(): return                                 # of several processes the first one writes
         path,dls,opt = self.path,self.dls,self.opt
         try:
-            with whole_file(Path(path)/fname) as tmp: super().export(tmp.resolve(), **kwargs)
+            with evaluating(self.model), whole_file(Path(path)/fname) as tmp: super().export(tmp.resolve(), **kwargs)
         finally: self.dls = dls; self.opt = ifnone(self.opt, opt)
 
     def fit_for(self,

@@ -7,7 +7,7 @@ __all__ = ['FastInstanceNorm', 'conv_stage', 'init_weights', 'UShape', 'UNet', '
            'model_names', 'MonaiNet', 'model_divisor', 'create_model']
 
 # %% ../nbs/22_models.ipynb #b3bf9bb0
-from .core import ArgumentError, InputError
+from .core import ArgumentError, InputError, evaluating
 from .zoo import DenseVoxelNet
 from numbers import Integral
 import difflib, inspect, math, torch, torch.nn.functional as F
@@ -307,9 +307,7 @@ class MonaiNet(nn.Module):
 def _probe(model, n_in, ndim):
     "Smallest power of two whose multiples `model` maps to outputs of the same size, by trying."
     p = next(iter(model.parameters()), torch.zeros(1))
-    was = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for d in (1,2,4,8,16,32,64):
             n = d*(-(-33//d) | 1) # an odd multiple of d, 33 or more
             try:
@@ -317,7 +315,6 @@ def _probe(model, n_in, ndim):
             except (RuntimeError, ValueError, AssertionError, IndexError): continue
             out = out[0] if isinstance(out, (list,tuple)) else out
             if out.shape[2:]==(n,)*ndim: return (d,)*ndim
-    finally: model.train(was)
     raise InputError(f"{type(model).__name__}: found no input size up to 64 whose multiples it takes; give its `divisor` attribute, one int an axis")
 
 def _monai_divisor(model, n_in, ndim):

@@ -9,7 +9,9 @@ __all__ = []
 from .core import InputError
 from fastcore.foundation import L
 from numbers import Integral, Real
-import math, numpy as np
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+import contextlib, math, weakref, numpy as np, torch
 
 # %% ../nbs/57_plain.ipynb #63728dd7
 def _plain(o, what):
@@ -34,3 +36,49 @@ def _numbers(o):
     if isinstance(o, dict): o = list(o.values())
     if isinstance(o, (list,tuple)): return [n for v in o for n in _numbers(v)]
     return [o] if isinstance(o, Real) else []
+
+# %% ../nbs/57_plain.ipynb #c36a412b
+@contextlib.contextmanager
+def few_modules(
+    most:int # modules that may be put into others
+):
+    "Raise `InputError` where a network is built of more than `most` modules: a short file may ask for a network that takes for ever to build"
+    left = most
+    def count(parent, name, module):
+        nonlocal left
+        left -= 1
+        if left<0: raise InputError(f"the network that it names has more than {most:,} modules")
+    handle = torch.nn.modules.module.register_module_module_registration_hook(count)
+    try: yield
+    finally: handle.remove()
+
+class TooLarge(InputError): "A network that takes more memory than a trial of it may"
+
+class TrialBudget(TorchDispatchMode):
+    "Raise `TooLarge` before results that are held at a time have more than `most` elements"
+    def __init__(self,
+        most:int # elements that may be held at a time
+    ):
+        super().__init__()
+        self.most,self.held = most,0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = {t.untyped_storage()._cdata for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)}
+        self._expect(func, args, kwargs)
+        res = func(*args, **kwargs)
+        for t in tree_flatten(res)[0]:
+            if not isinstance(t, torch.Tensor) or t.untyped_storage()._cdata in given: continue
+            self.held += t.numel()
+            weakref.finalize(t, self._gone, t.numel())
+            self._check(0)
+        return res
+    def _gone(self, n): self.held -= n
+    def _check(self, n):
+        if self.held+n>self.most: raise TooLarge(f"the network that it names holds more than {self.most:,} numbers at a time for a small window")
+    def _expect(self, func, args, kwargs):
+        "Ask for the size of the result where nothing is computed"
+        def shape(t): return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device='meta')
+        if 'device' in kwargs: kwargs = {**kwargs, 'device':torch.device('meta')}
+        try: res = func(*tree_map_only(torch.Tensor, shape, args), **tree_map_only(torch.Tensor, shape, kwargs))
+        except (RuntimeError, NotImplementedError, TypeError): return                  # of few operations the size follows from the values
+        if not func.is_view: self._check(max((t.numel() for t in tree_flatten(res)[0] if isinstance(t, torch.Tensor)), default=0))

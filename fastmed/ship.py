@@ -26,15 +26,16 @@ from .classify import *
 from .uncertainty import WeightFile
 from .ensemble import *
 from .casefiles import *
-from .plain import _plain, _back, _numbers
+from .plain import _plain, _back, _numbers, few_modules, TooLarge, TrialBudget
 from fastai.basics import *
 from numbers import Real
 from torch.overrides import TorchFunctionMode
-import hashlib, json, math, tempfile
+import hashlib, json, math, os, tempfile
 
 # %% ../nbs/59_ship.ipynb #77ec1bb0
 _format,_blank = 2,'sha256:'+'0'*64
 _most,_voxels = 10_000,2**27                 # the largest number in a network's arguments; voxels of a patch
+_modules,_held,_head = 30_000,2**28,10**8    # modules of a network; numbers that a trial of it may hold at a time; bytes of a header
 _acts = ('ReLU','LeakyReLU','ELU','GELU','SiLU','Mish','ReLU6','SELU','CELU','PReLU','Hardswish','Softplus','Tanh','Identity')
 
 # %% ../nbs/59_ship.ipynb #7b95e867
@@ -72,7 +73,7 @@ def _build(net, plan, most):
         if name not in _acts: raise InputError(f"expected act to be one of torch.nn's {', '.join(_acts)}; found {args['act']!r}")
         args['act'] = getattr(nn, name)
     if encoder: most += 2**27 if 'vgg' in net['arch'] else 2**23            # layers that timm makes and takes away again: a classifier
-    with torch.random.fork_rng(devices=[]), _Budget(most):
+    with torch.random.fork_rng(devices=[]), few_modules(_modules), _Budget(most):
         if case: return build_case(net, args, patch, _channels(net, plan), plan.ndim)
         return create_network(net['arch'], _channels(net, plan), net['n_out'], ndim=plan.ndim, patch=patch, **args)[0]
 
@@ -96,16 +97,15 @@ def _noise(model, size, bs=1):
 
 def _answer(model, x):
     "Logits of windows, in evaluation"
-    was = model.training; model.eval()
-    try:
-        with torch.inference_mode(): y = model(x)
-        return torch.cat([o.flatten(1) for o in y], 1) if isinstance(y, tuple) else y
-    finally: model.train(was)
+    with torch.inference_mode(), evaluating(model): y = model(x)
+    return torch.cat([o.flatten(1) for o in y], 1) if isinstance(y, tuple) else y
 
 def _echo(model, plan):
-    "64 logits of a fixed window of noise, in float32 on the CPU"
-    if not (p:=_window(model, plan)): return []
-    y = _answer(model, _noise(model, p)).flatten()
+    "64 logits of a fixed window of noise, in float32 on the CPU; none where that would take much memory"
+    if not (p:=_window(model, plan)) or model.n_in*math.prod(p)>_held: return []
+    try:
+        with TrialBudget(_held): y = _answer(model, _noise(model, p)).flatten()
+    except TooLarge: return []
     return [float(o) for o in y[torch.linspace(0, len(y)-1, 64).long()]]
 
 def _same(a, b, tol):
@@ -161,7 +161,7 @@ def _learner(meta, device, network):
     if odd:=[o for o in post if o not in POSTS]: raise InputError(f"expected post-processing among {', '.join(POSTS)}; found {odd}")
     seen,flips = meta['training']['seen'],_back(meta['flips'])
     if not (isinstance(meta['foreground'], Real) and isinstance(meta['seed'], int) and all(f in range(plan.ndim) for f in flips) and all(isinstance(o, str) for k in ('case','subject') for o in seen[k])): raise InputError(f"expected a share, a seed, axes to flip and fingerprints; found {meta['foreground']!r}, {meta['seed']!r}, {flips!r}, {str(seen)[:80]}")
-    learn = SavedLearner(_empty_dls(meta, plan, pre, device), network(plan).to(device), loss_func=DeepSupervisionLoss(DiceCELoss(batch=plan.ndim==2)), metrics=dice_metrics(pre.vocab), splitter=param_splitter, lr=3e-3, wd=1e-2, train_bn=False, cbs=[RememberCallback(),FrozenNorms(),MemoryCallback()])
+    learn = SavedLearner(_empty_dls(meta, plan, pre, device), network(plan).to(device).eval(), loss_func=DeepSupervisionLoss(DiceCELoss(batch=plan.ndim==2)), metrics=dice_metrics(pre.vocab), splitter=param_splitter, lr=3e-3, wd=1e-2, train_bn=False, cbs=[RememberCallback(),FrozenNorms(),MemoryCallback()])
     learn.arch,learn.arch_args,learn.arch_patch,learn.n_in,learn.n_out = net['arch'],_back(net['args']),_back(net['patch']),net['n_in'],net['n_out']
     learn.post,learn.facts,learn.pretrained = tuple(post),meta['training'],True
     return learn
@@ -264,15 +264,15 @@ def _meta_of(b, fn, text):
     if 'sha256:'+h.hexdigest()!=meta['sha256']: raise InputError(f"{fn}: expected {meta['sha256']}; found sha256:{h.hexdigest()}: its bytes were changed. {_again}")
     return meta
 
-def _header(b, fn):
-    "The JSON header of safetensors bytes. Raises `ValueError` on what is no whole safetensors file"
+def _header(b, fn, size=None):
+    "The JSON header of safetensors bytes, or of the first ones of a file of `size`. Raises `ValueError` on what is no whole safetensors file"
     if b[8:9]!=b'{' and (b[:2]==b'PK' or b[:1]==b'\x80'): raise InputError(f"{fn}: expected a model file; found a pickle. load_learner opens an exported Learner, and runs what is in it: only where you trust its sender")
-    n = int.from_bytes(b[:8], 'little')
-    bad = f"{fn}: expected a safetensors file; found {len(b)} bytes that are none. It may be cut off or another kind of file. {_again}"
+    n,size = int.from_bytes(b[:8], 'little'),ifnone(size, len(b))
+    bad = f"{fn}: expected a safetensors file; found {size} bytes that are none. It may be cut off or another kind of file. {_again}"
     if len(b)<10 or 8+n>len(b): raise InputError(bad)
     try: head = json.loads(b[8:8+n]); ends = [int(v['data_offsets'][1]) for k,v in head.items() if k!='__metadata__']
     except (ValueError, RecursionError, TypeError, KeyError, IndexError, AttributeError) as e: raise InputError(bad) from e
-    if 8+n+max(ends, default=0)!=len(b): raise InputError(f"{fn}: expected {8+n+max(ends, default=0):,} bytes; found {len(b):,}: the file is cut off or longer than it was. {_again}")
+    if 8+n+max(ends, default=0)!=size: raise InputError(f"{fn}: expected {8+n+max(ends, default=0):,} bytes; found {size:,}: the file is cut off or longer than it was. {_again}")
     text = (head.get('__metadata__') or {}).get('fastmed') if isinstance(head.get('__metadata__'), (dict,type(None))) else None
     if not isinstance(text, str): raise InputError(f"{fn}: expected a file of save_model; found safetensors without its metadata. For bare weights there is unet3d_learner(dls, pretrained=…)")
     return text
@@ -280,7 +280,8 @@ def _header(b, fn):
 def _opened(meta, fn, device, network):
     "`_learner`, whatever is wrong with the metadata said as a `ValueError` that names the file"
     try: return _learner(meta, device, network)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, OverflowError) as e:
+    except ImportError: raise                                # an extra that is missing
+    except Exception as e:                                   # whatever a network makes of arguments that somebody made up
         raise InputError(f"{fn}: not a model that can be opened: {f'{e} is missing' if isinstance(e, KeyError) else e}. Save it again from its Learner") from e
 
 def _load(b, fn, device):
@@ -304,8 +305,11 @@ def load_model(
 )->SavedLearner: # with `predict_volume`, `predict_folder`, `evaluate`, `facts`, `saw`; or the `Ensemble` that was saved
     "Open a model file; nothing in it is run. Raises `OSError` where it is not there, `ValueError` where it is changed, cut off, foreign, too new, or names a network that is not known"
     if not Path(fn).is_file(): raise MissingFileError(f"{fn}: no such model file")
+    with open(fn, 'rb') as f:                                # the header first: what is no model file is not read
+        start = f.read(8)
+        text = _header(start+f.read(min(int.from_bytes(start, 'little'), _head)), fn, os.fstat(f.fileno()).st_size)
     box,device = [Path(fn).read_bytes()],torch.device(ifnone(device, default_device()))
-    return (_unpack if '"members":' in _header(box[0], fn) else _load)(box.pop(), fn, device)
+    return (_unpack if '"members":' in text else _load)(box.pop(), fn, device)
 
 # %% ../nbs/59_ship.ipynb #f4494156
 @patch

@@ -132,9 +132,9 @@ BAD = (
 ('half a slice', "thick_slices(t, .5, 0)", ValueError, 'factor'),
 # the shell
 ('shell: no such folder', "sh('train', T/'nowhere')", RuntimeError, 'nowhere'),
-('shell: model that is none', "sh('predict', put('m.pkl', b'junk'), IM, T/'o.nii.gz')", RuntimeError, 'm.pkl'),
-('shell: model that is cut', "sh('predict', put('m2.pkl', exported(L3)[:-500]), IM, T/'o.nii.gz')", RuntimeError, 'm2.pkl'),
-('shell: scan that is text', "sh('predict', put('m3.pkl', exported(L3)), put('s.nii', b'text'), T/'o.nii.gz')", RuntimeError, 's.nii'),
+('shell: model that is none', "sh('predict', put('m.pkl', b'junk'), IM, T/'o.nii.gz', '--trust')", RuntimeError, 'm.pkl'),
+('shell: model that is cut', "sh('predict', put('m2.pkl', exported(L3)[:-500]), IM, T/'o.nii.gz', '--trust')", RuntimeError, 'm2.pkl'),
+('shell: scan that is text', "sh('predict', save_model(L3, T/'m3.safetensors'), put('s.nii', b'text'), T/'o.nii.gz')", RuntimeError, 's.nii'),
 ('shell: plan that is no TOML', "sh('compare', put('plan.toml', b'{{'))", RuntimeError, 'plan.toml'),
 ('shell: plan without data', "sh('compare', put('plan2.toml', b'folds = 2'))", RuntimeError, 'data'),
 )

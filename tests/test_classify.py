@@ -294,7 +294,7 @@ def test_command_line_answers_for_cases(measured, shapes, tmp_path, capsys):
     finally: (path/'broken.nii.gz').unlink()
     t = pd.read_csv(tmp_path/'out'/'answers.csv'); assert len(t)==41 and (t.status!='ok').sum()==1
     t = t[t.status=='ok'].reset_index(drop=True); assert t.case.tolist()==want.case.tolist() and np.allclose(t.prob_yes, want.prob_yes)
-    assert main(['predict', str(tmp_path/'m.pkl'), str(path/df.image[3]), str(tmp_path/'one.csv')])==0 and pd.read_csv(tmp_path/'one.csv').prob_yes.tolist()==t.prob_yes[t.case==df.image[3]].tolist()
+    assert main(['predict', str(tmp_path/'m.pkl'), str(path/df.image[3]), str(tmp_path/'one.csv'), '--trust'])==0 and pd.read_csv(tmp_path/'one.csv').prob_yes.tolist()==t.prob_yes[t.case==df.image[3]].tolist()
     for words in (['predict', '--post', 'fill_holes'], ['predict', '--overlap', '.2'], ['evaluate']):
-        capsys.readouterr(); assert main([words[0], str(tmp_path/'m.pkl'), str(path), *([str(tmp_path/'x')] if words[0]=='predict' else []), *words[1:]])==2
+        capsys.readouterr(); assert main([words[0], str(tmp_path/'m ü.safetensors'), str(path), *([str(tmp_path/'x')] if words[0]=='predict' else []), *words[1:]])==2
         err = capsys.readouterr().err; assert 'answers for cases' in err and not (tmp_path/'x').exists()

@@ -75,7 +75,7 @@ def writers(learner, scans, web):
         return go
     def masks(d):
         l = learner(3)
-        with l.no_bar(): l.predict_folder(p/'images', d/'masks', '*.nii', again=True)
+        with l.no_bar(): l.predict_folder(p/'images', d/'masks', '*.nii', overwrite=True)
     def export(d): l = learner(3); l.path = d; l.export('m.pkl')
     def state(d): l = learner(3); l.path = d; l.save('w')
     def compare(d):

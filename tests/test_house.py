@@ -8,7 +8,7 @@ root = Path(__file__).resolve().parent.parent
 lib = root/'fastmed'
 numbered = sorted(o for o in (root/'nbs').glob('*.ipynb') if re.match(r'\d\d_', o.name))
 rooms = {o.stem[3:]: int(o.stem[:2]) for o in numbered if (lib/f'{o.stem[3:]}.py').exists()}
-handwritten = {'__init__', '_modidx', 'all'}
+handwritten = {'__init__', '__main__', '_modidx', 'all'}
 
 def tree_of(name): return ast.parse((lib/f'{name}.py').read_text(encoding='utf-8'))
 def settings():

@@ -1,5 +1,6 @@
 "A model file: the same bits out of it, nothing run by it, and what is refused."
-import hashlib, json, os, pickle
+import hashlib, json, os, pickle, time
+from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from torch import nn
 from fastmed.all import *
@@ -261,6 +262,46 @@ def test_forged_metadata(saved, tmp_path, what):
     except ValueError: assert what in ('nothing','nested','no_sum'); bad = _unsealed(b, edit)
     refused(bad, tmp_path/'bad', match)
     assert time.perf_counter()-t0<20 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-before<600_000
+
+def _peak(code, *args):
+    "Peak memory of a fresh process that runs `code`, in MB, and what it printed"
+    code = f"import resource, sys\nfrom fastmed.ship import load_model\nbase = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n{code}\nprint((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-base)/1024)"
+    *said,mb = python(code, *args).splitlines(); return float(mb),said
+
+LOADS = "try: load_model(sys.argv[2], 'cpu'); print('opened')\nexcept ValueError as e: print(str(e)[:300])"
+
+def _tiny(loaders, tmp_path, **kwargs):
+    l = unet3d_learner(loaders[3], nf=1, depth=1, path=tmp_path, fast=False, **kwargs); return save_model(l, tmp_path/'tiny.safetensors').read_bytes()
+
+def test_a_short_file_cannot_take_gigabytes_to_try(loaders, tmp_path):
+    "A megabyte that names a network of 9,000 channels, whose trial would take ten gigabytes"
+    net = dict(n_in=9_000, nf=1, depth=6); new = {k:v.contiguous() for k,v in UNet(n_out=3, **net).state_dict().items()}; fn = tmp_path/'forged.safetensors'
+    def edit(m):
+        m['network'].update(n_in=9_000, args={'dict':dict(nf=1, depth=6)}, patch={'tuple':[64]*3}); m['plan']['dict']['patch'] = {'tuple':[64]*3}
+    fn.write_bytes(forge(_tiny(loaders, tmp_path), edit, lambda t: new))
+    mb,said = _peak(LOADS, tmp_path, fn); assert fn.stat().st_size<2e6 and "answers otherwise" in said[0] and mb<1000, (mb, said)
+
+def test_a_short_file_cannot_build_for_ever(loaders, tmp_path):
+    fn = tmp_path/'forged.safetensors'
+    def edit(m): m['network'].update(arch='monai.UNet', args={'dict':dict(channels=[1]*10, strides=[1]*9, num_res_units=9_999)})
+    b = forge(_tiny(loaders, tmp_path), edit); assert len(b)<45_000
+    t0 = time.time(); refused(b, fn, 'modules'); assert time.time()-t0<60
+
+def test_what_is_no_model_is_not_read(tmp_path, monkeypatch):
+    "Five gigabytes of zeros, which take no room on the disk"
+    fn = tmp_path/'zeros.safetensors'
+    with open(fn, 'wb') as f: f.truncate(5*10**9)
+    monkeypatch.setattr(Path, 'read_bytes', lambda self: pytest.fail('the whole file is read'))
+    with pytest.raises(ValueError, match='expected a safetensors file'): load_model(fn, 'cpu')
+    with open(fn, 'r+b') as f: f.write((10**9).to_bytes(8, 'little')+b'{')
+    with pytest.raises(ValueError, match='expected a safetensors file'): load_model(fn, 'cpu')
+
+@pytest.mark.parametrize('error', [ZeroDivisionError('division by zero'), np.linalg.LinAlgError('SVD did not converge'), AssertionError('x'), RecursionError('deep')])
+def test_an_error_of_the_network_itself_names_the_file(saved, monkeypatch, error):
+    "Whatever a network makes of arguments that somebody made up"
+    def fails(*args): raise error
+    monkeypatch.setattr(ship, '_build', fails)
+    with pytest.raises(FastmedError, match='m.safetensors: not a model that can be opened'): load_model(saved[1], 'cpu')
 
 def _unsealed(b, edit):
     from safetensors.torch import load, save
