@@ -176,12 +176,18 @@ class _LookCallback(Callback):
     order = 12
     def __init__(self, view, axes, spacing): self.view,self.axes,self.spacing,self.seen = view,axes,spacing,None
     def before_batch(self): self.learn.xb = tuple(_through(x, self.view, self.axes, self.spacing) if isinstance(x, Tensor) and x.ndim==len(self.axes)+2 else x for x in self.xb)
-    def after_pred(self):
-        y = self.pred
+    def after_pred(self): self.learn.pred = tuple(map(self._back, self.pred)) if isinstance(self.pred, tuple) else self._back(self.pred)
+    def _back(self, y):
         if isinstance(y, Tensor) and y.ndim==len(self.axes)+2 and y.shape[2:]==self.xb[0].shape[2:]:
             y,w = look_back(_thick(y.as_subclass(Tensor), self.axes), self.view, self.spacing)
             if w is not None: y = y/w.clamp_min(1e-6); self.seen = _flat(w, self.axes).cpu()
-            self.learn.pred = _flat(y, self.axes)
+            y = _flat(y, self.axes)
+        return y
+
+def _mean_with(total, p, share, k):
+    "The mean of `k` predictions, of which `p` is the last; a map counts by what was seen of it, a label once a look"
+    if isinstance(p, tuple): return tuple(_mean_with(a, b, share if b.ndim>2 else 1/k, k) for a,b in zip(total, p))
+    return total+(p-total)*share
 
 def tta_preds(
     learn,      # Learner
@@ -192,9 +198,9 @@ def tta_preds(
     "`get_preds` averaged over the looks of `tta_views`, each undone before the mean. Raises `ValueError` on an unknown name"
     plan = _plan(learn); spacing = _spacing(plan)
     total,held = None,0.
-    for v in tta_views(learn, tta):
+    for k,v in enumerate(tta_views(learn, tta), 1):
         cb = _LookCallback(v, _axes(plan, learn), spacing); p,t = learn.get_preds(dl=dl, cbs=cb, **kwargs)
-        w = 1. if cb.seen is None else cb.seen.to(p.device)
+        w = 1. if cb.seen is None else cb.seen.to(first(tuplify(p)).device)
         held = held+w
-        total = p if total is None else total+(p-total)*(w/held)
+        total = p if total is None else _mean_with(total, p, w/held, k)
     return total,t
