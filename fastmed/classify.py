@@ -100,6 +100,12 @@ class CaseLearner(VolumeLearner, EncoderMixin):
         for i in np.unique(np.linspace(0, n-1, min(n, 32)).round().astype(int)): c[a] = int(i); res.append(wt.patch(x, c).as_subclass(Tensor))
         return torch.stack(res)
 
+    def ready_loss(self,
+        loss_func # what stands in `learn.loss_func`
+    ):            # the same, or with what it lacks
+        "As of `VolumeLearner`, for labels"
+        return _loss_of(loss_func, self.task, isinstance(self.model, MultiTaskNet))
+
     def _file(self, row):
         for f in self.dls.train_ds.tls[0].tfms.fs:
             if isinstance(f, (LoadVolume,LoadRadiograph)): return row

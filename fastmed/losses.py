@@ -184,6 +184,8 @@ def _loss_kind(loss):
     if not str(owner.__module__).startswith('torch'): return None
     return next((kind for kind,names in _kinds if owner.__name__ in names), None)
 
+def _decides(loss): return hasattr(loss, 'activation') and hasattr(loss, 'decodes')
+
 class PlainLoss(nn.Module):
     "A loss of torch's, or a function, with the `activation`, the `decodes` and the targets that a Learner asks for"
     def __init__(self,
@@ -199,9 +201,10 @@ class PlainLoss(nn.Module):
         if self.task=='mask' and _loss_kind(self.loss)=='yes or no': t = t[:,None].float()
         elif self.y_int: t = t.long()
         else: t = t.float().reshape(pred.shape)                      # (B,) beside (B,1) would be taken for all pairs
+        if self.task=='mask' and hasattr(self.loss, 'func'): pred,t = pred.flatten(2),t.flatten(1)
         own = hasattr(self.loss, 'reduction') or self.reduction=='mean'
         res = self.loss(pred, t) if own else self.loss(pred, t, reduction=self.reduction)
-        return res.flatten(1).mean(1) if self.reduction=='none' and res.ndim>1 else res
+        return res.reshape(len(pred), -1).mean(1) if self.reduction=='none' else res
 
     @property
     def reduction(self): return getattr(self.loss, 'reduction', self._reduction)
@@ -210,12 +213,15 @@ class PlainLoss(nn.Module):
         if hasattr(self.loss, 'reduction'): self.loss.reduction = v
         else: self._reduction = v
 
+    def _decides(self): return _decides(self.loss) and _loss_kind(self.loss)!='yes or no'
     def activation(self, x:Tensor)->Tensor: # (B,C,*S) or (B,C) logits to probabilities; numbers stay
-        "Sigmoid of findings and of one channel, softmax of classes"
+        "That of the loss; else sigmoid of findings and of one channel, softmax of classes"
+        if self._decides(): return self.loss.activation(x)
         if self.task=='regression': return x.float()
         return x.float().sigmoid() if self.task=='multi' or x.shape[1]==1 else x.float().softmax(1)
     def decodes(self, x:Tensor)->Tensor: # probabilities to class ids, findings to bool; numbers stay
-        "The likeliest class, or what lies above a half"
+        "That of the loss; else the likeliest class, or what lies above a half"
+        if self._decides(): return self.loss.decodes(x)
         if self.task=='regression': return x
         if self.task=='multi': return x>.5
         return (x[:,0]>.5).long() if x.shape[1]==1 else x.argmax(1)
@@ -230,12 +236,11 @@ def as_loss(
     wanted,better = next((k,s) for t,k,s in _wants if t==task)
     if task=='mask' and n_out==1: wanted,better = 'yes or no','nn.BCEWithLogitsLoss()'
     if kind not in (None, wanted):
-        held = dict(mask='masks', category='classes', multi='findings', regression='numbers')[task]
-        raise InputError(f"loss_func: {name} compares {kind}, these targets are {held} ({wanted}) and the network gives logits. Say loss_func={better}, or leave it out")
+        held = dict(mask='masks of class ids', category='classes', multi='findings, yes or no', regression='numbers')[task]
+        raise InputError(f"loss_func: {name} compares {kind}; these targets are {held}. Say loss_func={better}, or leave it out")
     flat = hasattr(loss, 'func') and wanted=='classes'
     if task=='mask' and flat and getattr(loss, 'axis', 1)!=1: raise InputError(f"loss_func: {name} looks for the classes along axis {loss.axis}; in a mask they are axis 1. Say {name}(axis=1)")
-    if kind=='yes or no' and task=='mask' or not (hasattr(loss, 'activation') and hasattr(loss, 'decodes')): return PlainLoss(loss, task)
-    return loss
+    return PlainLoss(loss, task) if task=='mask' and hasattr(loss, 'func') or not _decides(loss) else loss
 
 # %% ../nbs/28_losses.ipynb #ce4b66ec
 def check_mixing(
@@ -253,5 +258,4 @@ def check_mixing(
     if cut and max(p.ndim for p in learn.model.parameters())==5: raise InputError(f"{name} cuts rectangles out of pictures of two axes; these are volumes. Say MixUp()")
     if not isinstance(targets[0], (TensorVolumeMask,TensorSliceMask)): return
     if cut: raise InputError(f"{name} weighs two losses by area, which is no loss of a mask. Say MixUp()")
-    if hasattr(learn.loss_func, 'func'): raise InputError(f"{name} needs the loss of each item, which {type(learn.loss_func).__name__} does not give on masks. Say loss_func=DiceCELoss() or nn.CrossEntropyLoss()")
     learn.loss_func.y_int = True                              # two losses are mixed, not two masks
