@@ -340,7 +340,8 @@ class PictureCallback(Callback):
         with torch.no_grad(): out = model(b[0].as_subclass(Tensor))
         model.train(was)
         dec = self.learn.loss_func.decodes(self.learn.loss_func.activation(out))
-        dl.show_results(b, TensorMed(dec).as_subclass(type(b[1])), max_n=self.n)
+        typed = [TensorMed(o).as_subclass(type(t)) for o,t in zip(tuplify(dec), b[1:])]       # a mask, or a mask and a label
+        dl.show_results(b, typed if len(typed)>1 else typed[0], max_n=self.n)
         fn = self.learn.path/self.path/f'epoch_{self.epoch:03d}.png'
         with whole_file(fn) as tmp: plt.savefig(tmp, dpi=80)
         plt.close()

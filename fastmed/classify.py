@@ -101,6 +101,12 @@ class CaseLearner(VolumeLearner, EncoderMixin):
         for i in np.unique(np.linspace(0, n-1, min(n, 32)).round().astype(int)): c[a] = int(i); res.append(wt.patch(x, c).as_subclass(Tensor))
         return torch.stack(res)
 
+    def ready_loss(self,
+        loss_func # what stands in `learn.loss_func`
+    ):            # the same, or with what it lacks
+        "As of `VolumeLearner`, for labels"
+        return _loss_of(loss_func, self.task, isinstance(self.model, MultiTaskNet))
+
     def _file(self, row):
         for f in self.dls.train_ds.tls[0].tfms.fs:
             if isinstance(f, (LoadVolume,LoadRadiograph)): return row
@@ -218,7 +224,7 @@ class CaseLearner(VolumeLearner, EncoderMixin):
     def tta(self,
         ds_idx:int=1, # of the DataLoaders: 1 is validation
         dl=None,      # DataLoader to go over instead
-        n=8,          # looks: the plain one, and small turns and scales of training; or by name, see `tta_views`
+        n=8,          # looks: the plain one, and small turns and scales of training; or by name, see `tta_views`, as always where masks are predicted too
         item_tfms=None,  # as in fastai; refused, since the looks are those of training
         batch_tfms=None, # as in fastai; refused
         beta='mean',     # as of `mix_looks`
@@ -229,11 +235,18 @@ class CaseLearner(VolumeLearner, EncoderMixin):
         refuse_tfms(item_tfms, batch_tfms)
         sp = self._spatial(n)
         if dl is None: dl = self.dls[ds_idx].new(shuffle=False, drop_last=False, random=False) if isinstance(self.dls[ds_idx], PatchDL) else self.dls[ds_idx]
-        if isinstance(n, (str,list,tuple,TTA)): return tta_preds(self, dl, n, None, beta, use_max, **kwargs)
+        if isinstance(self.model, MultiTaskNet): n = self._mask_looks(n)
+        if n is True and isinstance(self.model, MultiTaskNet) or isinstance(n, (str,list,tuple,TTA)): return tta_preds(self, dl, n, None, beta, use_max, **kwargs)
         ps = []
         for k in range((8 if n is True else int(n)) if sp is not None else 1):
             p,t = self.get_preds(dl=dl, cbs=_Look(sp, k) if k else None, **kwargs); ps.append(p)
         return mix_looks(ps[0], ((p,torch.ones(())) for p in ps[1:]), beta, use_max),t
+
+    def _mask_looks(self, n):
+        "The looks that can be undone on a mask: those asked for by name, else the default ones"
+        if isinstance(n, (str,list,tuple,TTA)): return n
+        if n is True or n==8: return True
+        raise InputError(f"tta: where masks are predicted too, every look is undone: name them, as in 'flips' or TTA(flips=(0,)); found {n!r}")
 
     def show_worst(self,
         n:int=6,      # cases
@@ -261,7 +274,7 @@ def _answer_row(task, vocab, y, p):
     return {**({} if y is None else {f'target_{v}':o for v,o in zip(vocab, y)}), **{f'pred_{v}':o for v,o in zip(vocab, p)}}
 
 @dispatch
-def plot_top_losses(x:TensorVolume|TensorSlice, y:TensorCategory|TensorMultiCategory|TensorRegression, samples, outs, raws, losses, **kwargs):
+def plot_top_losses(x:TensorVolume|TensorSlice, y:TensorCategory|TensorMultiCategory|TensorRegression|tuple, samples, outs, raws, losses, **kwargs):
     "The items with the largest losses, the label above and the prediction below"
     axs = _show_labels(samples, outs, None, len(samples), None, **kwargs)
     for a,l in zip(axs, losses): a.set_title(f'{a.get_title()}\nloss {float(l):.3f}', fontsize=8)
@@ -286,6 +299,15 @@ def _label_loss(dls, task, vocab, weight, label_smoothing, pos_weight, loss):
     if label_smoothing or pos_weight is not None: raise InputError("label_smoothing and pos_weight belong to classes; these labels are numbers")
     return LabelLoss(task, class_weights(weight, vocab, [1]*len(vocab)), sd=t.std(0).clamp(min=1e-8), loss=loss)
 
+def _loss_of(loss_func, task, masks):
+    "A loss with all that a Learner asks for"
+    if not masks: return as_loss(loss_func, task)
+    if isinstance(loss_func, MultiTaskLoss):
+        loss_func.label = as_loss(loss_func.label, task)
+        return loss_func
+    if hasattr(loss_func, 'activation') and hasattr(loss_func, 'decodes') and not hasattr(loss_func, 'func'): return loss_func
+    raise InputError("loss_func: masks and labels need a loss of both. Say loss_func=MultiTaskLoss(DiceCELoss(), nn.CrossEntropyLoss()), or leave it out")
+
 def classifier_learner(
     dls,                # `VolumeDataLoaders`, `SliceDataLoaders` or `RadiographDataLoaders` with labels
     arch='resnet18',    # name, see `create_classifier`; or a callable `(n_in, n_out)`; with masks a U-Net, whatever stands here but 'UNet' is refused
@@ -305,6 +327,8 @@ def classifier_learner(
     labels = get_labels(dls)
     if labels is None: raise InputError("classifier_learner: these DataLoaders hold no labels: say from_df(label_col=…). For masks there are unet3d_learner and unet2d_learner")
     task,vocab = labels; prep = get_prep(dls); plan = None if prep else get_plan(dls)
+    if plan is not None and _find(dls.train.after_item, WholeTransform) is None: raise InputError("classifier_learner: these DataLoaders cut patches, and a label belongs to the whole scan. Say VolumeDataLoaders.from_df(df, label_col=…), "
+                                                                    "or item_tfms=WholeTransform(whole_plan(df)) in the DataBlock")
     have = 2 if prep else plan.ndim
     if ndim is not None and ndim!=have: raise InputError(f"ndim={ndim}: these DataLoaders give {'volumes' if have==3 else 'pictures of two axes'}. Leave ndim out, or use {'SliceDataLoaders' if have==3 else 'VolumeDataLoaders'}")
     n_channels = dls.train_ds[0][0].shape[0] if not prep else 1
@@ -324,6 +348,7 @@ def classifier_learner(
     own = _label_loss(dls, task, vocab, weight, label_smoothing, pos_weight, loss) if loss_func is None or masks else None
     if own is not None and loss_func is None: loss_func = MultiTaskLoss(DiceCELoss(batch=have==2), own) if masks else own
     elif any(o is not None for o in (weight, pos_weight)) or label_smoothing: raise InputError("weight, label_smoothing and pos_weight belong to the default loss: give them to your loss_func, or leave it out")
+    loss_func = _loss_of(loss_func, task, masks)
     if metrics is None: metrics = ([*dice_metrics(pre.vocab)] if masks else [])+label_metrics(task, vocab, point)
     lk = {'lr':2e-3, 'wd':1e-2, 'train_bn':False, 'splitter':param_splitter, **lk, 'cbs':L(lk.get('cbs'))+[RememberCallback(),FrozenNorms()]}
     learn = CaseLearner(dls, model, loss_func=loss_func, metrics=metrics, **lk)

@@ -124,6 +124,8 @@ class MultiTaskNet(nn.Module):
         self.head = nn.Sequential([nn.AdaptiveAvgPool2d,nn.AdaptiveAvgPool3d][net.ndim-2](1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(net.nfs[-1], n_out))
     @property
     def encoder(self): return self.net.encoder
+    @property
+    def mask_net(self): return self.net                  # what gives the mask
     def features(self,
         x # (B,n_in,*S)
     ):    # (B,C,*s)
@@ -196,12 +198,12 @@ class LabelLoss(nn.Module):
 class MultiTaskLoss(nn.Module):
     "The loss of the mask and the loss of the label, added"
     def __init__(self,
-        mask,      # loss of the mask
+        mask,      # loss of the mask, see `as_loss`
         label,     # `LabelLoss`
         share=1.   # how many times the label counts
     ):
         super().__init__()
-        self.mask,self.label,self.share = mask,label,share
+        self.mask,self.label,self.share = as_loss(mask),label,share
     def forward(self, pred, mask, label): return self.mask(pred[0], mask)+self.share*self.label(pred[1], label)
     @property
     def reduction(self): return self.label.reduction

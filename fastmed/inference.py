@@ -201,6 +201,11 @@ def apply_post(
     return mask
 
 # %% ../nbs/33_inference.ipynb #31ffb74e
+def _mask_network(learn, n_codes):
+    "The network that gives the masks, and its channels: where labels are learnt beside them, a part of the whole"
+    net = getattr(learn.model, 'mask_net', None)
+    return (learn.model,getattr(learn, 'n_out', n_codes)) if net is None else (net,net.n_out)
+
 def predict_grid(
     learn,             # Learner
     x:TensorVolume,    # (C,X,Y,Z) pre-processed
@@ -212,7 +217,8 @@ def predict_grid(
     sink=None          # as of `slide_window`, for each direction in turn; then nothing is averaged here, and the mask is that of the last one
 )->tuple:              # `TensorVolumeMask` on the grid of `x`, and probabilities (n,X,Y,Z) float16 or None
     "Slide a Learner's model over a pre-processed volume. Raises `ValueError` on axes that there are not, or of a volume model"
-    model,plan,pre = learn.model,get_plan(learn.dls),get_preprocess(learn.dls)
+    plan,pre = get_plan(learn.dls),get_preprocess(learn.dls)
+    model,n_out = _mask_network(learn, len(pre.vocab))
     p = next(model.parameters())
     plans = [plan] if axes is None else [_sliced(plan, a) for a in _axes(axes, plan)]
     if axes is not None and (new:=[o.axis for o in plans if o.axis!=plan.axis]): warn(f"axes={axes!r}: the network has learned slices across axis {plan.axis} alone, and guesses across {new}: the average can be tens of points worse. Compare both by evaluate, or leave axes out")
@@ -221,7 +227,7 @@ def predict_grid(
         for pl in plans:
             div = [1,1,1]
             for a,v in zip([a for a in range(3) if pl.ndim==3 or a!=pl.axis], d): div[a] = v
-            lab,pr = slide_window(x, model, pl, getattr(learn, 'n_out', len(pre.vocab)), overlap, views=tta_views(learn, tta, pl, x.spacing),
+            lab,pr = slide_window(x, model, pl, n_out, overlap, views=tta_views(learn, tta, pl, x.spacing),
                                   proba=sink is None and (proba or len(plans)>1), divisor=div, device=p.device, progress=progress, sink=sink)
             if len(plans)>1 and sink is None: total = pr.div_(len(plans)) if total is None else total.add_(pr.div_(len(plans)))
         if total is not None: pr,lab = total,total.max(0)[1].to(lab.dtype)

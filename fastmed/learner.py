@@ -66,6 +66,8 @@ class FloatWhereShort:
     def __getstate__(self): return {}
     def __setstate__(self, s): self.entered = _Entered()
 
+def _plain_layout(m, args, out): return out.contiguous()       # MONAI's SegResNetVAE looks at its lowest level as rows
+
 def make_fast(
     model:nn.Module # 2D or 3D network
 )->nn.Module:       # the same module, hooked
@@ -78,6 +80,7 @@ def make_fast(
     for m in model.modules():
         if isinstance(m, (nn.Conv2d,nn.Conv3d)):
             m.register_forward_pre_hook(g.before); m.register_forward_hook(g.after, always_call=True)
+        if isinstance(getattr(m, 'vae_down', None), nn.Module): m.vae_down.register_forward_hook(_plain_layout)
     for p in model.parameters():
         if p.ndim in (4,5): p.data = p.data.contiguous(memory_format=torch.channels_last_3d if p.ndim==5 else torch.channels_last)
     return model
@@ -167,7 +170,16 @@ class Evaluation(pd.DataFrame):
 class VolumeLearner(EncoderMixin, Learner):
     "A `Learner` on patches that answers for whole scans, in their own space"
     def fit(self, *args, **kwargs):                  # fastai's; a lack of memory is told in its own words
+        self.loss_func = self.ready_loss(self.loss_func)
+        check_mixing(self, kwargs.get('cbs', args[3] if len(args)>3 else None))
         with memory_explained(self): return super().fit(*args, **kwargs)
+
+    def ready_loss(self,
+        loss_func # what stands in `learn.loss_func`
+    ):            # the same, or with what it lacks
+        "A loss that was put in by hand, with what a Learner asks for: see `as_loss`"
+        masks = any(isinstance(f, LoadMask) for tl in self.dls.train_ds.tls for f in tl.tfms.fs)
+        return as_loss(loss_func, 'mask', getattr(self, 'n_out', 2)) if masks else loss_func
 
     def predict_volume(self,
         fn,               # image file, list of channel files, DICOM folder or `TensorVolume`
@@ -335,7 +347,7 @@ def _unet_learner(ndim, dls, arch, loss_func, metrics, pretrained, fast, n_out, 
     model,report = create_network(arch, n_in, n_out, ndim=ndim, patch=patch, pretrained=pretrained, **kwargs)
     if report: print(report)
     if ifnone(fast, plan.get('fast', True)): model = make_fast(model)
-    loss_func = ifnone(loss_func, DiceCELoss(batch=ndim==2))          # most slices lack a structure: Dice of one says little, so slices sum over the batch
+    loss_func = as_loss(ifnone(loss_func, DiceCELoss(batch=ndim==2)), 'mask', n_out)          # most slices lack a structure: Dice of one says little, so slices sum over the batch
     if getattr(model, 'deep_supervision', False): loss_func = DeepSupervisionLoss(loss_func)
     lk = {'lr':3e-3, 'wd':1e-2, 'train_bn':False, 'splitter':param_splitter, **lk, 'cbs':L(lk.get('cbs'))+[GradientClip(12.), RememberCallback(), FrozenNorms(), MemoryCallback()]}
     learn = VolumeLearner(dls, model, loss_func=loss_func, metrics=ifnone(metrics, dice_metrics(pre.vocab)), **lk)

@@ -177,12 +177,20 @@ class _LookCallback(Callback):
     order = 12
     def __init__(self, view, axes, spacing): self.view,self.axes,self.spacing,self.seen = view,axes,spacing,None
     def before_batch(self): self.learn.xb = tuple(_through(x, self.view, self.axes, self.spacing) if isinstance(x, Tensor) and x.ndim==len(self.axes)+2 else x for x in self.xb)
-    def after_pred(self):
-        y = self.pred
+    def after_pred(self): self.learn.pred = tuple(map(self._back, self.pred)) if isinstance(self.pred, tuple) else self._back(self.pred)
+    def _back(self, y):
         if isinstance(y, Tensor) and y.ndim==len(self.axes)+2 and y.shape[2:]==self.xb[0].shape[2:]:
             y,w = look_back(_thick(y.as_subclass(Tensor), self.axes), self.view, self.spacing)
             if w is not None: y = y/w.clamp_min(1e-6); self.seen = _flat(w, self.axes).cpu()
-            self.learn.pred = _flat(y, self.axes)
+            y = _flat(y, self.axes)
+        return y
+
+def _mix_parts(plain, others, beta, use_max):
+    "Several predictions in one, such as a mask and a label: each is mixed by itself; of a label every look saw all"
+    others = list(others)
+    def part(i): return [(p[i], seen if p[i].ndim>2 else torch.ones(())) for p,seen in others]
+    mixed = [mix_looks(p, part(i), beta, use_max) for i,p in enumerate(plain)]
+    return tuple(zip(*mixed)) if beta is None else tuple(mixed)
 
 def mix_looks(
     plain:Tensor,     # predictions of the plain look
@@ -193,6 +201,7 @@ def mix_looks(
     "Mix the predictions of several looks, as fastai's `tta` does. Raises `InputError` on a `beta` that is none"
     if beta!='mean' and beta is not None and (isinstance(beta, (bool,str)) or not 0<=beta<=1):
         raise InputError(f"tta: expected beta as a share from 0 to 1, None or 'mean'; found {beta!r}")
+    if isinstance(plain, tuple): return _mix_parts(plain, others, beta, use_max)
     if use_max:
         for p,seen in others: plain = torch.where(torch.as_tensor(seen>0, device=p.device), torch.maximum(plain, p), plain)
         return plain
@@ -231,6 +240,7 @@ def tta_preds(
     def look(v):
         cb = _LookCallback(v, _axes(plan, learn), spacing)
         p,t = learn.get_preds(dl=dl, cbs=cb, **kwargs)
-        return p,t,torch.ones((), device=p.device) if cb.seen is None else cb.seen.to(p.device)
+        device = first(tuplify(p)).device
+        return p,t,torch.ones((), device=device) if cb.seen is None else cb.seen.to(device)
     plain,t,_ = look(views[0])
     return mix_looks(plain, (look(v)[::2] for v in views[1:]), beta, use_max),t

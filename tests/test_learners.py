@@ -1,16 +1,25 @@
 "Learners and DataLoaders that a fastai user builds by hand: what fastai offers works, or is refused by name before training."
-import pickle, warnings
-import numpy as np, pandas as pd, pytest, torch
+import copy, pickle, warnings
+import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
+from torch import nn
 from fastai.callback.data import WeightedDL
+from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import lr_find
-from fastai.data.all import DataBlock, Datasets, IndexSplitter, TfmdDL
+from fastai.data.all import CategoryBlock, ColReader, DataBlock, Datasets, IndexSplitter, TfmdDL
+from fastai.interpret import Interpretation
 from fastai.learner import Callback, load_learner
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, MSELossFlat
 from fastmed.blocks import CaseFiles, PatchDL, PatchTransform, VolumeBlock, VolumeMaskBlock
+from fastmed.callbacks import DiceCallback, PictureCallback
+from fastmed.classify import classifier_learner
 from fastmed.core import InputError
-from fastmed.data import VolumeDataLoaders
+from fastmed.data import SliceDataLoaders, VolumeDataLoaders
 from fastmed.doctor import GroupSplitter
-from fastmed.learner import unet3d_learner
+from fastmed.heads import MultiTaskLoss
+from fastmed.learner import make_fast, unet2d_learner, unet3d_learner
+from fastmed.losses import as_loss
 from fastmed.models import create_model, model_names, param_splitter
+from fastmed.track import TensorBoardVolumes
 from phantoms import CODES, write_case
 
 @pytest.fixture
@@ -134,3 +143,153 @@ def test_fine_tune_of_an_exported_learner_freezes_first(cases):
     again.dls = learn.dls
     with again.no_bar(), again.no_logging(): again.fine_tune(1, cbs=(look:=Frozen()))
     assert look.rows==[True, False]
+
+# Losses of torch's and fastai's
+
+def quiet(learn, f):
+    with learn.no_bar(), learn.no_logging(): return f()
+
+def slices(cases, cache, **kwargs):
+    path,df = cases
+    dls = SliceDataLoaders.from_df(df, path, codes=CODES, patch=(16,16,1), bs=4, cache=cache, num_workers=0)
+    return unet2d_learner(dls, nf=4, depth=2, path=path, **kwargs)
+
+@pytest.mark.parametrize('loss', [nn.CrossEntropyLoss(), F.cross_entropy, nn.CrossEntropyLoss(weight=torch.ones(3)), CrossEntropyLossFlat(axis=1)], ids=['module','function','weight','flat'])
+def test_a_loss_of_torchs_on_masks_trains_predicts_and_shows(cases, loss):
+    learn = patch_learner(cases, loss_func=loss)
+    quiet(learn, lambda: learn.fit(1, cbs=PictureCallback(n=1)))
+    p,t,dec,losses = quiet(learn, lambda: learn.get_preds(with_decoded=True, with_loss=True))
+    assert torch.allclose(p.sum(1), torch.ones(len(p),8,8,8), atol=1e-3) and dec.shape==t.shape and losses.shape==(len(p),)
+    assert float(losses.mean())==pytest.approx(float(F.nll_loss(p.log(), t.long())), rel=1e-3)
+    quiet(learn, learn.show_results)
+    again = load_learner(learn.export() or learn.path/'export.pkl')
+    assert set(np.unique(again.predict_volume(cases[0]/cases[1].image[0])))<={0,1,2}
+
+@pytest.mark.parametrize('size', [(6,6,6),(5,5)])
+@pytest.mark.parametrize('loss', [nn.CrossEntropyLoss(), F.cross_entropy, CrossEntropyLossFlat(axis=1), FocalLossFlat(axis=1, gamma=0.)], ids=['module','function','flat','focal'])
+def test_fastais_flat_losses_do_not_swap_the_axes_of_a_mask(loss, size):
+    torch.manual_seed(0)
+    logits,mask = torch.randn(2,3,*size),torch.randint(0,3,(2,*size), dtype=torch.uint8)
+    l = as_loss(copy.deepcopy(loss))
+    assert float(l(logits, mask))==pytest.approx(float(F.cross_entropy(logits, mask.long())), rel=1e-4)
+    l.reduction = 'none'
+    assert torch.allclose(l(logits, mask), F.cross_entropy(logits, mask.long(), reduction='none').flatten(1).mean(1), atol=1e-5)
+
+def test_a_loss_put_in_by_hand_is_made_ready(cases):
+    learn = patch_learner(cases)
+    learn.loss_func = nn.CrossEntropyLoss()
+    quiet(learn, lambda: learn.fit(1))
+    assert torch.allclose(learn.get_preds()[0].sum(1), torch.ones(1), atol=1e-3)
+
+def test_a_sigmoid_for_one_structure_takes_torchs_loss():
+    logits,mask = torch.randn(2,1,4,4),torch.randint(0,2,(2,4,4), dtype=torch.uint8)
+    for loss in (nn.BCEWithLogitsLoss(), BCEWithLogitsLossFlat()):
+        l = as_loss(loss, 'mask', 1)
+        assert float(l(logits, mask))==pytest.approx(float(F.binary_cross_entropy_with_logits(logits[:,0], mask.float())))
+        assert l.decodes(l.activation(logits)).shape==mask.shape
+
+@pytest.mark.parametrize('task,loss', [('mask',nn.MSELoss()), ('mask',MSELossFlat()), ('mask',F.mse_loss), ('mask',nn.NLLLoss()), ('mask',nn.BCEWithLogitsLoss()), ('mask',CrossEntropyLossFlat()),
+                                       ('category',nn.MSELoss()), ('category',nn.BCEWithLogitsLoss()), ('multi',nn.CrossEntropyLoss()), ('regression',nn.CrossEntropyLoss()), ('regression',nn.BCEWithLogitsLoss())])
+def test_a_loss_of_other_targets_is_refused(task, loss):
+    with pytest.raises(InputError, match='loss_func: .*Say '): as_loss(loss, task, 3)
+
+def whole(cases, cache, **kwargs):
+    path,df = cases
+    return VolumeDataLoaders.from_df(df.assign(age=np.arange(6.)), path, codes=CODES if 'mask_col' in kwargs else None, size=16, bs=2, cache=cache, num_workers=0, **kwargs)
+
+@pytest.mark.parametrize('col,kind,loss', [('label','category',nn.CrossEntropyLoss()), ('label','multi',nn.BCEWithLogitsLoss()), ('age','regression',nn.MSELoss()), ('age','regression',F.l1_loss)])
+def test_a_loss_of_torchs_on_labels_trains_and_predicts(cases, cache, col, kind, loss):
+    dls = whole(cases, cache, label_col=col, y_block=kind, label_delim=';' if kind=='multi' else None)
+    learn = classifier_learner(dls, 'small_resnet', nf=4, loss_func=loss, path=cases[0])
+    quiet(learn, lambda: learn.fit(1))
+    p = learn.predict(cases[0]/cases[1].image[0])[2]
+    assert p.isfinite().all() and (kind!='category' or float(p.sum())==pytest.approx(1, abs=1e-3)) and (kind!='multi' or (0<=p).all() and (p<=1).all())
+    assert (quiet(learn, learn.evaluate).status=='ok').all()
+
+def test_numbers_in_a_row_meet_predictions_in_a_column():
+    p,t = torch.tensor([[0.],[2.]]),torch.tensor([0.,2.])
+    assert as_loss(nn.MSELoss(), 'regression')(p, t)==0, 'of pairs it would be 2'
+
+# Mixed items
+
+def test_mixup_mixes_the_loss_of_each_item_of_masks(cases, cache):
+    for learn in (patch_learner(cases), patch_learner(cases, loss_func=nn.CrossEntropyLoss()), patch_learner(cases, loss_func=CrossEntropyLossFlat(axis=1)), slices(cases, cache), patch_learner(cases, depth=3, deep_supervision=True)):
+        class Check(Callback):
+            "The loss of a mixed batch beside that worked out by hand"
+            order,seen = 90,0
+            def after_loss(self):
+                if not self.training: return
+                m,loss = self.mix_up,self.mix_up.old_lf
+                old,loss.reduction = loss.reduction,'none'
+                one,two = loss(self.pred, *m.yb1),loss(self.pred, *self.yb)
+                loss.reduction = old
+                assert one.shape==m.lam.shape and float(self.loss)==pytest.approx(float((one*(1-m.lam)+two*m.lam).mean()), rel=1e-4)
+                self.seen += 1
+        check = Check()
+        quiet(learn, lambda: learn.fit(1, cbs=[MixUp(), check]))
+        assert check.seen and not isinstance(learn.loss_func, type(learn.fit)) and learn.loss_func.reduction=='mean'
+
+def test_what_cannot_be_mixed_is_refused_before_training(cases, cache):
+    volumes = patch_learner(cases)
+    both = classifier_learner(whole(cases, cache, mask_col='mask', label_col='label'), nf=4, depth=2, path=cases[0])
+    single = unet3d_learner(mask_block(cases[0]).dataloaders(cases[1], path=cases[0], bs=1, num_workers=0), nf=4, depth=2)
+    for learn,cb,word in ((slices(cases, cache),CutMix(),'area'), (volumes,CutMix(),'volumes'), (both,MixUp(),'masks and labels'), (both,CutMix(),'masks and labels'), (single,MixUp(),'bs=2')):
+        was = [p.clone() for p in learn.model.parameters()]
+        with pytest.raises(InputError, match=word): quiet(learn, lambda: learn.fit_one_cycle(1, cbs=cb))
+        assert all(torch.equal(a, b) for a,b in zip(was, learn.model.parameters())) and 'Mix' not in type(learn.loss_func).__name__
+
+# Masks with labels
+
+def test_masks_with_labels_in_what_fastai_and_fastmed_offer(cases, cache):
+    learn = classifier_learner(whole(cases, cache, mask_col='mask', label_col='label'), nf=4, depth=2, path=cases[0])
+    quiet(learn, lambda: learn.fit(1, cbs=[DiceCallback(), PictureCallback()]))
+    names = learn.recorder.metric_names
+    d = dict(zip(names[1:], learn.recorder.values[-1]))
+    scored = quiet(learn, learn.evaluate_masks).groupby('structure').dice.mean()
+    assert d['case_dice']==pytest.approx(scored.mean(), abs=1e-4) and list((cases[0]/'pictures').glob('*.png'))
+    inter = quiet(learn, lambda: Interpretation.from_learner(learn))
+    quiet(learn, lambda: inter.plot_top_losses(2))
+
+def test_tta_of_masks_with_labels_is_undone(cases, cache):
+    learn = classifier_learner(whole(cases, cache, mask_col='mask', label_col='label'), nf=4, depth=2, path=cases[0])
+    (m,l),(tm,tl) = quiet(learn, lambda: learn.tta(n=(0,1)))
+    plain,labels = [],[]
+    for x,*_ in learn.dls.valid:
+        x,learn.model = torch.Tensor(x.as_subclass(torch.Tensor)),learn.model.eval()
+        for axes in ([], [2], [3], [2,3]):
+            with torch.no_grad(): a,b = learn.model(x.flip(axes) if axes else x)
+            plain.append((a.flip(axes) if axes else a).softmax(1)); labels.append(b.softmax(1))
+    assert torch.allclose(m, torch.stack(plain).mean(0), atol=1e-4) and torch.allclose(l, torch.stack(labels).mean(0), atol=1e-4)
+    assert tm.shape==(2,16,16,16) and tl.shape==(2,)
+    with pytest.raises(InputError, match='flips'): learn.tta(n=3)
+
+def test_a_plain_mask_loss_inside_a_multi_task_loss(cases, cache):
+    dls = whole(cases, cache, mask_col='mask', label_col='label')
+    learn = classifier_learner(dls, nf=4, depth=2, path=cases[0], loss_func=MultiTaskLoss(nn.CrossEntropyLoss(), nn.CrossEntropyLoss()))
+    quiet(learn, lambda: learn.fit(1))
+    assert float(learn.predict(cases[0]/cases[1].image[0])[2].sum())==pytest.approx(1, abs=1e-3)
+    with pytest.raises(InputError, match='MultiTaskLoss'): classifier_learner(dls, nf=4, depth=2, loss_func=nn.CrossEntropyLoss())
+
+def test_patches_with_a_label_of_the_case_are_refused(cases):
+    path,df = cases
+    block = DataBlock((VolumeBlock, CategoryBlock), get_x=CaseFiles('image', path), get_y=ColReader('label'), splitter=IndexSplitter([4,5]), item_tfms=PatchTransform((8,8,8)))
+    with pytest.raises(InputError, match='cut patches.*label_col'): classifier_learner(block.dataloaders(df, bs=2, num_workers=0), 'small_resnet')
+
+# TensorBoard, SegResNetVAE
+
+def test_tensorboard_callback_with_its_defaults(cases, cache, tmp_path):
+    pytest.importorskip('tensorboard')
+    from fastai.callback.tensorboard import TensorBoardCallback
+    both = classifier_learner(whole(cases, cache, mask_col='mask', label_col='label'), nf=4, depth=2, path=cases[0])
+    for i,learn in enumerate((patch_learner(cases), slices(cases, cache), both)):
+        quiet(learn, lambda: learn.fit(1, cbs=[TensorBoardCallback(log_dir=tmp_path/str(i)), TensorBoardVolumes(tmp_path/f'v{i}', n=1)]))
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+        events = EventAccumulator(str(tmp_path/str(i))); events.Reload()
+        assert events.Tags()['images']==['Sample results'] and events.Tags()['graph']
+
+@pytest.mark.parametrize('ndim', [2,3])
+def test_segresnet_vae_trains_channels_last(ndim):
+    model = make_fast(create_model('SegResNetVAE', 1, 2, ndim=ndim, patch=(32,)*ndim, init_filters=8)).train()
+    out = model(torch.randn(2, 1, *(32,)*ndim))
+    assert out.shape==(2, 2, *(32,)*ndim)
+    pickle.loads(pickle.dumps(model))
