@@ -195,6 +195,8 @@ def test_law_3_from_df_uses_each_argument(study, tmp_path):
         device=lambda: make(device='meta').device.type=='meta' and base.device.type=='cpu',
         axis=lambda: {make(SliceDataLoaders, patch=(8,10), axis=a).plan.patch for a in (0,1,2)}=={(1,8,10),(8,1,10),(8,10,1)},
         context=lambda: xb(make(SliceDataLoaders, axis=0, context=2)).shape[1]==5,
+        minutes=lambda: make(minutes=5).plan.minutes==5 and 'minutes' not in base.plan,
+        plan=lambda: make(plan=base.plan, patch='auto', bs=None, samples_per_case='auto', spacing='auto').plan==base.plan,
         label_col=lambda: (label().task, label(label_col='held').vocab, base.task)==('category', [False,True], 'mask'),
         y_block=lambda: label(label_col='held', y_block='regression').task=='regression',
         label_delim=lambda: label(label_col='finds', label_delim='|').vocab==['a','b'] and label(label_col='finds').vocab==['a','a|b'],
@@ -238,7 +240,8 @@ def test_law_3_prediction_uses_each_argument(exact, study, tmp_path):
     assert ev(tolerance=0.).nsd.mean() < ev(tolerance=5.).nsd.mean()==1
     a,b = [set(inspect.signature(o).parameters) for o in (learn.predict_volume, learn.evaluate)]
     flat = exact(2, arch=Edge); assert not np.array_equal(flat.predict_volume(fn, axes=(0,)), flat.predict_volume(fn, axes=(1,))), 'slices across another axis are other slices'
-    assert a=={'fn','overlap','tta','proba','post','axes'} and b=={'df','tolerance','kwargs'}, 'an argument without its check'
+    with pytest.raises(ArgumentError, match='regrid'): pv(regrid=True)      # of DICOM series, see test_dicomseg
+    assert a=={'fn','overlap','tta','proba','post','axes','regrid'} and b=={'df','tolerance','kwargs'}, 'an argument without its check'
     out = learn.predict_folder(path/'images', tmp_path/'o', images='c0.nii', post=zero)
     assert len(out)==1 and not load_mask(out['mask'][0]).any()
     assert len(learn.predict(fn, with_input=True))==4
