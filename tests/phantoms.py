@@ -56,7 +56,7 @@ class Edge(Nearest):
 def python(
     code,    # of a script; it may print
     *args,   # strings for `sys.argv`
-    timeout=300, **env # environment variables
+    timeout=1800, **env # environment variables
 ):           # what it printed
     "Run a script in a fresh process, with the fastmed of this process"
     path = os.pathsep.join([str(Path(fastmed.__file__).parent.parent), str(Path(__file__).parent), *filter(None, [os.environ.get('PYTHONPATH')])])

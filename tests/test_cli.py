@@ -121,5 +121,5 @@ def test_stopped_at_the_start(study, after):
     code = "import sys, fastmed.cli; print('up', flush=True); sys.exit(fastmed.cli.main())"
     p = subprocess.Popen([sys.executable, '-c', code, 'check', study[0], '--images', 'images/*.nii', '--masks', 'labels/*.nii'], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert p.stdout.readline()=='up\n'
-    time.sleep(.05+after); p.send_signal(signal.SIGINT); out,err = p.communicate(timeout=100)
+    time.sleep(.05+after); p.send_signal(signal.SIGINT); out,err = p.communicate(timeout=1200)
     assert (p.returncode, err)==(130, 'fastmed: stopped\n') or p.returncode in (0,1) and not err, err

@@ -9,7 +9,7 @@ root = Path(__file__).resolve().parent.parent
 def test_killed_and_started_again(tmp_path):
     "Store, download, training and a folder of predictions: nothing corrupt, nothing changed, nothing done twice, nothing left behind; four processes at one store"
     env = {**os.environ, 'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg'}
-    r = subprocess.run([sys.executable, root/'benchmarks'/'kills.py', '--jobs', 'store,download,training,predict_folder', '--kills', '2', '--seed', '7', '--together', '4', '--together-jobs', 'store', '--out', tmp_path/'k.csv'], env=env, capture_output=True, text=True, timeout=600)
+    r = subprocess.run([sys.executable, root/'benchmarks'/'kills.py', '--jobs', 'store,download,training,predict_folder', '--kills', '2', '--seed', '7', '--together', '4', '--together-jobs', 'store', '--out', tmp_path/'k.csv'], env=env, capture_output=True, text=True, timeout=1800)
     assert r.returncode==0, r.stderr[-3000:]
     t,m = pd.read_csv(tmp_path/'k.csv').set_index('job'),pd.read_csv(tmp_path/'k_together.csv')
     assert (t.kills==2).all() and len(t)==4 and (t.while_writing==1).all()

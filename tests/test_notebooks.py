@@ -18,7 +18,7 @@ def test_notebook(nb, tmp_path):
     path = os.pathsep.join(filter(None, [str(root), os.environ.get('PYTHONPATH')]))
     env = {**os.environ, 'PYTHONPATH':path, 'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg', 'FASTMED_MINUTES':'.2'}
     if os.environ.get('PYTEST_XDIST_WORKER'): env['OMP_NUM_THREADS'] = '1'
-    r = subprocess.run([sys.executable, '-c', run, str(copy)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=1200, stdin=subprocess.DEVNULL)
+    r = subprocess.run([sys.executable, '-c', run, str(copy)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=3600, stdin=subprocess.DEVNULL)
     out = ansi.sub('', r.stdout + r.stderr)
     assert r.returncode==0 and 'Success.' in r.stdout, f'{nb.name} failed:\n' + '\n'.join(out.splitlines()[-60:])
 

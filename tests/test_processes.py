@@ -59,7 +59,7 @@ def marks(tmp_path_factory):
     path = os.pathsep.join([str(Path(fastmed.__file__).parent.parent), os.environ.get('PYTHONPATH', '')])
     env = {**os.environ, 'PYTHONPATH':path, 'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg', 'OMP_NUM_THREADS':'1', 'WORLD_SIZE':'2', 'MASTER_ADDR':'127.0.0.1', 'MASTER_PORT':str(port)}
     ps = [subprocess.Popen([sys.executable, tmp/'script.py', tmp], env={**env, 'RANK':str(r)}, cwd=tmp, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for r in (0,1)]
-    try: errs = [p.communicate(timeout=240)[1] for p in ps]
+    try: errs = [p.communicate(timeout=1200)[1] for p in ps]
     finally:
         for p in ps: p.kill()
     return {o.name for o in tmp.glob('*_[01]')},'\n'.join(e[-1500:] for e in errs)
