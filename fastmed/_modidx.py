@@ -1563,6 +1563,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fastmed.survey._case_names': ('survey.html#_case_names', 'fastmed/survey.py'),
                                 'fastmed.survey._case_voxels': ('survey.html#_case_voxels', 'fastmed/survey.py'),
                                 'fastmed.survey._f': ('survey.html#_f', 'fastmed/survey.py'),
+                                'fastmed.survey._forms': ('survey.html#_forms', 'fastmed/survey.py'),
                                 'fastmed.survey._hash': ('survey.html#_hash', 'fastmed/survey.py'),
                                 'fastmed.survey._header': ('survey.html#_header', 'fastmed/survey.py'),
                                 'fastmed.survey._mask_numbers': ('survey.html#_mask_numbers', 'fastmed/survey.py'),

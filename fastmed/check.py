@@ -28,6 +28,8 @@ PROBLEMS = ( # kind, severity, what would be right, how to mend it
     ('singular affine', 'error', 'an affine that can be inverted', 'repair sform and qform of the header'),
     ('skewed affine', 'error', 'axes at right angles', 'resample the scan onto a straight grid, or repair its header'),
     ('sform against qform', 'warning', 'two transforms that agree', 'find out which one is right and write it into both; fastmed takes the sform'),
+    ('no form codes', 'warning', 'sform_code or qform_code above 0',
+     'left and right are a guess here: find out how it was scanned, and save it with im.set_sform(affine, 1) of nibabel'),
     ('unit of length', 'warning', 'a header in mm', 'nothing for fastmed, which converts to mm; other tools may ignore the unit: save the scan again in mm'),
     ('too large', 'error', 'a scan that fits into memory', 'crop or resample it, or raise memory_gb'),
     *((f'mask {k}', 'error', '', 'find the right mask, or resample it: resample_to(load_mask(mask), image.shape[1:], image.affine)') for k in _kinds),

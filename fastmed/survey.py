@@ -36,6 +36,19 @@ def _paths(o, path, who=''):
     if not isinstance(o, (str, os.PathLike)): raise InputError(f"{who}expected a path, a list of paths (channels) or nothing; found {o!r} ({type(o).__name__})")
     return [Path(path)/o]
 
+def _forms(fn, h, tol):
+    "What is wrong with sform and qform of a NIfTI file: neither has a code, or they contradict each other"
+    im = nib.load(fn)
+    s,q = im.get_sform(coded=True)[0],im.get_qform(coded=True)[0]
+    if s is None and q is None:
+        found = f"sform_code and qform_code are 0; read as {h['orientation']}, which the file does not say"
+        return [_f('no form codes', found, fn)]
+    if s is None or q is None: return []
+    mm = h['affine']@np.linalg.inv(im.affine)
+    s,q = mm@s,mm@q
+    if same_grid(h['shape'], s, h['shape'], q, max(tol, .1)): return []
+    return [_f('sform against qform', f"sform {_grid_str(h['shape'], s)}; qform {_grid_str(h['shape'], q)}", fn)]
+
 def _header(fn, tol):
     "What one header says, or None, and what is wrong with it"
     try: h = read_header(fn)
@@ -48,10 +61,7 @@ def _header(fn, tol):
     if skew>.5: out.append(_f('skewed affine', f'axes {skew:.1f}° off the right angle', fn))
     if h['unit']!='mm': out.append(_f('unit of length', f"{h['unit']}; read as voxels of {' × '.join(f'{o:.4g}' for o in h['spacing'])} mm", fn))
     if str(fn).lower().endswith(('.nii','.nii.gz')):
-        try:
-            im = nib.load(fn); (s,_),(q,_) = im.get_sform(coded=True),im.get_qform(coded=True); mm = h['affine']@np.linalg.inv(im.affine)
-            if s is not None and q is not None and not same_grid(h['shape'], s:=mm@s, h['shape'], q:=mm@q, max(tol, .1)):
-                out.append(_f('sform against qform', f"sform {_grid_str(h['shape'], s)}; qform {_grid_str(h['shape'], q)}", fn))
+        try: out += _forms(fn, h, tol)
         except Exception as e: out.append(_f('sform against qform', f'one of them cannot be read ({_said(e, fn)})', fn))
     return h,out
 

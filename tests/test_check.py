@@ -47,6 +47,8 @@ def shear(A): return A@np.array([[1,.3,0,0],[0,1,0,0],[0,0,1,0],[0,0,0,1.]])
 def raw(f, name='x.nii.gz'): return lambda r,p: ((p/name).write_bytes(f(r['image'].read_bytes())), r.update(image=p/name))
 def second(f): return lambda r,p: r.update(image=[r['image'], f(r['second'], p/'s.nii.gz')])
 def flip_qform(x): x.set_sform(x.affine, 1); x.set_qform(x.affine@np.diag([-1,1,1,1.]), 1)
+def no_codes(x): x.set_sform(None), x.set_qform(None)
+def qform_alone(x): x.set_qform(x.affine, 1), x.set_sform(None)
 def huge(b): h = bytearray(gzip.decompress(b)); h[42:48] = np.array([20000]*3, '<i2').tobytes(); return gzip.compress(bytes(h))
 def zero_affine(b): h = bytearray(gzip.decompress(b)); h[280:328] = bytes(48); return gzip.compress(bytes(h))
 def turned(fn, to): im = nib.load(fn).as_reoriented(nib.orientations.axcodes2ornt('LPS')); nib.save(im, to); return to
@@ -82,6 +84,7 @@ FAULTS = { # name: (kind that must be found, what is done to the case)
     'skewed affine': ('skewed affine', both(affine=shear)),
     'header in metres': ('unit of length', im(affine=lambda A: np.diag([.001]*3+[1])@A, header=lambda x: x.header.set_xyzt_units('meter'))),
     'sform against qform': ('sform against qform', im(header=flip_qform)),
+    'no form codes': ('no form codes', both(header=no_codes)),
     'too large': ('too large', raw(huge)),
     'unexpected label': ('unexpected label', ma(lambda a: put(a, (10,10,slice(8,12)), 7))),
     'missing label': ('missing label', ma(lambda a: np.where(a==2, 0, a).astype(np.uint8))),
@@ -124,6 +127,16 @@ def test_planted_fault_is_found(healthy, tmp_path, name):
     assert set(r.errors.case)<={f'c{BAD:02d}'} and set(r.case)<={f'c{BAD:02d}'}
     assert (got.expected!='').all() and (got.found!='').all() and (got.mend!='').all()
     assert len(r.clean())==N-bool(len(r.errors)) and (r.severity.isin(['error','warning'])).all()
+
+def test_no_form_codes_names_every_such_file(healthy, tmp_path):
+    "Image and mask agree, and yet neither header says where left is: each is named, and one code is enough to be silent"
+    df = sick(healthy, both(header=no_codes), tmp_path)
+    r = check_dataset(df, CODES)
+    got = pd.DataFrame(r)[r.problem=='no form codes']
+    assert sorted(got.file)==sorted(str(tmp_path/o) for o in ('x.nii.gz','m.nii.gz'))
+    assert set(got.severity)=={'warning'} and got.found.str.contains('LAS').all() and not len(r.errors)
+    one_code = sick(healthy, both(header=qform_alone), tmp_path)
+    assert 'no form codes' not in set(check_dataset(one_code, CODES).problem)
 
 def test_every_kind_is_planted(healthy, tmp_path):
     "The table of problems and the faults of this file name the same kinds"
