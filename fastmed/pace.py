@@ -45,10 +45,10 @@ def step_seconds(
 )->tuple: # (seconds that a batch takes to load, seconds that an update takes beside it)
     "Time a batch and its update; the Learner is as before. Optimizer and callbacks are not counted"
     model,device = learn.model,next(learn.model.parameters()).device
-    dl = learn.dls.train.new(num_workers=0)
     short = contextlib.nullcontext() if getattr(learn, 'mixed_precision', None) is None else torch.autocast(device.type, torch.float16)
     own = [p for p in model.parameters() if p.requires_grad]
     with chance_kept(device), model_kept(model):
+        dl = learn.dls.train.new(num_workers=0)                      # draws its own seed
         load_s = seconds_of(lambda: dl.one_batch(), device)
         b = [o.as_subclass(Tensor) if isinstance(o, Tensor) else o for o in dl.one_batch()]
         xb,yb = b[:dl.n_inp],b[dl.n_inp:]
