@@ -184,6 +184,11 @@ def _loss_kind(loss):
     if not str(owner.__module__).startswith('torch'): return None
     return next((kind for kind,names in _kinds if owner.__name__ in names), None)
 
+def _name(loss):
+    "Of a loss, as a person wrote it; of one that fastai wrapped, torch's"
+    inner = getattr(loss, 'func', loss) if type(loss).__name__=='BaseLoss' else loss
+    return getattr(inner, '__name__', type(inner).__name__)
+
 def _decides(loss): return hasattr(loss, 'activation') and hasattr(loss, 'decodes')
 
 class PlainLoss(nn.Module):
@@ -232,7 +237,7 @@ def as_loss(
     n_out:int=2     # channels of the logits
 ):                  # the same, or a `PlainLoss` of it
     "Give a loss what a Learner asks for. Raises `InputError` on one that belongs to other targets"
-    kind,name = _loss_kind(loss),getattr(loss, '__name__', type(loss).__name__)
+    kind,name = _loss_kind(loss),_name(loss)
     wanted,better = next((k,s) for t,k,s in _wants if t==task)
     if task=='mask' and n_out==1: wanted,better = 'yes or no','nn.BCEWithLogitsLoss()'
     if kind not in (None, wanted):

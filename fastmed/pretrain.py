@@ -152,6 +152,11 @@ class RestorationLearner(VolumeLearner):
                 ax.imshow(p, cmap='gray', origin=o, vmin=float(x[b].min()), vmax=float(x[b].max())); ax.set_axis_off()
                 if b==0: ax.set_title(name, fontsize=9)
         fig.tight_layout(); return fig
+    def ready_loss(self,
+        loss_func # of (repaired, image)
+    ):            # the same: images are compared, whatever masks the DataLoaders hold
+        "The loss as it is"
+        return loss_func
     def _no(self, *args, **kwargs): raise InputError("a restoration Learner repairs patches and knows no structures: give its weights to unet3d_learner, unet2d_learner or classifier_learner first")
     predict_volume = predict_folder = predict = evaluate = show_worst = tta = _no
 

@@ -19,6 +19,7 @@ from fastmed.heads import MultiTaskLoss
 from fastmed.learner import make_fast, unet2d_learner, unet3d_learner
 from fastmed.losses import as_loss
 from fastmed.models import create_model, model_names, param_splitter
+from fastmed.pretrain import restoration_learner
 from fastmed.track import TensorBoardVolumes
 from phantoms import CODES, write_case
 
@@ -293,3 +294,9 @@ def test_segresnet_vae_trains_channels_last(ndim):
     out = model(torch.randn(2, 1, *(32,)*ndim))
     assert out.shape==(2, 2, *(32,)*ndim)
     pickle.loads(pickle.dumps(model))
+
+def test_restoration_compares_images_though_there_are_masks(cases):
+    learn = restoration_learner(mask_block(cases[0]).dataloaders(cases[1], path=cases[0], bs=2, num_workers=0), nf=4, depth=2)
+    loss = learn.loss_func
+    quiet(learn, lambda: learn.fit(1))
+    assert learn.loss_func is loss
