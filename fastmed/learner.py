@@ -171,7 +171,7 @@ class VolumeLearner(EncoderMixin, Learner):
     "A `Learner` on patches that answers for whole scans, in their own space"
     def fit(self, *args, **kwargs):                  # fastai's; a lack of memory is told in its own words
         self.loss_func = self.ready_loss(self.loss_func)
-        check_mixing(self, kwargs.get('cbs', args[3] if len(args)>3 else None))
+        self.ready_mixing(kwargs.get('cbs', args[3] if len(args)>3 else None))
         with memory_explained(self): return super().fit(*args, **kwargs)
 
     def ready_loss(self,
@@ -179,7 +179,16 @@ class VolumeLearner(EncoderMixin, Learner):
     ):            # the same, or with what it lacks
         "A loss that was put in by hand, with what a Learner asks for: see `as_loss`"
         masks = any(isinstance(f, LoadMask) for tl in self.dls.train_ds.tls for f in tl.tfms.fs)
-        return as_loss(loss_func, 'mask', getattr(self, 'n_out', 2)) if masks else loss_func
+        if not masks: return loss_func
+        loss = as_loss(loss_func, 'mask', getattr(self, 'n_out', 2))
+        several = getattr(self.model, 'deep_supervision', False) and isinstance(loss, PlainLoss)
+        return DeepSupervisionLoss(loss) if several else loss
+
+    def ready_mixing(self,
+        cbs # callbacks of this training, beside its own
+    ):
+        "See `check_mixing`"
+        check_mixing(self, cbs)
 
     def predict_volume(self,
         fn,               # image file, list of channel files, DICOM folder or `TensorVolume`

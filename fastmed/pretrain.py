@@ -13,6 +13,7 @@ from .data import *
 from .radiographs import get_prep
 from .models import *
 from .callbacks import *
+from .losses import mixing_callbacks
 from .encoders import create_network
 from .learner import *
 from .learner import _learner_args
@@ -157,6 +158,12 @@ class RestorationLearner(VolumeLearner):
     ):            # the same: images are compared, whatever masks the DataLoaders hold
         "The loss as it is"
         return loss_func
+    def ready_mixing(self,
+        cbs # callbacks of this training, beside its own
+    ):
+        "Raise `InputError` on fastai's `MixUp` and `CutMix`: the target is the image itself"
+        for c in mixing_callbacks(self, cbs):
+            raise InputError(f"{type(c).__name__} mixes targets, and here the target of an image is the image itself. Leave it out; damage= says what is done to images")
     def _no(self, *args, **kwargs): raise InputError("a restoration Learner repairs patches and knows no structures: give its weights to unet3d_learner, unet2d_learner or classifier_learner first")
     predict_volume = predict_folder = predict = evaluate = show_worst = tta = _no
 

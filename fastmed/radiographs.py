@@ -160,12 +160,14 @@ class RadiographPrep:
 
 class LoadRadiograph(DisplayedTransform):
     "A file as a prepared `TensorRadiograph`, out of the cache where it was decoded before"
+    train_setup = False                  # `setups` sees the items of both sides
     def __init__(self,
         prep:RadiographPrep=None, # what happens to the picture
         cache=None                # folder of what was decoded; None: nothing is kept
     ):
         self.prep,self.cache,self._open = ifnone(prep, RadiographPrep()),None if cache is None else Path(cache),{}
     def __getstate__(self): return {**self.__dict__, '_open':{}}
+    def setups(self, items): warn_parted_subjects(items)
     def entry(self,
         fn     # file
     )->Path:   # of the cache, there or not

@@ -1,6 +1,7 @@
 "Learners and DataLoaders that a fastai user builds by hand: what fastai offers works, or is refused by name before training."
 import copy, pickle, warnings
 import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from fastai.callback.data import WeightedDL
 from fastai.callback.mixup import CutMix, MixUp
@@ -20,7 +21,9 @@ from fastmed.learner import make_fast, unet2d_learner, unet3d_learner
 from fastmed.losses import as_loss
 from fastmed.models import create_model, model_names, param_splitter
 from fastmed.pretrain import restoration_learner
+from fastmed.radiographs import RadiographBlock, RadiographPrep
 from fastmed.track import TensorBoardVolumes
+from fastmed.tta import mix_looks
 from phantoms import CODES, write_case
 
 @pytest.fixture
@@ -99,6 +102,15 @@ def test_random_splitter_that_parts_a_subject_warns(cases):
     _,said = warned(lambda: mask_block(path, IndexSplitter([1,2])).datasets(df.drop(columns='subject')), 'both sides')
     assert not said
 
+def test_a_split_of_radiographs_that_parts_a_subject_warns(tmp_path):
+    for i in range(4): Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16,16)+np.uint8(i)).save(tmp_path/f'{i}.png')
+    df = pd.DataFrame(dict(file=[str(tmp_path/f'{i}.png') for i in range(4)], label=['a','b']*2, subject=['s0','s0','s1','s1']))
+    def block(splitter): return DataBlock((RadiographBlock(RadiographPrep(16)), CategoryBlock), get_x=ColReader('file'), get_y=ColReader('label'), splitter=splitter)
+    _,said = warned(lambda: block(IndexSplitter([1,2])).dataloaders(df, bs=2, num_workers=0), 'both sides')
+    assert len(said)==1 and "'s0'" in said[0] and 'GroupSplitter' in said[0]
+    _,said = warned(lambda: block(IndexSplitter([2,3])).dataloaders(df, bs=2, num_workers=0), 'both sides')
+    assert not said
+
 # Freezing
 
 @pytest.mark.parametrize('ndim', [2,3])
@@ -130,10 +142,11 @@ def test_fine_tune_after_load_freezes_first(cases):
         again.load(learn.save('one').stem).fine_tune(1, cbs=(look:=Frozen()))
     assert look.rows==[True, False]
 
-def test_freeze_without_an_encoder_says_so(cases):
-    learn = patch_learner(cases, 'HighResNet')
+@pytest.mark.parametrize('name', ['AttentionUnet','HighResNet','monai.UNet'])
+def test_freeze_without_an_encoder_says_so(cases, name):
+    learn = patch_learner(cases, name)
     _,said = warned(learn.freeze, 'freeze')
-    assert len(said)==1 and 'HighResNet' in said[0] and 'splitter' in said[0]
+    assert len(said)==1 and name.split('.')[-1] in said[0] and 'splitter' in said[0]
 
 def test_fine_tune_of_an_exported_learner_freezes_first(cases):
     learn = patch_learner(cases)
@@ -178,6 +191,12 @@ def test_fastais_flat_losses_do_not_swap_the_axes_of_a_mask(loss, size):
 
 def test_a_loss_put_in_by_hand_is_made_ready(cases):
     learn = patch_learner(cases)
+    learn.loss_func = nn.CrossEntropyLoss()
+    quiet(learn, lambda: learn.fit(1))
+    assert torch.allclose(learn.get_preds()[0].sum(1), torch.ones(1), atol=1e-3)
+
+def test_a_loss_put_in_by_hand_meets_deep_supervision(cases):
+    learn = patch_learner(cases, depth=3, deep_supervision=True)
     learn.loss_func = nn.CrossEntropyLoss()
     quiet(learn, lambda: learn.fit(1))
     assert torch.allclose(learn.get_preds()[0].sum(1), torch.ones(1), atol=1e-3)
@@ -234,7 +253,9 @@ def test_what_cannot_be_mixed_is_refused_before_training(cases, cache):
     volumes = patch_learner(cases)
     both = classifier_learner(whole(cases, cache, mask_col='mask', label_col='label'), nf=4, depth=2, path=cases[0])
     single = unet3d_learner(mask_block(cases[0]).dataloaders(cases[1], path=cases[0], bs=1, num_workers=0), nf=4, depth=2)
-    for learn,cb,word in ((slices(cases, cache),CutMix(),'area'), (volumes,CutMix(),'volumes'), (both,MixUp(),'masks and labels'), (both,CutMix(),'masks and labels'), (single,MixUp(),'bs=2')):
+    restored = restoration_learner(mask_block(cases[0]).dataloaders(cases[1], path=cases[0], bs=2, num_workers=0), nf=4, depth=2)
+    for learn,cb,word in ((slices(cases, cache),CutMix(),'area'), (volumes,CutMix(),'volumes'), (both,MixUp(),'masks and labels'), (both,CutMix(),'masks and labels'), (single,MixUp(),'bs=2'),
+                          (restored,MixUp(),'image itself'), (restored,CutMix(),'image itself')):
         was = [p.clone() for p in learn.model.parameters()]
         with pytest.raises(InputError, match=word): quiet(learn, lambda: learn.fit_one_cycle(1, cbs=cb))
         assert all(torch.equal(a, b) for a,b in zip(was, learn.model.parameters())) and 'Mix' not in type(learn.loss_func).__name__
@@ -263,6 +284,30 @@ def test_tta_of_masks_with_labels_is_undone(cases, cache):
     assert torch.allclose(m, torch.stack(plain).mean(0), atol=1e-4) and torch.allclose(l, torch.stack(labels).mean(0), atol=1e-4)
     assert tm.shape==(2,16,16,16) and tl.shape==(2,)
     with pytest.raises(InputError, match='flips'): learn.tta(n=3)
+
+@pytest.mark.parametrize('beta', ['mean', .25, 0, 1, None])
+def test_looks_of_a_mask_and_a_label_are_mixed_each_by_itself(beta):
+    torch.manual_seed(0)
+    plain,one,two = [(torch.rand(2,3,4,4), torch.rand(2,2)) for _ in range(3)]
+    seen = torch.rand(4,4)                                        # of the mask; every look saw all of a label
+    mask,label = mix_looks(plain, iter([(one,seen), (two,torch.ones(()))]), beta)
+    for got,p,a,b,w in ((mask,plain[0],one[0],two[0],seen), (label,plain[1],one[1],two[1],1)):
+        others = (a*w+b)/(w+1)
+        want = (p+a*w+b)/(2+w) if beta=='mean' else others+(p-others)*(beta or 0)
+        if beta is not None: assert torch.allclose(got, want, atol=1e-6)
+    if beta is None:
+        (om,ol),(pm,pl) = mask,label                              # as of one prediction: the others, then the plain look
+        assert torch.allclose(om, (one[0]*seen+two[0])/(1+seen), atol=1e-6) and torch.allclose(ol, (one[1]+two[1])/2)
+        assert pm is plain[0] and pl is plain[1]
+    m,l = mix_looks(plain, [(one,torch.ones(())), (two,torch.ones(()))], use_max=True)
+    assert torch.equal(m, torch.stack([plain[0],one[0],two[0]]).amax(0)) and torch.equal(l, torch.stack([plain[1],one[1],two[1]]).amax(0))
+
+def test_tta_of_masks_with_labels_takes_fastais_beta_and_use_max(cases, cache):
+    learn = classifier_learner(whole(cases, cache, mask_col='mask', label_col='label'), nf=4, depth=2, path=cases[0])
+    others,plain = quiet(learn, lambda: learn.tta(n=(0,), beta=None))[0]
+    share,most = [quiet(learn, lambda: learn.tta(n=(0,), **k))[0] for k in (dict(beta=.25), dict(use_max=True))]
+    for o,p,s,m in zip(others, plain, share, most):
+        assert torch.allclose(s, .75*o+.25*p, atol=1e-5) and torch.allclose(m, torch.maximum(o, p), atol=1e-5)
 
 def test_a_plain_mask_loss_inside_a_multi_task_loss(cases, cache):
     dls = whole(cases, cache, mask_col='mask', label_col='label')
