@@ -177,7 +177,7 @@ class VolumeLearner(EncoderMixin, Learner):
     def ready_loss(self,
         loss_func # what stands in `learn.loss_func`
     ):            # the same, or with what it lacks
-        "A loss that was put in by hand, with what a Learner asks for: see `as_loss`"
+        "A loss that was put in by hand, with what a Learner asks for: see `as_loss`. One of torch's meets each scale of deep supervision"
         masks = any(isinstance(f, LoadMask) for tl in self.dls.train_ds.tls for f in tl.tfms.fs)
         if not masks: return loss_func
         loss = as_loss(loss_func, 'mask', getattr(self, 'n_out', 2))
