@@ -94,8 +94,8 @@ def test_epochs_without_a_look_are_not_without_improvement(learn):
         at = list(learn.recorder.metric_names[1:]).index('case_dice')
         assert [np.isnan(v[at]) for v in learn.recorder.values]==[(i+1)%every>0 for i in range(epochs)]
     slow = ReduceLROnPlateau('case_dice', patience=1)
-    with learn.no_bar(), learn.no_logging(): learn.fit(5, lr=1e-9, wd=0., cbs=[DiceCallback(every=2, n=1), slow])
-    assert learn.opt.hypers[-1]['lr']==pytest.approx(1e-11), 'after the looks of epochs 4 and 5, not of 1 and 3'
+    with learn.no_bar(), learn.no_logging(): learn.fit(5, lr=1e-30, wd=0., cbs=[DiceCallback(every=2, n=1), slow])
+    assert learn.opt.hypers[-1]['lr']==pytest.approx(1e-32, abs=0), 'after the looks of epochs 4 and 5, not of 1 and 3'
 
 class Steps(Callback):
     "Steps of the optimiser, by its own state"
