@@ -52,6 +52,7 @@ from fastmed.findings import *
 from fastmed.compare import *
 from fastmed.crossval import *
 from fastmed.survey import *
+from fastmed.fit import *
 from fastmed.check import *
 from fastmed.plain import *
 from fastmed.casefiles import *

@@ -211,7 +211,7 @@ class BudgetCallback(UpdateCallback):
         given = {k:v for k,v in dict(minutes=minutes, updates=updates, voxels=voxels).items() if v is not None}
         if len(given)!=1: raise InputError(f"BudgetCallback: expected one of minutes, updates, voxels; found {given}")
         (self.unit,self.amount), = given.items()
-        if not self.amount>0: raise InputError(f"{self.unit}: expected more than 0; found {self.amount}")
+        if not isinstance(self.amount, (int,float,np.number)) or not self.amount>0: raise InputError(f"{self.unit}: expected a number of more than 0; found {self.amount!r}")
     def before_fit(self):
         self.t0,self.valid_s,self.spent,self.late,self.updates = time.perf_counter(),0.,0,False,0
         progress = getattr(self.learn, 'progress', None)
@@ -244,7 +244,9 @@ class BudgetCallback(UpdateCallback):
     def after_epoch(self):
         now = time.perf_counter()
         self.valid_s = max(self.valid_s, now-self.v0)
-        if self.late: raise CancelFitException()
+        if self.late:
+            vars(self.dls.train).pop('it', None)                 # of the epoch that was cut short; no generator goes into a pickle
+            raise CancelFitException()
 
 def patch_voxels(
     x     # (B,C,*S) a batch

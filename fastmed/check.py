@@ -10,6 +10,7 @@ from .core import *
 from .io import *
 from .doctor import check_codes, check_columns
 from .report import *
+from .fit import _border_profiles, _misplaced
 from .survey import _case_names, _f, _some, _survey, _twins
 from fastai.basics import *
 import contextlib
@@ -44,6 +45,8 @@ PROBLEMS = ( # kind, severity, what would be right, how to mend it
     ('missing label', 'warning', '', 'look whether the structure is truly absent'),
     ('labels not consecutive', 'warning', '0, 1, 2 … without a gap', "declare them: codes={'background':0, 'lesion':255}"),
     ('empty mask', 'warning', 'some foreground', 'look whether the scan is truly free of it'),
+    ('mask does not lie on the image', 'warning', 'borders of the mask as in the other cases',
+     'look at image and mask together; save the mask again from where it was drawn, or mirror or move its voxels back'),
     ('touches border', 'warning', 'structures within the field of view', 'look whether the structure is cut off'),
     ('stray pieces', 'warning', 'one piece a structure, as in most cases', 'look at the small pieces; they are often slips of the pen'),
     ('NaN or Inf', 'error', 'finite values', 'export it again, or say what stands there'),
@@ -258,6 +261,14 @@ def _often(out, problem, by_case, names, file, n, share):
     for i,o in by_case.items(): out.append((i, _f(problem, _some(o, 4), file(i))))
 
 # %% ../nbs/56_check.ipynb #918e98e9
+def _off_image(heads, vox):
+    "Findings about masks that fit their image better at another place"
+    res = []
+    for i,place,_,own,there in _misplaced([v.get('fit', {}) for v in vox]):
+        found = f'fits better {place}: its borders are {own:.2g} from those of the other cases, there {there:.2g}'
+        res.append((i, _f('mask does not lie on the image', found, heads[i]['mask'])))
+    return res
+
 def check_dataset(
     df,                   # one row a case: `case`, `image` (a path, or a list: channels), `mask`, and where it is known `subject`
     codes=None,           # structures: list of names for 0, 1, 2 …, or dict name → value(s) in the file; default: `df.attrs['codes']`, else from the masks
@@ -271,9 +282,9 @@ def check_dataset(
     "Find what is wrong with a data set: headers first, every voxel once. Raises `KeyError` where a column of images is missing, `ValueError` on an empty table"
     if not len(df): raise InputError("check_dataset: the table has no rows")
     codes = check_codes(ifnone(codes, df.attrs.get('codes'))); names = _case_names(check_columns(df))
-    heads,vox = _survey(df, path, image_col, mask_col, tol, memory_gb, workers)
+    heads,vox = _survey(df, path, image_col, mask_col, tol, memory_gb, workers, fit=_border_profiles)
     subject = None if 'subject' not in df else [str(o) if pd.notna(o) else i for i,o in enumerate(df.subject)]
-    found = [(i,o) for i,(h,v) in enumerate(zip(heads, vox)) for o in h['findings']+v['findings']] + _labels(heads, vox, names, codes) + _across(heads, vox, names, subject)
+    found = [(i,o) for i,(h,v) in enumerate(zip(heads, vox)) for o in h['findings']+v['findings']] + _labels(heads, vox, names, codes) + _across(heads, vox, names, subject) + _off_image(heads, vox)
     kinds = {p:(s,e,m) for p,s,e,m in PROBLEMS}; rows = []
     for i,o in sorted(found, key=lambda o: o[0]):
         s,e,m = kinds[o['problem']]

@@ -136,7 +136,8 @@ def beside(
         else: raise FileNotFoundError(errno.ENOENT, 'no place beside it could be held', str(fn))
         yield tmp
     finally:
-        if fd is None: tmp is None or _remove(tmp)
+        if fd is None:
+            with contextlib.suppress(OSError): tmp is None or _remove(tmp)
         else:
             try: ours = os.path.samestat(os.fstat(fd), os.lstat(tmp))
             except FileNotFoundError: ours = False

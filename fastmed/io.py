@@ -184,7 +184,9 @@ def _load_array(fn, dtype=None):
         return np.moveaxis(a, -1, 0), _check_affine(affine_mm(im), image_label(fn)), dict(dtype=str(im.get_data_dtype()), **({} if forms is None else {'header':forms}))
     r,_,name = _sitk_reader(fn, s is not None, True)
     exact = picture_pixels(fn) if s is not None else None
-    if exact is not None: return np.moveaxis(exact, -1, 0).transpose(0,2,1)[...,None], _sitk_affine(r.GetSpacing(), r.GetOrigin(), r.GetDirection(), fn), str(exact.dtype)
+    if exact is not None:
+        a = np.moveaxis(exact, -1, 0).transpose(0,2,1)[...,None]
+        return a, _sitk_affine(r.GetSpacing(), r.GetOrigin(), r.GetDirection(), fn), dict(dtype=str(exact.dtype))
     with reading(fn): im = r.Execute()
     return *_from_sitk(im, fn), dict(dtype=name)
 

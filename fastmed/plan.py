@@ -250,7 +250,7 @@ def suggest_plan(
     machine:dict=None     # with `minutes`: what `measure_machine` gave; None: it is measured now
 )->Plan:                  # spacing, axis, patch, strides, depth, nf, bs, samples_per_case, …, each with its reason
     "Spacing, patch, batch, depth and strides from the data, a memory budget and a time budget, each with its reason. Source of the idea: nnU-Net (Isensee 2021)"
-    if minutes is not None and not (isinstance(minutes, (int,float)) and minutes>0): raise InputError(f"minutes: expected a number above 0, or None; found {minutes!r}")
+    if minutes is not None and not (isinstance(minutes, (int,float)) and 0<minutes<math.inf): raise InputError(f"minutes: expected a number above 0, or None; found {minutes!r}")
     fixed = [k for k,v in dict(patch=patch, bs=bs, nf=nf).items() if not (v is None or isinstance(v, str))]
     if ndim not in (2,3): raise InputError(f"ndim: expected 2 or 3; found {ndim}")
     for k,v,least in (('bs',bs,1), ('samples_per_case',samples_per_case,1), ('context',context,0)):

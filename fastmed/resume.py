@@ -130,6 +130,11 @@ def _set_gradients(learn, grads):
         if g is None: p.grad = None
         else: p.grad = torch.zeros_like(p) if isinstance(g, int) else torch.empty_like(p).copy_(g)
 
+def _set_optimizer(opt, s, device):
+    "Of fastai's, of those that wrap one of them, such as `ranger`, or of torch's, which moves its state itself"
+    if 'hypers' in s: s = {**to_device(s, device), 'hypers':L(s['hypers'])}
+    opt.load_state_dict(s)
+
 def _counters(r):
     "What counts within an epoch of training, where the recorder asks its metrics there too: the metrics, and what they share"
     if not r.train_metrics: return []
@@ -183,7 +188,7 @@ def before_fit(self:ResumeCallback):
     s = self._read()
     model = get_model(self.learn.model)
     model.load_state_dict(s['model'])
-    self.opt.load_state_dict(dict(state=to_device(s['opt']['state'], next(model.parameters()).device), hypers=L(s['opt']['hypers'])))
+    _set_optimizer(self.opt, s['opt'], next(model.parameters()).device)
     if s['scaler'] and getattr(self.learn, 'scaler', None) is not None: self.learn.scaler.load_state_dict(s['scaler'])
     _set_gradients(self.learn, s['gradients'])
     self.was = s
@@ -258,8 +263,8 @@ def after_fit(self:ResumeCallback):
 
 @patch
 def _save(self:ResumeCallback, epoch, batch, done=False):
-    now,opt,scaler = _chance(self.dls),self.opt.state_dict(),getattr(self.learn, 'scaler', None)
+    now,scaler = _chance(self.dls),getattr(self.learn, 'scaler', None)
     s = dict(terms=self._terms(), done=done, epoch=epoch, batch=batch, train_iter=self.learn.train_iter, pct_train=self.learn.pct_train, now=now, start=self.start if batch else now,
-             model=get_model(self.learn.model).state_dict(), opt=dict(state=opt['state'], hypers=[dict(h) for h in opt['hypers']]), gradients=_gradients(self.learn),
+             model=get_model(self.learn.model).state_dict(), opt=self.opt.state_dict(), gradients=_gradients(self.learn),
              scaler=None if scaler is None else scaler.state_dict(), recorder=_recorded(self.learn.recorder), callbacks={k:_state_of(c, self.marks.get(k)) for k,c in _named(self.learn)})
     with whole_file(self.fn) as tmp, open(tmp, 'wb') as f: torch.save(_plain(s), f)

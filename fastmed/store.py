@@ -166,7 +166,7 @@ def kept_digest(
     "`file_digest`, kept in the store and taken again where size, times or inode say that the file was written to. Raises `FileNotFoundError`"
     facts = file_facts(fn)
     recent = time.time_ns()-max((o[2] for o in facts[1]), default=0)<2e9    # a second write may still fall into the same tick of the clock
-    if not recent:
+    if not recent and Path(path).is_dir():                                  # who reads without a store makes none
         with contextlib.suppress(FileError): return Store(None, path).cached('digest', facts, lambda: file_digest(fn))
     return file_digest(fn)
 

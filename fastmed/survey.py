@@ -169,8 +169,8 @@ def _mask_numbers(fn):
         if any((s.start==0 or s.stop==l) and l>1 for s,l in zip(b, a.shape)): d['border'].append(k)
     return a,d,out
 
-def _case_voxels(h, prints=None):
-    "Every voxel of one case, read once: numbers of the channels (None for one that cannot be read) and of the mask, findings; `prints`: what else to keep of each channel"
+def _case_voxels(h, prints=None, fit=None):
+    "Every voxel of one case, read once: numbers of the channels (None for one that cannot be read) and of the mask, findings; `prints`: what else to keep of each channel; `fit`: of the first and the mask"
     d,lab = dict(channels=[], mask={}, findings=[], prints=[]),None
     if h['mask']:
         try: lab,d['mask'],o = _mask_numbers(h['mask']); d['findings'] += o
@@ -183,6 +183,9 @@ def _case_voxels(h, prints=None):
         for a in t:
             a = _turn(a, aff)
             d['channels'].append({**_numbers(a, lab if h['aligned'] and lab is not None and lab.shape==a.shape else None), 'file':fn})
+            c = d['channels'][-1]
+            if fit and len(d['channels'])==1 and h['aligned'] and lab is not None and lab.shape==a.shape and not (c['bad'] or c['constant']):
+                d['fit'] = fit(a, lab)
             if prints: d['prints'].append(prints(a, h['spacing']))
     for c in filter(None, d['channels']):
         if c['bad']: d['findings'].append(_f('NaN or Inf', f"{c['bad']} voxels", c['file']))
@@ -191,7 +194,7 @@ def _case_voxels(h, prints=None):
     return d
 
 # %% ../nbs/54_survey.ipynb #3385e69b
-def _survey(df, path, image_col, mask_col, tol, memory_gb, workers, prints=None):
+def _survey(df, path, image_col, mask_col, tol, memory_gb, workers, prints=None, fit=None):
     "Headers, then voxels of all cases, in threads; (headers, numbers), a dict a case"
     path = Path(path).absolute()
     for c in L(image_col):
@@ -207,4 +210,4 @@ def _survey(df, path, image_col, mask_col, tol, memory_gb, workers, prints=None)
     heads = each(lambda c: _case_headers(c, tol, limit), cases, k)
     most = max([h['voxels']*(1+(h['channels'] or 1)/10) for h in heads if h['images'] or h['mask']], default=0)
     if prints: prints = partial(prints, box=np.median([np.array(h['size'])*h['spacing'] for h in heads if h['images']] or [(1.,)*3], axis=0))
-    return heads,each(lambda h: _case_voxels(h, prints), heads, min(k, int(limit//max(1, 40*most))))
+    return heads,each(lambda h: _case_voxels(h, prints, fit), heads, min(k, int(limit//max(1, 40*most))))

@@ -221,6 +221,11 @@ def refuse_tfms(
     odd = [k for k,v in dict(item_tfms=item_tfms, batch_tfms=batch_tfms).items() if v is not None]
     if odd: raise ArgumentError(f"tta: {' and '.join(odd)} do not apply here, since each look is undone before the predictions are mixed. Name the looks by tta=, see tta_views")
 
+def _check_asked(kwargs):
+    "Raise `ArgumentError` on what `get_preds` would give of each look by itself, and what cannot be mixed"
+    odd = [k for k in ('with_input','with_loss','with_decoded','save_preds','save_targs') if kwargs.get(k)]
+    if odd: raise ArgumentError(f"tta: {', '.join(odd)} cannot be mixed from several looks. Leave it out, or ask get_preds for it")
+
 def tta_preds(
     learn,         # Learner
     dl,            # DataLoader to go over
@@ -231,6 +236,7 @@ def tta_preds(
     **kwargs       # of `get_preds`
 )->tuple:          # predictions, mixed as `mix_looks` says, and targets
     "`get_preds` over the looks of `tta_views`, each undone before they are mixed. Raises `InputError` on an unknown name, and on more looks than there are"
+    _check_asked(kwargs)
     plan = _plan(learn); spacing = _spacing(plan)
     views = tta_views(learn, tta)
     if n is not None:

@@ -140,8 +140,40 @@ def test_no_form_codes_names_every_such_file(healthy, tmp_path):
 
 def test_every_kind_is_planted(healthy, tmp_path):
     "The table of problems and the faults of this file name the same kinds"
-    own = {'case named twice','no volume','gantry tilt','missing slice','channel order','rare label','labels not consecutive','same image','same mask','same mask, one subject'}
+    own = {'mask does not lie on the image','case named twice','no volume','gantry tilt','missing slice','channel order','rare label','labels not consecutive','same image','same mask','same mask, one subject'}
     assert {p for p,_ in FAULTS.values()} | own == {p[0] for p in PROBLEMS}
+
+@pytest.fixture(scope='module')
+def beside(tmp_path_factory):
+    "Twelve scans of a structure that lies off the middle: DataFrame"
+    path,rows = tmp_path_factory.mktemp('beside'),[]
+    grid = np.stack(np.meshgrid(*[np.arange(32)]*3, indexing='ij'), -1)
+    for i in range(12):
+        rng = np.random.default_rng(i)
+        lab = (((grid-rng.uniform((9,12,13), (11,14,15)))/(5,6,4))**2).sum(-1)<1
+        image = gaussian_filter(rng.normal(0, 20, lab.shape), 1)+100*lab+2*grid[...,1]+50
+        fs = path/f'c{i:02d}.nii.gz',path/f'c{i:02d}_m.nii.gz'
+        for a,f in zip((image.astype(np.float32), lab.astype(np.uint8)), fs): nib.save(nib.Nifti1Image(a, affine_of('RAS', (1,1,1), (0,0,0))), f)
+        rows.append(dict(case=f'c{i:02d}', subject=f's{i}', image=fs[0], mask=fs[1]))
+    return pd.DataFrame(rows)
+
+_OFF = 'mask does not lie on the image'
+
+@pytest.mark.parametrize('change,place', [(lambda a: a[::-1], 'mirrored along x'), (lambda a: np.roll(a, -3, 1), 'moved by +3 voxels along y'),
+                                          (lambda a: np.roll(a, 4, 2), 'moved by -4 voxels along z')])
+def test_mask_off_its_image(beside, tmp_path, change, place):
+    "A mask mirrored or shifted under an unchanged header gets one warning, its neighbours none"
+    df = beside.copy().astype(object)
+    df.at[BAD,'mask'] = rewrite(df.at[BAD,'mask'], tmp_path/'m.nii.gz', change)
+    r = check_dataset(df)
+    r = r[r.problem==_OFF]
+    assert list(r.case)==['c05'] and list(r.severity)==['warning'] and place in r.found.iloc[0] and r.file.iloc[0].endswith('m.nii.gz')
+    few = check_dataset(df.iloc[:7])
+    assert _OFF not in set(few.problem)
+
+def test_masks_on_their_images(beside, healthy, tmp_path):
+    "No false alarm on sound cases"
+    for df in (beside, healthy, cohort(tmp_path, n=12, spacing=4.)): assert _OFF not in set(check_dataset(df).problem)
 
 def test_rounding_is_no_finding(healthy, tmp_path):
     df = sick(healthy, ma(affine=lambda A: A+1e-5*np.random.default_rng(0).uniform(-1, 1, (4,4))*np.array([[1]]*3+[[0]])), tmp_path)

@@ -161,7 +161,7 @@ def test_one_augmentation_less_is_listed(study, tmp_path):
     assert set(c.check().index)=={'augmentation','post-processing','top rate'}
 
 def test_other_terms_are_refused(study, whole, tmp_path):
-    make(study, tmp_path)
+    make(study, tmp_path)._check_folder()                         # as a run does
     for kw,word in ((dict(budget=dict(updates=7)),'budget'), (dict(folds=3),'folds'), (dict(nf=8),"arm '3D'")):
         with pytest.raises(ValueError, match='another experiment') as e: make(study, tmp_path, **kw)
         assert word in str(e.value)

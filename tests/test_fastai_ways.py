@@ -45,7 +45,8 @@ def test_tta_is_mixed_as_fastai_does(learn):
     assert t.shape==plain.shape[:1]+plain.shape[2:]
 
 @pytest.mark.parametrize('kw,match', [(dict(n=4, tta=(0,)), 'n from 1 to 1'), (dict(n=0, tta=(0,)), 'n from'), (dict(n=True, tta=(0,)), 'n from'), (dict(beta=2., tta=(0,)), 'beta'), (dict(beta='x', tta=(0,)), 'beta'),
-                                      (dict(item_tfms=[FlipItem()]), 'item_tfms'), (dict(batch_tfms=aug_transforms()), 'batch_tfms')])
+                                      (dict(item_tfms=[FlipItem()]), 'item_tfms'), (dict(batch_tfms=aug_transforms()), 'batch_tfms'),
+                                      (dict(with_loss=True), 'with_loss cannot be mixed'), (dict(with_input=True), 'with_input'), (dict(with_decoded=True), 'with_decoded')])
 def test_tta_refuses_what_it_cannot_use(learn, kw, match):
     with pytest.raises((InputError,ArgumentError), match=match), learn.no_bar(), learn.no_logging(): learn.tta(**kw)
 

@@ -1,8 +1,10 @@
 "Training that is killed and started again ends as if it had not been."
 import os, signal, subprocess, sys, time
+from functools import partial
 from pathlib import Path
 import pandas as pd, pytest, torch
 from fastai.callback.all import CSVLogger, Callback, EarlyStoppingCallback, GradientAccumulation, ReduceLROnPlateau, SaveModelCallback, TerminateOnNaNCallback
+from fastai.optimizer import OptimWrapper, ranger
 from fastmed.all import BudgetCallback, CostCallback, DiceCallback, ResumeCallback, TorchIOTransform, VolumeDataLoaders, SliceDataLoaders, set_seed, unet2d_learner, unet3d_learner
 from phantoms import CODES, dies
 
@@ -189,3 +191,15 @@ def test_sigkill_from_the_shell(study, tmp_path):
     import warnings; from fastai.learner import load_learner
     with warnings.catch_warnings():
         warnings.simplefilter('ignore'); assert same(load_learner(tmp_path/'a.pkl'), load_learner(tmp_path/'b.pkl'))
+
+@pytest.mark.parametrize('opt_func', [ranger, partial(OptimWrapper, opt=torch.optim.AdamW)], ids=['ranger','torch'])
+def test_other_optimizers_go_on(study, tmp_path, opt_func):
+    "One that wraps another, and one of torch's: their own counts and averages are kept too"
+    path,df = study
+    def learner(folder):
+        l = make(path, df, tmp_path/folder)
+        l.opt_func = opt_func
+        return l
+    whole = fit(learner('a'), 1)
+    with pytest.raises(KeyboardInterrupt): fit(learner('b'), 1, 8)
+    assert same(whole, fit(learner('b'), 1))

@@ -1,8 +1,9 @@
 "Callbacks and evaluation, where a fit is cut short, interrupted, or a case fails."
+import copy, pickle
 from contextlib import nullcontext
 import numpy as np, pandas as pd, pytest, torch
 from fastai.callback.all import Callback, CancelStepException, EarlyStoppingCallback, GradientAccumulation, ReduceLROnPlateau
-from fastmed.all import (BudgetCallback, CostCallback, DiceCallback, set_seed, VolumeDataLoaders, unet3d_learner, TensorVolumeMask, load_mask, save_volume, scan_folder, summarise)
+from fastmed.all import (BudgetCallback, CostCallback, DiceCallback, InputError, set_seed, VolumeDataLoaders, unet3d_learner, TensorVolumeMask, load_mask, save_volume, scan_folder, summarise)
 from phantoms import write_case, CODES
 
 @pytest.fixture
@@ -94,8 +95,8 @@ def test_epochs_without_a_look_are_not_without_improvement(learn):
         at = list(learn.recorder.metric_names[1:]).index('case_dice')
         assert [np.isnan(v[at]) for v in learn.recorder.values]==[(i+1)%every>0 for i in range(epochs)]
     slow = ReduceLROnPlateau('case_dice', patience=1)
-    with learn.no_bar(), learn.no_logging(): learn.fit(5, lr=1e-9, wd=0., cbs=[DiceCallback(every=2, n=1), slow])
-    assert learn.opt.hypers[-1]['lr']==pytest.approx(1e-11), 'after the looks of epochs 4 and 5, not of 1 and 3'
+    with learn.no_bar(), learn.no_logging(): learn.fit(5, lr=1e-30, wd=0., cbs=[DiceCallback(every=2, n=1), slow])
+    assert learn.opt.hypers[-1]['lr']==pytest.approx(1e-32, abs=0), 'after the looks of epochs 4 and 5, not of 1 and 3'
 
 class Steps(Callback):
     "Steps of the optimiser, by its own state"
@@ -149,3 +150,14 @@ def test_validation_costs_no_training(learn):
         learn.fit(1); was = learn.cost.total
         learn.validate(); learn.get_preds()
     assert learn.cost.total==was and was['updates']==3
+
+def test_a_learner_that_the_clock_stopped_goes_into_a_pickle(learn):
+    "fastai leaves the iterator of an epoch that was cut short, and that cannot be pickled or copied"
+    with learn.no_bar(), learn.no_logging(): learn.fit(9, cbs=BudgetCallback(updates=3))
+    other = pickle.loads(pickle.dumps(learn))
+    assert all(torch.equal(a, b) for a,b in zip(learn.model.state_dict().values(), other.model.state_dict().values()))
+    copy.deepcopy(learn.dls)
+
+@pytest.mark.parametrize('kw', [dict(minutes='2'), dict(updates=[3]), dict(voxels=0)])
+def test_a_budget_that_is_none_is_refused(kw):
+    with pytest.raises(InputError, match='expected a number of more than 0'): BudgetCallback(**kw)
