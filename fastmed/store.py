@@ -93,6 +93,7 @@ class Store:
         workers:int=None # threads; default: the cores, at most 8
     ):                   # self
         "Add all that is not there yet, in parallel, with a bar. An error names its file; what was finished stays"
+        with writing(self.path): self.path.mkdir(parents=True, exist_ok=True)      # digests are kept from the first file on
         jobs = [(self.add_image, o, self.entry('image', o)) for o in images] + [(self.add_mask, o, self.entry('mask', o)) for o in masks]
         jobs = [(f,o) for f,o,e in jobs if not e.exists()]
         if not jobs: return self
