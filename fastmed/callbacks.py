@@ -194,6 +194,7 @@ class _BudgetBar:
     def update(self, val):
         main = self.bar.main_bar
         main.total,main.comment = 100,self.budget.where()
+        if main.last_v is None: main.update(0)                        # a fit that goes on does not begin there, the bar's clock does
         main.update(min(99, round(100*self.budget._share())))         # at 100 the bar would close itself
     def add_child(self, child):
         self.bar.add_child(child)

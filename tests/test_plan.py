@@ -114,3 +114,18 @@ def test_timing_leaves_no_trace(learner, ndim):
     assert load_s>0 and update_s>0
     assert all(torch.equal(x, y) for x,y in zip(a[0], b[0])) and a[1]==b[1] and torch.equal(a[2], b[2])
     assert (a[3]==b[3]).all() and a[4]==b[4] and a[5]==b[5] and all(o is None for o in b[6])
+
+def test_a_resumed_fit_shows_its_bar(learner, capsys):
+    "The bar of a fit that goes on does not begin at zero"
+    learn = learner(3)
+    learn.fit_for(.03, cbs=ResumeCallback('r.pth', keep=True))
+    learn.fit_for(.03, cbs=ResumeCallback('r.pth', keep=True))
+
+def test_a_fit_that_was_cut_shows_its_bar(learner, capsys):
+    class Cut(Callback):
+        "Stop in the second batch"
+        order = 70
+        def after_batch(self):
+            if self.training and self.iter==1: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): learner(3).fit_for(.05, cbs=[ResumeCallback('c.pth', 1), Cut()])
+    learner(3).fit_for(.05, cbs=ResumeCallback('c.pth', 1))
