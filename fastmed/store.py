@@ -70,7 +70,7 @@ class Store:
         t = self.preprocess(load_volume(fn)); self._same('image', fn, dest)
         with whole_folder(dest) as p:                              # where another process was faster, its entry is as good
             np.save(p/'data.npy', t.as_subclass(Tensor).numpy())
-            (p/'meta.json').write_text(json.dumps(dict(affine=t.affine.tolist(), fn=_names(fn))))
+            (p/'meta.json').write_text(json.dumps(dict(affine=t.affine.tolist())))
         return dest
 
     def add_mask(self,
@@ -84,7 +84,7 @@ class Store:
         with whole_folder(dest) as p:
             np.save(p/'data.npy', t.as_subclass(Tensor).numpy())
             np.savez(p/'fg.npz', **{str(k):v for k,v in fg.items()})
-            (p/'meta.json').write_text(json.dumps(dict(affine=t.affine.tolist(), fn=_names(fn))))
+            (p/'meta.json').write_text(json.dumps(dict(affine=t.affine.tolist())))
         return dest
 
     def build(self,

@@ -95,7 +95,8 @@ def test_by_the_clock(study, tmp_path, capsys):
     with l.no_bar(), l.no_logging(), pytest.raises(KeyboardInterrupt): l.fit_for(1/20, cbs=[cb(), Slow(), Lights(4)])
     l,clock = make(path, df, tmp_path),Clock()
     with l.no_bar(), l.no_logging(): l.fit_for(1/20, cbs=[cb(), clock])
-    assert clock.first>=4*.2 and 'not bit-identical' in capsys.readouterr().out
+    # what the fourth batch took is lost with it, where the clock was kept before it ended
+    assert clock.first>=3*.2 and 'not bit-identical' in capsys.readouterr().out
 
 def columns(learn): return [[float(v) for v in o] for o in learn.recorder.values]
 def log_of(tmp): return (Path(tmp)/'history.csv').read_text().splitlines()
