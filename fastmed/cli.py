@@ -74,15 +74,16 @@ def demo(
 def scan(
     path,       # folder of a data set
     images=None,# pattern of the images; default: 'images/*.nii.gz'
-    masks=None  # pattern of the masks; default: 'labels/*.nii.gz'
+    masks=None, # pattern of the masks; default: 'labels/*.nii.gz'
+    channels=None # files that make a case; default: found out
 ):              # DataFrame with a row a case
     "A folder's cases: of a Decathlon task where it holds a `dataset.json`, else by pattern"
     from fastmed.core import MissingFileError
     from fastmed.doctor import scan_decathlon, scan_folder
     path = Path(path)
     if not path.is_dir(): raise MissingFileError(f"{path}: no such folder")
-    if images is None and masks is None and (path/'dataset.json').exists(): return scan_decathlon(path)
-    return scan_folder(path, images or 'images/*.nii.gz', masks or 'labels/*.nii.gz')
+    if images is None and masks is None and channels is None and (path/'dataset.json').exists(): return scan_decathlon(path)
+    return scan_folder(path, images or 'images/*.nii.gz', masks or 'labels/*.nii.gz', channels)
 
 def _output(
     fn,             # file that would be written
@@ -102,7 +103,7 @@ def _output(
 
 def _cases(a):
     "The table of the cases that a command was given"
-    return scan(Path(a.path).resolve(), a.images, a.masks)
+    return scan(Path(a.path).resolve(), a.images, a.masks, a.channels)
 
 def _kept_plan(
     fn,     # file of the plan
@@ -216,7 +217,7 @@ def predict(
     if getattr(learn, 'task', 'segmentation')!='segmentation': return _answers(learn, a, one)
     kw = dict(overlap=a.overlap, tta=a.tta, post=a.post or None)
     if one: return _mask(learn, a, **kw)
-    res = learn.predict_folder(src, a.dst, a.images, a.overwrite, **kw)
+    res = learn.predict_folder(src, a.dst, a.images, a.overwrite, a.channels, **kw)
     for fn in res['mask'][res.status=='ok']: print(fn)
     return _failed(res)
 
@@ -328,6 +329,7 @@ def parser()->argparse.ArgumentParser:
     sub = p.add_subparsers(dest='command', required=True, metavar='demo | scan | check | train | predict | evaluate | compare')
     def cmd(name, f, help):
         s = sub.add_parser(name, help=help, description=help); s.set_defaults(func=f); return s
+    def channels(s): s.add_argument('--channels', type=_number(1, int), help='files that make a case, case_0000, case_0001 …; 1: each file is a case (found out)')
     def overwrite(s): s.add_argument('--overwrite', action='store_true', help='replace files that are there already; never a source')
     def look(s):
         s.add_argument('--trust', action='store_true', help='open a model file that is a pickle, and run what is in it')
@@ -344,9 +346,11 @@ def parser()->argparse.ArgumentParser:
     k.add_argument('path', help='folder: a Decathlon task, or images/ and labels/'); k.add_argument('--images', help='pattern of the images'); k.add_argument('--masks', help='pattern of the masks')
     k.add_argument('--codes', type=_codes, help='names of the structures, by commas, background first'); k.add_argument('--html', help='file for the report with pictures')
     overwrite(k)
+    channels(k)
     t = cmd('train', train, 'Train on a folder of scans and masks.')
     t.add_argument('path', help='folder: a Decathlon task, or images/ and labels/'); t.add_argument('--out', default='model.safetensors', help='file for the model (model.safetensors); .pkl: an exported Learner, which is a pickle')
     overwrite(t)
+    channels(t)
     t.add_argument('--ndim', type=int, choices=[2,3], default=3, help='2: slices, 3: volumes (3)'); t.add_argument('--arch', default='UNet', help="'UNet', or a MONAI network by name")
     t.add_argument('--minutes', type=_number(0, above=True), default=10., help='training time (10)'); t.add_argument('--epochs', type=_number(1, int), help='train for epochs instead of minutes')
     t.add_argument('--images', help="pattern of the images ('images/*.nii.gz')"); t.add_argument('--masks', help="pattern of the masks ('labels/*.nii.gz')")
@@ -359,12 +363,14 @@ def parser()->argparse.ArgumentParser:
     r.add_argument('--images', default='*.nii.gz', help="pattern inside a folder ('*.nii.gz')")
     look(r)
     overwrite(r)
+    channels(r)
     e = cmd('evaluate', evaluate, 'Score a model on a folder of scans and masks.')
     e.add_argument('model', help='model file (.safetensors, .onnx); an exported Learner with --trust'); e.add_argument('path', help='folder: a Decathlon task, or images/ and labels/')
     e.add_argument('--images', help="pattern of the images"); e.add_argument('--masks', help="pattern of the masks")
     e.add_argument('--tolerance', type=_number(0), default=1., help='of the surface Dice, mm (1)'); e.add_argument('--csv', help='file for the table of cases')
     look(e)
     overwrite(e)
+    channels(e)
     c = cmd('compare', compare, 'Train and compare models as a plan says; finished runs are not repeated.')
     c.add_argument('plan', help='TOML file: data, arms, folds, budget, …')
     return p

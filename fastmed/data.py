@@ -157,10 +157,11 @@ class VolumeDataLoaders(DataLoaders):
         path,                        # folder of the data set
         images:str='images/*.nii.gz',# pattern of the images, below `path`
         masks:str='labels/*.nii.gz', # pattern of the masks
+        channels=None,               # files that make a case; see `scan_folder`
         **kwargs
     ):                               # these DataLoaders
         "From a folder of images and masks paired by name (see `scan_folder`). Raises `FileNotFoundError` where nothing matches"
-        return cls.from_df(scan_folder(path, images, masks), **{'path':Path(path).resolve(), **kwargs})
+        return cls.from_df(scan_folder(path, images, masks, channels), **{'path':Path(path).resolve(), **kwargs})
 
     @classmethod
     @delegates(from_df)

@@ -30,37 +30,111 @@ def _subjects(df, path):
     if extra.case.duplicated().any(): raise InputError(f"{fn}: expected one line a case; {extra.case[extra.case.duplicated()].tolist()[:5]} stand twice")
     return df.merge(extra[cols], on='case', how='left')
 
+_few = 8   # channels of a case that need no declaration
+
+def _matches(path, what, pattern):
+    "(files, the folders of each that the pattern leaves open), hidden ones left out"
+    if not isinstance(pattern, str) or not pattern.strip('. ') or Path(pattern).is_absolute() or len(pattern)>1000:
+        raise InputError(f"{what}: expected a pattern below {path}, such as 'images/*.nii.gz'; found {str(pattern)[:80]!r}")
+    parts = Path(pattern).parts[:-1]
+    wild = [glob.has_magic(o) for o in parts]
+    def folders(fn):
+        own = fn.relative_to(path).parts[:-1]
+        if '**' not in parts: return tuple(o for o,w in zip(own, wild) if w)
+        return own[wild.index(True):len(own)-wild[::-1].index(True)]         # as many as `**` takes, without the named ones around them
+    files = sorted(o for o in path.glob(pattern) if not o.name.startswith('.'))
+    return files,[folders(o) for o in files]
+
+def _declared_channels(path):
+    "How many channels the `dataset.json` of a folder names; 0 where there is none that does"
+    try: info = json.loads((path/'dataset.json').read_text(encoding='utf-8-sig'))
+    except (OSError, ValueError): return 0
+    named = info.get('channel_names', info.get('modality')) if isinstance(info, dict) else None
+    return len(named) if isinstance(named, (dict,list)) else 0
+
+def _some_files(fs, n=3): return ', '.join(map(str, fs[:n]))+(f' … ({len(fs)})' if len(fs)>n else '')
+
+def _image_groups(files, folders, masks, channels):
+    "{(open folders, folder, name): files}: `case_0000`, `case_0001` … of one folder are one case, unless masks say that they are scans"
+    there,scans,res = {(o.parent, case_name(o)) for o in files},{(t, n[:-5]) for t,n in masks if re.fullmatch(r'.+_\d{4}', n)},{}
+    for o,t in zip(files, folders):
+        n = case_name(o)
+        m = re.fullmatch(r'(.+)_(\d{4})', n)
+        if channels is not None: channel = m and channels>1
+        elif not m or (t,n) in masks: channel = False
+        elif (t,m[1]) in masks: channel = True
+        else: channel = (t,m[1]) not in scans and (o.parent, f'{m[1]}_0000') in there      # without a mask to tell, channels are numbered from 0000
+        res.setdefault((t, o.parent, m[1] if channel else n), []).append(o)
+    return res
+
+def _check_channels(path, groups, channels):
+    "Raise `InputError` where the files of a case are no channels, are not as many as was said, or are more than anybody said"
+    most = _few if channels is None else channels
+    if any(len(fs)>most for fs in groups.values()) and channels is None: most = max(most, _declared_channels(path))
+    for (_,_,n),fs in groups.items():
+        if len({case_name(o) for o in fs})<len(fs) or len(fs)>1 and n in map(case_name, fs):
+            raise InputError(f"{path}: case {n!r} has several files, {_some_files(fs)}; expected one, or channels {n}_0000, {n}_0001 … Take one away, or give a pattern that matches one of them")
+        if channels is not None and len(fs)!=channels:
+            raise InputError(f"{path}: case {n!r} has {len(fs)} files, {_some_files(fs)}; expected {channels}, as channels= says. Complete the case, or correct channels=")
+        if len(fs)>most:
+            raise InputError(f"{path}: {len(fs)} files would be the channels of one case {n!r}: {_some_files(fs)}. If each is a scan of its own, say channels=1; if they are channels, say channels={len(fs)}")
+
+def _case_keys(files):
+    "{(open folders, name): files} of {(open folders, folder, name): files}. Raises `InputError` where a name stands twice"
+    same = {}
+    for (t,_,n),fs in files.items(): same.setdefault((t,n), []).append(fs)
+    for (_,n),o in same.items():
+        if len(o)>1: raise InputError(f"several files are called {n!r}: {_some_files([fs[0] for fs in o])}; expected one a case. Take one away, or give patterns of images and masks that leave open "
+                                      "the same folders, such as images='*/images/*.nii.gz' and masks='*/labels/*.nii.gz', or tell the pairs in a DataFrame of your own")
+    return {k:o[0] for k,o in same.items()}
+
+def _by_folder(sides, patterns):
+    "The same {(open folders, name): files}; the names give way where each folder is one case, such as `anna/image.nii.gz`"
+    def alone(keys): return all(t for t,_ in keys) and len({t for t,_ in keys})==len(keys)
+    one_name = any(o and not glob.has_magic(Path(p).name) for o,p in zip(sides, patterns))
+    paired = not sides[1] or set(sides[0]) & set(sides[1])
+    if not all(map(alone, sides)) or paired and not one_name: return sides
+    return [{(t,''):fs for (t,_),fs in o.items()} for o in sides]
+
 def scan_folder(
     path,                                # folder of the data set
     images:str='images/*.nii.gz',        # pattern of the images, below `path`
-    masks:str|None='labels/*.nii.gz'     # pattern of the masks; None where there are none
+    masks:str|None='labels/*.nii.gz',    # pattern of the masks; None where there are none
+    channels:int|None=None               # files that make a case, `case_0000`, `case_0001` …; 1: each file is a case; default: found out, up to 8 or as many as a `dataset.json` names
 )->pd.DataFrame: # columns `case`, `image` (a whole path, or a list of them: channels), `mask`, and those of `cases.csv`
-    "Pair images and masks by name; `case_0000`, `case_0001` … are the channels of `case`. Raises `FileNotFoundError` where nothing matches, `InputError` where nothing pairs"
+    "Pair images and masks by name; `case_0000`, `case_0001` … of one folder are the channels of `case`. Raises `FileNotFoundError` where nothing matches, `InputError` where nothing pairs or a name stands twice"
     path = Path(path).absolute()
-    for k,v in (('images',images), ('masks',masks or 'x')):
-        if not isinstance(v, str) or not v.strip('. ') or Path(v).is_absolute() or len(v)>1000: raise InputError(f"{k}: expected a pattern below {path}, such as 'images/*.nii.gz'; found {str(v)[:80]!r}")
-    ims = sorted(o for o in path.glob(images) if not o.name.startswith('.'))
+    if channels is not None and (isinstance(channels, bool) or not isinstance(channels, int) or channels<1): raise InputError(f"channels: expected a whole number from 1; found {channels!r}")
+    masks = masks or None
+    ims,im_in = _matches(path, 'images', images)
+    ms,m_in = _matches(path, 'masks', masks) if masks is not None else ([],[])
     if not ims: raise MissingFileError(f"{path/images}: no image matches. Check `path` and `images=`")
-    ms = {case_name(o):o for o in sorted(path.glob(masks)) if not o.name.startswith('.')} if masks else {}
-    if masks and not ms: raise MissingFileError(f"{path/masks}: no mask matches. Check `masks=`, or say masks=None")
-    cases,names = {},{case_name(o) for o in ims}
-    for o in ims:
-        n = case_name(o); m = re.fullmatch(r'(.+)_(\d{4})', n)
-        channel = m and n not in ms and (m[1] in ms or f'{m[1]}_0000' in names)    # without a mask to tell, channels are numbered from 0000
-        cases.setdefault(m[1] if channel else n, []).append(o)
-    for n in ms: cases.setdefault(n, [])
-    if masks and not any(fs and n in ms for n,fs in cases.items()):
-        im = next(n for n,fs in cases.items() if fs)
-        raise InputError(f"{path}: no image has a mask of its name: {len(ims)} images such as {im!r}, {len(ms)} masks such as {next(iter(ms))!r}. "
+    if masks is not None and not ms: raise MissingFileError(f"{path/masks}: no mask matches. Check `masks=`, or say masks=None")
+    if ms and not set(im_in) & set(m_in): im_in,m_in = [()]*len(ims),[()]*len(ms)      # their folders say nothing of who belongs to whom
+    groups = _image_groups(ims, im_in, {(t,case_name(o)) for t,o in zip(m_in, ms)}, channels)
+    _check_channels(path, groups, channels)
+    found,truth = _by_folder([_case_keys(groups), _case_keys({(t,i,case_name(o)):[o] for i,(t,o) in enumerate(zip(m_in, ms))})], (images, masks))
+    keys = list(dict.fromkeys([*found, *truth]))
+    if ms and not any(k in truth for k in found):
+        names = ['/'.join([*t, n]) for t,n in (next(iter(found)), next(iter(truth)))]
+        raise InputError(f"{path}: no image has a mask of its name: {len(ims)} images such as {names[0]!r}, {len(ms)} masks such as {names[1]!r}. "
                          "Give both the same name, tell the pairs in a DataFrame of your own, or say masks=None")
-    rows = [dict(case=n, image=(fs[0] if len(fs)==1 else fs or None), mask=ms.get(n)) for n,fs in cases.items()]
+    plain = len({n for _,n in keys})==len(keys) and all(n for _,n in keys)
+    case = {(t,n):n if plain else '_'.join([*t, n] if n else t) for t,n in keys}
+    if twice:=[c for c,k in Counter(case.values()).items() if k>1]:
+        raise InputError(f"{path}: several cases would be called {twice[0]!r}: {_some_files([o for k in keys if case[k]==twice[0] for o in found.get(k, truth.get(k))])}. Rename a folder or a file")
+    rows = [dict(case=case[k], image=_one_or_all(found[k]) if k in found else None, mask=first(truth.get(k, []))) for k in keys]
     df = pd.DataFrame(rows).sort_values('case', ignore_index=True).astype(object)
-    if not masks: df = df.drop(columns='mask')
+    if masks is None: df = df.drop(columns='mask')
     return _subjects(df, path)
 
 def _decathlon_cases(info, path):
     "Rows, names of the labels and modalities of a Decathlon task; an image that is not there may be the `_0000`, `_0001` … of nnU-Net's first version"
-    def images(p): return p if p.exists() else _one_or_all(sorted(p.parent.glob(f'{glob.escape(case_name(p))}_[0-9][0-9][0-9][0-9]{"".join(p.suffixes[-2:])}')) or [p])
+    named = len(info.get('modality', {}))
+    def images(p):
+        fs = [] if p.exists() else sorted(p.parent.glob(f'{glob.escape(case_name(p))}_[0-9][0-9][0-9][0-9]{"".join(p.suffixes[-2:])}'))
+        if len(fs)>(named or _few): raise InputError(f"{path/'dataset.json'}: case {case_name(p)!r} has {len(fs)} files, {_some_files(fs)}; expected {named or f'at most {_few}'} channels, as modality says. Correct the list, or remove what is too many")
+        return _one_or_all(fs or [p])
     rows = [dict(case=case_name(o['image']), image=path/o['image'], mask=path/o['label']) for o in info['training']]
     if out:=[r['case'] for r in rows if any('..' in (r[k].relative_to(path) if r[k].is_relative_to(path) else r[k]).parts for k in ('image','mask'))]:
         raise FileError(f"{path/'dataset.json'}: {out[0]!r} leads out of the folder of the task. Correct the list")

@@ -219,6 +219,7 @@ class VolumeLearner(EncoderMixin, Learner):
         dst,                       # folder for the masks, made where it is missing
         images:str='*.nii.gz',     # pattern; `case_0000`, `case_0001` … are channels
         overwrite:bool=False,      # predict all anew, and replace files in `dst` that fastmed did not write or that were changed since; never a source
+        channels=None,             # files that make a case; see `scan_folder`
         **kwargs                   # of `predict_volume`, `proba` left out
     )->pd.DataFrame:               # case, mask, status
         "Segment every scan of a folder into `dst/<case>.nii.gz`; stopped and called again, it goes on. A scan that cannot be predicted is named in `status`; the others go on. Raises `OSError` where `dst` cannot be written or holds what would be lost"
@@ -226,7 +227,7 @@ class VolumeLearner(EncoderMixin, Learner):
         if 'again' in kwargs: raise ArgumentError("predict_folder: again= is not known. Say overwrite=True, which predicts all anew")
         _known('predict_folder', kwargs, 'regrid')
         dst,rows = Path(dst),[]
-        df,maker = scan_folder(src, images, masks=None),_maker(self, kwargs)
+        df,maker = scan_folder(src, images, masks=None, channels=channels),_maker(self, kwargs)
         sources,first_out = [o for files in df.image for o in L(files)],dst/f'{df.case[0]}.nii.gz'
         check_free([dst/f'{c}.nii.gz' for c in df.case], sources, overwrite)
         with writing(first_out), beside(first_out): pass                 # a disk that refuses says so before the first prediction

@@ -1,0 +1,80 @@
+"Many cases: nobody's scans are merged, few files are open at a time, and nothing is read or held twice."
+import json
+import pytest
+from fastmed.core import InputError
+from fastmed.doctor import scan_decathlon, scan_folder
+
+# --- which files make a case
+
+def touch(path, *names):
+    for n in names:
+        (path/n).parent.mkdir(parents=True, exist_ok=True)
+        (path/n).touch()
+    return path
+
+def pairs(df, path):
+    "{case: (names of the images, name of the mask)} below `path`"
+    def name(o): return None if o is None else str(o.relative_to(path))
+    return {r.case:([name(o) for o in (r.image if isinstance(r.image, list) else [r.image])], name(r['mask'])) for _,r in df.iterrows()}
+
+def test_patients_of_two_sites_are_two_cases(tmp_path):
+    p = touch(tmp_path, *[f'site{s}/{k}/p0.nii.gz' for s in 'ab' for k in ('images','labels')])
+    for images,masks in (('site*/images/*.nii.gz','site*/labels/*.nii.gz'), ('**/images/*.nii.gz','**/labels/*.nii.gz')):
+        assert pairs(scan_folder(p, images, masks), p)=={f'site{s}_p0':([f'site{s}/images/p0.nii.gz'], f'site{s}/labels/p0.nii.gz') for s in 'ab'}
+    assert scan_folder(p, 'site*/images/*.nii.gz', None).case.tolist()==['sitea_p0','siteb_p0']
+
+def test_a_mask_of_another_site_is_no_mask_of_this_patient(tmp_path):
+    p = touch(tmp_path, 'a/images/p0.nii.gz', 'b/labels/p0.nii.gz', 'b/images/p1.nii.gz', 'b/labels/p1.nii.gz')
+    t = pairs(scan_folder(p, '*/images/*.nii.gz', '*/labels/*.nii.gz'), p)
+    assert t['a_p0'][1] is None and t['b_p1']==(['b/images/p1.nii.gz'], 'b/labels/p1.nii.gz')
+
+def test_folders_that_do_not_tell_masks_apart_are_refused_by_name(tmp_path):
+    p = touch(tmp_path, 'a/images/p0.nii.gz', 'b/images/p0.nii.gz', 'labels/p0.nii.gz')
+    with pytest.raises(InputError) as e: scan_folder(p, '*/images/*.nii.gz')
+    assert all(str(p/o) in str(e.value) for o in ('a/images/p0.nii.gz','b/images/p0.nii.gz'))
+
+def test_one_folder_a_case(tmp_path):
+    p = touch(tmp_path, *[f'{n}/{f}.nii.gz' for n in ('anna','bert') for f in ('image','mask')])
+    assert pairs(scan_folder(p, '*/image.nii.gz', '*/mask.nii.gz'), p)=={n:([f'{n}/image.nii.gz'], f'{n}/mask.nii.gz') for n in ('anna','bert')}
+    assert scan_folder(p, '*/image.nii.gz', None).case.tolist()==['anna','bert']
+
+def test_channels_lie_in_one_folder(tmp_path):
+    p = touch(tmp_path, *[f'{n}/{f}.nii.gz' for n in ('anna','bert') for f in ('scan_0000','scan_0001','mask')])
+    assert pairs(scan_folder(p, '*/scan_*.nii.gz', '*/mask.nii.gz'), p)=={n:([f'{n}/scan_0000.nii.gz',f'{n}/scan_0001.nii.gz'], f'{n}/mask.nii.gz') for n in ('anna','bert')}
+
+def test_bids(tmp_path):
+    names = [f'sub-0{k}/ses-1/anat/sub-0{k}_ses-1_T1w.nii.gz' for k in (1,2)]
+    p = touch(tmp_path, *names, *[f'derivatives/seg/{o}' for o in names])
+    t = scan_folder(p, 'sub-*/ses-*/anat/*_T1w.nii.gz', 'derivatives/seg/sub-*/ses-*/anat/*.nii.gz')
+    assert pairs(t, p)=={f'sub-0{k}_ses-1_T1w':([o], f'derivatives/seg/{o}') for k,o in zip((1,2), names)}
+
+def test_two_hundred_numbered_scans_are_not_the_channels_of_one(tmp_path):
+    p = touch(tmp_path, *[f'images/case_{k:04d}.nii.gz' for k in range(200)])
+    with pytest.raises(InputError) as e: scan_folder(p, masks=None)
+    assert str(p/'images/case_0000.nii.gz') in str(e.value) and 'channels=1' in str(e.value)
+    assert len(scan_folder(p, masks=None, channels=1))==200 and len(scan_folder(p, masks=None, channels=200).image[0])==200
+    touch(p, 'labels/case_0003.nii.gz')
+    assert len(scan_folder(p))==200, 'one mask says that the numbers are those of scans'
+
+def test_many_channels_that_are_declared(tmp_path):
+    p = touch(tmp_path, *[f'images/a_{k:04d}.nii.gz' for k in range(12)])
+    (p/'dataset.json').write_text(json.dumps(dict(channel_names={str(k):f'echo {k}' for k in range(12)})))
+    assert len(scan_folder(p, masks=None).image[0])==12
+    with pytest.raises(InputError, match='expected 11'): scan_folder(p, masks=None, channels=11)
+
+@pytest.mark.parametrize('names', [('a.nii','a.nii.gz'), ('a.nii.gz','a_0000.nii.gz'), ('a.hdr','a.img')])
+def test_two_files_of_one_name_are_refused_by_name(tmp_path, names):
+    p = touch(tmp_path, *[f'images/{o}' for o in names])
+    with pytest.raises(InputError) as e: scan_folder(p, 'images/*', None)
+    assert all(str(p/'images'/o) in str(e.value) for o in names)
+    q = touch(tmp_path/'q', 'images/a.nii.gz', *[f'labels/{o}' for o in ('a.nii','a.nii.gz')])
+    with pytest.raises(InputError, match="called 'a'"): scan_folder(q, masks='labels/*')
+
+def test_a_decathlon_case_has_no_more_files_than_modalities(tmp_path):
+    p = touch(tmp_path, *[f'imagesTr/a_{k:04d}.nii.gz' for k in range(3)], 'labelsTr/a.nii.gz')
+    info = dict(labels={'0':'background','1':'x'}, training=[dict(image='imagesTr/a.nii.gz', label='labelsTr/a.nii.gz')])
+    for modality,ok in (({'0':'T1','1':'T2','2':'PD'}, True), ({'0':'T1'}, False)):
+        (p/'dataset.json').write_text(json.dumps(dict(info, modality=modality)))
+        if ok: assert len(scan_decathlon(p).image[0])==3
+        else:
+            with pytest.raises(InputError, match='a_0000'): scan_decathlon(p)
