@@ -43,6 +43,8 @@ def _matches(path, what, pattern):
         if '**' not in parts: return tuple(o for o,w in zip(own, wild) if w)
         return own[wild.index(True):len(own)-wild[::-1].index(True)]         # as many as `**` takes, without the named ones around them
     files = sorted(o for o in path.glob(pattern) if not o.name.startswith('.'))
+    there = set(files)
+    files = [o for o in files if o.suffix.lower()!='.img' or o.with_suffix('.hdr') not in there]       # its voxels, of which the header is the name
     return files,[folders(o) for o in files]
 
 def _declared_channels(path):
@@ -67,7 +69,7 @@ def _image_groups(files, folders, masks, channels):
         res.setdefault((t, o.parent, m[1] if channel else n), []).append(o)
     return res
 
-def _check_channels(path, groups, channels):
+def _check_groups(path, groups, channels):
     "Raise `InputError` where the files of a case are no channels, are not as many as was said, or are more than anybody said"
     most = _few if channels is None else channels
     if any(len(fs)>most for fs in groups.values()) and channels is None: most = max(most, _declared_channels(path))
@@ -112,7 +114,7 @@ def scan_folder(
     if masks is not None and not ms: raise MissingFileError(f"{path/masks}: no mask matches. Check `masks=`, or say masks=None")
     if ms and not set(im_in) & set(m_in): im_in,m_in = [()]*len(ims),[()]*len(ms)      # their folders say nothing of who belongs to whom
     groups = _image_groups(ims, im_in, {(t,case_name(o)) for t,o in zip(m_in, ms)}, channels)
-    _check_channels(path, groups, channels)
+    _check_groups(path, groups, channels)
     found,truth = _by_folder([_case_keys(groups), _case_keys({(t,i,case_name(o)):[o] for i,(t,o) in enumerate(zip(m_in, ms))})], (images, masks))
     keys = list(dict.fromkeys([*found, *truth]))
     if ms and not any(k in truth for k in found):

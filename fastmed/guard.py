@@ -8,7 +8,7 @@ __all__ = ['memory_left', 'reading', 'check_size', 'unpacked', 'check_stream', '
 # %% ../nbs/01_guard.ipynb #eec6ea35
 from .core import *
 from pathlib import Path
-import contextlib, gzip, math, os, re, struct, sys, zlib
+import contextlib, errno, gzip, math, os, re, struct, sys, zlib
 
 # %% ../nbs/01_guard.ipynb #fdc2d64d
 def _number(fn, key=None):
@@ -60,6 +60,9 @@ def reading(
     try: yield
     except FastmedError: raise
     except FileNotFoundError as e: raise MissingFileError(f"{fn}: no such file{f' as {e.filename}, which belongs to it' if e.filename and Path(str(e.filename)).name!=Path(fn).name else ''}. Check the path") from e
+    except OSError as e:
+        if e.errno not in (errno.EMFILE,errno.ENFILE): raise FileError(f"{fn}: expected {what}; found {_line(e)}. {mend}") from e
+        raise ResourceError(f"{fn}: could not be opened, because {'this process' if e.errno==errno.EMFILE else 'this computer'} has as many files open as it may. Close some, take fewer workers, or raise the limit: ulimit -n 4096") from e
     except MemoryError as e: raise ResourceError(f"{fn}: does not fit into the memory that is left ({memory_left()/1e9:.3g} GB). Crop or resample it, or use a machine with more") from e
     except Exception as e:
         if isinstance(e, RuntimeError) and re.search('allocat|bad_alloc|out of memory', str(e), re.I): raise ResourceError(f"{fn}: does not fit into the memory that is left ({memory_left()/1e9:.3g} GB): {_line(e)}. Crop or resample it, or use a machine with more") from e

@@ -104,10 +104,10 @@ class Store:
     # --- reading
     def _read(self, dest, cls, fn, **kwargs):
         meta = json.loads((dest/'meta.json').read_text())
-        a,aff = np.load(dest/'data.npy', mmap_mode='c'),np.array(meta['affine'], dtype=float)      # 'c': pages are read when touched, writes stay private
-        if a.ndim!=(3 if cls is TensorVolumeMask else 4) or 0 in a.shape or a.dtype.kind not in ('iu' if cls is TensorVolumeMask else 'f') or aff.shape!=(4,4) or not np.isfinite(aff).all(): raise ValueError(f'{a.dtype} {a.shape} with an affine of {aff.shape}')
+        a,aff = _mapped(dest/'data.npy'),np.array(meta['affine'], dtype=float)
+        if a.ndim!=(3 if cls is TensorVolumeMask else 4) or a.is_floating_point()==(cls is TensorVolumeMask) or aff.shape!=(4,4) or not np.isfinite(aff).all(): raise ValueError(f'{a.dtype} {a.shape} with an affine of {aff.shape}')
         if any(v.ndim!=2 or v.shape[1]!=3 or v.dtype.kind!='i' or v.min(initial=0)<0 or (v>=a.shape).any() for v in kwargs.get('fg', {}).values()): raise ValueError('places of foreground outside the mask')
-        return cls(torch.from_numpy(a), affine=meta['affine'], meta=dict(fn=_names(fn)), **kwargs)
+        return cls(a, affine=meta['affine'], meta=dict(fn=_names(fn)), **kwargs)
 
     def image(self,
         fn             # image file, or a list of channel files
@@ -134,7 +134,7 @@ class Store:
         if k not in self._open or facts not in (None, self._open[k][0]):
             dest = self._there(kind, fn)
             if dest is None: return None
-            if len(self._open)>2000: self._open.clear()
+            for old in list(self._open)[:len(self._open)-1999]: self._open.pop(old, None)      # those that were opened first
             with reading(f"{fn}: its entry in the store, {dest}", 'what was written there', 'Remove that folder, and it is made anew'): self._open[k] = facts,read(dest)
         t = self._open[k][1]
         res = t.as_subclass(Tensor).view(t.shape).as_subclass(type(t))
@@ -170,6 +170,17 @@ def kept_digest(
     if not recent and Path(path).is_dir():                                  # who reads without a store makes none
         with contextlib.suppress(FileError): return Store(None, path).cached('digest', facts, lambda: file_digest(fn))
     return file_digest(fn)
+
+def _mapped(fn):
+    "A `.npy` file as a tensor whose pages are read when touched and whose writes stay private. Unlike `np.memmap` it keeps no descriptor, of which a process has few. Raises `ValueError` on a file that is not whole"
+    with open(fn, 'rb') as f:
+        read = {(1,0):np.lib.format.read_array_header_1_0, (2,0):np.lib.format.read_array_header_2_0}[np.lib.format.read_magic(f)]
+        (shape,turned,dtype),start,size = read(f),f.tell(),os.fstat(f.fileno()).st_size
+    n = int(np.prod(shape))
+    if not n or dtype.kind not in 'iuf' or not dtype.isnative or start%dtype.itemsize or size!=start+n*dtype.itemsize: raise ValueError(f'{dtype} {shape} in {size} bytes')
+    whole = torch.UntypedStorage.from_file(str(fn), False, size)
+    a = torch.empty(0, dtype=torch.from_numpy(np.empty(0, dtype)).dtype).set_(whole, start//dtype.itemsize, (n,))
+    return a.view(shape[::-1]).permute(*range(len(shape)-1, -1, -1)) if turned else a.view(shape)
 
 def _facts(fn):
     "The facts of one file or several; None where one is out of reach"

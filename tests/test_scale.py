@@ -1,8 +1,12 @@
 "Many cases: nobody's scans are merged, few files are open at a time, and nothing is read or held twice."
-import json
-import pytest
-from fastmed.core import InputError
+import errno, json, os
+import nibabel as nib, numpy as np, pytest, torch
+from fastmed.core import FileError, InputError, ResourceError
 from fastmed.doctor import scan_decathlon, scan_folder
+from fastmed.guard import reading
+from fastmed.io import load_volume
+from fastmed.preprocess import Preprocess
+from fastmed.store import Store
 
 # --- which files make a case
 
@@ -62,7 +66,7 @@ def test_many_channels_that_are_declared(tmp_path):
     assert len(scan_folder(p, masks=None).image[0])==12
     with pytest.raises(InputError, match='expected 11'): scan_folder(p, masks=None, channels=11)
 
-@pytest.mark.parametrize('names', [('a.nii','a.nii.gz'), ('a.nii.gz','a_0000.nii.gz'), ('a.hdr','a.img')])
+@pytest.mark.parametrize('names', [('a.nii','a.nii.gz'), ('a.nii.gz','a_0000.nii.gz')])
 def test_two_files_of_one_name_are_refused_by_name(tmp_path, names):
     p = touch(tmp_path, *[f'images/{o}' for o in names])
     with pytest.raises(InputError) as e: scan_folder(p, 'images/*', None)
@@ -78,3 +82,50 @@ def test_a_decathlon_case_has_no_more_files_than_modalities(tmp_path):
         if ok: assert len(scan_decathlon(p).image[0])==3
         else:
             with pytest.raises(InputError, match='a_0000'): scan_decathlon(p)
+
+def test_a_header_and_its_voxels_are_one_case(tmp_path):
+    p = touch(tmp_path, 'images/a.hdr', 'images/a.img')
+    assert [o.name for o in scan_folder(p, 'images/*', None).image]==['a.hdr']
+
+# --- how many files are open
+
+def small_study(path, n, size=12):
+    "`n` small scans with masks in images/ and labels/"
+    rng = np.random.default_rng(0)
+    for k in ('images','labels'): (path/k).mkdir(parents=True)
+    for i in range(n):
+        mask = np.zeros((size,)*3, np.uint8)
+        mask[2:6+i%4,3:8,2:7] = 1
+        a = (rng.standard_normal(mask.shape)*20+100+80*mask).astype(np.float32)
+        for k,o in (('images',a), ('labels',mask)): nib.save(nib.Nifti1Image(o, np.eye(4)), path/k/f'c{i:04d}.nii')
+    return scan_folder(path, 'images/*.nii', 'labels/*.nii')
+
+def descriptors(): return len(os.listdir('/proc/self/fd'))
+
+@pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='counts the descriptors that Linux lists')
+def test_entries_that_stay_open_hold_no_descriptor(tmp_path):
+    df = small_study(tmp_path, 12)
+    store = Store(Preprocess(), tmp_path/'store').build(list(df.image), list(df['mask']))
+    was = descriptors()
+    held = [f(o) for f,col in ((store.image,'image'), (store.mask,'mask')) for o in df[col]]
+    assert descriptors()==was and len(store._open)==24
+    for t,o in zip(held, df.image):
+        t[:] = 7                                                         # stays private
+        assert torch.equal(Store(Preprocess(), tmp_path/'store').image(o).as_subclass(torch.Tensor), Preprocess()(load_volume(o)).as_subclass(torch.Tensor))
+
+@pytest.mark.parametrize('a', [np.arange(24, dtype=np.float32).reshape(1,2,3,4), np.asfortranarray(np.arange(24, dtype=np.float32).reshape(1,2,3,4)), np.arange(24, dtype=np.uint8).reshape(2,3,4), np.arange(24, dtype=np.int16).reshape(2,3,4)])
+def test_a_map_gives_what_numpy_wrote(tmp_path, a):
+    from fastmed.store import _mapped
+    np.save(tmp_path/'a.npy', a)
+    t = _mapped(tmp_path/'a.npy')
+    assert t.dtype==torch.from_numpy(a).dtype and np.array_equal(t.numpy(), a)
+    whole = (tmp_path/'a.npy').read_bytes()
+    for bad in (whole[:-1], whole+b'x', whole[:40], b'\x93NUMPY\x07\x00'+whole[8:]):
+        (tmp_path/'a.npy').write_bytes(bad)
+        with pytest.raises((ValueError,KeyError)): _mapped(tmp_path/'a.npy')
+
+def test_too_many_open_files_are_no_fault_of_the_file():
+    with pytest.raises(ResourceError, match='scan.nii.*as many files open as it may.*ulimit -n'):
+        with reading('scan.nii'): raise OSError(errno.EMFILE, 'Too many open files')
+    with pytest.raises(FileError, match='truncated'):
+        with reading('scan.nii'): raise OSError(errno.EIO, 'read error')
