@@ -10,25 +10,59 @@ from .core import *
 from .guard import *
 from fastai.data.all import *
 from collections import Counter
-import glob, hashlib, json, re
+import glob, hashlib, json, re, unicodedata
 
 # %% ../nbs/09_doctor.ipynb #0b13bb1b
 def case_name(
     fn, # image or mask file
 )->str: # its name without folder and suffixes
-    "The name of a case: 'sub 01.v2.nii.gz' → 'sub 01.v2'"
-    n = Path(fn).name
+    "The name of a case: 'sub 01.v2.nii.gz' → 'sub 01.v2'; an ü of two signs, as macOS writes it, is one of one sign"
+    n = unicodedata.normalize('NFC', Path(fn).name)
     return re.sub(r'\.(nii\.gz|nii|nrrd|mha|mhd|nhdr|hdr|img|png|dcm)$', '', n, flags=re.I)
 
 def _subjects(df, path):
     "Add `subject` (and whatever else it holds) from `cases.csv`"
     fn = path/'cases.csv'
     if not fn.exists(): return df
-    with reading(fn, 'a table of cases, UTF-8 with a line of column names', 'Save it again as CSV'): extra = pd.read_csv(fn, dtype={'case':str, 'subject':str})
-    if 'case' not in extra: return df
+    with reading(fn, 'a table of cases, UTF-8 with a line of column names', 'Save it again as CSV'):
+        extra = pd.read_csv(fn, dtype=str, skipinitialspace=True, nrows=0)
+        extra = pd.read_csv(fn, dtype={c:str for c in extra if c.strip() in ('case','subject')}, skipinitialspace=True).rename(columns=str.strip)
+    if 'case' not in extra:
+        raise InputError(f"{fn}: expected a table with a column 'case', its columns parted by commas; found {list(extra)[:8]}. Save it so, or give the file another name")
+    extra['case'] = [unicodedata.normalize('NFC', o) if isinstance(o, str) else o for o in extra.case]
     cols = [c for c in extra if c=='case' or c not in df]
     if extra.case.duplicated().any(): raise InputError(f"{fn}: expected one line a case; {extra.case[extra.case.duplicated()].tolist()[:5]} stand twice")
     return df.merge(extra[cols], on='case', how='left')
+
+def _found(path, pattern):
+    "The files of a pattern in order, hidden ones left out; of an .img beside its .hdr the .hdr alone"
+    fs = sorted(o for o in path.glob(pattern) if not o.name.startswith('.'))
+    there = set(fs)
+    return [o for o in fs if o.suffix.lower()!='.img' or o.with_suffix('.hdr') not in there]
+
+def _by_name(files):
+    "{case name: file}. Raises `InputError` where two files have one name: they would be taken for one case"
+    res = {}
+    for o in files:
+        n = case_name(o)
+        if n in res:
+            raise InputError(f"{res[n]} and {o} are both called {n!r}; expected a name of its own for each case. Scan one folder after the other, give them other names, "
+                             "or tell the pairs in a DataFrame of your own")
+        res[n] = o
+    return res
+
+def _check_channels(cases, images):
+    "Raise `InputError` where two cases have as many channels of other numbers, or a file without a number stands beside numbered ones"
+    seen = {}
+    for n,fs in cases.items():
+        numbers = [case_name(o).removeprefix(n)[1:] for o in fs]
+        if len(fs)>1 and '' in numbers:
+            raise InputError(f"{images}: case {n!r} is {fs[0].name} and {fs[1].name}, a whole scan and a channel; expected one kind. Take one of them away")
+        numbers = [o or '0000' for o in numbers]
+        first,want = seen.setdefault(len(fs), (n, numbers))
+        if numbers!=want:
+            raise InputError(f"{images}: case {n!r} has channel {', '.join(numbers)}, and case {first!r} has {', '.join(want)}; expected the same in all. "
+                             "Complete the case, or leave it out")
 
 def scan_folder(
     path,                                # folder of the data set
@@ -39,11 +73,11 @@ def scan_folder(
     path = Path(path).absolute()
     for k,v in (('images',images), ('masks',masks or 'x')):
         if not isinstance(v, str) or not v.strip('. ') or Path(v).is_absolute() or len(v)>1000: raise InputError(f"{k}: expected a pattern below {path}, such as 'images/*.nii.gz'; found {str(v)[:80]!r}")
-    ims = sorted(o for o in path.glob(images) if not o.name.startswith('.'))
+    ims = _found(path, images)
     if not ims: raise MissingFileError(f"{path/images}: no image matches. Check `path` and `images=`")
-    ms = {case_name(o):o for o in sorted(path.glob(masks)) if not o.name.startswith('.')} if masks else {}
+    ms = _by_name(_found(path, masks)) if masks else {}
     if masks and not ms: raise MissingFileError(f"{path/masks}: no mask matches. Check `masks=`, or say masks=None")
-    cases,names = {},{case_name(o) for o in ims}
+    cases,names = {},_by_name(ims)
     for o in ims:
         n = case_name(o); m = re.fullmatch(r'(.+)_(\d{4})', n)
         channel = m and n not in ms and (m[1] in ms or f'{m[1]}_0000' in names)    # without a mask to tell, channels are numbered from 0000
@@ -53,6 +87,7 @@ def scan_folder(
         im = next(n for n,fs in cases.items() if fs)
         raise InputError(f"{path}: no image has a mask of its name: {len(ims)} images such as {im!r}, {len(ms)} masks such as {next(iter(ms))!r}. "
                          "Give both the same name, tell the pairs in a DataFrame of your own, or say masks=None")
+    _check_channels(cases, images)
     rows = [dict(case=n, image=(fs[0] if len(fs)==1 else fs or None), mask=ms.get(n)) for n,fs in cases.items()]
     df = pd.DataFrame(rows).sort_values('case', ignore_index=True).astype(object)
     if not masks: df = df.drop(columns='mask')
@@ -77,6 +112,7 @@ def _nnunet_cases(info, path):
         if m:=re.fullmatch(rf'([^.].*)_\d{{4}}{re.escape(end)}', o.name): images.setdefault(m[1], []).append(o)
     if bad:=[k for k,fs in images.items() if len(fs)!=len(channels)]:
         raise InputError(f"{fn}: case {bad[0]!r} has {len(images[bad[0]])} files in imagesTr; expected {len(channels)} channels, {channels}. Complete the case, or remove it")
+    _check_channels(images, path/'imagesTr')
     rows = [dict(case=k, image=_one_or_all(images.get(k) or [path/'imagesTr'/f'{k}_0000{end}']), mask=masks.get(k, path/'labelsTr'/f'{k}{end}')) for k in sorted({*images, *masks})]
     if len(rows)<(n:=int(info.get('numTraining', 0))): warn(f"{path}: {n-len(rows)} of the {n} cases that dataset.json counts are not there")
     if 'ignore' in info['labels']: warn(f"{fn}: the label 'ignore' ({info['labels']['ignore']}) is a structure like any other here: leave its cases out, or give it to the background by codes=")
