@@ -606,6 +606,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fastmed.doctor._case_keys': ('doctor.html#_case_keys', 'fastmed/doctor.py'),
                                 'fastmed.doctor._case_splitter': ('doctor.html#_case_splitter', 'fastmed/doctor.py'),
                                 'fastmed.doctor._check_groups': ('doctor.html#_check_groups', 'fastmed/doctor.py'),
+                                'fastmed.doctor._check_numbers': ('doctor.html#_check_numbers', 'fastmed/doctor.py'),
                                 'fastmed.doctor._code_values': ('doctor.html#_code_values', 'fastmed/doctor.py'),
                                 'fastmed.doctor._content': ('doctor.html#_content', 'fastmed/doctor.py'),
                                 'fastmed.doctor._decathlon_cases': ('doctor.html#_decathlon_cases', 'fastmed/doctor.py'),

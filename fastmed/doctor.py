@@ -10,22 +10,26 @@ from .core import *
 from .guard import *
 from fastai.data.all import *
 from collections import Counter
-import glob, hashlib, json, re
+import glob, hashlib, json, re, unicodedata
 
 # %% ../nbs/09_doctor.ipynb #0b13bb1b
 def case_name(
     fn, # image or mask file
 )->str: # its name without folder and suffixes
-    "The name of a case: 'sub 01.v2.nii.gz' → 'sub 01.v2'"
-    n = Path(fn).name
+    "The name of a case: 'sub 01.v2.nii.gz' → 'sub 01.v2'; an ü of two signs, as macOS writes it, is one of one sign"
+    n = unicodedata.normalize('NFC', Path(fn).name)
     return re.sub(r'\.(nii\.gz|nii|nrrd|mha|mhd|nhdr|hdr|img|png|dcm)$', '', n, flags=re.I)
 
 def _subjects(df, path):
     "Add `subject` (and whatever else it holds) from `cases.csv`"
     fn = path/'cases.csv'
     if not fn.exists(): return df
-    with reading(fn, 'a table of cases, UTF-8 with a line of column names', 'Save it again as CSV'): extra = pd.read_csv(fn, dtype={'case':str, 'subject':str})
-    if 'case' not in extra: return df
+    with reading(fn, 'a table of cases, UTF-8 with a line of column names', 'Save it again as CSV'):
+        extra = pd.read_csv(fn, dtype=str, skipinitialspace=True, nrows=0)
+        extra = pd.read_csv(fn, dtype={c:str for c in extra if c.strip() in ('case','subject')}, skipinitialspace=True).rename(columns=str.strip)
+    if 'case' not in extra:
+        raise InputError(f"{fn}: expected a table with a column 'case', its columns parted by commas; found {list(extra)[:8]}. Save it so, or give the file another name")
+    extra['case'] = [unicodedata.normalize('NFC', o) if isinstance(o, str) else o for o in extra.case]
     cols = [c for c in extra if c=='case' or c not in df]
     if extra.case.duplicated().any(): raise InputError(f"{fn}: expected one line a case; {extra.case[extra.case.duplicated()].tolist()[:5]} stand twice")
     return df.merge(extra[cols], on='case', how='left')
@@ -81,6 +85,17 @@ def _check_groups(path, groups, channels):
         if len(fs)>most:
             raise InputError(f"{path}: {len(fs)} files would be the channels of one case {n!r}: {_some_files(fs)}. If each is a scan of its own, say channels=1; if they are channels, say channels={len(fs)}")
 
+def _check_numbers(cases, images):
+    "Raise `InputError` where of `cases`, (name, files) each, two have as many channels of other numbers, or a file without a number stands beside numbered ones"
+    seen = {}
+    for n,fs in cases:
+        numbers = [case_name(o).removeprefix(n)[1:] for o in fs]
+        numbers = [o or '0000' for o in numbers]
+        first,want = seen.setdefault(len(fs), (n, numbers))
+        if numbers!=want:
+            raise InputError(f"{images}: case {n!r} has channel {', '.join(numbers)}, and case {first!r} has {', '.join(want)}; expected the same in all. "
+                             "Complete the case, or leave it out")
+
 def _case_keys(files):
     "{(open folders, name): files} of {(open folders, folder, name): files}. Raises `InputError` where a name stands twice"
     same = {}
@@ -115,6 +130,7 @@ def scan_folder(
     if ms and not set(im_in) & set(m_in): im_in,m_in = [()]*len(ims),[()]*len(ms)      # their folders say nothing of who belongs to whom
     groups = _image_groups(ims, im_in, {(t,case_name(o)) for t,o in zip(m_in, ms)}, channels)
     _check_groups(path, groups, channels)
+    _check_numbers([(n, fs) for (_,_,n),fs in groups.items()], images)
     found,truth = _by_folder([_case_keys(groups), _case_keys({(t,i,case_name(o)):[o] for i,(t,o) in enumerate(zip(m_in, ms))})], (images, masks))
     keys = list(dict.fromkeys([*found, *truth]))
     if ms and not any(k in truth for k in found):
@@ -153,6 +169,7 @@ def _nnunet_cases(info, path):
         if m:=re.fullmatch(rf'([^.].*)_\d{{4}}{re.escape(end)}', o.name): images.setdefault(m[1], []).append(o)
     if bad:=[k for k,fs in images.items() if len(fs)!=len(channels)]:
         raise InputError(f"{fn}: case {bad[0]!r} has {len(images[bad[0]])} files in imagesTr; expected {len(channels)} channels, {channels}. Complete the case, or remove it")
+    _check_numbers(images.items(), path/'imagesTr')
     rows = [dict(case=k, image=_one_or_all(images.get(k) or [path/'imagesTr'/f'{k}_0000{end}']), mask=masks.get(k, path/'labelsTr'/f'{k}{end}')) for k in sorted({*images, *masks})]
     if len(rows)<(n:=int(info.get('numTraining', 0))): warn(f"{path}: {n-len(rows)} of the {n} cases that dataset.json counts are not there")
     if 'ignore' in info['labels']: warn(f"{fn}: the label 'ignore' ({info['labels']['ignore']}) is a structure like any other here: leave its cases out, or give it to the background by codes=")

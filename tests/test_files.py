@@ -8,6 +8,7 @@ from fastmed.all import (ArgumentError, CaseFiles, Comparison, FileError, InputE
                          resample_to, resampled_grid, save_volume, scan_decathlon, scan_folder, to_orientation, unet2d_learner, unet3d_learner)
 from fastmed.core import FastmedError
 from fastmed.crossval import CrossValidation
+from fastmed.datasets import phantom
 from phantoms import CODES, affine_of, write_case
 
 NESTED = {'background':0, 'WT':[1,2,3], 'TC':[1,3], 'ET':3}
@@ -317,3 +318,52 @@ def test_an_image_of_nibabels_is_taken(tmp_path, learner):
     learn = learner(3)
     a,b = learn.predict_volume(im),learn.predict_volume(tmp_path/row['image'])
     assert torch.equal(a.as_subclass(torch.Tensor), b.as_subclass(torch.Tensor)) and torch.equal(learn.predict(im)[1], learn.predict(tmp_path/row['image'])[1])
+
+# --- names of cases
+
+@pytest.fixture
+def named(tmp_path):
+    "Write files of these names, images into `images` and masks into `labels` below a folder each: {'a/images/1.nii.gz': …}"
+    im,m = phantom((6,6,6))
+    def write(*names):
+        for n in names:
+            (tmp_path/n).parent.mkdir(parents=True, exist_ok=True)
+            nib.save(m if 'labels' in n else im, tmp_path/n)
+        return tmp_path
+    return write
+
+@pytest.mark.parametrize('names,kw', [
+    (['a/images/1.nii.gz', 'b/images/1.nii.gz', 'labels/1.nii.gz'], dict(images='*/images/*', masks='labels/*')),
+    (['images/1.nii', 'images/1.nii.gz', 'labels/1.nii.gz'], dict(images='images/*')),
+    (['images/1.nii.gz', 'labels/1.nii', 'labels/1.nii.gz'], dict(masks='labels/*'))])
+def test_two_files_of_one_name_are_no_channels(named, names, kw):
+    "They were: two patients as two channels, with the mask of the last"
+    with pytest.raises(InputError, match="several files.*(images|labels)/1"): scan_folder(named(*names), **kw)
+
+@pytest.mark.parametrize('names', [('1_0000','1_0002','2_0000','2_0001'), ('1_0000','2_0001'), ('1','1_0000','2')])
+def test_channels_of_other_numbers_are_refused(named, names):
+    path = named('labels/1.nii.gz', 'labels/2.nii.gz', *(f'images/{o}.nii.gz' for o in names))
+    with pytest.raises(InputError, match="case '[12]' has (channel|several files)"): scan_folder(path)
+
+def test_a_pair_of_files_is_one_scan(named):
+    df = scan_folder(named('images/1.img', 'labels/1.img'), 'images/*', 'labels/*')
+    assert [df.image[0].name, df['mask'][0].name]==['1.hdr']*2
+
+def test_an_umlaut_of_two_signs_is_one_of_one_sign(named):
+    "macOS writes names in two signs (NFD), everybody else in one"
+    path = named('images/Mu\u0308ller.nii.gz', 'labels/M\u00fcller.nii.gz')
+    (path/'cases.csv').write_text('case,subject\nMu\u0308ller,s1\n', encoding='utf-8')
+    df = scan_folder(path)
+    assert len(df)==1 and df['mask'].notna().all() and df.subject.tolist()==['s1']
+
+@pytest.mark.parametrize('table', ['case;subject\n1;s\n2;s\n', 'Case,Subject\n1,s\n2,s\n'])
+def test_a_table_of_cases_that_is_not_understood_is_refused(named, table):
+    "It was passed over, and with it the subjects: both scans of one could stand on both sides of a split"
+    path = named(*(f'{d}/{i}.nii.gz' for d in ('images','labels') for i in (1,2)))
+    (path/'cases.csv').write_text(table)
+    with pytest.raises(InputError, match="expected a table with a column 'case'"): scan_folder(path)
+
+def test_spaces_behind_commas_are_no_part_of_a_name(named):
+    path = named(*(f'{d}/{i}.nii.gz' for d in ('images','labels') for i in (1,2)))
+    (path/'cases.csv').write_text('case, subject\n1, s\n2, s\n')
+    assert scan_folder(path).subject.tolist()==['s','s']
