@@ -542,6 +542,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fastmed.datasets._save': ('datasets.html#_save', 'fastmed/datasets.py'),
                                   'fastmed.datasets._subject': ('datasets.html#_subject', 'fastmed/datasets.py'),
                                   'fastmed.datasets._unpack': ('datasets.html#_unpack', 'fastmed/datasets.py'),
+                                  'fastmed.datasets._why': ('datasets.html#_why', 'fastmed/datasets.py'),
                                   'fastmed.datasets.cohort': ('datasets.html#cohort', 'fastmed/datasets.py'),
                                   'fastmed.datasets.deformation': ('datasets.html#deformation', 'fastmed/datasets.py'),
                                   'fastmed.datasets.phantom': ('datasets.html#phantom', 'fastmed/datasets.py'),
