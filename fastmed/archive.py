@@ -58,8 +58,11 @@ def _opened(arch, name):
                 t = on.enter_context(tarfile.open(fileobj=_Bounded(f), mode='r:'))
                 def members():
                     for m in t: yield m.name, m.size, 'folder' if m.isdir() else 'file' if m.type in (tarfile.REGTYPE,tarfile.AREGTYPE,tarfile.CONTTYPE) and not m.sparse else 'a link or a device', m
+                    for _ in range(_free//_chunk):                       # the checksum of what is packed stands behind the last member
+                        if not f.read(_chunk): break
                 yield members,t.extractfile
                 return
+        if b[:4]==b'PK\3\4' and not zipfile.is_zipfile(arch): raise FileError(f'{name}: expected a whole zip archive; found its beginning alone, without the list of its files at the end. The archive is truncated: download it again')
         if not zipfile.is_zipfile(arch): raise InputError(f'{name}: the file is neither tar nor zip; give the address of an archive')
         with reading(name, 'a zip archive'): z = on.enter_context(zipfile.ZipFile(arch))
         def members():

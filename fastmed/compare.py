@@ -142,6 +142,7 @@ def _finish(learn, spec, look, folder, cost, tmp):
         try: learn.export('model.pkl')
         finally: learn.path = path
         (tmp/'run.json').write_text(facts)
+        synced(tmp)
         if folder.exists(): os.replace(folder, (old:=tmp.with_name(tmp.name+'.old'))); os.replace(tmp, folder); shutil.rmtree(old)     # the same run, entered by hand before
         else: os.replace(tmp, folder)
     return folder

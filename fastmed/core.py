@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FastmedError', 'InputError', 'ArgumentError', 'ColumnError', 'FileError', 'MissingFileError', 'ExtraError',
-           'ResourceError', 'writing', 'beside', 'sweep', 'whole_file', 'whole_folder', 'spacing_of', 'orientation_of',
-           'evaluating', 'TensorMed', 'TensorVolume', 'TensorVolumeMask', 'TensorSlice', 'TensorSliceMask',
-           'structure_colors', 'show_plane', 'best_plane', 'plot_volume']
+           'ResourceError', 'writing', 'beside', 'sweep', 'synced', 'whole_file', 'whole_folder', 'spacing_of',
+           'orientation_of', 'evaluating', 'TensorMed', 'TensorVolume', 'TensorVolumeMask', 'TensorSlice',
+           'TensorSliceMask', 'structure_colors', 'show_plane', 'best_plane', 'plot_volume']
 
 # %% ../nbs/00_core.ipynb #9aca8ea2
 from fastai.data.all import *
@@ -46,14 +46,18 @@ def writing(
     try: yield
     except FastmedError: raise
     except (OSError, RuntimeError) as e:                    # of some writers only a RuntimeError comes through
-        why,o,at = {getattr(errno, k):v for k,v in _refusals if hasattr(errno, k)},e,Path(fn).absolute().parent
-        while o is not None and not (isinstance(o, OSError) and o.errno in why): o = o.__cause__ or o.__context__
-        while not at.is_dir(): at = at.parent
-        free = shutil.disk_usage(at).free
-        n = o.errno if o is not None else errno.ENOSPC if free<2**20 else getattr(e, 'errno', None)
-        if n is None and not isinstance(e, OSError): raise
+        at,said = Path(fn).absolute().parent,e
+        while not os.path.isdir(at): at = at.parent         # `Path.is_dir` raises where a folder may not be entered
+        while said is not None and not getattr(said, 'errno', None): said = said.__cause__ or said.__context__
+        disk = shutil.disk_usage(at)
+        if said is not None: n = said.errno
+        elif disk.total and disk.free<2**20: n = errno.ENOSPC        # of a writer in C that does not say why; /proc has no room at all
+        elif isinstance(e, OSError): n = None
+        else: raise
+        why = {getattr(errno, k):v for k,v in _refusals if hasattr(errno, k)}.get(n) or (os.strerror(n) if n else e)
         full = n in (errno.ENOSPC, getattr(errno, 'EDQUOT', None))
-        err = FileError(f"{fn}: could not be written: {why.get(n, e)}{f' ({free/1e6:.3g} MB are free)' if full else ''}. Nothing was changed. {'Make room, or give' if full else 'Give'} another path")
+        room = f' ({disk.free/1e6:.3g} MB are free)' if full else ''
+        err = FileError(f"{fn}: could not be written: {why}{room}. Nothing was changed. {'Make room, or give' if full else 'Give'} another path")
         err.errno = n
         raise err from e
 
@@ -153,16 +157,31 @@ def sweep(
         except (OSError,NotImplementedError,_Planted): continue
         if fd is not None: _remove(p); os.close(fd)
 
+def synced(
+    path # a file, or a folder with all that is in it
+):
+    "Wait until what was written there is on the disk, so that a power cut after the rename leaves no empty file. Raises `OSError` where the disk failed"
+    path = Path(path)
+    for p in path.rglob('*') if path.is_dir() else [path]:
+        if not p.is_file(): continue
+        fd = os.open(p, os.O_RDWR if os.name=='nt' else os.O_RDONLY)
+        try: os.fsync(fd)
+        except OSError as e:
+            if e.errno not in (errno.EINVAL, getattr(errno, 'ENOTSUP', None), getattr(errno, 'ENOSYS', None)): raise    # a disk that cannot be asked
+        finally: os.close(fd)
+
 @contextlib.contextmanager
 def whole_file(
-    fn, # destination
-):      # path to write to
+    fn,                # destination
+    lasting:bool=True  # wait for the disk before the rename; False for what can be made again
+):                     # path to write to
     "Write to a neighbour of `fn`, rename it into place when all went well, remove it otherwise. Raises `FileError` where the disk refuses"
     fn = Path(fn)
     with writing(fn):
         if fn.is_dir(): raise IsADirectoryError(errno.EISDIR, 'a folder', str(fn))
         with beside(fn) as tmp:
             yield tmp
+            if lasting: synced(tmp)
             os.replace(tmp, fn)
 
 @contextlib.contextmanager

@@ -108,6 +108,7 @@ def _fold_finish(learn, spec, look, folder, cost, tmp):
         try: learn.export('model.pkl')
         finally: learn.path = path
         (tmp/'run.json').write_text(json.dumps(facts, indent=1, default=str))
+        synced(tmp)
         os.replace(tmp, folder)
     return folder
 

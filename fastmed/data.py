@@ -101,7 +101,7 @@ class VolumeDataLoaders(DataLoaders):
         need,left = plan.bs*int(np.prod([float(p) for p in plan.patch]))*(1+2*plan.get('context', 0))*(4*heads[0]['channels']+1),memory_left()
         if need>left: raise ResourceError(f"patch: a batch of {plan.bs} patches of {'×'.join(map(str, plan.patch))} voxels takes {need/1e9:.3g} GB before a network has seen it, and {left/1e9:.3g} GB are free. Give a smaller patch= or bs=")
         pre = Preprocess(plan.spacing, normalize, plan.orientation, codes)
-        cache = Path(ifnone(cache, cache_dir()))
+        cache = Path(cache_dir() if cache is None else cache)
         if codes is None and masks: codes = pre.codes = check_codes(df.attrs.get('codes')) or _codes_from(label_values(Store(pre, cache), masks))
         tr_im,tr_m = [images[i] for i in train],[masks[i] for i in train if masks]
         key = dict(files=[[kept_digest(f, cache) for f in L(o)] for o in tr_im+tr_m], pre=pre.to_dict())

@@ -6,9 +6,9 @@
 __all__ = ['smooth_field', 'deformation', 'cohort', 'sphere', 'sphere_dice', 'phantom', 'URLs', 'untar_data']
 
 # %% ../nbs/08_datasets.ipynb #62815cb1
-from .core import ExtraError, FileError, InputError, whole_file, writing
+from .core import ExtraError, FileError, InputError, beside, sweep, whole_file, writing
 from .archive import unpack_safely
-import contextlib, errno, gzip, hashlib, importlib.util, math, os, re, shutil, warnings
+import contextlib, errno, gzip, hashlib, importlib.util, math, os, re, warnings
 from pathlib import Path
 from urllib.parse import urlparse
 import numpy as np, pandas as pd, nibabel as nib
@@ -154,7 +154,7 @@ def _place(
 
 def _replace(fn, data):
     "Write `data` beside `fn` and rename: `fn` is whole or absent"
-    with whole_file(fn) as tmp: tmp.write_bytes(data)
+    with whole_file(fn, lasting=False) as tmp: tmp.write_bytes(data)
 
 def _save(fn, arr, affine, note):
     "Write a NIfTI whose bytes depend on its contents alone"
@@ -283,9 +283,11 @@ def _locked(fn):
     try: import fcntl
     except ImportError: fcntl = None
     fn.parent.mkdir(parents=True, exist_ok=True)
-    with open(fn, 'w') as f:
-        if fcntl: fcntl.flock(f, fcntl.LOCK_EX)
+    fd = os.open(fn, os.O_RDWR|os.O_CREAT|getattr(os, 'O_NOFOLLOW', 0), 0o666)     # a link that somebody planted is not followed
+    try:
+        if fcntl: fcntl.flock(fd, fcntl.LOCK_EX)
         yield
+    finally: os.close(fd)
 
 def _checksum(fn, expected):
     "MD5 or SHA-256 of a file in hexadecimal, whichever is as long as `expected`"
@@ -294,42 +296,36 @@ def _checksum(fn, expected):
         while b := f.read(2**20): h.update(b)
     return h.hexdigest()
 
+def _why(e):
+    "What ended a download, in words"
+    if 'ContentTooShortError' in f'{type(e).__name__} {e}': return 'fewer bytes arrived than the server had promised'     # fastdownload does not know it by name
+    if isinstance(e, EOFError): return 'the archive ends too early'
+    return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
+
 def _fetch(url, fn, expected):
     "Download `url` to `fn` unless it is there and right; `fn` is whole and verified, or absent"
     if expected and fn.exists() and _checksum(fn, expected)==expected: return fn
-    part = fn.with_name(fn.name+'.part')
-    if expected and part.exists() and _checksum(part, expected)==expected: return part.replace(fn)       # killed a moment before its end
-    try: download_url(url, part, timeout=60)
-    except Exception as e:
-        for o in (part, part.with_name(part.name+'.part')): o.unlink(missing_ok=True)
-        if getattr(e, 'errno', None) in [getattr(errno, k, -1) for k in ('ENOSPC','EDQUOT','EFBIG','EROFS')]: raise      # the disk's fault, not the network's
-        raise FileError(f'{url}: the download stopped ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}). Nothing was kept; look at the connection and call untar_data again') from e
-    if not expected:
-        warnings.warn(f'{url}: no checksum was given, so what arrived could not be verified. Next time pass checksum={_checksum(part, "")!r}')
+    with beside(fn, True) as tmp:
+        part = tmp/fn.name
+        try: download_url(url, part, timeout=60)
+        except Exception as e:
+            if getattr(e, 'errno', None) in [getattr(errno, k, -1) for k in ('ENOSPC','EDQUOT','EFBIG','EROFS')]: raise      # the disk's fault, not the network's
+            raise FileError(f'{url}: the download stopped ({_why(e)}). Nothing was kept; look at the connection and call untar_data again') from e
+        found = _checksum(part, expected)
+        if not expected: warnings.warn(f'{url}: no checksum was given, so what arrived could not be verified. Next time pass checksum={found!r}')
+        elif found!=expected: raise InputError(f'{url}: expected checksum {expected}, found {found}. Nothing was unpacked; call untar_data again, or pass checksum= if the file was changed on purpose')
         return part.replace(fn)
-    found = _checksum(part, expected)
-    if found!=expected:
-        part.unlink()
-        raise InputError(f'{url}: expected checksum {expected}, found {found}. Nothing was unpacked; call untar_data again, or pass checksum= if the file was changed on purpose')
-    return part.replace(fn)
 
 def _unpack(arch, dest, url, note):
     "Unpack `arch` beside `dest` and rename; a single top folder becomes `dest` itself"
-    tmp = dest.with_name(dest.name+'.part')
-    shutil.rmtree(tmp, ignore_errors=True)
-    try:
-        unpack_safely(arch, tmp, url)
-        tops = list(tmp.iterdir()) if tmp.exists() else []
+    with beside(dest, True) as tmp:
+        tops = list(unpack_safely(arch, tmp/'all', url).iterdir())
         if not tops: raise InputError(f'{url}: the archive is empty; give the address of another')
-        top = tops[0] if len(tops)==1 and tops[0].is_dir() else tmp
+        top = tops[0] if len(tops)==1 and tops[0].is_dir() else tmp/'all'
         if (top/'.checksum').is_dir(): raise InputError(f'{url}: the archive holds a folder named .checksum, which is the name of our note beside the files; give the address of another')
         (top/'.checksum').write_text(note)
-        old = dest.with_name(dest.name+'.old')
-        shutil.rmtree(old, ignore_errors=True)
-        if dest.exists(): dest.rename(old)
+        if dest.exists(): dest.rename(tmp/'old')
         top.rename(dest)
-        shutil.rmtree(old, ignore_errors=True)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
     return dest
 
 # %% ../nbs/08_datasets.ipynb #797db6ce
@@ -346,7 +342,7 @@ def untar_data(
     folder,md5 = _known(url)
     if not (checksum or md5) and url in [v for o in external.URLs.__mro__ for v in vars(o).values()]:
         try: return external.untar_data(url, archive=archive, data=data, c_key=c_key, force_download=force_download, base=base)
-        except OSError as e: raise FileError(f"{url}: could not be fetched ({e}). Check the address and the connection") from e
+        except Exception as e: raise FileError(f"{url}: could not be fetched ({_why(e)}). Check the address and the connection; force_download=True takes it anew") from e
     expected = (checksum or md5 or '').lower()
     if expected and not re.fullmatch('[0-9a-f]{32}|[0-9a-f]{64}', expected): raise InputError(f'{url}: checksum={checksum!r} is neither MD5 (32 hexadecimal digits) nor SHA-256 (64); give one of them')
     name = Path(urlparse(url).path).name
@@ -358,18 +354,16 @@ def untar_data(
     base = base or os.environ.get('FASTMED_HOME')
     place = lambda given, key: Path(given or (Path(base)/key if base else external.fastai_path(key))).expanduser().absolute()
     arch,dest = place(archive, 'archive')/name, place(data, c_key)/stem
-    left = [dest.with_name(dest.name+o) for o in ('.part','.old')]                 # of a process that was killed, or of one that is at work
     def there():
         if not dest.exists() or force_download: return False
         mark = dest/'.checksum'
         if expected and mark.exists() and mark.read_text().split()[0]!=expected and len(mark.read_text().split()[0])==len(expected):
             raise InputError(f'{url}: {dest} was unpacked from an archive with checksum {mark.read_text().split()[0]}, expected {expected}. Pass force_download=True to replace it, or data= for another folder')
         return True
-    if there() and not any(o.exists() for o in left): return dest                  # a read-only folder will do
+    for o in (arch.parent, dest.parent): sweep(o)                                  # what a process that was killed had begun
+    if there(): return dest                                                        # a read-only folder will do
     with writing(dest), _locked(arch.with_name(name+'.lock')):
         dest.parent.mkdir(parents=True, exist_ok=True)
-        if there():
-            for o in left: shutil.rmtree(o, ignore_errors=True)
-            return dest
+        if there(): return dest
         if force_download: arch.unlink(missing_ok=True)
         return _unpack(_fetch(url, arch, expected), dest, url, f'{expected or "unverified"} {url}\n')

@@ -29,6 +29,7 @@ def _hash(*s): return hashlib.sha256('|'.join(s).encode()).hexdigest()[:10]
 def _read(fn, tags, pixels=False):
     "The elements `tags` of a file; None where it is no DICOM"
     import pydicom
+    check_plain(fn)
     try:
         with open(fn, 'rb') as f: b = f.read(132)
     except OSError as e: raise FileError(f"{fn}: cannot be opened ({e.strerror})") from None

@@ -30,6 +30,12 @@ def _window(x, corner, plan, patch, view, spacing):
     w = look_through(cut(x, [c-(b-n)//2 for c,b,n in zip(corner, wide, size)], wide)[None], view, size, spacing)[0]
     return w.movedim(plan.axis+1, 1).flatten(0,1) if plan.ndim==2 else w
 
+def _why_nan(name, x):
+    "What to say where a network answers NaN to the pre-processed scan `x` (C,X,Y,Z)"
+    far = float(x.abs().max())
+    if math.isfinite(far) and far<1e6: return f"{name}: the network answers NaN. Its training diverged, or its weights are not whole: train again at a lower rate"
+    return f"{name}: the network answers NaN to a scan whose values, pre-processed, reach {far:.3g}; networks expect a few units. Repair the scan, or choose another normalize"
+
 def slide_window(
     x:Tensor,            # (C,X,Y,Z) float32, pre-processed
     forward,             # (B,C,*S) → (B,n,*S) logits
@@ -75,7 +81,7 @@ def slide_window(
         if k<=0: return
         a = acc[:,:k]
         best,where = a.max(0)
-        if best.isnan().any(): raise InputError(f"{name}: the network answers NaN. Its training diverged, or its weights are not whole: train again at a lower rate")
+        if best.isnan().any(): raise InputError(_why_nan(name, x))
         lm[base:upto] = (where if n_out>1 else a[0]>0).to(dt).cpu()
         for i in range(0, k, few) if keep else ():
             j = min(k, i+few); p = a[:,i:j].div_(wsum[i:j]).float()                # in place: these planes are done

@@ -15,7 +15,7 @@ from .dicom import _grid, _load_series
 from .frames import picture_pixels
 from fastai.data.all import *
 from nibabel.spatialimages import SpatialImage
-import contextlib, errno, gzip, hashlib, os, re, nibabel as nib
+import contextlib, gzip, hashlib, os, re, nibabel as nib
 
 # %% ../nbs/06_io.ipynb #b2242b65
 _nifti = ('.nii', '.nii.gz', '.hdr', '.img')
@@ -26,7 +26,7 @@ def _suffix(fn):
 
 def _files_of(fn):
     "Every file whose bytes make the scan: all of a folder; beside a header, the file with its voxels"
-    fn = Path(fn)
+    fn = _exists(fn)
     if fn.is_dir(): return sorted(o for o in fn.iterdir() if o.is_file())
     beside = []
     if fn.suffix.lower() in ('.hdr','.img'): beside = [fn.with_suffix({'.hdr':'.img', '.img':'.hdr'}[fn.suffix.lower()])]
@@ -93,7 +93,10 @@ def _exists(fn):
         hint = ". An array does not know its place: wrap it, nib.Nifti1Image(array, affine)" if hasattr(fn, 'shape') else ""
         raise ArgumentError(f"expected an image file, a DICOM folder, an image of nibabel's, or a list of them; found {what}{hint}")
     fn = Path(fn)
-    if not fn.exists(): raise MissingFileError(f"{fn}: no such file. Check the path, and `path=` which stands before relative names")
+    if not fn.exists():
+        if fn.is_symlink(): raise MissingFileError(f"{fn}: is a link to {os.readlink(fn)}, which is not there. Take it out, or restore that file")
+        raise MissingFileError(f"{fn}: no such file. Check the path, and `path=` which stands before relative names")
+    check_plain(fn)
     return fn
 
 def read_header(
@@ -240,7 +243,10 @@ def load_volume(
         s = _series(fn)
         if s is not None and not s.picture: a,aff,meta = _load_series(s, regrid)
         elif regrid is not False: raise ArgumentError(f"{fn}: regrid={regrid!r} is for DICOM series; other files have a regular grid. Use resampled_grid and resample_to")
-        else: a,aff,meta = _load_array(fn, np.float32)
+        else:
+            with reading(image_label(fn)), np.errstate(over='raise'):
+                a,aff,meta = _load_array(fn, np.float32)
+                a = np.ascontiguousarray(a, dtype=np.float32)
         res = TensorVolume(torch.from_numpy(np.ascontiguousarray(a, dtype=np.float32)), affine=aff, meta=dict(fn=str(s.path if s is not None else image_label(fn)), **meta))
     return to_orientation(res) if reorient else res
 
@@ -380,7 +386,7 @@ def save_volume(
             if sfx=='.png': im = im[:,:,0]
             sitk.WriteImage(im, str(tmp), True)
             back = sitk.ReadImage(str(tmp))
-            if not np.array_equal(sitk.GetArrayViewFromImage(back), sitk.GetArrayViewFromImage(im), equal_nan=a.dtype.kind=='f'): raise OSError(errno.EIO, 'the file does not hold what was written')      # on a full disk NRRD ends short without a word
+            if not np.array_equal(sitk.GetArrayViewFromImage(back), sitk.GetArrayViewFromImage(im), equal_nan=a.dtype.kind=='f'): raise OSError('the file does not hold what was written')      # on a full disk NRRD ends short without a word
         else: raise InputError(f"{fn}: expected .nii, .nii.gz, .nrrd, .mha or .png; found '{sfx}'")
     return fn
 

@@ -8,6 +8,7 @@ __all__ = ['FastForward', 'FloatWhereShort', 'make_fast', 'Evaluation', 'VolumeL
 
 # %% ../nbs/37_learner.ipynb #6bf7c1da
 from .core import *
+from .guard import check_plain
 from .io import *
 from .doctor import *
 from .preprocess import *
@@ -105,6 +106,7 @@ def prediction_key(
 ):     # the `key` of `save_prediction`; None where fastmed did not write the file, or where it was changed since
     "What the mask in a file was made from, by the note in its header"
     try:
+        check_plain(fn)
         im = nib.load(fn)
         name,key,digest = bytes(im.header['descrip'].item()).decode(errors='replace').split()
         return key if name=='fastmed' and digest==_mask_digest(np.asanyarray(im.dataobj), im.affine) else None
@@ -233,12 +235,16 @@ class VolumeLearner(EncoderMixin, Learner):
         with writing(first_out), beside(first_out): pass                 # a disk that refuses says so before the first prediction
         for _,r in progress_bar(list(df.iterrows())):
             out = dst/f'{r.case}.nii.gz'
-            key = hashlib.sha256(repr([maker, *[file_digest(o) for o in L(r.image)]]).encode()).hexdigest()[:32] if maker else '-'
-            if overwrite or not maker or prediction_key(out)!=key:
-                try: m = self.predict_volume(r.image, **kwargs); check_free([out], sources, overwrite)
-                except (OSError, ValueError, MemoryError) as e: rows.append(dict(case=r.case, mask=None, status=f'error: {e}')); continue
-                save_prediction(m, out, key)
-            rows.append(dict(case=r.case, mask=str(out), status='ok'))
+            try:
+                key = hashlib.sha256(repr([maker, *[file_digest(o) for o in L(r.image)]]).encode()).hexdigest()[:32] if maker else '-'
+                m = None
+                if overwrite or not maker or prediction_key(out)!=key:
+                    m = self.predict_volume(r.image, **kwargs)
+                    check_free([out], sources, overwrite)
+            except (OSError, ValueError, MemoryError) as e: rows.append(dict(case=r.case, mask=None, status=f'error: {e}'))
+            else:
+                if m is not None: save_prediction(m, out, key)
+                rows.append(dict(case=r.case, mask=str(out), status='ok'))
         return pd.DataFrame(rows)
 
     def evaluate(self,

@@ -74,7 +74,11 @@ class Preprocess:
         if 'auto' in hows or ('ct' in hows and self.stats is None): raise InputError("This Preprocess is not fitted: call `fit` on the training cases first")
         if self.stats is not None and len(self.stats)!=t.shape[0]:
             raise InputError(f"{_name(t)}: expected {len(self.stats)} channels, as in training; found {t.shape[0]}")
-        a = np.stack([normalize_channel(c, h, s) for c,h,s in zip(t.as_subclass(Tensor).numpy(), hows, self.stats or [None]*len(hows))])
+        v,stats = t.as_subclass(Tensor).numpy(),self.stats or [None]*len(hows)
+        try:
+            with np.errstate(over='raise'): a = np.stack([normalize_channel(c, h, s) for c,h,s in zip(v, hows, stats)])
+        except FloatingPointError as e:
+            raise InputError(f"{_name(t)}: its values, from {v.min():.3g} to {v.max():.3g}, are beyond 32 bits (3.4e38) once they are normalised. Repair the scan, or leave the case out") from e
         return TensorVolume(torch.from_numpy(a), **{**{k:v for k,v in t.__dict__.items() if k!='_affine'}, 'affine':t.affine})
 
     # --- the way back

@@ -180,7 +180,7 @@ class LoadRadiograph(DisplayedTransform):
         dest = self.entry(fn)
         if not dest.exists():
             x = self.prep(fn)
-            with whole_file(dest) as tmp:
+            with whole_file(dest, lasting=False) as tmp:
                 with open(tmp, 'wb') as f: np.save(f, x.to(self.prep.dtype).numpy())
         return dest
     def build(self,
@@ -314,7 +314,7 @@ class RadiographDataLoaders(DataLoaders):
         if not len(df): raise InputError("from_df: the DataFrame has no rows")
         if isinstance(bs, bool) or not isinstance(bs, (int,np.integer)) or bs<1: raise InputError(f"bs: expected a whole number of 1 or more; found {bs!r}")
         df = check_columns(df).reset_index(drop=True)
-        prep,cache,device = RadiographPrep(size, window, normalize, colour),Path(ifnone(cache, cache_dir())),torch.device(ifnone(device, default_device()))
+        prep,cache,device = RadiographPrep(size, window, normalize, colour),Path(cache_dir() if cache is None else cache),torch.device(ifnone(device, default_device()))
         files = all_files(df, image_col, Path(path).absolute())
         for i,f in enumerate(files):
             if is_listy(f): raise InputError(f"image_col {image_col!r}: expected one file a picture; found {f}")

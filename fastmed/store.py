@@ -13,16 +13,41 @@ from .preprocess import *
 from fastai.data.all import *
 from fastprogress.fastprogress import progress_bar
 from concurrent.futures import ThreadPoolExecutor, as_completed
-import contextlib, hashlib, json, os, time
+import contextlib, errno, hashlib, json, os, shutil, stat, tempfile, time
 
 # %% ../nbs/12_store.ipynb #36376da0
-_version = 2   # of the layout on disk and of how files are read; part of every key
+_version = 3   # of the layout on disk and of how files are read; part of every key
 
 def _key(*parts): return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:24]
 
+def _private(path):
+    "Make a folder that its owner alone may enter, where there is none"
+    path = Path(path)
+    if os.path.isdir(path): return
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
+
+def _no_home(why):
+    "A private folder under that of temporary files. Raises `FileError` where what stands there is not this user's alone"
+    user = os.geteuid() if hasattr(os, 'geteuid') else 0
+    path = Path(tempfile.gettempdir())/f'fastmed-{user}'
+    _private(path)
+    s = os.lstat(path)
+    if not stat.S_ISDIR(s.st_mode) or hasattr(os, 'geteuid') and (s.st_uid!=user or s.st_mode&0o077):
+        raise FileError(f"{path}: expected a folder of yours that nobody else may enter, since {why}; found a link, or one of somebody else. Set FASTMED_CACHE to a folder of yours")
+    warn(f"{why}: preprocessed cases are kept in {path}, which the system may empty. Set FASTMED_CACHE to a folder that lasts")
+    return path
+
 def cache_dir()->Path: # a folder, perhaps not there yet
-    "Where stores live by default: `FASTMED_CACHE`, or `~/.cache/fastmed`"
-    return Path(os.environ.get('FASTMED_CACHE', Path.home()/'.cache'/'fastmed'))
+    "Where stores live by default: `FASTMED_CACHE`, or `~/.cache/fastmed`; without a home that can be written, a private folder of temporary files. Raises `FileError` where that is not safe"
+    if given:=os.environ.get('FASTMED_CACHE'): return Path(given)
+    try: path = Path.home()/'.cache'/'fastmed'
+    except RuntimeError: return _no_home('this user has no home')
+    there = next(o for o in (path, *path.parents) if os.path.lexists(o))
+    if not os.path.isdir(there) or not os.access(there, os.W_OK|os.X_OK): return _no_home(f'{there} cannot be written')
+    if there==path and os.name!='nt' and path.stat().st_mode&0o077: warn(f"{path}: holds preprocessed scans, and other users of this machine may look into it. Say: chmod 700 {path}")
+    return path
 
 def each_in_threads(
     f,               # function
@@ -44,7 +69,8 @@ class Store:
         preprocess:Preprocess, # the pipeline whose results are kept
         path=None              # folder; default: `cache_dir()`
     ):
-        self.preprocess,self.path,self._open = preprocess,Path(ifnone(path, cache_dir())),{}
+        self.preprocess,self.path,self._open = preprocess,Path(cache_dir() if path is None else path),{}
+        self._sealed = {}                                            # entries that were found whole, and what their files looked like
 
     def __getstate__(self): return {**self.__dict__, '_open':{}}     # open maps do not travel to workers
 
@@ -64,28 +90,45 @@ class Store:
     def add_image(self,
         fn      # image file, or a list of channel files
     )->Path:    # folder of the entry
-        "Preprocess and keep an image; nothing happens where the entry is there. Raises what `load_volume` and the `Preprocess` raise"
+        "Preprocess and keep an image; nothing happens where the entry is there, whole. Raises what `load_volume` and the `Preprocess` raise"
         dest = self.entry('image', fn)
-        if dest.exists(): return dest
+        if self.whole(dest): return dest
         t = self.preprocess(load_volume(fn)); self._same('image', fn, dest)
-        with whole_folder(dest) as p:                              # where another process was faster, its entry is as good
-            np.save(p/'data.npy', t.as_subclass(Tensor).numpy())
-            (p/'meta.json').write_text(json.dumps(dict(affine=t.affine.tolist())))
-        return dest
+        return self._keep(dest, t)
 
     def add_mask(self,
         fn      # mask file
     )->Path:    # folder of the entry
         "Preprocess and keep a mask, with the places of its foreground. Raises what `load_mask` and the `Preprocess` raise"
         dest = self.entry('mask', fn)
-        if dest.exists(): return dest
+        if self.whole(dest): return dest
         t = self.preprocess(load_mask(fn)); self._same('mask', fn, dest)
-        fg = foreground_index(t.as_subclass(Tensor).numpy())
-        with whole_folder(dest) as p:
+        return self._keep(dest, t, foreground_index(t.as_subclass(Tensor).numpy()))
+
+    def _keep(self, dest, t, fg=None):
+        "Write an entry and its seal, in place of one that is not whole"
+        _private(self.path)
+        with whole_folder(dest) as p:                              # where another process was faster, its entry is as good
             np.save(p/'data.npy', t.as_subclass(Tensor).numpy())
-            np.savez(p/'fg.npz', **{str(k):v for k,v in fg.items()})
-            (p/'meta.json').write_text(json.dumps(dict(affine=t.affine.tolist())))
+            if fg is not None: np.savez(p/'fg.npz', **{str(k):v for k,v in fg.items()})
+            affine = t.affine.tolist()
+            (p/'meta.json').write_text(json.dumps(dict(affine=affine, seal=_seal(p, dest.name, affine, file_digest))))
+            if dest.exists() and not self.whole(dest): shutil.rmtree(dest, ignore_errors=True)
+        self._sealed[dest] = _stamps(dest)
         return dest
+
+    def whole(self,
+        dest    # folder of an entry
+    )->bool:    # False too where it is not there
+        "Whether an entry holds what was written there. Its voxels are read for that once, and again when size, times or inode say that somebody wrote to them"
+        try:
+            now = _stamps(dest)
+            if self._sealed.get(dest)==now: return True
+            meta = json.loads((dest/'meta.json').read_text())
+            good = meta['seal']==_seal(dest, dest.name, meta['affine'], lambda fn: kept_digest(fn, self.path))
+        except (OSError, ValueError, KeyError, TypeError): return False
+        if good: self._sealed[dest] = now
+        return good
 
     def build(self,
         images,          # list of image files (or lists of channel files)
@@ -93,12 +136,14 @@ class Store:
         workers:int=None # threads; default: the cores, at most 8
     ):                   # self
         "Add all that is not there yet, in parallel, with a bar. An error names its file; what was finished stays"
-        with writing(self.path): self.path.mkdir(parents=True, exist_ok=True)      # digests are kept from the first file on
+        _private(self.path)                                          # digests are kept from the first file on
         jobs = [(self.add_image, o, self.entry('image', o)) for o in images] + [(self.add_mask, o, self.entry('mask', o)) for o in masks]
-        jobs = [(f,o) for f,o,e in jobs if not e.exists()]
+        with ThreadPoolExecutor(ifnone(workers, min(8, defaults.cpus))) as ex: done = list(ex.map(self.whole, [e for *_,e in jobs]))
+        jobs = [o for o,d in zip(jobs, done) if not d]
         if not jobs: return self
+        if bad:=[(o,e) for _,o,e in jobs if e.exists()]: _made_anew(*bad[0], len(bad))
         for kind in ('image','mask'): sweep(self.path/kind)          # what a killed process had begun
-        each_in_threads(lambda f, o: f(o), jobs, workers)
+        each_in_threads(lambda f, o, e: f(o), jobs, workers)
         return self
 
     # --- reading
@@ -144,7 +189,10 @@ class Store:
     def _there(self, kind, fn):
         if any(not Path(o).exists() for o in L(fn)): return None      # load_volume then says which
         e = self.entry(kind, fn)
-        return e if e.exists() else None
+        if not e.exists() or self.whole(e): return e if e.exists() else None
+        _made_anew(fn, e)
+        try: return (self.add_image if kind=='image' else self.add_mask)(fn)
+        except FileError: return None                                 # the store cannot be written: made now, and not kept
 
     # --- facts that cost voxels to find
     def cached(self,
@@ -157,7 +205,8 @@ class Store:
         if dest.exists():
             with contextlib.suppress(ValueError, OSError): return json.loads(dest.read_text())      # one that is not whole is found anew
         res = func()
-        with whole_file(dest) as tmp: tmp.write_text(json.dumps(res))
+        _private(self.path)
+        with whole_file(dest, lasting=False) as tmp: tmp.write_text(json.dumps(res))
         return res
 
 def kept_digest(
@@ -181,6 +230,21 @@ def _mapped(fn):
     whole = torch.UntypedStorage.from_file(str(fn), False, size)
     a = torch.empty(0, dtype=torch.from_numpy(np.empty(0, dtype)).dtype).set_(whole, start//dtype.itemsize, (n,))
     return a.view(shape[::-1]).permute(*range(len(shape)-1, -1, -1)) if turned else a.view(shape)
+
+def _seal(folder, name, affine, digest):
+    "What tells the contents of an entry from any other"
+    fg = folder/'fg.npz'
+    return _key(name, affine, digest(folder/'data.npy'), file_digest(fg) if fg.exists() else None)
+
+def _stamps(folder):
+    "What changes when somebody writes to an entry. Raises `FileNotFoundError` where a file of it is gone"
+    sts = {o.name:o.stat() for o in os.scandir(folder)}
+    if missing:={'data.npy','meta.json'}-set(sts): raise FileNotFoundError(errno.ENOENT, 'a file of the entry is gone', str(folder/missing.pop()))
+    return {k:(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for k,s in sts.items()}
+
+def _made_anew(fn, dest, n=1):
+    more = f' (and {n-1} more)' if n>1 else ''
+    warn(f"{_names(fn)}{more}: its entry in the store, {dest}, does not hold what was written there, and is made anew")
 
 def _facts(fn):
     "The facts of one file or several; None where one is out of reach"
