@@ -5,7 +5,7 @@ import numpy as np, pandas as pd, pytest, torch
 from torch import nn
 from fastmed.all import *
 from fastmed.ship import save_model, load_model, export_onnx, load_onnx, SavedLearner
-from fastmed import ship
+from fastmed import modelfile
 from phantoms import *
 for k in [o for o in globals() if o.startswith('test')]: del globals()[k]    # fastcore's own
 
@@ -225,9 +225,9 @@ def forge(b, edit=lambda m: m, tensors=lambda t: t):
     from safetensors.torch import load, save
     n = int.from_bytes(b[:8], 'little')
     meta = json.loads(json.loads(b[8:8+n])['__metadata__']['fastmed'])
-    t = tensors(load(b)); meta['sha256'] = ship._blank
+    t = tensors(load(b)); meta['sha256'] = modelfile._blank
     meta = edit(meta) or meta
-    return ship._seal(save(t, {'fastmed':meta if isinstance(meta, str) else json.dumps(meta)}))
+    return modelfile._seal(save(t, {'fastmed':meta if isinstance(meta, str) else json.dumps(meta)}))
 
 def put(value, *keys):
     def f(m):
@@ -300,7 +300,7 @@ def test_what_is_no_model_is_not_read(tmp_path, monkeypatch):
 def test_an_error_of_the_network_itself_names_the_file(saved, monkeypatch, error):
     "Whatever a network makes of arguments that somebody made up"
     def fails(*args): raise error
-    monkeypatch.setattr(ship, '_build', fails)
+    monkeypatch.setattr(modelfile, '_build', fails)
     with pytest.raises(FastmedError, match='m.safetensors: not a model that can be opened'): load_model(saved[1], 'cpu')
 
 def _unsealed(b, edit):
@@ -379,9 +379,9 @@ def test_onnx_forged(onnx, learner, tmp_path):
     export_onnx(learner(2, fast=False), tmp_path/'m.onnx')
     m = ox.load(str(tmp_path/'m.onnx')); meta = json.loads(m.metadata_props[0].value)
     def write(edit, mod=lambda m: m):
-        d = json.loads(json.dumps(meta)); d['sha256'] = ship._blank; edit(d)
+        d = json.loads(json.dumps(meta)); d['sha256'] = modelfile._blank; edit(d)
         c = ox.ModelProto(); c.CopyFrom(m); mod(c); ox.helper.set_model_props(c, {'fastmed':json.dumps(d)})
-        (tmp_path/'bad.onnx').write_bytes(ship._seal(c.SerializeToString()))
+        (tmp_path/'bad.onnx').write_bytes(modelfile._seal(c.SerializeToString()))
         return tmp_path/'bad.onnx'
     load_onnx(write(lambda d: None))
     def other(c): c.graph.node[0].op_type = 'Nothing'
