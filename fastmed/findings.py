@@ -18,11 +18,11 @@ from .callbacks import *
 from .callbacks import was_seen
 from .plain import UnopenedError
 from .ensemble import trusted_learner
-from .modelfile import load_model
 from .learner import *
 from .report import *
 from .stats import *
 from fastai.basics import *
+from .modelfile import load_model               # after fastai's own
 from fastprogress.fastprogress import progress_bar
 
 # %% ../nbs/51_findings.ipynb #edab24f1

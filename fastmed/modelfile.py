@@ -9,7 +9,6 @@ __all__ = ['SavedLearner', 'SavedCaseLearner', 'save_model', 'load_model']
 from . import __version__
 from .core import *
 from .guard import memory_left
-from .io import *
 from .preprocess import *
 from .augment import SpatialTfm
 from .blocks import *
@@ -24,7 +23,7 @@ from .weights import FrozenNorms
 from .memory import MemoryCallback
 from .encoders import create_network, is_encoder
 from .learner import *
-from .learner import FloatWhereShort, _plain_layout
+from .learner import _plain_layout
 from .classify import *
 from .uncertainty import WeightFile
 from .ensemble import *
@@ -34,12 +33,11 @@ from .plain import _again, _back, _blank, _format, _json, _numbers, _plain, _sea
 from .plain import Budget, ModelFile, TooLarge, TrialBudget, UnopenedError, few_modules
 from fastai.basics import *
 from numbers import Real
-from torch.overrides import TorchFunctionMode
 import contextlib, hashlib, inspect, io, itertools, json, math, tempfile
 
 # %% ../nbs/50_modelfile.ipynb #77ec1bb0
 _most,_voxels = 10_000,2**27       # the largest number in a network's arguments; voxels of a patch
-_modules,_held = 30_000,2**28      # modules of a network; numbers that a trial of it may hold at a time
+_modules,_held = 10_000,2**28      # modules and tensors of a network; numbers that a trial of it may hold at a time
 _acts = ('ReLU','LeakyReLU','ELU','GELU','SiLU','Mish','ReLU6','SELU','CELU','PReLU','Hardswish','Softplus','Tanh','Identity')
 
 # %% ../nbs/50_modelfile.ipynb #7b95e867
@@ -53,8 +51,8 @@ def _name_of(arch):
 
 def _channels(net, plan): return net['n_in']*(1+2*plan.get('context', 0) if plan.ndim==2 else 1)     # of the network: a slice comes with its neighbours
 
-def _build(net, plan, most):
-    "The network of `net`, with weights drawn at random; at most `most` elements"
+def _build(net, plan, most=math.inf, modules=_modules):
+    "The network of `net`, with weights drawn at random; at most `most` elements in at most so many modules"
     case = 'head' in net; encoder = net['arch'] not in model_names()
     if encoder and not case and not is_encoder(net['arch'], plan.ndim): raise InputError(f"expected a network among {', '.join(model_names())}, or an encoder of timm's or MONAI's; found {net['arch']!r}")
     args,patch = _back(net['args']),_back(net['patch'])
@@ -66,9 +64,11 @@ def _build(net, plan, most):
         if name not in _acts: raise InputError(f"expected act to be one of torch.nn's {', '.join(_acts)}; found {args['act']!r}")
         args['act'] = getattr(nn, name)
     if encoder: most += 2**27 if 'vgg' in net['arch'] else 2**23            # layers that timm makes and takes away again: a classifier
-    with torch.random.fork_rng(devices=[]), few_modules(_modules), Budget(most), TrialBudget(most):
-        if case: return build_case(net, args, patch, _channels(net, plan), plan.ndim)
-        return create_network(net['arch'], _channels(net, plan), net['n_out'], ndim=plan.ndim, patch=patch, **args)[0]
+    try:
+        with torch.random.fork_rng(devices=[]), few_modules(modules), Budget(most), TrialBudget(most):
+            if case: return build_case(net, args, patch, _channels(net, plan), plan.ndim)
+            return create_network(net['arch'], _channels(net, plan), net['n_out'], ndim=plan.ndim, patch=patch, **args)[0]
+    except TooLarge as e: raise InputError("the network that it names is larger than its weights") from e
 
 def _own(arch, net, plan):
     "The network that `arch` of `load_model` gives for a file. Raises `ArgumentError`, and what `arch` raises"
@@ -140,17 +140,18 @@ class SavedLearner(VolumeLearner):
         "The cases that the model was trained on, by case or by subject, so far as the file and later training know"
         return was_seen(getattr(self, 'seen', {}), df)
 
-    def __repr__(self):
-        f,pre = self.facts,get_preprocess(self.dls)
-        return (f"{self.arch}, {sum(p.numel() for p in self.model.parameters()):,} parameters: {self.n_in} channel{'s'*(self.n_in>1)}, patch {tuple(get_plan(self.dls).patch)} → {', '.join(map(str, pre.vocab[1:]))}\n{pre}\npost-processing: {', '.join(self.post) or 'none'}\n"
+    def _told(self, answers, how):
+        f = self.facts; channels = f"{self.n_in} channel{'s'*(self.n_in>1)}"
+        return (f"{self.arch}, {sum(p.numel() for p in self.model.parameters()):,} parameters: {channels}, {answers}\n{how}\n"
                 f"trained on {f['cases']} cases of {f['subjects']} subjects, by fastmed {f['fastmed']}; scores: {json.dumps(f.get('evaluation') or f.get('metrics') or 'none kept')}")
+
+    def __repr__(self):
+        pre = get_preprocess(self.dls); patch,names = tuple(get_plan(self.dls).patch),', '.join(map(str, pre.vocab[1:]))
+        return self._told(f"patch {patch} → {names}", f"{pre}\npost-processing: {', '.join(self.post) or 'none'}")
 
 class SavedCaseLearner(SavedLearner, CaseLearner):
     "A `CaseLearner` out of a model file, with the `facts` of its training"
-    def __repr__(self):
-        f = self.facts; how = getattr(self.dls, 'prep', None) or get_preprocess(self.dls)
-        return (f"{self.arch}, {sum(p.numel() for p in self.model.parameters()):,} parameters: {self.n_in} channel{'s'*(self.n_in>1)}, {'×'.join(map(str, self.arch_patch))} → {self.task} of {', '.join(map(str, self.label_vocab))}\n{how}\n"
-                f"trained on {f['cases']} cases of {f['subjects']} subjects, by fastmed {f['fastmed']}; scores: {json.dumps(f.get('evaluation') or f.get('metrics') or 'none kept')}")
+    def __repr__(self): return self._told(f"{'×'.join(map(str, self.arch_patch))} → {self.task} of {', '.join(map(str, self.label_vocab))}", getattr(self.dls, 'prep', None) or get_preprocess(self.dls))
 
 def _empty_dls(meta, plan, pre, device):
     "DataLoaders without data that know how a scan is read, cut and flipped"
@@ -173,12 +174,6 @@ def _remembered(training):
     cases,subjects = [[o if is_sealed(o) else seal_of('', o) for o in v] for v in (cases,subjects)]       # formats 1 and 2 had no salt
     return dict(itertools.zip_longest(cases, subjects, fillvalue=''))
 
-def _plan_of(meta):
-    "The plan, and why it is so. Raises `InputError`"
-    why = meta.get('reasons', {})
-    if not isinstance(why, dict) or not all(isinstance(v, str) for v in why.values()): raise InputError(f"expected reasons in words; found {str(why)[:80]}")
-    return Plan(_back(meta['plan']), reasons=why)
-
 def _expect_masks(meta, plan, pre):
     "Raise `InputError` where the metadata of a network for masks say what cannot be"
     net,flips = meta['network'],_back(meta['flips'])
@@ -190,7 +185,7 @@ def _expect_masks(meta, plan, pre):
 
 def _learner(meta, device, network):
     "The Learner that the metadata describe; `network(plan)` gives its model"
-    seen,plan,net = _remembered(meta['training']),_plan_of(meta),meta['network']
+    seen,plan,net = _remembered(meta['training']),plan_of(meta),meta['network']
     if 'labels' in meta:
         learn = case_learner(SavedCaseLearner, meta, device, network)
         learn.post = ()
@@ -251,14 +246,13 @@ def _uncompiled(model):
     model = get_model(model)
     return copy(getattr(model, '_orig_mod', model))       # a copy of a module shares its weights, and leaves behind what was compiled in place
 
-def _hooked(h): return h is _plain_layout or isinstance(getattr(h, '__self__', None), (FastForward,FloatWhereShort))
-
 def _plain_copy(model):
     "A copy of a network on the CPU, in evaluation, without what `make_fast` hung on it"
     with torch.no_grad(): model = deepcopy(_uncompiled(model)).cpu().eval()
     for m in model.modules():
         for hooks in (m._forward_pre_hooks, m._forward_hooks):
-            for k in [k for k,h in hooks.items() if _hooked(h)]: hooks.pop(k)
+            for k,h in list(hooks.items()):
+                if h is _plain_layout or isinstance(getattr(h, '__self__', None), (FastForward,FloatWhereShort)): hooks.pop(k)
     return model
 
 def _rebuilt(learn, meta):
@@ -266,9 +260,9 @@ def _rebuilt(learn, meta):
     state = _uncompiled(learn.model).state_dict()
     if odd:=[k for k,v in state.items() if not isinstance(v, Tensor)]: raise InputError(f"save_model: the network keeps {odd[0]}, which is no tensor; keep the Learner with learn.export, which is a pickle")
     tensors = {k:v.detach().cpu().contiguous().clone() for k,v in state.items()}
-    plan = _plan_of(meta)
+    plan = plan_of(meta)
     if meta['network'].get('own'): return _plain_copy(learn.model),tensors,plan
-    model = _build(meta['network'], plan, math.inf)
+    model = _build(meta['network'], plan)
     try: _fill(model, tensors)
     except ValueError as e: raise InputError(f"save_model: the network was changed after the Learner was made: {e}. Make it by its arguments, or keep it with learn.export") from e
     return model,tensors,plan
@@ -344,8 +338,8 @@ def _load(src, device, arch=None):
         raise UnopenedError(f"{fn}: its network, {str(net.get('arch'))[:200]}, is known by no name, so the file does not say how it is built. Say load_model(fn, arch=make), where make() gives that network")
     _check_room(src)
     def network(plan):
-        numel = sum(math.prod(s) for s,_ in src.shapes().values())
-        model = _build(net, plan, 2*numel+2**22) if arch is None else _own(arch, net, plan)
+        numel,count = sum(math.prod(s) for s,_ in src.shapes().values()),len(src.declared)
+        model = _build(net, plan, 2*numel+2**22, min(_modules, 20*count+500)) if arch is None else _own(arch, net, plan)
         _expect_fit(model, src.shapes())
         model.load_state_dict({k:src.tensor(k) for k in src.declared})
         with evaluating(model): _expect_echo(meta, _tried(_plain_copy(model) if arch is not None else model, plan, meta)[1], arch is not None)

@@ -43,17 +43,19 @@ def _numbers(o):
 # %% ../nbs/38_plain.ipynb #c36a412b
 @contextlib.contextmanager
 def few_modules(
-    most:int # modules that may be put into others
+    most:int # modules that may be put into others, and weights into modules, together
 ):
     "Raise `InputError` where a network is built of more than `most` modules: a short file may ask for a network that takes for ever to build"
     left = most
-    def count(parent, name, module):
+    def count(parent, name, part):
         nonlocal left
         left -= 1
         if left<0: raise InputError(f"the network that it names has more than {most:,} modules")
-    handle = torch.nn.modules.module.register_module_module_registration_hook(count)
+    module = torch.nn.modules.module
+    handles = [f(count) for f in (module.register_module_module_registration_hook, module.register_module_parameter_registration_hook)]
     try: yield
-    finally: handle.remove()
+    finally:
+        for h in handles: h.remove()
 
 class Budget(TorchFunctionMode):
     "Raise `ValueError` before more than `most` elements are made"

@@ -10,8 +10,8 @@ from .core import *
 from .learner import *
 from .plain import UnopenedError
 from .ensemble import trusted_learner
-from .modelfile import load_model, save_model
 from fastai.basics import *
+from .modelfile import load_model, save_model   # after fastai's own
 
 # %% ../nbs/52_runs.ipynb #5207a005
 def keep_model(

@@ -12,10 +12,10 @@ from .data import *
 from .learner import *
 from .classify import *
 from .ensemble import *
-from .modelfile import *
 from .plain import _again, _check_sum, _json, _meta_of, _seal
 from .modelfile import _answer, _channels, _finite, _meta, _noise, _opened, _rebuilt, _same, _trial
 from fastai.basics import *
+from .modelfile import *                        # after fastai's own save_model and load_model
 import hashlib, json
 
 # %% ../nbs/59_ship.ipynb #8e434bef
