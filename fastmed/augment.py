@@ -65,8 +65,8 @@ def _number(name, v, lo, hi=float('inf')):
         raise InputError(f"{name}: expected a number from {lo:g} to {hi:g}, found {v!r}")
     return float(v)
 
-def _hit(n, p): return torch.rand(n)<p
-def _between(n, m): return (torch.rand(n)*2-1)*m
+def _hit(n, p, generator=None): return torch.rand(n, generator=generator)<p
+def _between(n, m, generator=None): return (torch.rand(n, generator=generator)*2-1)*m
 
 class _BatchTfm(Transform):
     "A transform of whole batches, on the training split only: `apply(b, draw(len(b), size))`"
@@ -118,21 +118,22 @@ class SpatialTfm(_BatchTfm):
     def draw(self,
         n:int,      # items
         size:tuple, # voxels along each space axis
+        generator=None # where the numbers come from; default: torch's global one
     )->dict:        # angle (n,1|3) degrees, zoom (n,), flip (n,d) bool, bend (n,d,*spans+3) or None
-        "Draw the parameters of `n` items from torch's global generator"
+        "Draw the parameters of `n` items from a generator"
         d = len(size); free = self._free(size)[1]; na = 3 if d==3 else 1
         mr = self.max_rotate if isinstance(self.max_rotate, tuple) else (self.max_rotate,)*na
         if len(mr)!=na: raise InputError(f"SpatialTfm: expected max_rotate as one number or {na} for patches of {tuple(size)}, found {mr}")
         planes = [all(f for j,f in enumerate(free) if j!=a) for a in range(3)] if d==3 else [all(free)]
-        angle = _between((n,na), 1.)*torch.tensor(mr)*torch.tensor(planes)*_hit((n,1), self.p_rotate)
-        zoom = 1+_between(n, self.max_scale)*_hit(n, self.p_scale)
+        angle = _between((n,na), 1., generator)*torch.tensor(mr)*torch.tensor(planes)*_hit((n,1), self.p_rotate, generator)
+        zoom = 1+_between(n, self.max_scale, generator)*_hit(n, self.p_scale, generator)
         if bad:=[a for a in self.flips if not isinstance(a, int) or not 0<=a<d]:
             raise InputError(f"SpatialTfm: flips holds {bad}; expected axes from 0 to {d-1} for patches of {tuple(size)}")
-        flip = _hit((n,d), self.p_flip) & torch.tensor([a in self.flips for a in range(d)])
+        flip = _hit((n,d), self.p_flip, generator) & torch.tensor([a in self.flips for a in range(d)])
         bend = None
         if self.max_elastic and self.p_elastic:
-            on = _hit((n,)+(1,)*(d+1), self.p_elastic)*torch.tensor(free).view(1,d,*(1,)*d)
-            bend = _between((n,d,*[self._spans(s)+3 for s in size]), self.max_elastic)*on
+            on = _hit((n,)+(1,)*(d+1), self.p_elastic, generator)*torch.tensor(free).view(1,d,*(1,)*d)
+            bend = _between((n,d,*[self._spans(s)+3 for s in size]), self.max_elastic, generator)*on
         return dict(angle=angle, zoom=zoom, flip=flip, bend=bend)
 
     @staticmethod

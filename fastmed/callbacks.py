@@ -20,7 +20,7 @@ from .inference import *
 from fastai.basics import *
 from fastai.data.all import *
 from fastprogress.fastprogress import progress_bar
-import importlib, re, sys, time
+import hashlib, importlib, re, sys, time
 
 # %% ../nbs/35_callbacks.ipynb #dbdd568e
 def case_truth(
@@ -126,6 +126,54 @@ def epoch_table(
     "What was recorded of a training, by epoch"
     names = [n for n in recorder.metric_names if n not in ('epoch','time')]; v = [[float('nan') if o is None else float(o) for o in r] for r in recorder.values]
     return pd.DataFrame([o+[float('nan')]*(len(names)-len(o)) for o in v], columns=names, index=pd.RangeIndex(1, len(v)+1, name='epoch'))
+
+# %% ../nbs/35_callbacks.ipynb #5ea1ed02
+def salt_of(
+    model # network
+)->str:   # 16 letters
+    "What the fingerprints of names are salted with: a digest of the weights, so that the same Learner gives the same file"
+    h = hashlib.sha256()
+    for v in model.state_dict().values():
+        if isinstance(v, Tensor) and v.numel(): h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return h.hexdigest()[:16]
+
+def is_sealed(
+    name # of a case or subject
+)->bool: # whether it is a fingerprint
+    "Whether a name of `learn.seen` was replaced by its fingerprint"
+    return isinstance(name, str) and name.startswith('sealed:')
+
+def seal_of(
+    salt, # letters
+    digest# of a name
+)->str:   # 'sealed:<salt>:<digest>'
+    "A fingerprint as it stands in `learn.seen`"
+    return f'sealed:{salt}:{digest}'
+
+def _seal(salt, kind, name): return seal_of(salt, hashlib.sha256(f'{salt}{kind}\0{name}'.encode()).hexdigest()[:16])
+def _salts(names): return sorted({o.split(':')[1] for o in names if is_sealed(o)})
+
+def sealed_names(
+    seen:dict, # case → subject, names or fingerprints
+    salt:str   # of those that are names
+)->dict:       # case → subject, fingerprints alone
+    "What `learn.seen` becomes where it leaves the machine"
+    known = {*seen, *seen.values()}; salts = _salts(known)
+    def seal(kind, name):
+        if not name or is_sealed(name): return name
+        return first(o for o in (_seal(s, kind, name) for s in salts) if o in known) or _seal(salt, kind, name)
+    return {seal('case', c):seal('subject', s) for c,s in seen.items()}
+
+def was_seen(
+    seen:dict, # case → subject, names or fingerprints
+    df         # cases, one row each, or a list of files
+)->list:       # names of those that were seen, or whose subject was
+    "Which of these cases a model was trained on, so far as `seen` tells"
+    cases,subjects = set(seen),set(seen.values())
+    salts = _salts(cases|subjects)
+    def known(kind, name, among): return name in among or any(_seal(s, kind, name) in among for s in salts)
+    def seen_row(c, r): return known('case', c, cases) or isinstance(r, pd.Series) and 'subject' in r and known('subject', str(r.subject), subjects)
+    return [str(c) for c,r in case_rows(df) if seen_row(str(c), r)]
 
 # %% ../nbs/35_callbacks.ipynb #b4867abf
 class DiceCallback(Callback):

@@ -59,9 +59,8 @@ class CaseEvaluation(pd.DataFrame):
         return scores_interval(self.task, self.vocab, t, p, g, ifnone(point, self.point), level, n_boot, seed).assign(failed=len(self)-len(t))
 
 def _tta_draws(sp, n, size, k):
-    "What the `k`-th look changes, the same for every case"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(k); return sp.draw(n, size)
+    "What the `k`-th look changes, the same for every case, whatever other threads draw"
+    return sp.draw(n, size, torch.Generator().manual_seed(k))
 
 class _Look(Callback):
     "See every batch through the `k`-th look of the training's own small turns and scales"

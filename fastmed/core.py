@@ -11,7 +11,7 @@ __all__ = ['FastmedError', 'InputError', 'ArgumentError', 'ColumnError', 'FileEr
 # %% ../nbs/00_core.ipynb #9aca8ea2
 from fastai.data.all import *
 from fastai.torch_core import TensorImageBase
-import contextlib, errno, hashlib, os, platform, shutil, stat, uuid, nibabel as nib
+import contextlib, errno, hashlib, os, platform, shutil, stat, threading, uuid, nibabel as nib
 
 # %% ../nbs/00_core.ipynb #9c0aaeb4
 class FastmedError(Exception):
@@ -210,16 +210,27 @@ def orientation_of(
     return ''.join(nib.aff2axcodes(np.asarray(affine)))
 
 # %% ../nbs/00_core.ipynb #c2c84fa4
+class _Asked:
+    "How many ask a network at once, and which of its modules were in training before; no copy and no file takes it along"
+    def __init__(self): self.n,self.was,self.lock = 0,[],threading.Lock()
+    def __reduce__(self): return _Asked,()
+
 @contextlib.contextmanager
 def evaluating(
     model # network
 ):        # the same network
-    "`model` in evaluation, and afterwards each of its modules as it was; one that is in evaluation already is not touched, so several threads may ask it at once"
-    was = [m for m in model.modules() if m.training]
-    if was: model.eval()
+    "`model` in evaluation, and each of its modules as it was when the last of several threads that ask it at once is done; one that is in evaluation already is not touched"
+    asked = model.__dict__.setdefault('_asked', _Asked())
+    with asked.lock:
+        asked.n += 1
+        if new:=[m for m in model.modules() if m.training]:
+            asked.was += new
+            model.eval()
     try: yield model
     finally:
-        for m in was: m.training = True
+        with asked.lock:
+            asked.n -= 1
+            while not asked.n and asked.was: asked.was.pop().training = True
 
 # %% ../nbs/00_core.ipynb #1da6c3f0
 class TensorMed(TensorImageBase):

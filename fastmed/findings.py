@@ -15,10 +15,14 @@ from .data import *
 from .metrics import *
 from .inference import *
 from .callbacks import *
+from .callbacks import was_seen
+from .plain import UnopenedError
+from .ensemble import trusted_learner
 from .learner import *
 from .report import *
 from .stats import *
 from fastai.basics import *
+from .modelfile import load_model               # after fastai's own
 from fastprogress.fastprogress import progress_bar
 
 # %% ../nbs/51_findings.ipynb #edab24f1
@@ -269,7 +273,8 @@ class Findings:
         if len(c:=self.consistency()): sec['Do neighbouring slices fit?'] = [c, 'Overlap of neighbouring slices, stray pieces, and the step of the area from slice to slice, each minus the truth\'s own: nought is like a human reader; overlap below and steps above nought flicker.']
         if pictures and len(self.arms)>1 and self.df is not None:
             names = self.widest(pictures)
-            sec['Where the arms differ most'] = [self.show_case(o) for o in names] + ['A coronal cut, larger: slices that do not fit each other show as a staircase.', self.show_case(names[0], axes=(1,), imsize=4)]
+            try: sec['Where the arms differ most'] = [self.show_case(o) for o in names] + ['A coronal cut, larger: slices that do not fit each other show as a staircase.', self.show_case(names[0], axes=(1,), imsize=4)]
+            except UnopenedError as e: sec['Where the arms differ most'] = f'No pictures: {e}'
         if shift is not None: sec['Thicker slices'] = [shift.plot(), shift.summary()]
         if len(r:=self.remedies()): sec['Remedies after the network'] = [r, 'Change of the mean Dice by each post-processing, with its 95 % interval. A remedy is chosen for a fold on the cases of the other folds alone; the row «chosen» is what that choice scores.']
         if self.cost is not None: sec['What it costs'] = self.cost.groupby('arm', sort=False).mean(numeric_only=True).drop(columns=['fold','seed'], errors='ignore').T
@@ -318,15 +323,16 @@ class ShiftCurves(pd.DataFrame):
         ax.set_xticks(sorted(set(self.factor))); ax.set(xlabel='slices, times as thick', ylabel='mean Dice on the original grid'); ax.legend(); fig.tight_layout(); return fig
 
 def anisotropy_shift(
-    learners:dict,      # arm → trained Learner, or file of an exported one
+    learners:dict,      # arm → trained Learner, or its file
     df,                 # cases that none of them has seen, one row each
     factors=(1,2,3,4),  # how many slices become one
     axis:int=None,      # array axis of the RAS scan that gets thicker; default: the one that the first slice model slices across, else 2
     group_col=None,     # column with the subjects; default 'subject' where it exists
-    overlap:float=.5    # of the sliding window
+    overlap:float=.5,   # of the sliding window
+    trust:bool=False    # open files that are pickles: only where you trust their sender
 )->ShiftCurves:         # a row an arm, factor, case and structure
     "Test trained Learners on scans resampled to thicker slices, scored on the original grid. Raises `ValueError` where a Learner has seen a case"
-    learners = loaded(learners); plans = [get_plan(l.dls) for l in learners.values()]
+    learners = loaded(learners, trust); plans = [get_plan(l.dls) for l in learners.values()]
     if axis is None: axis = next((p.axis for p in plans if p.ndim==2), 2)
     group_col = group_col or ('subject' if 'subject' in df else None)
     for a,l in learners.items():
@@ -344,10 +350,12 @@ def anisotropy_shift(
     return ShiftCurves(rows)
 
 def loaded(
-    learners:dict # arm → Learner, or file of an exported one
-)->dict:          # arm → Learner
-    "Learners, read from their files where that is what was given"
-    return {a:load_learner(l) if isinstance(l, (str,Path)) else l for a,l in learners.items()}
+    learners:dict,   # arm → Learner, or its file
+    trust:bool=False # open files that are pickles, and run what is in them: only where you trust their sender
+)->dict:             # arm → Learner
+    "Learners, read from their files where that is what was given. Raises `InputError` on a pickle that is not trusted"
+    def one(fn): return load_model(fn) if Path(fn).suffix.lower()=='.safetensors' else trusted_learner(fn, trust)
+    return {a:one(l) if isinstance(l, (str,Path)) else l for a,l in learners.items()}
 
 def seen_cases(
     learn, # Learner
@@ -355,5 +363,4 @@ def seen_cases(
 )->list:   # names of those that it was trained on, or whose subject it was trained on
     "Which cases a Learner has seen: by its memory (`learn.seen`) and by the training data it still holds"
     if hasattr(learn, 'saw'): return learn.saw(df)                     # of a model file, which keeps fingerprints and no names
-    seen = dict(getattr(learn, 'seen', {}))
-    return [str(c) for c,r in case_rows(df) if str(c) in seen or (isinstance(r, pd.Series) and 'subject' in r and str(r.subject) in set(seen.values()))]
+    return was_seen(getattr(learn, 'seen', {}), df)

@@ -25,6 +25,7 @@ from .memory import MemoryCallback, memory_explained
 from .inference import *
 from .pace import PaceCallback
 from .callbacks import *
+from .callbacks import salt_of, sealed_names
 from .weights import *
 from .encoders import *
 from fastai.basics import *
@@ -294,14 +295,18 @@ class VolumeLearner(EncoderMixin, Learner):
 
     def export(self,
         fname='export.pkl', # below `learn.path`
+        seen:bool=True,     # keep salted fingerprints of the training cases, see `sealed_names`; False: leave them out
         **kwargs            # of fastai's `export`
     ):
-        "fastai's `export`, whole or not at all, the network in evaluation; the Learner keeps its data and optimizer when it fails"
+        "fastai's `export`, whole or not at all, the network in evaluation, the names of cases as fingerprints; the Learner keeps its data and optimizer when it fails"
         if rank_distrib(): return                                 # of several processes the first one writes
-        path,dls,opt = self.path,self.dls,self.opt
+        path,dls,opt,names = self.path,self.dls,self.opt,getattr(self, 'seen', None)
+        if names: self.seen = sealed_names(names, salt_of(self.model)) if seen else {}
         try:
             with evaluating(self.model), whole_file(Path(path)/fname) as tmp: super().export(tmp.resolve(), **kwargs)
-        finally: self.dls = dls; self.opt = ifnone(self.opt, opt)
+        finally:
+            self.dls = dls; self.opt = ifnone(self.opt, opt)
+            if names: self.seen = names
 
     def fit_for(self,
         minutes:float,     # training and validation together, above 0

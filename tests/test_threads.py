@@ -36,6 +36,33 @@ def test_threads_get_the_answers_of_one(classifier, learner, study, tmp_path, ho
     with ThreadPoolExecutor(4) as pool: together = list(pool.map(ask, files))
     assert all(torch.equal(a.as_subclass(torch.Tensor), b.as_subclass(torch.Tensor)) for a,b in zip(alone, together)) and same(was, state(loaded.model))
 
+@pytest.mark.parametrize('tta', [4,'flips'])
+@pytest.mark.parametrize('which', ['loaded','learner'])
+def test_threads_get_the_looks_of_one(classifier, study, tmp_path, which, tta):
+    "Test-time augmentation draws its looks: from a generator of its own, so that threads do not draw from each other's"
+    asked = load_model(save_model(classifier, tmp_path/'m.safetensors')) if which=='loaded' else classifier
+    asked.model.train(which=='learner')
+    files = [study[0]/f for f in study[1].image]*3
+    def ask(f): return asked.predict(f, tta=tta)[2].as_subclass(torch.Tensor)
+    alone = [ask(f) for f in files]; was,draws = state(asked.model),torch.get_rng_state()
+    with ThreadPoolExecutor(4) as pool: together = list(pool.map(ask, files))
+    assert all(torch.equal(a, b) for a,b in zip(alone, together)) and same(was, state(asked.model)) and torch.equal(draws, torch.get_rng_state())
+    assert modes(asked.model)=={which=='learner'}
+
+def test_what_others_draw_does_not_change_a_look(classifier, study, monkeypatch):
+    "As another thread would, in the middle of it"
+    from fastmed.all import SpatialTfm
+    fn = study[0]/study[1].image[0]; alone = classifier.predict(fn, tta=4)[2]; draw = SpatialTfm.draw
+    def disturbed(self, *args, **kwargs): torch.rand(3); return draw(self, *args, **kwargs)
+    monkeypatch.setattr(SpatialTfm, 'draw', disturbed)
+    assert torch.equal(classifier.predict(fn, tta=4)[2], alone)
+
+def test_a_network_in_training_is_in_evaluation_until_the_last_is_done():
+    from fastmed.all import evaluating
+    net = nn.Sequential(nn.BatchNorm1d(2)); net.train(); a,b = evaluating(net),evaluating(net)
+    a.__enter__(); b.__enter__(); a.__exit__(None, None, None); assert modes(net)=={False}
+    b.__exit__(None, None, None); assert modes(net)=={True}
+
 def test_autocast_of_one_thread_is_not_ended_by_another(monkeypatch):
     "`FastForward` enters a context and leaves it: each thread its own"
     import fastmed.learner as L, contextlib, threading
