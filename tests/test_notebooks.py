@@ -1,7 +1,8 @@
 "Every notebook runs, from a copy, so that nothing is written into the tree."
-import os, re, shutil, subprocess, sys
+import os, re, shutil
 from pathlib import Path
 import pytest
+import forked
 
 root = Path(__file__).resolve().parent.parent
 nbs = sorted((root/'nbs').glob('*.ipynb')) + sorted((root/'nbs'/'tutorials').glob('*.ipynb'))
@@ -18,7 +19,8 @@ def test_notebook(nb, tmp_path):
     path = os.pathsep.join(filter(None, [str(root), os.environ.get('PYTHONPATH')]))
     env = {**os.environ, 'PYTHONPATH':path, 'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg', 'FASTMED_MINUTES':'.2'}
     if os.environ.get('PYTEST_XDIST_WORKER'): env['OMP_NUM_THREADS'] = '1'
-    r = subprocess.run([sys.executable, '-c', run, str(copy)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=3600, stdin=subprocess.DEVNULL)
+    (tmp_path/'run.py').write_text(run, encoding='utf-8')
+    r = forked.run([tmp_path/'run.py', copy], tmp_path, env, timeout=3600)
     out = ansi.sub('', r.stdout + r.stderr)
     assert r.returncode==0 and 'Success.' in r.stdout, f'{nb.name} failed:\n' + '\n'.join(out.splitlines()[-60:])
 
