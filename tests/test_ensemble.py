@@ -114,6 +114,7 @@ np.savez(sys.argv[1]+'/there.npz', m=m.numpy(), p=p.numpy(), n=len(e), post=e.po
     bad = bytearray((tmp_path/'e.safetensors').read_bytes()); bad[len(bad)//2] ^= 1; (tmp_path/'e.safetensors').write_bytes(bad)
     with pytest.raises(ValueError, match='bytes were changed'): load_model(tmp_path/'e.safetensors')
 
+@pytest.mark.slow
 def test_memory_is_that_of_one_member_and_the_weights(tmp_path):
     "The most that a prediction holds, in a fresh process: five members against one, of a scan whose probabilities would be much larger than the weights"
     out = python("""
@@ -133,6 +134,7 @@ print(a, b, sum(o.bytes for o in ens.about), 24*x.numel()*4)
     one,five,weights,probabilities = map(float, out.split()[-4:])
     assert five <= one+weights+probabilities/2, f'{five/1e6:.0f} MB against {one/1e6:.0f} + {weights/1e6:.0f} MB; the probabilities are {probabilities/1e6:.0f} MB'
 
+@pytest.mark.slow
 def test_members_that_rest_take_no_memory(tmp_path):
     "Five large members read from files, in a fresh process: less than one in its own, and half the weights; and they answer as Learners in memory do"
     python("""
