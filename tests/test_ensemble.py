@@ -124,7 +124,7 @@ from phantoms import write_case
 torch.set_num_threads(1); tmp = Path(sys.argv[1]); codes = ['background']+[str(i) for i in range(1,24)]
 rows = [dict(write_case(tmp, f'c{i}', shape=(24,24,24), seed=i)) for i in range(2)]
 dls = VolumeDataLoaders.from_df(pd.DataFrame(rows), path=tmp, codes=codes, patch=24, bs=1, samples_per_case=1, spacing=None, normalize='zscore', valid_pct=.5, cache=tmp/'s', device='cpu')
-for i in range(5): unet3d_learner(dls, nf=8, depth=2).export(f'{i}.pkl')
+for i in range(5): unet3d_learner(dls, nf=2, depth=1).export(f'{i}.pkl')     # small networks: what counts is the scan
 x = TensorVolume(torch.randn(1,96,96,160), affine=np.eye(4)); ens = Ensemble(tmp); one = ens[0]
 one.predict_volume(x, overlap=0)
 def most(l): reset_peak('cpu'); l.predict_volume(x, overlap=0); return peak_memory('cpu')
@@ -148,7 +148,7 @@ for i in range(5): set_seed(i); save_model(unet3d_learner(dls, nf=24, depth=4), 
     def most(what): return python(f"""
 import sys, torch, numpy as np
 from fastmed.all import *
-torch.set_num_threads(1); files = sorted(Path(sys.argv[1]).glob('*.safetensors')); x = TensorVolume(torch.randn(1,40,40,40, generator=torch.Generator().manual_seed(0)), affine=np.eye(4))
+torch.set_num_threads(1); files = sorted(Path(sys.argv[1]).glob('*.safetensors')); x = TensorVolume(torch.randn(1,24,24,24, generator=torch.Generator().manual_seed(0)), affine=np.eye(4))
 l = {what}; reset_peak('cpu'); p = l.predict_volume(x, proba=True)[1]
 print(peak_memory('cpu'), sum(f.stat().st_size for f in files), p.double().sum().item())
 """, tmp_path).split()[-3:]
