@@ -1,10 +1,12 @@
-# fastmed: `make demo` shows it, `make test` proves it. Both need only python3 (3.10 or later) with pip; a second run skips the installation.
+# fastmed: `make demo` shows it, `make test` proves it, `make test-all` to the last. They need only python3 (3.10 or later) with pip; a second run skips the installation.
 SHELL    := /bin/bash
 PYTHON   ?= python3
 VENV     ?= .venv
 BIN       = $(VENV)/bin
 TEST_JOBS ?= 2
 TESTS    ?=
+# What runs, by pytest's markers; whatever is named in TESTS runs, marked or not.
+MARK     ?= $(if $(TESTS),,not slow)
 # What is installed follows the content of these three (nbdev-export touches pyproject.toml without changing it).
 SUM      := $(shell cat pyproject.toml settings.ini setup.py | cksum | cut -d' ' -f1)
 DEV       = $(VENV)/.fastmed-dev-$(SUM)
@@ -14,12 +16,13 @@ export PYTHONWARNINGS := ignore
 export MPLBACKEND     := agg
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test env docs clean
+.PHONY: help demo test test-all test-slow env docs clean
 help:
-	@echo "make demo   install, train 2D and 3D on the embedded cohort, write demo/report.html and demo/overlay.png"
-	@echo "make test   install, then run every test and every notebook (two at a time, one thread each; TEST_JOBS=1 runs them in a row)"
-	@echo "make docs   README.md from nbs/index.ipynb"
-	@echo "make clean  remove what was built (the environment $(VENV) stays)"
+	@echo "make demo      install, train 2D and 3D on the embedded cohort, write demo/report.html and demo/overlay.png"
+	@echo "make test      install, then run the tests and notebooks that are not marked slow (two at a time, one thread each; TEST_JOBS=1 runs them in a row)"
+	@echo "make test-all  run every test and every notebook; make test-slow those that make test leaves out"
+	@echo "make docs      README.md from nbs/index.ipynb"
+	@echo "make clean     remove what was built (the environment $(VENV) stays)"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v=sys.version_info; sys.exit(0 if v>=(3,10) else f"fastmed needs Python 3.10 or later, and $(PYTHON) is {v.major}.{v.minor}; say which with PYTHON=...")'
@@ -43,10 +46,16 @@ env: $(DEV)
 
 test: env
 ifeq ($(TEST_JOBS),1)
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -m "$(MARK)" $(TESTS)
 else
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal -m "$(MARK)" $(TESTS)
 endif
+
+test-all:
+	@$(MAKE) --no-print-directory test MARK=
+
+test-slow:
+	@$(MAKE) --no-print-directory test MARK=slow
 
 docs: env
 	$(BIN)/python .ci/readme.py

@@ -1,6 +1,7 @@
 "What several tests share: phantoms on any grid, a network that needs no training, a fresh process."
-import os, subprocess, sys
+import os
 from pathlib import Path
+import forked
 import nibabel as nib, numpy as np, torch
 from torch import nn
 import fastmed
@@ -58,12 +59,12 @@ def python(
     *args,   # strings for `sys.argv`
     timeout=1800, **env # environment variables
 ):           # what it printed
-    "Run a script in a fresh process, with the fastmed of this process"
+    "Run a script in a process that has imported the fastmed of this process and done nothing else"
     path = os.pathsep.join([str(Path(fastmed.__file__).parent.parent), str(Path(__file__).parent), *filter(None, [os.environ.get('PYTHONPATH')])])
     env = {**os.environ, 'PYTHONPATH':path, 'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg', **env}
     fn = Path(args[0])/'script.py'
     fn.write_text(code, encoding='utf-8')
-    r = subprocess.run([sys.executable, fn, *map(str, args)], cwd=args[0], env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=timeout)
+    r = forked.run([fn, *args], args[0], env, timeout)
     assert r.returncode==0, r.stderr[-4000:]
     return r.stdout
 

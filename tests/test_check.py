@@ -363,6 +363,7 @@ def test_shift(tmp_path):
 
 # ---- real scans
 
+@pytest.mark.slow
 def test_hippocampus_as_downloaded(data, tmp_path):
     for s in ('hippocampus','hippocampus_stray'):
         for d in ('imagesTr','labelsTr'):

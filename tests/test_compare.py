@@ -113,6 +113,7 @@ def make(study, tmp, arms=ARMS, **kwargs):
 
 def table(c): return c.results.sort_values(['arm','fold','seed','case','structure']).reset_index(drop=True)
 
+@pytest.mark.slow
 def test_killed_and_started_again(study, whole, tmp_path):
     "SIGKILL in the middle of the first, the second and the third run, each time started again: the same table, and nothing trained twice"
     code = """
@@ -133,10 +134,12 @@ make((Path(sys.argv[3]), pd.read_csv(sys.argv[3]+'/cases.csv')), sys.argv[1]).ru
     pd.testing.assert_frame_equal(table(c), table(whole))
     assert all(f.stat().st_mtime_ns==t for f,t in stamps.items()) and not (tmp_path/'c'/'unfinished').exists()
 
+@pytest.mark.slow
 def test_processes_give_the_same_table(study, whole, tmp_path, one_thread):
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context('spawn')) as ex: c = make(study, tmp_path).run(executor=ex)
     pd.testing.assert_frame_equal(table(c), table(whole))
 
+@pytest.mark.slow
 def test_dask_gives_the_same_table(study, whole, tmp_path, one_thread):
     dd = pytest.importorskip('distributed')
     with dd.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, local_directory=str(tmp_path)) as cl, dd.Client(cl) as client:

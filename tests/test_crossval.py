@@ -43,6 +43,7 @@ def test_every_case_once_a_repeat_by_a_model_that_does_not_know_it(whole, study)
     e = whole.ensemble(); assert isinstance(e, Ensemble) and len(e)==4 and len(whole.ensemble(repeat=1, lazy=True))==2 and sorted(e.saw(df))==sorted(df.case)
     assert not np.array_equal(whole.fold[0], whole.fold[1]) and 'single split' in whole.answer() and 'repeats lie between' in whole.answer()
 
+@pytest.mark.slow
 def test_killed_and_started_again(study, whole, tmp_path):
     "SIGKILL in the middle of the first and of the second fold, each time started again: the same table, and nothing trained twice"
     code = """

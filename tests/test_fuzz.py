@@ -8,6 +8,7 @@ from phantoms import python
 
 ROOT = Path(__file__).parents[1]
 
+@pytest.mark.slow
 def test_mutated_files(tmp_path):
     "Each is read rightly or refused by name; none crashes, hangs, or takes more than 3 GB"
     env = {**os.environ, 'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg', 'OMP_NUM_THREADS':'1', 'FASTMED_CACHE':str(tmp_path)}

@@ -6,6 +6,7 @@ import pandas as pd, pytest
 root = Path(__file__).resolve().parent.parent
 
 @pytest.mark.skipif(not hasattr(os, 'fork') or not (root/'benchmarks'/'kills.py').exists(), reason='needs fork, and the benchmarks of a checkout')
+@pytest.mark.slow
 def test_killed_and_started_again(tmp_path):
     "Store, download, training and a folder of predictions: nothing corrupt, nothing changed, nothing done twice, nothing left behind; four processes at one store"
     env = {**os.environ, 'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg'}

@@ -1,14 +1,20 @@
 "Every notebook runs, from a copy, so that nothing is written into the tree."
-import os, re, shutil, subprocess, sys
+import os, re, shutil
 from pathlib import Path
 import pytest
+import forked
 
 root = Path(__file__).resolve().parent.parent
 nbs = sorted((root/'nbs').glob('*.ipynb')) + sorted((root/'nbs'/'tutorials').glob('*.ipynb'))
 run = 'import sys; from nbdev.test import nbdev_test; nbdev_test(sys.argv[1], n_workers=0)'
 ansi = re.compile(r'\x1b\[[0-9;]*m')
 
-@pytest.mark.parametrize('nb', nbs, ids=[str(o.relative_to(root/'nbs').with_suffix('')) for o in nbs])
+# what trains for long, or reads a set of scans as a whole: left to `make test-all`
+SLOW = ('37_learner', '50_ensemble', '61_leaks', 'tutorials/01_segmentation', 'tutorials/02_slices_or_volumes', 'tutorials/03_know_your_data', 'tutorials/05_brain_tissue',
+    'tutorials/07_whole_scans', 'tutorials/08_new_patients', 'tutorials/09_know_then_segment_2d')
+names = {str(o.relative_to(root/'nbs').with_suffix('')):o for o in nbs}
+
+@pytest.mark.parametrize('nb', [pytest.param(o, id=n, marks=[pytest.mark.slow]*(n in SLOW)) for n,o in names.items()])
 def test_notebook(nb, tmp_path):
     if "environ['FASTMED_DATA']" in nb.read_text(encoding='utf-8') and not os.environ.get('FASTMED_DATA'): pytest.skip('needs real scans: set FASTMED_DATA to the folder that holds them')
     copy = tmp_path/nb.relative_to(root)
@@ -18,8 +24,11 @@ def test_notebook(nb, tmp_path):
     path = os.pathsep.join(filter(None, [str(root), os.environ.get('PYTHONPATH')]))
     env = {**os.environ, 'PYTHONPATH':path, 'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg', 'FASTMED_MINUTES':'.2'}
     if os.environ.get('PYTEST_XDIST_WORKER'): env['OMP_NUM_THREADS'] = '1'
-    r = subprocess.run([sys.executable, '-c', run, str(copy)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=3600, stdin=subprocess.DEVNULL)
+    (tmp_path/'run.py').write_text(run, encoding='utf-8')
+    r = forked.run([tmp_path/'run.py', copy], tmp_path, env, timeout=3600)
     out = ansi.sub('', r.stdout + r.stderr)
     assert r.returncode==0 and 'Success.' in r.stdout, f'{nb.name} failed:\n' + '\n'.join(out.splitlines()[-60:])
 
-def test_notebooks_are_there(): assert nbs, f'no notebook in {root/"nbs"}'
+def test_notebooks_are_there():
+    assert nbs, f'no notebook in {root/"nbs"}'
+    assert set(SLOW) <= set(names), f'no notebook: {set(SLOW)-set(names)}'

@@ -8,6 +8,9 @@ from fastai.optimizer import OptimWrapper, ranger
 from fastmed.all import BudgetCallback, CostCallback, DiceCallback, ResumeCallback, TorchIOTransform, VolumeDataLoaders, SliceDataLoaders, set_seed, unet2d_learner, unet3d_learner
 from phantoms import CODES, dies
 
+# batches between two states that are written: the cut falls between them, on one, or within an epoch
+EVERY = [3, *[pytest.param(o, marks=pytest.mark.slow) for o in (1,None)]]
+
 class Lights(Callback):
     "Go out after so many batches"
     def __init__(self, n): self.left = n
@@ -32,7 +35,7 @@ def one_thread():
     n = torch.get_num_threads(); torch.set_num_threads(1); yield; torch.set_num_threads(n)
 
 @pytest.mark.parametrize('ndim', [3,2])
-@pytest.mark.parametrize('every', [None,1,3])
+@pytest.mark.parametrize('every', EVERY)
 @pytest.mark.parametrize('cuts', [(2,),(6,),(7,3)])
 def test_the_same_bits(study, tmp_path, ndim, every, cuts):
     "Cut anywhere, once or twice: the weights, the losses and the table of one that was never stopped"
@@ -110,7 +113,7 @@ def fit_with(learn, cbs, every, lights=None):
     with learn.no_bar(), learn.no_logging(): learn.fit(5, 3e-2, cbs=[ResumeCallback('r.pth', every), *cbs]+([Lights(lights)] if lights else []))
     return learn
 
-@pytest.mark.parametrize('every', [None,1,3])
+@pytest.mark.parametrize('every', EVERY)
 @pytest.mark.parametrize('which', [*trackers(), 'all'])
 def test_trackers_and_loggers_go_on(study, tmp_path, which, every):
     "Those that watch the table, write it or count keep what they had: weights, rates, table, log and counts are those of a fit that was never stopped"
@@ -178,6 +181,7 @@ def test_looking_does_not_end_a_fit(study, tmp_path):
     with l.no_bar(), l.no_logging(): l.validate(); l.get_preds()
     assert (tmp_path/'b'/'r.pth').read_bytes()==was and all(torch.equal(a, b) for a,b in zip(before, l.model.parameters()))
 
+@pytest.mark.slow
 def test_sigkill_from_the_shell(study, tmp_path):
     "`fastmed train` killed, then with --resume: the model of a run that was not killed"
     src = str(Path(__file__).parent.parent); env = {**os.environ, 'PYTHONPATH':os.pathsep.join([src, os.environ.get('PYTHONPATH','')]), 'PYTHONWARNINGS':'ignore', 'OMP_NUM_THREADS':'1'}
