@@ -270,6 +270,12 @@ def partial_dataloaders(self:Datasets,
     cls = PartialPatchDL if _is_patched(self) else PartialDL
     return self.dataloaders(bs=bs, dl_type=cls, dl_kwargs=({'partial_n':partial_n}, *[{}]*(self.n_subsets-1)), **kwargs)
 
+# %% ../nbs/16_blocks.ipynb #2b5e9f04
+class MaskIds(DisplayedTransform):
+    "Class ids of a batch as int64: the losses of torch and fastai take nothing shorter"
+    order = 99                                                       # after what turns and warps, which is quicker on bytes
+    def encodes(self, x:TensorVolumeMask|TensorSliceMask): return x.long()
+
 # %% ../nbs/16_blocks.ipynb #893fa996
 def VolumeBlock(
     preprocess:Preprocess=None, # what happens to the scan; default: RAS order and z-score
@@ -285,7 +291,7 @@ def VolumeMaskBlock(
 )->TransformBlock:              # gives a `TensorVolumeMask` (X,Y,Z)
     "A `TransformBlock` for label volumes: a file becomes a `TensorVolumeMask` of class ids"
     pre = Preprocess(**{**ifnone(preprocess, Preprocess()).to_dict(), **({} if codes is None else {'codes':codes})})
-    return TransformBlock(type_tfms=[LoadMask(pre, cache)], dl_type=PatchDL)
+    return TransformBlock(type_tfms=[LoadMask(pre, cache)], batch_tfms=MaskIds, dl_type=PatchDL)
 
 def SliceBlock(
     preprocess:Preprocess=None, # what happens to the scan; default: RAS order and z-score

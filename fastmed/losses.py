@@ -8,6 +8,10 @@ __all__ = ['SegLoss', 'TverskyLoss', 'DiceLoss', 'DiceCELoss', 'FocalLoss', 'Pla
 
 # %% ../nbs/28_losses.ipynb #07844452
 from .core import ArgumentError, InputError, TensorSliceMask, TensorVolumeMask
+from .blocks import get_plan
+from fastai.callback.mixup import CutMix, MixHandler
+from fastai.losses import BaseLoss
+from fastcore.basics import patch
 from fastcore.foundation import L
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
@@ -171,6 +175,19 @@ class FocalLoss(SegLoss):
         lt = logp.gather(1, t[:,None])[:,0]
         return self._voxels(-lt if self.gamma==0 else -lt*(-lt.expm1()).clamp_min(1e-12)**self.gamma, t, keep) # expm1: 1-p, exact near 1
 
+# %% ../nbs/28_losses.ipynb #5d0b7c11
+_flat_loss = BaseLoss.__call__
+
+@patch
+def __call__(self:BaseLoss,
+    inp,     # logits; of volumes (B,C,X,Y,Z)
+    targ,    # class ids; of volumes (B,X,Y,Z)
+    **kwargs # of the loss
+):           # the loss
+    "fastai's, and of volumes too: prediction and mask are rows of voxels in one order"
+    volumes = isinstance(inp, Tensor) and inp.ndim==5 and targ.ndim==4 and self.axis==1
+    return _flat_loss(self, inp.flatten(2), targ.flatten(1), **kwargs) if volumes else _flat_loss(self, inp, targ, **kwargs)
+
 # %% ../nbs/28_losses.ipynb #00cca3d3
 _kinds = (('classes', ('CrossEntropyLoss','cross_entropy')),
           ('yes or no', ('BCEWithLogitsLoss','binary_cross_entropy_with_logits','MultiLabelSoftMarginLoss')),
@@ -191,6 +208,7 @@ def _name(loss):
     return getattr(inner, '__name__', type(inner).__name__)
 
 def _decides(loss): return hasattr(loss, 'activation') and hasattr(loss, 'decodes')
+def _is_fastais(loss): return type(loss).__module__=='fastai.losses'     # some of them decide along the last axis, which is none of classes in a mask
 
 class PlainLoss(nn.Module):
     "A loss of torch's, or a function, with the `activation`, the `decodes` and the targets that a Learner asks for"
@@ -205,9 +223,8 @@ class PlainLoss(nn.Module):
     def forward(self, pred, targ):
         t = targ.as_subclass(Tensor)
         if self.task=='mask' and _loss_kind(self.loss)=='yes or no': t = t[:,None].float()
-        elif self.y_int: t = t.long()
+        elif self.task in ('mask','category'): t = t.long()
         else: t = t.float().reshape(pred.shape)                      # (B,) beside (B,1) would be taken for all pairs
-        if self.task=='mask' and hasattr(self.loss, 'func'): pred,t = pred.flatten(2),t.flatten(1)
         own = hasattr(self.loss, 'reduction') or self.reduction=='mean'
         res = self.loss(pred, t) if own else self.loss(pred, t, reduction=self.reduction)
         return res.reshape(len(pred), -1).mean(1) if self.reduction=='none' else res
@@ -219,7 +236,7 @@ class PlainLoss(nn.Module):
         if hasattr(self.loss, 'reduction'): self.loss.reduction = v
         else: self._reduction = v
 
-    def _decides(self): return _decides(self.loss) and _loss_kind(self.loss)!='yes or no'
+    def _decides(self): return _decides(self.loss) and _loss_kind(self.loss)!='yes or no' and not (self.task=='mask' and _is_fastais(self.loss))
     def activation(self, x:Tensor)->Tensor: # (B,C,*S) or (B,C) logits to probabilities; numbers stay
         "That of the loss; else sigmoid of findings and of one channel, softmax of classes"
         if self._decides(): return self.loss.activation(x)
@@ -246,7 +263,25 @@ def as_loss(
         raise InputError(f"loss_func: {name} compares {kind}; these targets are {held}. Say loss_func={better}, or leave it out")
     flat = hasattr(loss, 'func') and wanted=='classes'
     if task=='mask' and flat and getattr(loss, 'axis', 1)!=1: raise InputError(f"loss_func: {name} looks for the classes along axis {loss.axis}; in a mask they are axis 1. Say {name}(axis=1)")
-    return PlainLoss(loss, task) if task=='mask' and hasattr(loss, 'func') or not _decides(loss) else loss
+    return PlainLoss(loss, task) if task=='mask' and (hasattr(loss, 'func') or _is_fastais(loss)) or not _decides(loss) else loss
+
+# %% ../nbs/28_losses.ipynb #1a7c3e90
+_cut_pictures = CutMix.before_batch
+
+@patch
+def before_batch(self:CutMix):
+    "fastai's; out of the masks of slices the rectangle of the pictures is cut"
+    if not isinstance(self.learn.yb[0], TensorSliceMask): return _cut_pictures(self)
+    x,mask = self.learn.xb[0],self.learn.yb[0]
+    lam = self.distrib.sample((1,)).to(x.device)
+    order = torch.randperm(len(x)).to(x.device)
+    x1,y1,x2,y2 = self.rand_bbox(x.shape[-1], x.shape[-2], lam)
+    def cut(t):
+        res = t.clone()
+        res[...,y1:y2,x1:x2] = t[order][...,y1:y2,x1:x2]
+        return res
+    self.learn.xb,self.learn.yb = (cut(x),),(cut(mask),)
+    self.yb1,self.lam = self.learn.yb,torch.ones_like(lam)           # where a loss is stacked: both are the same
 
 # %% ../nbs/28_losses.ipynb #ce4b66ec
 def mixing_callbacks(
@@ -254,22 +289,22 @@ def mixing_callbacks(
     cbs=None # of this training, beside its own
 )->list:     # fastai's `MixUp` and `CutMix`, those that are there
     "The callbacks that mix the items of a batch"
-    from fastai.callback.mixup import MixHandler
     return [c for c in [*learn.cbs, *L(cbs)] if isinstance(c, MixHandler)]
+
+def _of_volumes(dls):
+    try: return get_plan(dls).ndim==3
+    except InputError: return False                                  # radiographs
 
 def check_mixing(
     learn,   # Learner
     cbs=None # of this training, beside its own
 ):
-    "Make a loss of masks ready for fastai's `MixUp`. Raises `InputError` where `MixUp` or `CutMix` cannot mix the targets"
-    from fastai.callback.mixup import CutMix
+    "Make a loss of masks ready for fastai's `MixUp` or `CutMix`. Raises `InputError` where they cannot mix the targets"
     mixers = mixing_callbacks(learn, cbs)
     if not mixers: return
     name,cut = type(mixers[0]).__name__,any(isinstance(c, CutMix) for c in mixers)
     targets = learn.dls.train_ds[0][learn.dls.n_inp:]
     if len(targets)!=1: raise InputError(f"{name} mixes one target; these DataLoaders hold {len(targets)}, masks and labels. Leave it out, or train on one of them")
     if learn.dls.train.bs<2: raise InputError(f"{name} mixes the items of a batch, and bs is 1. Say bs=2 or more where the DataLoaders are made")
-    if cut and max(p.ndim for p in learn.model.parameters())==5: raise InputError(f"{name} cuts rectangles out of pictures of two axes; these are volumes. Say MixUp()")
-    if not isinstance(targets[0], (TensorVolumeMask,TensorSliceMask)): return
-    if cut: raise InputError(f"{name} weighs two losses by area, which is no loss of a mask. Say MixUp()")
-    learn.loss_func.y_int = True                              # two losses are mixed, not two masks
+    if cut and _of_volumes(learn.dls): raise InputError(f"{name} cuts rectangles out of pictures of two axes; these are volumes. Say MixUp()")
+    if isinstance(targets[0], (TensorVolumeMask,TensorSliceMask)): learn.loss_func.y_int = not cut   # MixUp mixes two losses, CutMix two masks

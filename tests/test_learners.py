@@ -8,8 +8,8 @@ from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import lr_find
 from fastai.data.all import CategoryBlock, ColReader, DataBlock, Datasets, IndexSplitter, TfmdDL
 from fastai.interpret import Interpretation
-from fastai.learner import Callback, load_learner
-from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, MSELossFlat
+from fastai.learner import Callback, Learner, load_learner
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, DiceLoss, FocalLossFlat, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, MSELossFlat
 from fastmed.blocks import CaseFiles, PatchDL, PatchTransform, VolumeBlock, VolumeMaskBlock
 from fastmed.callbacks import DiceCallback, PictureCallback
 from fastmed.classify import classifier_learner
@@ -189,6 +189,36 @@ def test_fastais_flat_losses_do_not_swap_the_axes_of_a_mask(loss, size):
     l.reduction = 'none'
     assert torch.allclose(l(logits, mask), F.cross_entropy(logits, mask.long(), reduction='none').flatten(1).mean(1), atol=1e-5)
 
+@pytest.mark.parametrize('ndim', [2,3])
+@pytest.mark.parametrize('loss', [LabelSmoothingCrossEntropy(), LabelSmoothingCrossEntropyFlat(axis=1), DiceLoss()], ids=['smooth','flat','dice'])
+def test_fastais_losses_decide_along_the_classes_of_a_mask(cases, cache, loss, ndim):
+    learn = patch_learner(cases, loss_func=loss) if ndim==3 else slices(cases, cache, loss_func=loss)
+    b = learn.dls.valid.one_batch()
+    with torch.no_grad(): logits = learn.model.eval()(b[0].as_subclass(torch.Tensor))
+    p,_,dec,losses = quiet(learn, lambda: learn.get_preds(dl=[b], with_decoded=True, with_loss=True))
+    assert torch.allclose(p, logits.softmax(1), atol=1e-4) and torch.equal(dec, logits.argmax(1)) and losses.shape==(len(p),)
+
+@pytest.mark.parametrize('loss', [nn.CrossEntropyLoss(), CrossEntropyLossFlat(axis=1), FocalLossFlat(axis=1, gamma=0.), LabelSmoothingCrossEntropyFlat(axis=1, eps=0.)], ids=['torch','flat','focal','smooth'])
+def test_a_plain_learner_of_fastais_learns_the_masks_as_they_lie(cases, loss):
+    learn = Learner(mask_block(cases[0]).dataloaders(cases[1], path=cases[0], bs=2, num_workers=0), create_model('UNet', 1, 3, nf=4, depth=2), loss_func=loss)
+    class Check(Callback):
+        "The loss of a batch beside torch's own"
+        order,seen = 90,0
+        def after_loss(self):
+            want = F.cross_entropy(self.pred, self.yb[0].long())
+            assert float(self.loss)==pytest.approx(float(want), rel=1e-4)
+            self.seen += 1
+    check = Check()
+    quiet(learn, lambda: learn.fit(1, cbs=check))
+    assert check.seen>=3
+
+def test_losses_of_fastais_inside_ones_own_keep_the_axes_of_a_volume():
+    torch.manual_seed(0)
+    logits,mask = torch.randn(2,3,4,5,6),torch.randint(0,3,(2,4,5,6))
+    flat = CrossEntropyLossFlat(axis=1)
+    assert float(as_loss(lambda p,t: flat(p, t))(logits, mask))==pytest.approx(float(F.cross_entropy(logits, mask)))
+    with pytest.raises(Exception): CrossEntropyLossFlat(axis=1)(logits, mask[:,:3])
+
 def test_a_loss_put_in_by_hand_is_made_ready(cases):
     learn = patch_learner(cases)
     learn.loss_func = nn.CrossEntropyLoss()
@@ -249,12 +279,46 @@ def test_mixup_mixes_the_loss_of_each_item_of_masks(cases, cache):
         quiet(learn, lambda: learn.fit(1, cbs=[MixUp(), check]))
         assert check.seen and not isinstance(learn.loss_func, type(learn.fit)) and learn.loss_func.reduction=='mean'
 
+class SameCut(Callback):
+    "Each pixel of a mixed batch has the class of the slice that it came from"
+    order,seen = 15,0
+    def __init__(self, codes): self.codes = codes
+    def before_batch(self):
+        if not self.training: return
+        x,y = self.xb[0],self.yb[0]
+        shown = [[int(o) for o in x[:,0].unique()], [int(o) for o in y.unique()]]
+        assert len(shown[0])>1, 'two slices meet in a batch'
+        assert torch.equal(y, torch.stack([(x[:,0]==v)*c for v,c in self.codes.items()]).sum(0)), 'the mask of each pixel goes with it'
+        self.seen += 1
+
+@pytest.mark.parametrize('loss', [None, nn.CrossEntropyLoss(), CrossEntropyLossFlat(axis=1)], ids=['own','torch','flat'])
+def test_cutmix_cuts_the_masks_of_slices_too(cases, cache, loss):
+    learn = slices(cases, cache, loss_func=loss)
+    marks = {10*i+1:i%3 for i in range(4)}
+    class Mark(Callback):
+        "Slices of one value each, whose masks are of one class each"
+        order = -20
+        def before_batch(self):
+            v = list(marks)[:len(self.xb[0])]
+            for i,k in enumerate(v): self.xb[0][i],self.yb[0][i] = k,marks[k]
+    check = SameCut(marks)
+    torch.manual_seed(1)
+    quiet(learn, lambda: learn.fit(3, cbs=[Mark(), CutMix(), check]))
+    assert check.seen and learn.loss_func.reduction=='mean'
+    class Plain(Callback):
+        "The loss of a batch that was cut is that of its own masks"
+        order = 90
+        def after_loss(self):
+            if self.training: assert float(self.loss)==pytest.approx(float(learn.loss_func(self.pred, *self.yb)), rel=1e-4)
+    if loss is None: quiet(learn, lambda: learn.fit(1, cbs=[CutMix(), Plain()]))
+    quiet(learn, lambda: learn.fit(1, cbs=MixUp()))
+
 def test_what_cannot_be_mixed_is_refused_before_training(cases, cache):
     volumes = patch_learner(cases)
     both = classifier_learner(whole(cases, cache, mask_col='mask', label_col='label'), nf=4, depth=2, path=cases[0])
     single = unet3d_learner(mask_block(cases[0]).dataloaders(cases[1], path=cases[0], bs=1, num_workers=0), nf=4, depth=2)
     restored = restoration_learner(mask_block(cases[0]).dataloaders(cases[1], path=cases[0], bs=2, num_workers=0), nf=4, depth=2)
-    for learn,cb,word in ((slices(cases, cache),CutMix(),'area'), (volumes,CutMix(),'volumes'), (both,MixUp(),'masks and labels'), (both,CutMix(),'masks and labels'), (single,MixUp(),'bs=2'),
+    for learn,cb,word in ((volumes,CutMix(),'volumes'), (both,MixUp(),'masks and labels'), (both,CutMix(),'masks and labels'), (single,MixUp(),'bs=2'),
                           (restored,MixUp(),'image itself'), (restored,CutMix(),'image itself')):
         was = [p.clone() for p in learn.model.parameters()]
         with pytest.raises(InputError, match=word): quiet(learn, lambda: learn.fit_one_cycle(1, cbs=cb))
