@@ -1,12 +1,13 @@
 """What the doctor finds, what it misses, and where it cries wolf.
 
-python benchmarks/doctor.py [--what faults real leaks shift memory]
+python benchmarks/doctor.py [--what faults real leaks shift memory places]
 
 faults   each kind of fault, planted one at a time into copies of real scans and of the embedded cohort: doctor_faults.csv, in short doctor_kinds.csv
 real     the real sets as they are, every finding judged: doctor_real.csv
 leaks    precision and recall of find_leaks on the hippocampus without its subjects; on halves of the subjects; with the ladders of grey values hidden: doctor_leaks.csv
 shift    distribution_shift where the answer is known: doctor_shift.csv
 memory   peak memory over 10 and over 1,000 scans: doctor_memory.csv
+places   masks of the hippocampus mirrored or moved under their headers, one at a time and many together; false alarms on sets that are whole and on draws from them: doctor_places.csv
 
 Needs FASTMED_DATA. Minutes are those of one thread of a two-core machine.
 """
@@ -338,6 +339,59 @@ def shift(a):
     put('ixi_brains against hippocampus', t, 'everything differs')
     t = pd.DataFrame(rows); t.to_csv(here/'doctor_shift.csv', index=False); print(t.to_string(index=False))
 
+# ---- masks that do not lie on their image
+
+def moved(lab, ax, n):
+    "A mask moved by `n` voxels along an axis, nothing coming in from the other side; 0: mirrored"
+    if n==0: return np.ascontiguousarray(np.flip(lab, ax))
+    new = np.roll(lab, n, ax)
+    np.moveaxis(new, ax, 0)[slice(0, n) if n>0 else slice(n, None)] = 0
+    return new
+
+def seen_by_the_doctor(df, fit, image_col='image'):
+    "`fit` of image and mask of each case, as `check_dataset` takes it"
+    from fastmed.survey import _survey
+    with contextlib.redirect_stdout(io.StringIO()): return [v.get('fit', {}) for v in _survey(df, '.', image_col, 'mask', .05, None, 1, fit=fit)[1]]
+
+def places(a):
+    "Masks that are mirrored or moved: found, and sound cases blamed"
+    from fastmed.fit import _border_profiles, _misplaced
+    def found(cases): return {o[0] for o in _misplaced(cases)}
+    def put(what, others, who, hits, blamed): rows.append(dict(what=what, cases=others, planted=len(who), found=hits, blamed=blamed))
+    def draws(name, cases, sizes):
+        for n in sizes:
+            blamed = [len(found([cases[i] for i in rng.permutation(len(cases))[:n]])) for _ in range(a.sets)]
+            put(f'{name}: {a.sets} draws, nothing planted', n, [], 0, sum(blamed))
+    tmp,rows,rng = Path(tempfile.mkdtemp()),[],np.random.default_rng(0)
+    pairs = seen_by_the_doctor(fm.scan_decathlon(data/'hippocampus'), lambda x, lab: (x, lab))
+    sound = [_border_profiles(*o) for o in pairs]
+    sets = {'hippocampus':sound, 'ixi_brains':seen_by_the_doctor(fm.scan_folder(data/'ixi_brains'), _border_profiles),
+            'embedded cohort':seen_by_the_doctor(fm.cohort(tmp/'cohort', n=24, spacing=2.), _border_profiles)}
+    for name,cases in sets.items(): put(f'{name}: all, nothing planted', len(cases), [], 0, len(found(cases)))
+    draws('hippocampus', sound, (8,10,12,16,20,30,40))
+    draws('embedded cohort', sets['embedded cohort'], (8,12,16))
+    who = rng.permutation(len(sound))[:20].tolist()
+    faults = {f"{'mirrored' if n==0 else f'moved by {n:+d} voxels'} along {'xyz'[ax]}":(ax, n) for ax in range(3) for n in (0,3,-3,5,-5)}
+    new = {}
+    for what,f in faults.items():
+        new[what] = {i:_border_profiles(pairs[i][0], moved(pairs[i][1], *f)) for i in who}
+        one = [found([new[what][i] if j==i else c for j,c in enumerate(sound)]) for i in who]
+        put(f'{what}, one at a time', len(sound), who, sum(i in o for i,o in zip(who, one)), sum(len(o-{i}) for i,o in zip(who, one)))
+        few = [found([new[what][i], *(sound[j] for j in rng.permutation(list(set(range(len(sound)))-{i}))[:19])]) for i in who]
+        put(f'{what}, one at a time', 20, who, sum(0 in o for o in few), sum(len(o-{0}) for o in few))
+        every = found([new[what].get(j, c) for j,c in enumerate(sound)])
+        put(f'{what}, 20 together', len(sound), who, len(every&set(who)), len(every-set(who)))
+    names = list(faults)
+    hits = blamed = 0
+    for _ in range(a.sets):
+        mixed = found([new[names[rng.integers(len(names))]][j] if j in new[names[0]] else c for j,c in enumerate(sound)])
+        hits,blamed = hits+len(mixed&set(who)),blamed+len(mixed-set(who))
+    put(f'each of 20 mirrored or moved in its own way, together, {a.sets} draws', len(sound), who*a.sets, hits, blamed)
+    shutil.rmtree(tmp)
+    t = pd.DataFrame(rows)
+    t.to_csv(here/'doctor_places.csv', index=False)
+    print(t.to_string(index=False))
+
 # ---- memory
 
 def one_memory(a):
@@ -362,11 +416,12 @@ def memory(a):
 
 if __name__=='__main__':
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('--what', nargs='*', default=['faults','real','leaks','shift'], choices=['faults','real','leaks','shift','memory'], help='tables to make'); ap.add_argument('--only', default='', help='faults whose name holds this; nothing is kept')
+    ap.add_argument('--what', nargs='*', default=['faults','real','leaks','shift'], choices=['faults','real','leaks','shift','memory','places'], help='tables to make'); ap.add_argument('--only', default='', help='faults whose name holds this; nothing is kept')
     ap.add_argument('--draws', type=int, default=20, help='random halves'); ap.add_argument('--films', type=int, default=300, help='radiographs'); ap.add_argument('--many', type=int, default=1000, help='scans of the memory test')
+    ap.add_argument('--sets', type=int, default=50, help='random sets of sound cases')
     for k in ('--path','--which'): ap.add_argument(k, help=argparse.SUPPRESS)
     for k in ('--n','--workers'): ap.add_argument(k, type=int, help=argparse.SUPPRESS)
     ap.add_argument('--one', action='store_true', help=argparse.SUPPRESS)
     a = ap.parse_args(); warnings.simplefilter('ignore'); pd.set_option('display.width', 250, 'display.max_colwidth', 90)
     if a.one: one_memory(a); sys.exit()
-    for w in a.what: print(f'---- {w}', flush=True); dict(faults=faults, real=real, leaks=leaks, shift=shift, memory=memory)[w](a)
+    for w in a.what: print(f'---- {w}', flush=True); dict(faults=faults, real=real, leaks=leaks, shift=shift, memory=memory, places=places)[w](a)

@@ -11,6 +11,7 @@ from .io import *
 from .doctor import *
 from .doctor import _group_values, check_codes, check_columns
 from .preprocess import *
+from .store import *
 from .blocks import *
 from .data import *
 from .metrics import *
@@ -24,7 +25,8 @@ from fastai.basics import *
 from fastai.callback.schedule import *
 from fastai.callback.hook import total_params
 from fastprogress.fastprogress import progress_bar
-import contextlib, hashlib, inspect, io, json, random, shutil, tempfile, time
+from concurrent.futures import ThreadPoolExecutor
+import contextlib, hashlib, inspect, io, json, os, random, shutil, tempfile, time
 
 # %% ../nbs/53_compare.ipynb #8609c826
 _look = ('overlap','tta','post','axes')
@@ -134,7 +136,7 @@ def _finish(learn, spec, look, folder, cost, tmp):
     cost = dict(parameters=total_params(learn.model)[0], case_gflops=case_gflops(learn, pre.grid(h['shape'], h['affine'])[0], look.get('overlap', .5)),
                 **cost, predict_s=float(np.median(secs)), predict_peak_mb=peak_memory(dev)/1e6)
     key = {k:spec[k] for k in ('arm','fold','seed')}
-    facts = json.dumps(dict(key, budget=spec['budget'], folds=spec['hash'], settings=arm_settings(learn, look, spec.get('lr_max')), plan=dict(get_plan(learn.dls)), preprocess=pre.to_dict(), cost=cost), indent=1, default=str)
+    facts = json.dumps(dict(key, budget=spec['budget'], folds=spec['hash'], files=spec.get('files'), settings=arm_settings(learn, look, spec.get('lr_max')), plan=dict(get_plan(learn.dls)), preprocess=pre.to_dict(), cost=cost), indent=1, default=str)
     with writing(folder):
         for n,t in (('results',res),('slices',sl),('remedied',rem)): t.assign(**key)[[*key, *t]].to_csv(tmp/f'{n}.csv', index=False)
         pd.DataFrame(dict(update=range(1, len(learn.recorder.losses)+1), loss=[float(o) for o in learn.recorder.losses], lr=learn.recorder.lrs[-len(learn.recorder.losses):])).to_csv(tmp/'log.csv', index=False)
@@ -178,6 +180,78 @@ def _runs(specs, executor):
 
 def _quiet_out(): return contextlib.redirect_stdout(io.StringIO())
 
+# %% ../nbs/53_compare.ipynb #c0a7e172
+def _cell_digest(fns, cache):
+    "Digests of the files of a cell; None where one is out of reach"
+    with contextlib.suppress(FastmedError, OSError, ValueError): return [kept_digest(o, cache) for o in fns]
+
+def _named_files(df):
+    "(case, column) → files, of every cell that names a file by itself"
+    res = {}
+    for col in df:
+        for case,cell in zip(df['case'].astype(str), df[col]):
+            fns = [o for o in L(cell) if isinstance(o, (str,os.PathLike)) and str(o).strip()]
+            with contextlib.suppress(OSError, ValueError):
+                if fns and all(Path(o).is_file() or (col in ('image','mask') and Path(o).is_dir()) for o in fns): res[case,str(col)] = fns
+    return res
+
+def _arm_files(df, arms):
+    "(case, column) → files, of the columns that the arms read"
+    res = {}
+    for kw in arms:
+        mask = kw.get('mask_col', 'auto')
+        if mask=='auto': mask = 'mask' if kw.get('label_col') is None else None
+        for col in [o for o in [*L(kw.get('image_col', 'image')), *L(mask)] if o in df]:
+            for case,(_,row) in zip(df['case'].astype(str), df.iterrows()):
+                with contextlib.suppress(FastmedError): res.setdefault((case,str(col)), []).extend(L(case_files(row, col, kw.get('path', '.'))))
+    return res
+
+def case_contents(
+    df,       # one row a case, with `case`
+    arms=None # a dict of arguments of `from_df` an arm; None: every cell that names a file is one
+)->dict:      # case → column → digests of its files, or its label; what is out of reach is left out
+    "What the cases hold now, by content; the second time it comes from the store"
+    files = _named_files(df) if arms is None else _arm_files(df, arms)
+    cache = Path(next((kw['cache'] for kw in arms or [] if kw.get('cache')), None) or cache_dir())
+    res = {str(o):{} for o in df['case']}
+    with ThreadPoolExecutor(min(8, defaults.cpus)) as ex:
+        for (case,col),d in zip(files, ex.map(lambda o: _cell_digest(o, cache), files.values())):
+            if d: res[case][col] = d
+    for col in {str(o) for kw in arms or [] for o in L(kw.get('label_col')) if o in df}:
+        for case,v in zip(df['case'].astype(str), df[col]): res[case][col] = str(v)
+    return res
+
+def check_contents(
+    path,  # folder of the runs
+    kept,  # contents that were noted for its finished runs, or None
+    now,   # `case_contents` of today
+    runs:list # of each finished run, whether contents were noted when it was trained
+):
+    "Finished runs must not stand for files that they have not seen. Raises `InputError` with the cases that changed"
+    changed = []
+    for case,cols in now.items():
+        odd = [c for c,d in cols.items() if d!=(kept or {}).get(case, {}).get(c, d)]
+        if odd: changed.append(f"{case!r} ({', '.join(odd)})")
+    if changed and runs:
+        more = f' … ({len(changed)})' if len(changed)>5 else ''
+        raise InputError(f"{path}: {len(runs)} runs were trained or judged with other content of case {', '.join(changed[:5])}{more}. "
+                         "To train again give another path, or remove the folder; to go on with these runs put the old files back")
+    if not all(runs): warn(f"{path}: {len(runs)-sum(runs)} of {len(runs)} finished runs are of a version that did not note the content of the files: whether one was changed before today is not known")
+
+def noted_contents(
+    kept, # contents that were noted before, or None
+    now,  # `case_contents` of today
+    runs  # finished runs
+)->dict:  # contents to be noted
+    "What stands beside the runs from now on: without a finished run what is there now, else also what is out of reach today"
+    return {c:{**((kept or {}).get(c, {}) if runs else {}), **v} for c,v in now.items()}
+
+def contents_noted(
+    path # folder of the runs
+)->list: # a bool a finished run
+    "Of each finished run below a folder, whether the content of the files was noted"
+    return ['files' in json.loads(f.read_text()) for f in sorted(Path(path).resolve().glob('*/run.json'))]
+
 # %% ../nbs/53_compare.ipynb #49d332f5
 class Comparison(Findings):
     "Arms trained on the same cases, folds and budget. `run()` trains what is not there yet; then ask `summary`, `paired`, `best`, `plot`, `report`"
@@ -217,7 +291,7 @@ class Comparison(Findings):
             if (parted>1).any(): raise InputError(f"folds {folds!r}: the subjects {parted[parted>1].index[:5].tolist()} stand in several folds. Keep each in one")
         else: self.fold = group_folds(self.df, folds, group_col=group_col)
         self.hash = _hash(sorted(zip(self.df['case'].astype(str), self.fold.tolist())))
-        self.slice_axis = None
+        self.slice_axis = self.files = None
         self._check_folder(False)
 
     def _check_folder(self, keep=True):
@@ -229,7 +303,12 @@ class Comparison(Findings):
             odd.update({f'arm {a!r}':(was['arms'][a], t) for a,t in arms.items() if a in was['arms'] and was['arms'][a]!=t})
             if odd: raise InputError(f"{self.path}: holds runs of another experiment: " + '; '.join(f'{k} was {a}, is {b}' for k,(a,b) in odd.items()) + ". Give another path, or remove the folder")
             arms = {**was['arms'], **arms}
-        text = json.dumps(dict(mine, arms=arms), indent=1)
+        if not keep and not fn.exists(): return
+        kept,now,runs = was.get('files') if fn.exists() else None,case_contents(self.df, self.spec_arms.values()),contents_noted(self.path)
+        check_contents(self.path, kept, now, runs)
+        files = noted_contents(kept, now, runs)
+        self.files = _hash(files)
+        text = json.dumps(dict(mine, arms=arms, files=files), indent=1)
         if keep and (not fn.exists() or fn.read_text()!=text):
             with whole_file(fn) as tmp: tmp.write_text(text)
 
@@ -248,7 +327,7 @@ class Comparison(Findings):
 
     def _spec(self, arm, fold, seed):
         kw = shared_plan(self.path/f'plan, {arm}.json', {'group_col':self.group_col, 'codes':self.codes, **self.spec_arms[arm]}, lambda **kw: make_learner(self.split(int(self.fold.min())), **kw, valid_col='_held_out'))
-        return dict(arm=arm, fold=fold, seed=seed, kwargs=kw, df=self.split(fold), attrs=dict(self.df.attrs), budget=self.budget, hash=self.hash, group_col=self.group_col, slice_axis=self.slice_axis, folder=str(self._folder(arm, fold, seed)), threads=torch.get_num_threads())
+        return dict(arm=arm, fold=fold, seed=seed, kwargs=kw, df=self.split(fold), attrs=dict(self.df.attrs), budget=self.budget, hash=self.hash, files=self.files, group_col=self.group_col, slice_axis=self.slice_axis, folder=str(self._folder(arm, fold, seed)), threads=torch.get_num_threads())
 
     @property
     def plan(self)->pd.DataFrame: # arm, fold, seed, done
@@ -280,6 +359,7 @@ class Comparison(Findings):
             bar.comment = f'{n-len(specs)+i+1} of {n} runs, {(time.perf_counter()-t0)/60:.1f} min'
         sweep(self.path/'unfinished')
         with contextlib.suppress(OSError): (self.path/'unfinished').rmdir()        # another process may be at work there
+        self._check_folder(False)                                                  # a file may have been changed meanwhile
         return self
 
     # --- what Findings needs, read from the folders
@@ -341,7 +421,7 @@ class Comparison(Findings):
         if odd:=seen_cases(learn, learn.dls.valid_ds.items): raise InputError(f"arm {arm!r}: the Learner was trained on {odd[:5]}, which it holds out. Train it anew")
         spec = dict(arm=arm, fold=fold, seed=self.seeds[0], budget=dict(by_hand=f"{(cost or {}).get('updates', '?')} updates"), hash=self.hash, group_col=self.group_col, slice_axis=self.slice_axis)
         with learn.removed_cbs(L(c for c in learn.cbs if isinstance(c, (ComparisonCallback,CostCallback,BudgetCallback)))):
-            self._check_folder(); folder = self._folder(arm, fold, self.seeds[0])
+            self._check_folder(); spec['files'] = self.files; folder = self._folder(arm, fold, self.seeds[0])
             with beside(folder, True, folder.parent/'unfinished') as tmp: return _finish(learn, spec, {}, folder, cost or {}, tmp)
 
 class ComparisonCallback(Callback):

@@ -26,7 +26,7 @@ from .ensemble import *
 from .findings import *
 from .runs import keep_model, open_run, run_model
 from .compare import *
-from .compare import _hash, _look, _runs, _text
+from .compare import _hash, _look, _runs, _text, case_contents, check_contents, contents_noted, noted_contents
 from fastai.basics import *
 from fastprogress.fastprogress import progress_bar
 import contextlib, hashlib, inspect, json, re, time
@@ -102,7 +102,7 @@ def _fold_finish(learn, spec, look, folder, cost, tmp):
     if spec['masks']: (tmp/'masks').mkdir()
     res,kind = _fold_scores(learn, df, look, subjects, tmp/'masks' if spec['masks'] else None)
     key = {k:spec[k] for k in ('repeat','fold')}
-    facts = dict(key, **kind, folds=spec['hash'], parameters=sum(p.numel() for p in learn.model.parameters()), cost={**cost, 'score_s':time.perf_counter()-t0}, settings=arm_settings(learn, look, spec.get('lr_max')) if kind['task']=='segmentation' else {})
+    facts = dict(key, **kind, folds=spec['hash'], files=spec['files'], parameters=sum(p.numel() for p in learn.model.parameters()), cost={**cost, 'score_s':time.perf_counter()-t0}, settings=arm_settings(learn, look, spec.get('lr_max')) if kind['task']=='segmentation' else {})
     with writing(folder):
         res.assign(**key)[[*key, *res]].to_csv(tmp/'results.csv', index=False)
         keep_model(learn, tmp)
@@ -170,13 +170,20 @@ class CrossValidation:
         "A folder that holds another experiment is refused; more repeats may be asked for later"
         fn = self.path/'crossval.json'
         mine = dict(fit=_source(self.fit) if self.fit else None, arguments=_text({k:v for k,v in self.kwargs.items() if k not in ('cache','num_workers','device','path')}), budget=self.budget, seed=self.seed, folds=self.hash)
+        was = None
         if fn.exists():
             was = json.loads(fn.read_text()); n = min(len(was['folds']), len(self.hash))
             odd = {k:(was.get(k), v) for k,v in mine.items() if k!='folds' and was.get(k)!=json.loads(json.dumps(v))} | ({'folds':(was['folds'][:n], self.hash[:n])} if was['folds'][:n]!=self.hash[:n] else {})
             if odd: raise InputError(f"{self.path}: holds another cross-validation: " + '; '.join(f'{k} was {a}, is {b}' for k,(a,b) in odd.items()) + ". Give another path, or remove the folder")
-            if len(was['folds'])>=len(self.hash): return
+        kept,now,runs = was and was.get('files'),case_contents(self.df, None if self.fit else [self.kwargs]),contents_noted(self.path)
+        check_contents(self.path, kept, now, runs)
+        files = noted_contents(kept, now, runs)
+        self.files = _hash(files)
+        if was and len(was['folds'])>len(self.hash): mine['folds'] = was['folds']
+        text = json.dumps(dict(mine, files=files), indent=1)
+        if was and fn.read_text()==text: return
         self.path.mkdir(parents=True, exist_ok=True)
-        with whole_file(fn) as tmp: tmp.write_text(json.dumps(mine, indent=1))
+        with whole_file(fn) as tmp: tmp.write_text(text)
 
     def split(self,
         fold:int,    # number of the fold that is held out
@@ -189,7 +196,7 @@ class CrossValidation:
     def _folder(self, repeat, fold): return (self.path/f'repeat {repeat}, fold {fold}').resolve()
     def _spec(self, repeat, fold):
         d = self.split(fold, repeat); d = d.assign(_held_out=d.is_valid); d.attrs.update(self.df.attrs)
-        res = dict(arm='cross-validation', repeat=repeat, fold=fold, seed=self.seed+repeat, df=d, attrs=dict(self.df.attrs), hash=self.hash[repeat], group_col=self.group_col, masks=self.masks, folder=str(self._folder(repeat, fold)), threads=torch.get_num_threads())
+        res = dict(arm='cross-validation', repeat=repeat, fold=fold, seed=self.seed+repeat, df=d, attrs=dict(self.df.attrs), hash=self.hash[repeat], files=self.files, group_col=self.group_col, masks=self.masks, folder=str(self._folder(repeat, fold)), threads=torch.get_num_threads())
         if self.fit: return dict(res, do=_fit_fold, fit=self.fit, look=self.kwargs)
         kw = shared_plan(self.path/'plan.json', {'group_col':self.group_col, **self.kwargs}, lambda **kw: fold_learner(d, **kw, valid_col='_held_out'))
         return dict(res, kwargs=kw, budget=self.budget, make=fold_learner, finish=_fold_finish)
@@ -209,6 +216,7 @@ class CrossValidation:
         for i,_ in enumerate(bar): bar.comment = f'{n-len(specs)+i+1} of {n} folds, {(time.perf_counter()-t0)/60:.1f} min'
         sweep(self.path/'unfinished')
         with contextlib.suppress(OSError): (self.path/'unfinished').rmdir()
+        self._check_folder()                                         # a file may have been changed meanwhile
         return self
 
     # --- what came of it

@@ -1,9 +1,9 @@
 "Comparisons: statistics against SciPy, experiments that are killed, twins, and executors."
-import json, os, signal, subprocess, sys
+import json, os, shutil, signal, subprocess, sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 import multiprocessing
-import numpy as np, pandas as pd, pytest, torch
+import nibabel as nib, numpy as np, pandas as pd, pytest, torch
 from scipy import stats
 from fastmed.all import (Comparison, Findings, anisotropy_shift, bootstrap_means, compare_learners, group_folds, holm, load_volume, paired_comparison, ruled_scores, slice_consistency, thick_slices)
 from phantoms import CODES, affine_of, dies, python, write_case
@@ -168,6 +168,49 @@ def test_other_terms_are_refused(study, whole, tmp_path):
     for kw,word in ((dict(budget=dict(updates=7)),'budget'), (dict(folds=3),'folds'), (dict(nf=8),"arm '3D'")):
         with pytest.raises(ValueError, match='another experiment') as e: make(study, tmp_path, **kw)
         assert word in str(e.value)
+
+def copied(study, whole, tmp_path):
+    "The finished runs and the files in another place: (cases, folder of the runs)"
+    path,df = study
+    runs = tmp_path/whole.path.name
+    shutil.copytree(whole.path, runs)
+    for f in [*df.image, *df['mask']]:
+        (tmp_path/'data'/f).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path/f, tmp_path/'data'/f)
+    return (tmp_path/'data', df),runs
+
+def emptied(fn):
+    "Write a mask anew, without a structure"
+    im = nib.load(fn)
+    nib.save(nib.Nifti1Image(np.zeros(im.shape, np.uint8), im.affine), fn)
+
+def forgotten(runs, name):
+    "What an earlier version left: nothing of the contents"
+    for f in [runs/name, *runs.glob('*/run.json')]:
+        facts = json.loads(f.read_text())
+        assert facts.pop('files')
+        f.write_text(json.dumps(facts))
+
+def test_finished_runs_do_not_stand_for_a_corrected_mask(study, whole, tmp_path):
+    there,_ = copied(study, whole, tmp_path)
+    pd.testing.assert_frame_equal(table(make(there, tmp_path).run()), table(whole))      # other names, other times, the same content
+    fn = there[0]/there[1]['mask'][2]
+    emptied(fn)
+    with pytest.raises(ValueError, match='4 runs were trained or judged with other content') as e: make(there, tmp_path)
+    assert f"{there[1].case[2]!r} (mask). To train again" in str(e.value)
+    shutil.copy(study[0]/study[1]['mask'][2], fn)                                        # the old file again
+    assert make(there, tmp_path).plan.done.all()
+    fn.unlink()
+    assert len(table(make(there, tmp_path)))==len(table(whole))                          # results can be read without the data
+
+def test_runs_that_noted_no_content_open_with_a_word(study, whole, tmp_path):
+    there,runs = copied(study, whole, tmp_path)
+    forgotten(runs, 'comparison.json')
+    for _ in range(2):                                                                   # and again: nobody knows any more now
+        with pytest.warns(UserWarning, match='4 of 4 finished runs are of a version that did not note'): c = make(there, tmp_path).run()
+        assert c.plan.done.all()
+    emptied(there[0]/there[1]['mask'][2])
+    with pytest.raises(ValueError, match='other content'): make(there, tmp_path)         # what changes from now on is seen
 
 def test_mistakes_show_before_the_hours_are_spent(study, tmp_path):
     with pytest.raises(TypeError, match="arm 'a'.*nff"): make(study, tmp_path, {'a':dict(ndim=3, nff=3)}).run()

@@ -1,10 +1,10 @@
 "Cross-validation: killed and started again, processes, leaks, labels, luck."
-import os, signal, subprocess, sys
+import json, os, shutil, signal, subprocess, sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 import multiprocessing
 import numpy as np, pandas as pd, pytest, torch
-from fastmed.all import Ensemble, VolumeDataLoaders, cross_validate, load_mask, stratified_folds, unet3d_learner
+from fastmed.all import CrossValidation, Ensemble, VolumeDataLoaders, cross_validate, load_mask, stratified_folds, unet3d_learner
 from phantoms import CODES, dies
 
 ARGS = dict(codes=CODES, ndim=3, budget=dict(updates=4), nf=4, depth=2, bs=2, samples_per_case=2, patch=16, spacing=1.25, device='cpu')
@@ -63,6 +63,50 @@ make((Path(sys.argv[3]), pd.read_csv(sys.argv[3]+'/cases.csv')), sys.argv[1])
     n = torch.get_num_threads(); torch.set_num_threads(1); c = make(study, tmp_path); torch.set_num_threads(n)
     pd.testing.assert_frame_equal(table(c), table(whole))
     assert all(f.stat().st_mtime_ns==t for f,t in stamps.items()) and not (tmp_path/'cv'/'unfinished').exists()
+
+def copied(study, runs, tmp_path):
+    "Finished runs and files in another place: the cases"
+    path,df = study
+    shutil.copytree(runs, tmp_path/'cv')
+    for f in [*df.image, *df['mask']]:
+        (tmp_path/'data'/f).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path/f, tmp_path/'data'/f)
+    return tmp_path/'data',df
+
+def test_finished_folds_do_not_stand_for_a_corrected_file(study, whole, tmp_path):
+    there = copied(study, whole.path, tmp_path)
+    pd.testing.assert_frame_equal(table(make(there, tmp_path)), table(whole))
+    for col in ('image','mask'): (there[0]/there[1][col][1]).write_bytes((there[0]/there[1][col][3]).read_bytes())
+    with pytest.raises(ValueError, match='4 runs were trained or judged with other content') as e: make(there, tmp_path)
+    assert f"{there[1].case[1]!r} (image, mask). To train again" in str(e.value)
+
+def test_folds_that_noted_no_content_open_with_a_word(study, whole, tmp_path):
+    there = copied(study, whole.path, tmp_path)
+    for f in [tmp_path/'cv'/'crossval.json', *(tmp_path/'cv').glob('*/run.json')]:
+        facts = json.loads(f.read_text())
+        assert facts.pop('files')
+        f.write_text(json.dumps(facts))
+    for _ in range(2):
+        with pytest.warns(UserWarning, match='4 of 4 finished runs are of a version that did not note'): make(there, tmp_path)
+    (there[0]/there[1]['mask'][1]).write_bytes((there[0]/there[1]['mask'][3]).read_bytes())
+    with pytest.raises(ValueError, match='other content'): make(there, tmp_path)
+
+def test_a_label_or_a_file_of_a_function_is_content_too(tmp_path):
+    fns = [tmp_path/f'{i}.nii' for i in range(4)]
+    for i,f in enumerate(fns): f.write_bytes(bytes([i]))
+    df = pd.DataFrame(dict(case=list('abcd'), t2=[str(f) for f in fns], age=[50,60,70,80]))
+    def run(df, **kw):
+        c = CrossValidation(df, 2, path=tmp_path/('f' if 'fit' in kw else 'l'), **kw)
+        for r in c.plan.itertuples():
+            (fn := c._folder(r.repeat, r.fold)).mkdir(exist_ok=True)                     # as if trained
+            (fn/'run.json').write_text(json.dumps(dict(files=c.files)))
+    kinds = dict(fit=train), dict(image_col='t2', label_col='age')
+    for kw in kinds: run(df, **kw)
+    run(df, **kinds[1])
+    with pytest.raises(ValueError, match=r"other content of case 'c' \(age\)"): run(df.assign(age=[50,60,71,80]), **kinds[1])
+    fns[3].write_bytes(b'other')
+    for kw in kinds:
+        with pytest.raises(ValueError, match=r"other content of case 'd' \(t2\)"): run(df, **kw)
 
 def test_processes_and_functions_give_the_same_table(study, tmp_path, one_thread, monkeypatch):
     monkeypatch.setenv('CV_CACHE', str(tmp_path/'s'))
