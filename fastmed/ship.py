@@ -18,7 +18,7 @@ from .losses import *
 from .metrics import *
 from .inference import *
 from .callbacks import *
-from .weights import FrozenNorms
+from .weights import FrozenNorms, check_finite
 from .memory import MemoryCallback
 from .encoders import create_network, is_encoder
 from .learner import *
@@ -234,9 +234,10 @@ def save_model(
     post=None,      # post-processing that belongs to the model: names of `POSTS`, applied wherever none is named; default: `learn.post`, where there is one
     evaluation=None # `Evaluation` whose summary is kept; the last line of the training log always is
 )->Path:            # `fn`
-    "One file that `load_model` opens without running anything, whole or not at all. Raises `ValueError` on a network without a name, or one that was changed since it was made"
+    "One file that `load_model` opens without running anything, whole or not at all. Raises `ValueError` on a network without a name, one that was changed since it was made, or weights that are not finite"
     from safetensors.torch import save
     if isinstance(learn, Ensemble): return learn._pack(fn, post, evaluation)
+    check_finite(learn.model, fn)
     meta = _meta(learn, post, evaluation)
     model,tensors,plan = _rebuilt(learn, meta)
     meta['echo'] = _finite(_echo(model, plan), fn)
@@ -369,6 +370,7 @@ def export_onnx(
     try: import onnx, onnxscript
     except ImportError as e: raise ExtraError("export_onnx needs onnx and onnxscript: pip install 'fastmed[onnx]'") from e
     if isinstance(learn, CaseLearner): raise InputError("export_onnx: offered for networks of masks; keep a classifier with save_model")
+    check_finite(learn.model, fn)
     meta = _meta(learn, post, evaluation)
     model,_,plan = _rebuilt(learn, meta); model.eval()
     model.size = size = _size(model, plan)
