@@ -15,12 +15,14 @@ from .preprocess import *
 from .blocks import *
 from .data import *
 from .losses import *
+from .weights import odd_weights
 from .metrics import *
 from .inference import *
 from fastai.basics import *
+from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.data.all import *
 from fastprogress.fastprogress import progress_bar
-import hashlib, importlib, re, sys, time
+import contextlib, hashlib, importlib, re, sys, time
 
 # %% ../nbs/35_callbacks.ipynb #dbdd568e
 def case_truth(
@@ -105,6 +107,73 @@ def same_everywhere(
     t = torch.tensor(x, dtype=torch.float64, device=device)
     torch.distributed.broadcast(t, 0)
     return t.item()
+
+# %% ../nbs/35_callbacks.ipynb #0c1b827a
+def batch_cases(
+    dl,    # DataLoader that is gone through
+    i:int  # number of the batch, from 0
+)->list:   # names, one an item of the batch; empty where the DataLoader does not say
+    "The cases of a batch"
+    idxs,bs = getattr(dl, '_DataLoader__idxs', None),getattr(dl, 'bs', None)
+    if not idxs or not bs: return []
+    rows = case_rows(dl.dataset.items)                             # items of a `PatchDL` are patches: a case comes again after all others
+    return [str(rows[k%len(rows)][0]) for k in list(idxs)[i*bs:(i+1)*bs]]
+
+def _odd_items(learn):
+    "Numbers of the items of a batch whose input, prediction or loss alone is not finite; all where that does not tell them apart"
+    n = len(learn.xb[0])
+    def odd(tensors): return sorted({j for t in tensors if t.is_floating_point() and len(t)==n for j in range(n) if not t[j].isfinite().all()})
+    def loss_of(j):
+        def one(t): return t[j:j+1]
+        with torch.no_grad(): return learn.loss_func(apply(one, learn.pred), *apply(one, tuple(learn.yb)))
+    for seen in (lambda: odd(learn.xb), lambda: odd(L(learn.pred)), lambda: [j for j in range(n) if not loss_of(j).isfinite().all()]):
+        with contextlib.suppress(Exception):                       # a loss that takes whole batches, or a prediction of another kind
+            if 0<len(res:=seen())<n: return res
+    return list(range(n))
+
+def _where(learn, i, items=None):
+    "A batch in words: its epoch, its number, its cases"
+    names = []
+    with contextlib.suppress(Exception): names = batch_cases(learn.dl, i)             # what is wrong is said in any case
+    if items and len(items)<len(names): names = [names[j] for j in items]
+    names = list(dict.fromkeys(names))
+    some = ', '.join(names[:8])+(f' and {len(names)-8} more' if len(names)>8 else '')
+    return f"epoch {learn.epoch}, batch {i} (both counted from 0)"+(f", {'case' if len(names)==1 else 'one of the cases'} {some}" if names else '')
+
+def _remedy(learn):
+    "What to try against a training that diverges"
+    short = any(type(getattr(h, '__self__', None)).__name__=='FastForward' for h in get_model(learn.model)._forward_pre_hooks.values())
+    plain = ', or train in plain float32 (without to_fp16)' if hasattr(learn, 'mixed_precision') else ', or train in plain float32 (fast=False)' if short else ''
+    return f"Lower the rate ({learn.opt.hypers[-1]['lr']:.3g} now), look at the case (check_dataset names what is wrong with it){plain}"
+
+class FiniteCallback(FitCallback):
+    "Stop a fit whose loss or weights are no longer numbers, before anything is learnt from it. Raises `InputError` naming epoch, batch and case; every fit of a `VolumeLearner` has one"
+    order = 100                      # after those that change the loss
+    stopped = False                  # whether a fit was ended for `TerminateOnNaNCallback`
+    def before_fit(self): self.stopped = False
+
+    def after_loss(self):
+        if not self.training or not len(self.yb) or self.loss_grad.isfinite().all(): return
+        i,odd = self.iter,odd_weights(self.model)
+        loss = f"the loss is {float(self.loss_grad.detach().float().mean()):g}"
+        if not odd: self._stop(f"{_where(self.learn, i, _odd_items(self.learn))}: {loss}. Training was stopped before anything was learnt from it, and the weights are as they were. {_remedy(self.learn)}")
+        if not i: self._stop(f"{_where(self.learn, i)}: {loss}, because weights such as {odd[0]} were not finite before. Load an earlier state, or make the Learner anew")
+        self._stop(self._spoilt(i-1, odd))
+
+    def after_train(self): self.check_weights()
+    def check_weights(self):
+        "Raise where the update of this batch left weights that are not finite"
+        if odd:=odd_weights(self.model): self._stop(self._spoilt(getattr(self, 'iter', 0), odd))
+
+    def _spoilt(self, i, odd):
+        return (f"{_where(self.learn, i)}: its update left weights that are NaN or infinite, such as {odd[0]}. Training was stopped. "
+                f"Load an earlier state, or make the Learner anew. {_remedy(self.learn)}")
+
+    def _stop(self, text):
+        if not any(isinstance(c, TerminateOnNaNCallback) for c in self.learn.cbs): raise InputError(text)
+        self.stopped = True
+        warn(text)
+        raise CancelFitException()
 
 # %% ../nbs/35_callbacks.ipynb #f2789054
 class RememberCallback(Callback):
@@ -262,6 +331,8 @@ class BudgetCallback(UpdateCallback):
         (self.unit,self.amount), = given.items()
         if not isinstance(self.amount, (int,float,np.number)) or not self.amount>0: raise InputError(f"{self.unit}: expected a number of more than 0; found {self.amount!r}")
     def before_fit(self):
+        if len(both:=[c for c in self.learn.cbs if isinstance(c, BudgetCallback)])>1:
+            raise InputError(f"two budgets for one fit: {both[0].amount:g} {both[0].unit} and {both[1].amount:g} {both[1].unit}. Take one away: learn.remove_cb(BudgetCallback), or call fit_one_cycle in place of fit_for")
         self.t0,self.valid_s,self.spent,self.late,self.updates = time.perf_counter(),0.,0,False,0
         progress = getattr(self.learn, 'progress', None)
         if getattr(progress, 'mbar', None) is not None: progress.mbar = _BudgetBar(progress.mbar, self)

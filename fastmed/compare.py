@@ -151,7 +151,11 @@ def _train_run(spec):
     "Train and score one run; this is what an executor is given. None where another process of this machine is at it"
     if (folder:=Path(spec['folder'])).exists(): return folder
     with writing(folder): place = contextlib.ExitStack(); tmp = place.enter_context(beside(folder, True, folder.parent/'unfinished', alone=True))
-    with place: return None if tmp is None else folder if folder.exists() else spec.get('do', _trained)(spec, folder, tmp)     # `crossval` has its own
+    try:
+        with place: return None if tmp is None else folder if folder.exists() else spec.get('do', _trained)(spec, folder, tmp) # `crossval` has its own
+    except InputError as e:                                          # such as a training that diverged
+        e.args = (f"run {folder.name!r}: {e}",)
+        raise
 
 def _trained(spec, folder, tmp):
     torch.set_num_threads(spec['threads'])

@@ -25,8 +25,9 @@ from .memory import MemoryCallback, memory_explained
 from .inference import *
 from .pace import PaceCallback
 from .callbacks import *
-from .callbacks import salt_of, sealed_names
+from .callbacks import FiniteCallback, salt_of, sealed_names
 from .weights import *
+from .weights import check_finite
 from .encoders import *
 from fastai.basics import *
 from fastai.callback.schedule import *
@@ -172,10 +173,10 @@ class Evaluation(pd.DataFrame):
 
 class VolumeLearner(EncoderMixin, Learner):
     "A `Learner` on patches that answers for whole scans, in their own space"
-    def fit(self, *args, **kwargs):                  # fastai's; a lack of memory is told in its own words
+    def fit(self, *args, **kwargs):                  # fastai's; a lack of memory is told in its own words, and a loss that is no number stops it
         self.loss_func = self.ready_loss(self.loss_func)
         self.ready_mixing(kwargs.get('cbs', args[3] if len(args)>3 else None))
-        with memory_explained(self): return super().fit(*args, **kwargs)
+        with memory_explained(self), self.added_cbs(FiniteCallback()): return super().fit(*args, **kwargs)
 
     def ready_loss(self,
         loss_func # what stands in `learn.loss_func`
@@ -287,9 +288,10 @@ class VolumeLearner(EncoderMixin, Learner):
         file,    # name below `path/model_dir`
         **kwargs # of fastai's `save_model`
     )->Path:     # the file
-        "fastai's `save`, whole or not at all"
+        "fastai's `save`, whole or not at all. Raises `InputError` where weights are not finite"
         with writing(self.path/self.model_dir/str(file)): fn = Path(join_path_file(file, self.path/self.model_dir, ext='.pth'))
         if rank_distrib(): return fn                              # of several processes the first one writes
+        check_finite(self.model, fn, getattr(self, 'opt', None) if kwargs.get('with_opt', True) else None)
         with whole_file(fn) as tmp: save_model(tmp, self.model, getattr(self, 'opt', None), **kwargs)
         return fn
 
@@ -298,8 +300,9 @@ class VolumeLearner(EncoderMixin, Learner):
         seen:bool=True,     # keep salted fingerprints of the training cases, see `sealed_names`; False: leave them out
         **kwargs            # of fastai's `export`
     ):
-        "fastai's `export`, whole or not at all, the network in evaluation, the names of cases as fingerprints; the Learner keeps its data and optimizer when it fails"
+        "fastai's `export`, whole or not at all, the network in evaluation, the names of cases as fingerprints; the Learner keeps its data and optimizer when it fails. Raises `InputError` where weights are not finite"
         if rank_distrib(): return                                 # of several processes the first one writes
+        check_finite(self.model, Path(self.path)/fname)
         path,dls,opt,names = self.path,self.dls,self.opt,getattr(self, 'seen', None)
         if names: self.seen = sealed_names(names, salt_of(self.model)) if seen else {}
         try:

@@ -19,7 +19,7 @@ from .metrics import *
 from .inference import *
 from .callbacks import *
 from .callbacks import is_sealed, salt_of, seal_of, sealed_names, was_seen
-from .weights import FrozenNorms
+from .weights import FrozenNorms, check_finite
 from .memory import MemoryCallback
 from .encoders import create_network, is_encoder
 from .learner import *
@@ -293,9 +293,10 @@ def save_model(
     evaluation=None, # `Evaluation` whose summary is kept; the last line of the training log always is
     seen:bool=True   # keep salted fingerprints of the training cases, by which `saw` knows them; False: leave them out
 )->Path:             # `fn`
-    "One file that `load_model` opens without running anything, whole or not at all; a network without a name is opened by `load_model(fn, arch=…)`. Raises `ValueError` on a network by name that was changed since it was made"
+    "One file that `load_model` opens without running anything, whole or not at all; a network without a name is opened by `load_model(fn, arch=…)`. Raises `ValueError` on a network by name that was changed since it was made, and on weights that are not finite"
     from safetensors.torch import save
     if isinstance(learn, Ensemble): return learn._pack(fn, post, evaluation, seen)
+    check_finite(learn.model, fn)
     meta = _meta(learn, post, evaluation, seen)
     net = meta['network']; own = net.get('own')
     model,tensors,plan = _rebuilt(learn, meta)

@@ -6,12 +6,21 @@
 __all__ = ['ResumeCallback']
 
 # %% ../nbs/36_resume.ipynb #2b82ad15
+from . import __version__
 from .core import InputError, sweep, whole_file
-from .callbacks import FitCallback, one_process
+from .store import cache_dir, kept_digest
+from .blocks import LoadMask, LoadVolume, get_plan, get_preprocess
+from .radiographs import LoadRadiograph, get_prep
+from .weights import check_finite
+from .losses import mixing_callbacks
+from .callbacks import BudgetCallback, FitCallback, case_rows, one_process
+from fastai.callback.schedule import ParamScheduler
+from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.callback.fp16 import MixedPrecision
 from fastai.basics import *
 from collections import Counter
-from contextlib import contextmanager
-import inspect, io, pickle, random, time
+from contextlib import contextmanager, suppress
+import hashlib, inspect, io, pickle, random, time
 
 # %% ../nbs/36_resume.ipynb #0ed1f693
 def _chance(dls):
@@ -113,6 +122,110 @@ class _DoneBatches(GetAttr):
             else: yield b
         if left: raise InputError(f"{self.cb.fn}: of this epoch {self.cb.skip} batches were done, and the data give {left} less now. Call the fit as it was, or remove the file to start anew")
 
+# %% ../nbs/36_resume.ipynb #fdc9626f
+def _words(o, depth=0):
+    "What an object is, in words that are the same in another process"
+    if o is None or isinstance(o, (bool,int,str,torch.dtype)): return str(o)
+    if isinstance(o, (float,np.floating)): return f'{o:.6g}'                             # the last digits are those of a machine
+    if isinstance(o, (Tensor,np.ndarray)):
+        t = torch.as_tensor(o).detach().cpu().as_subclass(Tensor)
+        return _words(t.tolist()) if t.numel()<=16 else f"{'×'.join(map(str, t.shape))} numbers, sum {_sum([t])[:8]}"
+    if depth>5: return type(o).__qualname__
+    if isinstance(o, dict): return '{'+', '.join(f'{k}: {_words(v, depth+1)}' for k,v in o.items())+'}'
+    if isinstance(o, (list,tuple,set,L)): return '('+', '.join(_words(v, depth+1) for v in o)+')'
+    if isinstance(o, partial): return f"{_words(o.func, depth+1)}{_words(list(o.args), depth+1)}{_words(o.keywords, depth+1)}"
+    if isinstance(o, type) or not hasattr(o, '__dict__'): return getattr(o, '__qualname__', type(o).__qualname__)
+    if callable(o) and hasattr(o, '__code__'): return _function_words(o)
+    own = {k:v for k,v in vars(o).items() if not k.startswith('_') and k not in ('learn','training')}
+    if isinstance(o, nn.Module): own.update({**o._parameters, **o._buffers, **o._modules})
+    return f"{type(o).__qualname__}({', '.join(f'{k}={_words(v, depth+1)}' for k,v in own.items())})"
+
+def _function_words(f):
+    "A function by its name; of one without a place of its own also a sum of its text"
+    name = f.__qualname__
+    if '<' not in name: return name
+    try: return f'{name} {hashlib.sha256(inspect.getsource(f).encode()).hexdigest()[:8]}'
+    except (OSError, TypeError): return name
+
+def _sum(tensors):
+    "One text for the contents of tensors"
+    h = hashlib.sha256()
+    for t in tensors: h.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return h.hexdigest()
+
+def _hypers(learn):
+    "Rate, momentum and what else the optimizer is told, in words: as a number, or by its course where it is scheduled"
+    res = {k:_words(vs[0] if len(set(vs))==1 else vs) for k in learn.opt.hypers[0] for vs in [[h[k] for h in learn.opt.hypers]]}
+    for c in learn.cbs:
+        if not isinstance(c, ParamScheduler): continue
+        for k,f in c.scheds.items():
+            course = [np.atleast_1d(np.asarray(f(p), dtype=float)) for p in np.linspace(0, 1, 41)]
+            last = [float(v[-1]) for v in course]
+            res[k] = f"{last[0]:.6g} → {max(last, key=lambda v: abs(v-last[0])):.6g} → {last[-1]:.6g} (course {hashlib.sha256(_words(course).encode()).hexdigest()[:8]})"
+    return res
+
+# %% ../nbs/36_resume.ipynb #e73f5701
+def _fact(tl, o):
+    "A sum of the files behind an item, or its label in words; None where it is neither"
+    for f in tl.tfms.fs:
+        if isinstance(f, (LoadVolume,LoadMask,LoadRadiograph)):
+            kept = getattr(getattr(f, 'store', None), 'path', cache_dir())
+            return ' '.join(kept_digest(p, kept) for p in (o if isinstance(o, (list,tuple,L)) else [o]))
+        o = f(o)
+    return None if getattr(o, 'ndim', 0)>1 else _words(o)
+
+def _facts(ds):
+    "[name, what stands behind it] of each case of a side; those that say nothing of themselves have their name alone"
+    rows,facts = case_rows(ds.items),[]
+    for tl in ds.tls:
+        try: facts.append([_fact(tl, o) for _,o in rows] if rows and _fact(tl, rows[0][1]) is not None else ['']*len(rows))
+        except Exception: facts.append(['']*len(rows))               # whatever cannot be read says so when it is trained on
+    return [[str(name), *f] for (name,_),*f in zip(rows, *facts)]
+
+def _cases(dls):
+    "The cases of training and validation"
+    return {what:_facts(ds) for what,ds in zip(('training cases','validation cases'), (dl.dataset for dl in dls.loaders)) if hasattr(ds, 'tls')}
+
+def _data(dls):
+    "Patch, spacing and preprocessing in words"
+    res = {}
+    with suppress(InputError): res.update({k:v for k,v in get_plan(dls).items() if k in ('ndim','patch','axis','context')})
+    with suppress(InputError): res.update({f'preprocessing, {k}':v for k,v in ifnone(get_prep(dls), get_preprocess(dls)).to_dict().items()})
+    return {k:_words(v) for k,v in res.items()}
+
+def _settings(learn):
+    "What a fit was told, in words"
+    model,opt = get_model(learn.model),learn.opt_func
+    res = dict(epochs=learn.n_epoch, batches=len(learn.dls.train), batch=learn.dls.train.bs, tensors={k:tuple(v.shape) for k,v in model.state_dict().items()}, frozen=getattr(learn.opt, 'frozen_idx', 0),
+               loss=learn.loss_func, optimizer=[type(o).__qualname__ for o in (opt, opt.opt)] if isinstance(opt, OptimWrapper) else opt)
+    for c in learn.cbs:
+        if isinstance(c, BudgetCallback): res['budget'] = f'{c.amount:g} {c.unit}'
+        if isinstance(c, GradientAccumulation): res['gradients of'] = f'{c.n_acc} items'
+        if isinstance(c, GradientClip): res['gradients up to'] = c.max_norm
+        if isinstance(c, MixedPrecision): res['precision'] = c.amp_mode.value
+    if mixed:=mixing_callbacks(learn): res['mixing'] = [(type(c).__name__, c.distrib.concentration0) for c in mixed]
+    return {k:_words(v) for k,v in res.items()}
+
+def _case_changes(was, now):
+    "How two lists of cases differ, in words"
+    a,b = [{o[0]:o[1:] for o in s} for s in (was, now)]
+    parts = {'no longer there':[k for k in a if k not in b], 'new':[k for k in b if k not in a], 'other contents':[k for k in b if k in a and a[k]!=b[k]]}
+    told = [f"{k}: {', '.join(v[:3])}{f' and {len(v)-3} more' if len(v)>3 else ''}" for k,v in parts.items() if v]
+    return f"{len(was)} then, {len(now)} now ({'; '.join(told) or 'in another order'})"
+
+def _changes(was, now):
+    "Each setting that differs between two fits, as it was then and as it is now"
+    a,b = was['settings'],now['settings']
+    res = [f"{k}: {_apart(a.get(k, 'none'), b.get(k, 'none'))}" for k in {**a, **b} if a.get(k)!=b.get(k)]
+    return res+[f"{k}: {_case_changes(was['cases'].get(k, []), now['cases'].get(k, []))}" for k in now['cases'] if was['cases'].get(k)!=now['cases'][k]]
+
+def _apart(a, b, most=120):
+    "Two texts, long ones from shortly before they differ"
+    at = next((i for i,(x,y) in enumerate(zip(a, b)) if x!=y), min(len(a), len(b)))
+    start = 0 if max(len(a), len(b))<=most else max(0, at-40)
+    def part(s): return ('… ' if start else '')+s[start:start+most]+(' …' if len(s)>start+most else '')
+    return f"{part(a)} then, {part(b)} now"
+
 # %% ../nbs/36_resume.ipynb #b72b2e60
 def _named(learn):
     "The callbacks that count, by name; several of one class are numbered"
@@ -161,33 +274,77 @@ class ResumeCallback(FitCallback):
     ):
         if every is not None and every<1: raise InputError(f"ResumeCallback: every must be 1 or more; found {every}")
         self.file,self.every,self.keep = path,every,keep
+        self.earlier,self.end = [],None                  # fits of this training that are done, and a sum of the weights after the last
 
-    def _terms(self):
-        tensors = [[k,list(v.shape)] for k,v in get_model(self.learn.model).state_dict().items()]
-        return dict(epochs=self.n_epoch, batches=len(self.dls.train), batch=self.dls.train.bs, tensors=tensors, frozen=getattr(self.opt, 'frozen_idx', 0))
+    def __getstate__(self): return {**{k:v for k,v in self.__dict__.items() if k in ('file','every','keep','learn')}, 'earlier':[], 'end':None}
 
 # %% ../nbs/36_resume.ipynb #c2fd1471
+_magic,_blank = b'fastmed ResumeCallback 2\n',b'0'*64     # at the start of the file, then the sum of what follows
+
+def _digest(f):
+    "The sum of what is left of an open file"
+    h = hashlib.sha256()
+    while b:=f.read(2**22): h.update(b)
+    return h.hexdigest().encode()
+
+def _write_state(fn, state):
+    "A state with its checksum, whole or not at all"
+    with whole_file(fn) as tmp, open(tmp, 'w+b') as f:
+        f.write(_magic+_blank)
+        torch.save(state, f)
+        f.seek(len(_magic+_blank))
+        found = _digest(f)
+        f.seek(len(_magic))
+        f.write(found)
+
+def _read_state(fn):
+    "What `_write_state` wrote. Raises `InputError`"
+    anew = "Remove it to start anew"
+    with open(fn, 'rb') as f:
+        start,told = f.read(len(_magic)),f.read(len(_blank))
+        if start[:2]==b'PK': raise InputError(f"{fn}: was written by an earlier version of fastmed (0.1.0, without a checksum), which this one does not read. End that fit with it, or remove the file to start anew")
+        if start[:-2]==_magic[:-2] and start!=_magic: raise InputError(f"{fn}: was written by another version of fastmed (format {start[-2:].decode('latin1').strip()}; this one, {__version__}, reads 2). End that fit with it, or remove the file to start anew")
+        if start!=_magic: raise InputError(f"{fn}: not a file of ResumeCallback, or not whole. {anew}")
+        if _digest(f)!=told: raise InputError(f"{fn}: not whole: its bytes are not those that were written. {anew}, or take a copy of it")
+        f.seek(len(_magic+_blank))
+        try: return torch.load(io.BytesIO(f.read()), map_location='cpu', weights_only=True)
+        except Exception as e: raise InputError(f"{fn}: not whole ({type(e).__name__}). {anew}") from e
+
 @patch
-def _read(self:ResumeCallback):
-    try: s = torch.load(self.fn, map_location='cpu', weights_only=True)
-    except Exception as e: raise InputError(f"{self.fn}: not a file of ResumeCallback, or not whole ({type(e).__name__}). Remove it to start anew") from e
-    if 'callbacks' not in s: raise InputError(f"{self.fn}: was written by an earlier version of fastmed. End that fit with it, or remove the file to start anew")
-    if odd:=[f"{k}: {s['terms'].get(k)} then, {v} now" for k,v in self._terms().items() if s['terms'].get(k)!=v]:
-        raise InputError(f"{self.fn}: is of another fit ({'; '.join(o[:150] for o in odd)}). Call the fit as it was, or remove the file to start anew")
-    return s
+def _chosen(self:ResumeCallback, s):
+    "What this fit is in the training of a state: the record of a fit that was done, or the state itself; None where it comes after. Raises `InputError` where it is none of them"
+    k,n = len(self.earlier),len(s['earlier'])
+    if k<n and not _changes(s['earlier'][k]['terms'], self.terms): return s['earlier'][k]
+    if s['done'] and k==n+1 and not _changes(s['terms'], self.earlier[-1]['terms']): return None
+    if not _changes(s['terms'], self.terms): return s
+    odd = _changes((s['earlier'][k] if k<n else s)['terms'], self.terms)
+    raise InputError(f"{self.fn}: is of another fit ({'; '.join(odd)}). Call the fit as it was, or remove the file to start anew")
 
 @patch
 def before_fit(self:ResumeCallback):
     "Take up the state that is there"
-    self.was,self.skip,self.done,self.began = None,0,False,time.perf_counter()
+    self.was,self.past,self.skip,self.done,self.began = None,None,0,False,time.perf_counter()
     one_process('ResumeCallback', 'keep the weights by SaveModelCallback(every_epoch=True, with_opt=True)')     # it would keep the chance of one of them
     self.fn = self.learn.path/self.file
     sweep(self.fn.parent)                            # a state that a kill cut short
     self.marks = {k:_marks(c) for k,c in _named(self.learn)}
-    if not self.fn.exists(): return
-    s = self._read()
+    self.terms = dict(settings={**_settings(self.learn), **_data(self.dls), **_hypers(self.learn)}, cases=_cases(self.dls))
+    model = get_model(self.learn.model)
+    if self.end!=_sum(model.state_dict().values()): self.earlier = []          # another network, or weights from elsewhere: another training
+    s = _read_state(self.fn) if self.fn.exists() else None
+    found = self._chosen(s) if s else None
+    if found is not None: self._take(s, found)
+    elif self.earlier: self._save(0, 0)              # the fits before this one are not lost again
+
+@patch
+def _take(self:ResumeCallback, s, found):
+    "The network of a state, and of the fit that was stopped all else"
     model = get_model(self.learn.model)
     model.load_state_dict(s['model'])
+    if found is not s:
+        self.past = found
+        return
+    self.earlier = s['earlier']
     _set_optimizer(self.opt, s['opt'], next(model.parameters()).device)
     if s['scaler'] and getattr(self.learn, 'scaler', None) is not None: self.learn.scaler.load_state_dict(s['scaler'])
     _set_gradients(self.learn, s['gradients'])
@@ -205,11 +362,8 @@ def alone(self:ResumeCallback):
 @patch
 def go_on(self:ResumeCallback):
     "From here on the fit is what it was when it was saved"
-    s,where = self.was,(next(self.learn.model.parameters()).device, self.began)
-    for k,c in _named(self.learn):
-        if k in s['callbacks']: _set_state(c, s['callbacks'][k], *where)
-    _set_recorded(self.learn.recorder, s['recorder'], *where)
-    self.learn.train_iter,self.learn.pct_train = s['train_iter'],s['pct_train']
+    s = self.was
+    self._recall(s)
     _set_chance({**s['now'], 'dls':[]} if self.skip else s['now'], self.dls)
     b = getattr(self.learn, 'budget', None)
     if getattr(b, 'unit', '')=='minutes' and not s['done']:
@@ -217,9 +371,30 @@ def go_on(self:ResumeCallback):
     self.was,self.skip = None,0
 
 @patch
+def _recall(self:ResumeCallback, s):
+    "What callbacks and recorder had counted"
+    where = next(self.learn.model.parameters()).device, self.began
+    for k,c in _named(self.learn):
+        if k in s['callbacks']: _set_state(c, s['callbacks'][k], *where)
+    _set_recorded(self.learn.recorder, s['recorder'], *where)
+    self.learn.train_iter,self.learn.pct_train = s['train_iter'],s['pct_train']
+
+@patch
+def _pass_over(self:ResumeCallback):
+    "A fit that was done, before the one that was stopped"
+    self._recall(self.past)
+    for k in self.past['hypers'][0]: self.opt.set_hyper(k, [h[k] for h in self.past['hypers']])
+    if self.learn.logger is not noop: print(f"{self.fn}: this fit was done, and is passed over; the network is that of the later fit that was stopped")
+    raise CancelFitException()
+
+@patch
 def before_epoch(self:ResumeCallback):
     "Pass over what was done"
+    if self.past: self._pass_over()
     s = self.was
+    if s and not s['done'] and self.epoch==s['epoch']==s['batch']==0:
+        self.go_on()
+        s = None
     if s and (s['done'] or s['epoch']>=self.n_epoch):
         self.go_on()
         self.done = True
@@ -258,13 +433,30 @@ def after_epoch(self:ResumeCallback):
 @patch
 def after_fit(self:ResumeCallback):
     "Done: the file goes, or says so"
-    if not self.keep: self.fn.unlink(missing_ok=True)
-    elif not self.done: self._save(self.epoch+1, 0, True)
+    if getattr(getattr(self.learn, 'finite', None), 'stopped', False): return          # it diverged: the last good state stays
+    if not self.past:
+        if not self.keep: self.fn.unlink(missing_ok=True)
+        elif not self.done: self._save(self.epoch+1, 0, True)
+    self.earlier = [*self.earlier, self.past or _plain({**self._record(), 'hypers':[dict(h) for h in self.opt.hypers]})]
+    self.end = _sum(get_model(self.learn.model).state_dict().values())
+
+@patch
+def _record(self:ResumeCallback):
+    "Which fit it is, and what callbacks and recorder hold"
+    return dict(terms=self.terms, train_iter=self.learn.train_iter, pct_train=self.learn.pct_train, recorder=_recorded(self.learn.recorder), callbacks={k:_state_of(c, self.marks.get(k)) for k,c in _named(self.learn)})
+
+@patch
+def _check(self:ResumeCallback):
+    "Raise `InputError` where the training has diverged, so that the last good state stays"
+    if hasattr(self.learn, 'finite'): self.learn.finite.check_weights()
+    check_finite(self.learn.model, self.fn, self.opt)
+    waiting = [p.grad for p in self.learn.model.parameters() if p.grad is not None]
+    if getattr(self.learn, 'scaler', None) is None and not all(g.isfinite().all() for g in waiting): raise InputError(f"{self.fn}: not written, because gradients that wait for their update are NaN or infinite: the training has diverged. What was saved before is as it was. Train at a lower rate")
 
 @patch
 def _save(self:ResumeCallback, epoch, batch, done=False):
+    self._check()
     now,scaler = _chance(self.dls),getattr(self.learn, 'scaler', None)
-    s = dict(terms=self._terms(), done=done, epoch=epoch, batch=batch, train_iter=self.learn.train_iter, pct_train=self.learn.pct_train, now=now, start=self.start if batch else now,
-             model=get_model(self.learn.model).state_dict(), opt=self.opt.state_dict(), gradients=_gradients(self.learn),
-             scaler=None if scaler is None else scaler.state_dict(), recorder=_recorded(self.learn.recorder), callbacks={k:_state_of(c, self.marks.get(k)) for k,c in _named(self.learn)})
-    with whole_file(self.fn) as tmp, open(tmp, 'wb') as f: torch.save(_plain(s), f)
+    s = dict(self._record(), earlier=self.earlier, done=done, epoch=epoch, batch=batch, now=now, start=self.start if batch else now,
+             model=get_model(self.learn.model).state_dict(), opt=self.opt.state_dict(), gradients=_gradients(self.learn), scaler=None if scaler is None else scaler.state_dict())
+    _write_state(self.fn, _plain(s))

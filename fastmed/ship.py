@@ -9,6 +9,7 @@ __all__ = ['export_onnx', 'load_onnx']
 from .core import *
 from .models import *
 from .data import *
+from .weights import check_finite
 from .learner import *
 from .classify import *
 from .ensemble import *
@@ -51,6 +52,7 @@ def export_onnx(
     try: import onnx, onnxscript
     except ImportError as e: raise ExtraError("export_onnx needs onnx and onnxscript: pip install 'fastmed[onnx]'") from e
     if isinstance(learn, CaseLearner): raise InputError("export_onnx: offered for networks of masks; keep a classifier with save_model")
+    check_finite(learn.model, fn)
     meta = _meta(learn, post, evaluation, seen)
     if meta['network'].get('own'): raise InputError(f"export_onnx: expected a network that is known by name; found {meta['network']['arch']}. Keep it with save_model")
     model,_,plan = _rebuilt(learn, meta); model.eval()

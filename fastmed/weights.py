@@ -158,15 +158,45 @@ def load_weights(
     model.load_state_dict({k:adapt_weight(sd[v], own[k].shape[1]) if k in adapted else sd[v] for k,v in match.items()}, strict=False)
     return WeightReport(fn, match, adapted, wrong, [k for k in own if k not in match and k not in wrong and not k.endswith('num_batches_tracked')], [k for k in sd if k not in used and _bare(k) not in odd], (len(got),len(enc)))
 
+# %% ../nbs/26_weights.ipynb #21676cf0
+def odd_weights(
+    model:nn.Module # network
+)->list:            # names in its state; empty where all is well
+    "The weights and running averages of a network that are not finite, and other buffers that hold NaN"
+    model = get_model(model)
+    own = {k for k,_ in model.named_parameters()}
+    floats = {k:v for k,v in model.state_dict().items() if isinstance(v, Tensor) and v.is_floating_point()}
+    odd = {k:~v.isfinite().all() if k in own or '.running_' in f'.{k}' else v.isnan().any() for k,v in floats.items()}
+    return [k for k,v in odd.items() if v]
+
+def _floats(o):
+    "The tensors of a nested state"
+    if isinstance(o, Tensor): return [o] if o.is_floating_point() else []
+    parts = o.values() if isinstance(o, dict) else o if isinstance(o, (list,tuple,L)) else ()
+    return [t for p in parts for t in _floats(p)]
+
+def check_finite(
+    model:nn.Module, # network that is about to be saved
+    fn,              # where to
+    opt=None         # its optimizer, where that is saved too
+):
+    "Raise `InputError`, before anything is written, where weights or the optimizer's averages are not finite"
+    odd = [f'the weights {k}' for k in odd_weights(model)]
+    if opt is not None and not all(t.isfinite().all() for t in _floats(opt.state_dict())): odd.append("the optimizer's averages")
+    if not odd: return
+    more = f' and {len(odd)-1} more' if len(odd)>1 else ''
+    raise InputError(f"{fn}: not written, because NaN or infinity stands in {odd[0]}{more}: the training has diverged. What was saved before is as it was: load it (learn.load), or train anew at a lower rate")
+
 # %% ../nbs/26_weights.ipynb #a27438ae
 def save_encoder(
     model:nn.Module, # network with an encoder
     fn               # file, such as 'encoder.safetensors'
 )->Path:             # `fn`
-    "Write the encoder of a network to a safetensors file, whole or not at all. Raises `InputError` where it has none"
+    "Write the encoder of a network to a safetensors file, whole or not at all. Raises `InputError` where it has none, or where its weights are not finite"
     from safetensors.torch import save
     state = {k:v.detach().cpu().contiguous().clone() for k,(_,v) in _encoder_state(model).items()}
     if not state: raise InputError(f"save_encoder: {type(model).__name__} has no part that is named as an encoder; expected one of our networks, or one of MONAI's")
+    check_finite(model, fn)
     meta = dict(what=_what(model), tensors=len(state), fastmed=__version__)
     with whole_file(fn) as tmp: tmp.write_bytes(save(state, {'fastmed_encoder':json.dumps(meta)}))
     return Path(fn)

@@ -1,10 +1,12 @@
 "Training that is killed and started again ends as if it had not been."
 import os, signal, subprocess, sys, time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-import pandas as pd, pytest, torch
+import nibabel as nib, pandas as pd, pytest, shutil, torch
 from fastai.callback.all import CSVLogger, Callback, EarlyStoppingCallback, GradientAccumulation, ReduceLROnPlateau, SaveModelCallback, TerminateOnNaNCallback
 from fastai.optimizer import OptimWrapper, ranger
+from fastcore.foundation import L
 from fastmed.all import BudgetCallback, CostCallback, DiceCallback, ResumeCallback, TorchIOTransform, VolumeDataLoaders, SliceDataLoaders, set_seed, unet2d_learner, unet3d_learner
 from phantoms import CODES, dies
 
@@ -208,3 +210,139 @@ def test_other_optimizers_go_on(study, tmp_path, opt_func):
     whole = fit(learner('a'), 1)
     with pytest.raises(KeyboardInterrupt): fit(learner('b'), 1, 8)
     assert same(whole, fit(learner('b'), 1))
+
+# --- which fit it is
+
+def stopped(study, tmp_path, df=None, n=2, call=None, **kwargs):
+    "A fit that was killed, and a function that makes the Learner anew"
+    path,own = study
+    with pytest.raises(KeyboardInterrupt): (call or fit_so)(make(path, own if df is None else df, tmp_path, **kwargs), cbs=[ResumeCallback('r.pth', 1), Lights(n)])
+
+def fit_so(learn, cbs=None, how='fit_one_cycle', epochs=3, lr=1e-2, **kwargs):
+    with learn.no_bar(), learn.no_logging(): getattr(learn, how)(epochs, lr, cbs=L(cbs), **kwargs)
+
+def refused(learn, was, **kwargs):
+    "What is said of a call that differs; the file stays as it was"
+    fn = learn.path/'r.pth'
+    with pytest.raises(ValueError) as e: fit_so(learn, ResumeCallback('r.pth', 1), **kwargs)
+    assert fn.read_bytes()==was and str(e.value).endswith('Call the fit as it was, or remove the file to start anew')
+    return str(e.value)
+
+@pytest.fixture
+def killed(study, tmp_path):
+    "Folder and bytes of a fit that was killed, and a function that makes its Learner anew"
+    stopped(study, tmp_path)
+    return (tmp_path/'r.pth').read_bytes(),lambda df=None, **kwargs: make(study[0], study[1] if df is None else df, tmp_path, **kwargs)
+
+@pytest.mark.parametrize('kwargs,says', [(dict(lr=2e-2), 'lr: 0.0004 → 0.01 → 1e-07 (course'), (dict(pct_start=.5), 'lr: 0.0004 → 0.01'), (dict(how='fit_flat_cos'), 'mom: 0.95 → 0.85 → 0.95 (course'), (dict(wd=.1), 'wd: 0.01 then, 0.1 now'),
+    (dict(moms=(.9,.8,.9)), 'mom: 0.95 → 0.85 → 0.95'), (dict(epochs=5), 'epochs: 3 then, 5 now')])
+def test_another_rate_or_schedule_is_refused(killed, kwargs, says):
+    was,again = killed
+    said = refused(again(), was, **kwargs)
+    assert says in said and 'cases' not in said and 'loss' not in said and 'patch' not in said
+
+def test_another_loss_optimizer_batch_or_patch_is_refused(killed):
+    was,again = killed
+    for k,o,says in (('loss_func', torch.nn.CrossEntropyLoss(), 'loss: '), ('loss_func', torch.nn.CrossEntropyLoss(torch.tensor([1.,2,3])), '(1, 2, 3)'), ('opt_func', ranger, 'optimizer: Adam then, ranger now')):
+        l = again()
+        setattr(l, k, o)
+        assert says in refused(l, was)
+    l = again()
+    l.gradient_clip.max_norm = 1.
+    assert 'gradients up to: 12 then, 1 now' in refused(l, was)
+    said = refused(again(bs=4), was)
+    assert 'batch: 2 then, 4 now' in said and 'batches: ' in said
+    assert 'patch: (16, 16, 16) then, (8, 16, 16) now' in refused(again(patch=(8,16,16)), was)
+    assert 'preprocessing, spacing: ' in refused(again(spacing=1.), was)
+    with pytest.raises(ValueError, match='budget: none then, 100 updates now'): fit_so(again(), [ResumeCallback('r.pth', 1), BudgetCallback(updates=100)])
+
+def test_another_split_is_refused(killed, study, tmp_path):
+    "Named with the cases; so is a case whose file, mask or label is another now, and another order"
+    was,again = killed
+    df = study[1]
+    learn = again()
+    valid,train = [list(d.items['case']) for d in (learn.dls.valid_ds, learn.dls.train_ds)]
+    said = refused(again(seed=7), was)
+    assert 'training cases: ' in said and 'validation cases: ' in said and 'no longer there: ' in said and 'new: ' in said
+    said = refused(again(df[df.case!=train[0]].assign(is_valid=df.case.isin(valid)), valid_col='is_valid'), was)
+    assert f'training cases: {len(train)} then, {len(train)-1} now (no longer there: {train[0]})' in said and 'validation cases' not in said
+    # the same names, other voxels
+    copied = tmp_path/'copied'
+    shutil.copytree(study[0], copied)
+    fn = copied/df.set_index('case').loc[train[1], 'mask']
+    im = nib.load(fn)
+    a = im.get_fdata().copy()
+    a[:3] = 0
+    nib.Nifti1Image(a.astype('uint8'), im.affine, im.header).to_filename(fn)
+    said = refused(make(copied, df, tmp_path), was)
+    assert f'training cases: {len(train)} then, {len(train)} now (other contents: {train[1]})' in said and 'validation cases' not in said
+
+def test_the_same_data_elsewhere_go_on(study, tmp_path):
+    "What counts is what stands in the files, not where they lie, nor where the store is"
+    path,df = study
+    whole = fit(make(path, df, tmp_path/'a'), 1)
+    stopped(study, tmp_path/'b')
+    shutil.copytree(path, tmp_path/'copied')
+    learn = make(tmp_path/'copied', df, tmp_path/'b', cache=tmp_path/'other')
+    assert same(whole, fit(learn, 1))
+
+def test_one_changed_byte_is_noticed(killed, tmp_path):
+    was,again = killed
+    for at in (0, 30, 100, len(was)//2, len(was)-1):
+        b = bytearray(was)
+        b[at] ^= 1
+        (tmp_path/'r.pth').write_bytes(b)
+        with pytest.raises(ValueError, match='r.pth: .*not whole'): fit_so(again(), ResumeCallback('r.pth'))
+        assert (tmp_path/'r.pth').read_bytes()==b
+
+def test_a_file_of_another_version_is_named(killed, tmp_path):
+    was,again = killed
+    torch.save(dict(terms={}, callbacks={}), tmp_path/'r.pth')
+    with pytest.raises(ValueError, match=r'earlier version of fastmed \(0.1.0'): fit_so(again(), ResumeCallback('r.pth'))
+    (tmp_path/'r.pth').write_bytes(was.replace(b'Callback 2', b'Callback 3', 1))
+    with pytest.raises(ValueError, match='another version of fastmed .format 3'): fit_so(again(), ResumeCallback('r.pth'))
+
+# --- several fits, one training
+
+@pytest.mark.parametrize('keep', [False, True])
+@pytest.mark.parametrize('cuts', [(2,), (8,), (9,), (14,), (10,2)])
+def test_fine_tune_goes_on_in_its_second_fit(study, tmp_path, keep, cuts):
+    "Cut in the first, between the two, or in the second: what was done is passed over, and the end is that of one that was never stopped"
+    path,df = study
+    def tune(folder, *cbs):
+        learn = make(path, df, tmp_path/folder)
+        learn.pretrained = True
+        with learn.no_bar(), learn.no_logging(): learn.fine_tune(2, 1e-2, freeze_epochs=2, cbs=[ResumeCallback('r.pth', 1, keep=keep), *cbs])
+        return learn
+    whole = tune('a')
+    for n in cuts:
+        with pytest.raises(KeyboardInterrupt): tune('b', Lights(n))
+    cut = tune('b')
+    assert same(whole, cut) and (tmp_path/'b'/'r.pth').exists()==keep
+    assert [t.to_csv() for t in whole.history]==[t.to_csv() for t in cut.history]
+    with pytest.raises(ValueError, match='another fit') if keep else nullcontext():
+        learn = make(path, df, tmp_path/'b')
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, cbs=ResumeCallback('r.pth', keep=keep))
+
+def test_two_alike_fits(study, tmp_path):
+    "The second is not taken for the first, with one callback and with the Learner's own"
+    path,df = study
+    def twice(folder, *cbs, keep=False):
+        learn = make(path, df, tmp_path/folder)
+        learn.add_cb(ResumeCallback('r.pth', 1, keep=keep))
+        for _ in range(2):
+            with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2, cbs=L(cbs))
+        return learn
+    whole = twice('a')
+    with pytest.raises(KeyboardInterrupt): twice('b', Lights(5))
+    assert same(whole, twice('b')) and same(whole, twice('c', keep=True))
+
+def test_another_learner_is_another_training(study, tmp_path):
+    "One callback for the folds of a loop: the first fold is never given the weights of the second"
+    path,df = study
+    def folds(*cbs):
+        cb = ResumeCallback('r.pth', 1)
+        for k in range(2): fit_so(make(path, df, tmp_path, seed=k), [cb, *cbs])
+    n = 3*len(make(path, df, tmp_path).dls.train)
+    with pytest.raises(KeyboardInterrupt): folds(Lights(n+2))
+    with pytest.raises(ValueError, match='another fit.*training cases'): folds()

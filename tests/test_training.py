@@ -161,3 +161,11 @@ def test_a_learner_that_the_clock_stopped_goes_into_a_pickle(learn):
 @pytest.mark.parametrize('kw', [dict(minutes='2'), dict(updates=[3]), dict(voxels=0)])
 def test_a_budget_that_is_none_is_refused(kw):
     with pytest.raises(InputError, match='expected a number of more than 0'): BudgetCallback(**kw)
+
+def test_two_budgets_are_refused(learn):
+    "One on the Learner and `fit_for`: nothing says which of them the schedule follows"
+    learn.add_cb(BudgetCallback(updates=3))
+    with learn.no_bar(), learn.no_logging(), pytest.raises(InputError, match='two budgets for one fit: 3 updates and 1 minutes'): learn.fit_for(1)
+    learn.remove_cb(BudgetCallback)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(9, cbs=BudgetCallback(updates=3))
+    assert len(learn.recorder.losses)==3
