@@ -992,6 +992,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'fastmed.io._from_sitk': ('io.html#_from_sitk', 'fastmed/io.py'),
                             'fastmed.io._grid_str': ('io.html#_grid_str', 'fastmed/io.py'),
                             'fastmed.io._is_nibabel': ('io.html#_is_nibabel', 'fastmed/io.py'),
+                            'fastmed.io._label_boxes': ('io.html#_label_boxes', 'fastmed/io.py'),
                             'fastmed.io._load_array': ('io.html#_load_array', 'fastmed/io.py'),
                             'fastmed.io._nifti_voxels': ('io.html#_nifti_voxels', 'fastmed/io.py'),
                             'fastmed.io._odd_values': ('io.html#_odd_values', 'fastmed/io.py'),
