@@ -95,7 +95,7 @@ class VolumeDataLoaders(DataLoaders):
                 raise InputError(f"case {b[0]!r} has {b[1]} channels, case {a[0]!r} has {a[1]}: expected the same number in every case. Leave channels out with image_col=[…], or the case")
         device = torch.device(ifnone(device, default_device()))
         kw = dict(axis=axis, context=context) if cls._ndim==2 else {}
-        kw.update(spacing=spacing, bs=bs, samples_per_case=samples_per_case, device=device)
+        kw.update(spacing=spacing, bs=bs, samples_per_case=samples_per_case, device=device, heads=[heads[i] for i in train])
         if plan is not None: plan = Plan(plan, reasons=getattr(plan, 'reasons', None))
         else: plan = whole_plan(df.iloc[train], cls._ndim, image_col, path, size, **kw) if labelled else suggest_plan(df.iloc[train], cls._ndim, image_col, path, patch=patch, minutes=minutes, **kw)
         need,left = plan.bs*int(np.prod([float(p) for p in plan.patch]))*(1+2*plan.get('context', 0))*(4*heads[0]['channels']+1),memory_left()

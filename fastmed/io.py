@@ -305,8 +305,8 @@ def resampled_grid(
     T = np.diag([*(new/old), 1.]); T[:3,3] = np.where(new==old, 0, start)
     return tuple(int(o) for o in m), np.asarray(affine)@T
 
-def _resample(a, T, size, order):
-    "Resample array `a` (X,Y,Z) to `size`; output voxel j lies at input voxel T·j (a scale and a shift an axis). Beyond the edge the edge is repeated"
+def _resample(a, T, size, order, first=(0,0,0)):
+    "Resample array `a` (X,Y,Z) to `size`; output voxel j lies at input voxel T·j (a scale and a shift an axis), `a` begins at input voxel `first`. Beyond the edge the edge is repeated"
     import SimpleITK as sitk
     scale,shift = np.diag(T)[:3],T[:3,3]
     if order=='cubic' and min(a.shape)<4: order = 'linear'      # a cubic spline needs four voxels
@@ -314,20 +314,35 @@ def _resample(a, T, size, order):
     r.SetSize([int(o) for o in size]); r.SetOutputSpacing(scale.tolist()); r.SetOutputOrigin(shift.tolist())
     r.SetInterpolator(dict(nearest=sitk.sitkNearestNeighbor, linear=sitk.sitkLinear, cubic=sitk.sitkBSpline)[order])
     r.SetUseNearestNeighborExtrapolator(True)
-    return sitk.GetArrayFromImage(r.Execute(sitk.GetImageFromArray(np.ascontiguousarray(a.transpose(2,1,0))))).transpose(2,1,0)
+    im = sitk.GetImageFromArray(np.ascontiguousarray(a.transpose(2,1,0)))
+    im.SetOrigin([float(o) for o in first])
+    return sitk.GetArrayFromImage(r.Execute(im)).transpose(2,1,0)
+
+def _label_boxes(a):
+    "Sorted values of `a`, each with its box, all found in one pass"
+    from scipy.ndimage import find_objects
+    if 0<=a.min() and a.max()<=65535:
+        boxes = {k:b for k,b in enumerate(find_objects(a), 1) if b is not None}
+        return [*([(0, None)] if (a==0).any() else []), *boxes.items()]
+    vals = np.unique(a)
+    return list(zip(vals.tolist(), find_objects(np.searchsorted(vals, a).astype(np.int32)+1)))
 
 def _resample_labels(a, T, size):
     "Resample class ids by interpolating each label's own indicator and taking the largest: smooth borders, no value that was not there"
     out = np.zeros(size, a.dtype); best = np.full(size, 0, np.float32)
     scale,shift = np.diag(T)[:3],T[:3,3]
-    for v in np.unique(a):
-        w = np.argwhere(a==v) if v else None
-        if v: lo,hi = (w.min(0)-1-shift)/scale, (w.max(0)+1-shift)/scale
-        lo,hi = (np.clip(np.floor(lo).astype(int), 0, size), np.clip(np.ceil(hi).astype(int)+1, 0, size)) if v else (np.zeros(3,int), np.array(size))
+    for v,box in _label_boxes(a):
+        lo,hi,near = np.zeros(3, int),np.array(size),(slice(None),)*3        # of the background all
+        if v:
+            start,stop = np.array([(s.start,s.stop) for s in box]).T
+            lo = np.clip(np.floor((start-1-shift)/scale).astype(int), 0, size)
+            hi = np.clip(np.ceil((stop-shift)/scale).astype(int)+1, 0, size)
+            near = tuple(slice(max(0, i-2), j+2) for i,j in zip(start, stop))  # beyond it the indicator is 0 as at its rim
         if (hi<=lo).any(): continue
         sl = tuple(slice(i,j) for i,j in zip(lo,hi))
-        T_ = T.copy(); T_[:3,3] = shift+lo*scale
-        p = _resample((a==v).astype(np.float32), T_, hi-lo, 'linear')
+        T_ = T.copy()
+        T_[:3,3] = shift+lo*scale
+        p = _resample((a[near]==v).astype(np.float32), T_, hi-lo, 'linear', [o.start or 0 for o in near])
         win = p>best[sl]
         out[sl][win] = v; best[sl][win] = p[win]
     return out

@@ -203,13 +203,14 @@ def whole_plan(
     axis='auto',          # slices: array axis that is cut across
     context:int=0,        # slices: neighbours on each side that become channels
     device=None,          # device that the memory is of
-    memory:float=None     # GiB for a training step; default: `default_memory`
+    memory:float=None,    # GiB for a training step; default: `default_memory`
+    heads=None            # what `read_header` says of each case, where it was read already
 )->Plan:                  # as of `suggest_plan`, `patch` being the grid of the whole scan, and `whole` True
     "The grid that every training scan fits on, and its spacing, each with its reason. Raises `InputError` on a size that is none"
-    base = suggest_plan(df, ndim, image_col, path, spacing=spacing, orientation=orientation, bs=bs, axis=axis, context=context, device=device, memory=memory)
+    if heads is None: heads = [read_header(o) for o in all_files(df, image_col, path)]
+    base = suggest_plan(df, ndim, image_col, path, spacing=spacing, orientation=orientation, bs=bs, axis=axis, context=context, device=device, memory=memory, heads=heads)
     ax = [a for a in range(3) if ndim==3 or a!=base.axis]
     pre = Preprocess(base.spacing, orientation=orientation)
-    heads = [read_header(o) for o in all_files(df, image_col, path)]
     heads = list({(tuple(h['shape']), np.asarray(h['affine']).tobytes()):h for h in heads}.values())      # scans of one grid count once
     def need(sp):
         p = Preprocess(sp, orientation=orientation)

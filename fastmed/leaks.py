@@ -70,10 +70,17 @@ def _fingerprint(a, spacing, box):
     return d
 
 # %% ../nbs/61_leaks.ipynb #f4521119
+_block,_sample = 512,2000   # cases that are compared at a time; cases whose pairs say what is usual
+
+def _blocks(n): return [np.arange(i, min(n, i+_block)) for i in range(0, n, _block)]
+
 def _same_runs(keys, most):
     "Groups of positions with one key, of 2 to `most` members; `keys` is a sorted-or-not array"
-    o = np.argsort(keys, kind='stable'); k = keys[o]; cut = np.flatnonzero(k[1:]!=k[:-1])+1
-    return [g for g in np.split(o, cut) if 1<len(g)<=most]
+    o = np.argsort(keys, kind='stable')
+    k = keys[o]
+    start = np.r_[0, np.flatnonzero(k[1:]!=k[:-1])+1]
+    size = np.diff(np.r_[start, len(k)])
+    return [o[s:s+n] for s,n in zip(*(v[(size>1) & (size<=most)] for v in (start, size)))]
 
 def _corr(A, B):
     "(n,m) correlation of thumbnails, rows that are centred already and of length one, kept off ±1"
@@ -83,9 +90,69 @@ def _rows(T):
     "Thumbnails as rows, centred and of length one"
     x = T.reshape(len(T), -1).astype(np.float32); x -= x.mean(1, keepdims=True); return x/np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
-def _z(m):
-    "Robust standard scores of the entries above the diagonal, for all"
-    v = m[np.triu_indices(len(m), 1)]; return (m-np.median(v))/max(1.4826*np.median(np.abs(v-np.median(v))), 1e-9)
+def _usual(n, pairs):
+    "(median, robust standard deviation) of what `pairs`, (rows, columns) → matrix, gives of two cases: of all, or of 2000 that lie evenly among more"
+    at = np.arange(0, n, -(-n//_sample))
+    parts = [at[b] for b in _blocks(len(at))]
+    v = np.concatenate([pairs(i, j)[i[:,None]<j[None]] for k,i in enumerate(parts) for j in parts[k:]])
+    m = np.median(v)
+    return m,max(1.4826*np.median(np.abs(v-m)), 1e-9)
+
+def _thumbs(P, i): return np.stack([P[k]['thumb'] for k in i])
+
+def _gap_overlaps(gaps, ids):
+    "(i, j, number of common gaps) of prints whose gaps are nearly the same, a block at a time; `gaps`: {id: (first grey value, which are missing)}"
+    end = max(lo+len(a) for lo,a in gaps.values())
+    base = min(lo for lo,_ in gaps.values())
+    def rows(part):
+        A = np.zeros((len(part), end-base), np.float32)
+        for r,i in enumerate(part): A[r,gaps[i][0]-base:][:len(gaps[i][1])] = gaps[i][1]
+        lo = np.array([gaps[i][0]-base for i in part])
+        return A,lo,lo+[len(gaps[i][1]) for i in part],np.c_[np.zeros(len(part), int), A.cumsum(1, dtype=np.int64)]
+    step = max(1, min(_block, 2**24//(end-base)))
+    parts = [ids[i:i+step] for i in range(0, len(ids), step)]
+    for k,p in enumerate(parts):
+        A,la,ha,ca = rows(p)
+        for q in parts[k:]:
+            B,lb,hb,cb = (A,la,ha,ca) if q is p else rows(q)
+            lo,hi = np.maximum(la[:,None], lb),np.minimum(ha[:,None], hb)
+            both = np.rint(A@B.T).astype(int)
+            i,j = np.nonzero((hi-lo>=8) & (both>=5))
+            lo,hi,both = lo[i,j],hi[i,j],both[i,j]
+            either = ca[i,hi]-ca[i,lo]+cb[j,hi]-cb[j,lo]-both
+            ok = (both>=.9*either) & (np.array(p)[i]<np.array(q)[j])
+            yield np.array(p)[i[ok]],np.array(q)[j[ok]],both[ok]
+
+def _same_gaps(P, few):
+    "Pairs with the same gaps, where neither is one of a crowd: (i, j, number of common gaps)"
+    gaps = {i:(p['gaps'][0],np.unpackbits(p['gaps'][2])[:p['gaps'][1]]) for i,p in enumerate(P) if p['gaps'] is not None}
+    if len(gaps)<2: return []
+    crowd = np.zeros(len(P), int)
+    for i,j,_ in _gap_overlaps(gaps, list(gaps)): np.add.at(crowd, np.r_[i, j], 1)
+    lone = [i for i in gaps if 0<crowd[i]<few]
+    return sorted((int(i), int(j), int(k)) for o in (_gap_overlaps(gaps, lone) if lone else ()) for i,j,k in zip(*o))
+
+def _same_pictures(P):
+    "Pairs whose thumbnails are the same, mirrored or not, far more than those of other pairs: (i, j, correlation, whether mirrored)"
+    n,seen = len(P),{}
+    def pictures(i, j):
+        if (k:=(int(i[0]),int(j[0]))) in seen: return seen[k]
+        A,B = _thumbs(P, i),_thumbs(P, j)
+        R = _rows(A)
+        same = _corr(R, R if i is j else _rows(B))
+        flip = np.full_like(same, -1)
+        for ax in ((0,),(1,),(2,),(0,1),(0,2),(1,2),(0,1,2)): np.maximum(flip, _corr(R, _rows(np.flip(B, 1+np.array(ax)))), out=flip)
+        if n<=_sample: seen[k] = same,flip                                  # the same blocks again below
+        return same,flip
+    m,sd = _usual(n, lambda i, j: np.arctanh(np.maximum(*pictures(i, j))))
+    res,parts = [],_blocks(n)
+    for k,i in enumerate(parts):
+        for j in parts[k:]:
+            same,flip = pictures(i, j)
+            best = np.maximum(same, flip)
+            hit = (best>.995) & (((np.arctanh(best)-m)/sd>6) | (n<4)) & (i[:,None]<j[None])
+            res += [(int(i[a]), int(j[b]), best[a,b], bool(flip[a,b]>same[a,b])) for a,b in np.argwhere(hit)]
+    return sorted(res)
 
 def _own(P):
     "Which prints have a quantum that says something: no round number, and no power of two, which is the step of a floating-point format"
@@ -105,52 +172,90 @@ def _prove(P, proof, who, of=''):
     for g in np.split(o, np.flatnonzero(np.diff(np.log(q[o]))>1e-6)+1) if len(o) else []:
         if 1<len(g)<=few:
             for i,j in itertools.combinations(g.tolist(), 2): prove(i, j, f'same quantum {q[i]:.7g}')
-    gappy,alike = {i:(p['gaps'][0],np.unpackbits(p['gaps'][2])[:p['gaps'][1]].astype(bool)) for i,p in enumerate(P) if p['gaps'] is not None},[]
-    for (i,(la,a)),(j,(lb,b)) in itertools.combinations(gappy.items(), 2):
-        lo,hi = max(la, lb),min(la+len(a), lb+len(b))
-        if hi-lo<8: continue
-        x,y = a[lo-la:hi-la],b[lo-lb:hi-lb]; k = int((x&y).sum())
-        if k>=5 and k>=.9*(x|y).sum(): alike.append((i,j,k))
-    crowd = Counter(k for i,j,_ in alike for k in (i,j))
-    for i,j,k in alike:
-        if max(crowd[i], crowd[j])<few: prove(i, j, f'same gaps: {k} grey values that never occur')
-    T = np.stack([p['thumb'] for p in P]); R = _rows(T); same = _corr(R, R); flip = np.full_like(same, -1)
-    for ax in ((0,),(1,),(2,),(0,1),(0,2),(1,2),(0,1,2)): np.maximum(flip, _corr(R, _rows(np.flip(T, 1+np.array(ax)))), out=flip)
-    best = np.maximum(same, flip); z = _z(np.arctanh(best))
-    for i,j in np.argwhere(np.triu((best>.995) & ((z>6) | (n<4)), 1)).tolist(): prove(i, j, f"same picture{' mirrored' if flip[i,j]>same[i,j] else ''}: correlation {best[i,j]:.4f}")
+    for i,j,k in _same_gaps(P, few): prove(i, j, f'same gaps: {k} grey values that never occur')
+    for i,j,c,mirrored in _same_pictures(P): prove(i, j, f"same picture{' mirrored' if mirrored else ''}: correlation {c:.4f}")
 
 def _odds(F, pairs, shrink=.3):
-    "(n,n) logarithm of the odds that two rows of features are one scan, learnt from `pairs` that are: the two-covariance model, features standardised and clipped. Source: Ioffe 2006"
+    "A function (rows, columns) → logarithm of the odds that two rows of features are one scan, learnt from `pairs` that are: the two-covariance model, features standardised and clipped. Source: Ioffe 2006"
     sd = F.std(0); X = np.clip(((F-F.mean(0))/np.maximum(sd, 1e-12))[:,sd>1e-9], -4, 4); i,j = np.array(pairs).T; D = X[i]-X[j]
     def soft(S): return (1-shrink)*S+shrink*np.diag(np.diag(S))
     W,S = soft(D.T@D/(2*len(D)))+1e-3*np.eye(X.shape[1]),soft(X.T@X/len(X)); w,V = np.linalg.eigh(S-W); B = (V*np.maximum(w, 1e-3))@V.T; S = B+W; k = len(S)
     J = np.block([[S,B],[B,S]]); I,Is = np.linalg.inv(J),np.linalg.inv(S); q = -.5*np.einsum('ij,jk,ik->i', X, I[:k,:k]-Is, X)
-    return q[:,None]+q[None]-X@I[:k,k:]@X.T-.5*(np.linalg.slogdet(J)[1]-2*np.linalg.slogdet(S)[1])
+    const = .5*(np.linalg.slogdet(J)[1]-2*np.linalg.slogdet(S)[1])
+    return lambda i, j: q[i][:,None]+q[j][None]-X[i]@I[:k,k:]@X[j].T-const
 
 def _alike(P, proof, sure=.9, ahead=2.):
     "{(i,j): reason} pairs of cases that are merely alike; `P`: the prints of all channels of each case, `proof`: what is proved already; `sure`: least probability, `ahead`: least lead where nothing teaches"
     n = len(P); own = np.array([_own(ps)[1].any() for ps in P]); free = np.flatnonzero(~own); res = {}
     if len(free)<10 or n<20: return res
-    T = [_rows(np.stack([ps[c]['thumb'] for ps in P])) for c in range(len(P[0]))]; likes = [np.stack([ps[c]['like'] for ps in P]).astype(float) for c in range(len(P[0]))]
+    by = [[ps[c] for ps in P] for c in range(len(P[0]))]                  # by channel
+    likes = [np.stack([p['like'] for p in ps]).astype(float) for ps in by]
     teach = [k for k,w in proof.items() if all('quantum' in o or 'gaps' in o for o in w)]
-    if len(teach)>=12:
-        def parts(R, k): R = R-R.mean(0); u,s,_ = np.linalg.svd(R.astype(float), full_matrices=False); return u[:,:k]*s[:k]
-        M = _odds(np.hstack([*likes, *[parts(R, 20//len(T)) for R in T]]), teach)[np.ix_(free, free)]; np.fill_diagonal(M, -np.inf)
-        top = np.maximum(M.max(1, keepdims=True), 0); e = np.exp(M-top); p = e/(e.sum(1, keepdims=True)+len(free)*np.exp(-top))       # one twin at most, as likely as none
-        p = np.minimum(p, p.T); nn = p.argmax(1)
-        for i,j in enumerate(nn):
-            if i<j and nn[j]==i and p[i,j]>sure: res[int(free[i]),int(free[j])] = f'alike, as the proved pairs of this set are: probability {p[i,j]:.3f}'
-        return res
-    if len(free)<20: return res
-    def near(X):
-        X = X[free]; X = X-np.median(X, 0); sd = np.median(np.abs(X), 0); X = X[:,sd>1e-9]/sd[sd>1e-9]; d = np.zeros((len(X),)*2)
-        for x in X.T: d += (x[:,None]-x[None])**2
-        return -_z(np.log(np.sqrt(d/max(1, X.shape[1]))+1e-3))
-    Z = np.mean([_z(np.arctanh(_corr(R[free], R[free]))) for R in T], 0)+np.mean([near(x[:,:13]) for x in likes], 0)+np.mean([near(x[:,13:]) for x in likes], 0)
-    np.fill_diagonal(Z, -np.inf); nn,s = Z.argmax(1),np.sort(Z, 1); gap = s[:,-1]-s[:,-2]
-    for i,j in enumerate(nn):
-        if i<j and nn[j]==i and min(gap[i], gap[j])>ahead and s[i,-1]>4: res[int(free[i]),int(free[j])] = f'alike, each the nearest of the other, {min(gap[i], gap[j]):.1f} standard deviations before the next'
+    if len(teach)>=12: nearest,say = _learnt(by, likes, teach, free, sure),'alike, as the proved pairs of this set are: probability {:.3f}'
+    elif len(free)>=20: nearest,say = _nearest(by, likes, free, ahead),'alike, each the nearest of the other, {:.1f} standard deviations before the next'
+    else: return res
+    for i,j,v in nearest: res[int(free[i]),int(free[j])] = say.format(v)
     return res
+
+def _main_parts(ps, k):
+    "(n,k) the main components of thumbnails, found on 2000 of them at most"
+    some = np.arange(0, len(ps), -(-len(ps)//_sample))
+    R = _rows(_thumbs(ps, some))
+    mid = R.mean(0)
+    V = np.linalg.svd((R-mid).astype(float), full_matrices=False)[2][:k].T
+    return np.concatenate([(_rows(_thumbs(ps, i))-mid).astype(float)@V for i in _blocks(len(ps))])
+
+def _learnt(by, likes, teach, free, sure):
+    "Pairs of `free` that are each the other's likeliest twin, by what the proved pairs teach: (i, j, probability)"
+    odds = _odds(np.hstack([*likes, *[_main_parts(ps, 20//len(by)) for ps in by]]), teach)
+    def M(i, j):
+        m = odds(free[i], free[j])
+        m[i[:,None]==j[None]] = -np.inf
+        return m
+    n,every = len(free),np.arange(len(free))
+    top,total = np.empty(n),np.empty(n)
+    for i in _blocks(n):
+        m = M(i, every)
+        top[i] = np.maximum(m.max(1), 0)
+        total[i] = np.exp(m-top[i][:,None]).sum(1)+n*np.exp(-top[i])         # one twin at most, as likely as none
+    nn,best = np.empty(n, int),np.empty(n)
+    for i in _blocks(n):
+        p = np.minimum(np.exp(M(i, every)-top[i][:,None])/total[i][:,None], (np.exp(M(every, i)-top[:,None])/total[:,None]).T)
+        nn[i] = p.argmax(1)
+        best[i] = p[np.arange(len(i)),nn[i]]
+    return [(i, j, best[i]) for i,j in enumerate(nn) if i<j and nn[j]==i and best[i]>sure]
+
+def _nearest(by, likes, free, ahead):
+    "Pairs of `free` that are each the other's nearest, far before the next: (i, j, standard deviations)"
+    n,measures = len(free),[]
+    def pictures(ps):
+        def f(i, j):
+            R = _rows(_thumbs(ps, free[i]))
+            return np.arctanh(_corr(R, R if i is j else _rows(_thumbs(ps, free[j]))))
+        return f
+    def distance(X):
+        X = X[free]
+        X = X-np.median(X, 0)
+        sd = np.median(np.abs(X), 0)
+        X = X[:,sd>1e-9]/sd[sd>1e-9]
+        def f(i, j):
+            d = np.zeros((len(i),len(j)))
+            for x in X.T: d += (x[i][:,None]-x[j][None])**2
+            return np.log(np.sqrt(d/max(1, X.shape[1]))+1e-3)
+        return f
+    groups = [(1, [pictures(ps) for ps in by]), (-1, [distance(x[:,:13]) for x in likes]), (-1, [distance(x[:,13:]) for x in likes])]
+    for sign,fs in groups: measures.append([(sign, f, *_usual(n, f)) for f in fs])
+    def Z(i, j):
+        z = sum(np.mean([sign*((f(i, j)-m)/sd) for sign,f,m,sd in fs], 0) for fs in measures)
+        z[i[:,None]==j[None]] = -np.inf
+        return z
+    parts,nn,best,gap = _blocks(n),np.empty(n, int),np.empty(n),np.empty(n)
+    for i in parts:
+        z = np.hstack([Z(i, j) for j in parts])
+        nn[i] = z.argmax(1)
+        two = np.partition(z, -2, axis=1)[:,-2:]
+        best[i],gap[i] = two[:,1],two[:,1]-two[:,0]
+    return [(i, j, min(gap[i], gap[j])) for i,j in enumerate(nn) if i<j and nn[j]==i and min(gap[i], gap[j])>ahead and best[i]>4]
 
 def _pairs(vox, likely=True, **kwargs):
     "Pairs of cases, {(i,j): [reasons]}: those that are proved to be one scan, and those that are merely alike"

@@ -247,7 +247,8 @@ def suggest_plan(
     nf:int=None,          # features of the first level
     device=None,          # device that the budget is for
     minutes:float=None,   # of training: the machine is measured, and what would give fewer than `UPDATES` is made smaller; None: memory alone decides
-    machine:dict=None     # with `minutes`: what `measure_machine` gave; None: it is measured now
+    machine:dict=None,    # with `minutes`: what `measure_machine` gave; None: it is measured now
+    heads=None            # what `read_header` says of each case, where it was read already
 )->Plan:                  # spacing, axis, patch, strides, depth, nf, bs, samples_per_case, …, each with its reason
     "Spacing, patch, batch, depth and strides from the data, a memory budget and a time budget, each with its reason. Source of the idea: nnU-Net (Isensee 2021)"
     if minutes is not None and not (isinstance(minutes, (int,float)) and 0<minutes<math.inf): raise InputError(f"minutes: expected a number above 0, or None; found {minutes!r}")
@@ -260,7 +261,7 @@ def suggest_plan(
     why = {}
     mem = ifnone(memory, default_memory(device)); why['memory'] = 'given' if memory is not None else f'GiB for a training step on {device.type}'
     pre = Preprocess(spacing=spacing, orientation=orientation)
-    heads = [read_header(o) for o in all_files(df, image_col, path)]
+    if heads is None: heads = [read_header(o) for o in all_files(df, image_col, path)]
     oriented = [pre.oriented(h['shape'], h['affine']) for h in heads]
     if spacing=='auto':
         pre.spacing = auto_spacing([spacing_of(a) for _,a in oriented]); why['spacing'] = f'mm; the median of {len(heads)} cases'

@@ -1,6 +1,8 @@
 "Many cases: nobody's scans are merged, few files are open at a time, and nothing is read or held twice."
-import errno, json, os
+import errno, json, os, subprocess, sys, tracemalloc
+from pathlib import Path
 import nibabel as nib, numpy as np, pytest, torch
+from fastmed import data, io, labels, leaks, plan, preprocess
 from fastmed.core import FileError, InputError, ResourceError
 from fastmed.doctor import scan_decathlon, scan_folder
 from fastmed.guard import reading
@@ -129,3 +131,83 @@ def test_too_many_open_files_are_no_fault_of_the_file():
         with reading('scan.nii'): raise OSError(errno.EMFILE, 'Too many open files')
     with pytest.raises(FileError, match='truncated'):
         with reading('scan.nii'): raise OSError(errno.EIO, 'read error')
+
+# --- leaks, in blocks
+
+def prints(n, seed=0, size=20, runs=512):
+    "What `find_leaks` knows of `n` cases, with ten pairs that are one picture, ten with the same gaps and ten merely alike"
+    rng = np.random.default_rng(seed)
+    def one(i):
+        gaps = rng.random(300)<.2
+        gaps[[0,-1]] = False
+        thumb = rng.standard_normal((size,)*3).astype(np.float16)
+        like = rng.standard_normal(49).astype(np.float32)
+        return dict(sketch=rng.integers(0, 2**63, runs, dtype=np.uint64), quantum=np.nan, gaps=(int(rng.integers(0, 40)),300,np.packbits(gaps)) if i%2 else None, thumb=thumb, like=like)
+    res = [one(i) for i in range(n)]
+    for k in range(10):
+        res[k]['thumb'] = res[n-1-k]['thumb'][::-1] if k%2 else res[n-1-k]['thumb']
+        res[20+k]['gaps'] = res[n-21-k]['gaps'] = res[21]['gaps'][0],300,np.packbits(rng.random(300)<.2)
+        res[40+k].update(thumb=(res[n-41-k]['thumb']+.2*rng.standard_normal((size,)*3)).astype(np.float16), like=res[n-41-k]['like']+np.float32(.01))
+    return [dict(channels=[], prints=[p]) for p in res]
+
+def test_leaks_in_blocks_are_those_of_the_whole(monkeypatch):
+    vox = prints(150)
+    proof,like = leaks._pairs(vox)
+    assert len(proof)>=20 and like
+    monkeypatch.setattr(leaks, '_block', 37)
+    assert leaks._pairs(vox)==(proof,like) and [list(o) for o in leaks._pairs(vox)]==[list(proof),list(like)]
+
+@pytest.mark.parametrize('taught', [False, True])
+def test_leaks_hold_no_matrix_of_all_pairs(monkeypatch, taught):
+    "Three times as many cases take three times the memory, not nine"
+    monkeypatch.setattr(leaks, '_block', 32, raising=False)
+    monkeypatch.setattr(leaks, '_sample', 64, raising=False)
+    def peak(n):
+        vox = prints(n, size=4, runs=8)
+        for k in range(20 if taught else 0):
+            for i in (60+k, 100+k): vox[i]['prints'][0]['gaps'] = 0,300,np.packbits(np.random.default_rng(k).random(300)<.2)
+        tracemalloc.start()
+        try: leaks._pairs(vox); return tracemalloc.get_traced_memory()[1]
+        finally: tracemalloc.stop()
+    assert peak(720)<4.5*peak(240)
+
+# --- labels, each within its box
+
+def test_a_hundred_labels_are_resampled_within_their_boxes(monkeypatch):
+    a = np.zeros((40,40,40), np.uint8)
+    for k in range(1, 100): a[k%10*4:k%10*4+3,k//10*4:k//10*4+3,10:13] = k
+    T = np.diag([.7,.9,1.1,1.])
+    want,best = np.zeros((57,44,36), np.uint8),np.zeros((57,44,36), np.float32)
+    for v in np.unique(a):
+        p = io._resample((a==v).astype(np.float32), T, want.shape, 'linear')
+        want[p>best],best = v,np.maximum(p, best)
+    seen,real = [],io._resample
+    monkeypatch.setattr(io, '_resample', lambda o, *args: seen.append(o.size) or real(o, *args))
+    assert np.array_equal(io._resample_labels(a, T, want.shape), want)
+    assert sum(seen)<2*a.size, 'of the background all, of a label its box'
+    wide = np.array([-7,0,3,70_000], np.int32)[a%4]
+    assert set(np.unique(io._resample_labels(wide, T, want.shape)))<={-7,0,3,70_000}
+
+# --- headers
+
+@pytest.mark.parametrize('labelled', [False, True])
+def test_from_df_reads_each_header_once(tmp_path, monkeypatch, labelled):
+    df = small_study(tmp_path, 8).assign(label=['a','b']*4)
+    read,real = [],io.read_header
+    def counted(fn):
+        if not isinstance(fn, list): read.append(str(fn))
+        return real(fn)
+    for m in (io, data, labels, plan, preprocess): monkeypatch.setattr(m, 'read_header', counted)
+    kw = dict(label_col='label', batch_tfms=None) if labelled else dict(codes=['background','x'], patch=8)
+    data.VolumeDataLoaders.from_df(df, cache=tmp_path/'store', bs=2, num_workers=0, device='cpu', **kw)
+    assert sorted(read)==sorted(map(str, [*df.image, *([] if labelled else df['mask'])]))
+
+# --- the whole way, with few files open
+
+def test_more_cases_than_files_that_may_be_open(tmp_path):
+    "Check, training and prediction of 40 cases, 80 files, in a process that may have 64 open"
+    pytest.importorskip('resource')
+    script = Path(__file__).resolve().parents[1]/'benchmarks/many.py'
+    p = subprocess.run([sys.executable, str(script), '--cases', '40', '--files', '64', '--csv', str(tmp_path/'many.csv')], capture_output=True, text=True)
+    assert not p.returncode, p.stderr[-2000:]
+    assert len((tmp_path/'many.csv').read_text().splitlines())==6

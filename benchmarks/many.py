@@ -1,0 +1,63 @@
+"""Many small scans in one folder and few files open: seconds and peak memory of a check, of an epoch and of a prediction.
+
+    python benchmarks/many.py                  # 1,000 cases, 256 files at a time
+    python benchmarks/many.py --cases 60 --files 96
+"""
+import argparse, os, sys, tempfile, time
+from pathlib import Path
+import nibabel as nib, numpy as np
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import common
+
+size = 24
+
+def write(path, n):
+    "`n` scans of 24³ voxels with one structure, in images/ and labels/"
+    rng = np.random.default_rng(0)
+    grid = np.indices((size,)*3)
+    for k in ('images','labels'): (path/k).mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        middle,r = rng.uniform(9, 15, 3),rng.uniform(4, 7)
+        mask = (((grid-middle[:,None,None,None])**2).sum(0)<r*r).astype(np.uint8)
+        scan = (rng.normal(100, 12, mask.shape)+60*mask).astype(np.float32)
+        for k,a in (('images',scan), ('labels',mask)): nib.save(nib.Nifti1Image(a, np.eye(4)), path/k/f'case{i:04d}.nii.gz')
+
+def timed(what, f, rows):
+    "Add seconds and peak memory of `f()` to `rows`, and give what it gave"
+    common.reset_peak()
+    was,t = common.rss(),time.perf_counter()
+    res = f()
+    rows.append(dict(what=what, seconds=round(time.perf_counter()-t, 1), peak_mb=round(common.peak()/1e6), more_mb=round((common.peak()-was)/1e6)))
+    print(rows[-1], file=sys.stderr, flush=True)
+    return res
+
+def run(path, n, files, workers):
+    "The rows of the table; raises where a case is lost on the way"
+    import resource
+    path = Path(path)
+    write(path, n)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    from fastmed.all import VolumeDataLoaders, check_dataset, scan_folder, unet3d_learner
+    rows,df = [],scan_folder(path)
+    report = timed('check_dataset', lambda: check_dataset(df, ['background','ball']), rows)
+    if len(report.errors): raise SystemExit(f'the check found errors: {report.errors.iloc[0].to_dict()}')
+    def loaders(): return VolumeDataLoaders.from_df(df, path=path, codes=['background','ball'], patch=16, bs=8, samples_per_case=1, spacing=None, cache=path/'cache', num_workers=workers, device='cpu')
+    timed('from_df, first', loaders, rows)
+    dls = timed('from_df, again', loaders, rows)
+    learn = unet3d_learner(dls, nf=4, depth=2)
+    timed('an epoch of training', lambda: learn.fit(1), rows)
+    done = timed('predict_folder', lambda: learn.predict_folder(path/'images', path/'out'), rows)
+    if len(done)!=n or (done.status!='ok').any(): raise SystemExit(f"not predicted: {done[done.status!='ok'].iloc[0].to_dict()}")
+    return [dict(r, cases=n, files=files, workers=workers) for r in rows]
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument('--cases', type=int, default=1000)
+    p.add_argument('--files', type=int, default=256, help='files that the process may have open')
+    p.add_argument('--workers', type=int, default=0, help='of the DataLoaders')
+    p.add_argument('--csv', default=str(common.here/'many.csv'))
+    a = p.parse_args()
+    with tempfile.TemporaryDirectory() as tmp, common.quiet(): rows = run(tmp, a.cases, a.files, a.workers)
+    common.keep(rows, a.csv, ['what','cases','files','workers'])
+
+if __name__=='__main__': main()
