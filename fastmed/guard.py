@@ -8,7 +8,7 @@ __all__ = ['memory_left', 'check_plain', 'reading', 'check_size', 'unpacked', 'c
 # %% ../nbs/01_guard.ipynb #eec6ea35
 from .core import *
 from pathlib import Path
-import contextlib, gzip, math, os, re, struct, sys, zlib
+import contextlib, gzip, math, os, re, stat, struct, sys, zlib
 
 # %% ../nbs/01_guard.ipynb #fdc2d64d
 def _number(fn, key=None):
@@ -54,12 +54,10 @@ def check_plain(
     fn # file that is read next; anything but a path passes, and so does what is not there
 ):
     "Refuse a pipe, a socket or a device, from which a read may never come back. Raises `FileError`"
-    try:
-        p = Path(fn)
-        if p.is_file() or p.is_dir() or not p.exists(): return
-        kind = 'a named pipe' if p.is_fifo() else 'a socket' if p.is_socket() else 'a device'
+    try: mode = os.stat(fn).st_mode
     except (OSError, ValueError, TypeError): return
-    raise FileError(f"{fn}: expected a file; found {kind}, which is never read. Take it out of the folder")
+    kinds = {stat.S_IFIFO:'a named pipe', stat.S_IFSOCK:'a socket', stat.S_IFCHR:'a device', stat.S_IFBLK:'a device'}
+    if kind:=kinds.get(stat.S_IFMT(mode)): raise FileError(f"{fn}: expected a file; found {kind}, which is never read. Take it out of the folder")
 
 @contextlib.contextmanager
 def reading(
@@ -72,8 +70,8 @@ def reading(
     try: yield
     except FastmedError: raise
     except FileNotFoundError as e: raise MissingFileError(f"{fn}: no such file{f' as {e.filename}, which belongs to it' if e.filename and Path(str(e.filename)).name!=Path(fn).name else ''}. Check the path") from e
-    except MemoryError as e: raise ResourceError(f"{fn}: does not fit into the memory that is left ({memory_left()/1e9:.3g} GB). Crop or resample it, or use a machine with more") from e
     except FloatingPointError as e: raise InputError(f"{fn}: holds values beyond what 32 bits can keep (3.4e38), so they would become infinite. Scale them, or repair the file") from e
+    except MemoryError as e: raise ResourceError(f"{fn}: does not fit into the memory that is left ({memory_left()/1e9:.3g} GB). Crop or resample it, or use a machine with more") from e
     except Exception as e:
         if isinstance(e, RuntimeError) and re.search('allocat|bad_alloc|out of memory', str(e), re.I): raise ResourceError(f"{fn}: does not fit into the memory that is left ({memory_left()/1e9:.3g} GB): {_line(e)}. Crop or resample it, or use a machine with more") from e
         raise FileError(f"{fn}: expected {what}; found {_line(e)}. {mend}") from e

@@ -20,21 +20,6 @@ _version = 3   # of the layout on disk and of how files are read; part of every 
 
 def _key(*parts): return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:24]
 
-def _seal(folder, name, affine, digest):
-    "What tells the contents of an entry from any other"
-    fg = folder/'fg.npz'
-    return _key(name, affine, digest(folder/'data.npy'), file_digest(fg) if fg.exists() else None)
-
-def _stamps(folder):
-    "What changes when somebody writes to an entry. Raises `FileNotFoundError` where a file of it is gone"
-    sts = {o.name:o.stat() for o in os.scandir(folder)}
-    if missing:={'data.npy','meta.json'}-set(sts): raise FileNotFoundError(errno.ENOENT, 'a file of the entry is gone', str(folder/missing.pop()))
-    return {k:(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for k,s in sts.items()}
-
-def _made_anew(fn, dest, n=1):
-    more = f' (and {n-1} more)' if n>1 else ''
-    warn(f"{_names(fn)}{more}: its entry in the store, {dest}, does not hold what was written there, and is made anew")
-
 def _private(path):
     "Make a folder that its owner alone may enter, where there is none"
     path = Path(path)
@@ -234,6 +219,21 @@ def kept_digest(
     if not recent and Path(path).is_dir():                                  # who reads without a store makes none
         with contextlib.suppress(FileError): return Store(None, path).cached('digest', facts, lambda: file_digest(fn))
     return file_digest(fn)
+
+def _seal(folder, name, affine, digest):
+    "What tells the contents of an entry from any other"
+    fg = folder/'fg.npz'
+    return _key(name, affine, digest(folder/'data.npy'), file_digest(fg) if fg.exists() else None)
+
+def _stamps(folder):
+    "What changes when somebody writes to an entry. Raises `FileNotFoundError` where a file of it is gone"
+    sts = {o.name:o.stat() for o in os.scandir(folder)}
+    if missing:={'data.npy','meta.json'}-set(sts): raise FileNotFoundError(errno.ENOENT, 'a file of the entry is gone', str(folder/missing.pop()))
+    return {k:(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for k,s in sts.items()}
+
+def _made_anew(fn, dest, n=1):
+    more = f' (and {n-1} more)' if n>1 else ''
+    warn(f"{_names(fn)}{more}: its entry in the store, {dest}, does not hold what was written there, and is made anew")
 
 def _facts(fn):
     "The facts of one file or several; None where one is out of reach"
