@@ -174,7 +174,7 @@ class Compare(Job):
         res = {}
         for d in (path/'c').glob('*, fold*'):
             for n in ('results','slices','remedied','log'): assert len(pd.read_csv(d/f'{n}.csv'))
-            json.loads((d/'run.json').read_text()); res[d] = stamp(d/'results.csv')+stamp(d/'model.pkl')
+            json.loads((d/'run.json').read_text()); res[d] = stamp(d/'results.csv')+stamp(d/'model.safetensors')
         return res
     def result(self, path):
         res = {f'{d.name}/{n}':digest((d/f'{n}.csv').read_bytes()) for d in sorted((path/'c').glob('*, fold*')) for n in ('results','slices','remedied','log')}

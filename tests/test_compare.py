@@ -5,7 +5,8 @@ from pathlib import Path
 import multiprocessing
 import nibabel as nib, numpy as np, pandas as pd, pytest, torch
 from scipy import stats
-from fastmed.all import (Comparison, Findings, anisotropy_shift, bootstrap_means, compare_learners, group_folds, holm, load_volume, paired_comparison, ruled_scores, slice_consistency, thick_slices)
+from fastmed.all import (Comparison, Findings, anisotropy_shift, bootstrap_means, compare_learners, group_folds, holm, load_run, load_volume, paired_comparison, ruled_scores, slice_consistency, thick_slices)
+from fastmed.runs import keep_model
 from phantoms import CODES, affine_of, dies, python, write_case
 
 # --- statistics
@@ -111,6 +112,8 @@ def make(study, tmp, arms=ARMS, **kwargs):
     df = df.assign(image=[str(path/o) for o in df.image], mask=[str(path/o) for o in df['mask']])
     return Comparison(df, arms, path=Path(tmp)/'c', cache=Path(tmp)/'s', **{**SMALL, **kwargs})
 
+def whole_df(study): path,df = study; return df.assign(image=[str(path/o) for o in df.image], mask=[str(path/o) for o in df['mask']])
+
 def table(c): return c.results.sort_values(['arm','fold','seed','case','structure']).reset_index(drop=True)
 
 @pytest.mark.slow
@@ -133,6 +136,52 @@ make((Path(sys.argv[3]), pd.read_csv(sys.argv[3]+'/cases.csv')), sys.argv[1]).ru
     n = torch.get_num_threads(); torch.set_num_threads(1); c = make(study, tmp_path).run(); torch.set_num_threads(n)
     pd.testing.assert_frame_equal(table(c), table(whole))
     assert all(f.stat().st_mtime_ns==t for f,t in stamps.items()) and not (tmp_path/'c'/'unfinished').exists()
+
+class OwnNet(torch.nn.Sequential):
+    def __init__(self, n_in, n_out): super().__init__(torch.nn.Conv3d(n_in, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv3d(4, n_out, 1)); self.divisor = (1,1,1)
+
+class Evil:
+    def __init__(self, fn): self.fn = fn
+    def __reduce__(self): return Path.touch,(Path(self.fn),)
+
+def test_runs_are_files_that_run_nothing(study, whole):
+    "And they answer as they did when they were scored"
+    runs = sorted(whole.path.glob('*, fold*')); assert len(runs)==4 and all((r/'model.safetensors').exists() and not (r/'model.pkl').exists() for r in runs)
+    for arm in ('3D','2D'):
+        case = whole.results.case[0]; i = list(study[1].case.astype(str)).index(case); ev = whole.learner(arm, case).evaluate(whole.df[i:i+1])
+        was = whole.results[(whole.results.arm==arm)&(whole.results.case==case)]
+        np.testing.assert_array_equal(ev.dice.to_numpy(float), was.dice.to_numpy(float)); assert whole.learner(arm, case).saw(whole.df) and case not in whole.learner(arm, case).saw(whole.df)
+
+def test_a_comparison_of_an_earlier_version(study, whole, tmp_path):
+    "Its models are pickles: scores and report need none of them, and whoever needs one is told how to open it"
+    import shutil
+    c = make(study, tmp_path); shutil.copytree(whole.path, c.path)
+    for r in c.path.glob('*, fold*'): (r/'model.safetensors').unlink(); torch.save(Evil(tmp_path/'ran'), r/'model.pkl')
+    pd.testing.assert_frame_equal(c.summary(), whole.summary()); assert c.answer()==whole.answer() and c.plan.done.all()
+    text = c.report(tmp_path/'r.html').read_text(); assert 'No pictures' in text and 'trust=True' in text
+    for ask in (lambda: c.learner('3D'), lambda: c.learners_of(0), lambda: c.shift(factors=(1,))):
+        with pytest.raises(ValueError, match=r'model.pkl: is not a .safetensors file.*say trust=True'): ask()
+    assert not (tmp_path/'ran').exists()
+    for r in c.path.glob('*, fold*'):
+        l = load_run(whole.path/r.name); l.path = r; l.export('model.pkl')
+    trusting = make(study, tmp_path, trust=True); fn = whole.df.image[0]
+    assert torch.equal(trusting.learner('3D').predict_volume(fn), whole.learner('3D').predict_volume(fn))
+    (next(iter(c.path.glob('*, fold*')))/'model.pkl').unlink()
+    with pytest.raises(OSError, match='no such model file'): [load_run(r, trust=True) for r in c.path.glob('*, fold*')]
+
+def test_an_arm_with_a_network_of_ones_own(study, tmp_path, one_thread):
+    c = Comparison(whole_df(study), {'own':dict(ndim=3, arch=OwnNet)}, path=tmp_path/'c', cache=tmp_path/'s', **{k:v for k,v in SMALL.items() if k not in ('nf','depth')})
+    with pytest.warns(UserWarning, match='OwnNet is no network that is known by name'): c.run()
+    l = c.learner('own'); assert isinstance(l.model, OwnNet) and l.predict_volume(c.df.image[0]).shape
+    folder = next(c.path.glob('own, fold*'))
+    with pytest.raises(ValueError, match='arch=make'): load_run(folder)
+    assert isinstance(load_run(folder, arch=lambda: OwnNet(1, 3)).model, OwnNet)
+
+def test_a_run_that_no_model_file_can_hold_is_kept_all_the_same(study, tmp_path, learner):
+    learn = learner(3); learn.model.encoder[0][2] = torch.nn.Tanh(); (tmp_path/'r').mkdir()
+    with pytest.warns(UserWarning, match='kept as model.pkl, a pickle'): assert keep_model(learn, tmp_path/'r').name=='model.pkl'
+    with pytest.raises(ValueError, match='trust=True'): load_run(tmp_path/'r')
+    fn = study[0]/study[1].image[0]; assert torch.equal(load_run(tmp_path/'r', trust=True).predict_volume(fn), learn.predict_volume(fn))
 
 @pytest.mark.slow
 def test_processes_give_the_same_table(study, whole, tmp_path, one_thread):

@@ -86,7 +86,8 @@ def test_members_that_do_not_fit_are_refused(learner, loaders, study, tmp_path):
     with pytest.raises(ValueError, match='no Learner of fastmed'): Ensemble([nn.Conv3d(1,1,1)])
     with pytest.raises(FileNotFoundError, match='no model'): Ensemble(path)
     (tmp_path/'x.pkl').write_bytes(b'no')
-    with pytest.raises(ValueError, match='x.pkl'): Ensemble([tmp_path/'x.pkl'])
+    with pytest.raises(ValueError, match='x.pkl: not an exported'): Ensemble([tmp_path/'x.pkl'], trust=True)
+    with pytest.raises(ValueError, match='x.pkl: is not a .safetensors file.*trust=True'): Ensemble([tmp_path/'x.pkl'])
     with pytest.raises(ValueError, match='1 channel.*found 2'): Ensemble([learn]).predict_volume(full.image[0])
     with pytest.raises(ValueError, match='1 channel.*found 2'): Ensemble([learn]).uncertainty(full.image[0])
     with pytest.raises(TypeError, match='known are'): Ensemble([learn]).evaluate(df, overlp=.3)
@@ -109,7 +110,7 @@ np.savez(sys.argv[1]+'/there.npz', m=m.numpy(), p=p.numpy(), n=len(e), post=e.po
     for l,n in zip(ens, 'ab'): save_model(l, tmp_path/f'{n}.safetensors')
     ens[2].path = tmp_path; ens[2].export('c.pkl')
     for lazy in (False,True):
-        mixed = Ensemble([tmp_path/'a.safetensors', tmp_path/'b.safetensors', tmp_path/'c.pkl'], lazy=lazy, device='cpu')
+        mixed = Ensemble([tmp_path/'a.safetensors', tmp_path/'b.safetensors', tmp_path/'c.pkl'], lazy=lazy, device='cpu', trust=True)
         assert torch.equal(raw(mixed.predict_volume(fn, post='keep_largest')), raw(want)) and (mixed.kept[0] is None)==lazy
     bad = bytearray((tmp_path/'e.safetensors').read_bytes()); bad[len(bad)//2] ^= 1; (tmp_path/'e.safetensors').write_bytes(bad)
     with pytest.raises(ValueError, match='bytes were changed'): load_model(tmp_path/'e.safetensors')
@@ -125,7 +126,7 @@ torch.set_num_threads(1); tmp = Path(sys.argv[1]); codes = ['background']+[str(i
 rows = [dict(write_case(tmp, f'c{i}', shape=(24,24,24), seed=i)) for i in range(2)]
 dls = VolumeDataLoaders.from_df(pd.DataFrame(rows), path=tmp, codes=codes, patch=24, bs=1, samples_per_case=1, spacing=None, normalize='zscore', valid_pct=.5, cache=tmp/'s', device='cpu')
 for i in range(5): unet3d_learner(dls, nf=2, depth=1).export(f'{i}.pkl')     # small networks: what counts is the scan
-x = TensorVolume(torch.randn(1,96,96,160), affine=np.eye(4)); ens = Ensemble(tmp); one = ens[0]
+x = TensorVolume(torch.randn(1,96,96,160), affine=np.eye(4)); ens = Ensemble(tmp, trust=True); one = ens[0]
 one.predict_volume(x, overlap=0)
 def most(l): reset_peak('cpu'); l.predict_volume(x, overlap=0); return peak_memory('cpu')
 a,b = min(most(one) for _ in range(2)),min(most(ens) for _ in range(3))     # the heap's holes and a processor's workspaces differ from call to call

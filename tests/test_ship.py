@@ -132,6 +132,53 @@ def test_facts_tell_no_names(loaders, study, tmp_path):
     assert back.saw(pd.DataFrame([dict(case=name), dict(case='other')]))==[name]
     assert back.saw(pd.DataFrame([dict(case='x', subject=subject), dict(case='y', subject='z')]))==['x']
 
+def test_fingerprints_are_salted(learner, tmp_path):
+    "Two models that know the same cases share no fingerprint, so that no table of names fits both; and they know a case as before"
+    learn = learner(3); learn.seen = names = {'c1':'s1', 'c2':'s1', 'c3':'s3'}; fn = save_model(learn, tmp_path/'a.safetensors')
+    nn.init.constant_(learn.model.heads[0].bias, .1); other = load_model(save_model(learn, tmp_path/'b.safetensors'), 'cpu'); one = load_model(fn, 'cpu')
+    assert not set(one.facts['seen']['case']) & set(other.facts['seen']['case']) and one.facts['cases']==other.facts['cases']==len(names)
+    assert hashlib.sha256(f'case\0{next(iter(names))}'.encode()).hexdigest()[:16].encode() not in fn.read_bytes()
+    df = pd.DataFrame([dict(case=k) for k in [*names, 'nobody']]+[dict(case='x', subject=v) for v in names.values()])
+    assert one.saw(df)==other.saw(df)==[*names]+['x']*len(names)
+    again = load_model(save_model(one, tmp_path/'c.safetensors'), 'cpu'); assert again.facts['seen']==one.facts['seen'] and again.saw(df)==one.saw(df)
+    one.seen = {**one.seen, **names, 'new':'new'}; again = load_model(save_model(one, tmp_path/'c.safetensors'), 'cpu')       # trained on, with one more
+    assert again.facts['cases']==len(names)+1 and again.saw(pd.DataFrame([dict(case='new')]))==['new']
+
+def test_names_may_be_left_out(learner, tmp_path):
+    learn = learner(3); learn.seen = {'c1':'s1', 'c2':'s1'}
+    back = load_model(save_model(learn, tmp_path/'m.safetensors', seen=False), 'cpu'); df = pd.DataFrame([dict(case=k) for k in learn.seen])
+    assert back.facts['seen'] is None and back.facts['cases']==len(learn.seen) and back.saw(df)==[] and not back.seen
+    e = load_model(save_model(Ensemble([learn]), tmp_path/'e.safetensors', seen=False), 'cpu'); assert e.saw(df)==[] and Ensemble([learn]).saw(df)==[*learn.seen]
+    with pytest.warns(UserWarning, match='does not know what it was trained on'):
+        try: compare_learners({'a':back}, df)
+        except Exception: pass
+
+@pytest.mark.parametrize('seen', [True,False])
+def test_an_exported_learner_tells_no_names(loaders, study, tmp_path, seen):
+    "Of cases and subjects: neither in the memory of the Learner nor in that of a callback"
+    learn = unet3d_learner(loaders[3], nf=4, depth=2, path=tmp_path); learn.seen = {'MUELLER_1':'Anna-1', 'MUELLER_2':'Anna-1'}
+    learn.export('e.pkl', seen=seen); b = (tmp_path/'e.pkl').read_bytes(); assert learn.seen=={'MUELLER_1':'Anna-1', 'MUELLER_2':'Anna-1'}
+    import zipfile, io
+    b = b''.join(zipfile.ZipFile(io.BytesIO(b)).read(o) for o in zipfile.ZipFile(io.BytesIO(b)).namelist())
+    assert b'MUELLER' not in b and b'Anna' not in b
+    back = load_learner(tmp_path/'e.pkl'); df = pd.DataFrame([dict(case='MUELLER_2'), dict(case='x', subject='Anna-1'), dict(case='y')])
+    assert seen_cases(back, df)==(['MUELLER_2','x'] if seen else [])
+
+def test_a_file_of_format_2_knows_its_cases(learner, saved, tmp_path):
+    "Its fingerprints had no salt"
+    b = saved[1].read_bytes(); seen = {'c1':'s1', 'c2':'s1', 'c3':'s3'}; names = list(seen)
+    def digest(kind, o): return hashlib.sha256(f'{kind}\0{o}'.encode()).hexdigest()[:16]
+    def edit(m):
+        m['format'] = 2; m.pop('reasons'); m['training']['seen'] = dict(case=sorted(digest('case', o) for o in names), subject=sorted({digest('subject', o) for o in seen.values()}))
+    (tmp_path/'old').write_bytes(forge(b, edit)); back = load_model(tmp_path/'old', 'cpu'); df = pd.DataFrame([dict(case=o) for o in [*names, 'nobody']]+[dict(case='x', subject='s3')])
+    assert back.saw(df)==[*names, 'x'] and load_model(save_model(back, tmp_path/'new'), 'cpu').saw(df)==[*names, 'x']
+
+def test_the_reasons_of_the_plan_are_kept(saved, tmp_path):
+    back = load_model(saved[1], 'cpu'); plan = get_plan(saved[0].dls)
+    assert plan.reasons and get_plan(back.dls).reasons==plan.reasons and repr(get_plan(back.dls))==repr(plan)
+    assert get_plan(load_model(save_model(back, tmp_path/'again'), 'cpu').dls).reasons==plan.reasons
+    refused(forge(saved[1].read_bytes(), put({'patch':7}, 'reasons')), tmp_path/'bad', 'reasons in words')
+
 def test_saving_and_loading_draw_nothing(learner, tmp_path):
     learn = learner(3); learn.model.train()
     states = torch.get_rng_state(),np.random.get_state()[1].copy()
@@ -301,10 +348,10 @@ def test_forged_metadata(saved, tmp_path, what):
 
 def _peak(code, *args):
     "Peak memory of a fresh process that runs `code`, in MB, and what it printed"
-    code = f"import resource, sys\nfrom fastmed.ship import load_model\nbase = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n{code}\nprint((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-base)/1024)"
+    code = f"import resource, sys\nfrom fastmed.ship import load_model\nfrom fastmed.core import FastmedError\nbase = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n{code}\nprint((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-base)/1024)"
     *said,mb = python(code, *args).splitlines(); return float(mb),said
 
-LOADS = "try: load_model(sys.argv[2], 'cpu'); print('opened')\nexcept ValueError as e: print(str(e)[:300])"
+LOADS = "try: load_model(sys.argv[2], 'cpu'); print('opened')\nexcept FastmedError as e: print(str(e)[:300])"
 
 def _tiny(loaders, tmp_path, **kwargs):
     l = unet3d_learner(loaders[3], nf=1, depth=1, path=tmp_path, fast=False, **kwargs); return save_model(l, tmp_path/'tiny.safetensors').read_bytes()
@@ -325,6 +372,73 @@ def test_a_short_file_cannot_build_for_ever(loaders, tmp_path):
     def edit(m): m['network'].update(arch='monai.UNet', args={'dict':dict(channels=[1]*10, strides=[1]*9, num_res_units=9_999)})
     b = forge(_tiny(loaders, tmp_path), edit); assert len(b)<45_000
     assert 'modules' in refused(b, fn, r'more than [\d]{3,4} modules|more than [1-2],\d\d\d modules')        # not the 30,000 that are the most of any network
+
+ODD = (None, True, -1, 0, 1, 7, 999, 9_999, 10_000, 1e308, float('nan'), float('inf'), 2**70, '', 'x', [], {}, [[]], [1]*50, [9_999]*3, {'tuple':[9_999]*3}, {'tuple':[2]*20}, {'dict':{}}, {'tuple':1}, {'a':1,'b':2}, .5, 1e-300, 'UNet', 'SwinUNETR', 'resnet18', 'instance')
+KNOWN = ('nf','depth','convs','kernels','channels','strides','num_res_units','norm','act','dropout','filters','init_filters','window_size')
+
+def _odd_value(rng, o):
+    "The same with a value somewhere replaced, dropped or added"
+    odd = ODD[rng.integers(len(ODD))]
+    if isinstance(o, dict) and o and rng.random()<.9:
+        k = sorted(o)[rng.integers(len(o))]; how = rng.random()
+        if how<.1: return {a:b for a,b in o.items() if a!=k}
+        if how<.3: return {**o, KNOWN[rng.integers(len(KNOWN))]:odd}
+        return {**o, k:_odd_value(rng, o[k])}
+    if isinstance(o, list) and o and rng.random()<.8: i = int(rng.integers(len(o))); return [*o[:i], _odd_value(rng, o[i]), *o[i+1:]]
+    return odd
+
+def _forged(rng, b):
+    "A model file with another header, sealed as one would who knows how"
+    n = int.from_bytes(b[:8], 'little'); head = json.loads(b[8:8+n]); meta = json.loads(head.pop('__metadata__')['fastmed']); meta.pop('sha256')
+    if rng.random()<.15: head = _odd_value(rng, head)
+    for _ in range(int(rng.integers(1, 4))):
+        if rng.random()<.6 and isinstance(meta, dict) and isinstance(meta.get('network'), dict): meta['network'] = _odd_value(rng, meta['network'])
+        else: meta = _odd_value(rng, meta)
+    if isinstance(meta, dict) and rng.random()<.3: meta['echo'] = []
+    head = {'__metadata__':{'fastmed':json.dumps({'sha256':plain._blank, **meta} if isinstance(meta, dict) else meta)}, **(head if isinstance(head, dict) else {'x':head})}
+    h = json.dumps(head).encode(); b = len(h).to_bytes(8, 'little')+h+b[8+n:]
+    return plain._seal(b) if plain._blank.encode() in b else b
+
+def test_some_hundred_forged_headers(loaders, tmp_path):
+    "In a child process with a limit of memory and of time a file: each is opened or refused by name, in little memory"
+    rng,base = np.random.default_rng(0),[]
+    for ndim,arch,kw in ((3,'UNet',dict(nf=2, depth=2)), (2,'monai.UNet',dict(channels=(4,8), strides=(2,))), (3,'SegResNet',dict(init_filters=8))):
+        learn = (unet3d_learner if ndim==3 else unet2d_learner)(loaders[ndim], arch=arch, fast=False, path=tmp_path, **kw); base.append(save_bytes(learn, tmp_path))
+    for i in range(300): (tmp_path/f'bad{i:03}').write_bytes(_forged(rng, base[i%3]))
+    out = python("""
+import json, resource, signal, sys, warnings
+from fastmed.all import *
+warnings.simplefilter('ignore'); res,tmp = {},Path(sys.argv[1])
+class Slow(BaseException): pass
+def slow(*args): raise Slow
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024
+signal.signal(signal.SIGALRM, slow); load_model(tmp/'s.safetensors', 'cpu'); import monai.networks.nets
+now = int(Path('/proc/self/statm').read_text().split()[0])*resource.getpagesize(); resource.setrlimit(resource.RLIMIT_AS, (now+3*2**30, now+3*2**30)); was = peak()
+for f in sorted(tmp.glob('bad*')):
+    signal.alarm(120)
+    try: load_model(f, 'cpu'); said = 'opened'
+    except FastmedError as e: said = 'refused' if f.name in str(e) and len(str(e))<2000 else f'says {e}'
+    except Slow: said = 'takes for ever'
+    except Exception as e: said = f'{type(e).__name__}: {e}'
+    signal.alarm(0); mb,was = peak()-was,peak()
+    res[f.name] = said if mb<700 else f'{said}, and took {mb} MB'
+print(json.dumps(res))
+""", tmp_path)
+    res = json.loads(out.splitlines()[-1]); odd = {k:v for k,v in res.items() if v not in ('opened','refused')}
+    assert len(res)==300 and not odd, odd
+    assert list(res.values()).count('refused')>200
+
+def test_zeros_that_a_right_header_declares(saved, tmp_path, monkeypatch):
+    "They take no room on the disk: they are read a piece at a time, and refused before a network is built of them"
+    b = saved[1].read_bytes(); n = int.from_bytes(b[:8], 'little'); head = json.loads(b[8:8+n]); size = 2**28
+    meta = json.loads(head['__metadata__']['fastmed']); meta['network']['args']['dict']['nf'] = 4_000
+    head = {'__metadata__':{'fastmed':json.dumps({**meta, 'sha256':plain._blank})}, 'w':dict(dtype='F32', shape=[size//4], data_offsets=[0,size])}
+    h = json.dumps(head).encode(); start = len(h).to_bytes(8, 'little')+h; digest = hashlib.sha256(start)
+    for _ in range(size//2**20): digest.update(bytes(2**20))
+    with open(tmp_path/'zeros', 'wb') as f: f.write(start.replace(plain._blank.encode(), f'sha256:{digest.hexdigest()}'.encode())); f.truncate(len(start)+size)
+    monkeypatch.setattr(modelfile, 'memory_left', lambda *a: 2**28)
+    with pytest.raises(MemoryError, match='zeros: its weights need 0.537 GB'): load_model(tmp_path/'zeros', 'cpu')
+    monkeypatch.undo(); mb,said = _peak(LOADS, tmp_path, tmp_path/'zeros'); assert mb<700 and 'zeros' in said[0], (mb, said)
 
 def test_what_is_no_model_is_not_read(tmp_path, monkeypatch):
     "Five gigabytes of zeros, which take no room on the disk"
