@@ -65,6 +65,7 @@ make((Path(sys.argv[3]), pd.read_csv(sys.argv[3]+'/cases.csv')), sys.argv[1])
     pd.testing.assert_frame_equal(table(c), table(whole))
     assert all(f.stat().st_mtime_ns==t for f,t in stamps.items()) and not (tmp_path/'cv'/'unfinished').exists()
 
+@pytest.mark.slow
 def test_processes_and_functions_give_the_same_table(study, tmp_path, one_thread, monkeypatch):
     monkeypatch.setenv('CV_CACHE', str(tmp_path/'s'))
     kw = dict(folds=2, group_col='subject', fit=train); a = cross_validate(cases(study), path=tmp_path/'a', **kw)
