@@ -4,6 +4,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 import multiprocessing
 import nibabel as nib, numpy as np, pandas as pd, pytest, torch
+import forked
 from scipy import stats
 from fastmed.all import (Comparison, Findings, anisotropy_shift, bootstrap_means, compare_learners, group_folds, holm, load_run, load_volume, paired_comparison, ruled_scores, slice_consistency, thick_slices)
 from fastmed.runs import keep_model
@@ -129,7 +130,7 @@ make((Path(sys.argv[3]), pd.read_csv(sys.argv[3]+'/cases.csv')), sys.argv[1]).ru
     env = {**os.environ, 'PYTHONPATH':os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent), os.environ.get('PYTHONPATH','')]), 'PYTHONWARNINGS':'ignore'}
     for n in (0,1,2):
         (tmp_path/'run.py').write_text(dies(f"self.training and self.train_iter=={1+2*n} and len(list(Path({str(tmp_path)!r}).glob('c/*, fold*')))=={n}")+code)
-        p = subprocess.run([sys.executable, str(tmp_path/'run.py'), str(tmp_path), str(Path(__file__).parent), str(study[0])], env=env, capture_output=True, text=True, timeout=1800)
+        p = forked.run([tmp_path/'run.py', tmp_path, Path(__file__).parent, study[0]], tmp_path, env)
         assert p.returncode==-signal.SIGKILL, p.stderr[-2000:]
         assert len(list(tmp_path.glob('c/*, fold*')))==n and (tmp_path/'c'/'unfinished').exists()
     stamps = {f:f.stat().st_mtime_ns for f in tmp_path.glob('c/*, fold*/results.csv')}; assert len(stamps)==2

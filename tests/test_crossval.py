@@ -4,6 +4,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 import multiprocessing
 import numpy as np, pandas as pd, pytest, torch
+import forked
 from fastmed.all import CrossValidation, Ensemble, VolumeDataLoaders, cross_validate, load_mask, stratified_folds, unet3d_learner
 from phantoms import CODES, dies
 
@@ -56,7 +57,7 @@ make((Path(sys.argv[3]), pd.read_csv(sys.argv[3]+'/cases.csv')), sys.argv[1])
     env = {**os.environ, 'PYTHONPATH':os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent), os.environ.get('PYTHONPATH','')]), 'PYTHONWARNINGS':'ignore'}
     for n in (0,1):
         (tmp_path/'run.py').write_text(dies(f"self.training and self.train_iter=={1+2*n} and len(list(Path({str(tmp_path)!r}).glob('cv/repeat*')))=={n}")+code)
-        p = subprocess.run([sys.executable, str(tmp_path/'run.py'), str(tmp_path), str(Path(__file__).parent), str(study[0])], env=env, capture_output=True, text=True, timeout=1800)
+        p = forked.run([tmp_path/'run.py', tmp_path, Path(__file__).parent, study[0]], tmp_path, env)
         assert p.returncode==-signal.SIGKILL, p.stderr[-2000:]
         assert len(list(tmp_path.glob('cv/repeat*')))==n and (tmp_path/'cv'/'unfinished').exists()
     stamps = {f:f.stat().st_mtime_ns for f in tmp_path.glob('cv/repeat*/results.csv')}; assert len(stamps)==1
@@ -108,6 +109,7 @@ def test_a_label_or_a_file_of_a_function_is_content_too(tmp_path):
     for kw in kinds:
         with pytest.raises(ValueError, match=r"other content of case 'd' \(t2\)"): run(df, **kw)
 
+@pytest.mark.slow
 def test_processes_and_functions_give_the_same_table(study, tmp_path, one_thread, monkeypatch):
     monkeypatch.setenv('CV_CACHE', str(tmp_path/'s'))
     kw = dict(folds=2, group_col='subject', fit=train); a = cross_validate(cases(study), path=tmp_path/'a', **kw)

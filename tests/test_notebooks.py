@@ -1,5 +1,5 @@
 "Every notebook runs, from a copy, so that nothing is written into the tree."
-import os, re, shutil
+import json, os, re, shutil
 from pathlib import Path
 import pytest
 import forked
@@ -10,9 +10,24 @@ run = 'import sys; from nbdev.test import nbdev_test; nbdev_test(sys.argv[1], n_
 ansi = re.compile(r'\x1b\[[0-9;]*m')
 
 # what trains for long, or reads a set of scans as a whole: left to `make test-all`
-SLOW = ('37_learner', '50_ensemble', '61_leaks', 'tutorials/01_segmentation', 'tutorials/02_slices_or_volumes', 'tutorials/03_know_your_data', 'tutorials/05_brain_tissue',
-    'tutorials/07_whole_scans', 'tutorials/08_new_patients', 'tutorials/09_know_then_segment_2d')
+SLOW = ('37_learner', '39_pretrain', '48_interpret', '50_ensemble', '52_compare', '53_crossval', '56_check', '57_plain', '61_leaks',
+    'tutorials/01_segmentation', 'tutorials/02_slices_or_volumes', 'tutorials/03_know_your_data', 'tutorials/05_brain_tissue', 'tutorials/07_whole_scans',
+    'tutorials/08_new_patients', 'tutorials/09_know_then_segment_2d')
 names = {str(o.relative_to(root/'nbs').with_suffix('')):o for o in nbs}
+
+def run_copy(
+    copy, # notebook
+    tmp   # folder to run in
+):        # `subprocess.CompletedProcess`
+    "Run a notebook as nbdev-test does, beside this tree's fastmed"
+    shutil.copy(root/'pyproject.toml', tmp)
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get('PYTHONPATH')]))
+    env = {**os.environ, 'PYTHONPATH':path, 'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg', 'FASTMED_MINUTES':'.2'}
+    if os.environ.get('PYTEST_XDIST_WORKER'): env['OMP_NUM_THREADS'] = '1'
+    (tmp/'run.py').write_text(run, encoding='utf-8')
+    return forked.run([tmp/'run.py', copy], tmp, env, timeout=3600)
+
+def passed(r): return r.returncode==0 and 'Success.' in r.stdout
 
 @pytest.mark.parametrize('nb', [pytest.param(o, id=n, marks=[pytest.mark.slow]*(n in SLOW)) for n,o in names.items()])
 def test_notebook(nb, tmp_path):
@@ -20,14 +35,21 @@ def test_notebook(nb, tmp_path):
     copy = tmp_path/nb.relative_to(root)
     copy.parent.mkdir(parents=True)
     shutil.copy(nb, copy)
-    shutil.copy(root/'pyproject.toml', tmp_path)
-    path = os.pathsep.join(filter(None, [str(root), os.environ.get('PYTHONPATH')]))
-    env = {**os.environ, 'PYTHONPATH':path, 'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg', 'FASTMED_MINUTES':'.2'}
-    if os.environ.get('PYTEST_XDIST_WORKER'): env['OMP_NUM_THREADS'] = '1'
-    (tmp_path/'run.py').write_text(run, encoding='utf-8')
-    r = forked.run([tmp_path/'run.py', copy], tmp_path, env, timeout=3600)
+    r = run_copy(copy, tmp_path)
     out = ansi.sub('', r.stdout + r.stderr)
-    assert r.returncode==0 and 'Success.' in r.stdout, f'{nb.name} failed:\n' + '\n'.join(out.splitlines()[-60:])
+    assert passed(r), f'{nb.name} failed:\n' + '\n'.join(out.splitlines()[-60:])
+
+def test_a_broken_notebook_fails(tmp_path):
+    "An assertion that does not hold, beside one that does; and each run has a random state of its own"
+    cell = dict(cell_type='code', execution_count=None, id='a', metadata={}, outputs=[])
+    said = []
+    for n,last in (('whole','True'), ('broken','False')):
+        code = f"import numpy as np\nfrom pathlib import Path\nPath('{n}.txt').write_text(str(np.random.rand()))\nassert {last}"
+        (tmp_path/f'{n}.ipynb').write_text(json.dumps(dict(cells=[{**cell, 'source':code}], metadata={}, nbformat=4, nbformat_minor=5)))
+        r = run_copy(tmp_path/f'{n}.ipynb', tmp_path)
+        assert passed(r)==(n=='whole'), r
+        said.append((tmp_path/f'{n}.txt').read_text())
+    assert 'AssertionError' in ansi.sub('', r.stderr) and said[0]!=said[1]
 
 def test_notebooks_are_there():
     assert nbs, f'no notebook in {root/"nbs"}'

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 import nibabel as nib, pandas as pd, pytest, shutil, torch
+import forked
 from fastai.callback.all import CSVLogger, Callback, EarlyStoppingCallback, GradientAccumulation, ReduceLROnPlateau, SaveModelCallback, TerminateOnNaNCallback
 from fastai.optimizer import OptimWrapper, ranger
 from fastcore.foundation import L
@@ -186,14 +187,17 @@ def test_looking_does_not_end_a_fit(study, tmp_path):
 @pytest.mark.slow
 def test_sigkill_from_the_shell(study, tmp_path):
     "`fastmed train` killed, then with --resume: the model of a run that was not killed"
-    src = str(Path(__file__).parent.parent); env = {**os.environ, 'PYTHONPATH':os.pathsep.join([src, os.environ.get('PYTHONPATH','')]), 'PYTHONWARNINGS':'ignore', 'OMP_NUM_THREADS':'1'}
+    env = {**os.environ, 'OMP_NUM_THREADS':'1'}
     main = 'from fastmed.cli import main; import sys; sys.exit(main())'
-    def cmd(out, *more, code=main): return [sys.executable, '-c', code, 'train', str(study[0]), '--images', 'images/*.nii', '--masks', 'labels/*.nii', '--codes', ','.join(CODES), '--out', str(tmp_path/out), '--epochs', '3', '--cache', str(tmp_path/'s'), '--spacing', '1.25', *more]
-    assert subprocess.run(cmd('a.pkl'), env=env, capture_output=True).returncode==0
+    def train(out, *more, code=main):
+        (tmp_path/'run.py').write_text(code)
+        data = [study[0], '--images', 'images/*.nii', '--masks', 'labels/*.nii', '--codes', ','.join(CODES), '--spacing', '1.25']
+        return forked.run([tmp_path/'run.py', 'train', *data, '--out', tmp_path/out, '--epochs', '3', '--cache', tmp_path/'s', *more], tmp_path, env)
+    assert train('a.pkl').returncode==0
     kept = tmp_path/'b.pkl.resume'
-    assert subprocess.run(cmd('b.pkl', code=dies('self.training and self.epoch==1 and i==1')+main), env=env, capture_output=True).returncode==-signal.SIGKILL
+    assert train('b.pkl', code=dies('self.training and self.epoch==1 and i==1')+main).returncode==-signal.SIGKILL
     assert kept.exists() and not (tmp_path/'b.pkl').exists()
-    r = subprocess.run(cmd('b.pkl', '--resume'), env=env, capture_output=True, text=True)
+    r = train('b.pkl', '--resume')
     assert r.returncode==0 and 'nothing to resume' not in r.stdout and not kept.exists(), r.stderr
     import warnings; from fastai.learner import load_learner
     with warnings.catch_warnings():
