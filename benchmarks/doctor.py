@@ -418,7 +418,7 @@ if __name__=='__main__':
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('--what', nargs='*', default=['faults','real','leaks','shift'], choices=['faults','real','leaks','shift','memory','places'], help='tables to make'); ap.add_argument('--only', default='', help='faults whose name holds this; nothing is kept')
     ap.add_argument('--draws', type=int, default=20, help='random halves'); ap.add_argument('--films', type=int, default=300, help='radiographs'); ap.add_argument('--many', type=int, default=1000, help='scans of the memory test')
-    ap.add_argument('--sets', type=int, default=50, help='random sets of sound cases')
+    ap.add_argument('--sets', type=int, default=200, help='random sets of sound cases')
     for k in ('--path','--which'): ap.add_argument(k, help=argparse.SUPPRESS)
     for k in ('--n','--workers'): ap.add_argument(k, type=int, help=argparse.SUPPRESS)
     ap.add_argument('--one', action='store_true', help=argparse.SUPPRESS)

@@ -684,6 +684,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fastmed.efficiency.LabelEfficiency.summary': ( 'efficiency.html#labelefficiency.summary',
                                                                                     'fastmed/efficiency.py'),
                                     'fastmed.efficiency._headline': ('efficiency.html#_headline', 'fastmed/efficiency.py'),
+                                    'fastmed.efficiency._note_contents': ('efficiency.html#_note_contents', 'fastmed/efficiency.py'),
                                     'fastmed.efficiency._start': ('efficiency.html#_start', 'fastmed/efficiency.py'),
                                     'fastmed.efficiency.draw_order': ('efficiency.html#draw_order', 'fastmed/efficiency.py'),
                                     'fastmed.efficiency.label_efficiency': ('efficiency.html#label_efficiency', 'fastmed/efficiency.py')},

@@ -16,7 +16,7 @@ from .callbacks import *
 from .scores import roc_auc
 from .learner import *
 from .compare import make_learner
-from .compare import _NoValidation
+from .compare import _NoValidation, case_contents, check_contents, noted_contents
 from .io import *
 from fastai.basics import *
 from fastai.callback.schedule import *
@@ -106,6 +106,15 @@ class LabelEfficiency:
         ax.set_xlabel('labelled subjects'); ax.set_ylabel(self.score); ax.legend(frameon=False, fontsize=8); ax.grid(alpha=.3)
         return ax
 
+def _note_contents(path, note, df, arms, runs):
+    "Refuse finished runs that saw other files, and note what the cases hold now; `note`: json of contents and of the runs since; `runs`: files of results"
+    was = json.loads(note.read_text()) if note.exists() else {}
+    there = [o for o in runs if o.exists()]
+    now = case_contents(df, arms)
+    check_contents(path, was.get('files'), now, [o.stem in was.get('runs', []) for o in there])
+    since = [o.stem for o in runs if not o.exists()]
+    with whole_file(note) as tmp: tmp.write_text(json.dumps(dict(files=noted_contents(was.get('files'), now, there), runs=sorted({*was.get('runs', []), *since})), indent=1))
+
 def _start(learn, init):
     if init is None: return learn
     if callable(init): init(learn)
@@ -130,7 +139,8 @@ def label_efficiency(
 )->LabelEfficiency:    # with `summary`, `gain` and `plot`
     "Score against number of labelled subjects, from several starts. Raises `InputError` where there are fewer training subjects than a size asks"
     inits,budget = ifnone(inits, {'scratch':None}),ifnone(budget, dict(updates=300))
-    if make is None: make = lambda d: make_learner(d, valid_col='_held_out', group_col=group_col, **kwargs)
+    own = make is None
+    if own: make = lambda d: make_learner(d, valid_col='_held_out', group_col=group_col, **kwargs)
     elif kwargs: raise ArgumentError(f"label_efficiency: {sorted(kwargs)} belong to make_learner; with make= put them into that function")
     df = check_columns(df).reset_index(drop=True); groups = _group_values(df, group_col)
     if 'case' not in df: df = df.assign(case=[str(i) for i in range(len(df))])
@@ -144,6 +154,8 @@ def label_efficiency(
     kwargs = shared_plan(path/f'plan, {facts}.json', kwargs, lambda **kw: make_learner(df.assign(_held_out=test), valid_col='_held_out', group_col=group_col, **kw))
     todo = [(i,n,r) for r in range(repeats) for n in sizes for i in inits]
     fns = {(i,n,r):path/f"{i}, {n} subjects, repeat {r}, {hashlib.sha256((facts+str(start(i))).encode()).hexdigest()[:12]}.csv" for i,n,r in todo}
+    note,arms = path/f'contents, {facts}.json',[kwargs] if own else None
+    _note_contents(path, note, df, arms, fns.values())
     for (i,n,r),fn in progress_bar(list(fns.items())):
         if fn.exists(): continue
         chosen = draw_order(groups[~test], None if stratify is None else df[stratify][~test], seed+1000*(r+1))[:n]
@@ -155,4 +167,5 @@ def label_efficiency(
         if 'subject' in t: t = t.drop(columns='subject')
         t = t.assign(init=i, size=n, repeat=r, subject=t['case'].map(dict(zip(df.case.astype(str), groups))))
         with whole_file(fn) as f: t.to_csv(f, index=False)
+    _note_contents(path, note, df, arms, fns.values())                # a file may have been changed meanwhile
     return LabelEfficiency(pd.concat([pd.read_csv(fn, dtype=dict(case=str, subject=str)) for fn in fns.values()], ignore_index=True), seed=seed)

@@ -115,7 +115,9 @@ def _place_distances(cases, most=250):
 
 def _misplaced(cases, limit=.6):
     "[(case number, place that fits better, gain, distance as given, distance there)]; silent with fewer than 8 cases; `cases`: of `_border_profiles`"
-    if sum(bool(c) for c in cases)<8: return []
+    n = sum(bool(c) for c in cases)
+    if n<8: return []
+    limit += 1/n                                             # of few cases it is less certain what is typical
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', RuntimeWarning)      # medians of nothing: directions that leave the image
         dist = _place_distances(cases)

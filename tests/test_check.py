@@ -171,6 +171,27 @@ def test_mask_off_its_image(beside, tmp_path, change, place):
     few = check_dataset(df.iloc[:7])
     assert _OFF not in set(few.problem)
 
+def test_every_place_is_tried_as_if_the_mask_lay_there():
+    "The profile at a place is that of the mask mirrored or moved there; outside of the image it is nan"
+    from fastmed.fit import _border_profiles, _median, _placements
+    rng = np.random.default_rng(0)
+    lab = np.zeros((18,17,16), np.int32)
+    lab[6:11,7:12,6:10],lab[2:6,7:11,7:10] = 1,2
+    lab[6:8,7:9,6:8] = 0
+    a = rng.normal(size=lab.shape).astype(np.float32)
+    here = _border_profiles(a, lab)
+    for j,(_,shift,flip) in enumerate(_placements()):
+        there = lab if flip is None else np.flip(lab, flip)
+        pad = np.roll(np.pad(there, 6), shift, (0,1,2))
+        if pad[6:-6,6:-6,6:-6].astype(bool).sum()<lab.astype(bool).sum(): continue           # partly outside
+        moved = _border_profiles(a, np.ascontiguousarray(pad[6:-6,6:-6,6:-6]))
+        for k in (1,2): np.testing.assert_allclose(moved[k][0], here[k][j], atol=1e-6)
+    assert np.isnan(here[2]).any() and not np.isnan(here[1][0]).any()
+    x = np.where(rng.random((9,40))<.4, np.nan, rng.normal(size=(9,40)))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        for n in range(1, 10): np.testing.assert_array_equal(_median(x[:n]), np.nanmedian(x[:n], 0))
+
 def test_masks_on_their_images(beside, healthy, tmp_path):
     "No false alarm on sound cases"
     for df in (beside, healthy, cohort(tmp_path, n=12, spacing=4.)): assert _OFF not in set(check_dataset(df).problem)

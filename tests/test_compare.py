@@ -6,7 +6,7 @@ import multiprocessing
 import nibabel as nib, numpy as np, pandas as pd, pytest, torch
 import forked
 from scipy import stats
-from fastmed.all import (Comparison, Findings, anisotropy_shift, bootstrap_means, compare_learners, group_folds, holm, load_run, load_volume, paired_comparison, ruled_scores, slice_consistency, thick_slices)
+from fastmed.all import (Comparison, Findings, anisotropy_shift, bootstrap_means, compare_learners, group_folds, holm, label_efficiency, load_run, load_volume, paired_comparison, ruled_scores, slice_consistency, thick_slices)
 from fastmed.runs import keep_model
 from phantoms import CODES, affine_of, dies, python, write_case
 
@@ -261,6 +261,23 @@ def test_runs_that_noted_no_content_open_with_a_word(study, whole, tmp_path):
         assert c.plan.done.all()
     emptied(there[0]/there[1]['mask'][2])
     with pytest.raises(ValueError, match='other content'): make(there, tmp_path)         # what changes from now on is seen
+
+def test_curves_do_not_stand_for_a_corrected_mask(tmp_path):
+    df = pd.DataFrame([dict(write_case(tmp_path, f'c{i}', seed=i), subject=f's{i}', test=i>1) for i in range(4)])
+    df = df.assign(image=[str(tmp_path/o) for o in df.image], mask=[str(tmp_path/o) for o in df['mask']])
+    kw = {k:v for k,v in SMALL.items() if k!='folds'}
+    def run(): return label_efficiency(df, (1,), repeats=1, valid_col='test', path=tmp_path/'e', cache=tmp_path/'s', **{**kw, 'budget':dict(updates=1)})
+    run()
+    stamps = {f:f.stat().st_mtime_ns for f in (tmp_path/'e').glob('*.csv')}
+    run()
+    assert len(stamps)==1 and all(f.stat().st_mtime_ns==t for f,t in stamps.items())
+    note, = (tmp_path/'e').glob('contents*.json')
+    text = note.read_text()
+    note.unlink()
+    with pytest.warns(UserWarning, match='1 of 1 finished runs are of a version that did not note'): run()
+    note.write_text(text)
+    emptied(df['mask'][3])
+    with pytest.raises(ValueError, match=r"1 runs were trained or judged with other content of case 'c3' \(mask\)"): run()
 
 def test_mistakes_show_before_the_hours_are_spent(study, tmp_path):
     with pytest.raises(TypeError, match="arm 'a'.*nff"): make(study, tmp_path, {'a':dict(ndim=3, nff=3)}).run()
