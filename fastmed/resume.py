@@ -219,7 +219,7 @@ def _changes(was, now):
     res = [f"{k}: {_apart(a.get(k, 'none'), b.get(k, 'none'))}" for k in {**a, **b} if a.get(k)!=b.get(k)]
     return res+[f"{k}: {_case_changes(was['cases'].get(k, []), now['cases'].get(k, []))}" for k in now['cases'] if was['cases'].get(k)!=now['cases'][k]]
 
-def _apart(a, b, most=120):
+def _apart(a, b, most=200):
     "Two texts, long ones from shortly before they differ"
     at = next((i for i,(x,y) in enumerate(zip(a, b)) if x!=y), min(len(a), len(b)))
     start = 0 if max(len(a), len(b))<=most else max(0, at-40)

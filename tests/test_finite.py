@@ -108,7 +108,6 @@ def test_steps_that_mixed_precision_passes_over(study, tmp_path):
                 from fastai.callback.core import CancelStepException
                 raise CancelStepException()
         def after_step(self): self.learn.scaler.update()
-        def after_cancel_step(self): self.learn.scaler.update()
         @property
         def param_groups(self): return self.opt.param_groups
         def step(self, *args, **kwargs): self.skipped = False
@@ -179,6 +178,7 @@ def test_save_model_callback(study, tmp_path):
 def test_a_study_names_the_run(study, tmp_path):
     "Runs that are done stay, the one that diverged is named with its case"
     path,df = study
+    df = df.assign(**{k:[str(path/o) for o in df[k]] for k in ('image','mask')})
     arms = dict(good=dict(ndim=3), high=dict(ndim=3, lr_max=1e30))
     comp = Comparison(df, arms, codes=CODES, folds=2, budget=dict(updates=12), path=tmp_path/'c', spacing=1.25, patch=16, bs=2, nf=4, depth=2, cache=tmp_path/'s', num_workers=0, device='cpu')
     with pytest.raises(InputError, match=r"run 'high, fold \d.*epoch \d+, batch \d+.*case"): comp.run()
