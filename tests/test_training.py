@@ -161,3 +161,13 @@ def test_a_learner_that_the_clock_stopped_goes_into_a_pickle(learn):
 @pytest.mark.parametrize('kw', [dict(minutes='2'), dict(updates=[3]), dict(voxels=0)])
 def test_a_budget_that_is_none_is_refused(kw):
     with pytest.raises(InputError, match='expected a number of more than 0'): BudgetCallback(**kw)
+
+def test_two_budgets_are_refused(learn):
+    "The schedule follows one, and the other would end the fit before the rate has come down"
+    with learn.no_bar(), learn.no_logging():
+        with pytest.raises(InputError, match='one budget.*remove_cb'): learn.fit(9, cbs=[BudgetCallback(updates=3), BudgetCallback(minutes=1)])
+        learn.add_cb(BudgetCallback(updates=3))
+        with pytest.raises(InputError, match='3 updates'): learn.fit_for(.01)
+        learn.fit(1)
+        learn.remove_cb(BudgetCallback)
+        learn.fit_for(1/60)
