@@ -15,7 +15,7 @@ from .preprocess import *
 from .plan import *
 from .store import *
 from .patches import *
-from .transforms import ActingPipeline
+from .transforms import ActingPipeline, MaskIds
 from fastai.data.all import *
 from fastai.callback.data import PartialDL, WeightedDL
 from fastai.vision.augment import RandTransform
@@ -285,12 +285,6 @@ def partial_dataloaders(self:Datasets,
     "fastai's, of patches where the block says so"
     cls = PartialPatchDL if _is_patched(self) else PartialDL
     return self.dataloaders(bs=bs, dl_type=cls, dl_kwargs=({'partial_n':partial_n}, *[{}]*(self.n_subsets-1)), **kwargs)
-
-# %% ../nbs/16_blocks.ipynb #2b5e9f04
-class MaskIds(DisplayedTransform):
-    "Class ids of a batch as int64: the losses of torch and fastai take nothing shorter"
-    order = 99                                                       # after what turns and warps, which is quicker on bytes
-    def encodes(self, x:TensorVolumeMask|TensorSliceMask): return x.long()
 
 # %% ../nbs/16_blocks.ipynb #893fa996
 def VolumeBlock(
