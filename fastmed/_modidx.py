@@ -303,6 +303,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'fastmed.cli._cases': ('cli.html#_cases', 'fastmed/cli.py'),
                              'fastmed.cli._codes': ('cli.html#_codes', 'fastmed/cli.py'),
                              'fastmed.cli._failed': ('cli.html#_failed', 'fastmed/cli.py'),
+                             'fastmed.cli._kept_plan': ('cli.html#_kept_plan', 'fastmed/cli.py'),
                              'fastmed.cli._load': ('cli.html#_load', 'fastmed/cli.py'),
                              'fastmed.cli._load_pickle': ('cli.html#_load_pickle', 'fastmed/cli.py'),
                              'fastmed.cli._mask': ('cli.html#_mask', 'fastmed/cli.py'),

@@ -32,6 +32,7 @@ def demo(
         print(f'\nTraining {arm} for {minutes:g} min on {len(dls.train_ds)} subjects, {len(dls.valid_ds)} held out: patch {dls.plan.patch}, batch {dls.plan.bs}, {dls.plan.nf} features', flush=True)
         t1 = time.perf_counter(); learn.fit_for(minutes); t2 = time.perf_counter()
         evs[arm] = learn.evaluate()
+        print(f"{arm}: {len(learn.recorder.losses)} updates in {(t2-t1)/60:.2f} min, mean Dice {evs[arm].summary().loc['all','mean']:.3f}", flush=True)
         t3 = time.perf_counter()
         learn.export(f'model_{arm}.pkl')
         valid = dls.valid_ds.items
@@ -103,19 +104,35 @@ def _cases(a):
     "The table of the cases that a command was given"
     return scan(Path(a.path).resolve(), a.images, a.masks)
 
+def _kept_plan(
+    fn,     # file of the plan
+    spacing # what was asked for this time, or None
+):
+    "The plan of a training that goes on. Raises `InputError` where another spacing is asked for"
+    from fastmed.core import InputError
+    from fastmed.plan import Plan
+    plan = Plan.from_json(fn.read_text())
+    asked = (spacing,)*3 if isinstance(spacing, float) else spacing
+    if spacing is None or tuple(plan.spacing or ())==tuple(asked): return plan
+    raise InputError(f"--spacing: the training that goes on has {plan.spacing} mm ({fn}), found {spacing}. "
+                     "Leave it out, or train anew without --resume")
+
 def train(
     a # the parsed arguments
 ):
     "`fastmed train`: a folder of scans and masks becomes a model file"
-    from fastmed.all import VolumeDataLoaders, SliceDataLoaders, unet3d_learner, unet2d_learner, set_seed, ResumeCallback, save_model
+    from fastmed.all import VolumeDataLoaders, SliceDataLoaders, unet3d_learner, unet2d_learner, set_seed, ResumeCallback, save_model, whole_file
     out = _output(a.out, ('.safetensors','.pkl'), overwrite=a.overwrite)
     set_seed(a.seed)
     kw = dict(codes=a.codes, valid_pct=a.valid_pct, seed=a.seed, cache=a.cache, num_workers=a.workers, path=out.parent.resolve())
     if a.spacing: kw['spacing'] = tuple(a.spacing) if len(a.spacing)==3 else a.spacing[0]
+    kept,kept_plan = out.with_name(f'{out.name}.resume'),out.with_name(f'{out.name}.plan.json')
+    if a.resume and kept.exists() and kept_plan.exists(): kw['plan'] = _kept_plan(kept_plan, kw.pop('spacing', None))
+    elif not a.epochs: kw['minutes'] = a.minutes
     dls = (VolumeDataLoaders if a.ndim==3 else SliceDataLoaders).from_df(_cases(a), **kw)
+    with whole_file(kept_plan) as tmp: tmp.write_text(dls.plan.to_json())
     learn = (unet3d_learner if a.ndim==3 else unet2d_learner)(dls, arch=a.arch)
     print(f'{len(dls.train_ds)} cases train, {len(dls.valid_ds)} validate\n{dls.plan}\n{dls.preprocess}', flush=True)
-    kept = out.with_name(f'{out.name}.resume')
     if not a.resume: kept.unlink(missing_ok=True)
     elif not kept.exists(): print(f'{kept}: not there, so there is nothing to resume; training starts anew')
     cb = ResumeCallback(kept.name, every=50, keep=True)              # until the model is written
@@ -128,6 +145,7 @@ def train(
     ev = learn.evaluate()
     if safe: save_model(learn, out, evaluation=ev)
     kept.unlink(missing_ok=True)
+    kept_plan.unlink(missing_ok=True)
     print(ev.summary().round(4).to_string())
     print(f'{out} written')
 

@@ -2,7 +2,7 @@
 import os, re, signal, subprocess, sys, time
 from pathlib import Path
 import nibabel as nib, numpy as np, pytest
-from fastmed.all import save_model
+from fastmed.all import Plan, ResumeCallback, save_model
 from fastmed.cli import main
 from test_nothing_lost import correct, snapshot, write_gz
 
@@ -123,3 +123,24 @@ def test_stopped_at_the_start(study, after):
     assert p.stdout.readline()=='up\n'
     time.sleep(.05+after); p.send_signal(signal.SIGINT); out,err = p.communicate(timeout=1200)
     assert (p.returncode, err)==(130, 'fastmed: stopped\n') or p.returncode in (0,1) and not err, err
+
+def test_a_training_that_goes_on_keeps_its_plan(shell, study, tmp_path, monkeypatch):
+    "The machine is measured once; another spacing is refused, and the finished model leaves no plan behind"
+    import fastmed.all, fastmed.data as data
+    words = ['train', study[0], '--images', 'images/*.nii', '--masks', 'labels/*.nii', '--out', tmp_path/'m.safetensors',
+             '--minutes', .05, '--cache', tmp_path/'s', '--workers', 0]
+    class Stop(ResumeCallback):
+        def after_batch(self):
+            super().after_batch()
+            if self.iter==1: self._save(0, 2); raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(fastmed.all, 'ResumeCallback', Stop)
+        assert shell(*words)[0]
+    kept = tmp_path/'m.safetensors.plan.json'
+    plan = Plan.from_json(kept.read_text())
+    assert any('measured' in o or 'minutes' in o for o in map(str, plan.reasons)), plan.reasons
+    monkeypatch.setattr(data, 'suggest_plan', lambda *a, **k: pytest.fail('a plan was made a second time'))
+    code,_,err = shell(*words, '--resume', '--spacing', 3)
+    assert code==2 and '--spacing' in err and '3.0' in err and kept.exists()
+    code,out,_ = shell(*words, '--resume')
+    assert not code and 'goes on' in out and (tmp_path/'m.safetensors').exists() and not kept.exists()
