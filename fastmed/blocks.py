@@ -15,11 +15,11 @@ from .preprocess import *
 from .plan import *
 from .store import *
 from .patches import *
-from .transforms import ActingPipeline
+from .transforms import ActingPipeline, MaskIds
 from fastai.data.all import *
 from fastai.callback.data import PartialDL, WeightedDL
 from fastai.vision.augment import RandTransform
-import zlib
+import contextlib, random, zlib
 
 # %% ../nbs/16_blocks.ipynb #bbf7d31d
 class CaseFiles(DisplayedTransform):
@@ -205,6 +205,22 @@ class PatchDL(TfmdDL):
         if not isinstance(its, pd.DataFrame): return L(list(its)*self.samples)
         return pd.concat([its.assign(sample=k) for k in range(self.samples)]) if self.samples>1 else its
 
+# %% ../nbs/16_blocks.ipynb #6f0d2c58
+@contextlib.contextmanager
+def chance_kept(
+    device, # torch device
+    dl=None # DataLoader that draws inside
+):
+    "Whatever is drawn inside, those outside see the numbers that they would have seen"
+    numpy,python,own = np.random.get_state(),random.getstate(),getattr(dl, 'rng', None)
+    order = None if own is None else own.getstate()
+    with torch.random.fork_rng(devices=[device] if device.type=='cuda' else []):
+        try: yield
+        finally:
+            np.random.set_state(numpy)
+            random.setstate(python)
+            if own is not None: own.setstate(order)
+
 # %% ../nbs/16_blocks.ipynb #8b25e70c
 class WeightedPatchDL(PatchDL):
     "A `PatchDL` whose training cases are drawn by weight, as of fastai's `WeightedDL`. Raises `InputError` on another number of weights than cases"
@@ -270,12 +286,6 @@ def partial_dataloaders(self:Datasets,
     cls = PartialPatchDL if _is_patched(self) else PartialDL
     return self.dataloaders(bs=bs, dl_type=cls, dl_kwargs=({'partial_n':partial_n}, *[{}]*(self.n_subsets-1)), **kwargs)
 
-# %% ../nbs/16_blocks.ipynb #2b5e9f04
-class MaskIds(DisplayedTransform):
-    "Class ids of a batch as int64: the losses of torch and fastai take nothing shorter"
-    order = 99                                                       # after what turns and warps, which is quicker on bytes
-    def encodes(self, x:TensorVolumeMask|TensorSliceMask): return x.long()
-
 # %% ../nbs/16_blocks.ipynb #893fa996
 def VolumeBlock(
     preprocess:Preprocess=None, # what happens to the scan; default: RAS order and z-score
@@ -335,3 +345,13 @@ def get_plan(
     t = _find(dls.train.after_item, PatchTransform)
     if t is None: raise InputError("These DataLoaders cut no patches: add item_tfms=PatchTransform((48,48,48)), or (1,64,64) for slices")
     return t.plan
+
+# %% ../nbs/16_blocks.ipynb #0e4b8d73
+def check_one_input(
+    dls, # DataLoaders
+    who  # of the factory
+):
+    "Raise `InputError` where a network would be given several inputs: whole scans are predicted from one"
+    n = getattr(dls, 'n_inp', 1)
+    if n!=1: raise InputError(f"{who}: these DataLoaders give the network {n} inputs (n_inp={n}), and a scan is predicted from one. Say DataBlock(…, n_inp=1) where masks and labels "
+                              "are targets; several scans of a case are channels of one input: get_x=CaseFiles(['t1','t2'])")

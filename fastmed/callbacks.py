@@ -331,8 +331,9 @@ class BudgetCallback(UpdateCallback):
         (self.unit,self.amount), = given.items()
         if not isinstance(self.amount, (int,float,np.number)) or not self.amount>0: raise InputError(f"{self.unit}: expected a number of more than 0; found {self.amount!r}")
     def before_fit(self):
-        if len(both:=[c for c in self.learn.cbs if isinstance(c, BudgetCallback)])>1:
-            raise InputError(f"two budgets for one fit: {both[0].amount:g} {both[0].unit} and {both[1].amount:g} {both[1].unit}. Take one away: learn.remove_cb(BudgetCallback), or call fit_one_cycle in place of fit_for")
+        if other:=first(c for c in self.learn.cbs if isinstance(c, BudgetCallback) and c is not self):
+            raise InputError(f"BudgetCallback: a fit has one budget, which its schedule follows; here are {self.amount:g} {self.unit} and {other.amount:g} {other.unit}. "
+                             "Leave one out; learn.remove_cb(BudgetCallback) takes away that of the Learner")
         self.t0,self.valid_s,self.spent,self.late,self.updates = time.perf_counter(),0.,0,False,0
         progress = getattr(self.learn, 'progress', None)
         if getattr(progress, 'mbar', None) is not None: progress.mbar = _BudgetBar(progress.mbar, self)

@@ -12,7 +12,7 @@ from .preprocess import *
 from .patches import *
 from .augment import *
 from .blocks import *
-from .blocks import _find
+from .blocks import _find, chance_kept, check_one_input
 from .labels import *
 from .labels import _blank
 from .data import *
@@ -231,14 +231,15 @@ class CaseLearner(VolumeLearner, EncoderMixin):
         **kwargs      # of `get_preds`
     )->tuple:         # probabilities (N,n) or numbers, targets
         "Predictions mixed over several looks. Raises `InputError` on a number of looks that is none"
-        refuse_tfms(item_tfms, batch_tfms)
+        refuse_tfms(item_tfms, batch_tfms, **kwargs)
         sp = self._spatial(n)
         if dl is None: dl = self.dls[ds_idx].new(shuffle=False, drop_last=False, random=False) if isinstance(self.dls[ds_idx], PatchDL) else self.dls[ds_idx]
         if isinstance(self.model, MultiTaskNet): n = self._mask_looks(n)
         if n is True and isinstance(self.model, MultiTaskNet) or isinstance(n, (str,list,tuple,TTA)): return tta_preds(self, dl, n, None, beta, use_max, **kwargs)
         ps = []
         for k in range((8 if n is True else int(n)) if sp is not None else 1):
-            p,t = self.get_preds(dl=dl, cbs=_Look(sp, k) if k else None, **kwargs); ps.append(p)
+            with chance_kept(next(self.model.parameters()).device, dl): p,t = self.get_preds(dl=dl, cbs=_Look(sp, k) if k else None, **kwargs)
+            ps.append(p)
         return mix_looks(ps[0], ((p,torch.ones(())) for p in ps[1:]), beta, use_max),t
 
     def _mask_looks(self, n):
@@ -273,9 +274,9 @@ def _answer_row(task, vocab, y, p):
     return {**({} if y is None else {f'target_{v}':o for v,o in zip(vocab, y)}), **{f'pred_{v}':o for v,o in zip(vocab, p)}}
 
 @dispatch
-def plot_top_losses(x:TensorVolume|TensorSlice, y:TensorCategory|TensorMultiCategory|TensorRegression|tuple, samples, outs, raws, losses, **kwargs):
+def plot_top_losses(x:TensorVolume|TensorSlice, y:TensorCategory|TensorMultiCategory|TensorRegression|tuple, samples, outs, raws, losses, nrows=None, ncols=None, figsize=None, **kwargs):
     "The items with the largest losses, the label above and the prediction below"
-    axs = _show_labels(samples, outs, None, len(samples), None, **kwargs)
+    axs = _show_labels(samples, outs, _grid(len(samples), nrows, ncols, figsize), len(samples), **kwargs)
     for a,l in zip(axs, losses): a.set_title(f'{a.get_title()}\nloss {float(l):.3f}', fontsize=8)
 
 # %% ../nbs/45_classify.ipynb #87226ba9
@@ -325,6 +326,7 @@ def classifier_learner(
     "A Learner for what a case is: outputs, loss and metrics follow from the labels. Raises `InputError` where `dls` holds none, `ArgumentError` on an argument that nobody takes"
     labels = get_labels(dls)
     if labels is None: raise InputError("classifier_learner: these DataLoaders hold no labels: say from_df(label_col=…). For masks there are unet3d_learner and unet2d_learner")
+    check_one_input(dls, 'classifier_learner')
     task,vocab = labels; prep = get_prep(dls); plan = None if prep else get_plan(dls)
     if plan is not None and _find(dls.train.after_item, WholeTransform) is None: raise InputError("classifier_learner: these DataLoaders cut patches, and a label belongs to the whole scan. Say VolumeDataLoaders.from_df(df, label_col=…), "
                                                                     "or item_tfms=WholeTransform(whole_plan(df)) in the DataBlock")

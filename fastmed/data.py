@@ -210,16 +210,19 @@ def _check_headers(row, image, mask):
     return hi
 
 # %% ../nbs/18_data.ipynb #740ce9e4
-def _grid(n, ncols=None, imsize=2.6):
+def _grid(n, nrows=None, ncols=None, figsize=None, imsize=2.6):
     import matplotlib.pyplot as plt
-    cols = ifnone(ncols, min(4, n)); rows = -(-n//cols)
-    axs = plt.subplots(rows, cols, figsize=(cols*imsize, rows*imsize), squeeze=False)[1].flatten()
+    cols = ifnone(ncols, min(4, n) if nrows is None else -(-n//nrows))
+    rows = max(ifnone(nrows, 0), -(-n//cols))
+    axs = plt.subplots(rows, cols, figsize=ifnone(figsize, (cols*imsize, rows*imsize)), squeeze=False)[1].flatten()
     for a in axs: a.set_axis_off()
     return axs[:n]
 
-def _show(samples, outs, ctxs, max_n, ncols, **kwargs):
-    n = min(len(samples), max_n)
-    if ctxs is None: ctxs = _grid(n, ncols)
+def _axes_of(ctxs, samples, max_n, nrows, ncols, figsize):
+    "The axes that were given, or a grid of them, as fastai's `nrows`, `ncols` and `figsize` (inches) say"
+    return _grid(min(len(samples), max_n), nrows, ncols, figsize) if ctxs is None else ctxs
+
+def _show(samples, outs, ctxs, max_n, **kwargs):
     for s,o,c in zip(samples, outs, ctxs): show_plane(s[0], s[1], pred=o, ctx=c, **kwargs)
     return ctxs
 
@@ -231,9 +234,7 @@ def label_text(
     if isinstance(y, (tuple,list,L)): return ', '.join(f'{o:.4g}' if isinstance(o, float) else str(o) for o in y) or 'none'
     return str(y)
 
-def _show_labels(samples, outs, ctxs, max_n, ncols, **kwargs):
-    n = min(len(samples), max_n)
-    if ctxs is None: ctxs = _grid(n, ncols)
+def _show_labels(samples, outs, ctxs, max_n, **kwargs):
     for s,o,c in zip(samples, outs, ctxs):
         t = label_text(s[-1]); p = None if o is None else label_text(o[-1])
         s[0].show(ctx=c, mask=s[1] if len(s)>2 else None, **{'title':t if p is None else f'{t}\n{p}', **kwargs})
@@ -241,21 +242,21 @@ def _show_labels(samples, outs, ctxs, max_n, ncols, **kwargs):
     return ctxs
 
 @dispatch
-def show_batch(x:TensorVolume|TensorSlice, y:TensorVolumeMask|TensorSliceMask, samples, ctxs=None, max_n=8, ncols=None, **kwargs):
+def show_batch(x:TensorVolume|TensorSlice, y:TensorVolumeMask|TensorSliceMask, samples, ctxs=None, max_n=8, nrows=None, ncols=None, figsize=None, **kwargs):
     "One picture an item: a plane of the patch with the contours of its mask; `kwargs` go to `show_plane`"
-    return _show(samples, [None]*len(samples), ctxs, max_n, ncols, **kwargs)
+    return _show(samples, [None]*len(samples), _axes_of(ctxs, samples, max_n, nrows, ncols, figsize), max_n, **kwargs)
 
 @dispatch
-def show_results(x:TensorVolume|TensorSlice, y:TensorVolumeMask|TensorSliceMask, samples, outs, ctxs=None, max_n=8, ncols=None, **kwargs):
+def show_results(x:TensorVolume|TensorSlice, y:TensorVolumeMask|TensorSliceMask, samples, outs, ctxs=None, max_n=8, nrows=None, ncols=None, figsize=None, **kwargs):
     "One picture an item, truth solid and prediction dashed; `kwargs` go to `show_plane`"
-    return _show(samples, [o[0] for o in outs], ctxs, max_n, ncols, **kwargs)
+    return _show(samples, [o[0] for o in outs], _axes_of(ctxs, samples, max_n, nrows, ncols, figsize), max_n, **kwargs)
 
 @dispatch
-def show_batch(x:TensorVolume|TensorSlice, y:TensorCategory|TensorMultiCategory|TensorRegression|tuple, samples, ctxs=None, max_n=8, ncols=None, **kwargs):
+def show_batch(x:TensorVolume|TensorSlice, y:TensorCategory|TensorMultiCategory|TensorRegression|tuple, samples, ctxs=None, max_n=8, nrows=None, ncols=None, figsize=None, **kwargs):
     "One picture an item with its label above, and the contours of its mask where it has one"
-    return _show_labels(samples, [None]*len(samples), ctxs, max_n, ncols, **kwargs)
+    return _show_labels(samples, [None]*len(samples), _axes_of(ctxs, samples, max_n, nrows, ncols, figsize), max_n, **kwargs)
 
 @dispatch
-def show_results(x:TensorVolume|TensorSlice, y:TensorCategory|TensorMultiCategory|TensorRegression|tuple, samples, outs, ctxs=None, max_n=8, ncols=None, **kwargs):
+def show_results(x:TensorVolume|TensorSlice, y:TensorCategory|TensorMultiCategory|TensorRegression|tuple, samples, outs, ctxs=None, max_n=8, nrows=None, ncols=None, figsize=None, **kwargs):
     "One picture an item, its label above and the prediction below it, green where they agree and red where not"
-    return _show_labels(samples, outs, ctxs, max_n, ncols, **kwargs)
+    return _show_labels(samples, outs, _axes_of(ctxs, samples, max_n, nrows, ncols, figsize), max_n, **kwargs)

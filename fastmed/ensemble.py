@@ -10,6 +10,7 @@ from .core import *
 from .io import *
 from .preprocess import *
 from .blocks import *
+from .blocks import chance_kept
 from .metrics import *
 from .inference import *
 from .inference import _axes
@@ -244,7 +245,8 @@ class Ensemble:
         if odd:=[a for a in self.about[1:] if a.pre!=self.about[0].pre or a.kind!=self.about[0].kind]: raise InputError(f"get_preds: {odd[0].name} prepares its items otherwise than {self.about[0].name}, so they cannot share a batch. Use predict, which reads the file for each")
         dl,total = self.dls[ds_idx] if dl is None else dl,None
         for i,l in enumerate(self):
-            p,t = l.get_preds(dl=dl); total = p if total is None else total+(p-total)/(i+1)
+            with chance_kept(self.device, dl): p,t = l.get_preds(dl=dl)               # all members see the same patches
+            total = p if total is None else total+(p-total)/(i+1)
         return total,t
 
     def save_model(self,

@@ -14,6 +14,7 @@ from .doctor import *
 from .preprocess import *
 from .plan import *
 from .blocks import *
+from .blocks import check_one_input
 from .labels import get_labels
 from .data import *
 from .data import _grid
@@ -141,7 +142,10 @@ def _maker(learn, kwargs):
     return h.hexdigest()
 
 def _follow_codes(learn, old, new):
-    "Metrics named after the codes of DataLoaders take the names of those that replace them. Raises `InputError` where the network was made for another number of codes"
+    "Metrics named after the codes of DataLoaders take the names of those that replace them. Raises `InputError` where the network was made for another number of codes or labels"
+    a,b = [(get_labels(o) or (None,()))[1] for o in (old,new)]
+    if a and b and len(a)!=len(b) and getattr(learn, 'n_out', None)==len(a):
+        raise InputError(f"learn.dls: the network was made for {len(a)} labels, {list(a)}; these DataLoaders hold {len(b)}, {list(b)}. Make a new Learner")
     try: a,b = [get_preprocess(o).vocab for o in (old,new)]
     except InputError: return                                     # no masks: radiographs
     if not a or not b or list(a)==list(b): return
@@ -292,7 +296,7 @@ class VolumeLearner(EncoderMixin, Learner):
         with writing(self.path/self.model_dir/str(file)): fn = Path(join_path_file(file, self.path/self.model_dir, ext='.pth'))
         if rank_distrib(): return fn                              # of several processes the first one writes
         check_finite(self.model, fn, getattr(self, 'opt', None) if kwargs.get('with_opt', True) else None)
-        with whole_file(fn) as tmp: save_model(tmp, self.model, getattr(self, 'opt', None), **kwargs)
+        with whole_file(fn) as tmp: save_model(tmp, getattr(self.model, '_orig_mod', self.model), getattr(self, 'opt', None), **kwargs)    # of a compiled network, as of a plain one
         return fn
 
     def export(self,
@@ -340,9 +344,9 @@ class VolumeLearner(EncoderMixin, Learner):
         super().__setattr__(k, v)
 
 @dispatch
-def plot_top_losses(x:TensorVolume|TensorSlice, y:TensorVolumeMask|TensorSliceMask, samples, outs, raws, losses, **kwargs):
+def plot_top_losses(x:TensorVolume|TensorSlice, y:TensorVolumeMask|TensorSliceMask, samples, outs, raws, losses, nrows=None, ncols=None, figsize=None, **kwargs):
     "The patches with the largest losses, truth solid and prediction dashed"
-    for s,o,l,ax in zip(samples, outs, losses, _grid(len(samples))): show_plane(s[0], s[1], pred=o[0], ctx=ax, title=f'loss {float(l):.3f}', **kwargs)
+    for s,o,l,ax in zip(samples, outs, losses, _grid(len(samples), nrows, ncols, figsize)): show_plane(s[0], s[1], pred=o[0], ctx=ax, title=f'loss {float(l):.3f}', **kwargs)
 
 # %% ../nbs/37_learner.ipynb #e45813bf
 _learner_args = tuple(k for k in inspect.signature(Learner.__init__).parameters if k not in ('self','dls','model','loss_func','metrics'))
@@ -358,6 +362,7 @@ def unet_args(
 def _unet_learner(ndim, dls, arch, loss_func, metrics, pretrained, fast, n_out, kwargs):
     plan,pre = get_plan(dls),get_preprocess(dls)
     if get_labels(dls) is not None: raise InputError(f"unet{ndim}d_learner: these DataLoaders hold labels of cases: use classifier_learner, which learns the mask too where there is one")
+    check_one_input(dls, f'unet{ndim}d_learner')
     if plan.ndim!=ndim: raise InputError(f"unet{ndim}d_learner: these DataLoaders give {'slices' if plan.ndim==2 else 'volumes'}: use unet{plan.ndim}d_learner")
     if pre.vocab is None: raise InputError("unet_learner: the masks have no codes. Say VolumeMaskBlock(codes), or from_df(codes=…)")
     n_channels = dls.train_ds[0][0].shape[0]

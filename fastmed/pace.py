@@ -11,22 +11,11 @@ from .preprocess import *
 from .plan import *
 from .plan import seconds_of
 from .blocks import *
+from .blocks import chance_kept
 from fastai.basics import *
-import contextlib, io, random
+import contextlib, io
 
 # %% ../nbs/34_pace.ipynb #683f6799
-@contextlib.contextmanager
-def chance_kept(
-    device # torch device
-):
-    "Whatever is drawn inside, those outside see the numbers that they would have seen"
-    numpy,python = np.random.get_state(),random.getstate()
-    with torch.random.fork_rng(devices=[device] if device.type=='cuda' else []):
-        try: yield
-        finally:
-            np.random.set_state(numpy)
-            random.setstate(python)
-
 @contextlib.contextmanager
 def model_kept(
     model:nn.Module # network

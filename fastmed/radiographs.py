@@ -21,7 +21,7 @@ from .labels import *
 from .data import *
 from .frames import picture_pixels
 from fastai.data.all import *
-import tempfile
+import os, tempfile
 
 # %% ../nbs/21_radiographs.ipynb #2b3fcee5
 class TensorRadiograph(TensorSlice):
@@ -104,6 +104,7 @@ def load_radiograph(
 )->TensorRadiograph: # (1,H,W) float32; with a window 0 to 1, else the values of the file; `.aspect`, `.meta`
     "Read a radiograph; white is dense, whatever the file means by its numbers. Raises `MissingFileError`, `FileError` (unreadable), `InputError` (several frames, colour). Source: DICOM PS3.3, C.11.2"
     if colour not in ('refuse','grey'): raise InputError(f"colour: expected 'refuse' or 'grey'; found {colour!r}")
+    if not isinstance(fn, (str,os.PathLike)): raise ArgumentError(f"expected a picture's file; found {'None' if fn is None else f'a {type(fn).__name__}'}. A picture in memory is given as TensorRadiograph(tensor of (1,H,W))")
     window,fn = check_window(window),Path(fn)
     if not fn.is_file(): raise MissingFileError(f"{fn}: no such file. Check the path, and `path=` which stands before relative names")
     if fn.suffix.lower() not in _kinds and not fn.suffix[1:].isdigit(): raise InputError(f"{fn}: expected {', '.join(k for k in _kinds if k)}; found '{fn.suffix}'")

@@ -112,6 +112,7 @@ def label_scores(
 )->dict:       # (score, what it is of) → value
     "Every score of a task. Of two classes the second is the positive one; of more, each against the rest, averaged. Raises `InputError`"
     t,p = _arr(targ),_arr(pred)
+    if task!='category' and t.ndim==1: t = t[:,None]             # of fastai's RegressionBlock
     if len(t)!=len(p) or p.ndim!=2 or p.shape[1]!=len(vocab): raise InputError(f"label_scores: expected targets and (n,{len(vocab)}) predictions; found {t.shape} and {p.shape}")
     if task=='category':
         ids = p.argmax(1); res = {('accuracy','all'):float((ids==t).mean()), ('balanced_accuracy','all'):balanced_accuracy(t, ids)}

@@ -135,6 +135,11 @@ def _advice(t, x):
     return ("Of fastai's, Rotate, Zoom, Warp, Flip, Dihedral, RandomResizedCropGPU, Brightness, Contrast and RandomErasing work, in batch_tfms; "
             "of ours volume_tfms() or radiograph_tfms() there, and TorchIOTransform in item_tfms")
 
+class MaskIds(Transform):
+    "Class ids of a batch as int64: the losses of torch and fastai take nothing shorter"
+    order = 99                                              # after what turns and warps, which is quicker on bytes
+    def encodes(self, x:TensorVolumeMask|TensorSliceMask): return x.long()
+
 class ActingPipeline(Pipeline):
     "A pipeline that refuses a transform that can act on nothing of what comes. Raises `ArgumentError`, which names it"
     def __init__(self,
@@ -152,9 +157,9 @@ class ActingPipeline(Pipeline):
         t, # transform
         o  # item or batch that it is about to get
     ):
-        "Refuse `t` where it acts on nothing. fastai's `ToTensor` and `IntToFloatTensor` stand in many a DataBlock without being asked for, and may"
+        "Refuse `t` where it acts on nothing. What stands in a DataBlock without being asked for may: fastai's `ToTensor` and `IntToFloatTensor`, and `MaskIds` where scans are predicted"
         ours = any(isinstance(x, TensorMed) for x in _leaves(o))
-        if ours and not isinstance(t, (ToTensor,IntToFloatTensor)) and not acts(t, o):
+        if ours and not isinstance(t, (ToTensor,IntToFloatTensor,MaskIds)) and not acts(t, o):
             found = ', '.join(type(x).__name__ for x in _leaves(o))
             raise ArgumentError(f"{type(t).__name__ if t.name.startswith(type(t).__name__) else t.name} would change nothing: it knows none of {found}. {_advice(t, o)}")
         self.known.append(t)

@@ -10,6 +10,7 @@ __all__ = ['Look', 'look_through', 'look_back', 'TTA', 'as_tta', 'tta_views', 'b
 from .core import *
 from .augment import SpatialTfm
 from .blocks import *
+from .blocks import chance_kept
 from fastai.basics import *
 from typing import NamedTuple
 import itertools, math
@@ -214,15 +215,13 @@ def mix_looks(
     return (total,plain) if beta is None else torch.lerp(total, plain, float(beta))
 
 def refuse_tfms(
-    item_tfms, # of fastai's `tta`
-    batch_tfms # of fastai's `tta`
+    item_tfms=None, # of fastai's `tta`
+    batch_tfms=None,# of fastai's `tta`
+    **kwargs        # of `get_preds`
 ):
-    "Raise `ArgumentError` on transforms for test-time augmentation: random ones cannot be undone"
+    "Raise `ArgumentError` on transforms for test-time augmentation: random ones cannot be undone; and on what `get_preds` would give of each look by itself"
     odd = [k for k,v in dict(item_tfms=item_tfms, batch_tfms=batch_tfms).items() if v is not None]
     if odd: raise ArgumentError(f"tta: {' and '.join(odd)} do not apply here, since each look is undone before the predictions are mixed. Name the looks by tta=, see tta_views")
-
-def _check_asked(kwargs):
-    "Raise `ArgumentError` on what `get_preds` would give of each look by itself, and what cannot be mixed"
     odd = [k for k in ('with_input','with_loss','with_decoded','save_preds','save_targs') if kwargs.get(k)]
     if odd: raise ArgumentError(f"tta: {', '.join(odd)} cannot be mixed from several looks. Leave it out, or ask get_preds for it")
 
@@ -236,7 +235,8 @@ def tta_preds(
     **kwargs       # of `get_preds`
 )->tuple:          # predictions, mixed as `mix_looks` says, and targets
     "`get_preds` over the looks of `tta_views`, each undone before they are mixed. Raises `InputError` on an unknown name, and on more looks than there are"
-    _check_asked(kwargs)
+    refuse_tfms(**kwargs)
+    if not len(dl): raise InputError("tta: there is nothing to look at. A loaded Learner holds no data: say dl=learn.dls.test_dl(files)")
     plan = _plan(learn); spacing = _spacing(plan)
     views = tta_views(learn, tta)
     if n is not None:
@@ -245,7 +245,7 @@ def tta_preds(
         views = views[:n+1]
     def look(v):
         cb = _LookCallback(v, _axes(plan, learn), spacing)
-        p,t = learn.get_preds(dl=dl, cbs=cb, **kwargs)
+        with chance_kept(next(learn.model.parameters()).device, dl): p,t = learn.get_preds(dl=dl, cbs=cb, **kwargs)     # each look sees the same patches
         device = first(tuplify(p)).device
         return p,t,torch.ones((), device=device) if cb.seen is None else cb.seen.to(device)
     plain,t,_ = look(views[0])

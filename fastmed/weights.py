@@ -256,7 +256,10 @@ class EncoderMixin:
         **kwargs     # of fastai's `load_model`
     ):               # the Learner
         "fastai's `load`; `fine_tune` then freezes the encoder first, since it is no longer random"
-        super().load(file, device=device, **kwargs)
+        compiled = self.model
+        self.model = getattr(compiled, '_orig_mod', compiled)              # a compiled network puts a prefix before its names
+        try: super().load(file, device=device, **kwargs)
+        finally: self.model = compiled
         if not hasattr(self, 'lr_finder'): self.loaded = True              # lr_find puts back what was there
         return self
 

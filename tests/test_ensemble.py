@@ -2,7 +2,7 @@
 import gc, pickle
 import numpy as np, pandas as pd, pytest, torch
 from torch import Tensor, nn
-from fastmed.all import (MEASURES, TTA, Ensemble, Look, RunningMean, TensorVolume, UNet, UncertainEvaluation, VolumeDataLoaders, entropy, finds_worst, load_learner, load_model, load_volume, look_back, look_through,
+from fastmed.all import (MEASURES, TTA, Ensemble, Look, RunningMean, TensorVolume, UNet, UncertainEvaluation, VolumeDataLoaders, entropy, finds_worst, load_learner, load_model, load_volume, look_back, look_through, set_seed,
                          patch_plan, save_model, slide_window, tta_views, unet3d_learner)
 from phantoms import CODES, Edge, Nearest, affine_of, python, write_case
 
@@ -21,6 +21,16 @@ def others(learner):
     return make
 
 # ---- the mean
+
+@pytest.mark.parametrize('ndim', (3,2))
+def test_members_see_the_same_patches_of_training(learner, ndim):
+    learn = learner(ndim)
+    def seen(o):
+        set_seed(1)
+        learn.dls.train.rng.seed(1)
+        with learn.no_bar(), learn.no_logging(): return o.get_preds(dl=learn.dls.train)
+    (p,t),(q,u) = seen(learn),seen(Ensemble([learn]*2))
+    assert torch.equal(t, u) and torch.allclose(p, q, atol=1e-5)
 
 @pytest.mark.parametrize('ndim', (3,2))
 def test_equal_members_answer_as_one(learner, study, ndim):

@@ -4,7 +4,7 @@ from PIL import Image
 from torch import nn
 from fastmed.all import *
 from fastmed.tta import mix_looks
-from phantoms import Edge, affine_of, write_case
+from phantoms import Edge, Nearest, affine_of, write_case
 for k in [o for o in globals() if o.startswith('test')]: del globals()[k]    # fastcore's own
 
 QUIET = dict(device='cpu', num_workers=0)
@@ -60,6 +60,28 @@ def test_tta_of_a_classifier_takes_them_too(cases):
         (aug,plain),_ = learn.tta(n=3, beta=None); p = learn.tta(n=3)[0]
         assert torch.allclose(p, (2*aug+plain)/3, atol=1e-6) and torch.allclose(learn.tta(n=3, beta=.25)[0], torch.lerp(aug, plain, .25), atol=1e-6)
         with pytest.raises(ArgumentError, match='item_tfms'): learn.tta(item_tfms=[FlipItem()])
+
+def test_every_look_sees_the_same_patches_of_training(cases):
+    "Random patches, turned at random: a network that looks at single voxels answers as without looks"
+    learn = VolumeLearner(volumes(cases, patch=(8,8,8), batch_tfms='auto'), Nearest(1, 3), loss_func=DiceCELoss(), path=cases[0])
+    with learn.no_bar(), learn.no_logging():
+        for dl in (learn.dls.train, learn.dls.train.new(shuffle=False, drop_last=False)):
+            def seen(f, seed=0):
+                set_seed(seed)
+                dl.rng.seed(0)
+                return f(dl=dl)
+            (p,t),(q,u) = seen(learn.get_preds),seen(partial(learn.tta, tta=(0,1)))
+            assert torch.equal(t, u) and torch.allclose(p, q, atol=1e-5)
+            assert not torch.equal(t, seen(learn.get_preds, 1)[1]), 'they are drawn'
+
+def test_tta_of_a_classifier_refuses_what_it_cannot_mix(cases):
+    learn = classifier_learner(volumes(cases, mask_col=None, label_col='kind', patch='auto', size=16), 'small_resnet', nf=4)
+    for k in ('with_loss','with_input','with_decoded'):
+        with pytest.raises(ArgumentError, match=f'{k} cannot be mixed'), learn.no_bar(), learn.no_logging(): learn.tta(n=2, **{k:True})
+
+def test_tta_of_a_loaded_learner_asks_for_data(learn):
+    learn.export('no_data.pkl')
+    with pytest.raises(InputError, match='test_dl'): load_learner(learn.path/'no_data.pkl').tta()
 
 # ---- networks without a convolution
 
@@ -139,3 +161,31 @@ def test_other_dataloaders_bring_their_names(cases):
     assert list(learn.evaluate().structure.unique())==['liver','spleen'] and list(learn.predict_volume(cases[0]/cases[1].image[0]).codes)==['background','liver','spleen']
     with pytest.raises(InputError, match='made for 3 codes'): learn.dls = volumes(cases, codes={'background':0, 'any':[1,2]})
     learn.export(cases[0]/'m.pkl'); assert load_learner(cases[0]/'m.pkl').predict_volume(cases[0]/cases[1].image[0]).codes[1]=='liver'
+
+def test_weights_of_a_compiled_network_are_those_of_a_plain_one(cases):
+    a,b,c = [unet3d_learner(volumes(cases), nf=4, depth=2, path=cases[0]) for _ in range(3)]
+    a.model,c.model = torch.compile(a.model, backend='eager'),torch.compile(c.model, backend='eager')
+    a.save('compiled')
+    for l in (b,c):
+        l.load('compiled')
+        assert all(torch.equal(p, q) for p,q in zip(a.model.parameters(), l.model.parameters()))
+    assert type(c.model) is type(a.model), 'it stays compiled'
+
+# ---- pictures
+
+def test_pictures_are_laid_out_as_fastai_does(cases):
+    for dls in (volumes(cases), slices(cases), volumes(cases, mask_col=None, label_col='kind', patch='auto', size=16)):
+        for show in (dls.show_batch, dls.valid.show_batch):
+            show(nrows=2, ncols=1, figsize=(3,5))
+            fig = plt.gcf()
+            assert len(fig.axes)==2 and tuple(fig.get_size_inches())==(3,5) and fig.axes[0].get_subplotspec().get_gridspec().get_geometry()==(2,1)
+    for learn in (unet3d_learner(volumes(cases), nf=4, depth=2), classifier_learner(dls, 'small_resnet', nf=4)):
+        with learn.no_bar(), learn.no_logging():
+            learn.show_results(ds_idx=0, figsize=(4,4), max_n=1)
+            assert tuple(plt.gcf().get_size_inches())==(4,4)
+            Interpretation.from_learner(learn).plot_top_losses(1, nrows=1, figsize=(2,2))
+            assert tuple(plt.gcf().get_size_inches())==(2,2)
+
+@pytest.mark.parametrize('item', [None, 3, np.zeros((8,8)), Image.new('L', (8,8))], ids=['none','number','array','picture'])
+def test_what_is_no_file_of_a_radiograph_is_refused(item):
+    with pytest.raises(ArgumentError, match="expected a picture's file"): load_radiograph(item)

@@ -6,17 +6,18 @@ from torch import nn
 from fastai.callback.data import WeightedDL
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import lr_find
-from fastai.data.all import CategoryBlock, ColReader, DataBlock, Datasets, IndexSplitter, TfmdDL
+from fastai.data.all import CategoryBlock, ColReader, DataBlock, Datasets, IndexSplitter, RegressionBlock, TfmdDL
 from fastai.interpret import Interpretation
 from fastai.learner import Callback, Learner, load_learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, DiceLoss, FocalLossFlat, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, MSELossFlat
 from fastmed.blocks import CaseFiles, PatchDL, PatchTransform, VolumeBlock, VolumeMaskBlock
 from fastmed.callbacks import DiceCallback, PictureCallback
-from fastmed.classify import classifier_learner
+from fastmed.classify import classifier_learner, regression_learner
 from fastmed.core import InputError
 from fastmed.data import SliceDataLoaders, VolumeDataLoaders
 from fastmed.doctor import GroupSplitter
 from fastmed.heads import MultiTaskLoss
+from fastmed.labels import WholeTransform, whole_plan
 from fastmed.learner import make_fast, unet2d_learner, unet3d_learner
 from fastmed.losses import as_loss
 from fastmed.models import create_model, model_names, param_splitter
@@ -409,3 +410,30 @@ def test_restoration_compares_images_though_there_are_masks(cases):
     loss = learn.loss_func
     quiet(learn, lambda: learn.fit(1))
     assert learn.loss_func is loss
+
+# What a network is given, and what it answers
+
+def test_two_inputs_are_refused_where_one_is_predicted_from(cases):
+    path,df = cases
+    im,mask = CaseFiles('image', path),CaseFiles('mask', path)
+    def block(blocks, get_x, get_y, item_tfms): return DataBlock(blocks, n_inp=2, get_x=get_x, get_y=get_y, splitter=IndexSplitter([4,5]), item_tfms=item_tfms)
+    two = block((VolumeBlock, VolumeBlock, VolumeMaskBlock(CODES)), [im,im], mask, PatchTransform((8,8,8)))
+    with pytest.raises(InputError, match='n_inp=2.*channels'): unet3d_learner(two.dataloaders(df, bs=2, num_workers=0))
+    both = block((VolumeBlock, VolumeMaskBlock(CODES), CategoryBlock), [im,mask], ColReader('label'), WholeTransform(whole_plan(df, path=path, size=16)))
+    with pytest.raises(InputError, match='n_inp=1'): classifier_learner(both.dataloaders(df, bs=2, num_workers=0))
+
+def test_fastais_regression_block_is_learnt_and_scored(cases):
+    path,df = cases
+    block = DataBlock((VolumeBlock, RegressionBlock), get_x=CaseFiles('image', path), get_y=ColReader('age'), splitter=IndexSplitter([4,5]), item_tfms=WholeTransform(whole_plan(df, path=path, size=16)))
+    learn = regression_learner(block.dataloaders(df.assign(age=np.arange(6.)), path=path, bs=2, num_workers=0), 'small_resnet', nf=4)
+    quiet(learn, lambda: learn.fit(1))
+    row = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
+    p,t = quiet(learn, learn.get_preds)
+    assert row['mae']==pytest.approx(float((p.flatten()-t).abs().mean()), abs=1e-3)
+
+def test_dataloaders_of_more_labels_are_refused(cases, cache):
+    dls = whole(cases, cache, label_col='label')
+    learn = classifier_learner(dls, 'small_resnet', nf=4)
+    other = whole((cases[0], cases[1].assign(label=list('abcabc'))), cache, label_col='label')
+    with pytest.raises(InputError, match='2 labels.*hold 3'): learn.dls = other
+    assert learn.dls is dls

@@ -163,9 +163,11 @@ def test_a_budget_that_is_none_is_refused(kw):
     with pytest.raises(InputError, match='expected a number of more than 0'): BudgetCallback(**kw)
 
 def test_two_budgets_are_refused(learn):
-    "One on the Learner and `fit_for`: nothing says which of them the schedule follows"
-    learn.add_cb(BudgetCallback(updates=3))
-    with learn.no_bar(), learn.no_logging(), pytest.raises(InputError, match='two budgets for one fit: 3 updates and 1 minutes'): learn.fit_for(1)
-    learn.remove_cb(BudgetCallback)
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(9, cbs=BudgetCallback(updates=3))
-    assert len(learn.recorder.losses)==3
+    "The schedule follows one, and the other would end the fit before the rate has come down"
+    with learn.no_bar(), learn.no_logging():
+        with pytest.raises(InputError, match='one budget.*remove_cb'): learn.fit(9, cbs=[BudgetCallback(updates=3), BudgetCallback(minutes=1)])
+        learn.add_cb(BudgetCallback(updates=3))
+        with pytest.raises(InputError, match='3 updates'): learn.fit_for(.01)
+        learn.fit(1)
+        learn.remove_cb(BudgetCallback)
+        learn.fit_for(1/60)
