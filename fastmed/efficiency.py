@@ -113,7 +113,9 @@ def _note_contents(path, note, df, arms, runs):
     now = case_contents(df, arms)
     check_contents(path, was.get('files'), now, [o.stem in was.get('runs', []) for o in there])
     since = [o.stem for o in runs if not o.exists()]
-    with whole_file(note) as tmp: tmp.write_text(json.dumps(dict(files=noted_contents(was.get('files'), now, there), runs=sorted({*was.get('runs', []), *since})), indent=1))
+    text = json.dumps(dict(files=noted_contents(was.get('files'), now, there), runs=sorted({*was.get('runs', []), *since})), indent=1)
+    if note.exists() and note.read_text()==text: return
+    with whole_file(note) as tmp: tmp.write_text(text)
 
 def _start(learn, init):
     if init is None: return learn
