@@ -381,6 +381,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'fastmed.core.TensorMed.affine': ('core.html#tensormed.affine', 'fastmed/core.py'),
                               'fastmed.core.TensorMed.clone': ('core.html#tensormed.clone', 'fastmed/core.py'),
                               'fastmed.core.TensorMed.orientation': ('core.html#tensormed.orientation', 'fastmed/core.py'),
+                              'fastmed.core.TensorMed.set_meta': ('core.html#tensormed.set_meta', 'fastmed/core.py'),
                               'fastmed.core.TensorMed.spacing': ('core.html#tensormed.spacing', 'fastmed/core.py'),
                               'fastmed.core.TensorSlice': ('core.html#tensorslice', 'fastmed/core.py'),
                               'fastmed.core.TensorSlice.show': ('core.html#tensorslice.show', 'fastmed/core.py'),

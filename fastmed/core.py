@@ -213,6 +213,10 @@ class TensorMed(TensorImageBase):
     def clone(self, *, memory_format=torch.preserve_format):
         return retain_meta(self, self.as_subclass(Tensor).clone(memory_format=memory_format).as_subclass(type(self)))
 
+    def set_meta(self, x, as_copy=True):
+        super().set_meta(x, as_copy=True)       # fastai's would share it, and a new affine of a copy would move the original
+        if self.affine is not None: self.affine = self.affine
+
     @property
     def affine(self): return self.__dict__.get('_affine')      # (4,4) float64, or None where the place is unknown (a batch)
     @affine.setter

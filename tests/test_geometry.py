@@ -102,3 +102,14 @@ def test_from_df_names_what_is_wrong(what, tmp_path):
     kw = dict(group_col='patient') if what=='group' else dict(codes=['background','a','b','c'][:1]) if what=='codes' else {}
     want = {'channels':'case2','mask grid':'m1.nii.gz','no mask':'case3','empty masks':'background','values':'255','one subject':'two groups','group':'patient','codes':'m0.nii.gz|m1.nii.gz|m2.nii.gz|m3.nii.gz'}[what]
     with pytest.raises((ValueError, KeyError), match=want): VolumeDataLoaders.from_df(pd.DataFrame(rows), cache=tmp_path/'c', device='cpu', **kw)
+
+@pytest.mark.parametrize('copy', [lambda t: type(t)(t, affine=t.affine), lambda t: type(t)(t.as_subclass(torch.Tensor), affine=t.affine), lambda t: t.clone(), lambda t: t*1, lambda t: t[...]])
+@pytest.mark.parametrize('cls', [TensorVolume, TensorVolumeMask])
+def test_a_copy_has_a_place_of_its_own(cls, copy):
+    "fastai lets tensors share their metadata: a new affine of the second moved the first"
+    t = cls(torch.zeros(1,3,4,5) if cls is TensorVolume else torch.zeros(3,4,5).byte(), affine=np.eye(4))
+    c = copy(t)
+    assert np.array_equal(c.affine, t.affine)
+    c.affine[:3,3] = 7
+    c.affine = np.diag([2,2,2,1])@c.affine
+    assert np.array_equal(t.affine, np.eye(4)) and c.spacing==(2,2,2)
