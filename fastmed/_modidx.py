@@ -812,6 +812,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'fastmed.guard._check_nrrd': ('guard.html#_check_nrrd', 'fastmed/guard.py'),
                                'fastmed.guard._check_png': ('guard.html#_check_png', 'fastmed/guard.py'),
                                'fastmed.guard._check_tiff': ('guard.html#_check_tiff', 'fastmed/guard.py'),
+                               'fastmed.guard._check_unit': ('guard.html#_check_unit', 'fastmed/guard.py'),
                                'fastmed.guard._floats': ('guard.html#_floats', 'fastmed/guard.py'),
                                'fastmed.guard._gb': ('guard.html#_gb', 'fastmed/guard.py'),
                                'fastmed.guard._groups': ('guard.html#_groups', 'fastmed/guard.py'),
