@@ -392,6 +392,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'fastmed.core.TensorVolumeMask': ('core.html#tensorvolumemask', 'fastmed/core.py'),
                               'fastmed.core.TensorVolumeMask.show': ('core.html#tensorvolumemask.show', 'fastmed/core.py'),
                               'fastmed.core._Planted': ('core.html#_planted', 'fastmed/core.py'),
+                              'fastmed.core._check_over': ('core.html#_check_over', 'fastmed/core.py'),
                               'fastmed.core._empty': ('core.html#_empty', 'fastmed/core.py'),
                               'fastmed.core._hold': ('core.html#_hold', 'fastmed/core.py'),
                               'fastmed.core._mark': ('core.html#_mark', 'fastmed/core.py'),
