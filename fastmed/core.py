@@ -243,6 +243,10 @@ class TensorMed(TensorImageBase):
     def clone(self, *, memory_format=torch.preserve_format):
         return retain_meta(self, self.as_subclass(Tensor).clone(memory_format=memory_format).as_subclass(type(self)))
 
+    def set_meta(self, x, as_copy=True):
+        super().set_meta(x, as_copy=True)       # fastai's would share it, and a new affine of a copy would move the original
+        if self.affine is not None: self.affine = self.affine
+
     @property
     def affine(self): return self.__dict__.get('_affine')      # (4,4) float64, or None where the place is unknown (a batch)
     @affine.setter
@@ -286,6 +290,15 @@ def _plane(t, axis, index, keep):
     if a.ndim>2+keep: a = a.select(axis+keep, index)
     return a.float().numpy() if keep else a.numpy()
 
+def _check_over(ref, m, nsp):
+    "Raise `InputError` where a mask does not lie on what it is drawn over, up to half a voxel"
+    if tuple(m.shape[-nsp:])!=tuple(ref.shape[-nsp:]): raise InputError(f"show_plane: expected a mask of {tuple(ref.shape[-nsp:])}; found {tuple(m.shape[-nsp:])}. Resample it: resample_to(mask, image.shape[1:], image.affine)")
+    a,b = getattr(ref, 'affine', None),getattr(m, 'affine', None)
+    if nsp==2 or a is None or b is None: return
+    corners = np.array([[*c,1] for c in np.ndindex(2,2,2)])*[*(np.array(m.shape[-3:])-1),1]
+    off = np.abs((np.linalg.inv(a)@b-np.eye(4))@corners.T).max()
+    if not off<=.5: raise InputError(f"show_plane: the mask lies elsewhere than the image, up to {off:.3g} voxels off. Resample it: resample_to(mask, image.shape[1:], image.affine)")
+
 def show_plane(
     x=None,          # `TensorVolume` (C,X,Y,Z), `TensorSlice` (C,H,W) or None
     mask=None,       # mask on the same grid, its structures drawn as contours, or None
@@ -305,6 +318,8 @@ def show_plane(
     nsp = ref.ndim - (0 if x is None else 1)
     if nsp not in (2,3):
         raise InputError(f"show_plane: expected a volume (C,X,Y,Z), a slice (C,H,W) or a mask of one; found shape {tuple(ref.shape)}. Show one item of the batch")
+    for m in (mask, pred):
+        if m is not None: _check_over(ref, m, nsp)
     if nsp==3 and index is None: index = best_plane(mask if mask is not None else pred, axis, ref.shape[axis-3])
     if ctx is None: ctx = plt.subplots(figsize=figsize)[1]
     sp = ref.spacing or (1,1,1)

@@ -164,6 +164,12 @@ def _beside(fn, name, key):
 
 def _meta_types(): return dict(MET_CHAR=1, MET_UCHAR=1, MET_SHORT=2, MET_USHORT=2, MET_INT=4, MET_UINT=4, MET_LONG=4, MET_ULONG=4, MET_LONG_LONG=8, MET_ULONG_LONG=8, MET_FLOAT=4, MET_DOUBLE=8)
 
+def _check_unit(units, fn):
+    "Refuse lengths in another unit than mm: the reader takes the numbers as they stand"
+    for u in units:
+        if re.fullmatch(r'[cdknu]?m|\W*[\xb5\u03bc]m|micron\w*|(?!milli)\w*met(er|re)s?|in|inch(es)?', u.strip(), re.I):
+            raise InputError(f"{fn}: its lengths are in {u.strip()!r}; expected mm, the only unit that is read of this format. Scale its spacing and origin to mm, and save it again")
+
 def _check_mha(fn, voxels):
     t,start,whole = _head(fn, rb'(?m)^ElementDataFile *= *[^\n]*(\n|\Z)')
     d = {}
@@ -188,6 +194,7 @@ def _check_mha(fn, voxels):
     if not yes('BinaryData', 'True'): _bad(fn, 'voxels as text (BinaryData = False) are not read')
     for k in ('ElementMin','ElementMax','ElementToIntensityFunctionSlope','ElementToIntensityFunctionOffset'):
         if k in d: _floats(d[k], 1, fn, k)
+    _check_unit([d.get('DistanceUnits', 'mm')], fn)
     if 'AnatomicalOrientation' in d and not re.fullmatch(r'[RLAPSI?]{1,4}', d['AnatomicalOrientation']): _bad(fn, f"AnatomicalOrientation: expected letters such as RAI; found {d['AnatomicalOrientation'][:60]!r}")
     local = d['ElementDataFile'].lower()=='local'; p = Path(fn) if local else _beside(fn, d['ElementDataFile'], 'ElementDataFile')
     start,size,item = start if local else 0,p.stat().st_size,types[d['ElementType']]
@@ -238,6 +245,8 @@ def _check_nrrd(fn, voxels):
     if 'measurement frame' in d: vectors(d['measurement frame'], 'measurement frame', m, m)
     for k in ('kinds','centers'):
         if k in d and not (len(d[k].split())==n and re.fullmatch(r'[\w\-? ]{1,400}', d[k])): _bad(fn, f'{k}: expected {n} words; found {d[k][:60]!r}')
+    for k in ('spaceunits','units'):
+        if k in d: _check_unit(re.findall(r'"([^"]{0,40})"', d[k].encode('latin-1').decode(errors='replace')), fn)
     for k in ('old min','old max','min','max','sample units','oldmin','oldmax'):
         if k in d and len(d[k])>60: _bad(fn, f'{k}: expected a short value; found {d[k][:60]!r}')
     local = 'data file' not in d; p = Path(fn) if local else _beside(fn, d['data file'], 'data file')

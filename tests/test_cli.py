@@ -24,7 +24,7 @@ def model(learner, tmp_path): return save_model(learner(3), tmp_path/'m.safetens
 
 @pytest.mark.parametrize('words,says', [
     ('train D --epochs -3', 'epochs'), ('train D --epochs 0', 'epochs'), ('train D --epochs 1.5', 'epochs'), ('train D --epochs 1 --minutes 3', 'not allowed with argument'), ('train D --minutes 10 --epochs 1', 'not allowed with argument'), ('train D --minutes 0', 'minutes'), ('train D --minutes nan', 'minutes'), ('train D --spacing 1 2', 'spacing'), ('train D --spacing 0', 'spacing'),
-    ('train D --spacing 1 1 1 1', 'spacing'), ('train D --codes bg,,x', 'codes'), ('train D --codes bg,x,x', 'codes'), ('train D --workers -1', 'workers'), ('train D --valid-pct 1', 'valid-pct'), ('train D --seed -1', 'seed'),
+    ('train D --spacing 1 1 1 1', 'spacing'), ('train D --codes bg,,x', 'codes'), ('train D --codes bg,x,x', 'codes'), ('train D --codes lesion=1,background=0', 'names alone'), ('train D --workers -1', 'workers'), ('train D --valid-pct 1', 'valid-pct'), ('train D --seed -1', 'seed'),
     ('predict M D O --overlap 1', 'overlap'), ('predict M D O --overlap -.1', 'overlap'), ('evaluate M D --tolerance -1', 'tolerance'), ('evaluate M D --tolerance inf', 'tolerance'), ('check D --codes ,', 'codes')])
 def test_an_argument_out_of_range_is_named(shell, study, tmp_path, words, says):
     "In one line, before anything is read or written"

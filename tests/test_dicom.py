@@ -282,7 +282,7 @@ def test_segmentation_round_trip(plane, tmp_path):
 def test_segmentation_refused(tmp_path):
     write(tmp_path/'s'); t = load_volume(tmp_path/'s'); m = TensorVolumeMask(torch.ones(t.shape[1:], dtype=torch.uint8), affine=t.affine, codes=['b','x']); out = tmp_path/'o.dcm'
     aff = t.affine.copy(); aff[0,3] += .5; shifted = TensorVolumeMask(torch.ones(t.shape[1:], dtype=torch.uint8), affine=aff)
-    for bad,kw,match in ((shifted, {}, 'does not lie on the grid'), (TensorVolumeMask(m[:5], affine=t.affine), {}, 'does not lie'), (m, dict(codes=['background']), 'names 1'), (TensorVolumeMask(m*5, affine=t.affine), dict(codes=['b','x']), 'class 5'), (torch.ones(3,3,3), {}, 'affine')):
+    for bad,kw,match in ((shifted, {}, 'does not lie on the grid'), (TensorVolumeMask(m[:5], affine=t.affine), {}, 'does not lie'), (m, dict(codes=['background']), 'names 1'), (TensorVolumeMask(m*5, affine=t.affine), dict(codes=['b','x']), 'class 5'), (torch.ones(3,3,3), {}, 'affine'), (m, dict(codes=['b',' ']), 'a name for each structure')):
         with pytest.raises(InputError, match=match): save_dicom_seg(bad, tmp_path/'s', out, **kw)
     with pytest.raises(InputError, match=str(tmp_path/'s')): save_dicom_seg(shifted, tmp_path/'s', out)
     out.write_text('old')

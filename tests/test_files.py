@@ -367,3 +367,23 @@ def test_spaces_behind_commas_are_no_part_of_a_name(named):
     path = named(*(f'{d}/{i}.nii.gz' for d in ('images','labels') for i in (1,2)))
     (path/'cases.csv').write_text('case, subject\n1, s\n2, s\n')
     assert scan_folder(path).subject.tolist()==['s','s']
+
+# --- units of other formats
+
+@pytest.mark.parametrize('line', ['space: left-posterior-superior\nspace directions: (1,0,0) (0,1,0) (0,0,1)\nspace origin: (0,0,0)\nspace units: "{0}" "{0}" "{0}"', 'spacings: 1 1 1\nunits: "{0}" "{0}" "{0}"'])
+@pytest.mark.parametrize('unit', ['um','\u00b5m','m','microns','mm'])
+def test_the_unit_of_a_nrrd_file_is_mm_or_refused(tmp_path, line, unit):
+    "It was passed over, and a mouse was as large as a house"
+    head = f'NRRD0005\ntype: short\ndimension: 3\nsizes: 3 4 5\nencoding: raw\nendian: little\n{line.format(unit)}\n\n'
+    (tmp_path/'a.nrrd').write_bytes(head.encode()+bytes(120))
+    if unit=='mm': assert load_volume(tmp_path/'a.nrrd').spacing==(1,1,1)
+    else:
+        with pytest.raises(InputError, match=f"a.nrrd: its lengths are in '{unit}'; expected mm"): load_volume(tmp_path/'a.nrrd')
+
+def test_the_unit_of_a_metaimage_is_mm_or_refused(tmp_path):
+    (tmp_path/'a.raw').write_bytes(bytes(120))
+    for unit in ('mm','um'):
+        (tmp_path/'a.mhd').write_text(f'ObjectType = Image\nNDims = 3\nDimSize = 3 4 5\nElementType = MET_SHORT\nDistanceUnits = {unit}\nElementDataFile = a.raw\n')
+        if unit=='mm': assert load_volume(tmp_path/'a.mhd').shape==(1,3,4,5)
+        else:
+            with pytest.raises(InputError, match="'um'; expected mm"): load_volume(tmp_path/'a.mhd')

@@ -251,3 +251,25 @@ def test_split_is_advised_where_it_parts(tmp_path):
     message = refused(tmp_path/'near', 'one image a position')
     parts = dicom_series(tmp_path/'near').split()
     assert ('split()' in message)==(len(parts)>1)
+
+def test_a_missing_image_is_not_filled_from_the_next_turn(tmp_path):
+    "Two turns that no tag tells apart, one image missing: the first looked whole, with an image of the second in it"
+    ids = dict(series=generate_uid(), study=generate_uid(), frame=generate_uid())
+    for i in range(2):
+        write(tmp_path/'s', uids=ids, seed=i, names=lambda k, i=i: f'{i}_{k}', each=lambda ds, k, i=i: setattr(ds, 'InstanceNumber', 7*i+k+1), drop=() if i else (3,))
+    assert len(dicom_series(tmp_path/'s').split())==1
+    refused(tmp_path/'s', 'one image a position', 'Nothing in its headers tells them apart')
+
+def test_missing_orientation_is_named(tmp_path):
+    write(tmp_path/'s', each=lambda ds, k: delattr(ds, 'ImageOrientationPatient') if k==2 else None)
+    refused(tmp_path/'s', '1 of its 7 images carry no orientation (ImageOrientationPatient)')
+
+@pytest.mark.parametrize('meta', [True, False])
+def test_files_without_a_preamble_are_read(meta, tmp_path):
+    "As older archives write them: they begin with the elements of group 0002 or 0008"
+    vol,aff = write(tmp_path/'s')
+    for f in (tmp_path/'s').iterdir():
+        b = f.read_bytes()[132:]
+        f.write_bytes(b if meta else b[12+struct.unpack('<I', b[8:12])[0]:])
+    v = load_volume(tmp_path/'s')
+    assert np.array_equal(v[0].numpy(), vol) and np.allclose(v.affine, aff, atol=1e-4)

@@ -2,8 +2,8 @@
 import itertools
 import numpy as np, nibabel as nib, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st, HealthCheck
-from fastmed.all import (TensorVolume, TensorVolumeMask, Preprocess, load_volume, load_mask, save_volume, to_orientation, orientation_of, spacing_of,
-                         SliceDataLoaders, VolumeDataLoaders, unet2d_learner, unet3d_learner, resample_to, same_grid)
+from fastmed.all import (InputError, TensorVolume, TensorVolumeMask, Preprocess, load_volume, load_mask, save_volume, to_orientation, orientation_of, spacing_of,
+                         SliceDataLoaders, VolumeDataLoaders, unet2d_learner, unet3d_learner, plot_volume, resample_to, same_grid)
 
 axcodes = [''.join(p) for c in itertools.product('LR','AP','SI') for p in itertools.permutations(c)]
 
@@ -102,3 +102,22 @@ def test_from_df_names_what_is_wrong(what, tmp_path):
     kw = dict(group_col='patient') if what=='group' else dict(codes=['background','a','b','c'][:1]) if what=='codes' else {}
     want = {'channels':'case2','mask grid':'m1.nii.gz','no mask':'case3','empty masks':'background','values':'255','one subject':'two groups','group':'patient','codes':'m0.nii.gz|m1.nii.gz|m2.nii.gz|m3.nii.gz'}[what]
     with pytest.raises((ValueError, KeyError), match=want): VolumeDataLoaders.from_df(pd.DataFrame(rows), cache=tmp_path/'c', device='cpu', **kw)
+
+@pytest.mark.parametrize('copy', [lambda t: type(t)(t, affine=t.affine), lambda t: type(t)(t.as_subclass(torch.Tensor), affine=t.affine), lambda t: t.clone(), lambda t: t*1, lambda t: t[...]])
+@pytest.mark.parametrize('cls', [TensorVolume, TensorVolumeMask])
+def test_a_copy_has_a_place_of_its_own(cls, copy):
+    "fastai lets tensors share their metadata: a new affine of the second moved the first"
+    t = cls(torch.zeros(1,3,4,5) if cls is TensorVolume else torch.zeros(3,4,5).byte(), affine=np.eye(4))
+    c = copy(t)
+    assert np.array_equal(c.affine, t.affine)
+    c.affine[:3,3] = 7
+    c.affine = np.diag([2,2,2,1])@c.affine
+    assert np.array_equal(t.affine, np.eye(4)) and c.spacing==(2,2,2)
+
+@pytest.mark.parametrize('draw', [lambda t,m: plot_volume(t, m), lambda t,m: plot_volume(t, pred=m), lambda t,m: t.show(mask=m), lambda t,m: plot_volume(t, m, axis=1)])
+def test_a_mask_that_lies_elsewhere_is_not_drawn(draw):
+    "It was drawn over the image, where it does not lie"
+    t,m = TensorVolume(torch.rand(1,6,7,8), affine=np.eye(4)),torch.ones(6,7,8).byte()
+    draw(t, TensorVolumeMask(m, affine=np.eye(4)+1e-6))
+    for other,match in ((TensorVolumeMask(m, affine=np.diag([1,1,-1,1])), 'lies elsewhere'), (TensorVolumeMask(m[1:], affine=np.eye(4)), 'expected a mask of')):
+        with pytest.raises(InputError, match=match): draw(t, other)
