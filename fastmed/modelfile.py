@@ -333,8 +333,7 @@ def _expect_echo(meta, echo, own):
 
 def _load(src, device, arch=None):
     "The Learner of a model file. Raises as `load_model`"
-    meta,fn = src.meta,src.fn
-    net = meta.get('network')
+    meta,fn,net = src.meta,src.fn,src.meta.get('network')
     if isinstance(net, dict) and net.get('own') and arch is None:
         raise UnopenedError(f"{fn}: its network, {str(net.get('arch'))[:200]}, is known by no name, so the file does not say how it is built. Say load_model(fn, arch=make), where make() gives that network")
     _check_room(src)

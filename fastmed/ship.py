@@ -8,6 +8,7 @@ __all__ = ['export_onnx', 'load_onnx']
 # %% ../nbs/59_ship.ipynb #5a1b0c03
 from .core import *
 from .models import *
+from .blocks import *
 from .data import *
 from .weights import check_finite
 from .learner import *
