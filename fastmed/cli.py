@@ -311,7 +311,9 @@ def _number(
 def _codes(text):
     "A type of argparse: names by commas"
     names = [o.strip() for o in text.split(',')]
-    if '=' in text: raise argparse.ArgumentTypeError(f"expected names alone, of the values 0, 1, 2 … in their order; found {text!r}. Other values are told in Python: from_folder(…, codes={{'background':0, 'lesion':255}})")
+    if '=' in text:
+        raise argparse.ArgumentTypeError(f"expected names alone, of the values 0, 1, 2 … in their order; found {text!r}. "
+                                         "Other values are told in Python: from_folder(…, codes={'background':0, 'lesion':255})")
     if '' in names or len(set(names))<len(names): raise argparse.ArgumentTypeError(f'expected names by commas, each another one and none of them empty; found {text!r}')
     return names
 

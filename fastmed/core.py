@@ -244,7 +244,7 @@ class TensorMed(TensorImageBase):
         return retain_meta(self, self.as_subclass(Tensor).clone(memory_format=memory_format).as_subclass(type(self)))
 
     def set_meta(self, x, as_copy=True):
-        super().set_meta(x, as_copy=True)       # fastai's would share it, and a new affine of a copy would move the original
+        super().set_meta(x, as_copy=True)       # shared, as in fastai, a new affine of a copy would move the original
         if self.affine is not None: self.affine = self.affine
 
     @property
@@ -292,12 +292,16 @@ def _plane(t, axis, index, keep):
 
 def _check_over(ref, m, nsp):
     "Raise `InputError` where a mask does not lie on what it is drawn over, up to half a voxel"
-    if tuple(m.shape[-nsp:])!=tuple(ref.shape[-nsp:]): raise InputError(f"show_plane: expected a mask of {tuple(ref.shape[-nsp:])}; found {tuple(m.shape[-nsp:])}. Resample it: resample_to(mask, image.shape[1:], image.affine)")
+    if tuple(m.shape[-nsp:])!=tuple(ref.shape[-nsp:]):
+        raise InputError(f"show_plane: expected a mask of {tuple(ref.shape[-nsp:])}; found {tuple(m.shape[-nsp:])}. "
+                         "Resample it: resample_to(mask, image.shape[1:], image.affine)")
     a,b = getattr(ref, 'affine', None),getattr(m, 'affine', None)
     if nsp==2 or a is None or b is None: return
     corners = np.array([[*c,1] for c in np.ndindex(2,2,2)])*[*(np.array(m.shape[-3:])-1),1]
     off = np.abs((np.linalg.inv(a)@b-np.eye(4))@corners.T).max()
-    if not off<=.5: raise InputError(f"show_plane: the mask lies elsewhere than the image, up to {off:.3g} voxels off. Resample it: resample_to(mask, image.shape[1:], image.affine)")
+    if not off<=.5:
+        raise InputError(f"show_plane: the mask lies elsewhere than the image, up to {off:.3g} voxels off. "
+                         "Resample it: resample_to(mask, image.shape[1:], image.affine)")
 
 def show_plane(
     x=None,          # `TensorVolume` (C,X,Y,Z), `TensorSlice` (C,H,W) or None

@@ -175,7 +175,8 @@ class DicomSeries:
                 once = lambda d: len(d)>1 and all(max(Counter(map(_place, g)).values())==1 for g in d.values())
                 tries = [_groups(fs, lambda o: f'{k} {o.tags[i]}') for i,k in enumerate(_apart)] + [_groups(fs, lambda o: ', '.join(f'{_apart[i]} {o.tags[i]}' for i,v in enumerate(zip(*[p.tags for p in fs])) if len(set(v))>1))]
                 parts = next((d for d in tries if once(d)), None)
-                if parts is None and len(set(Counter(map(_place, fs)).values()))>1: parts = {'':fs}      # whose turn a missing image was, nobody knows
+                if parts is None and len(set(Counter(map(_place, fs)).values()))>1:
+                    parts = {'':fs}                            # whose turn a missing image was, nobody knows
                 elif parts is None:
                     rank = {id(o):i for g in _groups(sorted(fs, key=lambda o: (o.number or 0, o.file, o.frame)), _place).values() for i,o in enumerate(g)}
                     parts = _groups(fs, lambda o: f'turn {rank[id(o)]+1}')
@@ -216,8 +217,10 @@ def _stack(s):
     gs = _alike(fs)
     if len(sizes:={o.size for o in fs})>1:
         raise InputError(f"{who}: no volume: its {len(fs)} images have {len(sizes)} sizes: {'; '.join(f'{k[0]}×{k[1]}: {_names(v)}' for k,v in _groups(fs, lambda o: o.size).items())}. {_parting(s)}")
-    for tag,bad in (('position (ImagePositionPatient)', [o for o in fs if not o.position]), ('orientation (ImageOrientationPatient)', [o for o in fs if not o.axes])):
-        if len(fs)>1 and bad: raise InputError(f"{who}: no volume: {len(bad)} of its {len(fs)} images carry no {tag}: {_names(bad)}. They are pages, radiographs or a film; load them one by one")
+    bare = {'position (ImagePositionPatient)':[o for o in fs if not o.position], 'orientation (ImageOrientationPatient)':[o for o in fs if not o.axes]}
+    for tag,bad in bare.items() if len(fs)>1 else ():
+        if bad: raise InputError(f"{who}: no volume: {len(bad)} of its {len(fs)} images carry no {tag}: {_names(bad)}. "
+                                 "They are pages, radiographs or a film; load them one by one")
     _check_pixel_sizes(s, who)
     if len(gs)>1:
         raise InputError(f"{who}: no volume: its slices are not parallel: {'; '.join(f'{_plane_name(g[0].axes)}: {_names(g)}' for g in gs[:4])}. A localizer or a reformat lies among them. {_parting(s)}")

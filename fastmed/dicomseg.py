@@ -141,7 +141,8 @@ def save_dicom_seg(
     s = dicom_series(series); a = _planes(mask, s); top = int(a.max())
     if a.min()<0 or a.dtype.kind=='f' and (a!=np.round(a)).any(): raise InputError(f"save_dicom_seg({fn}): expected class ids, whole numbers from 0; found {a.min():g} to {a.max():g}")
     codes = list(ifnone(codes, ifnone(getattr(mask, 'codes', None), ['background', *(f'structure {i}' for i in range(1, max(top,1)+1))])))
-    if bad:=[i for i,c in enumerate(codes) if i and not str(c).strip()]: raise InputError(f"save_dicom_seg({fn}): expected a name for each structure; found {codes[bad[0]]!r} for class {bad[0]} in {codes}")
+    if bad:=[i for i,c in enumerate(codes) if i and not str(c).strip()]:
+        raise InputError(f"save_dicom_seg({fn}): expected a name for each structure; found {codes[bad[0]]!r} for class {bad[0]} in {codes}")
     if top>=len(codes) or len(codes)<2: raise InputError(f"save_dicom_seg({fn}): the mask holds class {top}, and codes names {len(codes)}: {codes}. codes[0] is the background")
     heads = _heads(s); src = _sources(s, heads, strip_identity)
     alg = hd.AlgorithmIdentificationSequence(model[:64], Code('123110', 'DCM', 'Artificial Intelligence'), __version__)
