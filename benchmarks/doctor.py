@@ -283,8 +283,8 @@ def real(a):
 
 def leaks(a):
     "find_leaks against cases.csv, and as it would do where its thresholds were not chosen"
-    from fastmed.survey import _survey
-    from fastmed.leaks import _fingerprint, _pairs
+    from fastmed.data.survey import _survey
+    from fastmed.data.leaks import _fingerprint, _pairs
     df = fm.scan_decathlon(data/'hippocampus'); s = df.subject.astype(str).values; t = time.process_time()
     with contextlib.redirect_stdout(io.StringIO()): vox = _survey(df, '.', 'image', None, .05, None, 1, prints=_fingerprint)[1]
     took = time.process_time()-t; rows,rng = [],np.random.default_rng(0); whole = np.array([float(v['channels'][0]['level'])<np.log10(300) and float(v['prints'][0]['quantum'])==1 for v in vox])
@@ -319,7 +319,7 @@ def leaks(a):
 
 def shift(a):
     "distribution_shift where the answer is known"
-    from fastmed.leaks import _shift, _shift_features
+    from fastmed.data.leaks import _shift, _shift_features
     rows = []; hip = fm.scan_decathlon(data/'hippocampus'); top = np.array([float(fm.load_volume(f).max()) for f in hip.image]); rng = np.random.default_rng(0)
     def put(what, t, truth): rows.extend(dict(what=what, truth=truth, family=f, **r.round(3).to_dict()) for f,r in t.iterrows()); print(what, t.auc['all'].round(3), flush=True)
     with contextlib.redirect_stdout(io.StringIO()): X,y,g,lost = _shift_features((hip[top>1e4], hip[top<=1e4]), '.', 'image', 'site', None, 1)
@@ -350,12 +350,12 @@ def moved(lab, ax, n):
 
 def seen_by_the_doctor(df, fit, image_col='image'):
     "`fit` of image and mask of each case, as `check_dataset` takes it"
-    from fastmed.survey import _survey
+    from fastmed.data.survey import _survey
     with contextlib.redirect_stdout(io.StringIO()): return [v.get('fit', {}) for v in _survey(df, '.', image_col, 'mask', .05, None, 1, fit=fit)[1]]
 
 def places(a):
     "Masks that are mirrored or moved: found, and sound cases blamed"
-    from fastmed.fit import _border_profiles, _misplaced
+    from fastmed.data.placement import _border_profiles, _misplaced
     def found(cases): return {o[0] for o in _misplaced(cases)}
     def put(what, others, who, hits, blamed): rows.append(dict(what=what, cases=others, planted=len(who), found=hits, blamed=blamed))
     def draws(name, cases, sizes):

@@ -163,7 +163,7 @@ def values(rng, o, odd=(None,True,-1,0,2,1e308,2**70,'',"x",[],{},[[]],{'tuple':
     return pick(rng, odd)
 def sealed(rng, b, other):
     "A model file: bytes changed, or its header and metadata changed and sealed again"
-    from fastmed import plain
+    from fastmed.learn import plain
     if rng.random()<.3: return blind(rng, b, other)
     n = int.from_bytes(b[:8], 'little'); head = json.loads(b[8:8+n]); meta = json.loads(head['__metadata__']['fastmed']); how = rng.random()
     if how<.7:
@@ -176,7 +176,7 @@ def sealed(rng, b, other):
     return plain._seal(len(h).to_bytes(8, 'little')+h+body)
 def resealed(rng, b, other):
     "An ONNX file: bytes changed, and sealed again most of the time; or its metadata changed"
-    from fastmed import plain
+    from fastmed.learn import plain
     i = b.rfind(b'"sha256": "sha256:')+11; z = b[:i]+plain._blank.encode()+b[i+len(plain._blank):]
     if rng.random()<.4:
         j = z.rfind(b'{"sha256": "sha256:'); end = json.JSONDecoder().raw_decode(z[j:].decode('latin-1'))[1]; meta = json.loads(z[j:j+end]); t = json.dumps({'sha256':plain._blank, **{k:v for k,v in (lambda m: m if isinstance(m, dict) else {'x':m})(values(rng, meta)).items() if k!='sha256'}}).encode()
@@ -291,7 +291,7 @@ def kept(p, f):
         float(t.float().sum())
 def archive(p, f):
     "Unpacked within its folder, whole or not at all; nothing but plain files"
-    from fastmed import datasets
+    from fastmed.data import datasets
     home = p.parent/'home'; home.mkdir(); dest = home/'data'/'x'; dest.parent.mkdir()
     try: datasets._unpack(p, dest, f'file:{p.name}', f'{"0"*32} x\n')
     except BaseException:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pandas as pd, timm, torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]/'tests'))
 from phantoms import shaken
-from fastmed.adapt import adapt_input, first_convs
-from fastmed.inflate import inflate
+from fastmed.models.adapt import adapt_input, first_convs
+from fastmed.models.inflate import inflate
 
 inflatable = '''resnet18 resnet50 resnext50_32x4d wide_resnet50_2 seresnet18 ecaresnet26t resnetblur18 resnetaa34d skresnet18 resnest14d res2net50_26w_4s gcresnet33ts densenet121 densenetblur121d efficientnet_b0 tf_efficientnet_b0
 efficientnet_lite0 tf_efficientnetv2_s mixnet_s mobilenetv2_050 mobilenetv3_large_100 mobilenetv4_conv_small lcnet_050 mnasnet_small convnext_tiny convnextv2_atto inception_next_atto regnetx_002 regnety_002 regnetz_005 regnetv_040

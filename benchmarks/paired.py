@@ -7,7 +7,7 @@ from common import here
 import pandas as pd
 
 if __name__=='__main__':
-    from fastmed.stats import paired_comparison
+    from fastmed.metrics.stats import paired_comparison
     own = pd.read_csv(here/'hippocampus_cases.csv'); own = own[own.fold==0]
     tables = {m:t for m,t in own.groupby('model')}
     if (f:=here/'hippocampus_fastmonai_cases.csv').exists(): tables['fastMONAI, tutorial recipe'] = pd.read_csv(f)

@@ -5,7 +5,7 @@ import forked
 import nibabel as nib, numpy as np, torch
 from torch import nn
 import fastmed
-from fastmed.datasets import phantom
+from fastmed.data.datasets import phantom
 
 CODES = ['background','large','small']
 

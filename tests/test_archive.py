@@ -2,7 +2,7 @@
 import bz2, gzip, io, lzma, os, stat, struct, tarfile, zipfile, zlib
 from pathlib import Path
 import pytest
-from fastmed.archive import unpack_safely
+from fastmed.io.archive import unpack_safely
 from fastmed.core import FastmedError, FileError, InputError, ResourceError
 
 def tar(fn, *members, fmt=tarfile.PAX_FORMAT, pack=lambda b: b):
@@ -115,13 +115,13 @@ def test_a_tar_that_lies_about_its_sizes(place, field):
     clean()
 
 def test_many_members(place, monkeypatch):
-    import fastmed.archive as A
+    import fastmed.io.archive as A
     src,dest,clean = place; monkeypatch.setattr(A, '_files', 50)
     with pytest.raises(InputError, match='more than 50 files'): unpack_safely(zipped(src/'x', *((f'{i}',b'') for i in range(60))), dest)
     clean()
 
 def test_a_disk_that_is_too_small(place, monkeypatch):
-    import fastmed.archive as A
+    import fastmed.io.archive as A
     src,dest,clean = place; monkeypatch.setattr(A.shutil, 'disk_usage', lambda p: type('U', (), dict(free=1000))())
     with pytest.raises(ResourceError, match='Make room'): unpack_safely(zipped(src/'x', ('a',bytes(2000))), dest)
     clean()

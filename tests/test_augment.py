@@ -5,8 +5,8 @@ from torch import Tensor
 from fastai.data.all import Pipeline, TensorCategory
 from scipy import ndimage as ndi
 from fastmed.core import TensorVolume, TensorVolumeMask, TensorSlice, TensorSliceMask
-from fastmed.augment import *
-from fastmed.augment import SpatialTfm, IntensityTfm
+from fastmed.data.augment import *
+from fastmed.data.augment import SpatialTfm, IntensityTfm
 
 NO = dict(p_rotate=0., p_scale=0.)
 QUIET = {f'p_{k}':0. for k in ('contrast','brightness','gamma','noise','blur','low_res','bias')}

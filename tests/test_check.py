@@ -2,12 +2,12 @@
 import gzip, re, warnings
 import nibabel as nib, numpy as np, pandas as pd, pytest
 from fastmed.core import FastmedError
-from fastmed.check import *
-from fastmed.leaks import *
-from fastmed.leaks import _quantum
-from fastmed.datasets import phantom, cohort
+from fastmed.data.check import *
+from fastmed.data.leaks import *
+from fastmed.data.leaks import _quantum
+from fastmed.data.datasets import phantom, cohort
 from scipy.ndimage import gaussian_filter
-from fastmed.doctor import scan_decathlon, scan_folder
+from fastmed.data.cases import scan_decathlon, scan_folder
 from phantoms import CODES, affine_of, python
 
 N,BAD = 12,5    # cases of the study; the one that gets the fault
@@ -173,7 +173,7 @@ def test_mask_off_its_image(beside, tmp_path, change, place):
 
 def test_every_place_is_tried_as_if_the_mask_lay_there():
     "The profile at a place is that of the mask mirrored or moved there; outside of the image it is nan"
-    from fastmed.fit import _border_profiles, _median, _placements
+    from fastmed.data.placement import _border_profiles, _median, _placements
     rng = np.random.default_rng(0)
     lab = np.zeros((18,17,16), np.int32)
     lab[6:11,7:12,6:10],lab[2:6,7:11,7:10] = 1,2
@@ -238,7 +238,7 @@ def test_memory_does_not_grow_with_cases(tmp_path):
     "Peak memory over 60 scans is that over 6, within a tenth"
     code = '''
 import sys, resource, nibabel as nib, numpy as np, pandas as pd
-from fastmed.check import check_dataset
+from fastmed.data.check import check_dataset
 p,n = sys.argv[1],int(sys.argv[2])
 df = pd.DataFrame([dict(case=f'{k}', image=f'{p}/{k%6}.nii') for k in range(n)])
 check_dataset(df[:6], workers=2); a = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -304,7 +304,7 @@ def test_strange_sets(tmp_path):
     r = check_dataset(pd.DataFrame([dict(case=f'h{i}', image=tmp_path/f'huge{i}.nii') for i in range(4)])); assert set(r.errors.case)=={'h0','h1','h2','h3'}, r.to_string()
 
 def test_the_split_of_dataloaders_warns(healthy, tmp_path):
-    from fastmed.doctor import _warn_twins
+    from fastmed.data.cases import _warn_twins
     twin = rewrite(healthy.image[2], tmp_path/'x.nii.gz'); files = list(healthy.image); files[5] = twin
     with pytest.warns(UserWarning, match="'c02'.*'c05'"): _warn_twins(healthy, files, range(5))
     with warnings.catch_warnings(): warnings.simplefilter('error'); _warn_twins(healthy, files, range(6)); _warn_twins(healthy, list(healthy.image), range(5))

@@ -126,7 +126,7 @@ def test_stopped_at_the_start(study, after):
 
 def test_a_training_that_goes_on_keeps_its_plan(shell, study, tmp_path, monkeypatch):
     "The machine is measured once; another spacing is refused, and the finished model leaves no plan behind"
-    import fastmed.all, fastmed.data as data
+    import fastmed.all, fastmed.data.loaders as data
     words = ['train', study[0], '--images', 'images/*.nii', '--masks', 'labels/*.nii', '--out', tmp_path/'m.safetensors',
              '--minutes', .05, '--cache', tmp_path/'s', '--workers', 0]
     class Stop(ResumeCallback):

@@ -7,7 +7,7 @@ import nibabel as nib, numpy as np, pandas as pd, pytest, torch
 import forked
 from scipy import stats
 from fastmed.all import (Comparison, Findings, anisotropy_shift, bootstrap_means, compare_learners, group_folds, holm, label_efficiency, load_run, load_volume, paired_comparison, ruled_scores, slice_consistency, thick_slices)
-from fastmed.runs import keep_model
+from fastmed.study.runs import keep_model
 from phantoms import CODES, affine_of, dies, python, write_case
 
 # --- statistics

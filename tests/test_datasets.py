@@ -2,8 +2,8 @@
 import functools, gzip, hashlib, http.server, io, os, signal, stat, subprocess, sys, tarfile, threading, time, zipfile
 from pathlib import Path
 import nibabel as nib, numpy as np, pandas as pd, pytest
-from fastmed import datasets as D
-from fastmed.datasets import URLs, cohort, deformation, phantom, smooth_field, sphere, sphere_dice, untar_data
+from fastmed.data import datasets as D
+from fastmed.data.datasets import URLs, cohort, deformation, phantom, smooth_field, sphere, sphere_dice, untar_data
 
 def digests(p): return {str(f.relative_to(p)): hashlib.md5(f.read_bytes()).hexdigest() for f in sorted(Path(p).rglob('*')) if f.is_file()}
 
@@ -249,7 +249,7 @@ def test_not_an_archive(web):
     assert not list((web.home/'data').iterdir())
 
 def test_killed_half_way(web):
-    code = f"from fastmed.datasets import untar_data; untar_data({web.url('slow/good.tar')!r}, base={str(web.home)!r}, checksum={web.md5('good.tar')!r})"
+    code = f"from fastmed.data.datasets import untar_data; untar_data({web.url('slow/good.tar')!r}, base={str(web.home)!r}, checksum={web.md5('good.tar')!r})"
     p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=Path(__file__).parents[1])
     for _ in range(600):
         if any('.part' in o and (web.home/o).stat().st_size for o in web.left()): break
@@ -331,6 +331,6 @@ def test_md5_as_monai_has_them():
     for n,url in monai.resource.items(): assert D._known(url)[1]==monai.md5[n]
 
 def test_light_import():
-    code = "import sys, fastmed.datasets; print([m for m in ('nilearn','scipy.ndimage','sklearn','monai','torchio') if m in sys.modules and m not in base])"
+    code = "import sys, fastmed.data.datasets; print([m for m in ('nilearn','scipy.ndimage','sklearn','monai','torchio') if m in sys.modules and m not in base])"
     code = "import sys; import fastai.data.all; base=set(sys.modules)\n" + code
     assert subprocess.run([sys.executable,'-c',code], capture_output=True, text=True, cwd=Path(__file__).parents[1]).stdout.strip()=='[]'

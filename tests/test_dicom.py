@@ -6,7 +6,7 @@ pydicom = pytest.importorskip('pydicom')
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittleEndian, JPEGLSLossless, HTJ2K, MRImageStorage, RLELossless, generate_uid
-import fastmed.dicom
+import fastmed.io.dicom
 from fastmed.all import (DicomSeries, FastmedError, FileError, InputError, ArgumentError, TensorVolumeMask, check_dataset, dicom_series, load_dicom_seg, load_mask, load_volume, orientation_of, read_header, save_dicom_seg, save_volume, scan_dicom, spacing_of,
                          to_orientation)
 from fastmed.cli import main
@@ -238,7 +238,7 @@ def test_undecodable_names_syntax_and_package(tmp_path):
 
 def test_each_file_is_read_once(tmp_path, monkeypatch):
     vol,_ = write(tmp_path/'s', np.random.default_rng(0).integers(0, 99, (5,4,60))); seen = []
-    old = fastmed.dicom._read; monkeypatch.setattr(fastmed.dicom, '_read', lambda fn, tags, pixels=False: (seen.append((Path(fn).name, pixels)), old(fn, tags, pixels))[1])
+    old = fastmed.io.dicom._read; monkeypatch.setattr(fastmed.io.dicom, '_read', lambda fn, tags, pixels=False: (seen.append((Path(fn).name, pixels)), old(fn, tags, pixels))[1])
     s = scan_dicom(tmp_path).series[0]; assert len(seen)==60 and not any(p for _,p in seen)
     assert np.array_equal(load_volume(s)[0].numpy(), vol) and len(seen)==120 and len({n for n,p in seen if p})==60
 
@@ -366,7 +366,7 @@ def test_real_series(data, tmp_path):
     refused(df.series['ge_tilt18.5_variable_gap'], 'tilted by 18.5°', 'gaps from 1.08 to 7.00 mm'); refused(d/'philips_exam_summary_mixed_size', '3 sizes', 'I40')
     s = df.series['ge_tilt18.5_variable_gap']; x = load_volume(s, regrid=True); inv = np.linalg.inv(np.diag([-1,-1,1,1.])@x.affine)
     from scipy.ndimage import map_coordinates
-    for k,(o,a) in enumerate(zip(s.frames, fastmed.dicom._images(s.frames))):       # each slice again, read off the upright box at its own place
+    for k,(o,a) in enumerate(zip(s.frames, fastmed.io.dicom._images(s.frames))):       # each slice again, read off the upright box at its own place
         if k%6: continue
         i,j = np.meshgrid(np.arange(0, 512, 4), np.arange(0, 512, 4), indexing='ij'); w = np.array(o.position)+i[...,None]*o.px[0]*np.array(o.axes[:3])+j[...,None]*o.px[1]*np.array(o.axes[3:]); w = w@inv[:3,:3].T+inv[:3,3]
         got,want = map_coordinates(x[0].numpy(), np.moveaxis(w, -1, 0), order=1, mode='nearest'),a[::4,::4]; body = want>-200; far = np.abs(got-np.roll(want, 2, 1))[body].mean()

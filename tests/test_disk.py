@@ -79,7 +79,7 @@ def writers(learner, scans, web):
     def export(d): l = learner(3); l.path = d; l.export('m.pkl')
     def state(d): l = learner(3); l.path = d; l.save('w')
     def compare(d):
-        from fastmed.compare import _finish
+        from fastmed.study.compare import _finish
         c = Comparison(df.assign(image=ims, mask=ms, subject=df.case), {'3D':dict(ndim=3)}, codes=CODES, folds=2, path=d/'c'); c._check_folder()
         l = learner(3); spec = dict(arm='3D', fold=0, seed=0, budget=dict(updates=1), hash=c.hash, group_col=None, slice_axis=None)
         if not hasattr(l, 'recorder') or not getattr(l.recorder, 'losses', None): l.recorder.losses,l.recorder.lrs = [.5]*5000,[.1]*5000

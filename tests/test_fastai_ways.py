@@ -3,7 +3,7 @@ import inspect, numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from torch import nn
 from fastmed.all import *
-from fastmed.tta import mix_looks
+from fastmed.predict.tta import mix_looks
 from phantoms import Edge, Nearest, affine_of, write_case
 for k in [o for o in globals() if o.startswith('test')]: del globals()[k]    # fastcore's own
 

@@ -7,8 +7,8 @@ from fastmed.all import (ArgumentError, CaseFiles, Comparison, FileError, InputE
                          VolumeBlock, VolumeDataLoaders, VolumeMaskBlock, check_dataset, check_same_grid, find_leaks, label_efficiency, load_mask, load_volume, read_header,
                          resample_to, resampled_grid, save_volume, scan_decathlon, scan_folder, to_orientation, unet2d_learner, unet3d_learner)
 from fastmed.core import FastmedError
-from fastmed.crossval import CrossValidation
-from fastmed.datasets import phantom
+from fastmed.study.crossval import CrossValidation
+from fastmed.data.datasets import phantom
 from phantoms import CODES, affine_of, write_case
 
 NESTED = {'background':0, 'WT':[1,2,3], 'TC':[1,3], 'ET':3}

@@ -45,7 +45,7 @@ def once(tmp_path_factory):
 import json, sys
 from pathlib import Path
 from fastmed.core import FastmedError
-from fastmed.io import load_volume, read_header
+from fastmed.io.volumes import load_volume, read_header
 res = {}
 for p in sorted(Path(sys.argv[1]).iterdir()):
     if p.suffix=='.py': continue
@@ -63,7 +63,7 @@ def test_what_once_went_wrong(once, i):
 
 def test_the_good_ones_are_read(tmp_path):
     "The same files without the fault"
-    from fastmed.io import load_volume, read_header
+    from fastmed.io.volumes import load_volume, read_header
     for sfx,b in (('.mha',MHA+VOX), ('.nrrd',NRRD+VOX), ('.mhd',MHA.replace(b'LOCAL', b'v.raw')), ('.nhdr',NRRD.replace(b'encoding: raw', b'encoding: raw\ndata file: v.raw')), ('.tif',tiff())):
         (tmp_path/f'x{sfx}').write_bytes(b); (tmp_path/'v.raw').write_bytes(VOX)
         t = load_volume(tmp_path/f'x{sfx}'); assert t.shape==((1,4,6,1) if sfx=='.tif' else (1,4,3,2)) and t.as_subclass(__import__('torch').Tensor).permute(0,3,2,1).flatten().tolist()==list(range(24)) and tuple(read_header(tmp_path/f'x{sfx}')['shape'])==tuple(t.shape[1:])
@@ -75,7 +75,7 @@ import gzip, json, os, resource, struct, sys, time, zlib
 from pathlib import Path
 import numpy as np, nibabel as nib
 from fastmed.core import FastmedError, FileError, ResourceError
-from fastmed.io import load_volume, load_mask
+from fastmed.io.volumes import load_volume, load_mask
 import SimpleITK, pydicom
 d = Path(sys.argv[1]); BIG = (30000,30000,3000)
 def st(k): return int(next(o for o in open('/proc/self/status') if o.startswith(k)).split()[1])*1024
@@ -140,14 +140,14 @@ def test_a_grid_that_no_memory_holds(tmp_path):
     "A scan of 8 mm brought to a thousandth of a millimetre"
     import torch
     from fastmed.core import ResourceError, TensorVolume
-    from fastmed.preprocess import Preprocess
+    from fastmed.data.preprocess import Preprocess
     with pytest.raises(ResourceError, match='huge.nii.*need'): Preprocess(spacing=.001)(TensorVolume(torch.zeros(1,64,64,64), affine=np.diag([8,8,8,1.]), meta=dict(fn='huge.nii')))
     with pytest.raises(ResourceError): Preprocess(spacing=1e-9)(TensorVolume(torch.zeros(1,64,64,64), affine=np.diag([8,8,8,1.])))
 
 def test_memory_left_knows_the_limit_of_the_process(tmp_path):
     out = python("""
 import resource
-from fastmed.guard import memory_left
+from fastmed.io.guard import memory_left
 vm = int(next(o for o in open('/proc/self/status') if o.startswith('VmSize')).split()[1])*1024
 resource.setrlimit(resource.RLIMIT_AS, (vm+2**28+2**20,)*2)
 print(memory_left())

@@ -6,11 +6,22 @@ import pytest
 
 root = Path(__file__).resolve().parent.parent
 lib = root/'fastmed'
-numbered = sorted(o for o in (root/'nbs').glob('*.ipynb') if re.match(r'\d\d_', o.name))
-rooms = {o.stem[3:]: int(o.stem[:2]) for o in numbered if (lib/f'{o.stem[3:]}.py').exists()}
+WINGS = ('core', 'plot', 'io', 'metrics', 'data', 'models', 'predict', 'learn', 'study', 'cli')
+SIDE_BY_SIDE = ({'io', 'metrics'}, {'data', 'models'})    # neither of the two imports the other
 handwritten = {'__init__', '__main__', '_modidx', 'all'}
 
-def tree_of(name): return ast.parse((lib/f'{name}.py').read_text(encoding='utf-8'))
+def generated(nb):
+    "The module that a notebook writes, such as 'data.store'; None where it writes none"
+    found = re.search(r'#\| default_exp ([\w.]+)', nb.read_text(encoding='utf-8'))
+    return found and found[1]
+
+def path_of(name): return lib/f'{name.replace(".", "/")}.py'
+def wing_of(name): return name.split('.')[0]
+
+notebooks = {generated(o): o for o in sorted((root/'nbs').rglob('*.ipynb')) if generated(o)}
+rooms = sorted(notebooks, key=lambda o: (WINGS.index(wing_of(o)) if wing_of(o) in WINGS else 99, notebooks[o].name))
+
+def tree_of(name): return ast.parse(path_of(name).read_text(encoding='utf-8'))
 def settings():
     cfg = ConfigParser(delimiters=['='], interpolation=None)
     cfg.read(root/'settings.ini', encoding='utf-8')
@@ -30,36 +41,125 @@ def files():
     out = subprocess.run(['git', '-c', f'safe.directory={root}', 'ls-files', '-co', '--exclude-standard', '-z'], cwd=root, capture_output=True, text=True, check=True).stdout
     return [root/o for o in out.split('\0') if o and (root/o).is_file()]
 
-# ---- rooms
+# ---- wings and rooms
 
-def imported(tree):
-    "Rooms of fastmed that `tree` imports, anywhere in it"
+def imports_of(tree, name):
+    "(module of fastmed, names taken from it) of each import in `tree`, the source of the room `name`, wherever it stands"
+    wing = name.split('.')[:-1]
     for o in ast.walk(tree):
-        if isinstance(o, ast.ImportFrom):
-            if o.level==1: yield from [o.module.split('.')[0]] if o.module else [a.name for a in o.names]
-            elif o.module=='fastmed': yield from [a.name for a in o.names]
-            elif (o.module or '').startswith('fastmed.'): yield o.module.split('.')[1]
-        elif isinstance(o, ast.Import):
-            for a in o.names:
-                if a.name.startswith('fastmed.'): yield a.name.split('.')[1]
+        if isinstance(o, ast.Import):
+            yield from ((a.name[8:], []) for a in o.names if a.name.startswith('fastmed.'))
+        elif isinstance(o, ast.ImportFrom):
+            at = o.module.split('.') if o.module else []
+            if o.level: at = wing[:len(wing)+1-o.level]+at
+            elif at[0]=='fastmed': at = at[1:]
+            else: continue
+            names = [a.name for a in o.names]
+            if not at or path_of('.'.join(at)).exists(): yield '.'.join(at), names
+            else: yield from (('.'.join([*at, n]), []) for n in names)
 
-def wrong_imports(name, tree, order):
-    "Imports of `name` that are not from a room above it; `all` is for the command line alone"
-    return [o for o in imported(tree) if o!='__version__' and not (o=='all' and name=='cli') and not (o in order and order[o]<order[name])]
+def place(name):
+    "Where a room stands: its wing, and its number in it"
+    return WINGS.index(wing_of(name)), rooms.index(name)
+
+def wrong_imports(name, tree):
+    "What a room imports that does not stand before it; `all` is for the command line alone"
+    for o,names in imports_of(tree, name):
+        if not o and names==['__version__'] or (o=='all' and name=='cli'): continue
+        beside = wing_of(o)!=wing_of(name) and {wing_of(o), wing_of(name)} in SIDE_BY_SIDE
+        if o not in rooms or beside or place(o)>=place(name): yield o or names
+
+def own_names(tree):
+    "What the module defines at its top"
+    for o in tree.body:
+        if isinstance(o, (ast.FunctionDef, ast.ClassDef)):
+            if 'patch' not in {getattr(getattr(d, 'func', d), 'id', '') for d in o.decorator_list}: yield o.name
+        elif isinstance(o, ast.Assign):
+            yield from (n.id for t in o.targets for n in ast.walk(t) if isinstance(n, ast.Name))
+
+def public_names(name):
+    "`__all__` of a module"
+    return next(ast.literal_eval(o.value) for o in tree_of(name).body if isinstance(o, ast.Assign) and getattr(o.targets[0], 'id', '')=='__all__')
+
+def used_names(tree): return {o.id for o in ast.walk(tree) if isinstance(o, ast.Name)} | \
+                             {w for o in ast.walk(tree) if isinstance(o, ast.Constant) and isinstance(o.value, str) for w in [o.value] if w.isidentifier()}
+
+def unused_imports(name, tree, public=public_names):
+    "Imports from fastmed of which nothing is used"
+    used = used_names(tree)
+    for o,names in imports_of(tree, name):
+        got = public(o) if names==['*'] else names
+        if got and not used & set(got): yield o
+
+def private_imports(name, tree):
+    "Private names that a room takes from another"
+    for o,names in imports_of(tree, name):
+        yield from (f'{o}.{n}' for n in names if n.startswith('_') and n!='__version__')
+
+def defined_twice(trees):
+    "Private names that two modules define: name → modules"
+    where = {}
+    for name,tree in trees.items():
+        for n in set(own_names(tree)):
+            if n.startswith('_') and not n.startswith('__'): where.setdefault(n, []).append(name)
+    return {n:o for n,o in where.items() if len(o)>1}
 
 def test_every_module_has_its_notebook():
-    assert rooms and {o.stem for o in lib.glob('*.py')} - handwritten == set(rooms)
-    assert len({o.stem[:2] for o in numbered})==len(numbered), 'two notebooks share a number'
+    modules = {'.'.join(o.relative_to(lib).with_suffix('').parts) for o in lib.rglob('*.py') if o.name!='__init__.py'}
+    assert rooms and modules-handwritten==set(rooms)
+    for name,nb in notebooks.items():
+        folder = nb.parent.relative_to(root/'nbs')
+        assert f'{folder.as_posix().replace("/", ".")}.{nb.stem[3:]}'.removeprefix('..')==name, f'{nb.name} writes {name}'
+    numbers = [(o.parent, o.name[:2]) for o in notebooks.values()]
+    assert len(set(numbers))==len(numbers), 'two notebooks of a wing share a number'
+
+def test_every_notebook_writes_a_module():
+    silent = [o.name for o in (root/'nbs').rglob('*.ipynb') if not generated(o)]
+    assert set(silent)=={'index.ipynb', *[o.name for o in (root/'nbs'/'tutorials').glob('*.ipynb')]}
+
+def test_wings():
+    assert {wing_of(o) for o in rooms} <= set(WINGS)
+    inits = [o for o in lib.rglob('__init__.py') if o.parent!=lib]
+    assert {o.parent.name for o in inits}=={wing_of(o) for o in rooms if '.' in o} and not any(o.read_text() for o in inits)
+
+def test_size():
+    "Few enough rooms to know, each short enough to read"
+    lines = {o:len(path_of(o).read_text(encoding='utf-8').splitlines()) for o in rooms}
+    assert len(rooms)<=60 and not {k:v for k,v in lines.items() if v>400}
 
 @pytest.mark.parametrize('name', rooms)
-def test_room_imports_only_from_rooms_above(name):
-    assert not (wrong:=wrong_imports(name, tree_of(name), rooms)), f'fastmed/{name}.py imports {wrong}, which do not stand above it'
+def test_room_imports_only_from_rooms_before_it(name):
+    assert not (wrong:=list(wrong_imports(name, tree_of(name)))), f'{path_of(name)} imports {wrong}, which do not stand before it'
 
-def test_import_check_sees_each_form():
-    order = dict(core=0, io=1, data=8)
-    for code in ('from fastmed.data import a', 'from .data import *', 'from . import data', 'import fastmed.data as d', 'from fastmed import data', 'def f():\n    from fastmed.data import b', 'from fastmed.all import *'):
-        assert wrong_imports('io', ast.parse(code), order), code
-    assert not wrong_imports('io', ast.parse('from fastmed.core import *\nfrom fastmed import __version__\nimport os'), order)
+@pytest.mark.parametrize('name', rooms)
+def test_what_is_imported_is_used(name):
+    assert not (found:=list(unused_imports(name, tree_of(name)))), f'{path_of(name)} uses nothing of {found}'
+
+@pytest.mark.parametrize('name', rooms)
+def test_nothing_private_crosses_a_module(name):
+    assert not (found:=list(private_imports(name, tree_of(name)))), f'{path_of(name)} imports {found}'
+
+def test_no_private_name_is_defined_twice():
+    assert not (found:=defined_twice({o:tree_of(o) for o in rooms})), found
+
+@pytest.mark.parametrize('code', [
+    'from fastmed.learn.losses import a', 'from ..learn.losses import *', 'from ..learn import losses', 'import fastmed.learn.losses as d', 'from fastmed.learn import losses',
+    'def f():\n    from fastmed.learn.losses import b', 'from fastmed.all import *', 'from .labels import x', 'from ..models.unet import UNet', 'from . import labels'])
+def test_import_check_sees_each_form(code):
+    assert list(wrong_imports('data.store', ast.parse(code)))
+
+def test_import_check_lets_the_rest_pass():
+    code = 'from ..core import *\nfrom fastmed import __version__\nimport os\nfrom .preprocess import Preprocess\nfrom ..io.guard import reading\nfrom ..io import guard'
+    assert not list(wrong_imports('data.store', ast.parse(code)))
+
+def test_other_checks_see_each_form():
+    public = lambda name: ['a', 'b']
+    for code in ('from ..core import *\nc', 'from ..core import a\nc', 'def f():\n    from fastmed.core import a'): assert list(unused_imports('data.store', ast.parse(code), public))
+    for code in ('from ..core import *\na()', "from ..core import a\nx = ['a']"): assert not list(unused_imports('data.store', ast.parse(code), public))
+    for code in ('from ..core import _a', 'def f():\n    from fastmed.core import b, _a'): assert list(private_imports('data.store', ast.parse(code)))
+    assert not list(private_imports('data.store', ast.parse('from fastmed import __version__\nfrom os import _exit')))
+    twice = {k:ast.parse(v) for k,v in dict(a='def _f(): pass\n_x = 1', b='_f = 2', c='@patch\ndef _x(self): pass').items()}
+    assert defined_twice(twice)==dict(_f=['a', 'b'])
 
 # ---- state
 
@@ -98,7 +198,7 @@ def state(tree):
 
 @pytest.mark.parametrize('name', [*rooms, 'all'])
 def test_no_mutable_state(name):
-    assert not (found:=list(state(tree_of(name)))), f'fastmed/{name}.py: {found}'
+    assert not (found:=list(state(tree_of(name)))), f'{path_of(name)}: {found}'
 
 def test_state_check_sees_each_form():
     for code in ('cache = {}', 'x: list = []', 'class A:\n    seen = set()', 'class A:\n    a,b = [],1', 'd = defaultdict(list)', 'if True:\n    c = dict()', 'def f(x=[]): pass', 'x = 1\ndef f():\n    global x',
@@ -146,7 +246,7 @@ def undocumented(src):
 
 @pytest.mark.parametrize('name', rooms)
 def test_docments(name):
-    assert not (found:=list(undocumented((lib/f'{name}.py').read_text(encoding='utf-8')))), f'fastmed/{name}.py:\n' + '\n'.join(found)
+    assert not (found:=list(undocumented(path_of(name).read_text(encoding='utf-8')))), f'{path_of(name)}:\n' + '\n'.join(found)
 
 def test_docment_check_sees_each_form():
     for code in ('def f(x): "d"', 'def f(\n    x, # an x\n): pass', 'class A: pass', 'class A:\n    "a"\n    def __init__(self, x): pass', 'def f(\n    x, y=1, # both\n): "d"', '@patch\ndef f(self:A, x): "d"', 'class A:\n    "a"\n    def m(self, x): "does m"'):
@@ -157,7 +257,7 @@ def test_docment_check_sees_each_form():
 
 def test_all_names_every_room():
     want = [o for o in rooms if o!='cli']
-    got = [o for o in imported(tree_of('all'))]
+    got = [o for o,_ in imports_of(tree_of('all'), 'all')]
     assert got==want, f'fastmed/all.py must import {want} in this order, and imports {got}'
 
 IMPORTS = """
@@ -183,7 +283,7 @@ def test_all_shadows_no_name_of_fastai(first):
     on_purpose = {'URLs', 'untar_data', 'DiceLoss', 'FocalLoss', 'save_model', 'load_model'} # the field's own names for these losses: ours take volumes, weights and `reduction`; a model file of ours holds no pickle
     got = set(first['lost'])
     assert got <= on_purpose, f'fastmed.all replaces or loses {sorted(got-on_purpose)} of fastai.vision.all'
-    if 'datasets' in rooms: assert got == on_purpose
+    assert got == on_purpose
 
 def test_import_time(first):
     "At most 15 % over fastai's own, by the best of several turns each (processor time, so that a busy machine does not matter much)"
@@ -219,7 +319,7 @@ def test_tree_names_no_machine():
     assert not found, found
 
 every = sorted((root/'nbs').rglob('*.ipynb'))
-@pytest.mark.parametrize('nb', every, ids=[o.stem for o in every])
+@pytest.mark.parametrize('nb', every, ids=[o.relative_to(root/'nbs').with_suffix('').as_posix() for o in every])
 def test_stored_outputs(nb):
     assert nb.stat().st_size < (4 if nb.parent.name=='tutorials' else 1)*2**20, 'too large to store'
     cells = [o for o in json.loads(nb.read_text(encoding='utf-8'))['cells'] if o['cell_type']=='code']
@@ -238,7 +338,7 @@ def test_readme_is_made_from_index():
 
 def test_version_stands_once():
     version = re.search(r'__version__ = "([^"]+)"', (lib/'__init__.py').read_text())[1]
-    names = ['setup.py', 'settings.ini', 'pyproject.toml', 'CITATION.cff', 'Makefile', '.ci/run', *[f'fastmed/{o.name}' for o in lib.glob('*.py') if o.name!='__init__.py']]
+    names = ['setup.py', 'settings.ini', 'pyproject.toml', 'CITATION.cff', 'Makefile', '.ci/run', *[o.relative_to(root) for o in lib.rglob('*.py') if o!=lib/'__init__.py']]
     found = [o for o in names if re.search(r'(?i)version["\']?\s*[=:]\s*["\']?'+re.escape(version), (root/o).read_text())]
     assert not found, f'the version also stands in {found}'
     assert f'## {version}' in (root/'CHANGELOG.md').read_text(), 'CHANGELOG.md does not know this version'
@@ -282,7 +382,7 @@ def test_wheel_metadata(built):
     z = zipfile.ZipFile(next(built.glob('*.whl')))
     names = z.namelist()
     assert not [o for o in names if o.split('/')[0]!='fastmed' and '.dist-info/' not in o], 'only the library belongs in the wheel'
-    assert {f'fastmed/{o.name}' for o in lib.glob('*.py')} <= set(names)
+    assert {o.relative_to(root).as_posix() for o in lib.rglob('*.py')} <= set(names)
     meta = Parser().parsestr(z.read(next(o for o in names if o.endswith('.dist-info/METADATA'))).decode())
     cfg = settings()
     assert meta['Name']=='fastmed' and meta['Summary']==cfg['description'] and meta['Author']==cfg['author']
@@ -307,6 +407,5 @@ def test_wheel_imports_without_the_repository(built, tmp_path):
     r = subprocess.run([exe, '-W', 'ignore', '-c', 'import fastmed.all; print(fastmed.__file__)'], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert r.returncode==0, r.stderr[-2000:]
     assert Path(r.stdout.strip()).is_relative_to(site)
-    if 'cli' in rooms:
-        r = subprocess.run([tmp_path/'env'/'bin'/'fastmed', '--help'], cwd=tmp_path, env=env, capture_output=True, text=True)
-        assert r.returncode==0 and 'predict' in r.stdout, r.stderr[-2000:]
+    r = subprocess.run([tmp_path/'env'/'bin'/'fastmed', '--help'], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert r.returncode==0 and 'predict' in r.stdout, r.stderr[-2000:]

@@ -8,11 +8,11 @@ import nibabel as nib
 from hypothesis import given, settings, strategies as st
 from fastai.vision.all import load_learner, Interpretation, ClassificationInterpretation, vision_learner
 from fastmed.all import set_seed, InputError, ArgumentError, ColumnError, TensorVolume, SliceDataLoaders, VolumeDataLoaders, unet3d_learner, sphere
-from fastmed.radiographs import RadiographDataLoaders
-from fastmed.classify import classifier_learner, regression_learner
-from fastmed.curves import *
-from fastmed.gradcam import *
-from fastmed.interpret import *
+from fastmed.data.radiographs import RadiographDataLoaders
+from fastmed.learn.classify import classifier_learner, regression_learner
+from fastmed.metrics.curves import *
+from fastmed.study.gradcam import *
+from fastmed.study.interpret import *
 from phantoms import affine_of, CODES
 
 @pytest.fixture(autouse=True, scope='module')

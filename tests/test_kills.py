@@ -19,8 +19,8 @@ def test_killed_and_started_again(tmp_path):
 
 BUILD = """
 import sys; sys.path.insert(0, sys.argv[1])
-from fastmed.store import Store
-from fastmed.preprocess import Preprocess
+from fastmed.data.store import Store
+from fastmed.data.preprocess import Preprocess
 from pathlib import Path
 p = Path(sys.argv[2]); Store(Preprocess(spacing=1.25, codes=['background','large','small']), sys.argv[3]).build(sorted(map(str, (p/'images').glob('*'))), sorted(map(str, (p/'labels').glob('*'))), workers=2)
 """

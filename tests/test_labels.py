@@ -3,7 +3,7 @@ import math, struct, warnings
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from fastmed.all import *
-from fastmed.labels import _indicators
+from fastmed.data.labels import _indicators
 from phantoms import affine_of, write_case
 for k in [o for o in globals() if o.startswith('test')]: del globals()[k]    # fastcore's own
 

@@ -10,21 +10,21 @@ from fastai.data.all import CategoryBlock, ColReader, DataBlock, Datasets, Index
 from fastai.interpret import Interpretation
 from fastai.learner import Callback, Learner, load_learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, DiceLoss, FocalLossFlat, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, MSELossFlat
-from fastmed.blocks import CaseFiles, PatchDL, PatchTransform, VolumeBlock, VolumeMaskBlock
-from fastmed.callbacks import DiceCallback, PictureCallback
-from fastmed.classify import classifier_learner, regression_learner
+from fastmed.data.blocks import CaseFiles, PatchDL, PatchTransform, VolumeBlock, VolumeMaskBlock
+from fastmed.learn.callbacks import DiceCallback, PictureCallback
+from fastmed.learn.classify import classifier_learner, regression_learner
 from fastmed.core import InputError
-from fastmed.data import SliceDataLoaders, VolumeDataLoaders
-from fastmed.doctor import GroupSplitter
-from fastmed.heads import MultiTaskLoss
-from fastmed.labels import WholeTransform, whole_plan
-from fastmed.learner import make_fast, unet2d_learner, unet3d_learner
-from fastmed.losses import as_loss
-from fastmed.models import create_model, model_names, param_splitter
-from fastmed.pretrain import restoration_learner
-from fastmed.radiographs import RadiographBlock, RadiographPrep
-from fastmed.track import TensorBoardVolumes
-from fastmed.tta import mix_looks
+from fastmed.data.loaders import SliceDataLoaders, VolumeDataLoaders
+from fastmed.data.cases import GroupSplitter
+from fastmed.models.classifiers import MultiTaskLoss
+from fastmed.data.labels import WholeTransform, whole_plan
+from fastmed.learn.learner import make_fast, unet2d_learner, unet3d_learner
+from fastmed.learn.losses import as_loss
+from fastmed.models.unet import create_model, model_names, param_splitter
+from fastmed.learn.pretrain import restoration_learner
+from fastmed.data.radiographs import RadiographBlock, RadiographPrep
+from fastmed.learn.track import TensorBoardVolumes
+from fastmed.predict.tta import mix_looks
 from phantoms import CODES, write_case
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 import pickle
 import pytest, torch, torch.nn.functional as F
 from torch import nn, Tensor
-from fastmed.losses import *
+from fastmed.learn.losses import *
 
 torch.set_num_threads(1)
 ALL = [DiceLoss, DiceCELoss, TverskyLoss, FocalLoss]

@@ -2,7 +2,7 @@
 import shutil, warnings
 import numpy as np, pytest, torch
 from fastai.callback.core import Callback
-import fastmed.memory as M
+import fastmed.predict.memory as M
 from fastmed.all import (Ensemble, MemoryCallback, ResourceError, TensorVolume, free_memory, memory_estimate, memory_parts)
 
 def fit(l, *cbs):
@@ -35,7 +35,7 @@ def test_another_error_stays(learner):
     assert not isinstance(e.value, ResourceError)
 
 def test_a_prediction_that_cannot_fit(learner, monkeypatch):
-    import fastmed.inference
+    import fastmed.predict.predict
     l = learner(3); t = TensorVolume(torch.randn(1,24,24,24), affine=np.eye(4)); t.meta = dict(fn='huge.nii')
     with l.no_bar(): assert l.predict_volume(t).shape==(24,24,24)
     monkeypatch.setattr(M, 'free_memory', lambda device=None: 1e6)
@@ -43,8 +43,8 @@ def test_a_prediction_that_cannot_fit(learner, monkeypatch):
 
 def test_free_memory_obeys_the_group(monkeypatch):
     assert 0<free_memory('cpu')<2**50
-    monkeypatch.setattr('fastmed.guard._groups', lambda: [('most','used','stat','inactive_file')])
-    monkeypatch.setattr('fastmed.guard._number', lambda fn, key=None: dict(most=20000, used=8000, stat=345).get(fn)); assert free_memory('cpu')==12345
+    monkeypatch.setattr('fastmed.io.guard._groups', lambda: [('most','used','stat','inactive_file')])
+    monkeypatch.setattr('fastmed.io.guard._number', lambda fn, key=None: dict(most=20000, used=8000, stat=345).get(fn)); assert free_memory('cpu')==12345
 
 @pytest.mark.parametrize('error', [torch.OutOfMemoryError('CUDA out of memory'), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9999 bytes"), MemoryError('no memory')])
 def test_out_of_memory_inside_a_fit(learner, error):

@@ -6,8 +6,8 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import ndimage as ndi
 from fastmed.core import TensorVolumeMask, TensorVolume
-from fastmed.metrics import *
-from fastmed.metrics import DiceCounts, mask_surface
+from fastmed.metrics.masks import *
+from fastmed.metrics.masks import DiceCounts, mask_surface
 
 def blob(seed, size=(18,16,14), t=0.):
     return ndi.gaussian_filter(np.random.default_rng(seed).normal(size=size), 2) > t*.05

@@ -2,7 +2,7 @@
 import copy, pickle
 import pytest, torch, torch.nn.functional as F
 from torch import nn
-from fastmed.models import *
+from fastmed.models.unet import *
 
 torch.set_num_threads(1)
 SIZE = dict(SwinUNETR=32, FlexibleUNet=32)

@@ -5,12 +5,12 @@ import pytest
 import forked
 
 root = Path(__file__).resolve().parent.parent
-nbs = sorted((root/'nbs').glob('*.ipynb')) + sorted((root/'nbs'/'tutorials').glob('*.ipynb'))
+nbs = sorted((root/'nbs').rglob('*.ipynb'))
 run = 'import sys; from nbdev.test import nbdev_test; nbdev_test(sys.argv[1], n_workers=0)'
 ansi = re.compile(r'\x1b\[[0-9;]*m')
 
 # what trains for long, or reads a set of scans as a whole: left to `make test-all`
-SLOW = ('37_learner', '39_pretrain', '48_interpret', '50_ensemble', '52_compare', '53_crossval', '56_check', '57_plain', '61_leaks',
+SLOW = ('learn/06_learner', 'learn/07_pretrain', '48_interpret', '50_ensemble', '52_compare', '53_crossval', 'data/15_check', '57_plain', 'data/16_leaks',
     'tutorials/01_segmentation', 'tutorials/02_slices_or_volumes', 'tutorials/03_know_your_data', 'tutorials/05_brain_tissue', 'tutorials/07_whole_scans',
     'tutorials/08_new_patients', 'tutorials/09_know_then_segment_2d')
 names = {str(o.relative_to(root/'nbs').with_suffix('')):o for o in nbs}

@@ -2,8 +2,10 @@
 import pickle
 import numpy as np, pytest, torch
 from fastmed.all import *
-from fastmed import data, pace, plan as planning
-from fastmed.plan import UPDATES, update_seconds
+from fastmed.data import loaders as data
+from fastmed.learn import pace
+from fastmed.data import plan as planning
+from fastmed.data.plan import UPDATES, update_seconds
 from phantoms import CODES
 for k in [o for o in globals() if o.startswith('test')]: del globals()[k]    # fastcore's own
 

@@ -23,8 +23,8 @@ import nibabel as nib, numpy as np, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from scipy.ndimage import gaussian_filter, maximum_filter, minimum_filter
 from fastmed.core import FastmedError, TensorVolume, TensorVolumeMask, orientation_of, spacing_of
-from fastmed.io import load_mask, load_volume, read_header, same_grid, save_volume
-from fastmed.preprocess import Preprocess
+from fastmed.io.volumes import load_mask, load_volume, read_header, same_grid, save_volume
+from fastmed.data.preprocess import Preprocess
 
 MANY = int(os.environ.get('FASTMED_EXAMPLES', 0))
 def examples(n): return settings(max_examples=MANY or n, derandomize=not MANY, deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -244,7 +244,7 @@ def test_a_label_too_large_is_refused_and_not_wrapped(dt, value, tmp_path):
 
 def with_preprocess(learn, pre):
     "The Learner with another `Preprocess`"
-    from fastmed.data import LoadMask, LoadVolume
+    from fastmed.data.loaders import LoadMask, LoadVolume
     for tl in learn.dls.train_ds.tls:
         for f in tl.tfms.fs:
             if isinstance(f, (LoadVolume,LoadMask)): f.preprocess = pre

@@ -2,13 +2,18 @@
 import errno, json, os, subprocess, sys, tracemalloc
 from pathlib import Path
 import nibabel as nib, numpy as np, pytest, torch
-from fastmed import data, io, labels, leaks, plan, preprocess
+from fastmed.data import loaders as data
+from fastmed.io import volumes as io
+from fastmed.data import labels
+from fastmed.data import leaks
+from fastmed.data import plan
+from fastmed.data import preprocess
 from fastmed.core import FileError, InputError, ResourceError
-from fastmed.doctor import scan_decathlon, scan_folder
-from fastmed.guard import reading
-from fastmed.io import load_volume
-from fastmed.preprocess import Preprocess
-from fastmed.store import Store
+from fastmed.data.cases import scan_decathlon, scan_folder
+from fastmed.io.guard import reading
+from fastmed.io.volumes import load_volume
+from fastmed.data.preprocess import Preprocess
+from fastmed.data.store import Store
 
 # --- which files make a case
 
@@ -117,7 +122,7 @@ def test_entries_that_stay_open_hold_no_descriptor(tmp_path):
 
 @pytest.mark.parametrize('a', [np.arange(24, dtype=np.float32).reshape(1,2,3,4), np.asfortranarray(np.arange(24, dtype=np.float32).reshape(1,2,3,4)), np.arange(24, dtype=np.uint8).reshape(2,3,4), np.arange(24, dtype=np.int16).reshape(2,3,4)])
 def test_a_map_gives_what_numpy_wrote(tmp_path, a):
-    from fastmed.store import _mapped
+    from fastmed.data.store import _mapped
     np.save(tmp_path/'a.npy', a)
     t = _mapped(tmp_path/'a.npy')
     assert t.dtype==torch.from_numpy(a).dtype and np.array_equal(t.numpy(), a)

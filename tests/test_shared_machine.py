@@ -2,7 +2,7 @@
 import contextlib, errno, http.server, io, os, shutil, signal, socket, stat, tarfile, threading, zipfile
 from pathlib import Path
 import nibabel as nib, numpy as np, pytest, torch
-import fastmed.core, fastmed.datasets, fastmed.store
+import fastmed.core, fastmed.data.datasets, fastmed.data.store
 from fastmed.all import (FileError, InputError, MissingFileError, Preprocess, Store, TensorVolume, cache_dir, check_dataset,
                          file_digest, load_mask, load_volume, read_header, save_volume, scan_dicom, scan_folder, untar_data, whole_file)
 from phantoms import write_case
@@ -95,10 +95,10 @@ def kept(tmp_path):
 @pytest.fixture
 def settled(monkeypatch):
     "As if every file had been written long ago, so that records of digests are kept and used"
-    now = fastmed.store.time.time_ns
+    now = fastmed.data.store.time.time_ns
     class Later:
         def time_ns(self): return now()+10**10
-    monkeypatch.setattr(fastmed.store, 'time', Later())
+    monkeypatch.setattr(fastmed.data.store, 'time', Later())
 
 def overwrite(fn, a):
     "Other bytes of the same size under the old time"
@@ -173,8 +173,8 @@ class TestStore:
         "Not at each start, and not at each patch"
         make,files,masks = kept
         make().build(files, masks)
-        asked,ask = [],fastmed.store.file_digest
-        monkeypatch.setattr(fastmed.store, 'file_digest', lambda fn: asked.append(Path(fn).name) or ask(fn))
+        asked,ask = [],fastmed.data.store.file_digest
+        monkeypatch.setattr(fastmed.data.store, 'file_digest', lambda fn: asked.append(Path(fn).name) or ask(fn))
         s = make().build(files, masks)
         assert 'data.npy' not in asked
         asked.clear()
@@ -359,7 +359,7 @@ class TestDownloads:
         "Whatever comes out of its function becomes one of our errors"
         b = packed(name)
         for k,(url,says) in enumerate(((web(f'0{name}', b, 9000), 'fewer bytes'), (web(f'1{name}', b[:9000]), 'not a zip|too early'))):
-            monkeypatch.setattr(fastmed.datasets.external.URLs, 'OURS', url, raising=False)
+            monkeypatch.setattr(fastmed.data.datasets.external.URLs, 'OURS', url, raising=False)
             with pytest.raises(FileError, match=says): untar_data(url, archive=tmp_path/f'a{k}', data=tmp_path/f'd{k}')
 
     def test_planted_links_are_not_written_through(self, web, tmp_path):

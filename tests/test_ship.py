@@ -4,8 +4,9 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from torch import nn
 from fastmed.all import *
-from fastmed.ship import save_model, load_model, export_onnx, load_onnx, SavedLearner
-from fastmed import modelfile, plain
+from fastmed.learn.onnx import save_model, load_model, export_onnx, load_onnx, SavedLearner
+from fastmed.learn import modelfile
+from fastmed.learn import plain
 from phantoms import *
 for k in [o for o in globals() if o.startswith('test')]: del globals()[k]    # fastcore's own
 
@@ -75,7 +76,7 @@ def test_fresh_process_and_no_pickle(learner, study, scan, tmp_path):
     python(ANSWERS+f"""
 import sys, torch
 torch.set_num_threads({torch.get_num_threads()})
-from fastmed.ship import load_model
+from fastmed.learn.onnx import load_model
 tmp,new,*files = sys.argv[1:]
 import scipy.ndimage
 armed = True
@@ -191,7 +192,7 @@ def test_the_same_learner_gives_the_same_bytes(learner, tmp_path):
     assert a==b
 
 def test_fastais_own_save_stays(learner):
-    import fastai.learner as f, fastmed.learner as l
+    import fastai.learner as f, fastmed.learn.learner as l
     assert l.save_model is f.save_model and f.save_model is not save_model and f.load_model is not load_model
     learn = learner(3); w = learn.model.state_dict()['heads.0.bias'].clone()
     learn.save('w'); nn.init.zeros_(learn.model.heads[0].bias); learn.load('w')
@@ -244,7 +245,7 @@ def test_another_network_than_the_one_that_was_saved(loaders, tmp_path):
 def test_a_learner_made_by_hand(loaders, scan, tmp_path):
     learn = VolumeLearner(loaders[3], UNet(1, 3, nf=4, depth=2), loss_func=DiceCELoss(), path=tmp_path)
     fn = save_model(learn, tmp_path/'m.safetensors')
-    with pytest.raises(ValueError, match='fastmed.models.UNet.*arch=make'): load_model(fn, 'cpu')
+    with pytest.raises(ValueError, match='fastmed.models.unet.UNet.*arch=make'): load_model(fn, 'cpu')
     assert same_bits(load_model(fn, 'cpu', arch=lambda: UNet(1, 3, nf=4, depth=2)).predict_volume(scan, proba=True)[1], learn.predict_volume(scan, proba=True)[1])
 
 def _odd(learn): learn.arch_args['norm'] = ('instance', lambda: 1); return learn
@@ -348,7 +349,7 @@ def test_forged_metadata(saved, tmp_path, what):
 
 def _peak(code, *args):
     "Peak memory of a fresh process that runs `code`, in MB, and what it printed"
-    code = f"import resource, sys\nfrom fastmed.ship import load_model\nfrom fastmed.core import FastmedError\nbase = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n{code}\nprint((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-base)/1024)"
+    code = f"import resource, sys\nfrom fastmed.learn.onnx import load_model\nfrom fastmed.core import FastmedError\nbase = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n{code}\nprint((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-base)/1024)"
     *said,mb = python(code, *args).splitlines(); return float(mb),said
 
 LOADS = "try: load_model(sys.argv[2], 'cpu'); print('opened')\nexcept FastmedError as e: print(str(e)[:300])"

@@ -3,12 +3,12 @@ import os, shutil
 from pathlib import Path
 import nibabel as nib, numpy as np, pandas as pd, pytest
 from fastmed.core import FileError, TensorVolume
-from fastmed.data import VolumeDataLoaders, get_preprocess
-from fastmed.io import file_digest, load_volume, save_volume
-from fastmed.learner import unet3d_learner
-from fastmed.preprocess import Preprocess
-from fastmed.store import Store, kept_digest
-import fastmed.store
+from fastmed.data.loaders import VolumeDataLoaders, get_preprocess
+from fastmed.io.volumes import file_digest, load_volume, save_volume
+from fastmed.learn.learner import unet3d_learner
+from fastmed.data.preprocess import Preprocess
+from fastmed.data.store import Store, kept_digest
+import fastmed.data.store
 from phantoms import CODES, write_case
 
 def same_size(fn, value, at=slice(None), packed=False):
@@ -29,10 +29,10 @@ def middle(store, fn): return store.image(fn)[0,24,24,24].item()
 @pytest.fixture
 def settled(monkeypatch):
     "As if every file had been written long ago, so that records of digests are kept and used"
-    now = fastmed.store.time.time_ns
+    now = fastmed.data.store.time.time_ns
     class Later:
         def time_ns(): return now()+10**10
-    monkeypatch.setattr(fastmed.store, 'time', Later)
+    monkeypatch.setattr(fastmed.data.store, 'time', Later)
 
 @pytest.mark.parametrize('at', [slice(None), slice(50_000, 60_000)])
 def test_rewritten_with_same_size_and_time(tmp_path, store, settled, at):
@@ -108,7 +108,7 @@ def test_second_start_reads_no_scan(tmp_path, store, settled, monkeypatch):
     def ask(fn):
         if 'store' not in Path(fn).parts: asked.append(fn)          # the entries are: see test_shared_machine
         return file_digest(fn)
-    monkeypatch.setattr(fastmed.store, 'file_digest', ask)
+    monkeypatch.setattr(fastmed.data.store, 'file_digest', ask)
     store().build(fns); assert not asked
     shutil.copy2(fns[2], tmp_path/'x'); os.replace(tmp_path/'x', fns[2])
     monkeypatch.setattr(Preprocess, '__call__', lambda *a: pytest.fail('made anew'))

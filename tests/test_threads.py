@@ -65,7 +65,7 @@ def test_a_network_in_training_is_in_evaluation_until_the_last_is_done():
 
 def test_autocast_of_one_thread_is_not_ended_by_another(monkeypatch):
     "`FastForward` enters a context and leaves it: each thread its own"
-    import fastmed.learner as L, contextlib, threading
+    import fastmed.learn.learner as L, contextlib, threading
     wrong = []
     class Own(contextlib.nullcontext):
         def __enter__(self): self.by = threading.get_ident()
