@@ -283,10 +283,10 @@ def real(a):
 
 def leaks(a):
     "find_leaks against cases.csv, and as it would do where its thresholds were not chosen"
-    from fastmed.data.survey import _survey
-    from fastmed.data.leaks import _fingerprint, _pairs
+    from fastmed.data.survey import survey_cases
+    from fastmed.data.leaks import _scan_print, _pairs
     df = fm.scan_decathlon(data/'hippocampus'); s = df.subject.astype(str).values; t = time.process_time()
-    with contextlib.redirect_stdout(io.StringIO()): vox = _survey(df, '.', 'image', None, .05, None, 1, prints=_fingerprint)[1]
+    with contextlib.redirect_stdout(io.StringIO()): vox = survey_cases(df, '.', 'image', None, .05, None, 1, prints=_scan_print)[1]
     took = time.process_time()-t; rows,rng = [],np.random.default_rng(0); whole = np.array([float(v['channels'][0]['level'])<np.log10(300) and float(v['prints'][0]['quantum'])==1 for v in vox])
     def hide(v): return {**v, 'prints':[{**p, 'quantum':np.nan, 'gaps':None} for p in v['prints']]}
     def score(idx, vs, ask=None, kinds=('proved','likely'), **kw):
@@ -350,13 +350,13 @@ def moved(lab, ax, n):
 
 def seen_by_the_doctor(df, fit, image_col='image'):
     "`fit` of image and mask of each case, as `check_dataset` takes it"
-    from fastmed.data.survey import _survey
-    with contextlib.redirect_stdout(io.StringIO()): return [v.get('fit', {}) for v in _survey(df, '.', image_col, 'mask', .05, None, 1, fit=fit)[1]]
+    from fastmed.data.survey import survey_cases
+    with contextlib.redirect_stdout(io.StringIO()): return [v.get('fit', {}) for v in survey_cases(df, '.', image_col, 'mask', .05, None, 1, fit=fit)[1]]
 
 def places(a):
     "Masks that are mirrored or moved: found, and sound cases blamed"
-    from fastmed.data.placement import _border_profiles, _misplaced
-    def found(cases): return {o[0] for o in _misplaced(cases)}
+    from fastmed.data.placement import border_profiles, misplaced_masks
+    def found(cases): return {o[0] for o in misplaced_masks(cases)}
     def put(what, others, who, hits, blamed): rows.append(dict(what=what, cases=others, planted=len(who), found=hits, blamed=blamed))
     def draws(name, cases, sizes):
         for n in sizes:
@@ -364,9 +364,9 @@ def places(a):
             put(f'{name}: {a.sets} draws, nothing planted', n, [], 0, sum(blamed))
     tmp,rows,rng = Path(tempfile.mkdtemp()),[],np.random.default_rng(0)
     pairs = seen_by_the_doctor(fm.scan_decathlon(data/'hippocampus'), lambda x, lab: (x, lab))
-    sound = [_border_profiles(*o) for o in pairs]
-    sets = {'hippocampus':sound, 'ixi_brains':seen_by_the_doctor(fm.scan_folder(data/'ixi_brains'), _border_profiles),
-            'embedded cohort':seen_by_the_doctor(fm.cohort(tmp/'cohort', n=24, spacing=2.), _border_profiles)}
+    sound = [border_profiles(*o) for o in pairs]
+    sets = {'hippocampus':sound, 'ixi_brains':seen_by_the_doctor(fm.scan_folder(data/'ixi_brains'), border_profiles),
+            'embedded cohort':seen_by_the_doctor(fm.cohort(tmp/'cohort', n=24, spacing=2.), border_profiles)}
     for name,cases in sets.items(): put(f'{name}: all, nothing planted', len(cases), [], 0, len(found(cases)))
     draws('hippocampus', sound, (8,10,12,16,20,30,40))
     draws('embedded cohort', sets['embedded cohort'], (8,12,16))
@@ -374,7 +374,7 @@ def places(a):
     faults = {f"{'mirrored' if n==0 else f'moved by {n:+d} voxels'} along {'xyz'[ax]}":(ax, n) for ax in range(3) for n in (0,3,-3,5,-5)}
     new = {}
     for what,f in faults.items():
-        new[what] = {i:_border_profiles(pairs[i][0], moved(pairs[i][1], *f)) for i in who}
+        new[what] = {i:border_profiles(pairs[i][0], moved(pairs[i][1], *f)) for i in who}
         one = [found([new[what][i] if j==i else c for j,c in enumerate(sound)]) for i in who]
         put(f'{what}, one at a time', len(sound), who, sum(i in o for i,o in zip(who, one)), sum(len(o-{i}) for i,o in zip(who, one)))
         few = [found([new[what][i], *(sound[j] for j in rng.permutation(list(set(range(len(sound)))-{i}))[:19])]) for i in who]

@@ -167,23 +167,23 @@ def sealed(rng, b, other):
     if rng.random()<.3: return blind(rng, b, other)
     n = int.from_bytes(b[:8], 'little'); head = json.loads(b[8:8+n]); meta = json.loads(head['__metadata__']['fastmed']); how = rng.random()
     if how<.7:
-        for _ in range(int(rng.integers(1, 4))): m = values(rng, {k:v for k,v in meta.items() if k not in ('sha256',)}); meta = {**(m if isinstance(m, dict) else {'x':m}), 'sha256':plain._blank}
-        head['__metadata__']['fastmed'] = json.dumps({'sha256':plain._blank, **meta})
+        for _ in range(int(rng.integers(1, 4))): m = values(rng, {k:v for k,v in meta.items() if k not in ('sha256',)}); meta = {**(m if isinstance(m, dict) else {'x':m}), 'sha256':plain.NO_DIGEST}
+        head['__metadata__']['fastmed'] = json.dumps({'sha256':plain.NO_DIGEST, **meta})
     else:
         m = values(rng, {k:v for k,v in head.items() if k!='__metadata__'}); head = {'__metadata__':head['__metadata__'], **(m if isinstance(m, dict) else {'x':m})}
-        head['__metadata__']['fastmed'] = json.dumps({**meta, 'sha256':plain._blank})
+        head['__metadata__']['fastmed'] = json.dumps({**meta, 'sha256':plain.NO_DIGEST})
     h = json.dumps(head).encode(); h += b' '*(-len(h)%8); body = b[8+n:] if rng.random()<.8 else blind(rng, b[8+n:], other)
-    return plain._seal(len(h).to_bytes(8, 'little')+h+body)
+    return plain.seal_file(len(h).to_bytes(8, 'little')+h+body)
 def resealed(rng, b, other):
     "An ONNX file: bytes changed, and sealed again most of the time; or its metadata changed"
     from fastmed.learn import plain
-    i = b.rfind(b'"sha256": "sha256:')+11; z = b[:i]+plain._blank.encode()+b[i+len(plain._blank):]
+    i = b.rfind(b'"sha256": "sha256:')+11; z = b[:i]+plain.NO_DIGEST.encode()+b[i+len(plain.NO_DIGEST):]
     if rng.random()<.4:
-        j = z.rfind(b'{"sha256": "sha256:'); end = json.JSONDecoder().raw_decode(z[j:].decode('latin-1'))[1]; meta = json.loads(z[j:j+end]); t = json.dumps({'sha256':plain._blank, **{k:v for k,v in (lambda m: m if isinstance(m, dict) else {'x':m})(values(rng, meta)).items() if k!='sha256'}}).encode()
+        j = z.rfind(b'{"sha256": "sha256:'); end = json.JSONDecoder().raw_decode(z[j:].decode('latin-1'))[1]; meta = json.loads(z[j:j+end]); t = json.dumps({'sha256':plain.NO_DIGEST, **{k:v for k,v in (lambda m: m if isinstance(m, dict) else {'x':m})(values(rng, meta)).items() if k!='sha256'}}).encode()
         if len(t)<=end: z = z[:j]+t.ljust(end)+z[j+end:]
-        return plain._seal(z)
+        return plain.seal_file(z)
     z = blind(rng, z, other, len(z))
-    return plain._seal(z) if plain._blank.encode() in z and rng.random()<.9 else z
+    return plain.seal_file(z) if plain.NO_DIGEST.encode() in z and rng.random()<.9 else z
 NAMES = ('a.txt','a/b.txt','A.TXT','a','a/','./a','../x','/tmp/fuzz_x','C:\\x','C:x','..\\x','a\\..\\..\\x','a/../../x','\\\\host\\x','~/x','a:b','a\x00b','a\nb','a'*300,'x/'*200+'y','con','nul.txt','.','..','','/','a//b','ü','u\u0308',' ','a.','.checksum','a/.checksum','\u202ex','-x','*','"')
 def tars(rng, b, other):
     "A tar: made of odd members, or its blocks changed with the right sum"
@@ -293,7 +293,7 @@ def archive(p, f):
     "Unpacked within its folder, whole or not at all; nothing but plain files"
     from fastmed.data import datasets
     home = p.parent/'home'; home.mkdir(); dest = home/'data'/'x'; dest.parent.mkdir()
-    try: datasets._unpack(p, dest, f'file:{p.name}', f'{"0"*32} x\n')
+    try: datasets._unpack_beside(p, dest, f'file:{p.name}', f'{"0"*32} x\n')
     except BaseException:
         if dest.exists(): wrong('an archive was refused and lies unpacked')
         raise

@@ -101,7 +101,7 @@ def _output(
     with writing(fn), beside(fn): pass                               # a disk that refuses says so now
     return fn
 
-def _cases(a):
+def _cases_table(a):
     "The table of the cases that a command was given"
     return scan(Path(a.path).resolve(), a.images, a.masks, a.channels)
 
@@ -130,7 +130,7 @@ def train(
     kept,kept_plan = out.with_name(f'{out.name}.resume'),out.with_name(f'{out.name}.plan.json')
     if a.resume and kept.exists() and kept_plan.exists(): kw['plan'] = _kept_plan(kept_plan, kw.pop('spacing', None))
     elif not a.epochs: kw['minutes'] = a.minutes
-    dls = (VolumeDataLoaders if a.ndim==3 else SliceDataLoaders).from_df(_cases(a), **kw)
+    dls = (VolumeDataLoaders if a.ndim==3 else SliceDataLoaders).from_df(_cases_table(a), **kw)
     with whole_file(kept_plan) as tmp: tmp.write_text(dls.plan.to_json())
     learn = (unet3d_learner if a.ndim==3 else unet2d_learner)(dls, arch=a.arch)
     print(f'{len(dls.train_ds)} cases train, {len(dls.valid_ds)} validate\n{dls.plan}\n{dls.preprocess}', flush=True)
@@ -150,7 +150,7 @@ def train(
     print(ev.summary().round(4).to_string())
     print(f'{out} written')
 
-def _load(
+def _load_file(
     fn,   # model file
     trust # whether a pickle may be opened
 ):
@@ -213,7 +213,7 @@ def predict(
     from fastmed.core import MissingFileError
     src = Path(a.src)
     if not src.exists(): raise MissingFileError(f"{src}: no such file or folder")
-    learn,one = _load(a.model, a.trust),src.is_file() or not any(src.glob(a.images))
+    learn,one = _load_file(a.model, a.trust),src.is_file() or not any(src.glob(a.images))
     if getattr(learn, 'task', 'segmentation')!='segmentation': return _answers(learn, a, one)
     kw = dict(overlap=a.overlap, tta=a.tta, post=a.post or None)
     if one: return _mask(learn, a, **kw)
@@ -227,9 +227,9 @@ def evaluate(
     "`fastmed evaluate`: a model against the masks of a folder"
     from fastmed.core import InputError, whole_file
     if a.csv: _output(a.csv, ('.csv',), [a.model], a.overwrite)
-    learn = _load(a.model, a.trust)
+    learn = _load_file(a.model, a.trust)
     if getattr(learn, 'task', 'segmentation')!='segmentation': raise InputError(f"{a.model}: answers for cases, and their truth stands in a table, not in a folder: use learn.evaluate(df)")
-    ev = learn.evaluate(_cases(a), tolerance=a.tolerance, overlap=a.overlap, tta=a.tta, post=a.post or None)
+    ev = learn.evaluate(_cases_table(a), tolerance=a.tolerance, overlap=a.overlap, tta=a.tta, post=a.post or None)
     if a.csv:
         with whole_file(a.csv) as tmp: ev.to_csv(tmp, index=False)
     for s in ('dice','hd95'): print(f'{s}\n{ev.summary(s).round(4).to_string()}')
@@ -255,7 +255,7 @@ def check(
 )->int: # 1 where there is an error
     "`fastmed check`: what is wrong with a folder of scans"
     from fastmed.all import check_dataset
-    df = _cases(a)
+    df = _cases_table(a)
     if a.html: _output(a.html, ('.html','.htm'), overwrite=a.overwrite)
     r = check_dataset(df, a.codes)
     print(r.answer())
@@ -293,7 +293,7 @@ class _Parser(argparse.ArgumentParser):
     "Says what is wrong in one line"
     def error(self, message): self.exit(2, f'{self.prog}: {message}. See {self.prog} --help\n')
 
-def _number(
+def _number_in(
     low,         # smallest value
     kind=float,  # int or float
     below=None,  # every value is smaller than this
@@ -333,16 +333,16 @@ def parser()->argparse.ArgumentParser:
     sub = p.add_subparsers(dest='command', required=True, metavar='demo | scan | check | train | predict | evaluate | compare')
     def cmd(name, f, help):
         s = sub.add_parser(name, help=help, description=help); s.set_defaults(func=f); return s
-    def channels(s): s.add_argument('--channels', type=_number(1, int), help='files that make a case, case_0000, case_0001 …; 1: each file is a case (found out)')
+    def channels(s): s.add_argument('--channels', type=_number_in(1, int), help='files that make a case, case_0000, case_0001 …; 1: each file is a case (found out)')
     def overwrite(s): s.add_argument('--overwrite', action='store_true', help='replace files that are there already; never a source')
     def look(s):
         s.add_argument('--trust', action='store_true', help='open a model file that is a pickle, and run what is in it')
-        s.add_argument('--overlap', type=_number(0, below=1), default=.5, help='share of a window that its neighbour covers too (0.5)')
+        s.add_argument('--overlap', type=_number_in(0, below=1), default=.5, help='share of a window that its neighbour covers too (0.5)')
         s.add_argument('--tta', action='store_true', help='test-time augmentation')
         s.add_argument('--post', action='append', choices=POSTS, help='post-processing, may be given more than once')
     d = cmd('demo', lambda a: demo(a.path, a.n, a.minutes, a.seed), 'Train 2D and 3D on the embedded cohort; write a report with pictures.')
-    d.add_argument('--path', default='demo', help='folder to write to (demo)'); d.add_argument('--n', type=_number(1, int), default=24, help='subjects (24)')
-    d.add_argument('--minutes', type=_number(0, above=True), default=2., help='training time of each model (2)'); d.add_argument('--seed', type=_number(0, int), default=0)
+    d.add_argument('--path', default='demo', help='folder to write to (demo)'); d.add_argument('--n', type=_number_in(1, int), default=24, help='subjects (24)')
+    d.add_argument('--minutes', type=_number_in(0, above=True), default=2., help='training time of each model (2)'); d.add_argument('--seed', type=_number_in(0, int), default=0)
     q = cmd('scan', scan_series, 'List the DICOM series of a folder and all below it, and what is wrong with each.')
     q.add_argument('path', help='folder, DICOMDIR or file'); q.add_argument('--csv', help='file for the table')
     overwrite(q)
@@ -357,12 +357,12 @@ def parser()->argparse.ArgumentParser:
     channels(t)
     t.add_argument('--ndim', type=int, choices=[2,3], default=3, help='2: slices, 3: volumes (3)'); t.add_argument('--arch', default='UNet', help="'UNet', or a MONAI network by name")
     length = t.add_mutually_exclusive_group()
-    length.add_argument('--minutes', type=_number(0, above=True), default=10., help='training time (10)'); length.add_argument('--epochs', type=_number(1, int), help='train for epochs instead of minutes')
+    length.add_argument('--minutes', type=_number_in(0, above=True), default=10., help='training time (10)'); length.add_argument('--epochs', type=_number_in(1, int), help='train for epochs instead of minutes')
     t.add_argument('--images', help="pattern of the images ('images/*.nii.gz')"); t.add_argument('--masks', help="pattern of the masks ('labels/*.nii.gz')")
-    t.add_argument('--codes', type=_codes, help='names of the structures, by commas, background first'); t.add_argument('--spacing', type=_number(0, above=True), nargs='+', action=_OneOrThree, help='mm, one number or three')
-    t.add_argument('--valid-pct', type=_number(0, below=1, above=True), default=.2, help='share of validation cases (0.2)'); t.add_argument('--seed', type=_number(0, int), default=42)
+    t.add_argument('--codes', type=_codes, help='names of the structures, by commas, background first'); t.add_argument('--spacing', type=_number_in(0, above=True), nargs='+', action=_OneOrThree, help='mm, one number or three')
+    t.add_argument('--valid-pct', type=_number_in(0, below=1, above=True), default=.2, help='share of validation cases (0.2)'); t.add_argument('--seed', type=_number_in(0, int), default=42)
     t.add_argument('--cache', help='folder of the store'); t.add_argument('--resume', action='store_true', help='go on with a training that was killed; give the same arguments')
-    t.add_argument('--workers', type=_number(0, int), help='worker processes')
+    t.add_argument('--workers', type=_number_in(0, int), help='worker processes')
     r = cmd('predict', predict, 'Write masks for a scan or a folder of scans; of a classifier or regression, a table of answers.')
     r.add_argument('model', help='model file (.safetensors, .onnx); an exported Learner with --trust'); r.add_argument('src', help='scan, DICOM folder, or folder of scans'); r.add_argument('dst', help='mask file or folder; table (.csv) or folder')
     r.add_argument('--images', default='*.nii.gz', help="pattern inside a folder ('*.nii.gz')")
@@ -372,7 +372,7 @@ def parser()->argparse.ArgumentParser:
     e = cmd('evaluate', evaluate, 'Score a model on a folder of scans and masks.')
     e.add_argument('model', help='model file (.safetensors, .onnx); an exported Learner with --trust'); e.add_argument('path', help='folder: a Decathlon task, or images/ and labels/')
     e.add_argument('--images', help="pattern of the images"); e.add_argument('--masks', help="pattern of the masks")
-    e.add_argument('--tolerance', type=_number(0), default=1., help='of the surface Dice, mm (1)'); e.add_argument('--csv', help='file for the table of cases')
+    e.add_argument('--tolerance', type=_number_in(0), default=1., help='of the surface Dice, mm (1)'); e.add_argument('--csv', help='file for the table of cases')
     look(e)
     overwrite(e)
     channels(e)

@@ -84,13 +84,13 @@ def _open(p, folder, make):
     os.close(fd)
     raise _Planted
 
-def _empty(fd):
+def _empty_folder(fd):
     "Remove what lies in the folder of a descriptor; no link in it is followed"
     with os.scandir(fd) as found: found = list(found)
     for o in found:
         if o.is_dir(follow_symlinks=False):
             sub = os.open(o.name, os.O_RDONLY|os.O_DIRECTORY|os.O_NOFOLLOW, dir_fd=fd)
-            try: _empty(sub)
+            try: _empty_folder(sub)
             finally: os.close(sub)
             os.rmdir(o.name, dir_fd=fd)
         else: os.unlink(o.name, dir_fd=fd)
@@ -103,7 +103,7 @@ def _hold(p, folder, make=True):
     try:
         fcntl.flock(fd, fcntl.LOCK_EX|fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(fd), os.lstat(p)):      # else it was renamed into place between the two lines above
-            if folder: _empty(fd)
+            if folder: _empty_folder(fd)
             else: os.ftruncate(fd, 0)
             return fd
     except (BlockingIOError,PermissionError,FileNotFoundError): pass

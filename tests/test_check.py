@@ -173,18 +173,18 @@ def test_mask_off_its_image(beside, tmp_path, change, place):
 
 def test_every_place_is_tried_as_if_the_mask_lay_there():
     "The profile at a place is that of the mask mirrored or moved there; outside of the image it is nan"
-    from fastmed.data.placement import _border_profiles, _median, _placements
+    from fastmed.data.placement import border_profiles, _median, _placements
     rng = np.random.default_rng(0)
     lab = np.zeros((18,17,16), np.int32)
     lab[6:11,7:12,6:10],lab[2:6,7:11,7:10] = 1,2
     lab[6:8,7:9,6:8] = 0
     a = rng.normal(size=lab.shape).astype(np.float32)
-    here = _border_profiles(a, lab)
+    here = border_profiles(a, lab)
     for j,(_,shift,flip) in enumerate(_placements()):
         there = lab if flip is None else np.flip(lab, flip)
         pad = np.roll(np.pad(there, 6), shift, (0,1,2))
         if pad[6:-6,6:-6,6:-6].astype(bool).sum()<lab.astype(bool).sum(): continue           # partly outside
-        moved = _border_profiles(a, np.ascontiguousarray(pad[6:-6,6:-6,6:-6]))
+        moved = border_profiles(a, np.ascontiguousarray(pad[6:-6,6:-6,6:-6]))
         for k in (1,2): np.testing.assert_allclose(moved[k][0], here[k][j], atol=1e-6)
     assert np.isnan(here[2]).any() and not np.isnan(here[1][0]).any()
     x = np.where(rng.random((9,40))<.4, np.nan, rng.normal(size=(9,40)))
@@ -304,10 +304,10 @@ def test_strange_sets(tmp_path):
     r = check_dataset(pd.DataFrame([dict(case=f'h{i}', image=tmp_path/f'huge{i}.nii') for i in range(4)])); assert set(r.errors.case)=={'h0','h1','h2','h3'}, r.to_string()
 
 def test_the_split_of_dataloaders_warns(healthy, tmp_path):
-    from fastmed.data.cases import _warn_twins
+    from fastmed.data.cases import warn_twins
     twin = rewrite(healthy.image[2], tmp_path/'x.nii.gz'); files = list(healthy.image); files[5] = twin
-    with pytest.warns(UserWarning, match="'c02'.*'c05'"): _warn_twins(healthy, files, range(5))
-    with warnings.catch_warnings(): warnings.simplefilter('error'); _warn_twins(healthy, files, range(6)); _warn_twins(healthy, list(healthy.image), range(5))
+    with pytest.warns(UserWarning, match="'c02'.*'c05'"): warn_twins(healthy, files, range(5))
+    with warnings.catch_warnings(): warnings.simplefilter('error'); warn_twins(healthy, files, range(6)); warn_twins(healthy, list(healthy.image), range(5))
 
 # ---- leaks
 

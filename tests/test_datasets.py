@@ -328,7 +328,7 @@ def test_fastai_urls_still_work(monkeypatch):
 
 def test_md5_as_monai_has_them():
     monai = pytest.importorskip('monai.apps.datasets').DecathlonDataset
-    for n,url in monai.resource.items(): assert D._known(url)[1]==monai.md5[n]
+    for n,url in monai.resource.items(): assert D._known_url(url)[1]==monai.md5[n]
 
 def test_light_import():
     code = "import sys, fastmed.data.datasets; print([m for m in ('nilearn','scipy.ndimage','sklearn','monai','torchio') if m in sys.modules and m not in base])"

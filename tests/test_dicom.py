@@ -366,7 +366,7 @@ def test_real_series(data, tmp_path):
     refused(df.series['ge_tilt18.5_variable_gap'], 'tilted by 18.5°', 'gaps from 1.08 to 7.00 mm'); refused(d/'philips_exam_summary_mixed_size', '3 sizes', 'I40')
     s = df.series['ge_tilt18.5_variable_gap']; x = load_volume(s, regrid=True); inv = np.linalg.inv(np.diag([-1,-1,1,1.])@x.affine)
     from scipy.ndimage import map_coordinates
-    for k,(o,a) in enumerate(zip(s.frames, fastmed.io.dicom._images(s.frames))):       # each slice again, read off the upright box at its own place
+    for k,(o,a) in enumerate(zip(s.frames, fastmed.io.dicom._frame_images(s.frames))):       # each slice again, read off the upright box at its own place
         if k%6: continue
         i,j = np.meshgrid(np.arange(0, 512, 4), np.arange(0, 512, 4), indexing='ij'); w = np.array(o.position)+i[...,None]*o.px[0]*np.array(o.axes[:3])+j[...,None]*o.px[1]*np.array(o.axes[3:]); w = w@inv[:3,:3].T+inv[:3,3]
         got,want = map_coordinates(x[0].numpy(), np.moveaxis(w, -1, 0), order=1, mode='nearest'),a[::4,::4]; body = want>-200; far = np.abs(got-np.roll(want, 2, 1))[body].mean()

@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from torch import nn, Tensor
 from fastmed.all import *
 for _n in [n for n in globals() if n.startswith('test')]: del globals()[_n]          # fastcore's own, which pytest would collect
-from fastmed.models.adapt import _standard
+from fastmed.models.adapt import standardized_weight
 from phantoms import python, shaken
 
 def made(name, **kwargs):

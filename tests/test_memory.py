@@ -20,7 +20,7 @@ def test_refused_warned_let_through(learner, ndim):
 
 def test_the_batch_that_is_named_fits(learner):
     l = learner(3); fixed,each = M._needs(l); free = (fixed+5.5*each)/.8
-    assert 'A batch of 5 fits: bs=5' in M._advice(l, .8*free) and memory_estimate(l, bs=5)-memory_parts(l)['weights']<=free
+    assert 'A batch of 5 fits: bs=5' in M._memory_advice(l, .8*free) and memory_estimate(l, bs=5)-memory_parts(l)['weights']<=free
 
 def test_what_cannot_be_counted_is_let_through(learner, monkeypatch):
     l = learner(3)
@@ -43,8 +43,8 @@ def test_a_prediction_that_cannot_fit(learner, monkeypatch):
 
 def test_free_memory_obeys_the_group(monkeypatch):
     assert 0<free_memory('cpu')<2**50
-    monkeypatch.setattr('fastmed.io.guard._groups', lambda: [('most','used','stat','inactive_file')])
-    monkeypatch.setattr('fastmed.io.guard._number', lambda fn, key=None: dict(most=20000, used=8000, stat=345).get(fn)); assert free_memory('cpu')==12345
+    monkeypatch.setattr('fastmed.io.guard._control_groups', lambda: [('most','used','stat','inactive_file')])
+    monkeypatch.setattr('fastmed.io.guard._kernel_number', lambda fn, key=None: dict(most=20000, used=8000, stat=345).get(fn)); assert free_memory('cpu')==12345
 
 @pytest.mark.parametrize('error', [torch.OutOfMemoryError('CUDA out of memory'), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9999 bytes"), MemoryError('no memory')])
 def test_out_of_memory_inside_a_fit(learner, error):

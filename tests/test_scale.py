@@ -159,14 +159,14 @@ def test_leaks_in_blocks_are_those_of_the_whole(monkeypatch):
     vox = prints(150)
     proof,like = leaks._pairs(vox)
     assert len(proof)>=20 and like
-    monkeypatch.setattr(leaks, '_block', 37)
+    monkeypatch.setattr(leaks, '_block_size', 37)
     assert leaks._pairs(vox)==(proof,like) and [list(o) for o in leaks._pairs(vox)]==[list(proof),list(like)]
 
 @pytest.mark.parametrize('taught', [False, True])
 def test_leaks_hold_no_matrix_of_all_pairs(monkeypatch, taught):
     "Three times as many cases take three times the memory, not nine"
-    monkeypatch.setattr(leaks, '_block', 32, raising=False)
-    monkeypatch.setattr(leaks, '_sample', 64, raising=False)
+    monkeypatch.setattr(leaks, '_block_size', 32, raising=False)
+    monkeypatch.setattr(leaks, '_sample_size', 64, raising=False)
     def peak(n):
         vox = prints(n, size=4, runs=8)
         for k in range(20 if taught else 0):

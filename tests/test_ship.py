@@ -309,9 +309,9 @@ def forge(b, edit=lambda m: m, tensors=lambda t: t):
     from safetensors.torch import load, save
     n = int.from_bytes(b[:8], 'little')
     meta = json.loads(json.loads(b[8:8+n])['__metadata__']['fastmed'])
-    t = tensors(load(b)); meta['sha256'] = plain._blank
+    t = tensors(load(b)); meta['sha256'] = plain.NO_DIGEST
     meta = edit(meta) or meta
-    return plain._seal(save(t, {'fastmed':meta if isinstance(meta, str) else json.dumps(meta)}))
+    return plain.seal_file(save(t, {'fastmed':meta if isinstance(meta, str) else json.dumps(meta)}))
 
 def put(value, *keys):
     def f(m):
@@ -396,9 +396,9 @@ def _forged(rng, b):
         if rng.random()<.6 and isinstance(meta, dict) and isinstance(meta.get('network'), dict): meta['network'] = _odd_value(rng, meta['network'])
         else: meta = _odd_value(rng, meta)
     if isinstance(meta, dict) and rng.random()<.3: meta['echo'] = []
-    head = {'__metadata__':{'fastmed':json.dumps({'sha256':plain._blank, **meta} if isinstance(meta, dict) else meta)}, **(head if isinstance(head, dict) else {'x':head})}
+    head = {'__metadata__':{'fastmed':json.dumps({'sha256':plain.NO_DIGEST, **meta} if isinstance(meta, dict) else meta)}, **(head if isinstance(head, dict) else {'x':head})}
     h = json.dumps(head).encode(); b = len(h).to_bytes(8, 'little')+h+b[8+n:]
-    return plain._seal(b) if plain._blank.encode() in b else b
+    return plain.seal_file(b) if plain.NO_DIGEST.encode() in b else b
 
 def test_some_hundred_forged_headers(loaders, tmp_path):
     "In a child process with a limit of memory and of time a file: each is opened or refused by name, in little memory"
@@ -433,10 +433,10 @@ def test_zeros_that_a_right_header_declares(saved, tmp_path, monkeypatch):
     "They take no room on the disk: they are read a piece at a time, and refused before a network is built of them"
     b = saved[1].read_bytes(); n = int.from_bytes(b[:8], 'little'); head = json.loads(b[8:8+n]); size = 2**28
     meta = json.loads(head['__metadata__']['fastmed']); meta['network']['args']['dict']['nf'] = 4_000
-    head = {'__metadata__':{'fastmed':json.dumps({**meta, 'sha256':plain._blank})}, 'w':dict(dtype='F32', shape=[size//4], data_offsets=[0,size])}
+    head = {'__metadata__':{'fastmed':json.dumps({**meta, 'sha256':plain.NO_DIGEST})}, 'w':dict(dtype='F32', shape=[size//4], data_offsets=[0,size])}
     h = json.dumps(head).encode(); start = len(h).to_bytes(8, 'little')+h; digest = hashlib.sha256(start)
     for _ in range(size//2**20): digest.update(bytes(2**20))
-    with open(tmp_path/'zeros', 'wb') as f: f.write(start.replace(plain._blank.encode(), f'sha256:{digest.hexdigest()}'.encode())); f.truncate(len(start)+size)
+    with open(tmp_path/'zeros', 'wb') as f: f.write(start.replace(plain.NO_DIGEST.encode(), f'sha256:{digest.hexdigest()}'.encode())); f.truncate(len(start)+size)
     monkeypatch.setattr(modelfile, 'memory_left', lambda *a: 2**28)
     with pytest.raises(MemoryError, match='zeros: its weights need 0.537 GB'): load_model(tmp_path/'zeros', 'cpu')
     monkeypatch.undo(); mb,said = _peak(LOADS, tmp_path, tmp_path/'zeros'); assert mb<700 and 'zeros' in said[0], (mb, said)
@@ -533,9 +533,9 @@ def test_onnx_forged(onnx, learner, tmp_path):
     export_onnx(learner(2, fast=False), tmp_path/'m.onnx')
     m = ox.load(str(tmp_path/'m.onnx')); meta = json.loads(m.metadata_props[0].value)
     def write(edit, mod=lambda m: m):
-        d = json.loads(json.dumps(meta)); d['sha256'] = plain._blank; edit(d)
+        d = json.loads(json.dumps(meta)); d['sha256'] = plain.NO_DIGEST; edit(d)
         c = ox.ModelProto(); c.CopyFrom(m); mod(c); ox.helper.set_model_props(c, {'fastmed':json.dumps(d)})
-        (tmp_path/'bad.onnx').write_bytes(plain._seal(c.SerializeToString()))
+        (tmp_path/'bad.onnx').write_bytes(plain.seal_file(c.SerializeToString()))
         return tmp_path/'bad.onnx'
     load_onnx(write(lambda d: None))
     def other(c): c.graph.node[0].op_type = 'Nothing'

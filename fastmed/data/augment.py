@@ -14,7 +14,7 @@ from fasttransform import Transform, ItemTransform
 from ..core import ArgumentError, InputError, TensorVolume, TensorVolumeMask, TensorSlice, TensorSliceMask
 
 # %% ../../nbs/data/07_augment.ipynb #93c1ab32
-_images,_masks = (TensorVolume,TensorSlice),(TensorVolumeMask,TensorSliceMask)
+_image_types,_masks = (TensorVolume,TensorSlice),(TensorVolumeMask,TensorSliceMask)
 
 def bspline_basis(
     n:int, # voxels along the axis
@@ -60,7 +60,7 @@ def along_axes(
     return x
 
 # %% ../../nbs/data/07_augment.ipynb #81fbafa9
-def _number(name, v, lo, hi=float('inf')):
+def _bounded(name, v, lo, hi=float('inf')):
     if isinstance(v, bool) or not isinstance(v, numbers.Real) or not lo<=v<=hi:
         raise InputError(f"{name}: expected a number from {lo:g} to {hi:g}, found {v!r}")
     return float(v)
@@ -74,7 +74,7 @@ class _BatchTfm(Transform):
     def _size(self, b):
         "Number of items and space axes of a batch, from its first image"
         for o in b:
-            if isinstance(o, _images): return len(o), tuple(o.shape[2:])
+            if isinstance(o, _image_types): return len(o), tuple(o.shape[2:])
         raise ArgumentError(f"{type(self).__name__}: expected a batch with a TensorVolume or TensorSlice, found {[type(o).__name__ for o in b]}")
 
     def __call__(self, b, split_idx=None, **kwargs):
@@ -102,11 +102,11 @@ class SpatialTfm(_BatchTfm):
     ):
         super().__init__(split_idx=split_idx)
         self.split_idx = split_idx
-        self.spacing = None if spacing is None else tuple(_number('spacing', float(s), 1e-6) for s in spacing)
-        turn = lambda r: _number('max_rotate', r, 0, 180)
+        self.spacing = None if spacing is None else tuple(_bounded('spacing', float(s), 1e-6) for s in spacing)
+        turn = lambda r: _bounded('max_rotate', r, 0, 180)
         self.max_rotate = tuple(turn(float(r)) for r in max_rotate) if isinstance(max_rotate, (tuple,list)) else turn(max_rotate)
-        self.max_scale,self.max_elastic = _number('max_scale', max_scale, 0, .95),_number('max_elastic', max_elastic, 0, .4)
-        for k,v in dict(p_rotate=p_rotate, p_scale=p_scale, p_elastic=p_elastic, p_flip=p_flip).items(): setattr(self, k, _number(k, v, 0, 1))
+        self.max_scale,self.max_elastic = _bounded('max_scale', max_scale, 0, .95),_bounded('max_elastic', max_elastic, 0, .4)
+        for k,v in dict(p_rotate=p_rotate, p_scale=p_scale, p_elastic=p_elastic, p_flip=p_flip).items(): setattr(self, k, _bounded(k, v, 0, 1))
         self.flips = (flips,) if isinstance(flips, int) else tuple(flips)
 
     def _free(self, size):
@@ -179,7 +179,7 @@ class SpatialTfm(_BatchTfm):
         "Move every image and mask of the batch by `p`; other things pass. Raises `ValueError` where mask and image differ in shape."
         one = not isinstance(b, (tuple,list)); bs = (b,) if one else b
         d,n = p['flip'].shape[1],len(p['zoom'])
-        todo = [o for o in bs if isinstance(o, _images+_masks)]
+        todo = [o for o in bs if isinstance(o, _image_types+_masks)]
         sizes = {tuple(o.shape[-d:]) for o in todo}
         if len(sizes)>1 or any(len(o)!=n for o in todo):
             found = [(type(o).__name__, tuple(o.shape)) for o in todo]
@@ -189,7 +189,7 @@ class SpatialTfm(_BatchTfm):
         move = (p['angle']!=0).any(1) | (p['zoom']!=1)
         if p['bend'] is not None: move = move | p['bend'].flatten(1).any(1)
         items = move.nonzero().flatten(); g = self.grid(p, size, items, dev) if len(items) else None
-        res = [self._move(o, p['flip'], items, g, d) if isinstance(o, _images+_masks) else o for o in bs]
+        res = [self._move(o, p['flip'], items, g, d) if isinstance(o, _image_types+_masks) else o for o in bs]
         return res[0] if one else type(b)(res)
 
     def _move(self, o, flip, items, g, d):
@@ -239,12 +239,12 @@ class IntensityTfm(_BatchTfm):
     ):
         super().__init__(split_idx=split_idx)
         self.split_idx = split_idx
-        self.spacing = None if spacing is None else tuple(_number('spacing', float(s), 1e-6) for s in spacing)
+        self.spacing = None if spacing is None else tuple(_bounded('spacing', float(s), 1e-6) for s in spacing)
         given = locals(); top = dict(max_bias=2, max_contrast=.95)
         for k in _strengths:
             m,p = f'max_{k}',f'p_{k}'
-            setattr(self, m, _number(m, given[m], 1 if k=='low_res' else 0, top.get(m, float('inf'))))
-            setattr(self, p, _number(p, given[p], 0, 1))
+            setattr(self, m, _bounded(m, given[m], 1 if k=='low_res' else 0, top.get(m, float('inf'))))
+            setattr(self, p, _bounded(p, given[p], 0, 1))
 
     def draw(self,
         n:int,      # items
@@ -269,8 +269,8 @@ class IntensityTfm(_BatchTfm):
         p:dict # from `draw`
     ):         # the same kinds, dtypes and device
         "Change the first image of the batch by `p`; masks and everything else pass"
-        if not isinstance(b, (tuple,list)): return self._shade(b, p) if isinstance(b, _images) else b
-        i = next((i for i,o in enumerate(b) if isinstance(o, _images)), None)
+        if not isinstance(b, (tuple,list)): return self._shade(b, p) if isinstance(b, _image_types) else b
+        i = next((i for i,o in enumerate(b) if isinstance(o, _image_types)), None)
         return b if i is None else type(b)(self._shade(o, p) if j==i else o for j,o in enumerate(b))
 
     def _shade(self, o, p):
@@ -373,7 +373,7 @@ class TorchIOTransform(ItemTransform):
         import torchio as tio
         sub = {}
         for i,o in enumerate(xs):
-            if not isinstance(o, _images+_masks): continue
+            if not isinstance(o, _image_types+_masks): continue
             flat,mask = isinstance(o, (TensorSlice,TensorSliceMask)),isinstance(o, _masks)
             d = o.as_subclass(Tensor).detach().cpu()
             d = d[None] if mask else d

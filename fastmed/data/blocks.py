@@ -318,16 +318,22 @@ def SliceMaskBlock(
     "A `TransformBlock` for the masks of slices: a label volume that `PatchTransform` cuts to `TensorSliceMask`s"
     return VolumeMaskBlock(codes, preprocess, cache)
 
-# %% ../../nbs/data/09_blocks.ipynb #3a7aa6d7
-def _find(tfms, cls): return first(f for f in getattr(tfms, 'fs', L()) if isinstance(f, cls))
+# %% ../../nbs/data/09_blocks.ipynb #73cf256d
+def find_transform(
+    tfms, # a Pipeline
+    cls   # type of the transform
+):        # the first one of that type, or None
+    "A transform by its type"
+    return first(f for f in getattr(tfms, 'fs', L()) if isinstance(f, cls))
 
+# %% ../../nbs/data/09_blocks.ipynb #3a7aa6d7
 def get_preprocess(
     dls # DataLoaders with a `VolumeBlock`
 )->Preprocess: # fitted
     "The `Preprocess` of the images, with the codes of the masks. Raises `ValueError` where there is no block of ours"
     tls = dls.train_ds.tls
-    x = first(f for tl in tls for f in [_find(tl.tfms, LoadVolume)] if f)
-    y = first(f for tl in tls for f in [_find(tl.tfms, LoadMask)] if f)
+    x = first(f for tl in tls for f in [find_transform(tl.tfms, LoadVolume)] if f)
+    y = first(f for tl in tls for f in [find_transform(tl.tfms, LoadMask)] if f)
     if x is None: raise InputError("These DataLoaders hold no VolumeBlock or SliceBlock")
     if y is None or x.preprocess.codes==y.preprocess.codes: return x.preprocess
     return Preprocess(**{**x.preprocess.to_dict(), 'codes':y.preprocess.codes})
@@ -336,13 +342,13 @@ def get_store(
     dls # DataLoaders with a `VolumeBlock`
 )->Store: # or None, where nothing is kept
     "The `Store` of the images"
-    return first(f for tl in dls.train_ds.tls for f in [_find(tl.tfms, LoadVolume)] if f).store
+    return first(f for tl in dls.train_ds.tls for f in [find_transform(tl.tfms, LoadVolume)] if f).store
 
 def get_plan(
     dls # DataLoaders with a `PatchTransform`
 )->Plan: # with patch, ndim, spacing, …
     "The `Plan` whose patches are drawn. Raises `ValueError` where no patches are cut"
-    t = _find(dls.train.after_item, PatchTransform)
+    t = find_transform(dls.train.after_item, PatchTransform)
     if t is None: raise InputError("These DataLoaders cut no patches: add item_tfms=PatchTransform((48,48,48)), or (1,64,64) for slices")
     return t.plan
 

@@ -202,7 +202,7 @@ def scan_decathlon(
     return df
 
 # %% ../../nbs/data/02_cases.ipynb #c0de5a02
-def _whole(v):
+def _whole_value(v):
     "A value of a mask as a plain integer; None where it is no whole number"
     if isinstance(v, (bool,np.bool_)) or not isinstance(v, (int,float,np.number)): return None
     return int(v) if np.isfinite(v) and v==int(v) else None
@@ -210,7 +210,7 @@ def _whole(v):
 def _code_values(name, v):
     "The values of one structure: an integer, or a list of them"
     many = isinstance(v, (list,tuple,set,frozenset,range,L,pd.Series)) or isinstance(v, np.ndarray) and v.ndim==1
-    whole = [_whole(o) for o in (v if many else [v])]
+    whole = [_whole_value(o) for o in (v if many else [v])]
     if not whole or None in whole: raise InputError(f"codes: expected a whole number, or a list of them, as the value of {name!r}; found {str(v)[:80]}")
     return whole if many else whole[0]
 
@@ -276,6 +276,58 @@ def marked_rows(
             raise InputError(f"case {case!r}: {col} is {v!r}; expected True or False, or 1 and 0, in every row. Fill it in; of a column of folds mark one: df.assign(is_valid=df[{col!r}]==0)")
     return df[col].astype(bool).values
 
+# %% ../../nbs/data/02_cases.ipynb #dda1494c
+def case_splitter(
+    df,        # one row a case
+    group_col, # column whose groups are never parted, or None
+    valid_col, # column that marks validation, or None
+    valid_pct, # share of the groups that validate
+    seed       # of the draw
+):             # a splitter: items → (training, validation) indices
+    "How the cases of a table are split. Raises `ColumnError`, `InputError`"
+    if group_col is None and 'subject' in df: group_col = 'subject'
+    if group_col is not None and group_col not in df: raise ColumnError(f"group_col {group_col!r}: not in the DataFrame, which has {list(df)}")
+    if valid_col is not None:
+        v = marked_rows(df, valid_col)
+        if v.all() or not v.any():
+            raise InputError(f"valid_col {valid_col!r}: expected some cases to train and some to validate; found {v.sum()} of {len(v)} marked")
+        if group_col is not None:
+            both = sorted(set(df[group_col][v].astype(str)) & set(df[group_col][~v].astype(str)))
+            if both:
+                raise InputError(f"valid_col {valid_col!r} puts {group_col} {both[:5]} on both sides of the split ({len(both)} in all). Keep each on one side")
+        return lambda o: (L(np.flatnonzero(~v).tolist()), L(np.flatnonzero(v).tolist()))
+    if not 0<valid_pct<1: raise InputError(f"valid_pct: expected a share between 0 and 1; found {valid_pct}")
+    return GroupSplitter(df[group_col] if group_col is not None else range(len(df)), valid_pct, seed)
+
+# %% ../../nbs/data/02_cases.ipynb #8f4d3e27
+def group_values(
+    df,        # one row a case
+    group_col  # name of a column, or None
+):             # Series of text, a row a case
+    "The group of each row as text: of `group_col`, else `subject`, else each row its own"
+    if group_col is None and 'subject' in df: group_col = 'subject'
+    if group_col is None: return pd.Series(np.arange(len(df)).astype(str) if 'case' not in df else df['case'].astype(str).values)
+    if group_col not in df: raise ColumnError(f"group_col {group_col!r}: not in the DataFrame, which has {list(df)}")
+    if (na:=df[group_col].isna()).any():
+        r = df[na].iloc[0]; raise InputError(f"case {r.get('case', r.name)!r} has no {group_col}. Fill the column")
+    return df[group_col].astype(str).reset_index(drop=True)
+
+# %% ../../nbs/data/02_cases.ipynb #db5b5fab
+def warn_twins(
+    df,    # one row a case
+    files, # files of each case
+    train  # indices of the training cases
+):
+    "Warn where one content stands on both sides of a split: in files of other names too, as long as they are of one kind"
+    seen,train = {},set(train)
+    for i,fs in enumerate(files):
+        for f in fs if is_listy(fs) else [fs]:
+            if (k:=_content(f)) is not None: seen.setdefault(k, []).append(i)
+    both = [(next(i for i in v if i in train), next(i for i in v if i not in train)) for v in seen.values() if {i in train for i in v}=={True,False}]
+    if both:
+        a,b = (df.iloc[i].get('case', i) for i in both[0])
+        warn(f"{len(both)} images stand on both sides of the split, such as that of case {a!r} (training), which is that of case {b!r} (validation): the score will be of memory. Drop one of them, or give both one subject. find_leaks(df) looks deeper")
+
 # %% ../../nbs/data/02_cases.ipynb #ec8b1c0d
 def GroupSplitter(
     groups,             # group of each item, such as the subject
@@ -308,37 +360,13 @@ def group_folds(
 )->np.ndarray:      # (rows,) number of the fold that holds each case out
     "Folds of about equal size that never part a group, the same for the same cases in any order. Raises `ValueError` on fewer groups than folds"
     from sklearn.model_selection import GroupKFold
-    groups = _group_values(df, group_col)
+    groups = group_values(df, group_col)
     if n<2: raise InputError(f"folds: expected 2 or more; found {n}")
     if groups.nunique()<n: raise InputError(f"folds: {n} folds need at least {n} groups; found {groups.nunique()} in {len(df)} cases. Ask for fewer folds")
     order = np.lexsort([df['case'].astype(str) if 'case' in df else groups, groups])
     res = np.empty(len(df), int)
     for k,(_,held) in enumerate(GroupKFold(n, shuffle=True, random_state=seed).split(order, groups=groups.values[order])): res[order[held]] = k
     return res
-
-def _group_values(df, group_col):
-    "The group of each row as text: of `group_col`, else `subject`, else each row its own"
-    if group_col is None and 'subject' in df: group_col = 'subject'
-    if group_col is None: return pd.Series(np.arange(len(df)).astype(str) if 'case' not in df else df['case'].astype(str).values)
-    if group_col not in df: raise ColumnError(f"group_col {group_col!r}: not in the DataFrame, which has {list(df)}")
-    if (na:=df[group_col].isna()).any():
-        r = df[na].iloc[0]; raise InputError(f"case {r.get('case', r.name)!r} has no {group_col}. Fill the column")
-    return df[group_col].astype(str).reset_index(drop=True)
-
-def _case_splitter(df, group_col, valid_col, valid_pct, seed):
-    if group_col is None and 'subject' in df: group_col = 'subject'
-    if group_col is not None and group_col not in df: raise ColumnError(f"group_col {group_col!r}: not in the DataFrame, which has {list(df)}")
-    if valid_col is not None:
-        v = marked_rows(df, valid_col)
-        if v.all() or not v.any():
-            raise InputError(f"valid_col {valid_col!r}: expected some cases to train and some to validate; found {v.sum()} of {len(v)} marked")
-        if group_col is not None:
-            both = sorted(set(df[group_col][v].astype(str)) & set(df[group_col][~v].astype(str)))
-            if both:
-                raise InputError(f"valid_col {valid_col!r} puts {group_col} {both[:5]} on both sides of the split ({len(both)} in all). Keep each on one side")
-        return lambda o: (L(np.flatnonzero(~v).tolist()), L(np.flatnonzero(v).tolist()))
-    if not 0<valid_pct<1: raise InputError(f"valid_pct: expected a share between 0 and 1; found {valid_pct}")
-    return GroupSplitter(df[group_col] if group_col is not None else range(len(df)), valid_pct, seed)
 
 def _content(fn):
     "What tells one content from another without unpacking it: of a .gz the checksum at its end, else size and the bytes at both ends; None where there is no such file"
@@ -348,14 +376,3 @@ def _content(fn):
             if str(fn).lower().endswith('.gz'): return end
             return n,*(hashlib.blake2b((f.seek(k), f.read(2**14))[1], digest_size=16).digest() for k in (0, n//2, max(0, n-2**14)))
     except (OSError, ValueError, TypeError): return None
-
-def _warn_twins(df, files, train):
-    "Warn where one content stands on both sides of a split: in files of other names too, as long as they are of one kind"
-    seen,train = {},set(train)
-    for i,fs in enumerate(files):
-        for f in fs if is_listy(fs) else [fs]:
-            if (k:=_content(f)) is not None: seen.setdefault(k, []).append(i)
-    both = [(next(i for i in v if i in train), next(i for i in v if i not in train)) for v in seen.values() if {i in train for i in v}=={True,False}]
-    if both:
-        a,b = (df.iloc[i].get('case', i) for i in both[0])
-        warn(f"{len(both)} images stand on both sides of the split, such as that of case {a!r} (training), which is that of case {b!r} (validation): the score will be of memory. Drop one of them, or give both one subject. find_leaks(df) looks deeper")

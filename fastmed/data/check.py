@@ -10,13 +10,13 @@ from ..core import *
 from ..io.volumes import *
 from .cases import check_codes, check_columns
 from ..io.report import *
-from .placement import _border_profiles, _misplaced
-from .survey import _case_names, _f, _some, _survey, _twins
+from .placement import border_profiles, misplaced_masks
+from .survey import case_names, problem_row, some_of, survey_cases, repeated_hashes
 from fastai.basics import *
 import contextlib
 
 # %% ../../nbs/data/15_check.ipynb #2f36f4d7
-_kinds = ('shape','orientation','spacing','direction','place')
+_grid_kinds = ('shape','orientation','spacing','direction','place')
 PROBLEMS = ( # kind, severity, what would be right, how to mend it
     ('case named twice', 'error', 'one row a case', 'give each case a name of its own, or drop the second row'),
     ('no image', 'error', 'an image beside the mask', 'add the image, or drop the case'),
@@ -33,9 +33,9 @@ PROBLEMS = ( # kind, severity, what would be right, how to mend it
      'left and right are a guess here: find out how it was scanned, and save it with im.set_sform(affine, 1) of nibabel'),
     ('unit of length', 'warning', 'a header in mm', 'nothing for fastmed, which converts to mm; other tools may ignore the unit: save the scan again in mm'),
     ('too large', 'error', 'a scan that fits into memory', 'crop or resample it, or raise memory_gb'),
-    *((f'mask {k}', 'error', '', 'find the right mask, or resample it: resample_to(load_mask(mask), image.shape[1:], image.affine)') for k in _kinds),
+    *((f'mask {k}', 'error', '', 'find the right mask, or resample it: resample_to(load_mask(mask), image.shape[1:], image.affine)') for k in _grid_kinds),
     ('mask turned', 'warning', '', 'nothing for fastmed, which turns both; for other tools save both in one orientation'),
-    *((f'channel {k}', 'error', '', 'register and resample this channel onto the first') for k in _kinds),
+    *((f'channel {k}', 'error', '', 'register and resample this channel onto the first') for k in _grid_kinds),
     ('channel turned', 'error', '', 'save all channels in one orientation'),
     ('mask channels', 'error', 'one channel of class ids', 'merge one-hot channels into class ids'),
     ('number of channels', 'error', '', 'add the missing channel, take out the one too many, or drop the case'),
@@ -87,7 +87,7 @@ class Report(pd.DataFrame):
         "The table without the cases that have an error; prints what it left out, which also stands in `attrs['left_out']`"
         bad = {i:', '.join(g.problem.unique()) for i,g in pd.DataFrame(self.errors).groupby(level=0) if i>=0}
         res = self.table[~np.isin(np.arange(len(self.table)), list(bad))].copy()
-        names = _case_names(self.table)
+        names = case_names(self.table)
         res.attrs['left_out'] = {names[i]:p for i,p in bad.items()}
         print(f"clean: {len(res)} of {len(self.table)} cases" + (f"; left out: {', '.join(f'{names[i]} ({p})' for i,p in bad.items())}" if bad else ''))
         return res
@@ -154,12 +154,12 @@ def _minority(problem, values, names, what=str):
     s = pd.Series({i:v for i,v in enumerate(values) if v is not None}, dtype=object); n = s.value_counts()
     if len(n)<2: return []
     few = s[s!=n.index[0]]
-    if len(few)<=max(1, len(s)//5) and len(s)>2: return [(i, _f(problem, what(v), expected=f'{what(n.index[0])}, as {n.iloc[0]} of {len(s)} cases')) for i,v in few.items()]
-    return [(-1, _f(problem, '; '.join(f'{what(v)}: {k} cases, such as {names[s.index[s==v][0]]}' for v,k in n.items()), expected='one for all'))]
+    if len(few)<=max(1, len(s)//5) and len(s)>2: return [(i, problem_row(problem, what(v), expected=f'{what(n.index[0])}, as {n.iloc[0]} of {len(s)} cases')) for i,v in few.items()]
+    return [(-1, problem_row(problem, '; '.join(f'{what(v)}: {k} cases, such as {names[s.index[s==v][0]]}' for v,k in n.items()), expected='one for all'))]
 
 def _across(heads, vox, names, subject):
     "Findings that only show beside the other cases: (case number, finding)"
-    out,n = [],len(heads); add = lambda i,*a,**k: out.append((int(i), _f(*a, **k)))
+    out,n = [],len(heads); add = lambda i,*a,**k: out.append((int(i), problem_row(*a, **k)))
     for i in np.flatnonzero(pd.Series(names).duplicated()): add(i, 'case named twice', names[i])
     out += _minority('number of channels', [h['channels'] for h in heads], names, lambda v: f'{v} channels')
     out += _minority('mixed orientation', [h.get('orientation') for h in heads], names)
@@ -167,15 +167,15 @@ def _across(heads, vox, names, subject):
         x = np.array([h.get(key, (np.nan,)*3) for h in heads], dtype=float); m = np.nanmedian(x, 0) if np.isfinite(x).any() else x
         for i in np.flatnonzero(np.any([_far(np.log(x[:,k]), np.log(least)) for k in range(3)], 0)): add(i, p, f"{' × '.join(f'{o:.3g}' for o in x[i])} {unit} (RAS)", expected=f"about {' × '.join(f'{o:.3g}' for o in m)}")
     most = max((len(v['channels']) for v in vox), default=0)
-    for c in range(most): out += _grey([v['channels'][c] if c<len(v['channels']) else None for v in vox], names, f'channel {c}: ' if most>1 else '')
+    for c in range(most): out += _grey_findings([v['channels'][c] if c<len(v['channels']) else None for v in vox], names, f'channel {c}: ' if most>1 else '')
     out += _order(heads, vox, names)
     there = [(c, i) for i,v in enumerate(vox) for c in v['channels'] if c and not c['constant']]
-    for t in _twins((c['bag'], i, c) for c,i in there):
+    for t in repeated_hashes((c['bag'], i, c) for c,i in there):
         j,a = t[0]
         for i,c in t[1:]: add(i, 'same image', f"the voxels of {a['file'].name}" + (', mirrored or turned' if c['hash']!=a['hash'] else '') + (f' (case {names[j]})' if j!=i else ', another channel of this case')
                               + (f', and of another subject: a split may part them' if subject is not None and subject[i]!=subject[j] else ''), c['file'])
     first = lambda i: next((c['hash'] for c in vox[i]['channels'] if c), i)
-    for t in _twins((v['mask'].get('hash'), i, h['mask']) for i,(h,v) in enumerate(zip(heads, vox))):
+    for t in repeated_hashes((v['mask'].get('hash'), i, h['mask']) for i,(h,v) in enumerate(zip(heads, vox))):
         bad = lambda i: not heads[i]['images'] or any(o['problem'].startswith('mask') for o in heads[i]['findings'])   # no image of its own, or one that it does not fit
         blame = [o for o in t if bad(o[0])] if not all(bad(o[0]) for o in t) else t[1:]
         for i,f in blame or t:
@@ -188,9 +188,9 @@ def _contrast(ch):
     ks = sorted({s for o in ch if o for s in o['means']}); ks = [s for s in ks if sum(s in o['means'] for o in ch if o)>=max(5, len(ch)/2)]
     return np.array([np.full(9+len(ks), np.nan) if o is None else np.r_[o['shape'], [o['means'].get(s, np.nan) for s in ks]] for o in ch])
 
-def _grey(ch, names, of):
+def _grey_findings(ch, names, of):
     "Findings about the intensities of one channel of all cases"
-    out,n = [],len(ch); add = lambda i,*a,**k: out.append((int(i), _f(*a, **k))); get = lambda k, none=np.nan: np.array([none if o is None else o[k] for o in ch], dtype=float)
+    out,n = [],len(ch); add = lambda i,*a,**k: out.append((int(i), problem_row(*a, **k))); get = lambda k, none=np.nan: np.array([none if o is None else o[k] for o in ch], dtype=float)
     level,base,file = get('level'),get('base'),[None if o is None else o['file'] for o in ch]; has = np.isfinite(level)
     r = _regimes(level); k = np.bincount(r[has]) if has.any() else np.zeros(1, int); mid = [np.median(level[(r==j)&has]) for j in range(len(k)) if k[j]]
     small = [j for j in range(1, len(k)) if k[j]<=max(1, n//20)] if n>2 else []
@@ -200,7 +200,7 @@ def _grey(ch, names, of):
     for j in range(len(k)): g = np.flatnonzero((r==j)&has); far[g] = _far(level[g], np.log10(3))
     for i in np.flatnonzero(far|off): add(i, 'odd intensity', f'{of}range {10**level[i]:.3g}, from {base[i]*10**level[i]:.3g}', file[i], f'a range of about {10**mid[r[i]]:.3g}, from {np.nanmedian(base)*10**mid[r[i]]:.3g}')
     X = np.array([np.full(6, np.nan) if o is None else o['rough'] for o in ch]); x = np.log(np.where(X>0, X, np.nan))
-    for i in np.flatnonzero(np.sum([_far(c, np.log(2)) for c in x.T], 0)>=2): add(i, 'odd texture', f"{of}neighbours differ by {_some((f'{100*o:.2g}' for o in X[i,:3]), 3)} % of the range along x, y, z", file[i], f"about {_some((f'{100*o:.2g}' for o in np.nanmedian(X[:,:3], 0)), 3)} %")
+    for i in np.flatnonzero(np.sum([_far(c, np.log(2)) for c in x.T], 0)>=2): add(i, 'odd texture', f"{of}neighbours differ by {some_of((f'{100*o:.2g}' for o in X[i,:3]), 3)} % of the range along x, y, z", file[i], f"about {some_of((f'{100*o:.2g}' for o in np.nanmedian(X[:,:3], 0)), 3)} %")
     V = _contrast(ch); have = np.isfinite(V).any(1)
     if have.sum()>=5:
         lo,hi = np.nanmin(V[have], 1, keepdims=True),np.nanmax(V[have], 1, keepdims=True); U = (V[have]-lo)/np.maximum(hi-lo, 1e-9); m = np.nanmedian(U, 0)
@@ -218,13 +218,13 @@ def _order(heads, vox, names):
     V = np.array([[np.r_[c['shape'], np.log(c['rough'][:3].mean()+1e-9), np.log(c['rough'][3:].mean()+1e-9)] for c in vox[i]['channels']] for i in who]); odd = {}
     for i,v in enumerate(V):
         d = np.linalg.norm(v[:,None]-np.median(np.delete(V, i, 0), 0)[None], axis=-1); to = linear_sum_assignment(d)[1]; own = np.trace(d)
-        if (to!=np.arange(C)).any() and own-d[np.arange(C),to].sum()>max(.2*own, .3): odd[who[i]] = 'by their histograms '+_some(f'channel {a} is like channel {b}' for a,b in enumerate(to) if a!=b)
-    if len(odd)>max(1, len(who)/3): i,w = next(iter(odd.items())); return [(-1, _f('channel order', f"{_some((names[k] for k in odd), 3)}: the channels are in another order than in the other cases; {w} of the others"))]
-    return [(i, _f('channel order', f'{w} of the other cases', heads[i]['images'][0])) for i,w in odd.items()]
+        if (to!=np.arange(C)).any() and own-d[np.arange(C),to].sum()>max(.2*own, .3): odd[who[i]] = 'by their histograms '+some_of(f'channel {a} is like channel {b}' for a,b in enumerate(to) if a!=b)
+    if len(odd)>max(1, len(who)/3): i,w = next(iter(odd.items())); return [(-1, problem_row('channel order', f"{some_of((names[k] for k in odd), 3)}: the channels are in another order than in the other cases; {w} of the others"))]
+    return [(i, problem_row('channel order', f'{w} of the other cases', heads[i]['images'][0])) for i,w in odd.items()]
 
-def _labels(heads, vox, names, codes):
+def _label_findings(heads, vox, names, codes):
     "Findings about labels: (case number, finding)"
-    out,has = [],[i for i,v in enumerate(vox) if v['mask'].get('values')]; add = lambda i,*a,**k: out.append((int(i), _f(*a, **k)))
+    out,has = [],[i for i,v in enumerate(vox) if v['mask'].get('values')]; add = lambda i,*a,**k: out.append((int(i), problem_row(*a, **k)))
     if not has: return out
     seen = {i:set(vox[i]['mask']['values']) for i in has}; count = pd.Series([v for s in seen.values() for v in s]).value_counts()
     named = {k:{int(o) for o in L(v)} for k,v in codes.items()} if isinstance(codes, dict) else {c:{k} for k,c in enumerate(codes)} if codes is not None else {str(k):{int(k)} for k in count.index}
@@ -233,14 +233,14 @@ def _labels(heads, vox, names, codes):
     every = set().union(*seen.values()); stray = [k for k in rare if len(has)>=10 or gaps(every) and not gaps(every-set(rare))]
     for i in has:
         v = vox[i]['mask']
-        if codes is not None and (odd:=sorted(seen[i]-known-{0})): add(i, 'unexpected label', _some(odd), file(i), f'{_some(sorted(known), 12)}')
-        if odd:=sorted(seen[i]&set(stray)): add(i, 'rare label', f'{_some(odd)}, in {int(max(count[odd]))} of {len(has)} cases', file(i))
+        if codes is not None and (odd:=sorted(seen[i]-known-{0})): add(i, 'unexpected label', some_of(odd), file(i), f'{some_of(sorted(known), 12)}')
+        if odd:=sorted(seen[i]&set(stray)): add(i, 'rare label', f'{some_of(odd)}, in {int(max(count[odd]))} of {len(has)} cases', file(i))
         if seen[i]<={0}: add(i, 'empty mask', 'background alone', file(i))
         else:
             gone = [str(c) for c,k in named.items() if k!={0} and not k&seen[i] and sum(bool(k&s) for s in seen.values())>=max(2, .8*len(has))]
-            if gone: add(i, 'missing label', f'no {_some(gone)}', file(i), 'as in most cases')
-    if codes is not None and (gone:=[str(c) for c,k in named.items() if k!={0} and not any(k&s for s in seen.values())]): add(-1, 'missing label', f'{_some(gone)} in no case', expected='each of codes in some case')
-    if codes is None and gaps(every): add(-1, 'labels not consecutive', _some(sorted(every|{0}), 12)+(f"; {_some(stray)} in {_some((names[i] for i in has if seen[i]&set(stray)), 3)} alone" if stray else ''))
+            if gone: add(i, 'missing label', f'no {some_of(gone)}', file(i), 'as in most cases')
+    if codes is not None and (gone:=[str(c) for c,k in named.items() if k!={0} and not any(k&s for s in seen.values())]): add(-1, 'missing label', f'{some_of(gone)} in no case', expected='each of codes in some case')
+    if codes is None and gaps(every): add(-1, 'labels not consecutive', some_of(sorted(every|{0}), 12)+(f"; {some_of(stray)} in {some_of((names[i] for i in has if seen[i]&set(stray)), 3)} alone" if stray else ''))
     _often(out, 'touches border', {i:[name(k) for k in vox[i]['mask'].get('border', [])] for i in has}, names, file, sum(bool(seen[i]-{0}) for i in has), .5)
     odd,crumbs,far = {},{},{}
     for k in sorted(every-{0}):
@@ -249,24 +249,24 @@ def _labels(heads, vox, names, codes):
         for i in np.flatnonzero(_far(v, np.log(2+20/n))): odd.setdefault(i, []).append((name(k), np.exp(v[i])/1000, mid))
         p = {i:vox[i]['mask']['pieces'][k] for i in ok}; more = [i for i in ok if len(p[i])>1]
         if len(ok)<3 or len(more)>max(1, .2*len(ok)): continue
-        for i in more: crumbs.setdefault(i, []).append(f"{name(k)}: {_some(s for s,_ in p[i][1:])} voxels, up to {max(g for _,g in p[i][1:]):.3g} mm away")
-    for i,o in odd.items(): add(i, 'odd volume', _some(f'{s} {v:.3g} ml' for s,v,_ in o), file(i), 'about '+_some(f'{s} {m:.3g} ml' for s,_,m in o))
+        for i in more: crumbs.setdefault(i, []).append(f"{name(k)}: {some_of(s for s,_ in p[i][1:])} voxels, up to {max(g for _,g in p[i][1:]):.3g} mm away")
+    for i,o in odd.items(): add(i, 'odd volume', some_of(f'{s} {v:.3g} ml' for s,v,_ in o), file(i), 'about '+some_of(f'{s} {m:.3g} ml' for s,_,m in o))
     _often(out, 'stray pieces', crumbs, names, file, len(has), .5)
     return out
 
 def _often(out, problem, by_case, names, file, n, share):
     "A finding a case, or one for the set where more than `share` of `n` cases have it"
     by_case = {i:o for i,o in by_case.items() if o}
-    if n>2 and len(by_case)>share*n: return out.append((-1, _f(problem, f"{len(by_case)} of {n} cases, such as " + '; '.join(f"{names[i]} ({_some(o, 3)})" for i,o in list(by_case.items())[:3]))))
-    for i,o in by_case.items(): out.append((i, _f(problem, _some(o, 4), file(i))))
+    if n>2 and len(by_case)>share*n: return out.append((-1, problem_row(problem, f"{len(by_case)} of {n} cases, such as " + '; '.join(f"{names[i]} ({some_of(o, 3)})" for i,o in list(by_case.items())[:3]))))
+    for i,o in by_case.items(): out.append((i, problem_row(problem, some_of(o, 4), file(i))))
 
 # %% ../../nbs/data/15_check.ipynb #918e98e9
 def _off_image(heads, vox):
     "Findings about masks that fit their image better at another place"
     res = []
-    for i,place,_,own,there in _misplaced([v.get('fit', {}) for v in vox]):
+    for i,place,_,own,there in misplaced_masks([v.get('fit', {}) for v in vox]):
         found = f'fits better {place}: its borders are {own:.2g} from those of the other cases, there {there:.2g}'
-        res.append((i, _f('mask does not lie on the image', found, heads[i]['mask'])))
+        res.append((i, problem_row('mask does not lie on the image', found, heads[i]['mask'])))
     return res
 
 def check_dataset(
@@ -281,10 +281,10 @@ def check_dataset(
 )->Report:                # one row a finding; `.errors`, `.warnings`, `.summary()`, `.clean()`, `.html(fn)`
     "Find what is wrong with a data set: headers first, every voxel once. Raises `KeyError` where a column of images is missing, `ValueError` on an empty table"
     if not len(df): raise InputError("check_dataset: the table has no rows")
-    codes = check_codes(ifnone(codes, df.attrs.get('codes'))); names = _case_names(check_columns(df))
-    heads,vox = _survey(df, path, image_col, mask_col, tol, memory_gb, workers, fit=_border_profiles)
+    codes = check_codes(ifnone(codes, df.attrs.get('codes'))); names = case_names(check_columns(df))
+    heads,vox = survey_cases(df, path, image_col, mask_col, tol, memory_gb, workers, fit=border_profiles)
     subject = None if 'subject' not in df else [str(o) if pd.notna(o) else i for i,o in enumerate(df.subject)]
-    found = [(i,o) for i,(h,v) in enumerate(zip(heads, vox)) for o in h['findings']+v['findings']] + _labels(heads, vox, names, codes) + _across(heads, vox, names, subject) + _off_image(heads, vox)
+    found = [(i,o) for i,(h,v) in enumerate(zip(heads, vox)) for o in h['findings']+v['findings']] + _label_findings(heads, vox, names, codes) + _across(heads, vox, names, subject) + _off_image(heads, vox)
     kinds = {p:(s,e,m) for p,s,e,m in PROBLEMS}; rows = []
     for i,o in sorted(found, key=lambda o: o[0]):
         s,e,m = kinds[o['problem']]

@@ -137,7 +137,7 @@ def _subject(atlas, centre, spacing, rng):
     return lbl, np.clip(np.round(out), 0, 32767).astype(np.int16)
 
 # %% ../../nbs/data/01_datasets.ipynb #a51967a8
-def _place(
+def _place_structure(
     arr,         # (X,Y,Z) in RAS order
     spacing,     # mm
     code,        # Orientation to store it in, such as 'PSR'
@@ -197,7 +197,7 @@ def cohort(
         lbl,(t1,t2) = _subject(*atlas, spacing, rng)
         tilt = rng.uniform(-8, 8, 3)*(k%2)
         shift = rng.uniform(-30, 30, 3)
-        for f,arr in zip(fns, (t1,t2,lbl)): _save(f, *_place(arr, spacing, ('RAS','LAS','PSR')[k%3], tilt, shift), note)
+        for f,arr in zip(fns, (t1,t2,lbl)): _save(f, *_place_structure(arr, spacing, ('RAS','LAS','PSR')[k%3], tilt, shift), note)
     df = pd.DataFrame(rows)
     _replace(path/'cases.csv', df.to_csv(index=False, lineterminator='\n').encode())
     return df.assign(**{c: [str(path/o) for o in df[c]] for c in ('image','image_t2','mask')})
@@ -272,7 +272,7 @@ _msd = (    # Name in `URLs`, and in lower case the folder in FASTMED_DATA; MD5 
     ('PANCREAS','4f7080cfca169fa8066d17ce6eb061e4'), ('HEPATIC_VESSEL','641d79e80ec66453921d997fbf12a29c'), ('SPLEEN','410d4a301da4e5b2f6f86ec3ddba524e'),
     ('COLON','bad7a188931dc2f6acf72b08eb6202d0'))
 
-def _known(url):
+def _known_url(url):
     "Folder name and MD5 of a Decathlon URL, or two `None`"
     return next(((n.lower(), md5) for n,md5 in _msd if getattr(URLs, n)==url), (None, None))
 
@@ -316,7 +316,7 @@ def _fetch(url, fn, expected):
         elif found!=expected: raise InputError(f'{url}: expected checksum {expected}, found {found}. Nothing was unpacked; call untar_data again, or pass checksum= if the file was changed on purpose')
         return part.replace(fn)
 
-def _unpack(arch, dest, url, note):
+def _unpack_beside(arch, dest, url, note):
     "Unpack `arch` beside `dest` and rename; a single top folder becomes `dest` itself"
     with beside(dest, True) as tmp:
         tops = list(unpack_safely(arch, tmp/'all', url).iterdir())
@@ -339,7 +339,7 @@ def untar_data(
     checksum:str=None,         # MD5 or SHA-256 in hexadecimal; None: the Decathlon's own, else none: a warning says so
 )->Path:                       # The unpacked folder, or `$FASTMED_DATA/<task>` where that is there
     "Download, verify, unpack; whole or absent. Raises `OSError` when the download stops, `ValueError` on a wrong checksum or an unsafe archive. Hands fastai's own URLs to fastai"
-    folder,md5 = _known(url)
+    folder,md5 = _known_url(url)
     if not (checksum or md5) and url in [v for o in external.URLs.__mro__ for v in vars(o).values()]:
         try: return external.untar_data(url, archive=archive, data=data, c_key=c_key, force_download=force_download, base=base)
         except Exception as e: raise FileError(f"{url}: could not be fetched ({_why(e)}). Check the address and the connection; force_download=True takes it anew") from e
@@ -366,4 +366,4 @@ def untar_data(
         dest.parent.mkdir(parents=True, exist_ok=True)
         if there(): return dest
         if force_download: arch.unlink(missing_ok=True)
-        return _unpack(_fetch(url, arch, expected), dest, url, f'{expected or "unverified"} {url}\n')
+        return _unpack_beside(_fetch(url, arch, expected), dest, url, f'{expected or "unverified"} {url}\n')

@@ -9,17 +9,23 @@ __all__ = ['label_kind', 'TensorRegression', 'LabelOf', 'TargetNumbers', 'label_
 # %% ../../nbs/data/10_labels.ipynb #bea795a6
 from ..core import *
 from ..io.volumes import *
-from .cases import _case_splitter, _group_values
+from .cases import case_splitter, group_values
 from .preprocess import *
 from .plan import *
 from .blocks import *
 from fastai.data.all import *
 import math
 
+# %% ../../nbs/data/10_labels.ipynb #ec99108d
+def is_blank(
+    v  # a value of a table
+):     # whether it says nothing
+    "Whether a cell is empty: None, NA, NaT, nan, or text of blanks"
+    return v is None or v is pd.NA or v is pd.NaT or (isinstance(v, str) and not v.strip()) or (isinstance(v, (float,np.floating)) and math.isnan(v))
+
 # %% ../../nbs/data/10_labels.ipynb #54027ed1
 def _case(df, i): r = df.iloc[int(i)]; return r.get('case', r.name)
 def _many(v): return isinstance(v, (list,tuple,set,frozenset,np.ndarray,L))
-def _blank(v): return v is None or v is pd.NA or v is pd.NaT or (isinstance(v, str) and not v.strip()) or (isinstance(v, (float,np.floating)) and math.isnan(v))
 def _scalar(v): return v.item() if isinstance(v, np.generic) else v
 
 def _y_kind(y_block):
@@ -47,7 +53,7 @@ def label_kind(
     cols,few = L(label_col),10
     for c in cols:
         if c not in df: raise ColumnError(f"label_col {c!r}: not in the DataFrame, which has {list(df)}")
-        no = [i for i,v in enumerate(df[c]) if not _many(v) and _blank(v) and not (label_delim and isinstance(v, str))]
+        no = [i for i,v in enumerate(df[c]) if not _many(v) and is_blank(v) and not (label_delim and isinstance(v, str))]
         if no: raise InputError(f"case {_case(df, no[0])!r} has no {c}{f' ({len(no)} cases have none)' if len(no)>1 else ''}. Fill it in, or leave the case out: df.dropna(subset=[{c!r}])")
     if len(cols)==1:
         v = df[cols[0]]
@@ -82,7 +88,7 @@ class LabelOf(DisplayedTransform):
         if len(vs)>1: return [float(v) for v in vs]
         v = vs[0]
         if isinstance(v, str): v = [s for s in (s.strip() for s in v.split(self.label_delim)) if s]
-        elif not _many(v): v = [] if _blank(v) else [v]
+        elif not _many(v): v = [] if is_blank(v) else [v]
         return sorted({_scalar(i) for i in v}, key=str)
 
 class TargetNumbers(RegressionSetup):
@@ -182,9 +188,9 @@ def label_splitter(
     stratify=True     # balance the classes
 ):                    # function: items → (training indices, validation indices)
     "The split of labelled cases: by `valid_col`, else balanced, subjects whole. Raises `InputError`, `ColumnError`"
-    if not stratify or valid_col is not None: return _case_splitter(df, group_col, valid_col, valid_pct, seed)
+    if not stratify or valid_col is not None: return case_splitter(df, group_col, valid_col, valid_pct, seed)
     cols = list(label_col) if is_listy(label_col) and len(label_col)>1 else L(label_col)[0]
-    g = _group_values(df, group_col) if group_col is not None or 'subject' in df else range(len(df))
+    g = group_values(df, group_col) if group_col is not None or 'subject' in df else range(len(df))
     return StratifiedSplitter(g, _indicators(df, cols, kind, label_delim), valid_pct, seed)
 
 # %% ../../nbs/data/10_labels.ipynb #2517c7e2

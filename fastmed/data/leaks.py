@@ -8,7 +8,7 @@ __all__ = ['find_leaks', 'distribution_shift']
 # %% ../../nbs/data/16_leaks.ipynb #438f7f61
 from ..core import *
 from .cases import check_columns
-from .survey import _case_names, _mix, _roughness, _survey, _twins
+from .survey import case_names, mix_hash, roughness_of, survey_cases, repeated_hashes
 from fastai.basics import *
 from collections import Counter
 import itertools
@@ -21,10 +21,10 @@ def _sketch(a, run=8, k=512):
         if a.shape[ax]<run: continue
         b = np.moveaxis(a, ax, -1); b = b.reshape(-1, b.shape[-1]); step = max(1, 500_000//b.shape[1])
         for i in range(0, len(b), step):
-            s = b[i:i+step]; h = _mix(np.ascontiguousarray(s).view(np.uint32).astype(np.uint64)); m = s.shape[1]-run+1
+            s = b[i:i+step]; h = mix_hash(np.ascontiguousarray(s).view(np.uint32).astype(np.uint64)); m = s.shape[1]-run+1
             f = sum(h[:,j:j+m]*P[j] for j in range(run)); r = sum(h[:,j:j+m]*P[run-1-j] for j in range(run))
             new = np.diff(s, axis=1)!=0; lively = sum(new[:,j:j+m].astype(np.int8) for j in range(run-1))>=run-3
-            v = _mix(np.minimum(f, r)[lively]); v = v[v<=best[-1]] if len(best)==k else v
+            v = mix_hash(np.minimum(f, r)[lively]); v = v[v<=best[-1]] if len(best)==k else v
             best = np.unique(np.concatenate([best, np.partition(v, k)[:k*4] if len(v)>k*4 else v]))[:k]
     return best
 
@@ -56,22 +56,22 @@ def _spectrum(a, n=24):
         res[ax] = np.log(p/len(starts)+least)
     return res
 
-def _fingerprint(a, spacing, box):
+def _scan_print(a, spacing, box):
     "What two scans that are one have in common, in 25 kB at most: of one channel (X,Y,Z) float32 in RAS order"
     a = a if np.isfinite(a).all() else np.nan_to_num(a, posinf=0, neginf=0); u,n = np.unique(a, return_counts=True)
     if len(u)<3: return None
     with np.errstate(over='ignore'): sketch = _sketch(a, 8 if len(u)>256 else 12)      # of few grey values a gentle slope of eight is common
     c = np.cumsum(n)/a.size; q = u[np.searchsorted(c, (.05,.1,.25,.5,.75,.9,.95))].astype(float); scale = max(q[-1]-q[0], 1e-6*abs(q[-1]), 1e-30)
-    d = dict(sketch=sketch, quantum=_quantum(u), gaps=None, thumb=_thumb(a, spacing, box), like=np.r_[np.log(np.r_[np.maximum(q-float(u[0]), 0)+.01*scale, _roughness(a, 1.)+1e-6*scale]), _spectrum(a).ravel()].astype(np.float32))
+    d = dict(sketch=sketch, quantum=_quantum(u), gaps=None, thumb=_thumb(a, spacing, box), like=np.r_[np.log(np.r_[np.maximum(q-float(u[0]), 0)+.01*scale, roughness_of(a, 1.)+1e-6*scale]), _spectrum(a).ravel()].astype(np.float32))
     if d['quantum']>=1 and (u==np.round(u)).all():
         k = np.round(u/d['quantum']).astype(int); lo,hi = k[np.searchsorted(c, (.02,.98))]; there = np.zeros(hi-lo+1, bool); there[k[(k>=lo)&(k<=hi)]-lo] = True
         if 5<=(~there).sum()<=.6*len(there) and len(there)<=8192: d['gaps'] = int(lo),len(there),np.packbits(~there)
     return d
 
 # %% ../../nbs/data/16_leaks.ipynb #f4521119
-_block,_sample = 512,2000   # cases that are compared at a time; cases whose pairs say what is usual
+_block_size,_sample_size = 512,2000   # cases that are compared at a time; cases whose pairs say what is usual
 
-def _blocks(n): return [np.arange(i, min(n, i+_block)) for i in range(0, n, _block)]
+def _case_blocks(n): return [np.arange(i, min(n, i+_block_size)) for i in range(0, n, _block_size)]
 
 def _same_runs(keys, most):
     "Groups of positions with one key, of 2 to `most` members; `keys` is a sorted-or-not array"
@@ -91,8 +91,8 @@ def _rows(T):
 
 def _usual(n, pairs):
     "(median, robust standard deviation) of what `pairs`, (rows, columns) → matrix, gives of two cases: of all, or of 2000 that lie evenly among more"
-    at = np.arange(0, n, -(-n//_sample))
-    parts = [at[b] for b in _blocks(len(at))]
+    at = np.arange(0, n, -(-n//_sample_size))
+    parts = [at[b] for b in _case_blocks(len(at))]
     v = np.concatenate([pairs(i, j)[i[:,None]<j[None]] for k,i in enumerate(parts) for j in parts[k:]])
     m = np.median(v)
     return m,max(1.4826*np.median(np.abs(v-m)), 1e-9)
@@ -108,7 +108,7 @@ def _gap_overlaps(gaps, ids):
         for r,i in enumerate(part): A[r,gaps[i][0]-base:][:len(gaps[i][1])] = gaps[i][1]
         lo = np.array([gaps[i][0]-base for i in part])
         return A,lo,lo+[len(gaps[i][1]) for i in part],np.c_[np.zeros(len(part), int), A.cumsum(1, dtype=np.int64)]
-    step = max(1, min(_block, 2**24//(end-base)))
+    step = max(1, min(_block_size, 2**24//(end-base)))
     parts = [ids[i:i+step] for i in range(0, len(ids), step)]
     for k,p in enumerate(parts):
         A,la,ha,ca = rows(p)
@@ -141,10 +141,10 @@ def _same_pictures(P):
         same = _corr(R, R if i is j else _rows(B))
         flip = np.full_like(same, -1)
         for ax in ((0,),(1,),(2,),(0,1),(0,2),(1,2),(0,1,2)): np.maximum(flip, _corr(R, _rows(np.flip(B, 1+np.array(ax)))), out=flip)
-        if n<=_sample: seen[k] = same,flip                                  # the same blocks again below
+        if n<=_sample_size: seen[k] = same,flip                                  # the same blocks again below
         return same,flip
     m,sd = _usual(n, lambda i, j: np.arctanh(np.maximum(*pictures(i, j))))
-    res,parts = [],_blocks(n)
+    res,parts = [],_case_blocks(n)
     for k,i in enumerate(parts):
         for j in parts[k:]:
             same,flip = pictures(i, j)
@@ -153,7 +153,7 @@ def _same_pictures(P):
             res += [(int(i[a]), int(j[b]), best[a,b], bool(flip[a,b]>same[a,b])) for a,b in np.argwhere(hit)]
     return sorted(res)
 
-def _own(P):
+def _telling_quanta(P):
     "Which prints have a quantum that says something: no round number, and no power of two, which is the step of a floating-point format"
     q = np.array([p['quantum'] for p in P]); two = 2.**np.round(np.log2(q)); return q,np.isfinite(q) & (np.abs(q/np.array([float(f'{o:.3g}') for o in q])-1)>1e-6) & (np.abs(q/two-1)>1e-6)
 
@@ -167,7 +167,7 @@ def _prove(P, proof, who, of=''):
         for g in _same_runs(np.concatenate([P[i]['sketch'] for i in big]), max(4, n//10)): shared.update(itertools.combinations(sorted(case[g].tolist()), 2))
         for (i,j),k in shared.items():
             if k>=8: prove(i, j, f'shared pieces: {k} of {len(P[i]["sketch"])} sampled')
-    q,own = _own(P); o = np.flatnonzero(own)[np.argsort(q[own])]
+    q,own = _telling_quanta(P); o = np.flatnonzero(own)[np.argsort(q[own])]
     for g in np.split(o, np.flatnonzero(np.diff(np.log(q[o]))>1e-6)+1) if len(o) else []:
         if 1<len(g)<=few:
             for i,j in itertools.combinations(g.tolist(), 2): prove(i, j, f'same quantum {q[i]:.7g}')
@@ -183,26 +183,26 @@ def _odds(F, pairs, shrink=.3):
     const = .5*(np.linalg.slogdet(J)[1]-2*np.linalg.slogdet(S)[1])
     return lambda i, j: q[i][:,None]+q[j][None]-X[i]@I[:k,k:]@X[j].T-const
 
-def _alike(P, proof, sure=.9, ahead=2.):
+def _alike_scans(P, proof, sure=.9, ahead=2.):
     "{(i,j): reason} pairs of cases that are merely alike; `P`: the prints of all channels of each case, `proof`: what is proved already; `sure`: least probability, `ahead`: least lead where nothing teaches"
-    n = len(P); own = np.array([_own(ps)[1].any() for ps in P]); free = np.flatnonzero(~own); res = {}
+    n = len(P); own = np.array([_telling_quanta(ps)[1].any() for ps in P]); free = np.flatnonzero(~own); res = {}
     if len(free)<10 or n<20: return res
     by = [[ps[c] for ps in P] for c in range(len(P[0]))]                  # by channel
     likes = [np.stack([p['like'] for p in ps]).astype(float) for ps in by]
     teach = [k for k,w in proof.items() if all('quantum' in o or 'gaps' in o for o in w)]
     if len(teach)>=12: nearest,say = _learnt(by, likes, teach, free, sure),'alike, as the proved pairs of this set are: probability {:.3f}'
-    elif len(free)>=20: nearest,say = _nearest(by, likes, free, ahead),'alike, each the nearest of the other, {:.1f} standard deviations before the next'
+    elif len(free)>=20: nearest,say = _nearest_pairs(by, likes, free, ahead),'alike, each the nearest of the other, {:.1f} standard deviations before the next'
     else: return res
     for i,j,v in nearest: res[int(free[i]),int(free[j])] = say.format(v)
     return res
 
 def _main_parts(ps, k):
     "(n,k) the main components of thumbnails, found on 2000 of them at most"
-    some = np.arange(0, len(ps), -(-len(ps)//_sample))
+    some = np.arange(0, len(ps), -(-len(ps)//_sample_size))
     R = _rows(_thumbs(ps, some))
     mid = R.mean(0)
     V = np.linalg.svd((R-mid).astype(float), full_matrices=False)[2][:k].T
-    return np.concatenate([(_rows(_thumbs(ps, i))-mid).astype(float)@V for i in _blocks(len(ps))])
+    return np.concatenate([(_rows(_thumbs(ps, i))-mid).astype(float)@V for i in _case_blocks(len(ps))])
 
 def _learnt(by, likes, teach, free, sure):
     "Pairs of `free` that are each the other's likeliest twin, by what the proved pairs teach: (i, j, probability)"
@@ -213,18 +213,18 @@ def _learnt(by, likes, teach, free, sure):
         return m
     n,every = len(free),np.arange(len(free))
     top,total = np.empty(n),np.empty(n)
-    for i in _blocks(n):
+    for i in _case_blocks(n):
         m = M(i, every)
         top[i] = np.maximum(m.max(1), 0)
         total[i] = np.exp(m-top[i][:,None]).sum(1)+n*np.exp(-top[i])         # one twin at most, as likely as none
     nn,best = np.empty(n, int),np.empty(n)
-    for i in _blocks(n):
+    for i in _case_blocks(n):
         p = np.minimum(np.exp(M(i, every)-top[i][:,None])/total[i][:,None], (np.exp(M(every, i)-top[:,None])/total[:,None]).T)
         nn[i] = p.argmax(1)
         best[i] = p[np.arange(len(i)),nn[i]]
     return [(i, j, best[i]) for i,j in enumerate(nn) if i<j and nn[j]==i and best[i]>sure]
 
-def _nearest(by, likes, free, ahead):
+def _nearest_pairs(by, likes, free, ahead):
     "Pairs of `free` that are each the other's nearest, far before the next: (i, j, standard deviations)"
     n,measures = len(free),[]
     def pictures(ps):
@@ -248,7 +248,7 @@ def _nearest(by, likes, free, ahead):
         z = sum(np.mean([sign*((f(i, j)-m)/sd) for sign,f,m,sd in fs], 0) for fs in measures)
         z[i[:,None]==j[None]] = -np.inf
         return z
-    parts,nn,best,gap = _blocks(n),np.empty(n, int),np.empty(n),np.empty(n)
+    parts,nn,best,gap = _case_blocks(n),np.empty(n, int),np.empty(n),np.empty(n)
     for i in parts:
         z = np.hstack([Z(i, j) for j in parts])
         nn[i] = z.argmax(1)
@@ -259,7 +259,7 @@ def _nearest(by, likes, free, ahead):
 def _pairs(vox, likely=True, **kwargs):
     "Pairs of cases, {(i,j): [reasons]}: those that are proved to be one scan, and those that are merely alike"
     proof = {}; there = [(i,c) for i,v in enumerate(vox) for c in v['channels'] if c and not c['constant']]
-    for t in _twins((c['bag'], i, c['hash']) for i,c in there):
+    for t in repeated_hashes((c['bag'], i, c['hash']) for i,c in there):
         for (i,a),(j,b) in itertools.combinations(t, 2):
             if i!=j: proof.setdefault((i,j), []).append('identical voxels' if a==b else 'the same voxels, mirrored or turned')
     most = max((len(v['prints']) for v in vox), default=0)
@@ -268,7 +268,7 @@ def _pairs(vox, likely=True, **kwargs):
         if len(who)>1: _prove([vox[i]['prints'][c] for i in who], proof, who, f'channel {c}: ' if most>1 else '')
     has = [i for i,v in enumerate(vox) if v['prints'] and all(v['prints'])]; k = min((len(vox[i]['prints']) for i in has), default=0); at = {i:p for p,i in enumerate(has)}
     if not likely or not has: return proof,{}
-    like = _alike([vox[i]['prints'][:k] for i in has], {(at[i],at[j]):w for (i,j),w in proof.items() if i in at and j in at}, **kwargs)
+    like = _alike_scans([vox[i]['prints'][:k] for i in has], {(at[i],at[j]):w for (i,j),w in proof.items() if i in at and j in at}, **kwargs)
     return proof,{(has[i],has[j]):[w] for (i,j),w in like.items() if (has[i],has[j]) not in proof}
 
 # %% ../../nbs/data/16_leaks.ipynb #c7e91758
@@ -284,7 +284,7 @@ def find_leaks(
     "Pairs of cases, of different subjects as far as these are known, that look like one scan. Raises `KeyError` where a column is missing, `ValueError` on an empty table"
     if not len(df): raise InputError("find_leaks: the table has no rows")
     if split is not None and split not in df: raise ColumnError(f"split {split!r}: not in the DataFrame, which has {list(df)}")
-    names,(_,vox) = _case_names(check_columns(df)),_survey(df, path, image_col, None, .05, memory_gb, workers, prints=_fingerprint); proof,like = _pairs(vox, likely)
+    names,(_,vox) = case_names(check_columns(df)),survey_cases(df, path, image_col, None, .05, memory_gb, workers, prints=_scan_print); proof,like = _pairs(vox, likely)
     sub = [None]*len(df) if 'subject' not in df else [str(o) if pd.notna(o) else None for o in df.subject]
     rows = [dict(case_a=names[i], case_b=names[j], evidence='; '.join(dict.fromkeys(w)), sure=s, **({} if split is None else dict(parted=df[split].iloc[i]!=df[split].iloc[j])))
             for s,d in (('proved',proof),('likely',like)) for (i,j),w in sorted(d.items()) if sub[i] is None or sub[i]!=sub[j]]
@@ -298,7 +298,7 @@ def _shift_features(dfs, path, image_col, site_col, memory_gb, workers):
     "(X, y, groups, unreadable): a row of features a case, which set it is of, the number of its subject"
     rows,ys,subs,lost = [],[],[],0
     for y,df in enumerate(dfs):
-        for k,(h,v) in enumerate(zip(*_survey(df, path, image_col, None, .05, memory_gb, workers))):
+        for k,(h,v) in enumerate(zip(*survey_cases(df, path, image_col, None, .05, memory_gb, workers))):
             if not v['channels'] or None in v['channels']: lost += 1; continue
             f = {('spacing',f'{a}, mm'):s for a,s in zip('xyz', h['spacing'])} | {('size',f'{a}, mm'):s*n for a,s,n in zip('xyz', h['spacing'], h['size'])}
             for c,o in enumerate(v['channels']):

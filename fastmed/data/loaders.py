@@ -9,9 +9,9 @@ __all__ = ['VolumeDataLoaders', 'SliceDataLoaders', 'label_text', 'show_batch', 
 from ..core import *
 from ..io.guard import memory_left
 from ..io.volumes import *
-from ..io.volumes import _grid_str, _unlike
+from ..io.volumes import describe_grid, unlike_grids
 from .cases import *
-from .cases import _case_splitter, _warn_twins, check_codes, check_columns
+from .cases import case_splitter, warn_twins, check_codes, check_columns
 from .preprocess import *
 from .plan import *
 from .store import *
@@ -83,10 +83,10 @@ class VolumeDataLoaders(DataLoaders):
         images,masks = all_files(df, image_col, root),all_files(df, mask_col, root) if mask_col is not None else []
         for m in masks:
             if is_listy(m): raise InputError(f"mask_col {mask_col!r}: expected one file a case; found {m}")
-        if label_col is None: splitter = _case_splitter(df, group_col, valid_col, valid_pct, seed)
+        if label_col is None: splitter = case_splitter(df, group_col, valid_col, valid_pct, seed)
         else: splitter = label_splitter(df, label_col, label_block(df, label_col, y_block, label_delim)[2], label_delim, group_col, valid_col, valid_pct, seed, stratify)
         train = list(splitter(range(len(df)))[0])
-        _warn_twins(df, images, train)
+        warn_twins(df, images, train)
         labelled = () if label_col is None else label_block(df, label_col, y_block, label_delim, train, group_col)
         heads = [_check_headers(df.iloc[i], images[i], masks[i]) for i in range(len(df))] if masks else [read_header(o) for o in images]
         for i,h in enumerate(heads):
@@ -205,12 +205,19 @@ def _check_headers(row, image, mask):
     hi,hm = read_header(image),read_header(mask)
     g = [Preprocess().oriented(h['shape'], h['affine']) for h in (hi,hm)]
     if not same_grid(*g[0], *g[1]):
-        i,m = [f"{f}: {_grid_str(h['shape'], h['affine'])}" for f,h in ((first(L(image)),hi),(mask,hm))]
-        raise InputError(f"case {row.get('case', row.name)!r}: image and mask {_unlike(i, m)}")
+        i,m = [f"{f}: {describe_grid(h['shape'], h['affine'])}" for f,h in ((first(L(image)),hi),(mask,hm))]
+        raise InputError(f"case {row.get('case', row.name)!r}: image and mask {unlike_grids(i, m)}")
     return hi
 
-# %% ../../nbs/data/11_loaders.ipynb #740ce9e4
-def _grid(n, nrows=None, ncols=None, figsize=None, imsize=2.6):
+# %% ../../nbs/data/11_loaders.ipynb #c7fde805
+def axes_grid(
+    n,            # pictures
+    nrows=None,   # rows, or None
+    ncols=None,   # columns; default: at most 4
+    figsize=None, # inches of all, or None
+    imsize=2.6    # inches of one
+):                # n axes without frames
+    "Axes for pictures side by side"
     import matplotlib.pyplot as plt
     cols = ifnone(ncols, min(4, n) if nrows is None else -(-n//nrows))
     rows = max(ifnone(nrows, 0), -(-n//cols))
@@ -218,9 +225,25 @@ def _grid(n, nrows=None, ncols=None, figsize=None, imsize=2.6):
     for a in axs: a.set_axis_off()
     return axs[:n]
 
+# %% ../../nbs/data/11_loaders.ipynb #7734d7c1
+def show_labelled(
+    samples,  # of a batch
+    outs,     # predictions, or None
+    ctxs,     # axes, or None
+    max_n,    # pictures at most
+    **kwargs  # of `show`
+):            # the axes
+    "Items with their labels; a wrong prediction is red"
+    for s,o,c in zip(samples, outs, ctxs):
+        t = label_text(s[-1]); p = None if o is None else label_text(o[-1])
+        s[0].show(ctx=c, mask=s[1] if len(s)>2 else None, **{'title':t if p is None else f'{t}\n{p}', **kwargs})
+        if p is not None: c.title.set_color('black' if isinstance(o[-1], Tensor) else 'green' if p==t else 'red')
+    return ctxs
+
+# %% ../../nbs/data/11_loaders.ipynb #740ce9e4
 def _axes_of(ctxs, samples, max_n, nrows, ncols, figsize):
     "The axes that were given, or a grid of them, as fastai's `nrows`, `ncols` and `figsize` (inches) say"
-    return _grid(min(len(samples), max_n), nrows, ncols, figsize) if ctxs is None else ctxs
+    return axes_grid(min(len(samples), max_n), nrows, ncols, figsize) if ctxs is None else ctxs
 
 def _show(samples, outs, ctxs, max_n, **kwargs):
     for s,o,c in zip(samples, outs, ctxs): show_plane(s[0], s[1], pred=o, ctx=c, **kwargs)
@@ -233,13 +256,6 @@ def label_text(
     if isinstance(y, Tensor): return ', '.join(f'{float(o):.4g}' for o in y.flatten())
     if isinstance(y, (tuple,list,L)): return ', '.join(f'{o:.4g}' if isinstance(o, float) else str(o) for o in y) or 'none'
     return str(y)
-
-def _show_labels(samples, outs, ctxs, max_n, **kwargs):
-    for s,o,c in zip(samples, outs, ctxs):
-        t = label_text(s[-1]); p = None if o is None else label_text(o[-1])
-        s[0].show(ctx=c, mask=s[1] if len(s)>2 else None, **{'title':t if p is None else f'{t}\n{p}', **kwargs})
-        if p is not None: c.title.set_color('black' if isinstance(o[-1], Tensor) else 'green' if p==t else 'red')
-    return ctxs
 
 @dispatch
 def show_batch(x:TensorVolume|TensorSlice, y:TensorVolumeMask|TensorSliceMask, samples, ctxs=None, max_n=8, nrows=None, ncols=None, figsize=None, **kwargs):
@@ -254,9 +270,9 @@ def show_results(x:TensorVolume|TensorSlice, y:TensorVolumeMask|TensorSliceMask,
 @dispatch
 def show_batch(x:TensorVolume|TensorSlice, y:TensorCategory|TensorMultiCategory|TensorRegression|tuple, samples, ctxs=None, max_n=8, nrows=None, ncols=None, figsize=None, **kwargs):
     "One picture an item with its label above, and the contours of its mask where it has one"
-    return _show_labels(samples, [None]*len(samples), _axes_of(ctxs, samples, max_n, nrows, ncols, figsize), max_n, **kwargs)
+    return show_labelled(samples, [None]*len(samples), _axes_of(ctxs, samples, max_n, nrows, ncols, figsize), max_n, **kwargs)
 
 @dispatch
 def show_results(x:TensorVolume|TensorSlice, y:TensorCategory|TensorMultiCategory|TensorRegression|tuple, samples, outs, ctxs=None, max_n=8, nrows=None, ncols=None, figsize=None, **kwargs):
     "One picture an item, its label above and the prediction below it, green where they agree and red where not"
-    return _show_labels(samples, outs, _axes_of(ctxs, samples, max_n, nrows, ncols, figsize), max_n, **kwargs)
+    return show_labelled(samples, outs, _axes_of(ctxs, samples, max_n, nrows, ncols, figsize), max_n, **kwargs)

@@ -22,6 +22,19 @@ def _placements():
             res.append((f'moved by {k:+d} voxels along {n}', tuple(shift), None))
     return res
 
+# %% ../../nbs/data/14_placement.ipynb #73ab4876
+def border_profiles(
+    a,      # (X,Y,Z) image
+    lab,    # (X,Y,Z) class ids
+    most=6  # structures looked at
+):
+    "Profiles {class id: (places, 6, offsets)} of the `most` largest structures; `a` and `lab`: (X,Y,Z) in RAS order, one grid"
+    from scipy.ndimage import find_objects
+    n,boxes = np.bincount(lab.ravel()),find_objects(lab)
+    ks = [int(k) for k in np.argsort(-n) if k and n[k]>=30][:most]
+    scale = _scale(a)
+    return {k:_profiles(a, lab[boxes[k-1]]==k, boxes[k-1], scale) for k in ks}
+
 # %% ../../nbs/data/14_placement.ipynb #7413f956
 _reach = max(_moves)+max(map(abs, _offsets))
 
@@ -76,13 +89,25 @@ def _profiles(a, part, box, scale):
         res.update({j:means[:,k] for k,(j,_) in enumerate(shifts)})
     return np.stack([res[j] for j in sorted(res)]).astype(np.float32)
 
-def _border_profiles(a, lab, most=6):
-    "Profiles {class id: (places, 6, offsets)} of the `most` largest structures; `a` and `lab`: (X,Y,Z) in RAS order, one grid"
-    from scipy.ndimage import find_objects
-    n,boxes = np.bincount(lab.ravel()),find_objects(lab)
-    ks = [int(k) for k in np.argsort(-n) if k and n[k]>=30][:most]
-    scale = _scale(a)
-    return {k:_profiles(a, lab[boxes[k-1]]==k, boxes[k-1], scale) for k in ks}
+# %% ../../nbs/data/14_placement.ipynb #8201e2bd
+def misplaced_masks(
+    cases,    # profiles of each case
+    limit=.6  # gain that counts, in natural logarithms
+):
+    "[(case number, place that fits better, gain, distance as given, distance there)]; silent with fewer than 8 cases; `cases`: of `border_profiles`"
+    n = sum(bool(c) for c in cases)
+    if n<8: return []
+    limit += 1/n                                             # of few cases it is less certain what is typical
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', RuntimeWarning)      # medians of nothing: directions that leave the image
+        dist = _place_distances(cases)
+    res,places = [],_placements()
+    for i,d in enumerate(dist):
+        if not np.isfinite(d[0]) or not np.isfinite(d[1:]).any(): continue
+        best = 1+int(np.nanargmin(d[1:]))
+        gain = float(np.log(max(d[0], 1e-9)/max(d[best], 1e-9)))
+        if gain>limit: res.append((i, places[best][0], gain, float(d[0]), float(d[best])))
+    return res
 
 # %% ../../nbs/data/14_placement.ipynb #93f89b4e
 def _median(x):
@@ -112,19 +137,3 @@ def _place_distances(cases, most=250):
             count[i] += np.isfinite(d)
     full = (count>0) & (count==count.max(1, keepdims=True))
     return np.where(full, total/np.maximum(count, 1), np.nan)
-
-def _misplaced(cases, limit=.6):
-    "[(case number, place that fits better, gain, distance as given, distance there)]; silent with fewer than 8 cases; `cases`: of `_border_profiles`"
-    n = sum(bool(c) for c in cases)
-    if n<8: return []
-    limit += 1/n                                             # of few cases it is less certain what is typical
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', RuntimeWarning)      # medians of nothing: directions that leave the image
-        dist = _place_distances(cases)
-    res,places = [],_placements()
-    for i,d in enumerate(dist):
-        if not np.isfinite(d[0]) or not np.isfinite(d[1:]).any(): continue
-        best = 1+int(np.nanargmin(d[1:]))
-        gain = float(np.log(max(d[0], 1e-9)/max(d[best], 1e-9)))
-        if gain>limit: res.append((i, places[best][0], gain, float(d[0]), float(d[best])))
-    return res

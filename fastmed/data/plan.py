@@ -61,7 +61,7 @@ def _rounded(p, st, axes):
     d = np.prod(st, 0) if st else np.ones(3)
     return [int(math.ceil(p[a]/d[a])*d[a]) if a in axes else 1 for a in range(3)]
 
-def _whole(med, sp, axes):
+def _whole_scan(med, sp, axes):
     "(patch, strides) that hold the median scan"
     want = np.array([med[a] if a in axes else 1 for a in range(3)])
     st = _strides(want, sp, axes)
@@ -110,7 +110,7 @@ def update_gflops(
     return 6*bs*total/1e9
 
 # %% ../../nbs/data/04_plan.ipynb #d8d5feda
-def _probe(ndim, nf, n_in, size, bs, fast, device):
+def _update_probe(ndim, nf, n_in, size, bs, fast, device):
     "A function that does one update of a network of two levels: resampled input, forward, loss, backward"
     conv,up = (F.conv2d,F.conv_transpose2d) if ndim==2 else (F.conv3d,F.conv_transpose3d)
     layout = (torch.channels_last if ndim==2 else torch.channels_last_3d) if fast else torch.contiguous_format
@@ -157,7 +157,7 @@ def measure_machine(
     "How long this machine takes for the updates of networks of some widths: channels-last (in bfloat16 where it has that), and in plain float32"
     device = torch.device(ifnone(device, default_device()))
     size,bs = ({3:24, 2:64}[ndim],2) if device.type=='cpu' else ({3:96, 2:256}[ndim],{3:2, 2:16}[ndim])
-    probes = {(nf,how):_probe(ndim, nf, n_in, size, bs, how=='fast', device) for nf in sorted(map(int, nfs)) for how in ('fast','plain')}
+    probes = {(nf,how):_update_probe(ndim, nf, n_in, size, bs, how=='fast', device) for nf in sorted(map(int, nfs)) for how in ('fast','plain')}
     for f in probes.values(): seconds_of(f, device)                    # the first time is never the quickest
     best,rounds,t0 = {k:math.inf for k in probes},0,time.perf_counter()
     while rounds<3 or time.perf_counter()-t0<seconds:
@@ -195,7 +195,7 @@ def _resized(plan, axes, patch=None, st=None, bs=None, nf=None):
     if nf: res['nf'] = nf
     return res
 
-def _sizes(plan, sp, axes, given):
+def _smaller_plans(plan, sp, axes, given):
     "Plans from this one down to the smallest; nothing in `given` is changed"
     res,st = [plan],_strides(plan.patch, sp, axes)
     def smaller_patches(least):
@@ -284,12 +284,12 @@ def suggest_plan(
     else: why['nf'] = 'given'
     def fits(p, b): return np.prod([p[a] for a in axes])*b*nf*BYTES<=mem*2**30
     if patch=='auto':
-        p,st = _whole(med, sp, axes)
+        p,st = _whole_scan(med, sp, axes)
         while not fits(p, 2 if ndim==3 else 4) and max(p)>8:
             q = _shrunk(p, st, sp, axes)
             if q[0]==p: break
             p,st = q
-        whole,shrunk = tuple(int(o) for o in med),tuple(p)<tuple(_whole(med, sp, axes)[0])
+        whole,shrunk = tuple(int(o) for o in med),tuple(p)<tuple(_whole_scan(med, sp, axes)[0])
         why['patch'] = (f"voxels; the median case has {whole}, shrunk to the budget, rounded up to what the strides divide" if shrunk
                         else f"voxels; holds the median case {whole}")
     else:
@@ -317,7 +317,7 @@ def suggest_plan(
     if ndim==2: d.update(axis=axis, context=context); why['context'] = 'neighbouring slices on each side, as channels'
     plan = Plan(d, reasons=why)
     if minutes is None: return plan
-    sizes = [Plan({**o, 'samples_per_case':_samples(o.bs, len(heads))}, reasons=why) if auto_samples else o for o in _sizes(plan, sp, axes, fixed)]
+    sizes = [Plan({**o, 'samples_per_case':_samples(o.bs, len(heads))}, reasons=why) if auto_samples else o for o in _smaller_plans(plan, sp, axes, fixed)]
     n_in = heads[0]['channels']*(1+2*context if ndim==2 else 1)
     if machine is None: machine = measure_machine(ndim, {o.nf for o in sizes}, n_in, device)
     return fit_plan(sizes, minutes, machine, n_in)

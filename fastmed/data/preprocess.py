@@ -64,21 +64,21 @@ class Preprocess:
         mask = isinstance(t, TensorVolumeMask)
         if mask: t = self.to_ids(t)
         elif n:=int((~torch.isfinite(t.as_subclass(Tensor))).sum()):
-            raise InputError(f"{_name(t)}: {n} voxels are NaN or infinite. Repair the scan, or leave the case out")
+            raise InputError(f"{_tensor_name(t)}: {n} voxels are NaN or infinite. Repair the scan, or leave the case out")
         if self.orientation: t = to_orientation(t, self.orientation)
         if self.spacing is not None:
             t = resample_to(t, *resampled_grid(t.shape[-3:], t.affine, self._mm()), self.mask_order if mask else self.order)
         if mask: return t
         hows = [self.normalize]*t.shape[0] if isinstance(self.normalize, str) else self.normalize
-        if len(hows)!=t.shape[0]: raise InputError(f"{_name(t)}: {len(hows)} normalisations for {t.shape[0]} channels. Give one, or one a channel")
+        if len(hows)!=t.shape[0]: raise InputError(f"{_tensor_name(t)}: {len(hows)} normalisations for {t.shape[0]} channels. Give one, or one a channel")
         if 'auto' in hows or ('ct' in hows and self.stats is None): raise InputError("This Preprocess is not fitted: call `fit` on the training cases first")
         if self.stats is not None and len(self.stats)!=t.shape[0]:
-            raise InputError(f"{_name(t)}: expected {len(self.stats)} channels, as in training; found {t.shape[0]}")
+            raise InputError(f"{_tensor_name(t)}: expected {len(self.stats)} channels, as in training; found {t.shape[0]}")
         v,stats = t.as_subclass(Tensor).numpy(),self.stats or [None]*len(hows)
         try:
             with np.errstate(over='raise'): a = np.stack([normalize_channel(c, h, s) for c,h,s in zip(v, hows, stats)])
         except FloatingPointError as e:
-            raise InputError(f"{_name(t)}: its values, from {v.min():.3g} to {v.max():.3g}, are beyond 32 bits (3.4e38) once they are normalised. Repair the scan, or leave the case out") from e
+            raise InputError(f"{_tensor_name(t)}: its values, from {v.min():.3g} to {v.max():.3g}, are beyond 32 bits (3.4e38) once they are normalised. Repair the scan, or leave the case out") from e
         return TensorVolume(torch.from_numpy(a), **{**{k:v for k,v in t.__dict__.items() if k!='_affine'}, 'affine':t.affine})
 
     # --- the way back
@@ -131,7 +131,7 @@ class Preprocess:
         odd = [int(v) for v in found if int(v) not in table]
         if odd or (self.codes is None and len(found) and not _consecutive(found)):
             want = _short(sorted(table)) if self.codes is not None else 'to be 0, 1, 2 … without a gap'
-            raise InputError(f"{_name(mask)}: expected the mask's values {want}; found {_short(odd or found.tolist())}. "
+            raise InputError(f"{_tensor_name(mask)}: expected the mask's values {want}; found {_short(odd or found.tolist())}. "
                              "Declare them: codes=['background', …] for 0,1,2…, or codes={'background':0, 'lesion':255}")
         dt = np.uint8 if len(set(table.values()))<=256 else np.int16
         if any(k!=v for k,v in table.items()):
@@ -196,7 +196,7 @@ class Preprocess:
         if 'stats' in d: d['stats'] = [{k:round(v,2) for k,v in o.items()} for o in d['stats']]
         return 'Preprocess(' + ', '.join(f'{k}={v!r}' for k,v in d.items()) + ')'
 
-def _name(t): return (getattr(t, 'meta', None) or {}).get('fn', 'the tensor')
+def _tensor_name(t): return (getattr(t, 'meta', None) or {}).get('fn', 'the tensor')
 def _short(o, n=12): s = str(list(o)[:n]); return f"{s[:300]}{' …' if len(o)>n or len(s)>300 else ''}"
 def _consecutive(found): return int(found.min())==0 and len(found)==int(found.max())+1
 
@@ -228,7 +228,7 @@ class Plan(dict):
     def __getattr__(self, k):
         if k in self: return self[k]
         raise AttributeError(k)
-    def __reduce__(self): return (_plan, (dict(self), self.reasons))
+    def __reduce__(self): return (_unpickled_plan, (dict(self), self.reasons))
     def to_json(self): return json.dumps(dict(values=self, reasons=self.reasons))
     @classmethod
     def from_json(cls,
@@ -244,7 +244,7 @@ class Plan(dict):
     def __repr__(self): return '\n'.join(f"{k:<17}{str(v):<34}  {self.reasons.get(k,'')}".rstrip() for k,v in self.items())
     def _repr_html_(self): return pd.DataFrame([dict(value=str(v), reason=self.reasons.get(k,'')) for k,v in self.items()], index=list(self)).to_html()
 
-def _plan(d, reasons): return Plan(d, reasons=reasons)
+def _unpickled_plan(d, reasons): return Plan(d, reasons=reasons)
 
 def case_files(
     row,       # a case: a row of the DataFrame, or a dict

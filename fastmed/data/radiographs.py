@@ -12,7 +12,7 @@ from ..io.volumes import *
 from .cases import check_columns
 from .preprocess import *
 from .store import *
-from .store import _key, _version
+from .store import digest_key, STORE_VERSION
 from .augment import *
 from .blocks import *
 from .labels import *
@@ -33,7 +33,7 @@ class TensorRadiograph(TensorSlice):
         if title is not None: ctx.set_title(str(title), fontsize=8)
         return ctx
 
-_kinds = ('.png','.tif','.tiff','.jpg','.jpeg','.dcm','.dicom','.ima','')
+_picture_kinds = ('.png','.tif','.tiff','.jpg','.jpeg','.dcm','.dicom','.ima','')
 _tags = ('0028|0004','0028|1050','0028|1051')   # photometric interpretation, window centre and width
 
 def _read_picture(fn):
@@ -68,7 +68,7 @@ def _read_picture(fn):
     while a.ndim>2+(im.GetNumberOfComponentsPerPixel()>1): a = a[0]
     return a,tags,(float(sp[1]),float(sp[0])) if '0028|0004' in tags else (1.,1.)
 
-def _grey(a, fn, colour):
+def _to_grey(a, fn, colour):
     "One channel of (h,w,c)"
     if a.ndim==2: return a
     c = a.shape[-1]
@@ -104,9 +104,9 @@ def load_radiograph(
     if not isinstance(fn, (str,os.PathLike)): raise ArgumentError(f"expected a picture's file; found {'None' if fn is None else f'a {type(fn).__name__}'}. A picture in memory is given as TensorRadiograph(tensor of (1,H,W))")
     window,fn = check_window(window),Path(fn)
     if not fn.is_file(): raise MissingFileError(f"{fn}: no such file. Check the path, and `path=` which stands before relative names")
-    if fn.suffix.lower() not in _kinds and not fn.suffix[1:].isdigit(): raise InputError(f"{fn}: expected {', '.join(k for k in _kinds if k)}; found '{fn.suffix}'")
+    if fn.suffix.lower() not in _picture_kinds and not fn.suffix[1:].isdigit(): raise InputError(f"{fn}: expected {', '.join(k for k in _picture_kinds if k)}; found '{fn.suffix}'")
     a,tags,sp = _read_picture(fn)
-    dtype = str(a.dtype); x = _grey(a, fn, colour).astype(np.float32)
+    dtype = str(a.dtype); x = _to_grey(a, fn, colour).astype(np.float32)
     if not x.size or not np.isfinite(x).all(): raise InputError(f"{fn}: {int((~np.isfinite(x)).sum())} of its {x.size} pixels are NaN or infinite. Repair it, or leave it out")
     c,w = window if isinstance(window, tuple) else (None,None) if window=='full' else (_first(tags.get('0028|1050', '')), _first(tags.get('0028|1051', '')))
     seen = c is not None and w is not None and w>0
@@ -170,7 +170,7 @@ class LoadRadiograph(DisplayedTransform):
         fn     # file
     )->Path:   # of the cache, there or not
         "Where a picture is kept once it was decoded: its name follows from the content of the file and the `RadiographPrep`. Raises `FileNotFoundError`"
-        return self.cache/'picture'/f'{_key(_version, kept_digest(fn, self.cache), str(self.prep.dtype), self.prep.to_dict())}.npy'
+        return self.cache/'picture'/f'{digest_key(STORE_VERSION, kept_digest(fn, self.cache), str(self.prep.dtype), self.prep.to_dict())}.npy'
     def add(self,
         fn     # file
     )->Path:   # of the cache
@@ -344,8 +344,8 @@ class RadiographDataLoaders(DataLoaders):
         "From folders as fastai's `ImageDataLoaders.from_folder`: `path/train/<class>/…` and `path/valid/<class>/…`, or `path/<class>/…` with `valid_pct`. Raises `MissingFileError` where there is nothing"
         path = Path(path)
         if odd:=[k for k in kwargs if k in ('image_col','label_col','group_col','valid_col','y_block','label_delim')]: raise ArgumentError(f"from_folder: {', '.join(odd)} belong to from_df; here the folder's name is the class, and groups= tells the subjects")
-        fs = [f for f in sorted(path.rglob('*')) if f.is_file() and not f.name.startswith('.') and f.suffix.lower() in _kinds[:-1]]
-        if not fs: raise MissingFileError(f"{path}: no picture ({', '.join(_kinds[:-1])}) in it or below")
+        fs = [f for f in sorted(path.rglob('*')) if f.is_file() and not f.name.startswith('.') and f.suffix.lower() in _picture_kinds[:-1]]
+        if not fs: raise MissingFileError(f"{path}: no picture ({', '.join(_picture_kinds[:-1])}) in it or below")
         df = pd.DataFrame(dict(image=[str(f.relative_to(path)) for f in fs], label=[f.parent.name for f in fs], part=[f.relative_to(path).parts[0] for f in fs]))
         if groups is not None: df['subject'] = [str(groups(f)) for f in fs]
         kw = dict(valid_pct=valid_pct) if valid_pct is not None else {}

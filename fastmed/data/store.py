@@ -15,12 +15,18 @@ from fastprogress.fastprogress import progress_bar
 from concurrent.futures import ThreadPoolExecutor, as_completed
 import contextlib, errno, hashlib, json, os, shutil, stat, tempfile, time
 
+# %% ../../nbs/data/05_store.ipynb #dae44550
+def digest_key(
+    *parts  # what the key depends on, JSON-able
+):          # 24 letters
+    "A name that follows from its parts"
+    return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:24]
+
+# %% ../../nbs/data/05_store.ipynb #965eda32
+STORE_VERSION = 3   # of the layout on disk and of how files are read; part of every key
+
 # %% ../../nbs/data/05_store.ipynb #36376da0
-_version = 3   # of the layout on disk and of how files are read; part of every key
-
-def _key(*parts): return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:24]
-
-def _private(path):
+def _private_folder(path):
     "Make a folder that its owner alone may enter, where there is none"
     path = Path(path)
     if os.path.isdir(path): return
@@ -32,7 +38,7 @@ def _no_home(why):
     "A private folder under that of temporary files. Raises `FileError` where what stands there is not this user's alone"
     user = os.geteuid() if hasattr(os, 'geteuid') else 0
     path = Path(tempfile.gettempdir())/f'fastmed-{user}'
-    _private(path)
+    _private_folder(path)
     s = os.lstat(path)
     if not stat.S_ISDIR(s.st_mode) or hasattr(os, 'geteuid') and (s.st_uid!=user or s.st_mode&0o077):
         raise FileError(f"{path}: expected a folder of yours that nobody else may enter, since {why}; found a link, or one of somebody else. Set FASTMED_CACHE to a folder of yours")
@@ -81,7 +87,7 @@ class Store:
         "Where the entry of a file is kept: its name follows from the content of the file and the `Preprocess`. Raises `FileNotFoundError`"
         d = self.preprocess.to_dict()
         drop = ('codes','mask_order') if kind=='image' else ('normalize','stats','order')
-        return self.path/kind/_key(_version, [kept_digest(o, self.path) for o in L(fn)], {k:v for k,v in d.items() if k not in drop})
+        return self.path/kind/digest_key(STORE_VERSION, [kept_digest(o, self.path) for o in L(fn)], {k:v for k,v in d.items() if k not in drop})
 
     def _same(self, kind, fn, dest):
         if self.entry(kind, fn)!=dest: raise FileError(f"{fn}: was written to while it was read. Call again once whoever writes there has finished")
@@ -107,12 +113,12 @@ class Store:
 
     def _keep(self, dest, t, fg=None):
         "Write an entry and its seal, in place of one that is not whole"
-        _private(self.path)
+        _private_folder(self.path)
         with whole_folder(dest) as p:                              # where another process was faster, its entry is as good
             np.save(p/'data.npy', t.as_subclass(Tensor).numpy())
             if fg is not None: np.savez(p/'fg.npz', **{str(k):v for k,v in fg.items()})
             affine = t.affine.tolist()
-            (p/'meta.json').write_text(json.dumps(dict(affine=affine, seal=_seal(p, dest.name, affine, file_digest))))
+            (p/'meta.json').write_text(json.dumps(dict(affine=affine, seal=_entry_seal(p, dest.name, affine, file_digest))))
             if dest.exists() and not self.whole(dest): shutil.rmtree(dest, ignore_errors=True)
         self._sealed[dest] = _stamps(dest)
         return dest
@@ -125,7 +131,7 @@ class Store:
             now = _stamps(dest)
             if self._sealed.get(dest)==now: return True
             meta = json.loads((dest/'meta.json').read_text())
-            good = meta['seal']==_seal(dest, dest.name, meta['affine'], lambda fn: kept_digest(fn, self.path))
+            good = meta['seal']==_entry_seal(dest, dest.name, meta['affine'], lambda fn: kept_digest(fn, self.path))
         except (OSError, ValueError, KeyError, TypeError): return False
         if good: self._sealed[dest] = now
         return good
@@ -136,7 +142,7 @@ class Store:
         workers:int=None # threads; default: the cores, at most 8
     ):                   # self
         "Add all that is not there yet, in parallel, with a bar. An error names its file; what was finished stays"
-        _private(self.path)                                          # digests are kept from the first file on
+        _private_folder(self.path)                                          # digests are kept from the first file on
         jobs = [(self.add_image, o, self.entry('image', o)) for o in images] + [(self.add_mask, o, self.entry('mask', o)) for o in masks]
         with ThreadPoolExecutor(ifnone(workers, min(8, defaults.cpus))) as ex: done = list(ex.map(self.whole, [e for *_,e in jobs]))
         jobs = [o for o,d in zip(jobs, done) if not d]
@@ -152,7 +158,7 @@ class Store:
         a,aff = _mapped(dest/'data.npy'),np.array(meta['affine'], dtype=float)
         if a.ndim!=(3 if cls is TensorVolumeMask else 4) or a.is_floating_point()==(cls is TensorVolumeMask) or aff.shape!=(4,4) or not np.isfinite(aff).all(): raise ValueError(f'{a.dtype} {a.shape} with an affine of {aff.shape}')
         if any(v.ndim!=2 or v.shape[1]!=3 or v.dtype.kind!='i' or v.min(initial=0)<0 or (v>=a.shape).any() for v in kwargs.get('fg', {}).values()): raise ValueError('places of foreground outside the mask')
-        return cls(a, affine=meta['affine'], meta=dict(fn=_names(fn)), **kwargs)
+        return cls(a, affine=meta['affine'], meta=dict(fn=_file_names(fn)), **kwargs)
 
     def image(self,
         fn             # image file, or a list of channel files
@@ -175,7 +181,7 @@ class Store:
 
     def _get(self, kind, fn, read):
         "The entry as a tensor with metadata of its own; it stays open until its file is written again. None where it is not there"
-        k,facts = (kind, *L(fn).map(str)),_facts(fn)
+        k,facts = (kind, *L(fn).map(str)),_files_facts(fn)
         if k not in self._open or facts not in (None, self._open[k][0]):
             dest = self._there(kind, fn)
             if dest is None: return None
@@ -201,11 +207,11 @@ class Store:
         func       # () → JSON-able
     ):             # `func()`, from disk the second time
         "Keep a computed fact beside the entries"
-        dest = self.path/'facts'/f'{name}-{_key(_version, key)}.json'
+        dest = self.path/'facts'/f'{name}-{digest_key(STORE_VERSION, key)}.json'
         if dest.exists():
             with contextlib.suppress(ValueError, OSError): return json.loads(dest.read_text())      # one that is not whole is found anew
         res = func()
-        _private(self.path)
+        _private_folder(self.path)
         with whole_file(dest, lasting=False) as tmp: tmp.write_text(json.dumps(res))
         return res
 
@@ -231,10 +237,10 @@ def _mapped(fn):
     a = torch.empty(0, dtype=torch.from_numpy(np.empty(0, dtype)).dtype).set_(whole, start//dtype.itemsize, (n,))
     return a.view(shape[::-1]).permute(*range(len(shape)-1, -1, -1)) if turned else a.view(shape)
 
-def _seal(folder, name, affine, digest):
+def _entry_seal(folder, name, affine, digest):
     "What tells the contents of an entry from any other"
     fg = folder/'fg.npz'
-    return _key(name, affine, digest(folder/'data.npy'), file_digest(fg) if fg.exists() else None)
+    return digest_key(name, affine, digest(folder/'data.npy'), file_digest(fg) if fg.exists() else None)
 
 def _stamps(folder):
     "What changes when somebody writes to an entry. Raises `FileNotFoundError` where a file of it is gone"
@@ -244,13 +250,13 @@ def _stamps(folder):
 
 def _made_anew(fn, dest, n=1):
     more = f' (and {n-1} more)' if n>1 else ''
-    warn(f"{_names(fn)}{more}: its entry in the store, {dest}, does not hold what was written there, and is made anew")
+    warn(f"{_file_names(fn)}{more}: its entry in the store, {dest}, does not hold what was written there, and is made anew")
 
-def _facts(fn):
+def _files_facts(fn):
     "The facts of one file or several; None where one is out of reach"
     with contextlib.suppress(OSError): return [file_facts(o) for o in L(fn)]
 
-def _names(fn): return [str(o) for o in fn] if is_listy(fn) else str(fn)
+def _file_names(fn): return [str(o) for o in fn] if is_listy(fn) else str(fn)
 
 def foreground_index(
     a:np.ndarray, # (X,Y,Z) class ids

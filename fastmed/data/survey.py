@@ -9,24 +9,49 @@ __all__ = []
 from ..core import *
 from ..io.volumes import *
 from .cases import check_columns
-from ..io.volumes import _grid_str, _load_array, _odd_values
+from ..io.volumes import describe_grid, load_array, odd_labels
 from fastai.basics import *
 from fastprogress.fastprogress import progress_bar
 from concurrent.futures import ThreadPoolExecutor
 import hashlib, os, re, nibabel as nib
 
-# %% ../../nbs/data/13_survey.ipynb #6320d1da
-def _case_names(df): return [str(o) for o in (df['case'] if 'case' in df else df.index)]
-def _f(problem, found, file=None, expected=None): return dict(problem=problem, found=found, file='' if file is None else str(file), expected=expected)
-def _said(e, fn): return ' '.join(str(e).replace(f'{fn}: ', '').split())[:240] or type(e).__name__
-def _some(xs, n=5): xs = list(xs); return ', '.join(map(str, xs[:n]))+(f' … ({len(xs)})' if len(xs)>n else '')
+# %% ../../nbs/data/13_survey.ipynb #309d6b79
+def case_names(
+    df  # one row a case
+):      # a name a row
+    "Names of the cases: of the column `case`, else of the index"
+    return [str(o) for o in (df['case'] if 'case' in df else df.index)]
 
-def _twins(pairs):
+# %% ../../nbs/data/13_survey.ipynb #2f45e678
+def problem_row(
+    problem,       # a kind of `PROBLEMS`
+    found,         # what was found
+    file=None,     # which it concerns, or None
+    expected=None  # what would be right, or None
+):                 # a row of a report
+    "One problem of one case"
+    return dict(problem=problem, found=found, file='' if file is None else str(file), expected=expected)
+
+# %% ../../nbs/data/13_survey.ipynb #79cb9e86
+def some_of(
+    xs,  # values
+    n=5  # how many are named
+):       # text
+    "The first values, and how many there are"
+    xs = list(xs); return ', '.join(map(str, xs[:n]))+(f' … ({len(xs)})' if len(xs)>n else '')
+
+# %% ../../nbs/data/13_survey.ipynb #a13ffe79
+def repeated_hashes(
+    pairs  # (hash, case number, file) each
+):
     "{hash: [(case number, file), …]} of the hashes that stand more than once"
     d = {}
     for h,i,f in pairs:
         if h: d.setdefault(h, []).append((i,f))
     return [v for v in d.values() if len(v)>1]
+
+# %% ../../nbs/data/13_survey.ipynb #6320d1da
+def _error_text(e, fn): return ' '.join(str(e).replace(f'{fn}: ', '').split())[:240] or type(e).__name__
 
 # %% ../../nbs/data/13_survey.ipynb #3d8350fb
 def _paths(o, path, who=''):
@@ -42,27 +67,27 @@ def _forms(fn, h, tol):
     s,q = im.get_sform(coded=True)[0],im.get_qform(coded=True)[0]
     if s is None and q is None:
         found = f"sform_code and qform_code are 0; read as {h['orientation']}, which the file does not say"
-        return [_f('no form codes', found, fn)]
+        return [problem_row('no form codes', found, fn)]
     if s is None or q is None: return []
     mm = h['affine']@np.linalg.inv(im.affine)
     s,q = mm@s,mm@q
     if same_grid(h['shape'], s, h['shape'], q, max(tol, .1)): return []
-    return [_f('sform against qform', f"sform {_grid_str(h['shape'], s)}; qform {_grid_str(h['shape'], q)}", fn)]
+    return [problem_row('sform against qform', f"sform {describe_grid(h['shape'], s)}; qform {describe_grid(h['shape'], q)}", fn)]
 
-def _header(fn, tol):
+def _case_header(fn, tol):
     "What one header says, or None, and what is wrong with it"
     try: h = read_header(fn)
-    except FileNotFoundError: return None,[_f('missing file', 'no such file', fn)]
+    except FileNotFoundError: return None,[problem_row('missing file', 'no such file', fn)]
     except Exception as e:
-        s = _said(e, fn); kinds = [k for k,p in (('singular affine','can be inverted'), ('gantry tilt','gantry was tilted'), ('missing slice','(is|are) missing')) if re.search(p, s)]
-        return None,[_f(k, s, fn) for k in kinds or ['too large' if isinstance(e, MemoryError) else 'no volume' if isinstance(e, ValueError) else 'unreadable']]
+        s = _error_text(e, fn); kinds = [k for k,p in (('singular affine','can be inverted'), ('gantry tilt','gantry was tilted'), ('missing slice','(is|are) missing')) if re.search(p, s)]
+        return None,[problem_row(k, s, fn) for k in kinds or ['too large' if isinstance(e, MemoryError) else 'no volume' if isinstance(e, ValueError) else 'unreadable']]
     out,cos = [],h['affine'][:3,:3]/h['spacing']
     skew = np.degrees(np.arcsin(min(1, np.abs(cos.T@cos-np.eye(3)).max())))
-    if skew>.5: out.append(_f('skewed affine', f'axes {skew:.1f}° off the right angle', fn))
-    if h['unit']!='mm': out.append(_f('unit of length', f"{h['unit']}; read as voxels of {' × '.join(f'{o:.4g}' for o in h['spacing'])} mm", fn))
+    if skew>.5: out.append(problem_row('skewed affine', f'axes {skew:.1f}° off the right angle', fn))
+    if h['unit']!='mm': out.append(problem_row('unit of length', f"{h['unit']}; read as voxels of {' × '.join(f'{o:.4g}' for o in h['spacing'])} mm", fn))
     if str(fn).lower().endswith(('.nii','.nii.gz')):
         try: out += _forms(fn, h, tol)
-        except Exception as e: out.append(_f('sform against qform', f'one of them cannot be read ({_said(e, fn)})', fn))
+        except Exception as e: out.append(problem_row('sform against qform', f'one of them cannot be read ({_error_text(e, fn)})', fn))
     return h,out
 
 def _ras(h):
@@ -76,45 +101,61 @@ def _unlike_grid(who, fn, h, ref, tol):
     (s,a),(rs,ra) = _ras(h),_ras(ref); n = max(rs); sp,rsp = np.array(spacing_of(a)),np.array(spacing_of(ra))
     k = ('turned' if same_grid(s, a, rs, ra, tol) else 'shape' if s!=rs else 'orientation' if h['orientation']!=ref['orientation'] else
          'spacing' if np.abs(sp/rsp-1).max()*n>tol else 'direction' if np.abs(a[:3,:3]/sp-ra[:3,:3]/rsp).max()*n>tol else 'place')
-    return [_f(f'{who} {k}', _grid_str(h['shape'], h['affine']), fn, _grid_str(ref['shape'], ref['affine']))]
+    return [problem_row(f'{who} {k}', describe_grid(h['shape'], h['affine']), fn, describe_grid(ref['shape'], ref['affine']))]
 
 def _case_headers(case, tol, limit):
     "Headers of one case: its findings; of the image shape, spacing, orientation, channels; the files whose voxels can be read"
     images,masks,want = case; out,hs = [],{}
     for f in (*images, *masks):
-        if f not in hs: hs[f],o = _header(f, tol); out += o
+        if f not in hs: hs[f],o = _case_header(f, tol); out += o
     good = [f for f in images if hs[f]]; ref = hs[good[0]] if good else None
     for f in good[1:]: out += _unlike_grid('channel', f, hs[f], ref, tol)
     m = masks[0] if masks and hs[masks[0]] else None
-    if len(masks)>1: out.append(_f('mask channels', f'{len(masks)} files', masks[1]))
+    if len(masks)>1: out.append(problem_row('mask channels', f'{len(masks)} files', masks[1]))
     if m and ref: out += _unlike_grid('mask', m, hs[m], ref, tol)
-    if want and not images: out.append(_f('no image', 'none', masks[0] if masks else None))
-    if want and not masks and want!='image': out.append(_f('no mask', 'none', images[0] if images else None))
+    if want and not images: out.append(problem_row('no image', 'none', masks[0] if masks else None))
+    if want and not masks and want!='image': out.append(problem_row('no mask', 'none', images[0] if images else None))
     big = [f for f in (*good, *([m] if m else [])) if 12*np.prod([float(o) for o in hs[f]['shape']])*(hs[f]['channels']+1)>limit]
-    out += [_f('too large', f"shape {hs[f]['shape']}, {hs[f]['channels']} channels", f, f'at most {limit/2**30:.3g} GB with room to work') for f in big]
+    out += [problem_row('too large', f"shape {hs[f]['shape']}, {hs[f]['channels']} channels", f, f'at most {limit/2**30:.3g} GB with room to work') for f in big]
     h = ref or (hs[m] if m else None)
     d = dict(findings=out, images=[f for f in good if f not in big], read=[f if hs[f] and f not in big else None for f in images], mask=m if m not in big else None, aligned=bool(m and ref) and not any(o['problem'].startswith('mask') and o['problem']!='mask turned' for o in out))
     if h: s,a = _ras(h); d.update(size=s, spacing=spacing_of(a), orientation=h['orientation'], voxels=float(np.prod(s)))
     return {**d, 'channels':sum(hs[f]['channels'] for f in good) if good and len(good)==len(images) else None}
 
-# %% ../../nbs/data/13_survey.ipynb #79271686
-_qs = (.005,.1,.2,.3,.4,.5,.6,.7,.8,.9,.995)
-
-def _mix(x):
+# %% ../../nbs/data/13_survey.ipynb #cdcc6929
+def mix_hash(
+    x  # uint64 array
+):
     "uint64 hash of each uint64"
     with np.errstate(over='ignore'): x = (x^(x>>np.uint64(30)))*np.uint64(0xbf58476d1ce4e5b9); x = (x^(x>>np.uint64(27)))*np.uint64(0x94d049bb133111eb); return x^(x>>np.uint64(31))
+
+# %% ../../nbs/data/13_survey.ipynb #830c71c2
+def roughness_of(
+    a,     # (X,Y,Z) image
+    scale  # spread of its intensities
+):
+    "(6,) mean first and second difference of neighbours along each axis, the largest tenth left out, as a share of `scale`: noise and sharpness"
+    res = []
+    a = a[tuple(slice(max(0, (n-96)//2), (n+96)//2+1) for n in a.shape)]
+    for k in (1,2):
+        for ax in range(3):
+            d = np.abs(np.diff(a, k, axis=ax)).ravel() if a.shape[ax]>k else np.zeros(1); res.append(np.minimum(d, np.quantile(d, .9)).mean()/scale)
+    return np.array(res)
+
+# %% ../../nbs/data/13_survey.ipynb #79271686
+_qs = (.005,.1,.2,.3,.4,.5,.6,.7,.8,.9,.995)
 
 def _turn(a, aff):
     "(X,Y,Z) with its axes turned to RAS, in one piece"
     return np.ascontiguousarray(nib.orientations.apply_orientation(a, nib.io_orientation(aff)))
 
-def _hash(a): return hashlib.blake2b(a.data, digest_size=16, key=str(a.shape).encode()).hexdigest()
+def _voxel_hash(a): return hashlib.blake2b(a.data, digest_size=16, key=str(a.shape).encode()).hexdigest()
 
-def _numbers(a, lab=None):
+def _channel_numbers(a, lab=None):
     "Numbers of one channel (X,Y,Z) float32, in one piece, that tell scans apart; `lab`: class ids on the same grid"
     x = a.reshape(-1); ok = np.isfinite(x); bad = int(x.size-ok.sum())
-    bag = (x.size, sum(int(_mix(x[k:k+2**18].view(np.uint32).astype(np.uint64)).sum()) for k in range(0, x.size, 2**18))%2**64)
-    d = dict(bad=bad, hash=_hash(a), bag=bag, constant=False, flat=False, distinct=0, level=np.nan, base=np.nan, shape=np.full(9, np.nan), rough=np.full(6, np.nan), means={})
+    bag = (x.size, sum(int(mix_hash(x[k:k+2**18].view(np.uint32).astype(np.uint64)).sum()) for k in range(0, x.size, 2**18))%2**64)
+    d = dict(bad=bad, hash=_voxel_hash(a), bag=bag, constant=False, flat=False, distinct=0, level=np.nan, base=np.nan, shape=np.full(9, np.nan), rough=np.full(6, np.nan), means={})
     if bad: x = x[ok]
     if not x.size: return d
     step = max(1, x.size//500_000) | 1; s = x[::step]; lo,hi = float(x.min()),float(x.max())
@@ -125,20 +166,11 @@ def _numbers(a, lab=None):
     if len(u)<64: d['bag'] = (d['hash'],)                                            # of few grey values the bag alone proves nothing
     d.update(distinct=len(u), flat=bool(w[1]-w[0]<=1e-3*max(abs(w[0]), abs(w[1]))), value=float(w[0]))
     if scale<=0: return d
-    d.update(level=float(np.log10(scale)), base=float(q[0]/scale), shape=(q[1:-1]-q[0])/scale, rough=_roughness(np.where(np.isfinite(a), a, q[5]) if bad else a, scale))
+    d.update(level=float(np.log10(scale)), base=float(q[0]/scale), shape=(q[1:-1]-q[0])/scale, rough=roughness_of(np.where(np.isfinite(a), a, q[5]) if bad else a, scale))
     if lab is not None and not bad:
         l = lab.reshape(-1)[::step]; n = np.bincount(l); v = np.bincount(l, (s-q[0])/scale)/np.maximum(n, 1)
         d['means'] = {int(k):float(v[k]) for k in np.flatnonzero(n>=20) if k}
     return d
-
-def _roughness(a, scale):
-    "(6,) mean first and second difference of neighbours along each axis, the largest tenth left out, as a share of `scale`: noise and sharpness"
-    res = []
-    a = a[tuple(slice(max(0, (n-96)//2), (n+96)//2+1) for n in a.shape)]
-    for k in (1,2):
-        for ax in range(3):
-            d = np.abs(np.diff(a, k, axis=ax)).ravel() if a.shape[ax]>k else np.zeros(1); res.append(np.minimum(d, np.quantile(d, .9)).mean()/scale)
-    return np.array(res)
 
 def _pieces(part, spacing, n):
     "Connected pieces of one structure, the largest first, twenty at most: (voxels, mm between its box and that of the largest)"
@@ -152,17 +184,17 @@ def _pieces(part, spacing, n):
 def _mask_numbers(fn):
     "Class ids (X,Y,Z) in RAS order or None, the numbers of each structure, and what is wrong with the mask"
     from scipy.ndimage import find_objects
-    a,aff,_ = _load_array(fn)
-    if len(a)!=1: return None,{},[_f('mask channels', f'{len(a)} channels', fn)]
+    a,aff,_ = load_array(fn)
+    if len(a)!=1: return None,{},[problem_row('mask channels', f'{len(a)} channels', fn)]
     a,out = a[0],[]
     if a.dtype.kind=='f':
         ok = np.isfinite(a)
         if not ok.all() or np.abs(a-np.round(a)).max()>1e-3:
-            out.append(_f('label not whole', _some(_odd_values(a)), fn)); a = np.where(ok, a, 0)
+            out.append(problem_row('label not whole', some_of(odd_labels(a)), fn)); a = np.where(ok, a, 0)
         a = np.round(a)
     if a.min()<0 or a.max()>65535: return None,dict(values=[int(o) for o in np.unique(a)][:99]),out
     a = _turn(a.astype(np.int32), aff); n = np.bincount(a.ravel()); vals = np.flatnonzero(n); spacing = np.array(spacing_of(aff))[np.argsort(nib.io_orientation(aff)[:,0])]
-    d = dict(values=vals.tolist(), hash=_hash(a) if vals.any() else None, volume={}, pieces={}, border=[])
+    d = dict(values=vals.tolist(), hash=_voxel_hash(a) if vals.any() else None, volume={}, pieces={}, border=[])
     for k,b in enumerate(find_objects(a), 1):
         if b is None: continue
         d['volume'][k] = float(n[k]*np.prod(spacing)); d['pieces'][k] = _pieces(a[b]==k, spacing, int(n[k]))
@@ -174,27 +206,37 @@ def _case_voxels(h, prints=None, fit=None):
     d,lab = dict(channels=[], mask={}, findings=[], prints=[]),None
     if h['mask']:
         try: lab,d['mask'],o = _mask_numbers(h['mask']); d['findings'] += o
-        except Exception as e: d['findings'].append(_f('unreadable', _said(e, h['mask']), h['mask']))
+        except Exception as e: d['findings'].append(problem_row('unreadable', _error_text(e, h['mask']), h['mask']))
     for fn in h['read']:
         try: t = None if fn is None else load_volume(fn)
-        except Exception as e: t = None; d['findings'].append(_f('unreadable', _said(e, fn), fn))
+        except Exception as e: t = None; d['findings'].append(problem_row('unreadable', _error_text(e, fn), fn))
         if t is None: d['channels'].append(None); d['prints'].append(None); continue
         aff,t = t.affine,t.as_subclass(Tensor).numpy()
         for a in t:
             a = _turn(a, aff)
-            d['channels'].append({**_numbers(a, lab if h['aligned'] and lab is not None and lab.shape==a.shape else None), 'file':fn})
+            d['channels'].append({**_channel_numbers(a, lab if h['aligned'] and lab is not None and lab.shape==a.shape else None), 'file':fn})
             c = d['channels'][-1]
             if fit and len(d['channels'])==1 and h['aligned'] and lab is not None and lab.shape==a.shape and not (c['bad'] or c['constant']):
                 d['fit'] = fit(a, lab)
             if prints: d['prints'].append(prints(a, h['spacing']))
     for c in filter(None, d['channels']):
-        if c['bad']: d['findings'].append(_f('NaN or Inf', f"{c['bad']} voxels", c['file']))
-        if c['constant']: d['findings'].append(_f('constant', f"every voxel is {c['value']:g}", c['file']))
-        elif c['flat']: d['findings'].append(_f('nearly constant', f"99 % of the voxels are about {c['value']:.6g}", c['file']))
+        if c['bad']: d['findings'].append(problem_row('NaN or Inf', f"{c['bad']} voxels", c['file']))
+        if c['constant']: d['findings'].append(problem_row('constant', f"every voxel is {c['value']:g}", c['file']))
+        elif c['flat']: d['findings'].append(problem_row('nearly constant', f"99 % of the voxels are about {c['value']:.6g}", c['file']))
     return d
 
 # %% ../../nbs/data/13_survey.ipynb #3385e69b
-def _survey(df, path, image_col, mask_col, tol, memory_gb, workers, prints=None, fit=None):
+def survey_cases(
+    df,          # one row a case
+    path,        # folder of relative files
+    image_col,   # column or columns of images
+    mask_col,    # column of masks
+    tol,         # mm of agreement
+    memory_gb,   # memory for voxels, or None
+    workers,     # threads, or None
+    prints=None, # what else is measured of an image, or None
+    fit=None     # what else is measured of image and mask, or None
+):
     "Headers, then voxels of all cases, in threads; (headers, numbers), a dict a case"
     path = Path(path).absolute()
     for c in L(image_col):
@@ -202,7 +244,7 @@ def _survey(df, path, image_col, mask_col, tol, memory_gb, workers, prints=None,
     if memory_gb is not None and not memory_gb>0: raise InputError(f"memory_gb: expected a positive number; found {memory_gb}")
     try: ram = os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')
     except (AttributeError, ValueError, OSError): ram = 8*2**30
-    limit,masked,names = memory_gb*2**30 if memory_gb else ram/2,mask_col in df,_case_names(df)
+    limit,masked,names = memory_gb*2**30 if memory_gb else ram/2,mask_col in df,case_names(df)
     cases = [(_paths([df[c].iloc[i] for c in L(image_col)], path, f'case {n}: '), _paths(df[mask_col].iloc[i], path, f'case {n}: ') if masked else [], True if masked else 'image') for i,n in enumerate(names)]
     def each(f, xs, k):
         with ThreadPoolExecutor(max(1, k)) as ex: return list(progress_bar(ex.map(f, xs), total=len(xs), leave=False))

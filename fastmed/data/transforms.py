@@ -46,13 +46,13 @@ def _as_shown(t, x):
     if isinstance(x, TensorSlice): t.rows_first = x.rows_first
     return x if getattr(t, 'rows_first', False) else x.transpose(-1,-2)
 
-def _back(out, rows, x):
+def _put_back(out, rows, x):
     "What became of `rows`, laid out and typed as `x`"
     out = out.as_subclass(Tensor)
     if rows is not x: out = out.transpose(-1,-2)
     return retain_meta(x, out.to(x.dtype).contiguous().as_subclass(type(x)))
 
-def _moved(t, x, kind, mode):
+def _moved_batch(t, x, kind, mode):
     if t.split_idx: return x                                          # validation: fastai moves nothing there
     h,w = x.shape[-2:]
     rows,mat = _as_shown(t, x),t.mat.as_subclass(Tensor).clone()
@@ -60,20 +60,20 @@ def _moved(t, x, kind, mode):
         mat[:,0,1] *= (w/h)**2
         mat[:,1,0] *= (h/w)**2
     coords = partial(compose_tfms, tfms=t.coord_fs) if len(t.coord_fs) else None
-    return _back(kind.affine_coord(rows.as_subclass(Tensor).as_subclass(kind), mat, coords, None, mode, t.pad_mode, t.align_corners), rows, x)
+    return _put_back(kind.affine_coord(rows.as_subclass(Tensor).as_subclass(kind), mat, coords, None, mode, t.pad_mode, t.align_corners), rows, x)
 
 @_teaches(AffineCoordTfm)
 def _move_image(self, x:TensorSlice):
     _check_batch(self, x)
     _check_size(self, x)
-    return _moved(self, x, TensorImage, self.mode)
+    return _moved_batch(self, x, TensorImage, self.mode)
 
 @_teaches(AffineCoordTfm)
-def _move_mask(self, x:TensorSliceMask): return _moved(self, x, TensorMask, self.mode_mask)
+def _move_mask(self, x:TensorSliceMask): return _moved_batch(self, x, TensorMask, self.mode_mask)
 
 # %% ../../nbs/data/08_transforms.ipynb #f6c1588c
 def _cropped(t, x, kind, mode):
-    return _back(t._encode(x.as_subclass(Tensor).as_subclass(kind), mode), x, x)
+    return _put_back(t._encode(x.as_subclass(Tensor).as_subclass(kind), mode), x, x)
 
 @_teaches(RandomResizedCropGPU)
 def _crop_image(self, x:TensorSlice):
@@ -97,17 +97,17 @@ def _light(self, x:TensorSlice):
     t = x.as_subclass(Tensor)
     lo,hi = t.amin((1,2,3), keepdim=True),t.amax((1,2,3), keepdim=True)
     span = (hi-lo).clamp(min=1e-8)
-    return _back(self.space_fn(((t-lo)/span).as_subclass(TensorImage), partial(compose_tfms, tfms=self.fs)).as_subclass(Tensor)*span+lo, x, x)
+    return _put_back(self.space_fn(((t-lo)/span).as_subclass(TensorImage), partial(compose_tfms, tfms=self.fs)).as_subclass(Tensor)*span+lo, x, x)
 
 @_teaches(RandomErasing)
 def _erase(self, x:TensorSlice):
     t = x.as_subclass(Tensor)
     sd,mean = torch.std_mean(t, (-3,-2,-1), correction=0, keepdim=True)
     sd = sd.clamp(min=1e-8)
-    return _back(self.encodes(((t-mean)/sd).as_subclass(TensorImage)).as_subclass(Tensor)*sd+mean, x, x)
+    return _put_back(self.encodes(((t-mean)/sd).as_subclass(TensorImage)).as_subclass(Tensor)*sd+mean, x, x)
 
 # %% ../../nbs/data/08_transforms.ipynb #c97ad93b
-_sizes = ('Resize','RandomResizedCrop','RandomCrop','OldRandomCrop','CropPad','RatioResize')
+_resizing = ('Resize','RandomResizedCrop','RandomCrop','OldRandomCrop','CropPad','RatioResize')
 
 def _leaves(x): return [o for i in x for o in _leaves(i)] if isinstance(x, tuple) and not hasattr(x, '_fields') else [x]
 
@@ -126,10 +126,10 @@ def acts(
         return True
     return any(takes(o) for o in ([list(x)] if isinstance(t, ItemTransform) and isinstance(x, tuple) else _leaves(x)))
 
-def _advice(t, x):
+def _transform_advice(t, x):
     name,first = type(t).__name__,_leaves(x)[0]
     if name=='Normalize': return "Every case is normalised already when it is read: say normalize= where the DataLoaders are made"
-    if name in _sizes: return "The size of an item is that of patch= (slices, volumes) or size= (radiographs), where the DataLoaders are made: a scan is predicted at it too"
+    if name in _resizing: return "The size of an item is that of patch= (slices, volumes) or size= (radiographs), where the DataLoaders are made: a scan is predicted at it too"
     if name=='Hue': return "Slices and radiographs are grey: leave it out"
     if isinstance(first, TensorVolume): return "fastai's transforms know pictures of two dimensions. For volumes there are volume_tfms() for batch_tfms and TorchIOTransform for item_tfms"
     return ("Of fastai's, Rotate, Zoom, Warp, Flip, Dihedral, RandomResizedCropGPU, Brightness, Contrast and RandomErasing work, in batch_tfms; "
@@ -161,5 +161,5 @@ class ActingPipeline(Pipeline):
         ours = any(isinstance(x, TensorMed) for x in _leaves(o))
         if ours and not isinstance(t, (ToTensor,IntToFloatTensor,MaskIds)) and not acts(t, o):
             found = ', '.join(type(x).__name__ for x in _leaves(o))
-            raise ArgumentError(f"{type(t).__name__ if t.name.startswith(type(t).__name__) else t.name} would change nothing: it knows none of {found}. {_advice(t, o)}")
+            raise ArgumentError(f"{type(t).__name__ if t.name.startswith(type(t).__name__) else t.name} would change nothing: it knows none of {found}. {_transform_advice(t, o)}")
         self.known.append(t)

@@ -15,9 +15,9 @@ import bz2, contextlib, gzip, lzma, os, re, shutil, stat, tarfile, unicodedata, 
 # %% ../../nbs/io/02_archive.ipynb #71e0c129
 _files,_free,_times,_chunk = 100_000,10**9,100,2**20         # members; bytes that any archive may unpack to, and besides how many times its own size
 
-def _refuse(name, what): raise InputError(f'{name}: the archive holds {what}. Only plain files and folders inside it are accepted; nothing was unpacked, do not trust this archive')
+def _refuse_archive(name, what): raise InputError(f'{name}: the archive holds {what}. Only plain files and folders inside it are accepted; nothing was unpacked, do not trust this archive')
 
-def _place(member):
+def _member_parts(member):
     "The parts of a member's name. Raises `ValueError` saying what is wrong with it"
     parts = [o for o in re.split(r'[/\\]', member) if o not in ('','.')]
     if '..' in parts or member[:1] in ('/','\\') or re.match('[A-Za-z]:', member): raise ValueError('a name that leads out of the folder')
@@ -48,7 +48,7 @@ class _Bounded:
     def tell(self): return self.f.tell()
 
 @contextlib.contextmanager
-def _opened(arch, name):
+def _open_archive(arch, name):
     "(members, open) of an archive: its entries one after the other, as (name, bytes, kind, entry), and what opens one"
     with open(arch, 'rb') as f: b = f.read(6)
     with contextlib.ExitStack() as on:
@@ -80,21 +80,21 @@ def unpack_safely(
     "Unpack plain files into one folder. Raises `InputError`, before anything is written, on a member that is unsafe or on too many or too large ones; `FileError` on a damaged archive, `ResourceError` where the disk has no room"
     arch,dest,name = Path(arch),Path(dest),str(arch if name is None else name)
     most,total,todo,names = _free+_times*arch.stat().st_size if most is None else most,0,[],_Names()
-    with _opened(arch, name) as (members,open_):
+    with _open_archive(arch, name) as (members,open_):
         with reading(name, 'a whole archive'):
             for n,size,kind,m in members():
                 try:
-                    parts = _place(n)
+                    parts = _member_parts(n)
                     if kind not in ('file','folder'): raise ValueError(kind)
                     if kind=='file' and not parts: raise ValueError('a file without a name')
                     if size<0: raise ValueError('a file of negative size')
                     if parts and (parts[-1].startswith('._') or '__MACOSX' in parts): size,parts = 0,()
                     if parts: names.add(parts, kind=='folder')
-                except ValueError as e: _refuse(name, f'{n!r:.200}, {e}')
+                except ValueError as e: _refuse_archive(name, f'{n!r:.200}, {e}')
                 total += size if kind=='file' else 0
-                if total>most: _refuse(name, f'more than {most/1e9:.3g} GB in {arch.stat().st_size:,} bytes')
+                if total>most: _refuse_archive(name, f'more than {most/1e9:.3g} GB in {arch.stat().st_size:,} bytes')
                 if parts: todo.append((parts, size, kind, m))
-                if len(todo)>_files: _refuse(name, f'more than {_files:,} files')
+                if len(todo)>_files: _refuse_archive(name, f'more than {_files:,} files')
         there = next(p for p in (dest, *dest.parents) if p.exists())
         if total>(free := shutil.disk_usage(there).free): raise ResourceError(f'{name}: unpacks to {total/1e9:.3g} GB, and the disk of {there} has {free/1e9:.3g} GB free. Make room, or unpack elsewhere')
         dest.mkdir(parents=True, exist_ok=True)

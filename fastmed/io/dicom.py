@@ -15,16 +15,27 @@ from collections import Counter, namedtuple
 from types import SimpleNamespace
 import contextlib, hashlib, os, re, nibabel as nib
 
+# %% ../../nbs/io/05_dicom.ipynb #cb008853
+def file_frames(
+    fn  # DICOM file
+):
+    "(facts of the series, frames) of a file; None where it is no DICOM, and where it holds no image what it is instead, such as 'RT Plan Storage'"
+    ds = _read(fn, (*_head_tags, *_parting_tags))
+    if ds is None: return None
+    try: return _frames(ds, Path(fn))
+    except FastmedError: raise
+    except Exception as e: raise FileError(f"{fn}: its DICOM header cannot be read ({type(e).__name__}). It is damaged: export or copy it again") from None
+
 # %% ../../nbs/io/05_dicom.ipynb #83810ec6
 _head_tags = ('SOPClassUID','SOPInstanceUID','StudyInstanceUID','SeriesInstanceUID','Modality','SeriesDescription','SeriesNumber','InstanceNumber','Rows','Columns','NumberOfFrames','SamplesPerPixel','PixelRepresentation','PhotometricInterpretation',
               'ImagePositionPatient','ImageOrientationPatient','PixelSpacing','ImagerPixelSpacing','NominalScannedPixelSpacing','ImagePlanePixelSpacing','SliceThickness','SpacingBetweenSlices','GridFrameOffsetVector','RescaleSlope','RescaleIntercept','DoseGridScaling',
               'PixelPaddingValue','SharedFunctionalGroupsSequence','PerFrameFunctionalGroupsSequence','ModalityLUTSequence',(0x0019,0x100a),(0x0065,0x1050),'PatientID','PatientName','PatientBirthDate')
-_apart = ('TemporalPositionIdentifier','EchoTime','DiffusionBValue','DiffusionGradientOrientation','TriggerTime','AcquisitionNumber','ImageType')  # what tells two acquisitions of one place from each other
+_parting_tags = ('TemporalPositionIdentifier','EchoTime','DiffusionBValue','DiffusionGradientOrientation','TriggerTime','AcquisitionNumber','ImageType')  # what tells two acquisitions of one place from each other
 _pixel_tags = ('SOPClassUID','Rows','Columns','NumberOfFrames','SamplesPerPixel','PhotometricInterpretation','PlanarConfiguration','BitsAllocated','BitsStored','HighBit','PixelRepresentation','ModalityLUTSequence','ExtendedOffsetTable','ExtendedOffsetTableLengths',
                'PixelData','FloatPixelData','DoubleFloatPixelData')
 _Frame = namedtuple('_Frame', 'file frame number position axes px thickness size slope inter padding sop colour tags tiles', defaults=(0,))  # tiles: of a mosaic, how many in a row
 
-def _hash(*s): return hashlib.sha256('|'.join(s).encode()).hexdigest()[:10]
+def _short_hash(*s): return hashlib.sha256('|'.join(s).encode()).hexdigest()[:10]
 
 def _read(fn, tags, pixels=False):
     "The elements `tags` of a file; None where it is no DICOM"
@@ -42,7 +53,7 @@ def _read(fn, tags, pixels=False):
         raise FileError(f"{fn}: begins as DICOM and cannot be read ({type(e).__name__}). It is truncated or damaged: export or copy it again") from None
     return None if bare and 'SOPClassUID' not in ds else ds
 
-def _text(ds, name):
+def _element_text(ds, name):
     "An element of text, as it stands in the file: pydicom's checks, which put the value into a warning, are left out"
     e = ds.get_item(name)
     v = '' if e is None or e.value is None else e.value
@@ -53,36 +64,28 @@ def _nums(s, n):
     except ValueError: return None
     return v if len(v)==n and np.isfinite(v).all() else None
 
-def _head(fn):
-    "(facts of the series, frames) of a file; None where it is no DICOM, and where it holds no image what it is instead, such as 'RT Plan Storage'"
-    ds = _read(fn, (*_head_tags, *_apart))
-    if ds is None: return None
-    try: return _frames(ds, Path(fn))
-    except FastmedError: raise
-    except Exception as e: raise FileError(f"{fn}: its DICOM header cannot be read ({type(e).__name__}). It is damaged: export or copy it again") from None
-
 def _frames(ds, fn):
     if not ds.get('Rows') or not ds.get('Columns'):
         kind = ds.file_meta.get('MediaStorageSOPClassUID') or ds.get('SOPClassUID')
         if kind is None or 'Image Storage' in kind.name: raise FileError(f"{fn}: says that it is an image and names no rows and columns. It is truncated: export or copy it again")
         return str(kind.name)
-    n,per,shared = int(_text(ds, 'NumberOfFrames') or 1),ds.get('PerFrameFunctionalGroupsSequence') or [],first(ds.get('SharedFunctionalGroupsSequence') or [])
+    n,per,shared = int(_element_text(ds, 'NumberOfFrames') or 1),ds.get('PerFrameFunctionalGroupsSequence') or [],first(ds.get('SharedFunctionalGroupsSequence') or [])
     if per and len(per)!=n or not 0<n<=fn.stat().st_size: raise FileError(f"{fn}: promises {n} frames and describes {len(per)}. It is truncated or damaged: export or copy it again")
-    ids,desc = [_text(ds, o) for o in ('PatientID','PatientName','PatientBirthDate')],str(ds.get('SeriesDescription') or '').strip()
+    ids,desc = [_element_text(ds, o) for o in ('PatientID','PatientName','PatientBirthDate')],str(ds.get('SeriesDescription') or '').strip()
     for o in [*ids, *re.split(r'[\^= ]+', ids[1])]:
         if len(o)>2: desc = re.sub(re.escape(o), '…', desc, flags=re.I)        # some write the patient into the description
-    study,photo,dose = _text(ds, 'StudyInstanceUID'),_text(ds, 'PhotometricInterpretation'),_text(ds, 'Modality')=='RTDOSE'
-    info = dict(group=(study, _text(ds, 'SeriesInstanceUID') or _text(ds, 'SeriesNumber'), *ids), subject=ids[:1] if ids[0] else ids[1:] if any(ids) else [study], ids=ids, modality=_text(ds, 'Modality'), description=desc,
-                photometric=photo, fault='', seg=_text(ds, 'SOPClassUID').startswith('1.2.840.10008.5.1.4.1.1.66.'))
+    study,photo,dose = _element_text(ds, 'StudyInstanceUID'),_element_text(ds, 'PhotometricInterpretation'),_element_text(ds, 'Modality')=='RTDOSE'
+    info = dict(group=(study, _element_text(ds, 'SeriesInstanceUID') or _element_text(ds, 'SeriesNumber'), *ids), subject=ids[:1] if ids[0] else ids[1:] if any(ids) else [study], ids=ids, modality=_element_text(ds, 'Modality'), description=desc,
+                photometric=photo, fault='', seg=_element_text(ds, 'SOPClassUID').startswith('1.2.840.10008.5.1.4.1.1.66.'))
     def item(f, seq): return next((o.get(seq)[0] for o in (per[f] if per else None, shared) if o is not None and o.get(seq)), None)
-    def text(f, seq, *names): return next((v for d in (item(f, seq), ds) if d is not None for v in (_text(d, o) for o in names) if v), '')
+    def text(f, seq, *names): return next((v for d in (item(f, seq), ds) if d is not None for v in (_element_text(d, o) for o in names) if v), '')
     def tag(f, seq, name, old):
         d = item(f, seq)
         if d is not None and seq.startswith('MRDiffusionS') and name not in d: d = first(d.get('DiffusionGradientDirectionSequence') or [])
-        v = d.get(name, '') if d is not None else ds.get(old, '') if old.startswith('Diffusion') else _text(ds, old)
+        v = d.get(name, '') if d is not None else ds.get(old, '') if old.startswith('Diffusion') else _element_text(ds, old)
         return str([round(o, 3) for o in v]) if is_iter(v) and not isinstance(v, str) else str(v)
-    num = _nums(_text(ds, 'InstanceNumber'), 1); pad = ds.get('PixelPaddingValue')
-    offs = np.array([float(o) for o in _text(ds, 'GridFrameOffsetVector').split('\\') if o] or np.arange(n)*float(_text(ds, 'SpacingBetweenSlices') or 0)); fs = []
+    num = _nums(_element_text(ds, 'InstanceNumber'), 1); pad = ds.get('PixelPaddingValue')
+    offs = np.array([float(o) for o in _element_text(ds, 'GridFrameOffsetVector').split('\\') if o] or np.arange(n)*float(_element_text(ds, 'SpacingBetweenSlices') or 0)); fs = []
     for f in range(n):
         pos,axes = _nums(text(f, 'PlanePositionSequence', 'ImagePositionPatient'), 3),_nums(text(f, 'PlaneOrientationSequence', 'ImageOrientationPatient'), 6)
         if axes and not (np.linalg.norm(np.cross(axes[:3], axes[3:]))>.5 and abs(np.dot(axes[:3], axes[3:]))<2e-3):
@@ -92,11 +95,11 @@ def _frames(ds, fn):
         thick = next((o[0] for o in (_nums(text(f, 'PixelMeasuresSequence', k), 1) for k in ('SpacingBetweenSlices','SliceThickness')) if o and o[0]>1e-3), 1.)
         slope,inter = (_nums(text(f, 'PixelValueTransformationSequence', k) or d, 1) for k,d in (('DoseGridScaling' if dose else 'RescaleSlope', '1'), ('RescaleIntercept', '0')))
         if not slope or not inter or not slope[0]: raise FileError(f"{fn}: its RescaleSlope or RescaleIntercept is no number, or the slope is nought. Repair the header or export it again")
-        tags = (tag(f, 'FrameContentSequence', 'TemporalPositionIndex', _apart[0]), tag(f, 'MREchoSequence', 'EffectiveEchoTime', _apart[1]), tag(f, 'MRDiffusionSequence', 'DiffusionBValue', _apart[2]),
-                tag(f, 'MRDiffusionSequence', 'DiffusionGradientOrientation', _apart[3]), tag(f, 'CardiacSynchronizationSequence', 'NominalCardiacTriggerDelayTime', _apart[4]), tag(f, 'FrameContentSequence', 'FrameAcquisitionNumber', _apart[5]),
+        tags = (tag(f, 'FrameContentSequence', 'TemporalPositionIndex', _parting_tags[0]), tag(f, 'MREchoSequence', 'EffectiveEchoTime', _parting_tags[1]), tag(f, 'MRDiffusionSequence', 'DiffusionBValue', _parting_tags[2]),
+                tag(f, 'MRDiffusionSequence', 'DiffusionGradientOrientation', _parting_tags[3]), tag(f, 'CardiacSynchronizationSequence', 'NominalCardiacTriggerDelayTime', _parting_tags[4]), tag(f, 'FrameContentSequence', 'FrameAcquisitionNumber', _parting_tags[5]),
                 ' '.join(text(f, 'MRImageFrameTypeSequence', 'FrameType', 'ImageType').split('\\')[2:]))
         fs.append(_Frame(fn, f, f+1 if n>1 else int(num[0]) if num else None, pos, axes, px[::-1] if px and min(px)>0 else None, thick, (int(ds.Columns), int(ds.Rows)), slope[0], inter[0],
-                         pad*slope[0]+inter[0] if isinstance(pad, (int,float)) and not ds.get('ModalityLUTSequence') else None, _hash(_text(ds, 'SOPInstanceUID'), str(f)), int(ds.get('SamplesPerPixel') or 1)>1 or photo.startswith('PALETTE'), tags))
+                         pad*slope[0]+inter[0] if isinstance(pad, (int,float)) and not ds.get('ModalityLUTSequence') else None, _short_hash(_element_text(ds, 'SOPInstanceUID'), str(f)), int(ds.get('SamplesPerPixel') or 1)>1 or photo.startswith('PALETTE'), tags))
     if n==1 and may_be_tiled(ds):
         import pydicom
         try: fs = _untiled(fs[0], tiling(pydicom.dcmread(fn, stop_before_pixels=True, force=True)))
@@ -106,15 +109,15 @@ def _frames(ds, fn):
 def _untiled(o, t):
     "The slices of a mosaic as frames of its file, the first frame given"
     if t is None: return [o]
-    return [o._replace(frame=k, number=k+1, position=p, size=t.size, sop=_hash(o.sop, str(k)), tiles=t.across) for k,p in enumerate(t.positions)]
+    return [o._replace(frame=k, number=k+1, position=p, size=t.size, sop=_short_hash(o.sop, str(k)), tiles=t.across) for k,p in enumerate(t.positions)]
 
 # %% ../../nbs/io/05_dicom.ipynb #3a36052c
-def _groups(xs, key):
+def _grouped(xs, key):
     res = {}
     for o in xs: res.setdefault(key(o), []).append(o)
     return res
 
-def _names(fs, k=3): return ', '.join(f'{o.file.name}' + (f' frame {o.frame+1}' if o.frame else '') for o in fs[:k]) + (f' … ({len(fs)})' if len(fs)>k else '')
+def _frame_names(fs, k=3): return ', '.join(f'{o.file.name}' + (f' frame {o.frame+1}' if o.frame else '') for o in fs[:k]) + (f' … ({len(fs)})' if len(fs)>k else '')
 
 def _normal(axes): n = np.cross(axes[:3], axes[3:]); return n/np.linalg.norm(n)
 
@@ -123,7 +126,7 @@ def _plane_name(axes):
     n = np.abs(_normal(axes))
     return ('oblique ' if n.max()<np.cos(np.radians(5)) else '')+('sagittal','coronal','axial')[int(n.argmax())]
 
-def _alike(fs):
+def _alike_frames(fs):
     "Groups of frames of one size, one size of pixels and one orientation, the largest first"
     res = []
     for o in fs:
@@ -134,7 +137,7 @@ def _alike(fs):
 
 def _close(a, b, **kw): return a==b or bool(a and b) and np.allclose(a, b, **kw)
 
-def _place(o): return round(float(np.dot(o.position, _normal(o.axes))), 2)
+def _frame_place(o): return round(float(np.dot(o.position, _normal(o.axes))), 2)
 
 class DicomSeries:
     "The images of one DICOM series in order of their position, without identity. `load_volume` takes it, and where its folder holds nothing else it also serves as a path"
@@ -145,10 +148,10 @@ class DicomSeries:
         part=''     # what tells it from the other parts of a `split`
     ):
         store_attr('alone,part')
-        self.key,self.modality,self.description = _hash(*info['group'][:2]),info['modality'],info['description']
+        self.key,self.modality,self.description = _short_hash(*info['group'][:2]),info['modality'],info['description']
         self.seg,self.photometric,self.fault = info['seg'],info['photometric'],info.get('fault', '')
-        whole = all(o.position and o.axes for o in frames) and len(_alike(frames))==1
-        self.frames = sorted(frames, key=lambda o: (_place(o) if whole else 0, o.number or 0, str(o.file), o.frame))
+        whole = all(o.position and o.axes for o in frames) and len(_alike_frames(frames))==1
+        self.frames = sorted(frames, key=lambda o: (_frame_place(o) if whole else 0, o.number or 0, str(o.file), o.frame))
 
     @property
     def files(self): return list(dict.fromkeys(o.file for o in self.frames))                    # paths, in order
@@ -167,19 +170,19 @@ class DicomSeries:
         "The parts that may be volumes, largest first: by size and orientation, then by the attribute that leaves one image a position"
         info = dict(group=('','') , modality=self.modality, description=self.description, seg=self.seg, photometric=self.photometric, fault=self.fault)
         res = []
-        for fs in (gs:=_alike(self.frames)):
+        for fs in (gs:=_alike_frames(self.frames)):
             where = f"{_plane_name(fs[0].axes)} {fs[0].size[0]}×{fs[0].size[1]}" if len(gs)>1 else ''
             if len({g[0].px for g in gs})>1 and fs[0].px: where += f' of {fs[0].px[0]:.4g} mm'
             parts = {'':fs}
-            if all(o.position and o.axes for o in fs) and max(Counter(map(_place, fs)).values())>1:
-                once = lambda d: len(d)>1 and all(max(Counter(map(_place, g)).values())==1 for g in d.values())
-                tries = [_groups(fs, lambda o: f'{k} {o.tags[i]}') for i,k in enumerate(_apart)] + [_groups(fs, lambda o: ', '.join(f'{_apart[i]} {o.tags[i]}' for i,v in enumerate(zip(*[p.tags for p in fs])) if len(set(v))>1))]
+            if all(o.position and o.axes for o in fs) and max(Counter(map(_frame_place, fs)).values())>1:
+                once = lambda d: len(d)>1 and all(max(Counter(map(_frame_place, g)).values())==1 for g in d.values())
+                tries = [_grouped(fs, lambda o: f'{k} {o.tags[i]}') for i,k in enumerate(_parting_tags)] + [_grouped(fs, lambda o: ', '.join(f'{_parting_tags[i]} {o.tags[i]}' for i,v in enumerate(zip(*[p.tags for p in fs])) if len(set(v))>1))]
                 parts = next((d for d in tries if once(d)), None)
-                if parts is None and len(set(Counter(map(_place, fs)).values()))>1:
+                if parts is None and len(set(Counter(map(_frame_place, fs)).values()))>1:
                     parts = {'':fs}                            # whose turn a missing image was, nobody knows
                 elif parts is None:
-                    rank = {id(o):i for g in _groups(sorted(fs, key=lambda o: (o.number or 0, o.file, o.frame)), _place).values() for i,o in enumerate(g)}
-                    parts = _groups(fs, lambda o: f'turn {rank[id(o)]+1}')
+                    rank = {id(o):i for g in _grouped(sorted(fs, key=lambda o: (o.number or 0, o.file, o.frame)), _frame_place).values() for i,o in enumerate(g)}
+                    parts = _grouped(fs, lambda o: f'turn {rank[id(o)]+1}')
                 elif all(len({o.tags[-1] for o in g})==1 for g in parts.values()) and len({o.tags[-1] for o in fs})>1:
                     parts = {k if 'ImageType' in k else f'{k}, ImageType {g[0].tags[-1]}':g for k,g in parts.items()}   # magnitude, phase, field map: what it shows
             elif len(fs)>1 and not all(o.position for o in fs): parts = {o.file.name+(f' frame {o.frame+1}' if o.frame else ''):[o] for o in fs}
@@ -190,40 +193,45 @@ class DicomSeries:
             seen[k] += 1
             if names[k]>1: res[i] = g,f'{k} no. {seen[k]}'         # two tilts of one plane
         res = [DicomSeries(g, info, False, k) for g,k in res]
-        for o in res: o.key = _hash(self.key, o.part)
+        for o in res: o.key = _short_hash(self.key, o.part)
         return res
 
-# %% ../../nbs/io/05_dicom.ipynb #638b607c
-def _parting(s):
-    "What to do with a series that is several volumes: its parts by name, where the headers tell them apart"
-    parts = s.split()
-    if len(parts)==1: return "Nothing in its headers tells them apart: export each volume as a series of its own"
-    names = '; '.join(f"{o.part} ({len(o)} image{'s'*(len(o)>1)})" for o in parts[:6])
-    return f"`scan_dicom(…).series[i].split()` parts it into {len(parts)}: {names}{' …' if len(parts)>6 else ''}"
+# %% ../../nbs/io/05_dicom.ipynb #9d2c67ed
+def series_grid(
+    s,            # `DicomSeries`
+    regrid=False  # as of `load_volume`
+):
+    "How the frames stack, with `shape` and `affine` of the volume, and by how many columns and rows each image moves in it"
+    if not isinstance(regrid, (bool,np.bool_)) and not (isinstance(regrid, (int,float)) and 0<regrid<np.inf): raise ArgumentError(f"regrid: expected True, False or a distance of slices in mm; found {regrid!r}")
+    st = stack_frames(s); size,n = np.array(s.frames[0].size),len(s)
+    off,st.move,st.regrid = np.zeros(2),np.zeros((n,2)),False
+    if st.faults and not regrid:
+        raise InputError(f"{s.path} ({s}): {'; '.join(st.faults)}. Or resample it knowingly: load_volume(series, regrid=True) makes equal distances and an upright box, linearly")
+    if regrid and n>1 and (st.faults or regrid is not True):
+        T = st.t[-1]-st.t[0]; n = max(2, int(round(T/(float(np.median(np.diff(st.t))) if regrid is True else regrid)))+1)
+        sh = np.round(st.shift/st.px, 3); off = np.floor(sh.min(0)); size = size+(np.ceil(sh.max(0))-off).astype(int); st.move,st.gap,st.regrid = sh-off,T/(n-1),True
+    st.shape = (*(int(o) for o in size), n); st.affine = _affine(st, st.origin+(off*st.px)@st.axes, st.gap)
+    if not all(1e-6<o<1e6 for o in (*st.px, st.gap)): raise InputError(f"{s.path} ({s}): expected voxels of a size in mm; found {'×'.join(f'{o:.4g}' for o in (*st.px, st.gap))}. Repair PixelSpacing or SliceThickness, or export the series again")
+    return st
 
-def _check_pixel_sizes(s, who):
-    "Raise `InputError` where a size in mm would have to be guessed, or differs. A radiograph or page without a position may have none"
-    fs = s.frames
-    bare = [o for o in fs if not o.px and not o.colour and (o.position or s.modality in ('CT','MR','PT','NM'))]
-    if bare: raise InputError(f"{who}: expected the size of its pixels in mm; {len(bare)} of its {len(fs)} images carry no PixelSpacing (0028,0030) of two numbers above 0: {_names(bare)}. Add it, or export the series again")
-    sizes = _groups(fs, lambda o: o.px and tuple(float(f'{v:.3g}') for v in o.px))
-    if len(fs)>1 and not all(_close(o.px, fs[0].px, rtol=1e-3) for o in fs): raise InputError(f"{who}: no volume: its pixels are of several sizes: {'; '.join(f'{k} mm: {_names(v)}' for k,v in sizes.items())}. {_parting(s)}")
-
-def _stack(s):
+# %% ../../nbs/io/05_dicom.ipynb #7253edc6
+def stack_frames(
+    s  # `DicomSeries`
+):
     "The frames in order, and how they stack: `faults` are those that regridding mends. Raises `InputError` for the others"
     fs,who = s.frames,f'{s.path} ({s})'
     if s.fault: raise InputError(f"{who}: {s.fault}")
     if s.seg: raise InputError(f"{who}: a DICOM segmentation, and no image. load_dicom_seg(fn, series) reads it onto the grid of its series")
-    gs = _alike(fs)
+    gs = _alike_frames(fs)
     if len(sizes:={o.size for o in fs})>1:
-        raise InputError(f"{who}: no volume: its {len(fs)} images have {len(sizes)} sizes: {'; '.join(f'{k[0]}×{k[1]}: {_names(v)}' for k,v in _groups(fs, lambda o: o.size).items())}. {_parting(s)}")
+        raise InputError(f"{who}: no volume: its {len(fs)} images have {len(sizes)} sizes: {'; '.join(f'{k[0]}×{k[1]}: {_frame_names(v)}' for k,v in _grouped(fs, lambda o: o.size).items())}. {_parting(s)}")
     bare = {'position (ImagePositionPatient)':[o for o in fs if not o.position], 'orientation (ImageOrientationPatient)':[o for o in fs if not o.axes]}
     for tag,bad in bare.items() if len(fs)>1 else ():
-        if bad: raise InputError(f"{who}: no volume: {len(bad)} of its {len(fs)} images carry no {tag}: {_names(bad)}. "
+        if bad: raise InputError(f"{who}: no volume: {len(bad)} of its {len(fs)} images carry no {tag}: {_frame_names(bad)}. "
                                  "They are pages, radiographs or a film; load them one by one")
     _check_pixel_sizes(s, who)
     if len(gs)>1:
-        raise InputError(f"{who}: no volume: its slices are not parallel: {'; '.join(f'{_plane_name(g[0].axes)}: {_names(g)}' for g in gs[:4])}. A localizer or a reformat lies among them. {_parting(s)}")
+        raise InputError(f"{who}: no volume: its slices are not parallel: {'; '.join(f'{_plane_name(g[0].axes)}: {_frame_names(g)}' for g in gs[:4])}. A localizer or a reformat lies among them. {_parting(s)}")
     if len(fs)>1 and any(o.colour for o in fs): raise InputError(f"{who}: no volume: {sum(o.colour for o in fs)} of its {len(fs)} images are in colour. They are pages or a film; load them one by one")
     o = fs[0]; px = np.array(o.px or (1.,1.)); ax = np.array(o.axes or (1.,0,0,0,1,0)).reshape(2,3); ax /= np.linalg.norm(ax, axis=1, keepdims=True); normal = np.cross(*ax)
     pos = np.array([p.position or (0,0,0) for p in fs], dtype=float)
@@ -233,9 +241,9 @@ def _stack(s):
     same = gaps<(.015 if gaps.max()>.1 else 1e-4)
     if same.any():
         i,n = int(same.argmax()),int(same.sum())
-        if fs[i].sop==fs[i+1].sop: raise InputError(f"{who}: {_names([fs[i]])} and {_names([fs[i+1]])} are one image under two names. Take the copies away ({n} of them)")
-        what = '; '.join(f"{k} ({', '.join(dict.fromkeys(v))})"[:120] for k,v in zip(_apart, zip(*[p.tags for p in fs])) if len(set(v))>1)
-        raise InputError(f"{who}: expected one image a position; found {n} more, as {_names([fs[i]])} and {_names([fs[i+1]])} at one position; "
+        if fs[i].sop==fs[i+1].sop: raise InputError(f"{who}: {_frame_names([fs[i]])} and {_frame_names([fs[i+1]])} are one image under two names. Take the copies away ({n} of them)")
+        what = '; '.join(f"{k} ({', '.join(dict.fromkeys(v))})"[:120] for k,v in zip(_parting_tags, zip(*[p.tags for p in fs])) if len(set(v))>1)
+        raise InputError(f"{who}: expected one image a position; found {n} more, as {_frame_names([fs[i]])} and {_frame_names([fs[i+1]])} at one position; "
                          f"they differ in {what or 'nothing that the header tells'}. Several acquisitions (echoes, b-values, time points) are several volumes. {_parting(s)}")
     T = st.t[-1]-st.t[0]; st.gap = T/(len(fs)-1); side = np.abs(st.shift).max(); st.tilt = float(np.degrees(np.arctan(np.linalg.norm(st.shift[-1])/T)))
     if side>px.max() or st.tilt>.5 and side>.05*px.min():
@@ -251,59 +259,56 @@ def _stack(s):
         else: st.faults.append(f"expected slices at equal distances; found gaps from {gaps.min():.2f} to {gaps.max():.2f} mm")
     return st
 
+# %% ../../nbs/io/05_dicom.ipynb #638b607c
+def _parting(s):
+    "What to do with a series that is several volumes: its parts by name, where the headers tell them apart"
+    parts = s.split()
+    if len(parts)==1: return "Nothing in its headers tells them apart: export each volume as a series of its own"
+    names = '; '.join(f"{o.part} ({len(o)} image{'s'*(len(o)>1)})" for o in parts[:6])
+    return f"`scan_dicom(…).series[i].split()` parts it into {len(parts)}: {names}{' …' if len(parts)>6 else ''}"
+
+def _check_pixel_sizes(s, who):
+    "Raise `InputError` where a size in mm would have to be guessed, or differs. A radiograph or page without a position may have none"
+    fs = s.frames
+    bare = [o for o in fs if not o.px and not o.colour and (o.position or s.modality in ('CT','MR','PT','NM'))]
+    if bare: raise InputError(f"{who}: expected the size of its pixels in mm; {len(bare)} of its {len(fs)} images carry no PixelSpacing (0028,0030) of two numbers above 0: {_frame_names(bare)}. Add it, or export the series again")
+    sizes = _grouped(fs, lambda o: o.px and tuple(float(f'{v:.3g}') for v in o.px))
+    if len(fs)>1 and not all(_close(o.px, fs[0].px, rtol=1e-3) for o in fs): raise InputError(f"{who}: no volume: its pixels are of several sizes: {'; '.join(f'{k} mm: {_frame_names(v)}' for k,v in sizes.items())}. {_parting(s)}")
+
 def _affine(st, origin, gap):
     "(4,4) voxel index → mm in RAS+; DICOM counts left and posterior as positive"
     aff = np.eye(4); aff[:3,:3] = np.stack([*st.axes, st.normal], 1)*[*st.px, gap]; aff[:3,3] = origin
     return np.diag([-1,-1,1,1.])@aff
 
-def _grid(s, regrid=False):
-    "How the frames stack, with `shape` and `affine` of the volume, and by how many columns and rows each image moves in it"
-    if not isinstance(regrid, (bool,np.bool_)) and not (isinstance(regrid, (int,float)) and 0<regrid<np.inf): raise ArgumentError(f"regrid: expected True, False or a distance of slices in mm; found {regrid!r}")
-    st = _stack(s); size,n = np.array(s.frames[0].size),len(s)
-    off,st.move,st.regrid = np.zeros(2),np.zeros((n,2)),False
-    if st.faults and not regrid:
-        raise InputError(f"{s.path} ({s}): {'; '.join(st.faults)}. Or resample it knowingly: load_volume(series, regrid=True) makes equal distances and an upright box, linearly")
-    if regrid and n>1 and (st.faults or regrid is not True):
-        T = st.t[-1]-st.t[0]; n = max(2, int(round(T/(float(np.median(np.diff(st.t))) if regrid is True else regrid)))+1)
-        sh = np.round(st.shift/st.px, 3); off = np.floor(sh.min(0)); size = size+(np.ceil(sh.max(0))-off).astype(int); st.move,st.gap,st.regrid = sh-off,T/(n-1),True
-    st.shape = (*(int(o) for o in size), n); st.affine = _affine(st, st.origin+(off*st.px)@st.axes, st.gap)
-    if not all(1e-6<o<1e6 for o in (*st.px, st.gap)): raise InputError(f"{s.path} ({s}): expected voxels of a size in mm; found {'×'.join(f'{o:.4g}' for o in (*st.px, st.gap))}. Repair PixelSpacing or SliceThickness, or export the series again")
-    return st
-
-# %% ../../nbs/io/05_dicom.ipynb #7fb0eaa0
-def _pixels(fn):
+# %% ../../nbs/io/05_dicom.ipynb #18187993
+def file_pixels(
+    fn  # DICOM file
+):
     "((frames, rows, columns) of one file, whether they are physical values already). Raises `FileError`"
     ds = _read(fn, _pixel_tags, pixels=True)
     if ds is None: raise FileError(f"{fn}: is no longer the DICOM file that it was")
     return decoded(ds, fn)
 
-def _images(fs):
+# %% ../../nbs/io/05_dicom.ipynb #7fb0eaa0
+def _frame_images(fs):
     "The images of `fs` in that order, one at a time: (columns, rows) float32, physical values; each file is read once"
     left,there = Counter(o.file for o in fs),{}
     for o in fs:
         if o.file not in there:
-            with reading(o.file): there[o.file] = _pixels(o.file)
+            with reading(o.file): there[o.file] = file_pixels(o.file)
         a,physical = there[o.file]; left[o.file] -= 1
         if not left[o.file]: del there[o.file]
         image = tile_of(a[0], o.frame, o.tiles) if o.tiles else a[o.frame] if o.frame<len(a) else None
         if image is None or image.shape!=o.size[::-1]: raise FileError(f"{o.file}: expected {o.size[0]}×{o.size[1]} pixels; found {a.shape}. The file changed since its header was read, or is damaged")
         yield np.asarray(image if physical else image*np.float64(o.slope)+o.inter, dtype=np.float32).T
 
-# %% ../../nbs/io/05_dicom.ipynb #d86becf5
-def _moved(a, d, n, axis):
-    "`a` moved by `d`≥0 voxels along `axis` into `n` of them, linearly; nan where nothing is"
-    a = np.moveaxis(a, axis, 0); k = int(np.floor(d+1e-6)); f = max(0., d-k); res = np.full((n, *a.shape[1:]), np.nan, np.float32)
-    res[k:k+len(a)] = a
-    if f>1e-3 and k+1+len(a)<=n:
-        b = np.full_like(res, np.nan); b[k+1:k+1+len(a)] = a
-        res = _blend(res, b, f)
-    return np.moveaxis(res, 0, axis)
-
-def _blend(a, b, f): return np.where(np.isnan(a), b, np.where(np.isnan(b), a, (1-f)*a+f*b))
-
-def _load_series(s, regrid=False):
+# %% ../../nbs/io/05_dicom.ipynb #2fa91425
+def load_series(
+    s,            # `DicomSeries`
+    regrid=False  # as of `load_volume`
+):
     "((1,X,Y,Z) float32, affine, meta) of a series or part"
-    g = _grid(s, regrid); ims = _images(g.frames); out = None
+    g = series_grid(s, regrid); ims = _frame_images(g.frames); out = None
     check_size(s.path, g.shape, 0)
     pad = g.frames[0].padding
     if not g.regrid:
@@ -311,7 +316,7 @@ def _load_series(s, regrid=False):
             if out is None: out = np.empty(g.shape, np.float32)
             out[...,k] = a
     else:
-        t = g.t-g.t[0]; moved = (_moved(_moved(a, x, g.shape[0], 0), y, g.shape[1], 1) for a,(x,y) in zip(ims, g.move))
+        t = g.t-g.t[0]; moved = (_moved_rows(_moved_rows(a, x, g.shape[0], 0), y, g.shape[1], 1) for a,(x,y) in zip(ims, g.move))
         i,lo,hi = 0,next(moved),next(moved); out = np.empty(g.shape, np.float32)
         for k,z in enumerate(np.linspace(0, t[-1], g.shape[2])):
             while z>t[i+1]+1e-6 and i+2<len(t): i += 1; lo,hi = hi,next(moved)
@@ -323,12 +328,24 @@ def _load_series(s, regrid=False):
     if g.regrid: meta['regrid'] = '; '.join(g.faults) or f'slices every {g.gap:.2f} mm'
     return out[None],g.affine,meta
 
+# %% ../../nbs/io/05_dicom.ipynb #d86becf5
+def _moved_rows(a, d, n, axis):
+    "`a` moved by `d`≥0 voxels along `axis` into `n` of them, linearly; nan where nothing is"
+    a = np.moveaxis(a, axis, 0); k = int(np.floor(d+1e-6)); f = max(0., d-k); res = np.full((n, *a.shape[1:]), np.nan, np.float32)
+    res[k:k+len(a)] = a
+    if f>1e-3 and k+1+len(a)<=n:
+        b = np.full_like(res, np.nan); b[k+1:k+1+len(a)] = a
+        res = _blend(res, b, f)
+    return np.moveaxis(res, 0, axis)
+
+def _blend(a, b, f): return np.where(np.isnan(a), b, np.where(np.isnan(b), a, (1-f)*a+f*b))
+
 # %% ../../nbs/io/05_dicom.ipynb #43c36eeb
 def _scan(files, bar=False):
     "(heads, how many are no DICOM, {file: what it is instead of an image}, {file: why it cannot be read})"
     heads,no,blind,bad = [],0,{},{}
     for f in progress_bar(files, leave=False) if bar and len(files)>=200 else files:
-        try: h = _head(f)
+        try: h = file_frames(f)
         except FileError as e: bad[str(f)] = str(e).removeprefix(f'{f}: '); continue
         if h is None: no += 1
         elif isinstance(h, str): blind[str(f)] = h
@@ -342,8 +359,8 @@ def _none(no, blind, bad=()):
 
 def _series_of(heads, alone=True):
     "Series of those heads, as (facts, `DicomSeries`), in the order of their first file"
-    own = {k:len({h[0]['group'] for h in v})==1 for k,v in _groups(heads, lambda h: h[1][0].file.parent).items()}
-    for hs in _groups(heads, lambda h: h[0]['group']).values():
+    own = {k:len({h[0]['group'] for h in v})==1 for k,v in _grouped(heads, lambda h: h[1][0].file.parent).items()}
+    for hs in _grouped(heads, lambda h: h[0]['group']).values():
         fs = [o for h in hs for o in h[1]]; dirs = {o.file.parent for o in fs}
         info = {**hs[0][0], 'seg':any(h[0]['seg'] for h in hs), 'fault':next((h[0]['fault'] for h in hs if h[0]['fault']), '')}
         yield info,DicomSeries(fs, info, len(hs)==1 or alone and len(dirs)==1 and own[next(iter(dirs))])
@@ -362,11 +379,11 @@ def scan_dicom(
     if not heads: raise FileError(f"{path}: no DICOM image found in {len(files)} files: {_none(no, blind, bad)}. Check the path")
     rows,who = [],{}
     for info,s in _series_of(heads):
-        row = dict(series=s, key=s.key, subject=f"s{who.setdefault(tuple(info['subject']), len(who)+1)}", modality=s.modality, description=s.description, plane=', '.join(dict.fromkeys(_plane_name(g[0].axes) for g in _alike(s.frames))), slices=len(s))
+        row = dict(series=s, key=s.key, subject=f"s{who.setdefault(tuple(info['subject']), len(who)+1)}", modality=s.modality, description=s.description, plane=', '.join(dict.fromkeys(_plane_name(g[0].axes) for g in _alike_frames(s.frames))), slices=len(s))
         row.update(shape=None, spacing=None, orientation='', problem='', folder=os.path.relpath(s.path if s.path.is_dir() else s.path.parent, root))
         try:
-            st = _stack(s); row.update(shape=(*s.frames[0].size, len(s)), spacing=tuple(round(float(o), 4) for o in (*st.px, np.median(np.diff(st.t)) if len(s)>1 else st.gap)), orientation=orientation_of(_affine(st, st.origin, st.gap)) if s.frames[0].axes else '')
-            _grid(s)
+            st = stack_frames(s); row.update(shape=(*s.frames[0].size, len(s)), spacing=tuple(round(float(o), 4) for o in (*st.px, np.median(np.diff(st.t)) if len(s)>1 else st.gap)), orientation=orientation_of(_affine(st, st.origin, st.gap)) if s.frames[0].axes else '')
+            series_grid(s)
         except InputError as e: row['problem'] = str(e).removeprefix(f'{s.path} ({s}): ')
         if not strip_identity: row.update(zip(('patient_id','patient_name','birth_date'), info['ids']))
         rows.append(row)

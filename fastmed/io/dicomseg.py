@@ -8,7 +8,7 @@ __all__ = ['save_dicom_seg', 'load_dicom_seg']
 # %% ../../nbs/io/06_dicomseg.ipynb #45e58c5a
 from ..core import *
 from .dicom import *
-from .dicom import _grid, _head, _pixels, _stack
+from .dicom import series_grid, file_frames, file_pixels, stack_frames
 from .. import __version__
 from fastai.basics import *
 import warnings, nibabel as nib
@@ -32,8 +32,8 @@ def _on(g, mask, who):
 def _planes(mask, s):
     "(n, rows, columns) of the mask for the frames of a series in order; of a mask on a regridded box the nearest voxels"
     if not s.frames[0].position: raise InputError(f"{s.path} ({s}): an image without a position in the patient; a DICOM segmentation needs one")
-    grids,err = ([] if _stack(s).faults else [False])+[True, *spacing_of(mask.affine)],None
-    for g in (_grid(s, o) for o in grids):
+    grids,err = ([] if stack_frames(s).faults else [False])+[True, *spacing_of(mask.affine)],None
+    for g in (series_grid(s, o) for o in grids):
         try: a = _on(g, mask, f'series {s.path}'); break
         except InputError as e: err = ifnone(err, e)
     else: raise err
@@ -65,30 +65,30 @@ def _measures(o, head):
     return res
 
 _kept = ('SOPClassUID','SOPInstanceUID','StudyInstanceUID','SeriesInstanceUID','FrameOfReferenceUID','Modality','Rows','Columns')
-_blank = ('PatientName','PatientID','PatientBirthDate','PatientSex','AccessionNumber','StudyID','StudyDate','StudyTime','ReferringPhysicianName')
+_emptied = ('PatientName','PatientID','PatientBirthDate','PatientSex','AccessionNumber','StudyID','StudyDate','StudyTime','ReferringPhysicianName')
 
-def _source(head, strip_identity):
+def _source_header(head, strip_identity):
     "The header of an image as far as a segmentation takes it over: without identity, what names it among others and nothing else"
     import pydicom
     res = pydicom.Dataset()
     res.update({e.tag:head[e.tag] for e in head if not strip_identity and e.tag.group!=0x5200})
     for k in _kept:
         if k in head: setattr(res, k, head[k].value)
-    for k in _blank:
+    for k in _emptied:
         if k not in res: setattr(res, k, '')
     return res
 
-def _sources(s, heads, strip_identity):
+def _source_headers(s, heads, strip_identity):
     "What highdicom takes for the images of a series: a header an image, or one multi-frame header with the frames of the series alone, in their order"
     import pydicom
     from highdicom.utils import is_multiframe_image
     first = _measures(s.frames[0], heads[s.frames[0].file])
     if not is_multiframe_image(heads[s.frames[0].file]):
-        res = [_source(heads[o.file], strip_identity) for o in s.frames]
+        res = [_source_header(heads[o.file], strip_identity) for o in s.frames]
         for d,o in zip(res, s.frames):
             d.update(_measures(o, heads[o.file])); d.ImageOrientationPatient = first.ImageOrientationPatient
         return res
-    res,shared,orientation,frames = _source(heads[s.frames[0].file], strip_identity),pydicom.Dataset(),pydicom.Dataset(),[]
+    res,shared,orientation,frames = _source_header(heads[s.frames[0].file], strip_identity),pydicom.Dataset(),pydicom.Dataset(),[]
     orientation.ImageOrientationPatient = first.ImageOrientationPatient
     for o in s.frames:
         frame,place = pydicom.Dataset(),pydicom.Dataset()
@@ -100,7 +100,7 @@ def _sources(s, heads, strip_identity):
     return [res]
 
 def _refer(seg, s, heads):
-    "Name the files and frames that stood behind the one multi-frame header of `_sources`"
+    "Name the files and frames that stood behind the one multi-frame header of `_source_headers`"
     import pydicom
     def reference(head, item):
         item.ReferencedSOPClassUID,item.ReferencedSOPInstanceUID = head.SOPClassUID,head.SOPInstanceUID
@@ -144,7 +144,7 @@ def save_dicom_seg(
     if bad:=[i for i,c in enumerate(codes) if i and not str(c).strip()]:
         raise InputError(f"save_dicom_seg({fn}): expected a name for each structure; found {codes[bad[0]]!r} for class {bad[0]} in {codes}")
     if top>=len(codes) or len(codes)<2: raise InputError(f"save_dicom_seg({fn}): the mask holds class {top}, and codes names {len(codes)}: {codes}. codes[0] is the background")
-    heads = _heads(s); src = _sources(s, heads, strip_identity)
+    heads = _heads(s); src = _source_headers(s, heads, strip_identity)
     alg = hd.AlgorithmIdentificationSequence(model[:64], Code('123110', 'DCM', 'Artificial Intelligence'), __version__)
     segs = [hd.seg.SegmentDescription(i, str(c)[:64], Code('123037004', 'SCT', 'Anatomical Structure'), Code(f'class{i}', '99FASTMED', str(c)[:64]), 'AUTOMATIC', alg) for i,c in enumerate(codes) if i]
     with warnings.catch_warnings():
@@ -185,11 +185,11 @@ def load_dicom_seg(
 )->TensorVolumeMask: # (X,Y,Z) class ids on the grid of the series; `codes` holds the labels of the segments
     "Read a DICOM segmentation onto the grid of its series, each frame by its own position. Raises `ValueError` where a frame lies elsewhere or segments overlap; `OSError`"
     import pydicom
-    s = dicom_series(series); g = _grid(s, regrid); h = _head(fn)
+    s = dicom_series(series); g = series_grid(s, regrid); h = file_frames(fn)
     if not h or isinstance(h, str) or not h[0]['seg']: raise InputError(f"{fn}: no DICOM segmentation")
     ds = pydicom.dcmread(fn)
     if ds.SegmentationType=='FRACTIONAL': raise InputError(f"{fn}: a fractional segmentation; expected a binary one or a label map")
-    planes = np.zeros((len(s), *s.frames[0].size), np.int32); a,_ = _pixels(fn)
+    planes = np.zeros((len(s), *s.frames[0].size), np.int32); a,_ = file_pixels(fn)
     for f,p,d in zip(h[1], ds.PerFrameFunctionalGroupsSequence, a):
         k = _place_in(s, f, fn)
         n = d.T.astype(np.int32)*(1 if ds.SegmentationType=='LABELMAP' else int((p.get('SegmentIdentificationSequence') or ds.SharedFunctionalGroupsSequence[0].SegmentIdentificationSequence)[0].ReferencedSegmentNumber))

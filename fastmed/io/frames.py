@@ -29,12 +29,12 @@ def may_be_tiled(
     counted = (0x0019,0x100a) in ds or (0x0065,0x1050) in ds
     return 'MOSAIC' in words or counted and ds.get('Modality')=='MR'
 
-def _private(ds, creator, group, element):
+def _private_element(ds, creator, group, element):
     "The value of a private element; None where its creator reserved no block, or it is missing"
     try: return ds.private_block(group, creator)[element].value
     except KeyError: return None
 
-def _whole(v):
+def _whole_count(v):
     "A private count as a whole number; 0 where it is none. A reader that does not know the element gives bytes"
     try: return int.from_bytes(v[:2], 'little') if isinstance(v, bytes) and not v.strip().isdigit() else int(float(v))
     except (TypeError, ValueError): return 0
@@ -47,7 +47,7 @@ def _csa(ds):
         try:
             header = csareader.get_csa_header(ds)
             if header is None: return 0,None
-            return _whole(csareader.get_n_mosaic(header)),csareader.get_slice_normal(header)
+            return _whole_count(csareader.get_n_mosaic(header)),csareader.get_slice_normal(header)
         except Exception: return 0,None                # whatever a damaged one makes the reader throw
 
 # %% ../../nbs/io/04_frames.ipynb #292d0bab
@@ -70,9 +70,9 @@ def tiling(
     ds # the whole header of an image
 )->Tiling: # tiles in a row, (columns, rows) of a tile, and the position of the first pixel of each (mm, as DICOM counts); None where the image is no mosaic
     "How a Siemens mosaic is tiled. Raises `InputError` where its header does not tell, and on grids of United Imaging. Source: nibabel, `dicom_mosaic`"
-    if _whole(_private(ds, 'Image Private Header', 0x0065, 0x50))>1: _refuse_tiles('a grid of United Imaging, which is not read')
+    if _whole_count(_private_element(ds, 'Image Private Header', 0x0065, 0x50))>1: _refuse_tiles('a grid of United Imaging, which is not read')
     count,normal = _csa(ds)
-    counted = _whole(_private(ds, 'SIEMENS MR HEADER', 0x0019, 0x0a))
+    counted = _whole_count(_private_element(ds, 'SIEMENS MR HEADER', 0x0019, 0x0a))
     named = 'MOSAIC' in np.atleast_1d(ds.get('ImageType') or [])
     if not named and not count and counted<2: return None
     if count==1 and counted in (0, 1): return None

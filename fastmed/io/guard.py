@@ -11,14 +11,14 @@ from pathlib import Path
 import contextlib, errno, gzip, math, os, re, stat, struct, sys, zlib
 
 # %% ../../nbs/io/01_guard.ipynb #fdc2d64d
-def _number(fn, key=None):
+def _kernel_number(fn, key=None):
     "A number out of a file of the kernel, in bytes; None where there is none"
     try: s = Path(fn).read_text()
     except OSError: return None
     m = re.search(rf'^{key}:?\s+(\d+)( kB)?', s, re.M) if key else re.match(r'(\d+)()\s*$', s)
     return int(m[1])*(1024 if m[2] else 1) if m else None
 
-def _groups():
+def _control_groups():
     "Files of the control groups (a container, a batch job) that this process is in: limit, use, statistics, and the statistic's name of what can be given back"
     try: groups = [o.split(':', 2) for o in Path('/proc/self/cgroup').read_text().splitlines()]
     except OSError: return
@@ -33,19 +33,19 @@ def memory_left(
     unknown:float=8*2**30 # where the system does not say
 )->int:                   # bytes
     "What this process can still get: of the machine, of its container or batch job, and of its own limit"
-    left = [_number('/proc/meminfo', 'MemAvailable')]
-    for most,used,stat,key in _groups():
-        a,b = _number(most),_number(used)
-        if a is not None and b is not None: left.append(a-b+(_number(stat, key) or 0))
+    left = [_kernel_number('/proc/meminfo', 'MemAvailable')]
+    for most,used,stat,key in _control_groups():
+        a,b = _kernel_number(most),_kernel_number(used)
+        if a is not None and b is not None: left.append(a-b+(_kernel_number(stat, key) or 0))
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
-        soft,used = resource.getrlimit(resource.RLIMIT_AS)[0],_number('/proc/self/status', 'VmSize')
+        soft,used = resource.getrlimit(resource.RLIMIT_AS)[0],_kernel_number('/proc/self/status', 'VmSize')
         if soft!=resource.RLIM_INFINITY and used is not None: left.append(soft-used)
     left = [o for o in left if o is not None]
     return max(0, min(left)) if left else unknown
 
 # %% ../../nbs/io/01_guard.ipynb #6e6aa041
-def _line(e):
+def _error_line(e):
     "An exception in one short line"
     s = ' '.join(str(e).strip().splitlines()[-1:]).split(': ITK ERROR: ')[-1]
     return ' '.join(''.join(c if c.isprintable() else '?' for c in s).split())[:200] or type(e).__name__
@@ -71,13 +71,13 @@ def reading(
     except FastmedError: raise
     except FileNotFoundError as e: raise MissingFileError(f"{fn}: no such file{f' as {e.filename}, which belongs to it' if e.filename and Path(str(e.filename)).name!=Path(fn).name else ''}. Check the path") from e
     except OSError as e:
-        if e.errno not in (errno.EMFILE,errno.ENFILE): raise FileError(f"{fn}: expected {what}; found {_line(e)}. {mend}") from e
+        if e.errno not in (errno.EMFILE,errno.ENFILE): raise FileError(f"{fn}: expected {what}; found {_error_line(e)}. {mend}") from e
         raise ResourceError(f"{fn}: could not be opened, because {'this process' if e.errno==errno.EMFILE else 'this computer'} has as many files open as it may. Close some, take fewer workers, or raise the limit: ulimit -n 4096") from e
     except FloatingPointError as e: raise InputError(f"{fn}: holds values beyond what 32 bits can keep (3.4e38), so they would become infinite. Scale them, or repair the file") from e
     except MemoryError as e: raise ResourceError(f"{fn}: does not fit into the memory that is left ({memory_left()/1e9:.3g} GB). Crop or resample it, or use a machine with more") from e
     except Exception as e:
-        if isinstance(e, RuntimeError) and re.search('allocat|bad_alloc|out of memory', str(e), re.I): raise ResourceError(f"{fn}: does not fit into the memory that is left ({memory_left()/1e9:.3g} GB): {_line(e)}. Crop or resample it, or use a machine with more") from e
-        raise FileError(f"{fn}: expected {what}; found {_line(e)}. {mend}") from e
+        if isinstance(e, RuntimeError) and re.search('allocat|bad_alloc|out of memory', str(e), re.I): raise ResourceError(f"{fn}: does not fit into the memory that is left ({memory_left()/1e9:.3g} GB): {_error_line(e)}. Crop or resample it, or use a machine with more") from e
+        raise FileError(f"{fn}: expected {what}; found {_error_line(e)}. {mend}") from e
 
 # %% ../../nbs/io/01_guard.ipynb #bcccb259
 _deflate = 1040                                              # times that deflate packs at most: 258 bytes in two bits, and a little for the block
@@ -135,7 +135,7 @@ def check_stream(
 # %% ../../nbs/io/01_guard.ipynb #b4e7b99b
 def _bad(fn, what): raise FileError(f"{fn}: {what}. Its header is damaged, or of a kind that is not read: export it again, for instance as .nii.gz")
 
-def _head(fn, end, most=2**20):
+def _text_head(fn, end, most=2**20):
     "(text of the header, bytes from its end on) of a file whose header ends with the bytes that `end` matches"
     with open(fn, 'rb') as f: b = f.read(most)
     m = re.search(end, b)
@@ -148,7 +148,7 @@ def _ints(s, n, lo, hi, fn, key):
     if len(v)!=n or not all(re.fullmatch(r'[+-]?\d{1,18}', o) and lo<=int(o)<=hi for o in v): _bad(fn, f'{key}: expected {n} whole number{"s"*(n>1)} from {lo} to {hi}; found {s[:60]!r}')
     return [int(o) for o in v]
 
-def _floats(s, n, fn, key, odd=False):
+def _header_floats(s, n, fn, key, odd=False):
     try: v = [float(o) for o in s.split()]
     except ValueError: v = []
     if len(v)!=n or not odd and not all(math.isfinite(o) and abs(o)<1e12 for o in v) or len(s)>40*n+40: _bad(fn, f'{key}: expected {n} number{"s"*(n>1)}; found {s[:60]!r}')
@@ -171,7 +171,7 @@ def _check_unit(units, fn):
             raise InputError(f"{fn}: its lengths are in {u.strip()!r}; expected mm, the only unit that is read of this format. Scale its spacing and origin to mm, and save it again")
 
 def _check_mha(fn, voxels):
-    t,start,whole = _head(fn, rb'(?m)^ElementDataFile *= *[^\n]*(\n|\Z)')
+    t,start,whole = _text_head(fn, rb'(?m)^ElementDataFile *= *[^\n]*(\n|\Z)')
     d = {}
     for l in t.splitlines():
         k,_,v = (o.strip() for o in l.partition('='))
@@ -185,15 +185,15 @@ def _check_mha(fn, voxels):
     shape = _ints(d['DimSize'], n, 1, 2**31-1, fn, 'DimSize'); ch, = _ints(d.get('ElementNumberOfChannels', '1'), 1, 1, 1024, fn, 'ElementNumberOfChannels')
     if d['ElementType'] not in (types:=_meta_types()): _bad(fn, f"ElementType: expected one of {', '.join(types)}; found {d['ElementType'][:60]!r}")
     for k in ('ElementSpacing','ElementSize','Offset','Position','Origin','CenterOfRotation'):
-        if k in d: _floats(d[k], n, fn, k)
+        if k in d: _header_floats(d[k], n, fn, k)
     for k in ('TransformMatrix','Rotation','Orientation'):
-        if k in d: _floats(d[k], n*n, fn, k)
+        if k in d: _header_floats(d[k], n*n, fn, k)
     for k in ('BinaryData','CompressedData','BinaryDataByteOrderMSB','ElementByteOrderMSB'):
         if k in d and d[k].lower() not in ('true','false','t','f','1','0'): _bad(fn, f'{k}: expected True or False; found {d[k][:60]!r}')
     def yes(k, default): return d.get(k, default)[0] in 'Tt1'
     if not yes('BinaryData', 'True'): _bad(fn, 'voxels as text (BinaryData = False) are not read')
     for k in ('ElementMin','ElementMax','ElementToIntensityFunctionSlope','ElementToIntensityFunctionOffset'):
-        if k in d: _floats(d[k], 1, fn, k)
+        if k in d: _header_floats(d[k], 1, fn, k)
     _check_unit([d.get('DistanceUnits', 'mm')], fn)
     if 'AnatomicalOrientation' in d and not re.fullmatch(r'[RLAPSI?]{1,4}', d['AnatomicalOrientation']): _bad(fn, f"AnatomicalOrientation: expected letters such as RAI; found {d['AnatomicalOrientation'][:60]!r}")
     local = d['ElementDataFile'].lower()=='local'; p = Path(fn) if local else _beside(fn, d['ElementDataFile'], 'ElementDataFile')
@@ -212,7 +212,7 @@ def _nrrd_types():
     return {o:k for k,v in names.items() for o in v.split('|')}
 
 def _check_nrrd(fn, voxels):
-    t,start,whole = _head(fn, rb'\n\r?\n'); ls = t.split('\n')
+    t,start,whole = _text_head(fn, rb'\n\r?\n'); ls = t.split('\n')
     if not re.fullmatch(r'NRRD000[1-5]\r?', ls[0]): _bad(fn, f'expected a NRRD file, which begins with NRRD0004 or the like; found {ls[0][:20]!r}')
     d = {}
     for l in (o.rstrip('\r') for o in ls[1:]):
@@ -229,12 +229,12 @@ def _check_nrrd(fn, voxels):
     if enc not in ('raw','gzip','gz','ascii','text','txt','hex'): _bad(fn, f"encoding: expected raw, gzip, ascii or hex; found {d['encoding'][:60]!r}")
     if 'endian' in d and d['endian'].lower() not in ('little','big') or 'endian' not in d and item>1 and enc in ('raw','gzip','gz','hex'): _bad(fn, f"endian: expected little or big; found {d.get('endian', 'nothing')[:60]!r}")
     for k in ('spacings','thicknesses','axis mins','axis maxs'):
-        if k in d: _floats(d[k], n, fn, k, odd=True)
+        if k in d: _header_floats(d[k], n, fn, k, odd=True)
     def vectors(s, key, count, m):
         vs = re.findall(r'none|\([^()]*\)', s)
         if len(vs)!=count or ' '.join(vs).replace(' ', '')!=s.replace(' ', '') or len(s)>2000: _bad(fn, f'{key}: expected {count} vector{"s"*(count>1)} such as (1,0,0); found {s[:60]!r}')
         for v in vs:
-            if v!='none': _floats(' '.join(v[1:-1].split(',')), m, fn, key)
+            if v!='none': _header_floats(' '.join(v[1:-1].split(',')), m, fn, key)
         return vs
     m = {'3D-right-handed':3,'3D-left-handed':3,'3D-right-handed-time':4,'3D-left-handed-time':4}.get(d.get('space')) or (4 if d.get('space', '').lower().endswith(('-time','t')) and d['space'].upper()!='LPST' or d.get('space', '').upper() in ('RAST','LAST','LPST') else 3)
     if 'space dimension' in d: m, = _ints(d['space dimension'], 1, 1, 4, fn, 'space dimension')

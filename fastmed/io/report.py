@@ -31,12 +31,12 @@ def figure_png(
     plt.close(fig)
     return buf.getvalue()
 
-def _block(o):
+def _report_block(o):
     if isinstance(o, str): return f'<p>{html.escape(o)}</p>'
     if isinstance(o, pd.Series): o = o.to_frame()
     if isinstance(o, pd.DataFrame): return f'<div class="wide">{o.to_html(border=0, float_format=lambda v: f"{v:.3f}")}</div>'
     if isinstance(o, bytes): return f'<img alt="" src="data:image/png;base64,{base64.b64encode(o).decode()}">'
-    if hasattr(o, 'savefig'): return _block(figure_png(o))
+    if hasattr(o, 'savefig'): return _report_block(figure_png(o))
     raise ArgumentError(f"html_report: expected text, a table, a figure or PNG bytes; found {type(o).__name__}")
 
 def html_report(
@@ -46,7 +46,7 @@ def html_report(
     sections:dict # heading → what stands below it, or a list: text, DataFrame, figure, or PNG bytes
 )->Path:          # `fn`
     "Write a report as one file, pictures inside, whole or not at all. Raises `TypeError` on content that is none of these"
-    body = ''.join(f'<h2>{html.escape(h)}</h2>' + ''.join(_block(o) for o in L(bs)) for h,bs in sections.items())
+    body = ''.join(f'<h2>{html.escape(h)}</h2>' + ''.join(_report_block(o) for o in L(bs)) for h,bs in sections.items())
     page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{html.escape(title)}</title>'
             f'<style>{_css}</style></head><body><h1>{html.escape(title)}</h1><p class="answer">{html.escape(answer)}</p>{body}</body></html>')
     with whole_file(fn) as tmp: tmp.write_text(page, encoding='utf-8')

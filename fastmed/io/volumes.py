@@ -11,7 +11,7 @@ from ..core import *
 from .guard import *
 from .nifti import affine_mm, header_forms, image_label, length_unit, nifti_image, open_nifti, turned_forms
 from .dicom import *
-from .dicom import _grid, _load_series
+from .dicom import series_grid, load_series
 from .frames import picture_pixels
 from fastai.data.all import *
 from nibabel.spatialimages import SpatialImage
@@ -107,7 +107,7 @@ def read_header(
         hs = [read_header(o) for o in fn]
         return {**hs[0], 'channels': sum(h['channels'] for h in hs)}
     s,unit = _series(fn),'mm'
-    if s is not None and not s.picture: g = _grid(s); shape,ch,aff,dtype = g.shape,1,g.affine,'DICOM'
+    if s is not None and not s.picture: g = series_grid(s); shape,ch,aff,dtype = g.shape,1,g.affine,'DICOM'
     elif _is_nibabel(fn:=s.path if s is not None else fn):
         im = open_nifti(fn)
         shape,ch = _spatial(im.shape, image_label(fn))
@@ -149,6 +149,56 @@ def _from_sitk(im, fn):
     if a.ndim==3: a = a[...,None]
     return a, _sitk_affine(im.GetSpacing(), im.GetOrigin(), im.GetDirection(), fn)
 
+# %% ../../nbs/io/07_volumes.ipynb #4dabb481
+def describe_grid(
+    shape, # (X,Y,Z)
+    aff    # (4,4) affine, mm
+):         # text
+    "A grid in words"
+    sp,origin = tuple(round(o,3) for o in spacing_of(aff)), tuple(np.round(np.asarray(aff)[:3,3],1).tolist())
+    return f"shape {tuple(shape)}, spacing {sp} mm, orientation {orientation_of(aff)}, origin {origin}"
+
+# %% ../../nbs/io/07_volumes.ipynb #244caf9c
+def load_array(
+    fn,         # file, series or image
+    dtype=None  # of the array; default: as `load_volume`
+):
+    "(C,X,Y,Z) array of physical values, affine, metadata: stored dtype, and of NIfTI the forms of the header"
+    s = _series(fn)
+    if s is not None and not s.picture: return *load_series(s)[:2], dict(dtype='DICOM')
+    fn = s.path if s is not None else fn
+    if _is_nibabel(fn):
+        im = open_nifti(fn)
+        shape,ch = _spatial(im.shape, image_label(fn))
+        if im.get_data_dtype().fields is not None or im.get_data_dtype().kind=='c':
+            raise InputError(f"{image_label(fn)}: colour or complex voxels ({im.get_data_dtype()}) are not read; save the scan as one grey channel a file")
+        a = _nifti_voxels(im, fn, dtype).reshape(*shape, ch)
+        forms = header_forms(im, shape)
+        return np.moveaxis(a, -1, 0), _check_affine(affine_mm(im), image_label(fn)), dict(dtype=str(im.get_data_dtype()), **({} if forms is None else {'header':forms}))
+    r,_,name = _sitk_reader(fn, s is not None, True)
+    exact = picture_pixels(fn) if s is not None else None
+    if exact is not None:
+        a = np.moveaxis(exact, -1, 0).transpose(0,2,1)[...,None]
+        return a, _sitk_affine(r.GetSpacing(), r.GetOrigin(), r.GetDirection(), fn), dict(dtype=str(exact.dtype))
+    with reading(fn): im = r.Execute()
+    return *_from_sitk(im, fn), dict(dtype=name)
+
+# %% ../../nbs/io/07_volumes.ipynb #17362f25
+def odd_labels(
+    a  # array of labels
+):     # five at most
+    "Values that are no whole numbers"
+    return [float(o) for o in np.unique(a[~np.isfinite(a) | (np.abs(a-np.round(a))>1e-3)])[:5].round(4)]
+
+# %% ../../nbs/io/07_volumes.ipynb #89e7d15f
+def unlike_grids(
+    image, # file and grid
+    mask   # file and grid
+):         # text
+    "What is said where image and mask do not lie on one grid"
+    return (f"do not lie on one grid:\n  {image}\n  {mask}\n"
+            "If they show the same anatomy, resample the mask first: resample_to(load_mask(mask), image.shape[1:], image.affine).save(…)")
+
 # %% ../../nbs/io/07_volumes.ipynb #0f28912b
 @contextlib.contextmanager
 def _to_the_end(im, fn, gz):
@@ -172,27 +222,6 @@ def _nifti_voxels(im, fn, dtype):
     with reading(fn): check_size(fn, im.shape, item, unpacked(own, need) if gz else own.stat().st_size)
     with reading(fn, f'{im.shape} voxels, as the header promises'), _to_the_end(im, own, gz) as im: return values(im)
 
-def _load_array(fn, dtype=None):
-    "(C,X,Y,Z) array of physical values, affine, metadata: stored dtype, and of NIfTI the forms of the header"
-    s = _series(fn)
-    if s is not None and not s.picture: return *_load_series(s)[:2], dict(dtype='DICOM')
-    fn = s.path if s is not None else fn
-    if _is_nibabel(fn):
-        im = open_nifti(fn)
-        shape,ch = _spatial(im.shape, image_label(fn))
-        if im.get_data_dtype().fields is not None or im.get_data_dtype().kind=='c':
-            raise InputError(f"{image_label(fn)}: colour or complex voxels ({im.get_data_dtype()}) are not read; save the scan as one grey channel a file")
-        a = _nifti_voxels(im, fn, dtype).reshape(*shape, ch)
-        forms = header_forms(im, shape)
-        return np.moveaxis(a, -1, 0), _check_affine(affine_mm(im), image_label(fn)), dict(dtype=str(im.get_data_dtype()), **({} if forms is None else {'header':forms}))
-    r,_,name = _sitk_reader(fn, s is not None, True)
-    exact = picture_pixels(fn) if s is not None else None
-    if exact is not None:
-        a = np.moveaxis(exact, -1, 0).transpose(0,2,1)[...,None]
-        return a, _sitk_affine(r.GetSpacing(), r.GetOrigin(), r.GetDirection(), fn), dict(dtype=str(exact.dtype))
-    with reading(fn): im = r.Execute()
-    return *_from_sitk(im, fn), dict(dtype=name)
-
 def same_grid(
     shape_a,      # (3,) voxels of one scan
     affine_a,     # (4,4) voxel index → mm of that scan
@@ -207,22 +236,14 @@ def same_grid(
     d = np.linalg.inv(affine_a) @ (np.asarray(affine_b) @ corners) - corners
     return bool(np.abs(d[:3]).max()<=tol)
 
-def _grid_str(shape, aff):
-    sp,origin = tuple(round(o,3) for o in spacing_of(aff)), tuple(np.round(np.asarray(aff)[:3,3],1).tolist())
-    return f"shape {tuple(shape)}, spacing {sp} mm, orientation {orientation_of(aff)}, origin {origin}"
-
-def _unlike(image, mask):
-    return (f"do not lie on one grid:\n  {image}\n  {mask}\n"
-            "If they show the same anatomy, resample the mask first: resample_to(load_mask(mask), image.shape[1:], image.affine).save(…)")
-
 def check_same_grid(
     x, # `TensorVolume` (C,X,Y,Z) or mask (X,Y,Z), with its affine
     m  # mask (X,Y,Z), with its affine
 ):
     "Raise `ValueError`, naming both files, where image and mask do not lie on one grid"
     if same_grid(x.shape[-3:], x.affine, m.shape[-3:], m.affine): return
-    def s(t): return f"{(getattr(t,'meta',None) or {}).get('fn','?')}: {_grid_str(t.shape[-3:], t.affine)}"
-    raise InputError(f"Image and mask {_unlike(s(x), s(m))}")
+    def s(t): return f"{(getattr(t,'meta',None) or {}).get('fn','?')}: {describe_grid(t.shape[-3:], t.affine)}"
+    raise InputError(f"Image and mask {unlike_grids(s(x), s(m))}")
 
 def load_volume(
     fn,                  # image file, DICOM folder, `DicomSeries`, image of nibabel's, or a list of them: the channels of one case
@@ -235,17 +256,17 @@ def load_volume(
         ts = [load_volume(o, regrid=regrid) for o in fn]
         for f,t in zip(fn[1:], ts[1:]):
             if not same_grid(ts[0].shape[1:], ts[0].affine, t.shape[1:], t.affine):
-                raise InputError(f"Channels of one case must lie on one grid:\n  {fn[0]}: {_grid_str(ts[0].shape[1:], ts[0].affine)}\n"
-                                 f"  {f}: {_grid_str(t.shape[1:], t.affine)}\nResample the second onto the first")
+                raise InputError(f"Channels of one case must lie on one grid:\n  {fn[0]}: {describe_grid(ts[0].shape[1:], ts[0].affine)}\n"
+                                 f"  {f}: {describe_grid(t.shape[1:], t.affine)}\nResample the second onto the first")
         res = TensorVolume(torch.cat([t.as_subclass(Tensor) for t in ts]), affine=ts[0].affine, meta={**ts[0].meta, 'fn':[str(image_label(o)) for o in fn]})
     else:
         fn = fn[0] if is_listy(fn) else fn
         s = _series(fn)
-        if s is not None and not s.picture: a,aff,meta = _load_series(s, regrid)
+        if s is not None and not s.picture: a,aff,meta = load_series(s, regrid)
         elif regrid is not False: raise ArgumentError(f"{fn}: regrid={regrid!r} is for DICOM series; other files have a regular grid. Use resampled_grid and resample_to")
         else:
             with reading(image_label(fn)), np.errstate(over='raise'):
-                a,aff,meta = _load_array(fn, np.float32)
+                a,aff,meta = load_array(fn, np.float32)
                 a = np.ascontiguousarray(a, dtype=np.float32)
         res = TensorVolume(torch.from_numpy(np.ascontiguousarray(a, dtype=np.float32)), affine=aff, meta=dict(fn=str(s.path if s is not None else image_label(fn)), **meta))
     return to_orientation(res) if reorient else res
@@ -255,21 +276,19 @@ def load_mask(
     reorient:bool=False # bring the axes to RAS+ order
 )->TensorVolumeMask:    # (X,Y,Z) int32, the values of the file
     "Read a mask. Raises `ValueError` where a value is not a whole number, or where there are several channels"
-    a,aff,meta = _load_array(fn)
+    a,aff,meta = load_array(fn)
     fn = image_label(fn)
     if a.shape[0]!=1:
         raise InputError(f"{fn}: expected a mask of one channel (X,Y,Z); found {a.shape[0]} channels. Merge one-hot channels into one file of class ids")
     a = a[0]
     if a.dtype.kind=='f':
         if not np.isfinite(a).all() or np.abs(a-np.round(a)).max()>1e-3:
-            raise InputError(f"{fn}: expected whole numbers in a mask; found {_odd_values(a)}. "
+            raise InputError(f"{fn}: expected whole numbers in a mask; found {odd_labels(a)}. "
                              "It may be a probability map, or was resampled with interpolation")
         a = np.round(a)
     if not -2**31<=a.min()<=a.max()<2**31: raise InputError(f"{fn}: expected class ids; found values from {a.min():.6g} to {a.max():.6g}. It may be an image, or its scale in the header is wrong")
     res = TensorVolumeMask(torch.from_numpy(np.ascontiguousarray(a.astype(np.int32))), affine=aff, meta=dict(fn=str(fn), **meta))
     return to_orientation(res) if reorient else res
-
-def _odd_values(a): return [float(o) for o in np.unique(a[~np.isfinite(a) | (np.abs(a-np.round(a))>1e-3)])[:5].round(4)]
 
 # %% ../../nbs/io/07_volumes.ipynb #e2d16916
 def to_orientation(

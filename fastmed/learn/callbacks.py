@@ -217,7 +217,7 @@ def seal_of(
     "A fingerprint as it stands in `learn.seen`"
     return f'sealed:{salt}:{digest}'
 
-def _seal(salt, kind, name): return seal_of(salt, hashlib.sha256(f'{salt}{kind}\0{name}'.encode()).hexdigest()[:16])
+def _name_seal(salt, kind, name): return seal_of(salt, hashlib.sha256(f'{salt}{kind}\0{name}'.encode()).hexdigest()[:16])
 def _salts(names): return sorted({o.split(':')[1] for o in names if is_sealed(o)})
 
 def sealed_names(
@@ -228,7 +228,7 @@ def sealed_names(
     known = {*seen, *seen.values()}; salts = _salts(known)
     def seal(kind, name):
         if not name or is_sealed(name): return name
-        return first(o for o in (_seal(s, kind, name) for s in salts) if o in known) or _seal(salt, kind, name)
+        return first(o for o in (_name_seal(s, kind, name) for s in salts) if o in known) or _name_seal(salt, kind, name)
     return {seal('case', c):seal('subject', s) for c,s in seen.items()}
 
 def was_seen(
@@ -238,7 +238,7 @@ def was_seen(
     "Which of these cases a model was trained on, so far as `seen` tells"
     cases,subjects = set(seen),set(seen.values())
     salts = _salts(cases|subjects)
-    def known(kind, name, among): return name in among or any(_seal(s, kind, name) in among for s in salts)
+    def known(kind, name, among): return name in among or any(_name_seal(s, kind, name) in among for s in salts)
     def seen_row(c, r): return known('case', c, cases) or isinstance(r, pd.Series) and 'subject' in r and known('subject', str(r.subject), subjects)
     return [str(c) for c,r in case_rows(df) if seen_row(str(c), r)]
 

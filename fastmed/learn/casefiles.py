@@ -10,7 +10,7 @@ from ..core import *
 from ..data.preprocess import *
 from ..data.augment import SpatialTfm
 from ..data.blocks import *
-from ..data.blocks import _find
+from ..data.blocks import find_transform
 from ..data.labels import *
 from ..data.loaders import *
 from ..data.radiographs import *
@@ -23,7 +23,7 @@ from ..metrics.scores import *
 from .classify import *
 from .callbacks import *
 from .learner import FastForward
-from .plain import _plain, _back
+from .plain import to_plain, from_plain
 from fastai.basics import *
 import json
 
@@ -43,14 +43,14 @@ def plan_of(
     "The plan, and why it is so. Raises `InputError`"
     why = meta.get('reasons', {})
     if not isinstance(why, dict) or not all(isinstance(v, str) for v in why.values()): raise InputError(f"expected reasons in words; found {str(why)[:80]}")
-    return Plan(_back(meta['plan']), reasons=why)
+    return Plan(from_plain(meta['plan']), reasons=why)
 
 def own_args(
     learn # Learner
-)->dict:  # as `_plain` gives it
+)->dict:  # as `to_plain` gives it
     "Arguments of a network without a name, where a file can hold them"
-    try: return _plain({k:v for k,v in getattr(learn, 'arch_args', {}).items() if k!='pretrained'}, 'the network')
-    except InputError: return _plain({}, 'the network')
+    try: return to_plain({k:v for k,v in getattr(learn, 'arch_args', {}).items() if k!='pretrained'}, 'the network')
+    except InputError: return to_plain({}, 'the network')
 
 def case_meta(
     learn   # `CaseLearner`
@@ -59,15 +59,15 @@ def case_meta(
     dls,plan = learn.dls,case_plan(learn.dls); model = get_model(learn.model); model = getattr(model, '_orig_mod', model); masks = isinstance(model, MultiTaskNet)
     name = None if getattr(learn, 'own_arch', False) else _case_arch(getattr(learn, 'arch', None), plan.ndim); own = name is None
     arch = name or getattr(learn, 'arch', None) or f'{type(model).__module__}.{type(model).__qualname__}'
-    get = _find(dls.train_ds.tls[-1].tfms, LabelOf)
+    get = find_transform(dls.train_ds.tls[-1].tfms, LabelOf)
     if get is None: raise InputError("save_model: these DataLoaders do not say how a label is read from a row; make them by from_df, or keep the Learner with learn.export")
-    task,vocab = get_labels(dls); prep = get_prep(dls); sp = _find(dls.train.after_batch, SpatialTfm)
-    cols = [getattr(_find(tl.tfms, CaseFiles), 'cols', d) for tl,d in zip(dls.train_ds.tls[:1+masks], ('image','mask'))]
-    net = dict(arch=arch, args=own_args(learn) if own else _plain({k:v for k,v in learn.arch_args.items() if k!='pretrained'}, 'the network'), patch=_plain(tuple(learn.arch_patch), 'patch'), n_in=int(learn.n_in), n_out=int(learn.n_out), **({'own':True} if own else {}),
+    task,vocab = get_labels(dls); prep = get_prep(dls); sp = find_transform(dls.train.after_batch, SpatialTfm)
+    cols = [getattr(find_transform(tl.tfms, CaseFiles), 'cols', d) for tl,d in zip(dls.train_ds.tls[:1+masks], ('image','mask'))]
+    net = dict(arch=arch, args=own_args(learn) if own else to_plain({k:v for k,v in learn.arch_args.items() if k!='pretrained'}, 'the network'), patch=to_plain(tuple(learn.arch_patch), 'patch'), n_in=int(learn.n_in), n_out=int(learn.n_out), **({'own':True} if own else {}),
                fast=any(isinstance(getattr(h, '__self__', None), FastForward) for h in model._forward_pre_hooks.values()), head=dict(masks=len(get_preprocess(dls).vocab) if masks else 0, unscale=hasattr(model, 'unscale')))
-    return dict(network=net, plan=_plain(dict(plan), 'the plan'), reasons={k:str(v) for k,v in plan.reasons.items()}, picture=_plain(prep.to_dict(), 'the picture') if prep else None, preprocess=None if prep else json.loads(get_preprocess(dls).to_json()),
-                labels=_plain(dict(task=task, vocab=vocab, cols=get.cols, delim=get.label_delim, group=get.group), 'the labels'), columns=_plain(tuple(list(L(c)) if is_listy(c) else c for c in cols), 'columns'),
-                looks=None if sp is None else _plain({k:getattr(sp, k) for k in sp._args}, 'the looks'), seed=int(getattr(dls.valid, 'seed', 42)))
+    return dict(network=net, plan=to_plain(dict(plan), 'the plan'), reasons={k:str(v) for k,v in plan.reasons.items()}, picture=to_plain(prep.to_dict(), 'the picture') if prep else None, preprocess=None if prep else json.loads(get_preprocess(dls).to_json()),
+                labels=to_plain(dict(task=task, vocab=vocab, cols=get.cols, delim=get.label_delim, group=get.group), 'the labels'), columns=to_plain(tuple(list(L(c)) if is_listy(c) else c for c in cols), 'columns'),
+                looks=None if sp is None else to_plain({k:getattr(sp, k) for k in sp._args}, 'the looks'), seed=int(getattr(dls.valid, 'seed', 42)))
 
 def build_case(
     net:dict,   # of `case_meta`
@@ -89,11 +89,11 @@ def case_loaders(
     device  # torch device
 ):          # DataLoaders without data
     "How a scan or picture is read, cut and labelled, from what the file says"
-    plan,lab,cols = plan_of(meta),_back(meta['labels']),_back(meta['columns']); task,vocab = lab['task'],lab['vocab']
+    plan,lab,cols = plan_of(meta),from_plain(meta['labels']),from_plain(meta['columns']); task,vocab = lab['task'],lab['vocab']
     if task not in ('category','multi','regression') or not vocab: raise InputError(f"expected labels of a known kind; found {task!r} of {vocab!r}")
     masks = meta['network']['head']['masks']; lists = [list(L(lab['cols'])), *map(L, cols)]
     df = pd.DataFrame({c:[] for l in lists for c in l})
-    if meta['picture']: load,kind = LoadRadiograph(RadiographPrep(**_back(meta['picture']))),TensorRadiograph
+    if meta['picture']: load,kind = LoadRadiograph(RadiographPrep(**from_plain(meta['picture']))),TensorRadiograph
     else: pre = Preprocess.from_json(json.dumps(meta['preprocess'])); load,kind = LoadVolume(pre),TensorVolume
     get = LabelOf(lab['cols'], task, lab['delim'], lab['group'])
     ys = [TargetNumbers(vocab)] if task=='regression' else [Categorize(vocab=vocab, sort=False)] if task=='category' else [EncodedMultiCategorize(vocab)] if is_listy(lab['cols']) else [MultiCategorize(vocab=vocab), OneHotEncode(len(vocab))]
@@ -101,7 +101,7 @@ def case_loaders(
     tls = [TfmdLists(df, [CaseFiles(cols[0], None), load], splits=[[],[]], types=[CaseFiles.input_types, (str,Path,list), kind])]
     if masks: tls.append(TfmdLists(df, [CaseFiles(cols[1], None), LoadMask(pre)], splits=[[],[]], types=[CaseFiles.input_types, (str,Path,list), TensorVolumeMask]))
     tls.append(TfmdLists(df, [get, *ys], splits=[[],[]], types=[LabelOf.input_types, *[object]*(len(ys)-1), ykind]))
-    looks = _back(meta['looks']); after = [] if looks is None else [SpatialTfm(**looks)]
+    looks = from_plain(meta['looks']); after = [] if looks is None else [SpatialTfm(**looks)]
     ds = Datasets(tls=tls, n_inp=1)
     dl = PatchDL(ds.subset(0), bs=plan.get('bs', 16), seed=meta['seed'], device=device, after_item=[] if meta['picture'] else [WholeTransform(plan)], after_batch=after)
     flat = plan.ndim==2 and not meta['picture']
@@ -122,5 +122,5 @@ def case_learner(
     loss = LabelLoss(task, sd=model.unscale.sd.clone() if hasattr(model, 'unscale') else None)
     if masks: loss = MultiTaskLoss(DiceCELoss(batch=plan.ndim==2), loss)
     learn = cls(dls, model, loss_func=loss, metrics=(dice_metrics(get_preprocess(dls).vocab) if masks else [])+label_metrics(task, vocab), splitter=param_splitter, lr=2e-3, wd=1e-2, train_bn=False, cbs=[RememberCallback()])
-    learn.arch,learn.arch_args,learn.arch_patch,learn.n_in,learn.n_out,learn.pretrained = net['arch'],_back(net['args']),tuple(_back(net['patch'])),net['n_in'],net['n_out'],True
+    learn.arch,learn.arch_args,learn.arch_patch,learn.n_in,learn.n_out,learn.pretrained = net['arch'],from_plain(net['args']),tuple(from_plain(net['patch'])),net['n_in'],net['n_out'],True
     return learn

@@ -10,11 +10,11 @@ from ..core import *
 from ..io.volumes import *
 from ..data.augment import *
 from ..data.blocks import *
-from ..data.blocks import _find, chance_kept, check_one_input
+from ..data.blocks import find_transform, chance_kept, check_one_input
 from ..data.labels import *
-from ..data.labels import _blank
+from ..data.labels import is_blank
 from ..data.loaders import *
-from ..data.loaders import _grid, _show_labels
+from ..data.loaders import axes_grid, show_labelled
 from ..data.radiographs import *
 from ..models.unet import *
 from .losses import *
@@ -22,7 +22,7 @@ from ..metrics.masks import *
 from .callbacks import *
 from ..predict.tta import *
 from .learner import *
-from .learner import _learner_args
+from .learner import LEARNER_ARGS
 from ..models.weights import *
 from ..models.classifiers import *
 from ..metrics.scores import *
@@ -84,7 +84,7 @@ class CaseLearner(VolumeLearner, EncoderMixin):
         if prep is not None:
             fn = item if isinstance(item, (TensorRadiograph,str,Path)) else self._file(item)
             return prep(fn).as_subclass(Tensor)[None]
-        pre,wt = get_preprocess(self.dls),_find(self.dls.train.after_item, PatchTransform)
+        pre,wt = get_preprocess(self.dls),find_transform(self.dls.train.after_item, PatchTransform)
         fn = item if isinstance(item, (TensorVolume,str,Path,list)) else self._file(item)
         t = fn if isinstance(fn, TensorVolume) else load_volume(fn)
         if t.affine is None: raise InputError("predict: the tensor has no affine, so its place is unknown. Set `t.affine` first")
@@ -162,7 +162,7 @@ class CaseLearner(VolumeLearner, EncoderMixin):
         if df is None: df = self.dls.valid_ds.items
         if not isinstance(df, pd.DataFrame): raise ArgumentError(f"evaluate: expected a DataFrame, one row a case; found {type(df).__name__}")
         if not len(df): raise InputError("evaluate: no cases. A loaded Learner holds no data: give it a DataFrame")
-        get = _find(self.dls.train_ds.tls[-1].tfms, LabelOf); task,vocab = get_labels(self.dls)
+        get = find_transform(self.dls.train_ds.tls[-1].tfms, LabelOf); task,vocab = get_labels(self.dls)
         if get is None: raise InputError("evaluate: these DataLoaders do not say how a label is read from a row; make them by from_df")
         choose_point([0,1], [0.,1.], point)
         for c in L(get.cols):
@@ -171,7 +171,7 @@ class CaseLearner(VolumeLearner, EncoderMixin):
         for name,r in progress_bar(case_rows(df), leave=False):
             g = getattr(get, 'group', None); row = dict(case=name, subject=str(r[g]) if g and g in r else str(r.get('subject', name)))
             try:
-                if any(_blank(r[c]) for c in L(get.cols)) and get.label_delim is None: raise InputError(f"case {name!r} has no {get.cols}")
+                if any(is_blank(r[c]) for c in L(get.cols)) and get.label_delim is None: raise InputError(f"case {name!r} has no {get.cols}")
                 y = get(r)
                 if task=='category' and y not in vocab: raise InputError(f"case {name!r}: {get.cols} is {y!r}; expected one of {vocab}")
                 p = [float(o) for o in self.case_answer(r, tta)]
@@ -257,7 +257,7 @@ class CaseLearner(VolumeLearner, EncoderMixin):
         ok = res[res.status=='ok']; t,p,_ = res.arrays()
         err = 1-p[np.arange(len(t)),t.astype(int)] if res.task=='category' else np.abs(t-p).mean(1)
         by = dict(case_rows(df))
-        for i,ax in zip(np.argsort(-err, kind='stable')[:n], _grid(min(n, len(err)))):
+        for i,ax in zip(np.argsort(-err, kind='stable')[:n], axes_grid(min(n, len(err)))):
             r = ok.iloc[i]; x = self.case_input(by[r.case]); x = x[len(x)//2]
             said = f"{r.target} → {r.pred}" if 'target' in r else ', '.join(f"{v} {r[f'target_{v}']:.4g} → {r[f'pred_{v}']:.4g}" for v in res.vocab)
             (TensorVolume(x, affine=np.diag([*(get_plan(self.dls).spacing or (1,1,1)),1])) if x.ndim==4 else x.as_subclass(TensorRadiograph if get_prep(self.dls) else TensorSlice)).show(ctx=ax, title=f"{r.case}: {said if 'target' not in r or not isinstance(r.target, float) else f'{r.target:.4g} → {r.pred:.4g}'}", **kwargs)
@@ -274,7 +274,7 @@ def _answer_row(task, vocab, y, p):
 @dispatch
 def plot_top_losses(x:TensorVolume|TensorSlice, y:TensorCategory|TensorMultiCategory|TensorRegression|tuple, samples, outs, raws, losses, nrows=None, ncols=None, figsize=None, **kwargs):
     "The items with the largest losses, the label above and the prediction below"
-    axs = _show_labels(samples, outs, _grid(len(samples), nrows, ncols, figsize), len(samples), **kwargs)
+    axs = show_labelled(samples, outs, axes_grid(len(samples), nrows, ncols, figsize), len(samples), **kwargs)
     for a,l in zip(axs, losses): a.set_title(f'{a.get_title()}\nloss {float(l):.3f}', fontsize=8)
 
 # %% ../../nbs/learn/08_classify.ipynb #87226ba9
@@ -326,15 +326,15 @@ def classifier_learner(
     if labels is None: raise InputError("classifier_learner: these DataLoaders hold no labels: say from_df(label_col=…). For masks there are unet3d_learner and unet2d_learner")
     check_one_input(dls, 'classifier_learner')
     task,vocab = labels; prep = get_prep(dls); plan = None if prep else get_plan(dls)
-    if plan is not None and _find(dls.train.after_item, WholeTransform) is None: raise InputError("classifier_learner: these DataLoaders cut patches, and a label belongs to the whole scan. Say VolumeDataLoaders.from_df(df, label_col=…), "
+    if plan is not None and find_transform(dls.train.after_item, WholeTransform) is None: raise InputError("classifier_learner: these DataLoaders cut patches, and a label belongs to the whole scan. Say VolumeDataLoaders.from_df(df, label_col=…), "
                                                                     "or item_tfms=WholeTransform(whole_plan(df)) in the DataBlock")
     have = 2 if prep else plan.ndim
     if ndim is not None and ndim!=have: raise InputError(f"ndim={ndim}: these DataLoaders give {'volumes' if have==3 else 'pictures of two axes'}. Leave ndim out, or use {'SliceDataLoaders' if have==3 else 'VolumeDataLoaders'}")
     n_channels = dls.train_ds[0][0].shape[0] if not prep else 1
     n_in = n_channels*(1+2*plan.get('context', 0)) if plan is not None and have==2 else n_channels
-    lk = {k:kwargs.pop(k) for k in list(kwargs) if k in _learner_args}
+    lk = {k:kwargs.pop(k) for k in list(kwargs) if k in LEARNER_ARGS}
     patch = (prep.size,)*2 if prep else tuple(p for a,p in enumerate(plan.patch) if have==3 or a!=plan.axis)
-    masks = prep is None and any(_find(tl.tfms, LoadMask) for tl in dls.train_ds.tls)
+    masks = prep is None and any(find_transform(tl.tfms, LoadMask) for tl in dls.train_ds.tls)
     if masks:
         if arch not in ('resnet18','UNet') and arch is not UNet: raise InputError(f"arch={arch!r}: with masks and labels together the network is a U-Net; leave arch out")
         pre,kwargs,arch = get_preprocess(dls),unet_args(plan, kwargs),'UNet'

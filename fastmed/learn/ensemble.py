@@ -12,16 +12,16 @@ from ..data.blocks import *
 from ..data.blocks import chance_kept
 from ..metrics.masks import *
 from ..predict.predict import *
-from ..predict.predict import _axes
+from ..predict.predict import slicing_axes
 from .callbacks import *
 from .callbacks import was_seen
 from .learner import *
-from .learner import _known
+from .learner import check_known
 from .plain import UnopenedError
 from ..data.radiographs import *
 from .classify import *
 from .uncertainty import *
-from .uncertainty import _spread
+from .uncertainty import uncertainty_maps
 from fastai.basics import *
 from fastprogress.fastprogress import progress_bar
 
@@ -41,7 +41,7 @@ def trusted_learner(
 # %% ../../nbs/learn/11_ensemble.ipynb #4a28808f
 _lent = ('loss_func','opt_func','lr','wd','cbs','pretrained','arch','arch_args')       # of the first member, for who asks
 
-def _sources(o):
+def _opened_sources(o):
     "Learners and files, with folders opened"
     if not isinstance(o, (str,Path)): return [o]
     p = Path(o)
@@ -75,7 +75,7 @@ class Ensemble:
         trust:bool=False # open files that are pickles, and run what is in them: only where you trust their sender
     ):
         self.device,self.lazy,self.arch,self.trust = torch.device(ifnone(device, default_device())),lazy,arch,trust
-        self.sources = [s for o in (members if is_listy(members) else [members]) for s in _sources(o)]
+        self.sources = [s for o in (members if is_listy(members) else [members]) for s in _opened_sources(o)]
         if not self.sources: raise InputError("Ensemble: expected one member or more; found none")
         if lazy and (odd:=[o for o in self.sources if not isinstance(o, Path)]): raise InputError(f"Ensemble: lazy=True reads members from files; found a {type(odd[0]).__name__}. Export it first, or leave lazy out")
         self.names = [o.parent.name if isinstance(o, Path) and o.stem=='model' else f'member {i}' for i,o in enumerate(self.sources)]
@@ -132,7 +132,7 @@ class Ensemble:
         t = box.pop(); shape,affine = tuple(t.shape[1:]),t.affine
         grids = [f.pre.grid(shape, affine) for f in self.about]
         common,alike = all(same_grid(*grids[0], *g) for g in grids), all(f.pre==self.about[0].pre for f in self.about)
-        ways = [1 if axes is None or f.plan.ndim==3 and any(g.plan.ndim==2 for g in self.about) else len(_axes(axes, f.plan)) for f in self.about]
+        ways = [1 if axes is None or f.plan.ndim==3 and any(g.plan.ndim==2 for g in self.about) else len(slicing_axes(axes, f.plan)) for f in self.about]
         most = max(f.bytes for f in self.about)
         plan = self.about[0].plan; main = 0 if not common else plan.axis if plan.ndim==2 else int(np.argmax(grids[0][0]))      # as of `slide_window`
         m = RunningMean(len(self.vocab), grids[0][0] if common else shape, (sum(ways) if common else len(self))*spread, most, main)
@@ -202,7 +202,7 @@ class Ensemble:
         shape,affine,meta = tuple(t.shape[1:]),t.affine,getattr(t, 'meta', {}) or {}
         box = [t]; del t
         m,on = self._mean(box, overlap, tta, axes, False, True)
-        lab,maps,table = _spread(m, self.vocab)
+        lab,maps,table = uncertainty_maps(m, self.vocab)
         if on[0] is not None: maps = maps_back(maps, on[0], on[1], shape, affine)
         vols = {k:TensorVolume(maps[i:i+1].clone(), affine=affine, meta=meta) for i,k in enumerate(MEASURES[:3])}
         return Uncertainty(mask=self._finish(lab, on, shape, affine, meta, post), **vols, table=table)
@@ -216,7 +216,7 @@ class Ensemble:
         "Score whole scans on their own grid, as a Learner's `evaluate` does; warns where a member was trained on one of them. Raises `ValueError` where there is no case"
         df = self._unseen(df)
         if not uncertainty: return VolumeLearner.evaluate(self, df, tolerance, **kwargs)
-        _known('evaluate', kwargs)
+        check_known('evaluate', kwargs)
         (im,ms),pre,rows,errs = case_columns(self.dls),self.about[0].pre,[],[]
         for name,r in case_rows(df):
             key = dict(case=name, **({'subject':str(r.subject)} if isinstance(r, pd.Series) and 'subject' in r else {}))

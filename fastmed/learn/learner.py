@@ -15,7 +15,7 @@ from ..data.plan import *
 from ..data.blocks import *
 from ..data.blocks import check_one_input
 from ..data.labels import get_labels
-from ..data.loaders import _grid
+from ..data.loaders import axes_grid
 from ..models.unet import *
 from .losses import *
 from ..metrics.masks import *
@@ -34,6 +34,15 @@ from fastai.callback.training import GradientClip
 from fastprogress.fastprogress import progress_bar
 from .. import __version__
 import contextlib, hashlib, inspect, os, threading, zlib, nibabel as nib
+
+# %% ../../nbs/learn/06_learner.ipynb #30b17d0b
+def plain_layout(
+    m,    # module
+    args, # its input
+    out   # its output
+):        # the same values, contiguous
+    "A forward hook"
+    return out.contiguous()       # MONAI's SegResNetVAE looks at its lowest level as rows
 
 # %% ../../nbs/learn/06_learner.ipynb #d7cd7983
 class _Entered(threading.local):
@@ -68,8 +77,6 @@ class FloatWhereShort:
     def __getstate__(self): return {}
     def __setstate__(self, s): self.entered = _Entered()
 
-def _plain_layout(m, args, out): return out.contiguous()       # MONAI's SegResNetVAE looks at its lowest level as rows
-
 def make_fast(
     model:nn.Module # 2D or 3D network
 )->nn.Module:       # the same module, hooked
@@ -82,7 +89,7 @@ def make_fast(
     for m in model.modules():
         if isinstance(m, (nn.Conv2d,nn.Conv3d)):
             m.register_forward_pre_hook(g.before); m.register_forward_hook(g.after, always_call=True)
-        if isinstance(getattr(m, 'vae_down', None), nn.Module): m.vae_down.register_forward_hook(_plain_layout)
+        if isinstance(getattr(m, 'vae_down', None), nn.Module): m.vae_down.register_forward_hook(plain_layout)
     for p in model.parameters():
         if p.ndim in (4,5): p.data = p.data.contiguous(memory_format=torch.channels_last_3d if p.ndim==5 else torch.channels_last)
     return model
@@ -129,6 +136,16 @@ def check_free(
         more = f' (and {len(foreign)-1} more)' if len(foreign)>1 else ''
         raise FileError(f"{foreign[0]}{more}: is there already, and is not a mask that fastmed wrote and nobody changed since. Nothing was changed. Give another path, or replace it by overwrite=True (in a shell: --overwrite)")
 
+# %% ../../nbs/learn/06_learner.ipynb #cf44dd3f
+def check_known(
+    what,   # who is called
+    kwargs, # what was given
+    *more   # names known beside those of a prediction
+):
+    "Raises `ArgumentError` on an argument that nobody takes"
+    known = ('overlap','tta','post','axes',*more)
+    if odd:=sorted(set(kwargs)-set(known)): raise ArgumentError(f"{what}: unknown arguments {odd}; known are {', '.join(known)}")
+
 # %% ../../nbs/learn/06_learner.ipynb #ddf64577
 def _maker(learn, kwargs):
     "What a prediction follows from, the scan left out, as a hash; None where a function takes part, whose name does not tell what it does"
@@ -154,10 +171,6 @@ def _follow_codes(learn, old, new):
     for m in learn.metrics:
         k = getattr(m, 'structure_index', None)
         if isinstance(m, DiceScore) and k and m._name==was[k-1]: m._name = now[k-1]
-
-def _known(what, kwargs, *more):
-    known = ('overlap','tta','post','axes',*more)
-    if odd:=sorted(set(kwargs)-set(known)): raise ArgumentError(f"{what}: unknown arguments {odd}; known are {', '.join(known)}")
 
 class Evaluation(pd.DataFrame):
     "One row a case and structure: `case, structure, dice, hd95, nsd, volume_mm3, target_mm3, status`"
@@ -231,7 +244,7 @@ class VolumeLearner(EncoderMixin, Learner):
         "Segment every scan of a folder into `dst/<case>.nii.gz`; stopped and called again, it goes on. A scan that cannot be predicted is named in `status`; the others go on. Raises `OSError` where `dst` cannot be written or holds what would be lost"
         if kwargs.get('proba'): raise InputError("predict_folder writes masks; use predict_volume(fn, proba=True) for probabilities")
         if 'again' in kwargs: raise ArgumentError("predict_folder: again= is not known. Say overwrite=True, which predicts all anew")
-        _known('predict_folder', kwargs, 'regrid')
+        check_known('predict_folder', kwargs, 'regrid')
         dst,rows = Path(dst),[]
         df,maker = scan_folder(src, images, masks=None, channels=channels),_maker(self, kwargs)
         sources,first_out = [o for files in df.image for o in L(files)],dst/f'{df.case[0]}.nii.gz'
@@ -259,7 +272,7 @@ class VolumeLearner(EncoderMixin, Learner):
         "Score whole scans on their own grid. Status: 'ok', 'empty' (both; nan), 'missed' or 'false positive' (Dice 0), 'error: …' (not readable)"
         if df is None: df = self.dls.valid_ds.items
         if not len(df): raise InputError("evaluate: no cases. A loaded Learner holds no data: give it a DataFrame")
-        _known('evaluate', kwargs)
+        check_known('evaluate', kwargs)
         codes,rows,errs = get_preprocess(self.dls).vocab,[],[]
         for name,_,pred,truth,e in predicted_cases(self, df, True, **kwargs):
             if e: errs.append(e)
@@ -344,11 +357,12 @@ class VolumeLearner(EncoderMixin, Learner):
 @dispatch
 def plot_top_losses(x:TensorVolume|TensorSlice, y:TensorVolumeMask|TensorSliceMask, samples, outs, raws, losses, nrows=None, ncols=None, figsize=None, **kwargs):
     "The patches with the largest losses, truth solid and prediction dashed"
-    for s,o,l,ax in zip(samples, outs, losses, _grid(len(samples), nrows, ncols, figsize)): show_plane(s[0], s[1], pred=o[0], ctx=ax, title=f'loss {float(l):.3f}', **kwargs)
+    for s,o,l,ax in zip(samples, outs, losses, axes_grid(len(samples), nrows, ncols, figsize)): show_plane(s[0], s[1], pred=o[0], ctx=ax, title=f'loss {float(l):.3f}', **kwargs)
+
+# %% ../../nbs/learn/06_learner.ipynb #e3eff9c0
+LEARNER_ARGS = tuple(k for k in inspect.signature(Learner.__init__).parameters if k not in ('self','dls','model','loss_func','metrics'))
 
 # %% ../../nbs/learn/06_learner.ipynb #e45813bf
-_learner_args = tuple(k for k in inspect.signature(Learner.__init__).parameters if k not in ('self','dls','model','loss_func','metrics'))
-
 def unet_args(
     plan,   # `Plan` of the data
     kwargs  # arguments that were given
@@ -367,7 +381,7 @@ def _unet_learner(ndim, dls, arch, loss_func, metrics, pretrained, fast, n_out, 
     n_in = n_channels*(1+2*plan.get('context', 0) if ndim==2 else 1)
     n_out = ifnone(n_out, len(pre.vocab))
     if n_out==1 and len(pre.vocab)!=2: raise InputError(f"n_out=1 is a sigmoid for one structure; the masks have {len(pre.vocab)-1}")
-    lk = {k:kwargs.pop(k) for k in list(kwargs) if k in _learner_args}
+    lk = {k:kwargs.pop(k) for k in list(kwargs) if k in LEARNER_ARGS}
     patch = tuple(p for p in plan.patch if ndim==3 or p>1)
     if arch is UNet or arch=='UNet': kwargs = unet_args(plan, kwargs)
     elif ndim==3: kwargs = thin_axis(plan, arch, kwargs)

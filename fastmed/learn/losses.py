@@ -189,7 +189,7 @@ def __call__(self:BaseLoss,
     return _flat_loss(self, inp.flatten(2), targ.flatten(1), **kwargs) if volumes else _flat_loss(self, inp, targ, **kwargs)
 
 # %% ../../nbs/learn/01_losses.ipynb #00cca3d3
-_kinds = (('classes', ('CrossEntropyLoss','cross_entropy')),
+_loss_kinds = (('classes', ('CrossEntropyLoss','cross_entropy')),
           ('yes or no', ('BCEWithLogitsLoss','binary_cross_entropy_with_logits','MultiLabelSoftMarginLoss')),
           ('numbers', ('MSELoss','L1Loss','SmoothL1Loss','HuberLoss','mse_loss','l1_loss','smooth_l1_loss','huber_loss')),
           ('probabilities', ('NLLLoss','nll_loss','BCELoss','binary_cross_entropy')))
@@ -200,9 +200,9 @@ def _loss_kind(loss):
     inner = getattr(loss, 'func', loss)
     owner = inner if hasattr(inner, '__name__') else type(inner)
     if not str(owner.__module__).startswith('torch'): return None
-    return next((kind for kind,names in _kinds if owner.__name__ in names), None)
+    return next((kind for kind,names in _loss_kinds if owner.__name__ in names), None)
 
-def _name(loss):
+def _loss_name(loss):
     "Of a loss, as a person wrote it; of one that fastai wrapped, torch's"
     inner = getattr(loss, 'func', loss) if type(loss).__name__=='BaseLoss' else loss
     return getattr(inner, '__name__', type(inner).__name__)
@@ -255,7 +255,7 @@ def as_loss(
     n_out:int=2     # channels of the logits
 ):                  # the same, or a `PlainLoss` of it
     "Give a loss what a Learner asks for. Raises `InputError` on one that belongs to other targets"
-    kind,name = _loss_kind(loss),_name(loss)
+    kind,name = _loss_kind(loss),_loss_name(loss)
     wanted,better = next((k,s) for t,k,s in _wants if t==task)
     if task=='mask' and n_out==1: wanted,better = 'yes or no','nn.BCEWithLogitsLoss()'
     if kind not in (None, wanted):

@@ -23,13 +23,13 @@ from ..models.weights import FrozenNorms, check_finite
 from ..predict.memory import MemoryCallback
 from ..models.encoders import create_network, is_encoder
 from .learner import *
-from .learner import _plain_layout
+from .learner import plain_layout
 from .classify import *
 from .uncertainty import WeightFile
 from .ensemble import *
 from .casefiles import *
 from ..models.classifiers import add_unscale, create_classifier
-from .plain import _again, _back, _blank, _format, _json, _numbers, _plain, _seal
+from .plain import SAVE_AGAIN, from_plain, NO_DIGEST, FORMAT_VERSION, json_text, numbers_of, to_plain, seal_file
 from .plain import Budget, ModelFile, TooLarge, TrialBudget, UnopenedError, few_modules
 from fastai.basics import *
 from numbers import Real
@@ -37,8 +37,67 @@ import contextlib, hashlib, inspect, io, itertools, json, math, tempfile
 
 # %% ../../nbs/learn/13_modelfile.ipynb #77ec1bb0
 _most,_voxels = 10_000,2**27       # the largest number in a network's arguments; voxels of a patch
-_modules,_held = 10_000,2**28      # modules and tensors of a network; numbers that a trial of it may hold at a time
+_modules,_most_held = 10_000,2**28      # modules and tensors of a network; numbers that a trial of it may hold at a time
 _acts = ('ReLU','LeakyReLU','ELU','GELU','SiLU','Mish','ReLU6','SELU','CELU','PReLU','Hardswish','Softplus','Tanh','Identity')
+
+# %% ../../nbs/learn/13_modelfile.ipynb #e12b2b8f
+def model_answer(
+    model, # network
+    x      # (B,C,*S) windows
+):         # (B,…) logits
+    "Logits of windows, in evaluation"
+    with torch.inference_mode(), evaluating(model): y = model(x)
+    return torch.cat([o.flatten(1) for o in y], 1) if isinstance(y, tuple) else y
+
+# %% ../../nbs/learn/13_modelfile.ipynb #3deffa38
+def model_channels(
+    net,  # what a model file says of its network
+    plan  # `Plan`
+):        # input channels
+    "Channels of the network: a slice comes with its neighbours"
+    return net['n_in']*(1+2*plan.get('context', 0) if plan.ndim==2 else 1)     # of the network: a slice comes with its neighbours
+
+# %% ../../nbs/learn/13_modelfile.ipynb #c7321cc0
+def trial_noise(
+    n_in,        # channels
+    size,        # (*S)
+    bs=1,        # windows
+    masks=False  # whether the network takes masks
+):               # (B,C,*S)
+    "The input of a trial, the same each time"
+    x = torch.randn((bs, n_in, *size), generator=torch.Generator().manual_seed(0))
+    return (x>0).float() if masks else x
+
+# %% ../../nbs/learn/13_modelfile.ipynb #70c6a5b8
+def same_answer(
+    a,   # numbers
+    b,   # numbers
+    tol  # share of the largest
+):       # whether they agree
+    "Whether two answers are one"
+    a,b = torch.as_tensor(a).float(),torch.as_tensor(b).float()
+    return a.shape==b.shape and (not a.numel() or float((a-b).abs().max())<=tol*float(a.abs().max()))
+
+# %% ../../nbs/learn/13_modelfile.ipynb #97491e23
+def trial_answer(
+    model,      # network
+    plan,       # `Plan`
+    n_in=None,  # channels, or None
+    patch=None  # size, or None
+):
+    "The size of a window of noise, and 64 logits of it in float32 on the CPU; None and none where that would take much memory"
+    n_in,most = ifnone(n_in, getattr(model, 'n_in', 1)),_most_held+16*sum(v.numel() for v in model.state_dict().values())
+    with TrialBudget(most): sizes = _windows(model, plan, patch)
+    for size in sizes:
+        if math.prod(size)>2**22 or n_in*math.prod(size)>_most_held: continue
+        try:
+            with TrialBudget(most): y = model_answer(model, trial_noise(n_in, size, masks=getattr(model, 'masks', False))).flatten()
+        except TooLarge: continue
+        except Exception:
+            if size==sizes[0]: raise
+            continue                                                    # a network of one size alone
+        return size,[float(o) for o in y[torch.linspace(0, len(y)-1, 64).long()]]
+    return None,[]
 
 # %% ../../nbs/learn/13_modelfile.ipynb #7b95e867
 def _name_of(arch):
@@ -49,14 +108,12 @@ def _name_of(arch):
     if mod.startswith('monai.networks.nets'): return next((o for o in ('monai.'+name, name) if o in model_names()), None)
     return arch if is_encoder(arch) else None
 
-def _channels(net, plan): return net['n_in']*(1+2*plan.get('context', 0) if plan.ndim==2 else 1)     # of the network: a slice comes with its neighbours
-
 def _build(net, plan, most=math.inf, modules=_modules):
     "The network of `net`, with weights drawn at random; at most `most` elements in at most so many modules"
     case = 'head' in net; encoder = net['arch'] not in model_names()
     if encoder and not case and not is_encoder(net['arch'], plan.ndim): raise InputError(f"expected a network among {', '.join(model_names())}, or an encoder of timm's or MONAI's; found {net['arch']!r}")
-    args,patch = _back(net['args']),_back(net['patch'])
-    if any(abs(n)>_most for n in _numbers([args, patch, net['n_in'], net['n_out'], list(plan.patch), plan.get('context', 0)])) or math.prod(plan.patch)>_voxels:
+    args,patch = from_plain(net['args']),from_plain(net['patch'])
+    if any(abs(n)>_most for n in numbers_of([args, patch, net['n_in'], net['n_out'], list(plan.patch), plan.get('context', 0)])) or math.prod(plan.patch)>_voxels:
         raise InputError(f"expected numbers up to {_most} and patches up to {_voxels} voxels; found {args}, patch {tuple(plan.patch)}")
     args.pop('pretrained', None)                                        # the weights are here: nothing is fetched
     if net['arch']=='UNet' and 'act' in args:
@@ -66,8 +123,8 @@ def _build(net, plan, most=math.inf, modules=_modules):
     if encoder: most += 2**27 if 'vgg' in net['arch'] else 2**23            # layers that timm makes and takes away again: a classifier
     try:
         with torch.random.fork_rng(devices=[]), few_modules(modules), Budget(most), TrialBudget(most):
-            if case: return build_case(net, args, patch, _channels(net, plan), plan.ndim)
-            return create_network(net['arch'], _channels(net, plan), net['n_out'], ndim=plan.ndim, patch=patch, **args)[0]
+            if case: return build_case(net, args, patch, model_channels(net, plan), plan.ndim)
+            return create_network(net['arch'], model_channels(net, plan), net['n_out'], ndim=plan.ndim, patch=patch, **args)[0]
     except TooLarge as e: raise InputError("the network that it names is larger than its weights") from e
 
 def _own(arch, net, plan):
@@ -79,7 +136,7 @@ def _own(arch, net, plan):
         except (ValueError, TypeError): ps = ()
         asks = any(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY,p.POSITIONAL_OR_KEYWORD) for p in ps)
         make = create_classifier if 'head' in net else create_model
-        model = make(arch, _channels(net, plan), net['n_out'], ndim=plan.ndim, patch=_back(net['patch']), **_back(net['args'])) if asks else arch()
+        model = make(arch, model_channels(net, plan), net['n_out'], ndim=plan.ndim, patch=from_plain(net['patch']), **from_plain(net['args'])) if asks else arch()
     if not isinstance(model, nn.Module): raise ArgumentError(f"arch: expected it to give a network, a torch.nn.Module; found {type(model).__name__}")
     if net.get('head', {}).get('unscale') and not hasattr(model, 'unscale'): add_unscale(model, torch.zeros(net['n_out']), torch.ones(net['n_out']))
     return model
@@ -91,7 +148,7 @@ def _expect_fit(model, got):
     odd = [f"{k}: {own.get(k, 'no such tensor')} expected, {got.get(k, 'nothing')} found" for k in sorted(own.keys()|got.keys()) if own.get(k)!=got.get(k)]
     raise InputError(f"the weights do not fit the network; {'; '.join(odd[:3])}{f' (and {len(odd)-3} more)' if len(odd)>3 else ''}")
 
-def _fill(model, tensors):
+def _fill_tensors(model, tensors):
     "Put `tensors` into `model`. Raises as `_expect_fit`"
     _expect_fit(model, {k:(tuple(v.shape),v.dtype) for k,v in tensors.items()})
     model.load_state_dict(tensors)
@@ -102,34 +159,6 @@ def _windows(model, plan, patch):
     sides,d = [n for n in plan.patch if plan.ndim==3 or n>1],model_divisor(model)
     wanted = getattr(model, 'size', None) or [min(-(-n//k)*k, 2*k if k>1 else 8) for n,k in zip(sides, d)]
     return list(dict.fromkeys(tuple(max(k, -(-n//f//k)*k) for n,k in zip(wanted, d)) if f>1 else tuple(wanted) for f in (1,2,4,8,16)))
-
-def _noise(n_in, size, bs=1, masks=False):
-    x = torch.randn((bs, n_in, *size), generator=torch.Generator().manual_seed(0))
-    return (x>0).float() if masks else x
-
-def _answer(model, x):
-    "Logits of windows, in evaluation"
-    with torch.inference_mode(), evaluating(model): y = model(x)
-    return torch.cat([o.flatten(1) for o in y], 1) if isinstance(y, tuple) else y
-
-def _trial(model, plan, n_in=None, patch=None):
-    "The size of a window of noise, and 64 logits of it in float32 on the CPU; None and none where that would take much memory"
-    n_in,most = ifnone(n_in, getattr(model, 'n_in', 1)),_held+16*sum(v.numel() for v in model.state_dict().values())
-    with TrialBudget(most): sizes = _windows(model, plan, patch)
-    for size in sizes:
-        if math.prod(size)>2**22 or n_in*math.prod(size)>_held: continue
-        try:
-            with TrialBudget(most): y = _answer(model, _noise(n_in, size, masks=getattr(model, 'masks', False))).flatten()
-        except TooLarge: continue
-        except Exception:
-            if size==sizes[0]: raise
-            continue                                                    # a network of one size alone
-        return size,[float(o) for o in y[torch.linspace(0, len(y)-1, 64).long()]]
-    return None,[]
-
-def _same(a, b, tol):
-    a,b = torch.as_tensor(a).float(),torch.as_tensor(b).float()
-    return a.shape==b.shape and (not a.numel() or float((a-b).abs().max())<=tol*float(a.abs().max()))
 
 # %% ../../nbs/learn/13_modelfile.ipynb #42b335f5
 class SavedLearner(VolumeLearner):
@@ -155,13 +184,13 @@ class SavedCaseLearner(SavedLearner, CaseLearner):
 
 def _empty_dls(meta, plan, pre, device):
     "DataLoaders without data that know how a scan is read, cut and flipped"
-    im,ms = _back(meta['columns'])
+    im,ms = from_plain(meta['columns'])
     df = pd.DataFrame({c:[] for c in [*L(im), *L(ms)]})
     tls = [TfmdLists(df, [CaseFiles(c, None), load], splits=[[],[]], types=[CaseFiles.input_types, (str,Path,list), t])
            for c,load,t in ((im, LoadVolume(pre), TensorVolume), (ms, LoadMask(pre), TensorVolumeMask))]
     ds = Datasets(tls=tls)
     dl = PatchDL(ds.subset(0), bs=plan.get('bs', 4), seed=meta['seed'], device=device, after_item=[PatchTransform(plan, meta['foreground'])],
-                 after_batch=[SpatialTfm(max_rotate=0., max_scale=0., flips=_back(meta['flips']))])
+                 after_batch=[SpatialTfm(max_rotate=0., max_scale=0., flips=from_plain(meta['flips']))])
     dl._n_inp,dl._types = 1,{tuple:[TensorVolume,TensorVolumeMask] if plan.ndim==3 else [TensorSlice,TensorSliceMask]}
     return (VolumeDataLoaders if plan.ndim==3 else SliceDataLoaders)(dl, dl.new(ds.subset(1)), path='.', device=device)
 
@@ -176,10 +205,10 @@ def _remembered(training):
 
 def _expect_masks(meta, plan, pre):
     "Raise `InputError` where the metadata of a network for masks say what cannot be"
-    net,flips = meta['network'],_back(meta['flips'])
+    net,flips = meta['network'],from_plain(meta['flips'])
     if plan.ndim not in (2,3) or len(plan.patch)!=3 or min(plan.patch)<1: raise InputError(f"expected a plan of slices or volumes; found {dict(plan)}")
     if net['n_out']!=len(pre.vocab) and not (net['n_out']==1 and len(pre.vocab)==2): raise InputError(f"expected {len(pre.vocab)} outputs, one a code; found {net['n_out']}")
-    if odd:=[o for o in _back(meta['post']) if o not in POSTS]: raise InputError(f"expected post-processing among {', '.join(POSTS)}; found {odd}")
+    if odd:=[o for o in from_plain(meta['post']) if o not in POSTS]: raise InputError(f"expected post-processing among {', '.join(POSTS)}; found {odd}")
     if not (isinstance(meta['foreground'], Real) and isinstance(meta['seed'], int) and all(f in range(plan.ndim) for f in flips)):
         raise InputError(f"expected a share, a seed and axes to flip; found {meta['foreground']!r}, {meta['seed']!r}, {flips!r}")
 
@@ -193,15 +222,65 @@ def _learner(meta, device, network):
         pre = Preprocess.from_json(json.dumps(meta['preprocess'])); _expect_masks(meta, plan, pre)
         learn = SavedLearner(_empty_dls(meta, plan, pre, device), network(plan).to(device).eval(), loss_func=DeepSupervisionLoss(DiceCELoss(batch=plan.ndim==2)), metrics=dice_metrics(pre.vocab), splitter=param_splitter,
                              lr=3e-3, wd=1e-2, train_bn=False, cbs=[RememberCallback(),FrozenNorms(),MemoryCallback()])
-        learn.arch,learn.arch_args,learn.arch_patch,learn.n_in,learn.n_out = net['arch'],_back(net['args']),_back(net['patch']),net['n_in'],net['n_out']
-        learn.post,learn.pretrained = tuple(_back(meta['post'])),True
+        learn.arch,learn.arch_args,learn.arch_patch,learn.n_in,learn.n_out = net['arch'],from_plain(net['args']),from_plain(net['patch']),net['n_in'],net['n_out']
+        learn.post,learn.pretrained = tuple(from_plain(meta['post'])),True
     learn.facts,learn.seen,learn.own_arch = meta['training'],seen,net.get('own', False)
     return learn
 
-# %% ../../nbs/learn/13_modelfile.ipynb #b1fe687b
-def _number(v): return None if v is None or not math.isfinite(float(v)) else float(v)
+# %% ../../nbs/learn/13_modelfile.ipynb #99809225
+def finite_answer(
+    echo, # numbers
+    fn    # file, for the error
+):        # `echo`
+    "Raises `InputError` on an answer that is not finite"
+    if not all(map(math.isfinite, echo)): raise InputError(f"{fn}: the network answers NaN or infinity: its training has diverged. Load an earlier state, or train with a lower rate")
+    return echo
 
-def _facts(learn, evaluation, seen=True):
+# %% ../../nbs/learn/13_modelfile.ipynb #07b37e14
+def model_meta(
+    learn,      # Learner
+    post,       # post-processing, or None
+    evaluation, # `Evaluation`, or None
+    seen=True   # whether the training cases are kept
+):
+    "Everything but the weights, as plain values. Raises `ValueError` on what cannot be kept"
+    if isinstance(learn, CaseLearner):
+        if post: raise InputError("save_model: post-processing belongs to masks; this Learner answers for cases")
+        return dict(sha256=NO_DIGEST, format=FORMAT_VERSION, **case_meta(learn), post=[], training=_training_facts(learn, evaluation, seen))
+    name = None if getattr(learn, 'own_arch', False) else _name_of(getattr(learn, 'arch', None)); own = name is None
+    plan,pre = get_plan(learn.dls),get_preprocess(learn.dls)
+    post = getattr(learn, 'post', ()) if post is None else post
+    if odd:=[o for o in L(post) if o not in POSTS]: raise InputError(f"save_model: expected post-processing by name, among {', '.join(POSTS)}; found {odd[0]!r}. A function cannot be kept in the file: apply it to what predict_volume gives")
+    sp = first(f for f in getattr(learn.dls.train.after_batch, 'fs', L()) if isinstance(f, SpatialTfm))
+    pt = first(f for f in learn.dls.train.after_item.fs if isinstance(f, PatchTransform))
+    cols = [getattr(first(f for f in tl.tfms.fs if isinstance(f, CaseFiles)), 'cols', d) for tl,d in zip(learn.dls.train_ds.tls, ('image','mask'))]
+    net = dict(arch=ifnone(name, _describe(learn)), args=own_args(learn) if own else to_plain({k:v for k,v in learn.arch_args.items() if k!='pretrained'}, 'the network'),
+               patch=to_plain(getattr(learn, 'arch_patch', tuple(n for n in plan.patch if plan.ndim==3 or n>1)), 'patch'), n_in=int(getattr(learn, 'n_in', None) or learn.dls.train_ds[0][0].shape[0]),
+               n_out=int(getattr(learn, 'n_out', len(pre.vocab))), fast=any(isinstance(getattr(h, '__self__', None), FastForward) for h in _uncompiled(learn.model)._forward_pre_hooks.values()), **({'own':True} if own else {}))
+    return dict(sha256=NO_DIGEST, format=FORMAT_VERSION, network=net, plan=to_plain(dict(plan), 'the plan'), reasons={k:str(v) for k,v in plan.reasons.items()}, preprocess=json.loads(pre.to_json()),
+                columns=to_plain(tuple(list(L(c)) if is_listy(c) else c for c in cols), 'columns'), seed=int(getattr(learn.dls.valid, 'seed', 42)), foreground=to_plain(pt.foreground, 'foreground'),
+                flips=to_plain(tuple(sp.flips) if sp is not None else (), 'flips'), post=list(L(post)), training=_training_facts(learn, evaluation, seen))
+
+# %% ../../nbs/learn/13_modelfile.ipynb #5387f613
+def rebuilt_model(
+    learn, # Learner
+    meta   # of `model_meta`
+):
+    "The network of `meta` with the weights of `learn`, plain float32 on the CPU; of one without a name a copy"
+    state = _uncompiled(learn.model).state_dict()
+    if odd:=[k for k,v in state.items() if not isinstance(v, Tensor)]: raise InputError(f"save_model: the network keeps {odd[0]}, which is no tensor; keep the Learner with learn.export, which is a pickle")
+    tensors = {k:v.detach().cpu().contiguous().clone() for k,v in state.items()}
+    plan = plan_of(meta)
+    if meta['network'].get('own'): return _plain_copy(learn.model),tensors,plan
+    model = _build(meta['network'], plan)
+    try: _fill_tensors(model, tensors)
+    except ValueError as e: raise InputError(f"save_model: the network was changed after the Learner was made: {e}. Make it by its arguments, or keep it with learn.export") from e
+    return model,tensors,plan
+
+# %% ../../nbs/learn/13_modelfile.ipynb #b1fe687b
+def _finite_number(v): return None if v is None or not math.isfinite(float(v)) else float(v)
+
+def _training_facts(learn, evaluation, seen=True):
     "What is told of the training: versions, how many cases, their fingerprints, the last scores"
     old,names = getattr(learn, 'facts', None) or {},getattr(learn, 'seen', {})
     sealed = sealed_names(names, salt_of(learn.model))
@@ -212,34 +291,15 @@ def _facts(learn, evaluation, seen=True):
     if own.startswith('timm'): import timm; res['timm'] = timm.__version__
     rec = getattr(learn, 'recorder', None)
     if rec is not None and len(getattr(rec, 'values', [])):
-        res['metrics'] = {k:_number(v) for k,v in zip(rec.metric_names[1:], rec.values[-1]) if isinstance(v, Real)}
+        res['metrics'] = {k:_finite_number(v) for k,v in zip(rec.metric_names[1:], rec.values[-1]) if isinstance(v, Real)}
     elif 'metrics' in old: res['metrics'] = old['metrics']
-    if evaluation is not None: res['evaluation'] = {f"{k} {r['of']}" if 'of' in r else str(k):{c:_number(v) for c,v in r.items() if isinstance(v, Real)} for k,r in evaluation.summary().iterrows()}
+    if evaluation is not None: res['evaluation'] = {f"{k} {r['of']}" if 'of' in r else str(k):{c:_finite_number(v) for c,v in r.items() if isinstance(v, Real)} for k,r in evaluation.summary().iterrows()}
     elif 'evaluation' in old and all(map(is_sealed, names)): res['evaluation'] = old['evaluation']
     return res
 
 def _describe(learn):
     "A network in words, for one that has no name"
     return getattr(learn, 'arch', None) or f'{type(get_model(learn.model)).__module__}.{type(get_model(learn.model)).__qualname__}'
-
-def _meta(learn, post, evaluation, seen=True):
-    "Everything but the weights, as plain values. Raises `ValueError` on what cannot be kept"
-    if isinstance(learn, CaseLearner):
-        if post: raise InputError("save_model: post-processing belongs to masks; this Learner answers for cases")
-        return dict(sha256=_blank, format=_format, **case_meta(learn), post=[], training=_facts(learn, evaluation, seen))
-    name = None if getattr(learn, 'own_arch', False) else _name_of(getattr(learn, 'arch', None)); own = name is None
-    plan,pre = get_plan(learn.dls),get_preprocess(learn.dls)
-    post = getattr(learn, 'post', ()) if post is None else post
-    if odd:=[o for o in L(post) if o not in POSTS]: raise InputError(f"save_model: expected post-processing by name, among {', '.join(POSTS)}; found {odd[0]!r}. A function cannot be kept in the file: apply it to what predict_volume gives")
-    sp = first(f for f in getattr(learn.dls.train.after_batch, 'fs', L()) if isinstance(f, SpatialTfm))
-    pt = first(f for f in learn.dls.train.after_item.fs if isinstance(f, PatchTransform))
-    cols = [getattr(first(f for f in tl.tfms.fs if isinstance(f, CaseFiles)), 'cols', d) for tl,d in zip(learn.dls.train_ds.tls, ('image','mask'))]
-    net = dict(arch=ifnone(name, _describe(learn)), args=own_args(learn) if own else _plain({k:v for k,v in learn.arch_args.items() if k!='pretrained'}, 'the network'),
-               patch=_plain(getattr(learn, 'arch_patch', tuple(n for n in plan.patch if plan.ndim==3 or n>1)), 'patch'), n_in=int(getattr(learn, 'n_in', None) or learn.dls.train_ds[0][0].shape[0]),
-               n_out=int(getattr(learn, 'n_out', len(pre.vocab))), fast=any(isinstance(getattr(h, '__self__', None), FastForward) for h in _uncompiled(learn.model)._forward_pre_hooks.values()), **({'own':True} if own else {}))
-    return dict(sha256=_blank, format=_format, network=net, plan=_plain(dict(plan), 'the plan'), reasons={k:str(v) for k,v in plan.reasons.items()}, preprocess=json.loads(pre.to_json()),
-                columns=_plain(tuple(list(L(c)) if is_listy(c) else c for c in cols), 'columns'), seed=int(getattr(learn.dls.valid, 'seed', 42)), foreground=_plain(pt.foreground, 'foreground'),
-                flips=_plain(tuple(sp.flips) if sp is not None else (), 'flips'), post=list(L(post)), training=_facts(learn, evaluation, seen))
 
 def _uncompiled(model):
     "The network itself, without `torch.compile` or a wrapper of several devices"
@@ -252,38 +312,22 @@ def _plain_copy(model):
     for m in model.modules():
         for hooks in (m._forward_pre_hooks, m._forward_hooks):
             for k,h in list(hooks.items()):
-                if h is _plain_layout or isinstance(getattr(h, '__self__', None), (FastForward,FloatWhereShort)): hooks.pop(k)
+                if h is plain_layout or isinstance(getattr(h, '__self__', None), (FastForward,FloatWhereShort)): hooks.pop(k)
     return model
 
-def _rebuilt(learn, meta):
-    "The network of `meta` with the weights of `learn`, plain float32 on the CPU; of one without a name a copy"
-    state = _uncompiled(learn.model).state_dict()
-    if odd:=[k for k,v in state.items() if not isinstance(v, Tensor)]: raise InputError(f"save_model: the network keeps {odd[0]}, which is no tensor; keep the Learner with learn.export, which is a pickle")
-    tensors = {k:v.detach().cpu().contiguous().clone() for k,v in state.items()}
-    plan = plan_of(meta)
-    if meta['network'].get('own'): return _plain_copy(learn.model),tensors,plan
-    model = _build(meta['network'], plan)
-    try: _fill(model, tensors)
-    except ValueError as e: raise InputError(f"save_model: the network was changed after the Learner was made: {e}. Make it by its arguments, or keep it with learn.export") from e
-    return model,tensors,plan
-
-def _finite(echo, fn):
-    if not all(map(math.isfinite, echo)): raise InputError(f"{fn}: the network answers NaN or infinity: its training has diverged. Load an earlier state, or train with a lower rate")
-    return echo
-
 def _tried(model, plan, meta):
-    "`_trial` of a network that is saved or opened"
+    "`trial_answer` of a network that is saved or opened"
     net = meta['network']
-    return _trial(model, plan, _channels(net, plan), _back(net['patch'])) if net.get('own') else _trial(model, plan)
+    return trial_answer(model, plan, model_channels(net, plan), from_plain(net['patch'])) if net.get('own') else trial_answer(model, plan)
 
 def _checked(b, learn, fn, size, n_in, arch):
     "Open a file from its bytes, and hold its answers against the Learner's. Raises `InputError`"
     d = next(learn.model.parameters()).device
-    again = _load(ModelFile(io.BytesIO(b), fn), d, arch)
+    again = _load_bytes(ModelFile(io.BytesIO(b), fn), d, arch)
     if not size: return
-    x = _noise(n_in, size, masks=getattr(again.model, 'masks', False)).to(d)
-    y,z = _answer(_uncompiled(learn.model), x),_answer(again.model, x)
-    if not (torch.equal(y, z) if d.type=='cpu' else _same(y, z, 1e-2)):
+    x = trial_noise(n_in, size, masks=getattr(again.model, 'masks', False)).to(d)
+    y,z = model_answer(_uncompiled(learn.model), x),model_answer(again.model, x)
+    if not (torch.equal(y, z) if d.type=='cpu' else same_answer(y, z, 1e-2)):
         raise InputError(f"save_model({fn}): the network answers otherwise than one built from its name and arguments: it was changed after the Learner was made. Make it by its arguments, or keep it with learn.export")
 
 def save_model(
@@ -297,27 +341,33 @@ def save_model(
     from safetensors.torch import save
     if isinstance(learn, Ensemble): return learn._pack(fn, post, evaluation, seen)
     check_finite(learn.model, fn)
-    meta = _meta(learn, post, evaluation, seen)
+    meta = model_meta(learn, post, evaluation, seen)
     net = meta['network']; own = net.get('own')
-    model,tensors,plan = _rebuilt(learn, meta)
+    model,tensors,plan = rebuilt_model(learn, meta)
     size,echo = _tried(model, plan, meta)
-    meta['echo'] = _finite(echo, fn)
+    meta['echo'] = finite_answer(echo, fn)
     if own: warn(f"save_model: {net['arch']} is no network that is known by name: its weights are kept, and load_model(fn, arch=make) must be told how it is built")
     elif not echo: warn(f"save_model: a trial of {net['arch']} takes more memory than load_model gives it; it will ask for load_model(fn, arch=make)")
-    b = _seal(save(tensors, {'fastmed':_json(meta)}))
-    _checked(b, learn, fn, size, _channels(net, plan), model if own or not echo else None)
+    b = seal_file(save(tensors, {'fastmed':json_text(meta)}))
+    _checked(b, learn, fn, size, model_channels(net, plan), model if own or not echo else None)
     with whole_file(fn) as tmp: tmp.write_bytes(b)
     return Path(fn)
 
-# %% ../../nbs/learn/13_modelfile.ipynb #77f96079
-def _opened(meta, fn, device, network):
-    "`_learner`, whatever is wrong with the metadata said as a `ValueError` that names the file"
+# %% ../../nbs/learn/13_modelfile.ipynb #76c468ae
+def opened_learner(
+    meta,    # of a model file
+    fn,      # the file, for the error
+    device,  # where the network goes
+    network  # `Plan` → network
+):
+    "A Learner from its metadata. Raises `InputError` that names the file"
     try: return _learner(meta, device, network)
     except ImportError: raise                                # an extra that is missing
     except UnopenedError as e: raise UnopenedError(f"{fn}: {e}") from e
     except Exception as e:                                   # whatever a network makes of arguments that somebody made up
         raise InputError(f"{fn}: not a model that can be opened: {f'{e} is missing' if isinstance(e, KeyError) else str(e)[:1000] or type(e).__name__}. Save it again from its Learner") from e
 
+# %% ../../nbs/learn/13_modelfile.ipynb #77f96079
 def _check_room(src):
     "Raise `ResourceError` where the weights that a file declares, and the network, are larger than the memory"
     need,left = 2*(src.size-src.body),memory_left(math.inf)
@@ -329,9 +379,9 @@ def _expect_echo(meta, echo, own):
     was,name = meta['echo'],meta['network']['arch']
     if not echo and not own: raise UnopenedError(f"a trial of {name} on a small window takes more memory than a file is given. Where you trust it, say how the network is built: load_model(fn, arch=make)")
     if not was and meta['format']<3: return                  # those wrote none of a network that they found too large to try
-    if not _same(was, echo, 1e-3): raise InputError(f"{name} answers otherwise than it did when it was saved. {'Give the arch that it was saved with' if own else f'Install the versions that it was saved with ({made})'}")
+    if not same_answer(was, echo, 1e-3): raise InputError(f"{name} answers otherwise than it did when it was saved. {'Give the arch that it was saved with' if own else f'Install the versions that it was saved with ({made})'}")
 
-def _load(src, device, arch=None):
+def _load_bytes(src, device, arch=None):
     "The Learner of a model file. Raises as `load_model`"
     meta,fn,net = src.meta,src.fn,src.meta.get('network')
     if isinstance(net, dict) and net.get('own') and arch is None:
@@ -344,14 +394,14 @@ def _load(src, device, arch=None):
         model.load_state_dict({k:src.tensor(k) for k in src.declared})
         with evaluating(model): _expect_echo(meta, _tried(_plain_copy(model) if arch is not None else model, plan, meta)[1], arch is not None)
         return make_fast(model) if net['fast'] else model
-    return _opened(meta, fn, device, network)
+    return opened_learner(meta, fn, device, network)
 
 @contextlib.contextmanager
 def _refused(fn):
     "Whatever goes wrong inside is said of the file"
     try: yield
     except (FastmedError, OSError, ImportError): raise
-    except Exception as e: raise InputError(f"{fn}: not a model file that can be read ({type(e).__name__}: {str(e)[:200]}). {_again}") from e
+    except Exception as e: raise InputError(f"{fn}: not a model file that can be read ({type(e).__name__}: {str(e)[:200]}). {SAVE_AGAIN}") from e
 
 def load_model(
     fn,          # file of `save_model`
@@ -362,7 +412,7 @@ def load_model(
     if not Path(fn).is_file(): raise MissingFileError(f"{fn}: no such model file")
     with open(fn, 'rb') as f, _refused(fn):
         src = ModelFile(f, fn)
-        return (_unpack if 'members' in src.meta else _load)(src, torch.device(ifnone(device, default_device())), arch)
+        return (_unpack_ensemble if 'members' in src.meta else _load_bytes)(src, torch.device(ifnone(device, default_device())), arch)
 
 # %% ../../nbs/learn/13_modelfile.ipynb #f4494156
 @patch
@@ -373,19 +423,19 @@ def _pack(self:Ensemble, fn, post=None, evaluation=None, seen=True):
     if odd:=[o for o in post if o not in POSTS]: raise InputError(f"save_model: expected post-processing by name, among {', '.join(POSTS)}; found {odd[0]!r}. A function cannot be kept in the file: apply it to what predict_volume gives")
     def part(l, d): return torch.frombuffer(bytearray(save_model(l, Path(d)/'member.safetensors', seen=seen).read_bytes()), dtype=torch.uint8)
     with tempfile.TemporaryDirectory() as d: parts = {f'{i:03}':part(l, d) for i,l in enumerate(self)}
-    told = {} if evaluation is None else {'evaluation':{str(k):{c:_number(v) for c,v in r.items() if isinstance(v, Real)} for k,r in evaluation.summary().iterrows()}}
-    b = _seal(save(parts, {'fastmed':_json(dict(sha256=_blank, format=_format, members=len(parts), post=list(post), training={'fastmed':__version__, **told}))}))
+    told = {} if evaluation is None else {'evaluation':{str(k):{c:_finite_number(v) for c,v in r.items() if isinstance(v, Real)} for k,r in evaluation.summary().iterrows()}}
+    b = seal_file(save(parts, {'fastmed':json_text(dict(sha256=NO_DIGEST, format=FORMAT_VERSION, members=len(parts), post=list(post), training={'fastmed':__version__, **told}))}))
     with whole_file(fn) as tmp: tmp.write_bytes(b)
     return Path(fn)
 
-def _unpack(src, device, arch=None):
+def _unpack_ensemble(src, device, arch=None):
     "The ensemble of a file of `_pack`. Raises `ValueError` on what is none"
     meta,fn,parts = src.meta,src.fn,src.declared
     keys = [f'{i:03}' for i in range(len(parts))]
     rows = all(t==torch.uint8 and len(s)==1 for t,s,_,_ in parts.values())
     if not parts or meta['members']!=len(parts) or sorted(parts)!=keys or not rows or not isinstance(meta.get('post'), list) or any(o not in POSTS for o in meta['post']):
-        raise InputError(f"{fn}: expected an ensemble of {str(meta['members'])[:20]} model files; found {sorted(parts)[:5]} and post-processing {str(meta.get('post'))[:80]}. {_again}")
-    def member(k): t,s,a,b = parts[k]; return _load(ModelFile(src.f, f'{fn}, member {int(k)}', src.at+src.body+a, b-a), device, arch)
+        raise InputError(f"{fn}: expected an ensemble of {str(meta['members'])[:20]} model files; found {sorted(parts)[:5]} and post-processing {str(meta.get('post'))[:80]}. {SAVE_AGAIN}")
+    def member(k): t,s,a,b = parts[k]; return _load_bytes(ModelFile(src.f, f'{fn}, member {int(k)}', src.at+src.body+a, b-a), device, arch)
     ens = Ensemble([member(k) for k in keys], post=tuple(meta['post']), device=device)
     ens.facts,ens.filed = meta.get('training'),[WeightFile(l.model) for l in ens]
     return ens

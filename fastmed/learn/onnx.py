@@ -11,8 +11,8 @@ from ..models.unet import *
 from ..models.weights import check_finite
 from .classify import *
 from .ensemble import *
-from .plain import _again, _check_sum, _json, _meta_of, _seal
-from .modelfile import _answer, _channels, _finite, _meta, _noise, _opened, _rebuilt, _same, _trial
+from .plain import SAVE_AGAIN, check_sum, json_text, meta_of, seal_file
+from .modelfile import model_answer, model_channels, finite_answer, model_meta, trial_noise, opened_learner, rebuilt_model, same_answer, trial_answer
 from fastai.basics import *
 from .modelfile import *                        # after fastai's own save_model and load_model
 import hashlib, json
@@ -51,20 +51,20 @@ def export_onnx(
     except ImportError as e: raise ExtraError("export_onnx needs onnx and onnxscript: pip install 'fastmed[onnx]'") from e
     if isinstance(learn, CaseLearner): raise InputError("export_onnx: offered for networks of masks; keep a classifier with save_model")
     check_finite(learn.model, fn)
-    meta = _meta(learn, post, evaluation, seen)
+    meta = model_meta(learn, post, evaluation, seen)
     if meta['network'].get('own'): raise InputError(f"export_onnx: expected a network that is known by name; found {meta['network']['arch']}. Keep it with save_model")
-    model,_,plan = _rebuilt(learn, meta); model.eval()
+    model,_,plan = rebuilt_model(learn, meta); model.eval()
     model.size = size = _size(model, plan)
-    x = _noise(model.n_in, size, 2, getattr(model, 'masks', False)); meta.update(echo=_finite(_trial(model, plan)[1], fn), window=list(size))
+    x = trial_noise(model.n_in, size, 2, getattr(model, 'masks', False)); meta.update(echo=finite_answer(trial_answer(model, plan)[1], fn), window=list(size))
     with whole_file(fn) as tmp:
         torch.onnx.export(model, (x,), str(tmp), input_names=['x'], output_names=['logits'], dynamic_shapes=({0:torch.export.Dim('batch', min=1)},), dynamo=True, external_data=False, verbose=False)
-        m = onnx.load(str(tmp)); onnx.helper.set_model_props(m, {'fastmed':_json(meta)})
-        b = _seal(m.SerializeToString()); tmp.write_bytes(b)
+        m = onnx.load(str(tmp)); onnx.helper.set_model_props(m, {'fastmed':json_text(meta)})
+        b = seal_file(m.SerializeToString()); tmp.write_bytes(b)
         try: net = _OnnxNet(b, model.n_in, size)
         except ImportError: warn("export_onnx: onnxruntime is not installed, so its answers were not compared with PyTorch's"); net = None
         if net is not None:
             for z in (x, x[:1], 2*torch.cat([x,x[:1]])):
-                if not _same(_answer(model, z), net(z), 1e-3): raise InputError(f"export_onnx({fn}): ONNX Runtime answers otherwise than PyTorch for {meta['network']['arch']}. Ship it by save_model instead")
+                if not same_answer(model_answer(model, z), net(z), 1e-3): raise InputError(f"export_onnx({fn}): ONNX Runtime answers otherwise than PyTorch for {meta['network']['arch']}. Ship it by save_model instead")
     return Path(fn)
 
 def load_onnx(
@@ -73,18 +73,18 @@ def load_onnx(
     "Predict whole scans from an ONNX file. Raises `OSError` where it is not there, `ValueError` where it is changed, cut off or foreign, `ImportError` without onnxruntime"
     if not Path(fn).is_file(): raise MissingFileError(f"{fn}: no such model file")
     b = Path(fn).read_bytes(); i = b.rfind(b'{"sha256": "sha256:')
-    if i<0: raise InputError(f"{fn}: expected a file of export_onnx; found {len(b):,} bytes without its metadata. It may be cut off, or another kind of file. {_again}")
+    if i<0: raise InputError(f"{fn}: expected a file of export_onnx; found {len(b):,} bytes without its metadata. It may be cut off, or another kind of file. {SAVE_AGAIN}")
     try: end = json.JSONDecoder().raw_decode(b[i:].decode('latin-1'))[1]          # a byte a letter; the text itself is ASCII
-    except (ValueError, RecursionError) as e: raise InputError(f"{fn}: expected metadata in JSON; found {type(e).__name__}. {_again}") from e
-    meta = _meta_of(b[i:i+end].decode('latin-1'), fn)
-    _check_sum(_Bytes(b), b.rfind(meta['sha256'].encode()), meta, fn)
+    except (ValueError, RecursionError) as e: raise InputError(f"{fn}: expected metadata in JSON; found {type(e).__name__}. {SAVE_AGAIN}") from e
+    meta = meta_of(b[i:i+end].decode('latin-1'), fn)
+    check_sum(_Bytes(b), b.rfind(meta['sha256'].encode()), meta, fn)
     def network(plan):
-        try: net = _OnnxNet(b, _channels(meta['network'], plan), tuple(meta['window'])); echo = _trial(net, plan)[1]
+        try: net = _OnnxNet(b, model_channels(meta['network'], plan), tuple(meta['window'])); echo = trial_answer(net, plan)[1]
         except ImportError as e: raise ExtraError("load_onnx needs onnxruntime: pip install 'fastmed[onnx]'") from e
         except Exception as e: raise InputError(f"ONNX Runtime does not take it ({str(e).splitlines()[0] if str(e) else type(e).__name__})") from e
-        if not _same(meta['echo'], echo, 1e-3): raise InputError(f"this ONNX Runtime answers otherwise than PyTorch {meta['training']['torch']} did. Try another version of it, or export again")
+        if not same_answer(meta['echo'], echo, 1e-3): raise InputError(f"this ONNX Runtime answers otherwise than PyTorch {meta['training']['torch']} did. Try another version of it, or export again")
         return net
-    return _opened(meta, fn, torch.device('cpu'), network)
+    return opened_learner(meta, fn, torch.device('cpu'), network)
 
 @patch
 def _read_onnx(self:Ensemble, fn): return load_onnx(fn)

@@ -16,29 +16,39 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 import contextlib, hashlib, json, math, weakref, numpy as np, torch
 
+# %% ../../nbs/learn/09_plain.ipynb #b1852f27
+def from_plain(
+    o  # of `to_plain`
+):
+    "What `to_plain` was given"
+    if isinstance(o, list): return [from_plain(v) for v in o]
+    if not isinstance(o, dict): return o
+    (k,v), = o.items()
+    return tuple(from_plain(i) for i in v) if k=='tuple' else {a:from_plain(b) for a,b in v.items()}
+
+# %% ../../nbs/learn/09_plain.ipynb #a26b7f62
+def numbers_of(
+    o  # of `from_plain`
+):     # list
+    "All numbers in nested lists and dicts"
+    if isinstance(o, dict): o = list(o.values())
+    if isinstance(o, (list,tuple)): return [n for v in o for n in numbers_of(v)]
+    return [o] if isinstance(o, Real) else []
+
 # %% ../../nbs/learn/09_plain.ipynb #63728dd7
-def _plain(o, what):
+def to_plain(
+    o,    # number, text, list, tuple or dict
+    what  # name for the error
+):
     "`o` as JSON keeps it, tuples and dicts marked. Raises `ValueError` naming `what`"
     if isinstance(o, np.generic): o = o.item()
     if o is None or isinstance(o, (bool,str)): return o
     if isinstance(o, Integral): return int(o)
     if isinstance(o, Real) and math.isfinite(o): return float(o)
-    if isinstance(o, tuple): return {'tuple':[_plain(v, what) for v in o]}
-    if isinstance(o, (list,L)): return [_plain(v, what) for v in o]
-    if isinstance(o, dict) and all(isinstance(k, str) for k in o): return {'dict':{k:_plain(v, what) for k,v in o.items()}}
+    if isinstance(o, tuple): return {'tuple':[to_plain(v, what) for v in o]}
+    if isinstance(o, (list,L)): return [to_plain(v, what) for v in o]
+    if isinstance(o, dict) and all(isinstance(k, str) for k in o): return {'dict':{k:to_plain(v, what) for k,v in o.items()}}
     raise InputError(f"save_model: {what} holds {o!r} ({type(o).__name__}); expected numbers, names, and lists or dicts of them. Give it as such, or keep the Learner with learn.export")
-
-def _back(o):
-    "What `_plain` was given"
-    if isinstance(o, list): return [_back(v) for v in o]
-    if not isinstance(o, dict): return o
-    (k,v), = o.items()
-    return tuple(_back(i) for i in v) if k=='tuple' else {a:_back(b) for a,b in v.items()}
-
-def _numbers(o):
-    if isinstance(o, dict): o = list(o.values())
-    if isinstance(o, (list,tuple)): return [n for v in o for n in _numbers(v)]
-    return [o] if isinstance(o, Real) else []
 
 # %% ../../nbs/learn/09_plain.ipynb #c36a412b
 @contextlib.contextmanager
@@ -105,10 +115,56 @@ class TrialBudget(TorchDispatchMode):
         except (RuntimeError, NotImplementedError, TypeError): return                  # of few operations the size follows from the values
         if not func.is_view: self._check(max((t.numel() for t in tree_flatten(res)[0] if isinstance(t, torch.Tensor)), default=0))
 
+# %% ../../nbs/learn/09_plain.ipynb #d7a94ded
+SAVE_AGAIN = "Save or copy the file again"
+
+# %% ../../nbs/learn/09_plain.ipynb #320094ea
+FORMAT_VERSION,NO_DIGEST,_most_header = 3,'sha256:'+'0'*64,2**23        # the newest format; room for the sum; bytes of a header
+
+# %% ../../nbs/learn/09_plain.ipynb #84e55160
+def check_sum(
+    src,  # `ModelFile`
+    i,    # byte at which the sum stands
+    meta, # metadata of the file
+    fn    # the file, for the error
+):
+    "Raise `InputError` where the SHA-256 of a file, its own sum at byte `i` left blank, is not what it says. A piece at a time, whatever its size"
+    if i<0 or len(meta['sha256'])!=len(NO_DIGEST): raise InputError(f"{fn}: expected a SHA-256; found {meta['sha256'][:80]!r}. {SAVE_AGAIN}")
+    h = hashlib.sha256()
+    for a,b,then in ((0, i, NO_DIGEST.encode()), (i+len(NO_DIGEST), src.size, b'')):
+        for at in range(a, b, 2**20): h.update(src.read(at, min(2**20, b-at)))
+        h.update(then)
+    if 'sha256:'+h.hexdigest()!=meta['sha256']: raise InputError(f"{fn}: expected {meta['sha256']}; found sha256:{h.hexdigest()}: its bytes were changed. {SAVE_AGAIN}")
+
+# %% ../../nbs/learn/09_plain.ipynb #3bd03346
+def json_text(
+    meta  # plain values
+):        # ASCII
+    "Metadata as text; no NaN"
+    return json.dumps(meta, ensure_ascii=True, allow_nan=False)
+
+# %% ../../nbs/learn/09_plain.ipynb #a3ea284d
+def meta_of(
+    text, # JSON
+    fn    # the file, for the error
+):
+    "The metadata of a file, and whether they are of a version that is known here. Raises `InputError`"
+    try: meta = json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError) as e: raise InputError(f"{fn}: expected metadata in JSON; found {type(e).__name__}. {SAVE_AGAIN}") from e
+    if not isinstance(meta, dict) or type(meta.get('format')) is not int or not isinstance(meta.get('sha256'), str): raise InputError(f"{fn}: expected metadata with a format and a sum; found {str(meta)[:80]}. {SAVE_AGAIN}")
+    if meta['format']>FORMAT_VERSION: raise InputError(f"{fn}: expected format {FORMAT_VERSION}, which fastmed {__version__} knows; found {str(meta['format'])[:20]}. Install a newer fastmed")
+    return meta
+
+# %% ../../nbs/learn/09_plain.ipynb #4b4d8474
+def seal_file(
+    b  # bytes of a file
+):
+    "The bytes with their SHA-256 in its place"
+    i = b.index(NO_DIGEST.encode())
+    return b[:i+7]+hashlib.sha256(b).hexdigest().encode()+b[i+len(NO_DIGEST):]
+
 # %% ../../nbs/learn/09_plain.ipynb #0f11e002
-_format,_blank,_head = 3,'sha256:'+'0'*64,2**23        # the newest format; room for the sum; bytes of a header
 _kinds = (('F64',torch.float64),('F32',torch.float32),('F16',torch.float16),('BF16',torch.bfloat16),('I64',torch.int64),('I32',torch.int32),('I16',torch.int16),('I8',torch.int8),('U8',torch.uint8),('BOOL',torch.bool))
-_again = "Save or copy the file again"
 
 def _declared(head):
     "name → (type, shape, first byte, last byte) of the tensors of a header, which lie in a row and are as large as they say; and where they end. Raises all sorts of errors"
@@ -133,16 +189,16 @@ class ModelFile:
         self.f,self.fn,self.at,self.size = f,fn,at,f.seek(0, 2)-at if size is None else size
         start = self.read(0, 10); n = int.from_bytes(start[:8], 'little')
         if start[8:9]!=b'{' and (start[:2]==b'PK' or start[:1]==b'\x80'): raise InputError(f"{fn}: expected a model file; found a pickle. load_learner opens an exported Learner, and runs what is in it: only where you trust its sender")
-        bad = f"{fn}: expected a safetensors file; found {self.size} bytes that are none. It may be cut off or another kind of file. {_again}"
-        if len(start)<10 or n>_head or 8+n>self.size: raise InputError(bad)
+        bad = f"{fn}: expected a safetensors file; found {self.size} bytes that are none. It may be cut off or another kind of file. {SAVE_AGAIN}"
+        if len(start)<10 or n>_most_header or 8+n>self.size: raise InputError(bad)
         try: head = json.loads(self.read(8, n)); self.declared,end = _declared(head)
         except (ValueError, RecursionError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as e: raise InputError(bad) from e
         self.body = 8+n
-        if self.body+end!=self.size: raise InputError(f"{fn}: expected {self.body+end:,} bytes; found {self.size:,}: the file is cut off or longer than it was. {_again}")
+        if self.body+end!=self.size: raise InputError(f"{fn}: expected {self.body+end:,} bytes; found {self.size:,}: the file is cut off or longer than it was. {SAVE_AGAIN}")
         text = (head.get('__metadata__') or {}).get('fastmed') if isinstance(head.get('__metadata__'), (dict,type(None))) else None
         if not isinstance(text, str): raise InputError(f"{fn}: expected a file of save_model; found safetensors without its metadata. For bare weights there is unet3d_learner(dls, pretrained=…)")
-        self.meta = _meta_of(text, fn)
-        _check_sum(self, self.read(0, self.body).rfind(self.meta['sha256'].encode()), self.meta, fn)
+        self.meta = meta_of(text, fn)
+        check_sum(self, self.read(0, self.body).rfind(self.meta['sha256'].encode()), self.meta, fn)
 
     def read(self, at, n):
         self.f.seek(self.at+at)
@@ -153,27 +209,3 @@ class ModelFile:
     def tensor(self, k):
         dtype,shape,a,b = self.declared[k]
         return torch.frombuffer(bytearray(self.read(self.body+a, b-a)), dtype=dtype).reshape(shape) if b>a else torch.empty(shape, dtype=dtype)
-
-def _meta_of(text, fn):
-    "The metadata of a file, and whether they are of a version that is known here. Raises `InputError`"
-    try: meta = json.loads(text, parse_constant=_no_number)
-    except (ValueError, RecursionError) as e: raise InputError(f"{fn}: expected metadata in JSON; found {type(e).__name__}. {_again}") from e
-    if not isinstance(meta, dict) or type(meta.get('format')) is not int or not isinstance(meta.get('sha256'), str): raise InputError(f"{fn}: expected metadata with a format and a sum; found {str(meta)[:80]}. {_again}")
-    if meta['format']>_format: raise InputError(f"{fn}: expected format {_format}, which fastmed {__version__} knows; found {str(meta['format'])[:20]}. Install a newer fastmed")
-    return meta
-
-def _check_sum(src, i, meta, fn):
-    "Raise `InputError` where the SHA-256 of a file, its own sum at byte `i` left blank, is not what it says. A piece at a time, whatever its size"
-    if i<0 or len(meta['sha256'])!=len(_blank): raise InputError(f"{fn}: expected a SHA-256; found {meta['sha256'][:80]!r}. {_again}")
-    h = hashlib.sha256()
-    for a,b,then in ((0, i, _blank.encode()), (i+len(_blank), src.size, b'')):
-        for at in range(a, b, 2**20): h.update(src.read(at, min(2**20, b-at)))
-        h.update(then)
-    if 'sha256:'+h.hexdigest()!=meta['sha256']: raise InputError(f"{fn}: expected {meta['sha256']}; found sha256:{h.hexdigest()}: its bytes were changed. {_again}")
-
-def _json(meta): return json.dumps(meta, ensure_ascii=True, allow_nan=False)
-
-def _seal(b):
-    "The bytes with their SHA-256 in its place"
-    i = b.index(_blank.encode())
-    return b[:i+7]+hashlib.sha256(b).hexdigest().encode()+b[i+len(_blank):]

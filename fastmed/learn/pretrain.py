@@ -14,7 +14,7 @@ from ..models.unet import *
 from .losses import mixing_callbacks
 from ..models.encoders import create_network
 from .learner import *
-from .learner import _learner_args
+from .learner import LEARNER_ARGS
 from fastai.basics import *
 from fastai.callback.training import GradientClip
 import torch.nn.functional as F
@@ -42,7 +42,7 @@ def bend_intensity(
         res[b] = ((ys[i-1]*(1-w)+ys[i]*w).view_as(u)*(hi[b]-lo[b])+lo[b]).to(x.dtype)
     return res
 
-def _blocks(x, size):
+def _hidden_blocks(x, size):
     "(B,C,*S) cut to whole blocks, as (B,C,n blocks,voxels of a block), and how to put them back"
     S = x.shape[2:]; n = [s//k for s,k in zip(S, size)]; d = len(S)
     crop = (slice(None),)*2 + tuple(slice(0, a*k) for a,k in zip(n, size))
@@ -62,7 +62,7 @@ def shuffle_local(
 )->Tensor:        # the same shape
     "Voxels change places inside small blocks (2 to 4 wide): texture is lost, the large shapes stay. Source: Zhou 2021"
     size = [min(s, 2+int(_rand(g, 1)*3)) for s in x.shape[2:]]
-    y,put = _blocks(x, size)
+    y,put = _hidden_blocks(x, size)
     B,_,n,k = y.shape
     order = _rand(g, B, n, k).argsort(-1)
     order = torch.where(_rand(g, B, n, 1)<share, order, torch.arange(k)).to(x.device)
@@ -94,7 +94,7 @@ def mask_patches(
     size:int=8     # voxels along each side of a block
 )->Tensor:         # the same shape
     "A share of all blocks becomes zero, which is the mean of a z-scored scan. Source: He 2022"
-    y,put = _blocks(x, [min(s, size) for s in x.shape[2:]])
+    y,put = _hidden_blocks(x, [min(s, size) for s in x.shape[2:]])
     return put(y*(_rand(g, len(x), 1, y.shape[2], 1)>=share).to(x.device))
 
 # %% ../../nbs/learn/07_pretrain.ipynb #15bd86cd
@@ -177,7 +177,7 @@ def restoration_learner(
     "Self-supervised pretraining: repair damaged images. Sources: Zhou 2021 (Models Genesis), He 2022 (masked autoencoders)"
     x = dls.one_batch()[0]
     n,size = x.shape[1],tuple(x.shape[2:])
-    lk = {k:kwargs.pop(k) for k in list(kwargs) if k in _learner_args}
+    lk = {k:kwargs.pop(k) for k in list(kwargs) if k in LEARNER_ARGS}
     if arch in (UNet,'UNet'):
         try: kwargs = unet_args(get_plan(dls), kwargs)                       # so that the weights fit the U-Net that follows
         except InputError: kwargs = {'depth':max(2, min(5, *(int(math.log2(s&-s))+1 for s in size))), **kwargs}     # no plan: by the size

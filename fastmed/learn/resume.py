@@ -41,22 +41,22 @@ def _set_chance(s, dls):
     for dl,r in zip(dls.loaders, s['dls']): dl.rng.setstate(_as_tuple(r))
 
 # %% ../../nbs/learn/04_resume.ipynb #92f9c82a
-def _plain(o):
+def _plain_types(o):
     "The same in types that load without pickle"
-    if isinstance(o, dict): return {k:_plain(v) for k,v in o.items()}
-    if isinstance(o, tuple): return tuple(map(_plain, o))
-    if isinstance(o, (list,L)): return [_plain(v) for v in o]
+    if isinstance(o, dict): return {k:_plain_types(v) for k,v in o.items()}
+    if isinstance(o, tuple): return tuple(map(_plain_types, o))
+    if isinstance(o, (list,L)): return [_plain_types(v) for v in o]
     if isinstance(o, np.generic): return o.item()
     return o.detach().as_subclass(Tensor) if isinstance(o, Tensor) else o
 
 def _is_plain(o):
-    "Whether `_plain` of it loads without pickle"
+    "Whether `_plain_types` of it loads without pickle"
     if type(o) is dict: return all(map(_is_plain, o)) and all(map(_is_plain, o.values()))
     if type(o) in (list,tuple,L): return all(map(_is_plain, o))
     return o is None or isinstance(o, (bool,int,float,str,np.generic,Tensor)) and not isinstance(o, Enum)
 
 def _counted(o): return {k:v for k,v in o.__dict__.items() if k not in ('learn','_state') and _is_plain(v)}
-def _marks(o): return {k:pickle.dumps(_plain(v)) for k,v in _counted(o).items()}
+def _marks(o): return {k:pickle.dumps(_plain_types(v)) for k,v in _counted(o).items()}
 def _has_state(o): return isinstance(o, nn.Module) or hasattr(type(o), 'state_dict') and hasattr(type(o), 'load_state_dict')
 def _is_log(o): return isinstance(o, io.TextIOWrapper) and not o.closed and o.writable() and isinstance(o.name, (str,Path))
 
@@ -83,10 +83,10 @@ def _state_of(
     clocks,settings,now = getattr(type(o), 'clocks', ()),inspect.signature(type(o).__init__).parameters,time.perf_counter()
     attrs = {k:v for k,v in o.__dict__.items() if k not in ('learn','_state')}
     def counts(k, v):
-        changed = pickle.dumps(_plain(v))!=(marks or {}).get(k)
+        changed = pickle.dumps(_plain_types(v))!=(marks or {}).get(k)
         return changed or isinstance(v, (list,dict,L)) and k not in settings
     values = {k:v for k,v in _counted(o).items() if k not in clocks and counts(k, v)}
-    states = {k:_plain(v.state_dict()) for k,v in attrs.items() if _has_state(v)}
+    states = {k:_plain_types(v.state_dict()) for k,v in attrs.items() if _has_state(v)}
     return dict(values=values, gpu=[k for k,v in values.items() if _on_gpu(v)], states={k:v for k,v in states.items() if _is_plain(v)},
                 logs={k:_read_log(v) for k,v in attrs.items() if _is_log(v)}, ages={k:now-attrs[k] for k in clocks if k in attrs})
 
@@ -174,7 +174,7 @@ def _fact(tl, o):
         o = f(o)
     return None if getattr(o, 'ndim', 0)>1 else _words(o)
 
-def _facts(ds):
+def _case_facts(ds):
     "[name, what stands behind it] of each case of a side; those that say nothing of themselves have their name alone"
     rows,facts = case_rows(ds.items),[]
     for tl in ds.tls:
@@ -182,9 +182,9 @@ def _facts(ds):
         except Exception: facts.append(['']*len(rows))               # whatever cannot be read says so when it is trained on
     return [[str(name), *f] for (name,_),*f in zip(rows, *facts)]
 
-def _cases(dls):
+def _split_cases(dls):
     "The cases of training and validation"
-    return {what:_facts(ds) for what,ds in zip(('training cases','validation cases'), (dl.dataset for dl in dls.loaders)) if hasattr(ds, 'tls')}
+    return {what:_case_facts(ds) for what,ds in zip(('training cases','validation cases'), (dl.dataset for dl in dls.loaders)) if hasattr(ds, 'tls')}
 
 def _data(dls):
     "Patch, spacing and preprocessing in words"
@@ -216,10 +216,10 @@ def _case_changes(was, now):
 def _changes(was, now):
     "Each setting that differs between two fits, as it was then and as it is now"
     a,b = was['settings'],now['settings']
-    res = [f"{k}: {_apart(a.get(k, 'none'), b.get(k, 'none'))}" for k in {**a, **b} if a.get(k)!=b.get(k)]
+    res = [f"{k}: {_differences(a.get(k, 'none'), b.get(k, 'none'))}" for k in {**a, **b} if a.get(k)!=b.get(k)]
     return res+[f"{k}: {_case_changes(was['cases'].get(k, []), now['cases'].get(k, []))}" for k in now['cases'] if was['cases'].get(k)!=now['cases'][k]]
 
-def _apart(a, b, most=200):
+def _differences(a, b, most=200):
     "Two texts, long ones from shortly before they differ"
     at = next((i for i,(x,y) in enumerate(zip(a, b)) if x!=y), min(len(a), len(b)))
     start = 0 if max(len(a), len(b))<=most else max(0, at-40)
@@ -279,7 +279,7 @@ class ResumeCallback(FitCallback):
     def __getstate__(self): return {**{k:v for k,v in self.__dict__.items() if k in ('file','every','keep','learn')}, 'earlier':[], 'end':None}
 
 # %% ../../nbs/learn/04_resume.ipynb #c2fd1471
-_magic,_blank = b'fastmed ResumeCallback 2\n',b'0'*64     # at the start of the file, then the sum of what follows
+_magic,_no_sum = b'fastmed ResumeCallback 2\n',b'0'*64     # at the start of the file, then the sum of what follows
 
 def _digest(f):
     "The sum of what is left of an open file"
@@ -290,9 +290,9 @@ def _digest(f):
 def _write_state(fn, state):
     "A state with its checksum, whole or not at all"
     with whole_file(fn) as tmp, open(tmp, 'w+b') as f:
-        f.write(_magic+_blank)
+        f.write(_magic+_no_sum)
         torch.save(state, f)
-        f.seek(len(_magic+_blank))
+        f.seek(len(_magic+_no_sum))
         found = _digest(f)
         f.seek(len(_magic))
         f.write(found)
@@ -301,12 +301,12 @@ def _read_state(fn):
     "What `_write_state` wrote. Raises `InputError`"
     anew = "Remove it to start anew"
     with open(fn, 'rb') as f:
-        start,told = f.read(len(_magic)),f.read(len(_blank))
+        start,told = f.read(len(_magic)),f.read(len(_no_sum))
         if start[:2]==b'PK': raise InputError(f"{fn}: was written by an earlier version of fastmed (0.1.0, without a checksum), which this one does not read. End that fit with it, or remove the file to start anew")
         if start[:-2]==_magic[:-2] and start!=_magic: raise InputError(f"{fn}: was written by another version of fastmed (format {start[-2:].decode('latin1').strip()}; this one, {__version__}, reads 2). End that fit with it, or remove the file to start anew")
         if start!=_magic: raise InputError(f"{fn}: not a file of ResumeCallback, or not whole. {anew}")
         if _digest(f)!=told: raise InputError(f"{fn}: not whole: its bytes are not those that were written. {anew}, or take a copy of it")
-        f.seek(len(_magic+_blank))
+        f.seek(len(_magic+_no_sum))
         try: return torch.load(io.BytesIO(f.read()), map_location='cpu', weights_only=True)
         except Exception as e: raise InputError(f"{fn}: not whole ({type(e).__name__}). {anew}") from e
 
@@ -328,7 +328,7 @@ def before_fit(self:ResumeCallback):
     self.fn = self.learn.path/self.file
     sweep(self.fn.parent)                            # a state that a kill cut short
     self.marks = {k:_marks(c) for k,c in _named(self.learn)}
-    self.terms = dict(settings={**_settings(self.learn), **_data(self.dls), **_hypers(self.learn)}, cases=_cases(self.dls))
+    self.terms = dict(settings={**_settings(self.learn), **_data(self.dls), **_hypers(self.learn)}, cases=_split_cases(self.dls))
     model = get_model(self.learn.model)
     if self.end!=_sum(model.state_dict().values()): self.earlier = []          # another network, or weights from elsewhere: another training
     s = _read_state(self.fn) if self.fn.exists() else None
@@ -437,7 +437,7 @@ def after_fit(self:ResumeCallback):
     if not self.past:
         if not self.keep: self.fn.unlink(missing_ok=True)
         elif not self.done: self._save(self.epoch+1, 0, True)
-    self.earlier = [*self.earlier, self.past or _plain({**self._record(), 'hypers':[dict(h) for h in self.opt.hypers]})]
+    self.earlier = [*self.earlier, self.past or _plain_types({**self._record(), 'hypers':[dict(h) for h in self.opt.hypers]})]
     self.end = _sum(get_model(self.learn.model).state_dict().values())
 
 @patch
@@ -459,4 +459,4 @@ def _save(self:ResumeCallback, epoch, batch, done=False):
     now,scaler = _chance(self.dls),getattr(self.learn, 'scaler', None)
     s = dict(self._record(), earlier=self.earlier, done=done, epoch=epoch, batch=batch, now=now, start=self.start if batch else now,
              model=get_model(self.learn.model).state_dict(), opt=self.opt.state_dict(), gradients=_gradients(self.learn), scaler=None if scaler is None else scaler.state_dict())
-    _write_state(self.fn, _plain(s))
+    _write_state(self.fn, _plain_types(s))

@@ -11,7 +11,7 @@ from ..core import *
 from ..io.volumes import *
 from .learner import *
 from ..metrics.scores import *
-from ..metrics.stats import _groups
+from ..metrics.stats import group_numbers
 from fastai.basics import *
 import ctypes, gc, itertools, mmap, tempfile
 
@@ -132,6 +132,28 @@ def entropy(
     "Shannon's entropy of each voxel"
     return torch.special.entr(p).sum(0)
 
+# %% ../../nbs/learn/10_uncertainty.ipynb #0ab8ab67
+def uncertainty_maps(
+    m,     # `RunningMean`
+    codes  # names, background first
+):
+    "The maps of a `RunningMean`, (3,X,Y,Z), and a row a structure"
+    lab,n = m.labels(),len(codes); maps = torch.zeros(3, *lab.shape)
+    for at,p in m.planes():
+        maps[(0,*at)] = entropy(p); maps[(1,*at)] = (maps[(0,*at)]-m.h[at]).clamp_min(0)
+        maps[(2,*at)] = (m.votes[(slice(None),*at)]!=lab[at]).float().mean(0)
+    v = m.votes.flatten(1).long(); K = len(v)
+    size = torch.stack([torch.bincount(o, minlength=n) for o in v]).double()
+    dice = []
+    for a in range(K):
+        for b in range(a): both = torch.bincount(v[a][v[a]==v[b]], minlength=n).double(); dice.append(torch.where(size[a]+size[b]>0, 2*both/(size[a]+size[b]).clamp_min(1), 1.))
+    rows = []
+    for k,s in enumerate(codes[1:], 1):
+        where = (m.votes==k).any(0) if size[:,k].any() else None; mean = float(size[:,k].mean())
+        rows.append(dict(structure=s, entropy=float(maps[0][where].mean()) if where is not None else 0., mutual_info=float(maps[1][where].mean()) if where is not None else 0.,
+                         disagreement=1-float(torch.stack(dice)[:,k].mean()) if dice else 0., volume_cv=float(size[:,k].std(correction=0))/mean if mean else 0.))
+    return lab,maps,pd.DataFrame(rows)
+
 # %% ../../nbs/learn/10_uncertainty.ipynb #43e63b1c
 MEASURES = ('entropy','mutual_info','disagreement','volume_cv')
 
@@ -159,24 +181,6 @@ class Uncertainty(AttrDict):
         ctx.set_title(f"{measure.replace('_',' ')}, {'xyz'[axis]} = {index}" if title is None else title, fontsize=8)
         return ctx
 
-def _spread(m, codes):
-    "The maps of a `RunningMean`, (3,X,Y,Z), and a row a structure"
-    lab,n = m.labels(),len(codes); maps = torch.zeros(3, *lab.shape)
-    for at,p in m.planes():
-        maps[(0,*at)] = entropy(p); maps[(1,*at)] = (maps[(0,*at)]-m.h[at]).clamp_min(0)
-        maps[(2,*at)] = (m.votes[(slice(None),*at)]!=lab[at]).float().mean(0)
-    v = m.votes.flatten(1).long(); K = len(v)
-    size = torch.stack([torch.bincount(o, minlength=n) for o in v]).double()
-    dice = []
-    for a in range(K):
-        for b in range(a): both = torch.bincount(v[a][v[a]==v[b]], minlength=n).double(); dice.append(torch.where(size[a]+size[b]>0, 2*both/(size[a]+size[b]).clamp_min(1), 1.))
-    rows = []
-    for k,s in enumerate(codes[1:], 1):
-        where = (m.votes==k).any(0) if size[:,k].any() else None; mean = float(size[:,k].mean())
-        rows.append(dict(structure=s, entropy=float(maps[0][where].mean()) if where is not None else 0., mutual_info=float(maps[1][where].mean()) if where is not None else 0.,
-                         disagreement=1-float(torch.stack(dice)[:,k].mean()) if dice else 0., volume_cv=float(size[:,k].std(correction=0))/mean if mean else 0.))
-    return lab,maps,pd.DataFrame(rows)
-
 # %% ../../nbs/learn/10_uncertainty.ipynb #0d26e271
 def rank_correlation(
     a, # (n,) numbers
@@ -196,7 +200,7 @@ def bootstrap_statistic(
     seed:int=0        # of the draws
 )->tuple:             # (low, high); draws in which `f` is nan are left out
     "Percentile interval of any statistic, whole groups drawn with replacement. Source: Davison 1997, 3.8"
-    k,m = _groups(groups, n, 'bootstrap_statistic'); rng = np.random.default_rng(seed)
+    k,m = group_numbers(groups, n, 'bootstrap_statistic'); rng = np.random.default_rng(seed)
     order = np.argsort(k, kind='stable'); rows = np.split(order, np.cumsum(np.bincount(k, minlength=m))[:-1])
     v = np.array([f(np.concatenate([rows[i] for i in rng.integers(m, size=m)])) for _ in range(n_boot)]); v = v[np.isfinite(v)]
     return tuple(float(o) for o in np.quantile(v, [(1-level)/2, (1+level)/2])) if len(v) and m>1 else (float('nan'),)*2

@@ -9,10 +9,18 @@ __all__ = ['Estimate', 'bootstrap_counts', 'estimate', 'auc_stat', 'ap_stat', 'a
 
 # %% ../../nbs/metrics/04_curves.ipynb #ad8336f5
 from ..core import *
-from .stats import _groups
+from .stats import group_numbers
 from .scores import choose_point
 from fastai.basics import *
 import warnings
+
+# %% ../../nbs/metrics/04_curves.ipynb #986e86cb
+def safe_ratio(
+    a, # array
+    b  # array
+):     # array
+    "a/b, and nan where b is not above zero"
+    with np.errstate(invalid='ignore', divide='ignore'): return np.where(b>0, a/b, np.nan)
 
 # %% ../../nbs/metrics/04_curves.ipynb #7326565a
 class Estimate(float):
@@ -38,7 +46,7 @@ def bootstrap_counts(
     seed:int=0          # of the draws
 )->np.ndarray:          # (n_boot,n) how often each case was drawn
     "Draw whole groups with replacement. Raises `InputError` on a missing group. Source: Davison 1997, 3.8"
-    k,m = _groups(groups, n, 'bootstrap_counts')
+    k,m = group_numbers(groups, n, 'bootstrap_counts')
     if m<1 or n_boot<1: raise InputError(f"bootstrap_counts: expected at least one case and one draw; found {n} and {n_boot}")
     return np.random.default_rng(seed).multinomial(m, np.full(m, 1/m), size=n_boot)[:,k]
 
@@ -53,7 +61,7 @@ def estimate(
     "A statistic with its percentile interval; draws in which it is not defined are left out. One subject, or none, has no interval. Source: Efron 1993, 13"
     if not 0<level<1: raise InputError(f"level: expected a share between 0 and 1; found {level}")
     if n==0: raise InputError("estimate: no cases")
-    n_groups = _groups(groups, n, 'estimate')[1]
+    n_groups = group_numbers(groups, n, 'estimate')[1]
     v = np.asarray(stat(np.ones((1,n))), dtype=float)[0]
     if n_groups<2: lo = hi = np.full_like(v, np.nan)
     else:
@@ -66,9 +74,6 @@ def estimate(
     if v.ndim: return [Estimate(a, l, h, n, n_groups) for a,l,h in zip(v, lo, hi)]
     return Estimate(v, lo, hi, n, n_groups)
 
-def _ratio(a, b):
-    with np.errstate(invalid='ignore', divide='ignore'): return np.where(b>0, a/b, np.nan)
-
 # %% ../../nbs/metrics/04_curves.ipynb #71cb23ee
 def _binary(y, p, what, groups=None):
     "Targets as bool, scores as float, groups; checked"
@@ -77,7 +82,7 @@ def _binary(y, p, what, groups=None):
     if not len(y): raise InputError(f"{what}: no cases")
     if odd:=sorted(set(np.unique(y).tolist())-{0,1}): raise InputError(f"{what}: targets must be 0 or 1; found {odd[:5]}. Compare with the class that is meant first")
     if (bad:=~np.isfinite(p)).any(): raise InputError(f"{what}: {int(bad.sum())} scores are not finite, the first is number {int(bad.argmax())}. Did the training diverge?")
-    _groups(groups, len(y), what)
+    group_numbers(groups, len(y), what)
     return y.astype(bool),p
 
 def _sums(s, *ws):
@@ -93,7 +98,7 @@ def auc_stat(
     y,s = _binary(y, score, 'auc_stat')
     def f(w):
         p,q = _sums(s, w*y, w*~y)
-        return _ratio((p*(q.cumsum(1)-q/2)).sum(1), p.sum(1)*q.sum(1))
+        return safe_ratio((p*(q.cumsum(1)-q/2)).sum(1), p.sum(1)*q.sum(1))
     return f
 
 def ap_stat(
@@ -104,7 +109,7 @@ def ap_stat(
     y,s = _binary(y, score, 'ap_stat')
     def f(w):
         p,q = (a[:,::-1] for a in _sums(s, w*y, w*~y))
-        return _ratio((p*np.nan_to_num(_ratio(p.cumsum(1), (p+q).cumsum(1)))).sum(1), p.sum(1))
+        return safe_ratio((p*np.nan_to_num(safe_ratio(p.cumsum(1), (p+q).cumsum(1)))).sum(1), p.sum(1))
     return f
 
 def area_under(
@@ -161,7 +166,7 @@ def score_curve(
     grid = np.linspace(0, 1, 101)
     def f(w):
         p,q = (a[:,::-1].cumsum(1) for a in _sums(s, w*y, w*~y))
-        tpr,fpr,ppv = _ratio(p, p[:,-1:]),_ratio(q, q[:,-1:]),_ratio(p, p+q)
+        tpr,fpr,ppv = safe_ratio(p, p[:,-1:]),safe_ratio(q, q[:,-1:]),safe_ratio(p, p+q)
         if kind=='roc': return np.stack([np.interp(grid, np.r_[0,a], np.r_[0,b]) if np.isfinite(a[-1]+b[-1]) else np.full(101, np.nan) for a,b in zip(fpr, tpr)])
         at = [np.minimum(np.searchsorted(np.round(a, 12), np.round(np.maximum(grid, 1e-9), 12)), len(a)-1) for a in tpr]
         return np.stack([b[i] for b,i in zip(ppv, at)])
@@ -187,7 +192,7 @@ def operating_point(
     how = 'given' if not isinstance(rule, (str,tuple,list)) else "Youden's index" if rule=='youden' else f'{rule[0]} at least {rule[1]:g}'
     def f(w):
         tp,fn,tn,fp = ((w*m).sum(1) for m in (y&hit, y&~hit, ~y&~hit, ~y&hit))
-        return np.stack([_ratio(tp, tp+fn), _ratio(tn, tn+fp), _ratio(tp, tp+fp), _ratio(tn, tn+fn)], 1)
+        return np.stack([safe_ratio(tp, tp+fn), safe_ratio(tn, tn+fp), safe_ratio(tp, tp+fp), safe_ratio(tn, tn+fn)], 1)
     return OperatingPoint(threshold=t, **dict(zip(('sensitivity','specificity','ppv','npv'), estimate(f, len(y), groups, **kwargs))), n=len(y), positives=int(y.sum()), rule=how)
 
 # %% ../../nbs/metrics/04_curves.ipynb #c746dd85
@@ -222,7 +227,7 @@ def calibration(
     edges = np.linspace(0, 1, bins+1) if isinstance(bins, int) else np.asarray(bins, dtype=float)
     if len(edges)<2 or edges[0]!=0 or edges[-1]!=1 or (np.diff(edges)<=0).any(): raise InputError(f"bins: expected a number of 1 or more, or rising edges from 0 to 1; found {bins}")
     k = np.clip(np.searchsorted(edges, p, side='right')-1, 0, len(edges)-2); one = np.eye(len(edges)-1)[k]
-    def per(w): n = w@one; return n,_ratio((w*p)@one, n),_ratio((w*y)@one, n)
+    def per(w): n = w@one; return n,safe_ratio((w*p)@one, n),safe_ratio((w*y)@one, n)
     def f(w):
         n,a,b = per(w)
         return np.concatenate([b, (np.nan_to_num(np.abs(a-b))*n).sum(1, keepdims=True)/n.sum(1, keepdims=True), (w*(p-y)**2).sum(1, keepdims=True)/w.sum(1, keepdims=True)], 1)
@@ -245,8 +250,8 @@ def agreement(
     d = p-y; names = ('mae','rmse','r2','bias','sd','limit_low','limit_high'); y0 = y-y.mean()
     def f(w):
         n = w.sum(1); m = lambda v: w@v/n
-        mse,bias = m(d**2),m(d); sd = np.sqrt(np.maximum(_ratio((mse-bias**2)*n, n-1), 0))
-        return np.stack([m(np.abs(d)), np.sqrt(mse), 1-_ratio(mse, m(y0**2)-m(y0)**2), bias, sd, bias-1.96*sd, bias+1.96*sd], 1)
+        mse,bias = m(d**2),m(d); sd = np.sqrt(np.maximum(safe_ratio((mse-bias**2)*n, n-1), 0))
+        return np.stack([m(np.abs(d)), np.sqrt(mse), 1-safe_ratio(mse, m(y0**2)-m(y0)**2), bias, sd, bias-1.96*sd, bias+1.96*sd], 1)
     return AttrDict(zip(names, estimate(f, len(y), groups, **kwargs)))
 
 # %% ../../nbs/metrics/04_curves.ipynb #289db427
@@ -307,7 +312,7 @@ def _by(levels, n, groups, f):
         i = np.ones(n, bool) if k is None else np.asarray(lv==k)
         if not i.any(): continue
         gi = None if g is None else g[i]
-        rows['all' if k is None else k] = dict(n=int(i.sum()), subjects=_groups(gi, int(i.sum()), 'subgroups')[1], **f(i, gi))
+        rows['all' if k is None else k] = dict(n=int(i.sum()), subjects=group_numbers(gi, int(i.sum()), 'subgroups')[1], **f(i, gi))
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('level')
 
 # %% ../../nbs/metrics/04_curves.ipynb #74e986e8
@@ -353,8 +358,8 @@ def confounding(
     def f(w):
         pairs = np.stack([(w*(y&m)).sum(1)*(w*(~y&m)).sum(1) for _,m in strata], 1); total = (w*y).sum(1)*(w*~y).sum(1)
         a = np.stack([np.nan_to_num(g(w[:,m])) for g,m in strata], 1)
-        inn,p = (pairs*a).sum(1),whole(w); q = pairs.sum(1); within = _ratio(inn, q)
-        return np.stack([p, within, _ratio(p*total-inn, total-q), alone(w), p-within], 1)
+        inn,p = (pairs*a).sum(1),whole(w); q = pairs.sum(1); within = safe_ratio(inn, q)
+        return np.stack([p, within, safe_ratio(p*total-inn, total-q), alone(w), p-within], 1)
     pooled,within,between,own,gap = estimate(f, len(y), groups, **kwargs)
     q = sum(int((y&m).sum())*int((~y&m).sum()) for _,m in strata); total = int(y.sum())*int((~y).sum())
     area = lambda e,pairs: dict(auc=float(e), low=e.low, high=e.high, pairs=pairs)

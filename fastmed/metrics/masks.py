@@ -26,7 +26,7 @@ def _bool(m, name, fn):
                          "Pass `mask==k`, or use `case_scores`")
     return b
 
-def _pair(pred, targ, fn):
+def _both_masks(pred, targ, fn):
     p,t = _bool(pred, 'pred', fn),_bool(targ, 'targ', fn)
     if p.shape!=t.shape: raise InputError(f"{fn}: pred has shape {p.shape} and targ {t.shape}; expected the same grid")
     return p,t
@@ -41,7 +41,7 @@ def dice_score(
     targ,   # Same grid as `pred`
 )->float:   # 0 to 1; nan where both masks are empty, 0 where one is
     "Twice the shared volume over the sum of both. Raises `ValueError` on unlike shapes or several labels. Source: Dice 1945."
-    p,t = _pair(pred, targ, 'dice_score'); n = int(p.sum())+int(t.sum())
+    p,t = _both_masks(pred, targ, 'dice_score'); n = int(p.sum())+int(t.sum())
     return 2*int((p&t).sum())/n if n else float('nan')
 
 def volume_mm3(
@@ -76,12 +76,12 @@ def surface_distances(
     spacing:tuple, # (3,) voxel size, mm
 )->tuple:          # distances of pred's surface voxels to targ's surface, and of targ's to pred's, mm
     "Both directed sets of surface distances. Raises `ValueError` on an empty mask, unlike shapes or several labels."
-    p,t = _pair(pred, targ, 'surface_distances'); sp = _mm(spacing, p.ndim, 'surface_distances')
+    p,t = _both_masks(pred, targ, 'surface_distances'); sp = _mm(spacing, p.ndim, 'surface_distances')
     if not p.any() or not t.any(): raise InputError(f"surface_distances: {'pred' if not p.any() else 'targ'} is empty; a distance to nothing is not defined")
     p,t = [mask_surface(m) for m in _crop(p, t)]      # nothing outside the box is nearer than what is in it
-    return _nearest(p, t, sp), _nearest(t, p, sp)
+    return _surface_distances(p, t, sp), _surface_distances(t, p, sp)
 
-def _nearest(a, b, sp):
+def _surface_distances(a, b, sp):
     "Distance of each voxel of `a` to the nearest of `b`: by a distance map, or by a search tree where the box is large and the surfaces small"
     from scipy.ndimage import distance_transform_edt
     if a.size<20*(int(a.sum())+int(b.sum())): return distance_transform_edt(~b, sampling=sp)[a]
@@ -91,7 +91,7 @@ def _nearest(a, b, sp):
 def _hd95(dp, dt): return float(max(np.percentile(dp, 95), np.percentile(dt, 95)))
 def _nsd(dp, dt, tolerance): return float(sum((d<=tolerance+1e-6).sum() for d in (dp,dt))/(len(dp)+len(dt)))   # a nanometre for rounding
 
-def _empty(p, t, one):
+def _empty_score(p, t, one):
     "nan where both are empty, `one` where one is, None where none is"
     return {2:None, 1:one, 0:float('nan')}[int(p.any())+int(t.any())]
 
@@ -101,8 +101,8 @@ def hausdorff95(
     spacing:tuple, # (3,) voxel size, mm
 )->float:          # mm; nan where both masks are empty, inf where one is
     "The larger of the two directed 95th percentiles of surface distance. Raises `ValueError` on unlike shapes or several labels. Source: Huttenlocher 1993."
-    p,t = _pair(pred, targ, 'hausdorff95'); _mm(spacing, p.ndim, 'hausdorff95')
-    e = _empty(p, t, float('inf'))
+    p,t = _both_masks(pred, targ, 'hausdorff95'); _mm(spacing, p.ndim, 'hausdorff95')
+    e = _empty_score(p, t, float('inf'))
     return e if e is not None else _hd95(*surface_distances(p, t, spacing))
 
 def surface_dice(
@@ -112,9 +112,9 @@ def surface_dice(
     tolerance:float=1., # mm
 )->float:               # 0 to 1; nan where both masks are empty, 0 where one is
     "Share of both surfaces that lies within `tolerance` of the other. Raises `ValueError` on unlike shapes or several labels. Source: Nikolov 2018."
-    p,t = _pair(pred, targ, 'surface_dice'); _mm(spacing, p.ndim, 'surface_dice')
+    p,t = _both_masks(pred, targ, 'surface_dice'); _mm(spacing, p.ndim, 'surface_dice')
     if not tolerance>=0: raise InputError(f"surface_dice: expected a tolerance of 0 mm or more, found {tolerance}")
-    e = _empty(p, t, 0.)
+    e = _empty_score(p, t, 0.)
     return e if e is not None else _nsd(*surface_distances(p, t, spacing), tolerance)
 
 # %% ../../nbs/metrics/01_masks.ipynb #3dc46090
@@ -208,7 +208,7 @@ def summarise(
     return pd.DataFrame.from_dict(res, orient='index').rename_axis('structure')
 
 # %% ../../nbs/metrics/01_masks.ipynb #0e85b383
-def _labels(p):
+def _class_ids(p):
     "Class ids of logits (B,C,*S); on contiguous logits ten times faster than `argmax` over the second axis"
     if p.shape[1]==1: return (p[:,0]>0).int()
     if not p.is_contiguous(): return p.argmax(1)
@@ -237,7 +237,7 @@ class DiceCounts:
         if pred.shape[2:]!=targ.shape[1:] or len(pred)!=len(targ):
             raise InputError(f"DiceScore: predictions are {tuple(pred.shape)} and masks {tuple(targ.shape)}; expected (B,C,*S) and (B,*S) on one grid")
         C = max(2, pred.shape[1])
-        lab,targ = gather(_labels(pred)).flatten(),gather(targ).flatten()
+        lab,targ = gather(_class_ids(pred)).flatten(),gather(targ).flatten()
         if self.ignore_index is not None: keep = targ!=self.ignore_index; lab,targ = lab[keep],targ[keep]
         if len(targ) and (targ.min()<0 or targ.max()>=C):
             odd = [v for v in targ.unique().tolist() if not 0<=v<C][:6]

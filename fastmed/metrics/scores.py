@@ -8,7 +8,7 @@ __all__ = ['roc_auc', 'average_precision', 'choose_point', 'sensitivity_specific
 
 # %% ../../nbs/metrics/03_scores.ipynb #035a433b
 from ..core import InputError, ArgumentError
-from .stats import _groups
+from .stats import group_numbers
 import math
 import numpy as np, pandas as pd, torch
 from torch import Tensor
@@ -150,7 +150,7 @@ def scores_interval(
     if n_boot<1: raise InputError(f"n_boot: expected 1 or more; found {n_boot}")
     if not 0<level<1: raise InputError(f"level: expected a share between 0 and 1; found {level}")
     if not len(t): raise InputError("scores_interval: expected at least one case")
-    k,n = _groups(groups, len(t), 'scores_interval')
+    k,n = group_numbers(groups, len(t), 'scores_interval')
     if task=='category' and len(vocab)==2: point = choose_point((t==1).astype(float), p[:,1], point)
     value = label_scores(task, vocab, t, p, point); rows = [np.flatnonzero(k==i) for i in range(n)]
     rng,draws = np.random.default_rng(seed),{o:[] for o in value}
@@ -202,7 +202,7 @@ class CaseScore(Metric):
     ):
         self.score,self.task,self.vocab,self.of,self.point,self.seen = score,task,list(vocab),of,point,0
         self.answers = CaseAnswers() if answers is None else answers
-        known = {k for k,_ in label_scores(task, self.vocab, *_blank(task, len(self.vocab)))}
+        known = {k for k,_ in label_scores(task, self.vocab, *_no_answer(task, len(self.vocab)))}
         if score not in known: raise InputError(f"score: expected {', '.join(sorted(known))} for {task}; found {score!r}")
     @property
     def name(self): return self.score if self.of is None else f'{self.score}_{self.of}'
@@ -216,7 +216,7 @@ class CaseScore(Metric):
         if not d: return float('nan')
         return d.get(str(self.of), float('nan')) if self.of is not None else d.get('mean', next(iter(d.values())))
 
-def _blank(task, k): return (np.zeros(1), np.ones((1,k))/k) if task=='category' else (np.zeros((1,k)), np.zeros((1,k)))
+def _no_answer(task, k): return (np.zeros(1), np.ones((1,k))/k) if task=='category' else (np.zeros((1,k)), np.zeros((1,k)))
 
 def label_metrics(
     task,     # 'category', 'multi' or 'regression'

@@ -10,8 +10,12 @@ from ..core import InputError
 import numpy as np, pandas as pd
 from fastcore.basics import AttrDict
 
-# %% ../../nbs/metrics/02_stats.ipynb #04409efa
-def _groups(groups, n, what):
+# %% ../../nbs/metrics/02_stats.ipynb #fb710734
+def group_numbers(
+    groups, # a group a case, or None: each case its own
+    n,      # cases
+    what    # name for the error
+):
     "Number of the group of each of `n` cases, and how many groups there are"
     if groups is None: return np.arange(n),n
     g = pd.Series(list(groups))
@@ -19,6 +23,7 @@ def _groups(groups, n, what):
     if g.isna().any(): raise InputError(f"{what}: case number {int(g.isna().idxmax())} has no group. Fill it in, or leave groups out")
     k,u = pd.factorize(g.astype(str)); return k,len(u)
 
+# %% ../../nbs/metrics/02_stats.ipynb #04409efa
 def bootstrap_means(
     x,                 # (n,) or (n,k) scores, one row a case
     groups=None,       # (n,) group of each case, such as its subject; None: each case its own
@@ -27,7 +32,7 @@ def bootstrap_means(
 )->np.ndarray:         # (n_boot,) or (n_boot,k) means
     "Means over groups drawn with replacement, each with all of its cases. Raises `ValueError` on a missing group. Source: Davison 1997, 3.8"
     x = np.asarray(x, dtype=float)
-    k,n = _groups(groups, len(x), 'bootstrap_means')
+    k,n = group_numbers(groups, len(x), 'bootstrap_means')
     if n<1: raise InputError("bootstrap_means: expected at least one case")
     if n_boot<1: raise InputError(f"n_boot: expected 1 or more; found {n_boot}")
     sums = np.zeros((n,*x.shape[1:])); np.add.at(sums, k, x)
@@ -98,7 +103,7 @@ def paired_comparison(
     a,b = np.asarray(a, dtype=float),np.asarray(b, dtype=float)
     if a.shape!=b.shape or a.ndim!=1: raise InputError(f"paired_comparison: expected two rows of scores of the same cases; found shapes {a.shape} and {b.shape}")
     if equal_within is not None and not equal_within>0: raise InputError(f"equal_within: expected a difference above 0; found {equal_within}")
-    k,_ = _groups(groups, len(a), 'paired_comparison')
+    k,_ = group_numbers(groups, len(a), 'paired_comparison')
     one = np.isfinite(a)!=np.isfinite(b)
     if one.any(): raise InputError(f"paired_comparison: {int(one.sum())} cases have a score on one side alone, the first is number {int(one.argmax())}. Say what it stands for: an empty structure, a failure")
     keep = np.isfinite(a); d = (a-b)[keep]; k = pd.factorize(k[keep])[0]; n = len(d)

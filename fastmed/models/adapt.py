@@ -22,24 +22,32 @@ def adapt_weight(
     rep = w[:, torch.arange(n_in)%k]*(k/n_in)
     return rep + (w.sum(1, keepdim=True)-rep.sum(1, keepdim=True))/n_in
 
-# %% ../../nbs/models/03_adapt.ipynb #6ece5b90
-_convs = (nn.Conv2d,nn.Conv3d)
+# %% ../../nbs/models/03_adapt.ipynb #656abd72
+def pads_same(
+    m  # module
+):     # whether it pads as TensorFlow does
+    "Whether a convolution works its padding out from the size of its input"
+    return 'Same' in type(m).__name__ and getattr(m, 'same_pad', True)          # padding worked out from the size, as TensorFlow does
 
-def _standard(conv):
+# %% ../../nbs/models/03_adapt.ipynb #f6fa5db8
+def standardized_weight(
+    conv  # convolution
+):
     "What a weight-standardising convolution of timm uses: its weights as they act, or None for a plain one"
     if 'StdConv' not in type(conv).__name__: return None
     gain = (conv.gain*conv.scale).view(-1) if hasattr(conv, 'gain') else None
     return F.batch_norm(conv.weight.reshape(1, conv.out_channels, -1), None, None, weight=gain, training=True, momentum=0., eps=conv.eps).reshape_as(conv.weight)
 
-def _is_same(m): return 'Same' in type(m).__name__ and getattr(m, 'same_pad', True)          # padding worked out from the size, as TensorFlow does
+# %% ../../nbs/models/03_adapt.ipynb #6ece5b90
+_adapted_convs = (nn.Conv2d,nn.Conv3d)
 
 def _plain_conv(conv):
     "A convolution without standardisation that does what `conv` does"
     cls = nn.Conv2d
-    if _is_same(conv): from timm.layers import Conv2dSame as cls
+    if pads_same(conv): from timm.layers import Conv2dSame as cls
     kw = dict(padding=conv.padding, padding_mode=conv.padding_mode) if cls is nn.Conv2d else {}
     new = cls(conv.in_channels, conv.out_channels, conv.kernel_size, stride=conv.stride, dilation=conv.dilation, groups=conv.groups, bias=conv.bias is not None, **kw)
-    new.weight = nn.Parameter(_standard(conv).detach().clone())
+    new.weight = nn.Parameter(standardized_weight(conv).detach().clone())
     if conv.bias is not None: new.bias = nn.Parameter(conv.bias.detach().clone())
     return new.train(conv.training)
 
@@ -51,10 +59,10 @@ def first_convs(
     for prefix,m in model.named_modules():
         cfg = getattr(m, 'pretrained_cfg', None)
         names = cfg.get('first_conv') if hasattr(cfg, 'get') else None
-        own = {canon(k):k for k,o in m.named_modules() if isinstance(o, _convs)}
+        own = {canon(k):k for k,o in m.named_modules() if isinstance(o, _adapted_convs)}
         found = [own.get(canon(k)) for k in ([names] if isinstance(names, str) else names or [])]
         if found and all(found): return [f'{prefix}.{k}'.lstrip('.') for k in found]
-    convs = [(k,o) for k,o in model.named_modules() if isinstance(o, _convs)]
+    convs = [(k,o) for k,o in model.named_modules() if isinstance(o, _adapted_convs)]
     return [k for k,o in convs if o.in_channels==convs[0][1].in_channels and (o.in_channels==3 or o is convs[0][1])]
 
 def _put(model, name, new):
@@ -93,13 +101,13 @@ def adapt_input(
     return model
 
 # %% ../../nbs/models/03_adapt.ipynb #d1224043
-_grey = (.449,.226)                       # mean and standard deviation of ImageNet's images in grey, of values from 0 to 1
+_grey_stats = (.449,.226)                       # mean and standard deviation of ImageNet's images in grey, of values from 0 to 1
 
 def grey_scale(
     std        # standard deviations that a network's images were divided by, of values from 0 to 1
 )->tuple:      # a factor for each of its channels
     "What a z-score must be multiplied by to be as large as a network's own normalised images"
-    return tuple(_grey[1]/float(s) for s in std)
+    return tuple(_grey_stats[1]/float(s) for s in std)
 
 class GreyToRGB(nn.Module):
     "One channel of z-scores to the three normalised colours of a grey photograph: a z-score of 0 is ImageNet's mean grey, 1 its standard deviation above"
@@ -109,7 +117,7 @@ class GreyToRGB(nn.Module):
     ):
         super().__init__()
         mean,std = torch.tensor(mean),torch.tensor(std)
-        self.register_buffer('gain', _grey[1]/std); self.register_buffer('shift', (_grey[0]-mean)/std)
+        self.register_buffer('gain', _grey_stats[1]/std); self.register_buffer('shift', (_grey_stats[0]-mean)/std)
 
     def forward(self, x:Tensor)->Tensor: # (B,1,*S) to (B,3,*S)
         if x.shape[1]!=1: raise InputError(f"GreyToRGB stacks one grey channel; found {x.shape[1]}: leave as_rgb away, and the first convolution is adapted to them")

@@ -64,7 +64,7 @@ class SmallResNet(nn.Module):
         return self.encoder(x)
     def forward(self, x): return self.head(self.encoder(x))
 
-_own = (('small_resnet',SmallResNet),('shape_net',ShapeNet))
+_own_networks = (('small_resnet',SmallResNet),('shape_net',ShapeNet))
 
 def create_classifier(
     arch,           # 'small_resnet'; 'shape_net', of masks; the name of a network that `create_encoder_classifier` knows; or a callable `(n_in, n_out, …)`
@@ -76,7 +76,7 @@ def create_classifier(
     **kwargs        # of the network, by name
 )->nn.Module:       # (B,n_in,*S) → (B,n_out)
     "A network that gives one answer a case, from a name or a callable. Raises `ArgumentError` on an argument that it does not have, `InputError` on an unknown name"
-    own = dict(_own)
+    own = dict(_own_networks)
     if isinstance(arch, str) and arch not in own:
         if arch!='UNet' and not is_encoder(arch, ndim) and (near:=difflib.get_close_matches(arch.lower(), own, 1)): raise InputError(f"no network is named {arch!r}; close: {near[0]}")
         return create_encoder_classifier(arch, n_in, n_out, ndim, patch=patch, pretrained=pretrained, **kwargs)

@@ -8,7 +8,7 @@ __all__ = ['is_encoder', 'encoder_names', 'thin_axis', 'UNetEncoder', 'Encoder',
 
 # %% ../../nbs/models/07_encoders.ipynb #e6e8eeb7
 from ..core import ArgumentError, InputError, FileError
-from .unet import UNet, MonaiNet, conv_stage, init_weights, create_model, model_names, _axes, _refuse, _n_levels, _x, _conv
+from .unet import UNet, MonaiNet, conv_stage, init_weights, create_model, model_names, per_axis, refuse_unknown, n_levels, size_text, conv_class
 from .adapt import adapt_input, GreyToRGB, grey_scale
 from .inflate import inflate
 from .resenc import ResEncoder
@@ -18,7 +18,7 @@ import copy, difflib, inspect, math, torch, torch.nn.functional as F
 from torch import nn, Tensor
 
 # %% ../../nbs/models/07_encoders.ipynb #b850d49d
-_monai = ('resnet10','resnet18','resnet34','resnet50','resnet101','resnet152','resnet200','DenseNet121','DenseNet169','DenseNet201','DenseNet264',
+_monai_encoders = ('resnet10','resnet18','resnet34','resnet50','resnet101','resnet152','resnet200','DenseNet121','DenseNet169','DenseNet201','DenseNet264',
           'SENet154','SEResNet50','SEResNet101','SEResNet152','SEResNext50','SEResNext101')
 
 def _resolve(arch, ndim):
@@ -26,7 +26,7 @@ def _resolve(arch, ndim):
     if not isinstance(arch, str) or ':' in arch or '/' in arch: return None
     lib,_,name = arch.rpartition('.') if arch.startswith(('timm.','monai.')) else ('','',arch)
     if arch.startswith('timm.'): lib,name = 'timm',arch[5:]
-    in_monai = name if name in _monai else next((o for o in _monai if ndim==3 and o.lower()==name), None)
+    in_monai = name if name in _monai_encoders else next((o for o in _monai_encoders if ndim==3 and o.lower()==name), None)
     if lib!='timm' and in_monai and (ndim==3 or lib=='monai' or not _in_timm(name)): return 'monai',in_monai
     return ('timm',name) if lib!='monai' and _in_timm(name) else None
 
@@ -47,7 +47,7 @@ def encoder_names(
 )->list:          # sorted
     "Names of encoders: ours, MONAI's and timm's (those with convolutions alone can be inflated: `inflate` says so when tried)"
     import timm, fnmatch
-    names = {'UNet','ResEnc',*_monai,*timm.list_models(include_tags=False)}
+    names = {'UNet','ResEnc',*_monai_encoders,*timm.list_models(include_tags=False)}
     return sorted(o for o in names if fnmatch.fnmatch(o.lower(), like.lower() if '*' in like else f'*{like.lower()}*'))
 
 def _unknown(arch, ndim):
@@ -128,7 +128,7 @@ _3d_args = ('axis','how','strides3','kernels3','padding')
 
 def _from_timm(name, n_in, ndim, patch, pretrained, as_rgb, kw):
     import timm
-    _refuse(f'timm {name}', kw, _timm_args+(_3d_args if ndim==3 else ()))
+    refuse_unknown(f'timm {name}', kw, _timm_args+(_3d_args if ndim==3 else ()))
     levels,three = kw.get('levels'),{k:v for k,v in kw.items() if k in _3d_args}
     if as_rgb and n_in!=1: raise InputError(f"as_rgb=True stacks one grey channel to three; the image has {n_in}: leave it away, and the first convolution is adapted to them")
     args = dict(features_only=True, **({'drop_path_rate':kw['drop_path_rate']} if 'drop_path_rate' in kw else {}))
@@ -178,13 +178,13 @@ def _from_monai_encoder(name, n_in, ndim, pretrained, as_rgb, kw):
     if pretrained is True: raise InputError(f"MONAI's {name} has no weights to fetch here; give the path of a file, such as MedicalNet's, or take timm.{name.lower()}")
     if name.startswith('resnet'):
         known = [k for k in inspect.signature(nets.ResNet.__init__).parameters if k not in ('self','block','layers','block_inplanes','spatial_dims','n_input_channels','num_classes','feed_forward')]
-        _refuse(f'MONAI {name}', kw, known)
+        refuse_unknown(f'MONAI {name}', kw, known)
         net = getattr(nets, name)(spatial_dims=ndim, n_input_channels=n_in, feed_forward=False, **{'conv1_t_stride':2, 'bias_downsample':False, **kw})
         net.__class__ = nets.ResNetFeatures
     else:
         dense = name.startswith('DenseNet')
         known = [k for k in inspect.signature(nets.DenseNet if dense else nets.SENet).parameters if k not in ('spatial_dims','in_channels','out_channels','num_classes','block','layers','inplanes')]
-        _refuse(f'MONAI {name}', kw, known)
+        refuse_unknown(f'MONAI {name}', kw, known)
         net = getattr(nets, name)(spatial_dims=ndim, in_channels=n_in, **({'out_channels':1} if dense else {'num_classes':1}), **kw)
         if dense: net.class_layers = nn.Identity()
         else: net = _Stages(net)
@@ -207,21 +207,21 @@ def create_encoder(
     "An encoder by name. Raises `InputError` on an unknown name, `ArgumentError` on an argument it does not have, `FileError` where weights cannot be fetched or read"
     if ndim not in (2,3): raise InputError(f"ndim: expected 2 or 3, found {ndim!r}")
     pretrained = pretrained or None
-    if patch is not None: patch = _axes(patch, ndim, 'patch')
+    if patch is not None: patch = per_axis(patch, ndim, 'patch')
     if isinstance(arch, nn.Module):
         if kwargs or pretrained or as_rgb: raise ArgumentError(f"{type(arch).__name__} is made already: it takes no further arguments, found {', '.join([*kwargs, *(['pretrained'] if pretrained else []), *(['as_rgb'] if as_rgb else [])])}")
         if not hasattr(arch, 'channels') or not hasattr(arch, 'reductions'): raise InputError(f"{type(arch).__name__} is no encoder: it has no `channels` and `reductions`")
         return arch,None
     if arch=='UNet' or arch is UNet:
         if as_rgb or pretrained is True: raise InputError("UNet's encoder has not seen photographs: it takes neither as_rgb=True nor pretrained=True; give the path of a file")
-        _refuse('UNet', kwargs, ('nf','depth','strides','kernels','norm','act','convs'))
-        depth = len(kwargs['strides'])+1 if 'strides' in kwargs else _n_levels(patch)
+        refuse_unknown('UNet', kwargs, ('nf','depth','strides','kernels','norm','act','convs'))
+        depth = len(kwargs['strides'])+1 if 'strides' in kwargs else n_levels(patch)
         e = UNetEncoder(UNet(n_in, 1, ndim, **{'depth':depth, **kwargs}))
         return e,load_weights(_Bare(e), pretrained) if pretrained else None
     if arch=='ResEnc':
         if as_rgb or pretrained is True: raise InputError("ResEnc takes neither as_rgb=True nor pretrained=True; give the path of a file, such as nnssl's")
-        _refuse('ResEnc', kwargs, ('width','blocks','strides'))
-        e = ResEncoder(n_in, ndim, **{'blocks':(1,3,4,6,6,6)[:len(kwargs['strides'])+1 if 'strides' in kwargs else _n_levels(patch, 6)], **kwargs})
+        refuse_unknown('ResEnc', kwargs, ('width','blocks','strides'))
+        e = ResEncoder(n_in, ndim, **{'blocks':(1,3,4,6,6,6)[:len(kwargs['strides'])+1 if 'strides' in kwargs else n_levels(patch, 6)], **kwargs})
         return e,load_weights(_Bare(e), pretrained) if pretrained else None
     found = _resolve(arch, ndim)
     if found is None: raise _unknown(arch, ndim)
@@ -242,7 +242,7 @@ class _OnEncoder(nn.Module):
     def _fit(self, x):
         if x.ndim!=self.ndim+2 or x.shape[1]!=self.n_in: raise InputError(f"{self.encoder.name}: expected (B,{self.n_in},{','.join('XYZ'[:self.ndim])}), found {tuple(x.shape)}")
         to = self.size or [-(-n//d)*d for n,d in zip(x.shape[2:], self.divisor)]
-        if any(n>t for n,t in zip(x.shape[2:], to)): raise InputError(f"{self.encoder.name} was built for {_x(to)} voxels, found {_x(x.shape[2:])}; create it with that patch")
+        if any(n>t for n,t in zip(x.shape[2:], to)): raise InputError(f"{self.encoder.name} was built for {size_text(to)} voxels, found {size_text(x.shape[2:])}; create it with that patch")
         pads = [p for n,t in zip(reversed(x.shape[2:]), reversed(to)) for p in (0,t-n)]
         return F.pad(x, pads, mode='replicate') if any(pads) else x
 
@@ -267,7 +267,7 @@ class EncoderUNet(_OnEncoder):
             stages.append(conv_stage(c+skip, f, self.ndim, one, kernel, 'instance', nn.LeakyReLU, 2))
             r,c = to,f
         self.targets = [t for t,_ in ups]
-        self.decoder,self.head = nn.ModuleList(stages),_conv(self.ndim)(c, n_out, 1)
+        self.decoder,self.head = nn.ModuleList(stages),conv_class(self.ndim)(c, n_out, 1)
         init_weights(self.decoder); init_weights(self.head)
 
     def forward(self,
@@ -332,10 +332,10 @@ def create_encoder_classifier(
     "A classifier on an encoder by name; `weights_report` says what a file gave. Raises as `create_encoder`"
     e,report = create_encoder(arch, n_in, ndim, patch, pretrained, as_rgb, **kwargs)
     model = EncoderClassifier(e, n_out, pool, dropout)
-    model.weights_report = _whole(model, pretrained, report)
+    model.weights_report = _whole_weights(model, pretrained, report)
     return model
 
-def _whole(model, pretrained, report):
+def _whole_weights(model, pretrained, report):
     "A file that holds more of a network than its encoder gives that too"
     if report is None or all(k.startswith('encoder.') for k in match_weights(model, read_weights(pretrained))[0]): return report
     return load_weights(model, pretrained)
@@ -355,7 +355,7 @@ def create_network(
         own = {k:kwargs.pop(k) for k in ('nf',) if k in kwargs}
         e,report = create_encoder(arch, n_in, ndim, patch, pretrained, **kwargs)
         model = EncoderUNet(e, n_out, **own)
-        return model,_whole(model, pretrained, report)
+        return model,_whole_weights(model, pretrained, report)
     if pretrained is True: raise InputError(f"pretrained=True is for encoders by timm's names, such as 'resnet34'; give {arch if isinstance(arch, str) else getattr(arch, '__name__', type(arch).__name__)} the path of a file")
     model = create_model(arch, n_in, n_out, ndim=ndim, patch=patch, **kwargs)
     return model,load_weights(model, pretrained) if pretrained else None

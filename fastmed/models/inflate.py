@@ -8,7 +8,7 @@ __all__ = ['InflatedConv', 'InflatedPool', 'InflatedBlur', 'InflatedPad', 'ConvN
 
 # %% ../../nbs/models/04_inflate.ipynb #e8155f37
 from ..core import InputError
-from .adapt import first_convs, _standard, _is_same
+from .adapt import first_convs, standardized_weight, pads_same
 from numbers import Integral
 import copy, inspect, math, re, torch, torch.nn.functional as F
 from torch import nn, Tensor
@@ -19,7 +19,7 @@ def _ins(plane, v, axis):
     t = list(plane if isinstance(plane, (tuple,list)) else (plane,)*2)
     return tuple(t[:axis]+[v]+t[axis:])
 
-def _pair(v): return tuple(v) if isinstance(v, (tuple,list)) else (v,)*2
+def _as_pair(v): return tuple(v) if isinstance(v, (tuple,list)) else (v,)*2
 
 def _same_pad(n, k, s, d):
     p = max((-(-n//s)-1)*s+(k-1)*d+1-n, 0)
@@ -57,18 +57,18 @@ class InflatedConv(nn.Conv3d, _Third):
         s3:int=1,                # stride along it
         padding:str='replicate'  # of the new axis: 'replicate' or 'zeros'
     ):
-        k,s,d,p = map(_pair, (conv.kernel_size, conv.stride, conv.dilation, conv.padding if not isinstance(conv.padding, str) else (0,0)))
+        k,s,d,p = map(_as_pair, (conv.kernel_size, conv.stride, conv.dilation, conv.padding if not isinstance(conv.padding, str) else (0,0)))
         if conv.padding=='same': p = tuple((b-1)*c//2 for b,c in zip(k, d))
         i = 0 if k[0]<=k[1] else 1                                           # the new axis is as the one with the smaller kernel
-        std = _standard(conv)
+        std = standardized_weight(conv)
         self_std = std is not None and how=='average'
         other = conv.padding_mode!='zeros'
         nn.Conv3d.__init__(self, conv.in_channels, conv.out_channels, _ins(k, k3, axis), _ins(s, s3, axis), 0 if other else _ins(p, 0, axis),
                            _ins(d, d[i], axis), conv.groups, conv.bias is not None, device=conv.weight.device, dtype=conv.weight.dtype)
         n3 = d[i]*(k3-1)
-        pad3 = 'same' if _is_same(conv) else (p[i],p[i]) if k3==k[i] and s3==s[i] else (0,0) if not p[i] and k[i]>1 else (n3//2,n3-n3//2)
+        pad3 = 'same' if pads_same(conv) else (p[i],p[i]) if k3==k[i] and s3==s[i] else (0,0) if not p[i] and k[i]>1 else (n3//2,n3-n3//2)
         self._third(axis, k3, s3, d[i], pad3, padding=='zeros')
-        self.same,self.mode,self.plane = _is_same(conv),conv.padding_mode,p if other else None
+        self.same,self.mode,self.plane = pads_same(conv),conv.padding_mode,p if other else None
         w = (conv.weight if self_std or std is None else std).detach().unsqueeze(axis+2)
         if how=='average': w = w.repeat_interleave(k3, axis+2)/(1 if self_std else k3)
         else: w = F.pad(w, [o for a in reversed(range(3)) for o in ((k3//2,k3-1-k3//2) if a==axis else (0,0))])
@@ -96,8 +96,8 @@ class InflatedPool(_Third):
         s3:int=2        # stride along it
     ):
         super().__init__()
-        self.max,self.same,self.ceil = isinstance(pool, nn.MaxPool2d),_is_same(pool),pool.ceil_mode
-        self.k,self.s,self.p,self.d = map(_pair, (pool.kernel_size, pool.stride, pool.padding, getattr(pool, 'dilation', 1)))
+        self.max,self.same,self.ceil = isinstance(pool, nn.MaxPool2d),pads_same(pool),pool.ceil_mode
+        self.k,self.s,self.p,self.d = map(_as_pair, (pool.kernel_size, pool.stride, pool.padding, getattr(pool, 'dilation', 1)))
         self.count,self.divisor = getattr(pool, 'count_include_pad', True),getattr(pool, 'divisor_override', None)
         k3 = self.k[0] if s3==self.s[0] else s3
         self._third(axis, k3, s3, self.d[0], 'same' if self.same else (self.p[0],)*2 if k3==self.k[0] else (0,0))
@@ -164,10 +164,10 @@ class _Flat:
         o = super().forward(x.flatten(-2), *args)
         if o.ndim<4: return o
         return o.unflatten(-1, yz) if o.shape[-2:]==(x.shape[-3],yz.numel()) else o.unsqueeze(-1)   # else pooled to one
-    def __reduce_ex__(self, protocol): return _flat,(self._parent,),self.__dict__.copy()
+    def __reduce_ex__(self, protocol): return _flat_like,(self._parent,),self.__dict__.copy()
 
 def _flat_class(cls): return type(cls.__name__+'3d', (_Flat,cls), {'_parent':cls})
-def _flat(cls): return object.__new__(_flat_class(cls))
+def _flat_like(cls): return object.__new__(_flat_class(cls))
 
 class ConvNeXtBlock3d(nn.Module):
     "timm's `ConvNeXtBlock`: only its first convolution looks around. Source: Liu 2022"
@@ -220,18 +220,18 @@ def _inflated(m, name, opt, memo):
     s3 = lambda s: opt['stride'](name, s)
     twin = _twin(cls.__name__) if cls.__module__.startswith(('torch.','timm.')) else None
     if isinstance(m, nn.Conv2d):
-        k,s = _pair(m.kernel_size),_pair(m.stride)
+        k,s = _as_pair(m.kernel_size),_as_pair(m.stride)
         k0,z = min(k),s3(min(s))
-        k3 = k0 if k0==1 or z==min(s) and not opt['thin'](name) else z if k0==min(s) and not any(_pair(m.padding)) else min(k0, 3)
+        k3 = k0 if k0==1 or z==min(s) and not opt['thin'](name) else z if k0==min(s) and not any(_as_pair(m.padding)) else min(k0, 3)
         if opt['kernels3'] and k3>1 and not (k0==min(s) and k0==k3): k3 = opt['kernels3']
         new = InflatedConv(m, axis, opt['how'], k3, z, opt['padding'])
-    elif isinstance(m, (nn.MaxPool2d,nn.AvgPool2d)): new = InflatedPool(m, axis, s3(_pair(m.stride)[0]))
+    elif isinstance(m, (nn.MaxPool2d,nn.AvgPool2d)): new = InflatedPool(m, axis, s3(_as_pair(m.stride)[0]))
     elif cls.__name__=='BlurPool2d': new = InflatedBlur(m, axis, s3(m.stride))
     elif isinstance(m, (nn.ZeroPad2d,nn.ConstantPad2d,nn.ReflectionPad2d,nn.ReplicationPad2d)):
         if opt['strides3'] is not None: raise InputError(f"inflate: {name} ({cls.__name__}) pads for a stride that strides3 may take away; leave strides3 away")
         new = InflatedPad(m, axis)
     elif isinstance(m, (nn.AdaptiveAvgPool2d,nn.AdaptiveMaxPool2d)):
-        o = _pair(m.output_size)
+        o = _as_pair(m.output_size)
         new = (nn.AdaptiveAvgPool3d if isinstance(m, nn.AdaptiveAvgPool2d) else nn.AdaptiveMaxPool3d)(_ins(o, None if o[0] is None else 1, axis))
     elif isinstance(m, nn.Upsample):
         if m.size is not None: raise InputError(f"inflate: {name} (Upsample) has a size of its own; expected a factor")

@@ -7,7 +7,7 @@ __all__ = ['ResEncoder']
 
 # %% ../../nbs/models/05_resenc.ipynb #46edf914
 from ..core import InputError
-from .unet import UNet, conv_stage, init_weights, _conv, _norm
+from .unet import UNet, conv_stage, init_weights, conv_class, norm_layer
 from numbers import Integral
 import math, torch
 from torch import nn, Tensor
@@ -25,9 +25,9 @@ class _ResBlock(nn.Module):
         super().__init__()
         one = (1,)*ndim
         self.conv1 = conv_stage(n_in, nf, ndim, stride, kernel, 'instance', nn.LeakyReLU, 1)
-        self.conv2 = nn.Sequential(_conv(ndim)(nf, nf, kernel, padding=tuple(k//2 for k in kernel), bias=False), _norm('instance', nf, ndim))
+        self.conv2 = nn.Sequential(conv_class(ndim)(nf, nf, kernel, padding=tuple(k//2 for k in kernel), bias=False), norm_layer('instance', nf, ndim))
         pool = [(nn.AvgPool2d if ndim==2 else nn.AvgPool3d)(stride, stride)] if tuple(stride)!=one else []
-        self.skip = nn.Sequential(*pool, *([_conv(ndim)(n_in, nf, 1, bias=False), _norm('instance', nf, ndim)] if n_in!=nf else []))
+        self.skip = nn.Sequential(*pool, *([conv_class(ndim)(n_in, nf, 1, bias=False), norm_layer('instance', nf, ndim)] if n_in!=nf else []))
         self.act = nn.LeakyReLU(inplace=True)
 
     def forward(self, x:Tensor)->Tensor: # (B,n_in,*S) to (B,nf,*S/stride)

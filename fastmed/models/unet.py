@@ -14,17 +14,35 @@ import difflib, inspect, math, torch, torch.nn.functional as F
 from torch import nn, Tensor
 from fastai.torch_core import params
 
-# %% ../../nbs/models/02_unet.ipynb #6b2ff5c9
-_convs,_convts = (nn.Conv2d,nn.Conv3d),(nn.ConvTranspose2d,nn.ConvTranspose3d)
-def _conv(ndim):  return _convs[ndim-2]
-def _convt(ndim): return _convts[ndim-2]
-def _axes(v, ndim, what):
+# %% ../../nbs/models/02_unet.ipynb #73f778aa
+def per_axis(
+    v,    # one number, or one an axis
+    ndim, # axes
+    what  # name for the error
+):
     "`v` as one int an axis."
     t = (v,)*ndim if isinstance(v, Integral) else tuple(v)
     if len(t)!=ndim or not all(isinstance(i, Integral) and i>0 for i in t):
         raise InputError(f"{what}: expected a positive int or {ndim} of them (ndim={ndim}), found {v!r}")
     return tuple(map(int, t))
-def _x(t): return '×'.join(str(i) for i in t)
+
+# %% ../../nbs/models/02_unet.ipynb #a7677796
+def conv_class(
+    ndim  # 2 or 3
+):        # nn.Conv2d or nn.Conv3d
+    "The convolution of so many axes"
+    return _unet_convs[ndim-2]
+
+# %% ../../nbs/models/02_unet.ipynb #9f8558a6
+def size_text(
+    t  # numbers
+):     # such as 16×16×8
+    "A size in words"
+    return '×'.join(str(i) for i in t)
+
+# %% ../../nbs/models/02_unet.ipynb #6b2ff5c9
+_unet_convs,_convts = (nn.Conv2d,nn.Conv3d),(nn.ConvTranspose2d,nn.ConvTranspose3d)
+def _convt(ndim): return _convts[ndim-2]
 
 # %% ../../nbs/models/02_unet.ipynb #facf5238
 class FastInstanceNorm(nn.Module):
@@ -49,12 +67,18 @@ class FastInstanceNorm(nn.Module):
 
     def extra_repr(self): return f'{self.nf}, eps={self.eps}'
 
-# %% ../../nbs/models/02_unet.ipynb #6845de9f
-def _norm(norm, nf, ndim):
+# %% ../../nbs/models/02_unet.ipynb #a66b0d38
+def norm_layer(
+    norm, # 'instance' or 'batch'
+    nf,   # features
+    ndim  # 2 or 3
+):        # module
+    "A normalisation by name. Raises `InputError`"
     if norm=='instance': return FastInstanceNorm(nf)
     if norm=='batch': return (nn.BatchNorm2d if ndim==2 else nn.BatchNorm3d)(nf)
     raise InputError(f"norm: expected 'instance' or 'batch', found {norm!r}")
 
+# %% ../../nbs/models/02_unet.ipynb #6845de9f
 def _act(act):
     "A new activation, in place where it can be: nothing else needs what it overwrites."
     try: inplace = 'inplace' in inspect.signature(act).parameters
@@ -73,7 +97,7 @@ def conv_stage(
 )->nn.Sequential:       # (B,n_in,*S) to (B,nf,*S/stride)
     "`convs` times convolution, norm, activation."
     return nn.Sequential(*[m for i in range(convs) for m in
-        (_conv(ndim)(nf if i else n_in, nf, kernel, 1 if i else stride, tuple(k//2 for k in kernel), bias=False), _norm(norm, nf, ndim), _act(act))])
+        (conv_class(ndim)(nf if i else n_in, nf, kernel, 1 if i else stride, tuple(k//2 for k in kernel), bias=False), norm_layer(norm, nf, ndim), _act(act))])
 
 def init_weights(
     model:nn.Module, # Changed in place
@@ -81,7 +105,7 @@ def init_weights(
 ):
     "Kaiming initialisation of every convolution, zeros for its bias. Source: He 2015, equation 15."
     for m in model.modules():
-        if isinstance(m, _convs+_convts):
+        if isinstance(m, _unet_convs+_convts):
             up = isinstance(m, _convts)
             fan = m.in_channels if up else m.weight[0].numel() # with kernel = stride one input voxel reaches each output voxel
             gain = 1. if up or set(m.kernel_size)=={1} else 2/(1+slope**2)
@@ -104,8 +128,8 @@ class UShape(nn.Module):
             raise InputError(f"{type(self).__name__}: expected (B,{self.n_in},{','.join('XYZ'[:self.ndim])}), found {tuple(x.shape)}")
         if any(n%d for n,d in zip(x.shape[2:], self.divisor)):
             up = [-(-n//d)*d for n,d in zip(x.shape[2:], self.divisor)]
-            raise InputError(f"{type(self).__name__}: size {_x(x.shape[2:])} is no multiple of the total stride {_x(self.divisor)}; "
-                             f"pad it to {_x(up)}, or use fewer levels")
+            raise InputError(f"{type(self).__name__}: size {size_text(x.shape[2:])} is no multiple of the total stride {size_text(self.divisor)}; "
+                             f"pad it to {size_text(up)}, or use fewer levels")
 
     def forward(self,
         x:Tensor # (B,n_in,*S), S a multiple of `divisor`
@@ -154,7 +178,7 @@ class UNet(UShape):
         down = list(range(depth-2, -1, -1))
         ups = [_convt(ndim)(nfs[i+1], nfs[i], strides[i], strides[i]) for i in down]
         decoder = [stage(2*nfs[i], nfs[i], (1,)*ndim, kernels[i]) for i in down]
-        heads = [_conv(ndim)(nfs[i], n_out, 1) for i in (down if deep_supervision and down else [0])]
+        heads = [conv_class(ndim)(nfs[i], n_out, 1) for i in (down if deep_supervision and down else [0])]
         self._setup(n_in, n_out, ndim, strides, encoder, ups, decoder, heads, deep_supervision)
         init_weights(self, slope={nn.LeakyReLU:.01}.get(act, 0.))
 
@@ -162,21 +186,21 @@ class UNet(UShape):
     def _levels(v, n, ndim, what):
         v = [v]*n if isinstance(v, Integral) else list(v)
         if len(v)!=n: raise InputError(f"{what}: expected {n} entries (depth {n if what=='kernels' else n+1}), found {len(v)}: {v}")
-        return [_axes(o, ndim, what) for o in v]
+        return [per_axis(o, ndim, what) for o in v]
 
     def levels(self,
         size=None # (ndim,) of an input; the smallest by default
     ):            # DataFrame, one row a level
         "The network as a table: size, features, kernel, stride, parameters and share of the multiplications of each level."
         import pandas as pd
-        size,rows = _axes(size or self.divisor, self.ndim, 'size'),[]
+        size,rows = per_axis(size or self.divisor, self.ndim, 'size'),[]
         for i,nf in enumerate(self.nfs):
             if i: size = tuple(n//s for n,s in zip(size, self.strides[i-1]))
             j = len(self.nfs)-2-i
             ms = [self.encoder[i]]+([self.decoder[j]] if j>=0 else [])
             pars = sum(p.numel() for m in ms for p in m.parameters()) + (sum(p.numel() for p in self.ups[j].parameters()) if j>=0 else 0)
-            work = math.prod(size)*sum(c.weight.numel() for m in ms for c in m if isinstance(c, _convs))
-            rows.append(dict(level=i, size=_x(size), features=nf, kernel=_x(self.kernels[i]), stride_down=_x(self.strides[i]) if j>=0 else '',
+            work = math.prod(size)*sum(c.weight.numel() for m in ms for c in m if isinstance(c, _unet_convs))
+            rows.append(dict(level=i, size=size_text(size), features=nf, kernel=size_text(self.kernels[i]), stride_down=size_text(self.strides[i]) if j>=0 else '',
                              parameters=pars, work=work))
         df = pd.DataFrame(rows).set_index('level')
         return df.assign(work=(df.work/df.work.sum()).round(3))
@@ -211,35 +235,46 @@ def unet_cicek(
     "The 3D U-Net of Çiçek 2016 (arXiv 1606.06650): 19,069,955 parameters for three channels and three classes."
     return CicekUNet(n_in, n_out)
 
-# %% ../../nbs/models/02_unet.ipynb #8e0b48e9
-_enc = ('encoder','enc','backbone','stem','swinvit','vit','convinit','conv_init','down','in_tr','input_block','bottleneck','conv_0','conv_1_0','conv_2_0','conv_3_0','conv_4_0','bottom')
+# %% ../../nbs/models/02_unet.ipynb #bd299753
+ENCODER_NAMES = ('encoder','enc','backbone','stem','swinvit','vit','convinit','conv_init','down','in_tr','input_block','bottleneck','conv_0','conv_1_0','conv_2_0','conv_3_0','conv_4_0','bottom')
 
+# %% ../../nbs/models/02_unet.ipynb #8e0b48e9
 def param_splitter(
     model:nn.Module # Any network
 )->list:            # [encoder's parameters, the rest], or one list where no encoder is found
     "Splitter for a fastai Learner: encoder first, everything else after."
     top = getattr(model, 'model', model) if isinstance(model, MonaiNet) else model
-    enc = [c for n,c in top.named_children() if n.lower().startswith(_enc)] or [m for n,m in model.named_modules() if n.endswith('.encoder')][:1]
+    enc = [c for n,c in top.named_children() if n.lower().startswith(ENCODER_NAMES)] or [m for n,m in model.named_modules() if n.endswith('.encoder')][:1]
     ids = {id(p) for m in enc for p in m.parameters()}
     first,rest = [p for p in params(model) if id(p) in ids],[p for p in params(model) if id(p) not in ids]
     return [first,rest] if first and rest else [params(model)]
 
-# %% ../../nbs/models/02_unet.ipynb #95c66e2b
-_monai = ('AttentionUnet','BasicUNet','BasicUNetPlusPlus','DynUNet','FlexibleUNet','HighResNet','MedNeXt',
-          'SegResNet','SegResNetDS','SegResNetVAE','SwinUNETR','UNETR','VNet')
+# %% ../../nbs/models/02_unet.ipynb #9d95847e
+def n_levels(
+    patch,  # size of a patch, or None
+    most=5  # levels at most
+):
+    "Levels such that the lowest keeps four voxels on its longest axis."
+    return max(2, min(most, int(math.log2(max(patch)/4))+1)) if patch else most-1
 
-def model_names()->list: # Sorted
-    "Names that `create_model` takes: ours, and the networks of MONAI that are tested here."
-    return sorted(('UNet','unet_cicek','DenseVoxelNet','monai.UNet')+_monai)
-
-def _refuse(name, kwargs, accepted):
+# %% ../../nbs/models/02_unet.ipynb #28518867
+def refuse_unknown(
+    name,     # of the network
+    kwargs,   # what was given
+    accepted  # what it takes
+):
+    "Raises `ArgumentError` on an argument that a network does not have, with the one that is close"
     if bad:=[k for k in kwargs if k not in accepted]:
         near = difflib.get_close_matches(bad[0], accepted, 1)
         raise ArgumentError(f"{name} has no argument {', '.join(map(repr, bad))}{f' (did you mean {near[0]!r}?)' if near else ''}; it takes {', '.join(accepted)}")
 
-def _n_levels(patch, most=5):
-    "Levels such that the lowest keeps four voxels on its longest axis."
-    return max(2, min(most, int(math.log2(max(patch)/4))+1)) if patch else most-1
+# %% ../../nbs/models/02_unet.ipynb #95c66e2b
+_monai_unets = ('AttentionUnet','BasicUNet','BasicUNetPlusPlus','DynUNet','FlexibleUNet','HighResNet','MedNeXt',
+          'SegResNet','SegResNetDS','SegResNetVAE','SwinUNETR','UNETR','VNet')
+
+def model_names()->list: # Sorted
+    "Names that `create_model` takes: ours, and the networks of MONAI that are tested here."
+    return sorted(('UNet','unet_cicek','DenseVoxelNet','monai.UNet')+_monai_unets)
 
 def _up(patch, d):
     "`patch` grown to multiples of `d` (one an axis), and to two of them on one axis: an instance norm needs more than one voxel at the bottom."
@@ -247,9 +282,9 @@ def _up(patch, d):
     if all(n==i for n,i in zip(to, d)) and max(d)>1: to[-1] *= 2
     return tuple(to)
 
-def _fill(name, ps, n_in, n_out, ndim, patch, kwargs):
+def _fill_arguments(name, ps, n_in, n_out, ndim, patch, kwargs):
     "Arguments of a MONAI network named in its signature `ps` that follow from the data."
-    n = _n_levels(patch)
+    n = n_levels(patch)
     if 'strides' in kwargs: n = len(kwargs['strides']) if name=='DynUNet' else len(kwargs['strides'])+1
     strides = kwargs.get('strides', [1]+[2]*(n-1))
     want = dict(in_channels=n_in, out_channels=n_out, spatial_dims=ndim, dropout_dim=ndim)
@@ -292,7 +327,7 @@ class MonaiNet(nn.Module):
         s = x.shape[2:]
         to = self.size or _up(s, self.divisor)
         if any(n>t for n,t in zip(s, to)):
-            raise InputError(f"{type(self.model).__name__} was built for {_x(to)} voxels, found {_x(s)}; create it with that patch")
+            raise InputError(f"{type(self.model).__name__} was built for {size_text(to)} voxels, found {size_text(s)}; create it with that patch")
         grown = tuple(to)!=tuple(s)
         if grown: x = F.pad(x, [p for n,t in zip(reversed(s), reversed(to)) for p in (0,t-n)], mode='replicate')
         out = self.model(x)
@@ -300,11 +335,11 @@ class MonaiNet(nn.Module):
         if isinstance(out, (list,tuple)):
             full = [o for o in out if isinstance(o, Tensor) and o.ndim==x.ndim]
             if not (self.training and len(full)>1): out = full[-1] if len({o.shape for o in full})==1 else full[0]
-            elif grown: raise InputError(f"deep supervision of {type(self.model).__name__}: size {_x(s)} does not fit, use {_x(to)}")
+            elif grown: raise InputError(f"deep supervision of {type(self.model).__name__}: size {size_text(s)} does not fit, use {size_text(to)}")
             else: return full
         return out[(...,*(slice(n) for n in s))] if grown else out
 
-def _probe(model, n_in, ndim):
+def _divisor_probe(model, n_in, ndim):
     "Smallest power of two whose multiples `model` maps to outputs of the same size, by trying."
     p = next(iter(model.parameters()), torch.zeros(1))
     with evaluating(model):
@@ -329,7 +364,7 @@ def _monai_divisor(model, n_in, ndim):
     if name in ('VNet','BasicUNet','BasicUNetPlusPlus'): return one(16)
     if name=='FlexibleUNet': return one(32)
     if name=='HighResNet': return one(1)
-    return _probe(model, n_in, ndim)
+    return _divisor_probe(model, n_in, ndim)
 
 def _seq(v): return tuple(v) if isinstance(v, (list,tuple)) else (v,)
 
@@ -340,10 +375,10 @@ def model_divisor(
 )->tuple:            # (ndim,) the input's size must be a multiple of this
     "Per axis, what the size of an input must be a multiple of: known for ours and MONAI's, tried out for others. Raises `ValueError` when nothing fits."
     if d:=getattr(model, 'divisor', None): return tuple(d)
-    c = next((m for m in model.modules() if isinstance(m, _convs+_convts)), None)
+    c = next((m for m in model.modules() if isinstance(m, _unet_convs+_convts)), None)
     if c is not None: ndim,n_in = len(c.kernel_size),c.in_channels
     elif not ndim or not n_in: raise InputError(f"{type(model).__name__} has no convolution to tell its axes from; give it a `divisor` attribute, one int an axis")
-    return _monai_divisor(model, n_in, ndim) if type(model).__module__.startswith('monai.') else _probe(model, n_in, ndim)
+    return _monai_divisor(model, n_in, ndim) if type(model).__module__.startswith('monai.') else _divisor_probe(model, n_in, ndim)
 
 # %% ../../nbs/models/02_unet.ipynb #3970e1df
 def create_model(
@@ -355,7 +390,7 @@ def create_model(
     **kwargs       # Arguments of `arch`, by name
 )->nn.Module:      # (B,n_in,*S) to (B,n_out,*S) logits
     "A network from a callable or a name. Raises `TypeError` on an argument it does not have, `ValueError` on an unknown name or a patch that does not fit."
-    if patch is not None: patch = _axes(patch, ndim, 'patch')
+    if patch is not None: patch = per_axis(patch, ndim, 'patch')
     name = arch if isinstance(arch, str) else getattr(arch, '__name__', type(arch).__name__)
     if isinstance(arch, str): arch = dict(UNet=UNet, unet_cicek=unet_cicek, DenseVoxelNet=DenseVoxelNet).get(arch) or _from_monai(arch)
     try: sig = inspect.signature(arch).parameters
@@ -363,17 +398,17 @@ def create_model(
     if 'in_channels' in sig and 'out_channels' in sig:
         return _make_monai(arch, sig, n_in, n_out, ndim, patch, kwargs)
     own = [k for k,p in sig.items() if p.kind in (p.KEYWORD_ONLY,p.POSITIONAL_OR_KEYWORD)][2:]
-    if sig and not any(p.kind==p.VAR_KEYWORD for p in sig.values()): _refuse(name, kwargs, [k for k in own if k!='ndim'])
+    if sig and not any(p.kind==p.VAR_KEYWORD for p in sig.values()): refuse_unknown(name, kwargs, [k for k in own if k!='ndim'])
     if 'ndim' in kwargs: raise ArgumentError(f"{name}: `ndim` follows from the data")
     if 'ndim' in own: kwargs['ndim'] = ndim
     elif arch in (unet_cicek, DenseVoxelNet) and ndim!=3: raise InputError(f"{name} is a network for volumes (ndim=3), found ndim={ndim}; use UNet")
     model = arch(n_in, n_out, **kwargs)
-    if not any(isinstance(m, _convs+_convts) for m in model.modules()) and not hasattr(model, 'divisor'):
+    if not any(isinstance(m, _unet_convs+_convts) for m in model.modules()) and not hasattr(model, 'divisor'):
         try: model.n_in,model.divisor = n_in,model_divisor(model, ndim, n_in)
         except InputError: model.n_in,model.divisor,model.size = n_in,patch,patch           # it takes the patch and no other size
     if patch and isinstance(model, (UShape, DenseVoxelNet)) and any(n%d for n,d in zip(patch, model.divisor)):
         up = [-(-n//d)*d for n,d in zip(patch, model.divisor)]
-        raise InputError(f"{name}: patch {_x(patch)} is no multiple of the total stride {_x(model.divisor)}; use {_x(up)}, or fewer levels")
+        raise InputError(f"{name}: patch {size_text(patch)} is no multiple of the total stride {size_text(model.divisor)}; use {size_text(up)}, or fewer levels")
     return model
 
 def _from_monai(name):
@@ -387,11 +422,11 @@ def _from_monai(name):
 def _make_monai(cls, sig, n_in, n_out, ndim, patch, kwargs):
     name,auto = cls.__name__,('in_channels','out_channels','spatial_dims')
     if bad:=[k for k in kwargs if k in auto]: raise ArgumentError(f"{name}: {', '.join(bad)} follow(s) from the data")
-    _refuse(name, kwargs, [k for k in sig if k not in auto])
+    refuse_unknown(name, kwargs, [k for k in sig if k not in auto])
     if ndim!=3 and 'spatial_dims' not in sig: raise InputError(f"{name} is a network for volumes, found ndim={ndim}")
-    args = _fill(name, sig, n_in, n_out, ndim, patch, kwargs) | kwargs
+    args = _fill_arguments(name, sig, n_in, n_out, ndim, patch, kwargs) | kwargs
     if lost:=[k for k,p in sig.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and k not in args]:
         raise ArgumentError(f"{name} also needs {', '.join(lost)}: give them by name")
     size = args.get('img_size', args.get('input_image_size'))
     fixed = name in ('UNETR','SegResNetVAE')
-    return MonaiNet(cls(**args), n_in, n_out, ndim, _axes(size, ndim, 'img_size') if fixed else None)
+    return MonaiNet(cls(**args), n_in, n_out, ndim, per_axis(size, ndim, 'img_size') if fixed else None)

@@ -10,7 +10,7 @@ __all__ = ['encoder_parts', 'unet_words', 'read_weights', 'WeightReport', 'match
 from .. import __version__
 from ..core import InputError, FileError, MissingFileError
 from ..io.volumes import whole_file
-from .unet import UShape, MonaiNet, FastInstanceNorm, _enc
+from .unet import UShape, MonaiNet, FastInstanceNorm, ENCODER_NAMES
 from .adapt import adapt_weight, first_convs
 from fastai.basics import *
 from fastai.callback.schedule import *
@@ -23,7 +23,7 @@ def encoder_parts(
 )->dict:            # name, as of `named_modules` → module; empty where there is no encoder
     "The parts of a network that make up its encoder"
     at,top = ('model.',model.model) if isinstance(model, MonaiNet) else ('',model)
-    if found:={f'{at}{n}':c for n,c in top.named_children() if n.lower().startswith(_enc)}: return found
+    if found:={f'{at}{n}':c for n,c in top.named_children() if n.lower().startswith(ENCODER_NAMES)}: return found
     inner = sorted((k for k,_ in model.named_modules() if k.endswith('.encoder')), key=lambda k: k.count('.'))       # below a wrapper
     return {inner[0]:model.get_submodule(inner[0])} if inner else {}
 
@@ -169,11 +169,11 @@ def odd_weights(
     odd = {k:~v.isfinite().all() if k in own or '.running_' in f'.{k}' else v.isnan().any() for k,v in floats.items()}
     return [k for k,v in odd.items() if v]
 
-def _floats(o):
+def _float_tensors(o):
     "The tensors of a nested state"
     if isinstance(o, Tensor): return [o] if o.is_floating_point() else []
     parts = o.values() if isinstance(o, dict) else o if isinstance(o, (list,tuple,L)) else ()
-    return [t for p in parts for t in _floats(p)]
+    return [t for p in parts for t in _float_tensors(p)]
 
 def check_finite(
     model:nn.Module, # network that is about to be saved
@@ -182,7 +182,7 @@ def check_finite(
 ):
     "Raise `InputError`, before anything is written, where weights or the optimizer's averages are not finite"
     odd = [f'the weights {k}' for k in odd_weights(model)]
-    if opt is not None and not all(t.isfinite().all() for t in _floats(opt.state_dict())): odd.append("the optimizer's averages")
+    if opt is not None and not all(t.isfinite().all() for t in _float_tensors(opt.state_dict())): odd.append("the optimizer's averages")
     if not odd: return
     more = f' and {len(odd)-1} more' if len(odd)>1 else ''
     raise InputError(f"{fn}: not written, because NaN or infinity stands in {odd[0]}{more}: the training has diverged. What was saved before is as it was: load it (learn.load), or train anew at a lower rate")

@@ -50,7 +50,7 @@ class DenseVoxelNet(nn.Module):
 # %% ../../nbs/models/01_zoo.ipynb #aff74cc3
 _stats = ('mean','sd','max','p10','p25','p50','p75','p90')
 
-def _spread(what, v): return {f'{what}, {k}':x for k,x in zip(_stats, (v.mean(), v.std(), v.max(), *np.quantile(v, (.1,.25,.5,.75,.9))))}
+def _spread_stats(what, v): return {f'{what}, {k}':x for k,x in zip(_stats, (v.mean(), v.std(), v.max(), *np.quantile(v, (.1,.25,.5,.75,.9))))}
 
 def _slice_measures(s):
     "Of a slice (X,Y) bool: mean depth, mean depth of the ridge, share of its box that is filled, largest depth, pieces"
@@ -77,7 +77,7 @@ def shape_measures(
     res |= {'roundness, mean':blur.mean(), 'roundness, sd':blur.std(), **{f'roundness, p{int(q*100):02}':x for q,x in zip((.05,.25,.75,.95), np.quantile(blur, (.05,.25,.75,.95)))}}
     for a in range(3):
         inner,ridge,fill,thick,pieces = np.array([_slice_measures(s) for s in np.moveaxis(m, a, 0) if s.any()]).T
-        for k,q in dict(depth=inner, ridge=ridge, fill=fill).items(): res |= _spread(f'{k} across axis {a}', q)
+        for k,q in dict(depth=inner, ridge=ridge, fill=fill).items(): res |= _spread_stats(f'{k} across axis {a}', q)
         res |= {f'pieces across axis {a}, mean':pieces.mean(), f'pieces across axis {a}, max':pieces.max(), f'thickest across axis {a}':thick.argmax()/len(thick)}
         for k in (3,5): low = minimum_filter1d(thick, k); res |= {f'thick for {k} across axis {a}, max':low.max(), f'thick for {k} across axis {a}, mean':low.mean()}
     return {k:float(x) for k,x in res.items()}

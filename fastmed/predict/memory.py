@@ -28,7 +28,7 @@ def free_memory(
     except (AttributeError, ValueError, OSError): return math.inf
 
 # %% ../../nbs/predict/02_memory.ipynb #20df055e
-def _held(model, x, y, loss):
+def _held_bytes(model, x, y, loss):
     "(bytes that autograd keeps, the largest of them, bytes of weights in another precision) of a forward pass in training; the model is left as it was"
     own = {t.untyped_storage()._cdata for t in [*model.parameters(),*model.buffers()]}
     shapes,kept,states,training = {tuple(p.shape) for p in model.parameters()},{},{k:v.clone() for k,v in model.named_buffers()},[(m,m.training) for m in model.modules()]
@@ -65,7 +65,7 @@ def memory_parts(
     part = full if size else [min(p, 3*k if k>1 else 32) for p,k in zip(full, d)]
     n_in = getattr(model, 'n_in', c.in_channels); p = next(model.parameters()); amp = getattr(learn, 'mixed_precision', None)
     x,y = torch.zeros(1, n_in, *part, device=p.device),torch.zeros(1, *part, dtype=torch.long, device=p.device)
-    with torch.autocast(p.device.type, torch.float16) if amp is not None else contextlib.nullcontext(): acts,big,cast = _held(model, x, y, getattr(learn, 'loss_func', None))
+    with torch.autocast(p.device.type, torch.float16) if amp is not None else contextlib.nullcontext(): acts,big,cast = _held_bytes(model, x, y, getattr(learn, 'loss_func', None))
     more,own = math.prod(full)/math.prod(part),[p for p in model.parameters()]
     train = sum(p.nbytes for p in own if p.requires_grad); a_patch = acts*more+math.prod(full)*(4*n_in+8); through = 2.5*big*more
     return {k:int(v) for k,v in dict(weights=sum(p.nbytes for p in own), gradients=train, optimizer=2*train, activations=bs*a_patch+cast, passing=bs*through+2**27, a_patch=a_patch+through).items()}
@@ -95,7 +95,7 @@ def _smaller(learn, free):
         fixed,each = _needs(learn, p)
         if fixed+each<=free: return tuple(p)
 
-def _advice(learn, free, most=math.inf):
+def _memory_advice(learn, free, most=math.inf):
     "What would fit into `free` bytes, in words; of batches fewer than `most`"
     fixed,each = _needs(learn); n = int(min(most-1, (free-fixed)//each))
     if n>=1: return f"A batch of {n} fits: bs={n}"
@@ -117,8 +117,8 @@ class MemoryCallback(Callback):
         except Exception: return
         if need<=.8*free: return
         plan = get_plan(self.dls); what = f"training on {'the GPU' if device.type=='cuda' else 'this computer'} takes about {need/1e9:.3g} GB more (a batch of {bs} patches of {'×'.join(str(p) for p in plan.patch)}); {free/1e9:.3g} GB are {'free' if self.memory_gb is None else 'allowed'}"
-        if need<=1.25*free: return warn(f"This may not fit: {what}. {_advice(self.learn, .8*free, bs)}")
-        raise ResourceError(f"{what[0].upper()+what[1:]}. {_advice(self.learn, .8*free)}")
+        if need<=1.25*free: return warn(f"This may not fit: {what}. {_memory_advice(self.learn, .8*free, bs)}")
+        raise ResourceError(f"{what[0].upper()+what[1:]}. {_memory_advice(self.learn, .8*free)}")
 
 def is_out_of_memory(
     e    # exception
@@ -126,7 +126,7 @@ def is_out_of_memory(
     "Whether an exception says that there is no memory left"
     return isinstance(e, (torch.OutOfMemoryError,MemoryError)) or isinstance(e, RuntimeError) and re.search("out of memory|can't allocate memory|not enough memory|bad_alloc", str(e)) is not None
 
-def _said(e): return (str(e).splitlines() or [type(e).__name__])[0][:150]
+def _first_line(e): return (str(e).splitlines() or [type(e).__name__])[0][:150]
 
 @contextlib.contextmanager
 def memory_explained(
@@ -140,9 +140,9 @@ def memory_explained(
         if not is_out_of_memory(e): raise
         traceback.clear_frames(e.__traceback__); learn.xb,learn.yb,learn.pred,learn.loss = (),(),None,None
         if (cuda:=next(learn.model.parameters()).is_cuda): torch.cuda.empty_cache()
-        try: bs,free = learn.dls.train.bs,free_memory(next(learn.model.parameters()).device); say = f" with a batch of {bs}. {_advice(learn, .8*free, max(2, bs//2+1)) if bs>1 else _advice(learn, .8*free)}"
+        try: bs,free = learn.dls.train.bs,free_memory(next(learn.model.parameters()).device); say = f" with a batch of {bs}. {_memory_advice(learn, .8*free, max(2, bs//2+1)) if bs>1 else _memory_advice(learn, .8*free)}"
         except Exception: say = ". Take a smaller batch (bs=) or patch"
-        raise ResourceError(f"The memory of {'the GPU' if cuda else 'this computer'} ran out while training{say} ({_said(e)})") from e
+        raise ResourceError(f"The memory of {'the GPU' if cuda else 'this computer'} ran out while training{say} ({_first_line(e)})") from e
 
 @contextlib.contextmanager
 def prediction_explained(
@@ -155,7 +155,7 @@ def prediction_explained(
         if not is_out_of_memory(e): raise
         traceback.clear_frames(e.__traceback__)
         if gpu:=isinstance(e, torch.OutOfMemoryError): torch.cuda.empty_cache()
-        raise ResourceError(f"{fn}: the memory of {'the GPU' if gpu else 'this computer'} ran out while predicting ({_said(e)}). {'Take the network to the CPU, learn.model.cpu(), or crop the scan' if gpu else 'Crop the scan, or use a machine with more memory'}") from e
+        raise ResourceError(f"{fn}: the memory of {'the GPU' if gpu else 'this computer'} ran out while predicting ({_first_line(e)}). {'Take the network to the CPU, learn.model.cpu(), or crop the scan' if gpu else 'Crop the scan, or use a machine with more memory'}") from e
 
 # %% ../../nbs/predict/02_memory.ipynb #03739a01
 def prediction_bytes(

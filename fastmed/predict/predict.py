@@ -20,7 +20,7 @@ from fastprogress.fastprogress import progress_bar
 import nibabel as nib
 
 # %% ../../nbs/predict/03_predict.ipynb #38ad3451
-def _window(x, corner, plan, patch, view, spacing):
+def _window_input(x, corner, plan, patch, view, spacing):
     "One window of `x` (C,X,Y,Z) as the network sees it"
     k = plan.get('context', 0) if plan.ndim==2 else 0
     corner,size = list(corner),list(patch)
@@ -96,7 +96,7 @@ def slide_window(
     with torch.inference_mode():
         for b in it:
             finish(max(0, b[0][0][main]))
-            out = forward(torch.stack([_window(x, c, plan, patch, v, spacing) for c,v in b]).to(device))
+            out = forward(torch.stack([_window_input(x, c, plan, patch, v, spacing) for c,v in b]).to(device))
             if isinstance(out, (list,tuple)): out = out[0]
             if acc is None:                       # laid out in memory as the network's answer is, or adding to it takes three times as long
                 acc = torch.zeros((room,*rest,n_out), device=device).movedim(-1,0) if out.stride(1)==1 else torch.zeros((n_out,room,*rest), device=device)
@@ -205,6 +205,17 @@ def apply_post(
         mask = retain_meta(mask, p(mask).as_subclass(type(mask)))
     return mask
 
+# %% ../../nbs/predict/03_predict.ipynb #03d71684
+def slicing_axes(
+    axes, # 'all', one array axis or several
+    plan  # `Plan` of slices
+):        # list
+    "The axes along which a slice model predicts. Raises `InputError`"
+    if plan.ndim==3: raise InputError(f"axes={axes!r}: a volume model has no slicing direction. Leave axes out")
+    res = [0,1,2] if isinstance(axes, str) and axes=='all' else list(L(axes))
+    if not res or any(a not in (0,1,2) for a in res): raise InputError(f"axes: expected 'all' or array axes 0, 1, 2; found {axes!r}")
+    return res
+
 # %% ../../nbs/predict/03_predict.ipynb #31ffb74e
 def _mask_network(learn, n_codes):
     "The network that gives the masks, and its channels: where labels are learnt beside them, a part of the whole"
@@ -225,7 +236,7 @@ def predict_grid(
     plan,pre = get_plan(learn.dls),get_preprocess(learn.dls)
     model,n_out = _mask_network(learn, len(pre.vocab))
     p = next(model.parameters())
-    plans = [plan] if axes is None else [_sliced(plan, a) for a in _axes(axes, plan)]
+    plans = [plan] if axes is None else [_sliced(plan, a) for a in slicing_axes(axes, plan)]
     if axes is not None and (new:=[o.axis for o in plans if o.axis!=plan.axis]): warn(f"axes={axes!r}: the network has learned slices across axis {plan.axis} alone, and guesses across {new}: the average can be tens of points worse. Compare both by evaluate, or leave axes out")
     with evaluating(model):
         d,lab,total = model_divisor(model, plan.ndim, x.shape[0]*(1+2*plan.get('context', 0) if plan.ndim==2 else 1)),None,None
@@ -237,12 +248,6 @@ def predict_grid(
             if len(plans)>1 and sink is None: total = pr.div_(len(plans)) if total is None else total.add_(pr.div_(len(plans)))
         if total is not None: pr,lab = total,total.max(0)[1].to(lab.dtype)
     return TensorVolumeMask(lab, affine=x.affine, codes=pre.vocab, meta=getattr(x, 'meta', None)), pr
-
-def _axes(axes, plan):
-    if plan.ndim==3: raise InputError(f"axes={axes!r}: a volume model has no slicing direction. Leave axes out")
-    res = [0,1,2] if isinstance(axes, str) and axes=='all' else list(L(axes))
-    if not res or any(a not in (0,1,2) for a in res): raise InputError(f"axes: expected 'all' or array axes 0, 1, 2; found {axes!r}")
-    return res
 
 def _sliced(plan, axis):
     "The plan of slices across another axis: the patch is turned, not resized"

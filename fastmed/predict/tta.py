@@ -46,7 +46,7 @@ class Look(NamedTuple):
         need = (np.abs(self.matrix())@(n*sp))/sp                      # half of it on each side
         return [int(a+2*max(0, math.ceil((b-a)/2-1e-9))) for a,b in zip(n, need)]
 
-def _sample(x, m, size, spacing, mode):
+def _sample_at(x, m, size, spacing, mode):
     "`x` (B,C,*box) at the points `m`·p, for the voxels p of a window of `size` about the same middle"
     sp = np.array(spacing); e_in,e_out = np.array(x.shape[2:])*sp/2,np.array(size)*sp/2
     th = torch.from_numpy((m*e_out/e_in[:,None])[::-1,::-1].copy()).float()
@@ -60,7 +60,7 @@ def look_through(
     spacing      # (3,) mm
 )->Tensor:       # (B,C,*size)
     "A window as a view sees it: turned and zoomed, then flipped, then brightened"
-    if view.moved: x = _sample(x, view.matrix(), size, spacing, 'border')
+    if view.moved: x = _sample_at(x, view.matrix(), size, spacing, 'border')
     if view.flip: x = x.flip([a+2 for a in view.flip])
     return x*view.gain if view.gain!=1 else x
 
@@ -73,12 +73,12 @@ def look_back(
     if view.flip: y = y.flip([a+2 for a in view.flip])
     if not view.moved: return y,None
     m,size = np.linalg.inv(view.matrix()),tuple(y.shape[2:])
-    return _sample(y, m, size, spacing, 'zeros'),_sample(torch.ones(1,1,*size, device=y.device), m, size, spacing, 'zeros')
+    return _sample_at(y, m, size, spacing, 'zeros'),_sample_at(torch.ones(1,1,*size, device=y.device), m, size, spacing, 'zeros')
 
 # %% ../../nbs/predict/01_tta.ipynb #5c5f27b4
-_kinds = ('flips','rotate','scale','intensity')
+_view_kinds = ('flips','rotate','scale','intensity')
 
-def _sizes(name, v, most):
+def _view_sizes(name, v, most):
     v = [float(o) for o in (v if is_listy(v) else [v])] if not isinstance(v, bool) and all(isinstance(o, (int,float)) for o in L(v)) else None
     if v is None or any(not 0<=o<=most for o in v): raise InputError(f"TTA: expected {name} from 0 to {most:g}, one number or several; found {v}")
     return tuple(o for o in v if o)
@@ -94,8 +94,8 @@ class TTA:
         if isinstance(flips, str) and flips!='all' or any(isinstance(a, (float,str)) or not 0<=a<3 for a in L(() if isinstance(flips, (bool,str)) else flips)):
             raise InputError(f"tta: expected flips as True, 'all', or array axes 0, 1 or 2; found {flips!r}")
         self.flips = (flips if flips=='all' else () if flips is False else True) if isinstance(flips, (bool,str)) else tuple(int(a) for a in L(flips))
-        self.rotate,self.scale,self.intensity = _sizes('rotate', rotate, 45),_sizes('scale', scale, .5),_sizes('intensity', intensity, .9)
-    def __repr__(self): return f"TTA(flips={self.flips!r}{''.join(f', {k}={v[0] if len(v)==1 else v}' for k in _kinds[1:] if (v:=getattr(self, k)))})"
+        self.rotate,self.scale,self.intensity = _view_sizes('rotate', rotate, 45),_view_sizes('scale', scale, .5),_view_sizes('intensity', intensity, .9)
+    def __repr__(self): return f"TTA(flips={self.flips!r}{''.join(f', {k}={v[0] if len(v)==1 else v}' for k in _view_kinds[1:] if (v:=getattr(self, k)))})"
     def __eq__(self, o): return isinstance(o, TTA) and vars(self)==vars(o)
     def __hash__(self): return hash(repr(self))
 
@@ -122,7 +122,7 @@ def as_tta(
     if tta is True or isinstance(tta, TTA): return tta
     names = L(tta)
     if isinstance(tta, str) or any(isinstance(o, str) for o in names):
-        if odd:=[o for o in names if o not in _kinds]: raise InputError(f"tta: unknown {odd[0]!r}; expected True, {', '.join(map(repr, _kinds))}, a list of these, array axes, or TTA(…)")
+        if odd:=[o for o in names if o not in _view_kinds]: raise InputError(f"tta: unknown {odd[0]!r}; expected True, {', '.join(map(repr, _view_kinds))}, a list of these, array axes, or TTA(…)")
         return TTA(**{'flips':(), **{k:{'flips':True, 'rotate':10., 'scale':.1, 'intensity':.1}[k] for k in names}})
     if any(isinstance(o, bool) or not isinstance(o, (int,np.integer)) or not 0<=o<3 for o in names): raise InputError(f"tta: expected array axes 0, 1 or 2, names, or TTA(…); found {tta!r}")
     return TTA(flips=tuple(int(o) for o in names))
@@ -136,8 +136,8 @@ def tta_views(
     "The looks of test-time augmentation. Each can be undone, so averaging equal answers changes nothing. Raises `ValueError` on an unknown name"
     t = as_tta(tta)
     if t is None: return [Look()]
-    own = _plan(learn); plan = ifnone(plan, own)
-    axes,spread = _axes(plan, learn),_axes(own, learn)
+    own = _patch_plan(learn); plan = ifnone(plan, own)
+    axes,spread = _network_axes(plan, learn),_network_axes(own, learn)
     sp = first(f for f in getattr(learn.dls.train.after_batch, 'fs', L()) if isinstance(f, SpatialTfm))
     trained = [spread[a] for a in (sp.flips if sp is not None else ())]
     if t is True: t = TTA() if trained else TTA(flips=(), intensity=.1)
@@ -146,11 +146,11 @@ def tta_views(
         elif not (t.rotate or t.scale or t.intensity): raise InputError(f"{tta} adds no look: training used no flips. Name the axes, as in TTA(flips=(0,)), or say rotate= or scale=")
     return t.views(axes, trained, tuple(ifnone(ifnone(spacing, plan and plan.get('spacing')), (1.,1.,1.))))
 
-def _plan(learn):
+def _patch_plan(learn):
     "The plan of a Learner's patches; None where it takes whole items"
     try: return get_plan(learn.dls)
     except InputError: return None
-def _axes(plan, learn):
+def _network_axes(plan, learn):
     "The array axes that its network sees; of whole items as many as its convolutions have"
     if plan is not None: return [a for a in range(3) if plan.ndim==3 or a!=plan.axis]
     return list(range(min(3, max(4, *(p.ndim for p in learn.model.parameters()), 4)-2)))         # two where there is no convolution: pictures
@@ -160,9 +160,9 @@ def _thick(x, axes):
     for a in range(3):
         if a not in axes: x = x.unsqueeze(a+2)
     return x
-def _flat(x, axes): return x.squeeze([a+2 for a in range(3) if a not in axes][0]) if len(axes)<3 else x
+def _flat_view(x, axes): return x.squeeze([a+2 for a in range(3) if a not in axes][0]) if len(axes)<3 else x
 def _spacing(plan): return tuple((plan and plan.get('spacing')) or (1.,1.,1.))
-def _through(x, view, axes, spacing): t = _thick(x.as_subclass(Tensor), axes); return _flat(look_through(t, view, tuple(t.shape[2:]), spacing), axes)
+def _through(x, view, axes, spacing): t = _thick(x.as_subclass(Tensor), axes); return _flat_view(look_through(t, view, tuple(t.shape[2:]), spacing), axes)
 
 def batch_looks(
     learn,     # Learner
@@ -170,8 +170,8 @@ def batch_looks(
     tta=True   # see `tta_views`
 ):             # yields (B,C,*S), the plain one first
     "A batch through every look: for answers that have no place, which are averaged as they are. Raises `ValueError` on an unknown name"
-    plan = _plan(learn)
-    for v in tta_views(learn, tta): yield _through(x, v, _axes(plan, learn), _spacing(plan))
+    plan = _patch_plan(learn)
+    for v in tta_views(learn, tta): yield _through(x, v, _network_axes(plan, learn), _spacing(plan))
 
 class _LookCallback(Callback):
     "Show a batch through a view, and undo it on an answer that is a map"
@@ -182,8 +182,8 @@ class _LookCallback(Callback):
     def _back(self, y):
         if isinstance(y, Tensor) and y.ndim==len(self.axes)+2 and y.shape[2:]==self.xb[0].shape[2:]:
             y,w = look_back(_thick(y.as_subclass(Tensor), self.axes), self.view, self.spacing)
-            if w is not None: y = y/w.clamp_min(1e-6); self.seen = _flat(w, self.axes).cpu()
-            y = _flat(y, self.axes)
+            if w is not None: y = y/w.clamp_min(1e-6); self.seen = _flat_view(w, self.axes).cpu()
+            y = _flat_view(y, self.axes)
         return y
 
 def _mix_parts(plain, others, beta, use_max):
@@ -237,14 +237,14 @@ def tta_preds(
     "`get_preds` over the looks of `tta_views`, each undone before they are mixed. Raises `InputError` on an unknown name, and on more looks than there are"
     refuse_tfms(**kwargs)
     if not len(dl): raise InputError("tta: there is nothing to look at. A loaded Learner holds no data: say dl=learn.dls.test_dl(files)")
-    plan = _plan(learn); spacing = _spacing(plan)
+    plan = _patch_plan(learn); spacing = _spacing(plan)
     views = tta_views(learn, tta)
     if n is not None:
         if isinstance(n, bool) or not isinstance(n, (int,np.integer)) or not 1<=n<len(views):
             raise InputError(f"tta: expected n from 1 to {len(views)-1}, the looks that there are besides the plain one; found {n!r}. More come by tta=, such as 'flips', 'rotate' or TTA(…)")
         views = views[:n+1]
     def look(v):
-        cb = _LookCallback(v, _axes(plan, learn), spacing)
+        cb = _LookCallback(v, _network_axes(plan, learn), spacing)
         with chance_kept(next(learn.model.parameters()).device, dl): p,t = learn.get_preds(dl=dl, cbs=cb, **kwargs)     # each look sees the same patches
         device = first(tuplify(p)).device
         return p,t,torch.ones((), device=device) if cb.seen is None else cb.seen.to(device)

@@ -9,7 +9,7 @@ __all__ = ['make_learner', 'case_gflops', 'arm_settings', 'score_arm', 'Comparis
 from ..core import *
 from ..io.volumes import *
 from ..data.cases import *
-from ..data.cases import _group_values, check_codes, check_columns
+from ..data.cases import group_values, check_codes, check_columns
 from ..data.preprocess import *
 from ..data.store import *
 from ..data.blocks import *
@@ -28,9 +28,51 @@ from fastprogress.fastprogress import progress_bar
 from concurrent.futures import ThreadPoolExecutor
 import contextlib, hashlib, inspect, io, json, os, random, shutil, tempfile, time
 
-# %% ../../nbs/study/05_compare.ipynb #8609c826
-_look = ('overlap','tta','post','axes')
+# %% ../../nbs/study/05_compare.ipynb #d4ea65d0
+class NoValidation(Callback):
+    "Held-out cases are not looked at while training: the budget belongs to training alone"
+    order = -20
+    def before_validate(self): raise CancelValidException()
 
+# %% ../../nbs/study/05_compare.ipynb #8743feb6
+def settings_hash(
+    o  # JSON-able
+):     # 12 letters
+    "What tells one set of settings from another"
+    return hashlib.sha256(json.dumps(o, default=str, sort_keys=True).encode()).hexdigest()[:12]
+
+# %% ../../nbs/study/05_compare.ipynb #102b938b
+PREDICT_ARGS = ('overlap','tta','post','axes')
+
+# %% ../../nbs/study/05_compare.ipynb #0f3ebdd3
+def train_runs(
+    specs,    # what each run needs
+    executor  # of processes, or None
+):
+    "Train them all; what another process is at is asked for again until it is there"
+    from concurrent.futures import as_completed
+    while specs:
+        fs = {executor.submit(_train_run, s):s for s in specs} if executor else {}
+        busy = []
+        for s,r in ((fs[f], f.result()) for f in as_completed(fs)) if executor else ((s, _train_run(s)) for s in specs):
+            if r is None: busy.append(s)
+            else: yield r
+        if len(busy)==len(specs): time.sleep(.5)
+        specs = busy
+
+# %% ../../nbs/study/05_compare.ipynb #09208a65
+def setting_text(
+    o  # any setting
+):
+    "A setting in words that do not change from run to run"
+    if hasattr(o, '_args'): return f"{type(o).__name__}({', '.join(f'{k}={getattr(o,k)}' for k in o._args if k!='spacing')})"
+    if isinstance(o, (list,tuple,L)): return '['+', '.join(map(setting_text, o))+']'
+    if isinstance(o, dict): return '{'+', '.join(f'{k}: {setting_text(v)}' for k,v in o.items())+'}'
+    if isinstance(o, nn.Module) or (hasattr(o, '__dict__') and not callable(o)): return type(o).__name__+(setting_text({k:v for k,v in vars(o).items() if not k.startswith('_') and isinstance(v, (int,float,str,bool,tuple,type(None)))}))
+    if isinstance(o, partial): return f"{setting_text(o.func)}{setting_text(o.keywords)}"
+    return getattr(o, '__qualname__', None) or str(o)
+
+# %% ../../nbs/study/05_compare.ipynb #8609c826
 def make_learner(
     df,           # cases, one row each
     ndim:int=3,   # 3: volumes, 2: slices
@@ -59,15 +101,6 @@ def case_gflops(
     model.train(was)
     return c.get_total_flops()*len(window_corners(tuple(shape), plan.patch, overlap))/1e9
 
-def _text(o):
-    "A setting in words that do not change from run to run"
-    if hasattr(o, '_args'): return f"{type(o).__name__}({', '.join(f'{k}={getattr(o,k)}' for k in o._args if k!='spacing')})"
-    if isinstance(o, (list,tuple,L)): return '['+', '.join(map(_text, o))+']'
-    if isinstance(o, dict): return '{'+', '.join(f'{k}: {_text(v)}' for k,v in o.items())+'}'
-    if isinstance(o, nn.Module) or (hasattr(o, '__dict__') and not callable(o)): return type(o).__name__+(_text({k:v for k,v in vars(o).items() if not k.startswith('_') and isinstance(v, (int,float,str,bool,tuple,type(None)))}))
-    if isinstance(o, partial): return f"{_text(o.func)}{_text(o.keywords)}"
-    return getattr(o, '__qualname__', None) or str(o)
-
 def arm_settings(
     learn,      # Learner
     look,       # arguments of `predict_volume`
@@ -76,22 +109,16 @@ def arm_settings(
     "What a Learner was trained with and predicts with, as text: the table that `differences` compares"
     dls,plan,pre = learn.dls,get_plan(learn.dls),get_preprocess(learn.dls)
     tr = dls.train; cut = first(f for f in tr.after_item.fs if isinstance(f, PatchTransform))
-    return {'held-out cases':_hash(sorted(str(c) for c,_ in case_rows(dls.valid_ds.items))), 'training cases':_hash(sorted(str(c) for c,_ in case_rows(dls.train_ds.items))),
-            'structures':', '.join(pre.vocab), 'spacing':_text(pre.spacing), 'orientation':str(pre.orientation), 'normalisation':_text(pre.normalize),
+    return {'held-out cases':settings_hash(sorted(str(c) for c,_ in case_rows(dls.valid_ds.items))), 'training cases':settings_hash(sorted(str(c) for c,_ in case_rows(dls.train_ds.items))),
+            'structures':', '.join(pre.vocab), 'spacing':setting_text(pre.spacing), 'orientation':str(pre.orientation), 'normalisation':setting_text(pre.normalize),
             'dimensions':f"{plan.ndim}D" + (f", across axis {plan.axis}, {plan.get('context',0)} neighbours on each side" if plan.ndim==2 else ''), 'patch':'×'.join(map(str, plan.patch)),
             'batch':str(tr.bs), 'patches a case and epoch':str(getattr(tr, 'samples', '?')), 'patches around a structure':f'{cut.foreground:.3g}',
-            'item transforms':_text([f for f in tr.after_item.fs if not isinstance(f, PatchTransform)]), 'augmentation':_text([f for f in tr.after_batch.fs if hasattr(f, '_args')]),
-            'network':type(learn.model).__name__, 'parameters':f'{total_params(learn.model)[0]:,}', 'pretrained':str(learn.pretrained), 'loss':_text(learn.loss_func),
-            'optimiser':_text(learn.opt_func), 'top rate':str(ifnone(lr_max, learn.lr)), 'weight decay':str(learn.wd), 'callbacks':', '.join(sorted(type(c).__name__ for c in learn.cbs if type(c).__name__ not in _quiet)),
-            'selection':'weights after the last update', 'window overlap':str(look.get('overlap', .5)), 'test-time augmentation':str(look.get('tta', False)), 'post-processing':_text(look.get('post')), 'slicing axes at prediction':str(look.get('axes'))}
+            'item transforms':setting_text([f for f in tr.after_item.fs if not isinstance(f, PatchTransform)]), 'augmentation':setting_text([f for f in tr.after_batch.fs if hasattr(f, '_args')]),
+            'network':type(learn.model).__name__, 'parameters':f'{total_params(learn.model)[0]:,}', 'pretrained':str(learn.pretrained), 'loss':setting_text(learn.loss_func),
+            'optimiser':setting_text(learn.opt_func), 'top rate':str(ifnone(lr_max, learn.lr)), 'weight decay':str(learn.wd), 'callbacks':', '.join(sorted(type(c).__name__ for c in learn.cbs if type(c).__name__ not in _quiet)),
+            'selection':'weights after the last update', 'window overlap':str(look.get('overlap', .5)), 'test-time augmentation':str(look.get('tta', False)), 'post-processing':setting_text(look.get('post')), 'slicing axes at prediction':str(look.get('axes'))}
 
-_quiet = ('MemoryCallback','TrainEvalCallback','Recorder','CastToTensor','ProgressCallback','BudgetCallback','CostCallback','ComparisonCallback','_NoValidation')
-def _hash(o): return hashlib.sha256(json.dumps(o, default=str, sort_keys=True).encode()).hexdigest()[:12]
-
-class _NoValidation(Callback):
-    "Held-out cases are not looked at while training: the budget belongs to training alone"
-    order = -20
-    def before_validate(self): raise CancelValidException()
+_quiet = ('MemoryCallback','TrainEvalCallback','Recorder','CastToTensor','ProgressCallback','BudgetCallback','CostCallback','ComparisonCallback','NoValidation')
 
 def score_arm(
     learn,       # trained Learner
@@ -105,7 +132,7 @@ def score_arm(
     "Predict each case once and score it: structures, how its slices fit, and what each remedy would change"
     pre,plan = get_preprocess(learn.dls),get_plan(learn.dls); look = look or {}
     res,sl,rem,secs,errs = [],[],[],[],[]
-    subjects = dict(zip((str(k) for k,_ in case_rows(df)), _group_values(df, group_col)))
+    subjects = dict(zip((str(k) for k,_ in case_rows(df)), group_values(df, group_col)))
     if slice_axis is None and plan.ndim==2: slice_axis = plan.axis
     remedies = {'none':None, **{getattr(p, '__name__', p):p for p in remedies}, **({"axes='all'":dict(axes='all')} if plan.ndim==2 and 'axes' not in look else {})}
     it = predicted_cases(learn, df, **look); t0 = time.perf_counter()
@@ -160,27 +187,15 @@ def _train_run(spec):
 def _trained(spec, folder, tmp):
     torch.set_num_threads(spec['threads'])
     set_seed(spec['seed']*1000+spec['fold'], reproducible=True)
-    kw = dict(spec['kwargs']); look = {k:kw.pop(k) for k in _look if k in kw}; lr_max = kw.pop('lr_max', None)
+    kw = dict(spec['kwargs']); look = {k:kw.pop(k) for k in PREDICT_ARGS if k in kw}; lr_max = kw.pop('lr_max', None)
     df = spec['df']; df.attrs.update(spec['attrs'])
     with _quiet_out():
         learn = spec.get('make', make_learner)(df, **kw, valid_col='_held_out')
         for dl in learn.dls.loaders: dl.rng = random.Random(spec['seed'])              # other threads of a worker may draw from Python's own generator
         (unit,n), = spec['budget'].items()
-        cbs = [_NoValidation(), cost:=CostCallback()] + ([] if unit=='epochs' else [BudgetCallback(**{unit:n})])
+        cbs = [NoValidation(), cost:=CostCallback()] + ([] if unit=='epochs' else [BudgetCallback(**{unit:n})])
         with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(n if unit=='epochs' else 1_000_000, lr_max, cbs=cbs)
         return spec.get('finish', _finish)(learn, {**spec, 'lr_max':lr_max}, look, folder, cost.total, tmp)
-
-def _runs(specs, executor):
-    "Train them all; what another process is at is asked for again until it is there"
-    from concurrent.futures import as_completed
-    while specs:
-        fs = {executor.submit(_train_run, s):s for s in specs} if executor else {}
-        busy = []
-        for s,r in ((fs[f], f.result()) for f in as_completed(fs)) if executor else ((s, _train_run(s)) for s in specs):
-            if r is None: busy.append(s)
-            else: yield r
-        if len(busy)==len(specs): time.sleep(.5)
-        specs = busy
 
 def _quiet_out(): return contextlib.redirect_stdout(io.StringIO())
 
@@ -291,17 +306,17 @@ class Comparison(Findings):
         if isinstance(folds, str):
             if folds not in df: raise ColumnError(f"folds {folds!r}: not in the DataFrame, which has {list(df)}")
             self.fold = self.df[folds].astype(int).values
-            parted = self.df.assign(_f=self.fold, _g=_group_values(self.df, group_col)).groupby('_g')._f.nunique()
+            parted = self.df.assign(_f=self.fold, _g=group_values(self.df, group_col)).groupby('_g')._f.nunique()
             if (parted>1).any(): raise InputError(f"folds {folds!r}: the subjects {parted[parted>1].index[:5].tolist()} stand in several folds. Keep each in one")
         else: self.fold = group_folds(self.df, folds, group_col=group_col)
-        self.hash = _hash(sorted(zip(self.df['case'].astype(str), self.fold.tolist())))
+        self.hash = settings_hash(sorted(zip(self.df['case'].astype(str), self.fold.tolist())))
         self.slice_axis = self.files = None
         self._check_folder(False)
 
     def _check_folder(self, keep=True):
         "A folder that holds another experiment is refused; what this one is, is kept there once it was checked"
-        fn,mine = self.path/'comparison.json',dict(budget=self.budget, folds=self.hash, codes=_text(self.codes))
-        arms = {a:_text({k:v for k,v in kw.items() if k not in ('cache','num_workers','device','path')}) for a,kw in self.spec_arms.items()}     # where it runs may change
+        fn,mine = self.path/'comparison.json',dict(budget=self.budget, folds=self.hash, codes=setting_text(self.codes))
+        arms = {a:setting_text({k:v for k,v in kw.items() if k not in ('cache','num_workers','device','path')}) for a,kw in self.spec_arms.items()}     # where it runs may change
         if fn.exists():
             was = json.loads(fn.read_text()); odd = {k:(was.get(k), v) for k,v in mine.items() if was.get(k)!=json.loads(json.dumps(v))}
             odd.update({f'arm {a!r}':(was['arms'][a], t) for a,t in arms.items() if a in was['arms'] and was['arms'][a]!=t})
@@ -311,7 +326,7 @@ class Comparison(Findings):
         kept,now,runs = was.get('files') if fn.exists() else None,case_contents(self.df, self.spec_arms.values()),contents_noted(self.path)
         check_contents(self.path, kept, now, runs)
         files = noted_contents(kept, now, runs)
-        self.files = _hash(files)
+        self.files = settings_hash(files)
         text = json.dumps(dict(mine, arms=arms, files=files), indent=1)
         if keep and (not fn.exists() or fn.read_text()!=text):
             with whole_file(fn) as tmp: tmp.write_text(text)
@@ -344,7 +359,7 @@ class Comparison(Findings):
         for a in self.spec_arms:
             try:
                 sp = self._spec(a, int(self.fold.min()), self.seeds[0]); kw = dict(sp['kwargs'])
-                look,lr_max = {k:kw.pop(k) for k in _look if k in kw},kw.pop('lr_max', None)
+                look,lr_max = {k:kw.pop(k) for k in PREDICT_ARGS if k in kw},kw.pop('lr_max', None)
                 with _quiet_out(): learn = make_learner(sp['df'], **kw, valid_col='_held_out')
                 res[a] = arm_settings(learn, look, lr_max); axes += [get_plan(learn.dls).axis] if get_plan(learn.dls).ndim==2 else []
             except (TypeError, ValueError, KeyError) as e: raise type(e)(f"arm {a!r}: {e.args[0] if e.args else e}") from e
@@ -358,7 +373,7 @@ class Comparison(Findings):
         if todo: self.check()
         self._check_folder()
         specs,n = [self._spec(r.arm, r.fold, r.seed) for r in todo],len(self.plan)
-        bar,t0 = progress_bar(_runs(specs, executor), total=len(specs)),time.perf_counter()
+        bar,t0 = progress_bar(train_runs(specs, executor), total=len(specs)),time.perf_counter()
         for i,_ in enumerate(bar):
             bar.comment = f'{n-len(specs)+i+1} of {n} runs, {(time.perf_counter()-t0)/60:.1f} min'
         sweep(self.path/'unfinished')
@@ -388,7 +403,7 @@ class Comparison(Findings):
     @property
     def settings(self):
         facts = self._facts(); k = facts[0]['fold']
-        return pd.DataFrame({f['arm']:dict({'budget':_text(f['budget'])}, **f['settings']) for f in facts if f['fold']==k})
+        return pd.DataFrame({f['arm']:dict({'budget':setting_text(f['budget'])}, **f['settings']) for f in facts if f['fold']==k})
 
     def learner(self, arm, case=None):
         df = self.results; df = df[df.arm==arm]
@@ -454,7 +469,7 @@ def compare_learners(
 )->Findings:          # `results`, `summary()`, `paired()`, `best()`, `report()` …
     "Judge Learners on cases that none of them has seen, by case or by subject. Raises `ValueError` where none is left, or, with seen='refuse', where one was seen"
     if seen not in ('leave out','refuse'): raise InputError(f"seen: expected 'leave out' or 'refuse'; found {seen!r}")
-    if odd:=sorted(set(look)-set(_look)): raise ArgumentError(f"compare_learners: unknown arguments {odd}; known are {', '.join(_look)}")
+    if odd:=sorted(set(look)-set(PREDICT_ARGS)): raise ArgumentError(f"compare_learners: unknown arguments {odd}; known are {', '.join(PREDICT_ARGS)}")
     learners = loaded(learners, trust)
     for a,l in learners.items():
         if not getattr(l, 'seen', None) and (not getattr(l, 'pretrained', False) or getattr(l, 'facts', None)): warn(f"{a}: this Learner does not know what it was trained on; make sure that none of these cases is among it")

@@ -8,7 +8,7 @@ __all__ = ['stratified_folds', 'fold_learner', 'CrossValidation', 'cross_validat
 # %% ../../nbs/study/06_crossval.ipynb #40d40f29
 from ..core import *
 from ..data.cases import *
-from ..data.cases import _group_values, check_codes, check_columns
+from ..data.cases import group_values, check_codes, check_columns
 from ..data.blocks import *
 from ..data.loaders import *
 from ..data.radiographs import *
@@ -23,7 +23,7 @@ from ..learn.ensemble import *
 from .findings import *
 from .runs import keep_model, open_run, run_model
 from .compare import *
-from .compare import _hash, _look, _runs, _text, case_contents, check_contents, contents_noted, noted_contents
+from .compare import settings_hash, PREDICT_ARGS, train_runs, setting_text, case_contents, check_contents, contents_noted, noted_contents
 from fastai.basics import *
 from fastprogress.fastprogress import progress_bar
 import contextlib, hashlib, inspect, json, re, time
@@ -44,7 +44,7 @@ def stratified_folds(
         if c not in df: raise ColumnError(f"stratify {c!r}: not in the DataFrame, which has {list(df)}")
         if (na:=df[c].isna()).any(): r = df[na].iloc[0]; raise InputError(f"case {r.get('case', r.name)!r} has no {c}, by which the folds are balanced. Fill it in, or leave stratify out")
         v = df[c]; y.append((pd.qcut(v.rank(method='first'), 5, labels=False) if pd.api.types.is_numeric_dtype(v) and v.nunique()>10 else v).astype(str).values)
-    y = np.array(['|'.join(o) for o in zip(*y)]); g = _group_values(df, group_col)
+    y = np.array(['|'.join(o) for o in zip(*y)]); g = group_values(df, group_col)
     order = np.lexsort([df['case'].astype(str) if 'case' in df else g, g]); res = np.empty(len(df), int)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')                              # a class with fewer cases than folds: it is in as many as it can
@@ -95,7 +95,7 @@ def _fold_scores(learn, df, look, subjects, masks):
 def _fold_finish(learn, spec, look, folder, cost, tmp):
     "Score a trained Learner on the cases that it holds out; `tmp` becomes the folder of its run, whole"
     df = spec['df']; _held_out(learn, df); t0 = time.perf_counter()
-    subjects = dict(zip(df['case'].astype(str), _group_values(df, spec['group_col'])))
+    subjects = dict(zip(df['case'].astype(str), group_values(df, spec['group_col'])))
     if spec['masks']: (tmp/'masks').mkdir()
     res,kind = _fold_scores(learn, df, look, subjects, tmp/'masks' if spec['masks'] else None)
     key = {k:spec[k] for k in ('repeat','fold')}
@@ -115,11 +115,11 @@ def _fit_fold(spec, folder, tmp):
     learn = spec['fit'](df); return _fold_finish(learn, spec, spec['look'], folder, dict(train_s=time.perf_counter()-t0), tmp)
 
 # %% ../../nbs/study/06_crossval.ipynb #6748a064
-def _source(f):
+def _function_text(f):
     "A function in words: its name, and a sum of its text where there is one"
     try: s = hashlib.sha256(inspect.getsource(f).encode()).hexdigest()[:12]
     except (OSError, TypeError): s = ''
-    return f'{_text(f)} {s}'.strip()
+    return f'{setting_text(f)} {s}'.strip()
 
 class CrossValidation:
     "Folds of the same cases, drawn anew in each repeat. `run()` trains what is not there yet; then ask `summary`, `splits`, `results`, `ensemble`, `plot`, `report`"
@@ -140,7 +140,7 @@ class CrossValidation:
         if isinstance(fit, dict): kwargs,fit = {**fit, **kwargs},None
         if fit is not None and not callable(fit): raise ArgumentError(f"fit: expected a function that gives a trained Learner, or a dict of arguments; found {type(fit).__name__}")
         if fit is not None and budget is not None: raise ArgumentError("budget belongs to trainings by arguments; a function trains as long as it likes")
-        if fit is not None and (odd:=sorted(set(kwargs)-set(_look))): raise ArgumentError(f"cross_validate: with a function only {', '.join(_look)} are taken beside it; found {odd}. Put them into the function")
+        if fit is not None and (odd:=sorted(set(kwargs)-set(PREDICT_ARGS))): raise ArgumentError(f"cross_validate: with a function only {', '.join(PREDICT_ARGS)} are taken beside it; found {odd}. Put them into the function")
         if odd:=sorted({'valid_col','valid_pct','df'}&set(kwargs)): raise ArgumentError(f"cross_validate: {odd} belong to the folds; use folds=, group_col= and stratify=")
         if not isinstance(repeats, (int,np.integer)) or repeats<1: raise InputError(f"repeats: expected a whole number of 1 or more; found {repeats!r}")
         self.budget = ifnone(budget, dict(minutes=10)) if fit is None else None
@@ -157,16 +157,16 @@ class CrossValidation:
             if folds not in df: raise ColumnError(f"folds {folds!r}: not in the DataFrame, which has {list(df)}")
             if stratify is not None: raise ArgumentError(f"stratify: the folds stand in column {folds!r} already; leave one of them out")
             one = self.df[folds].astype(int).values; self.fold = [one]*repeats
-            parted = self.df.assign(_f=one, _g=_group_values(self.df, group_col).values).groupby('_g')._f.nunique()
+            parted = self.df.assign(_f=one, _g=group_values(self.df, group_col).values).groupby('_g')._f.nunique()
             if (parted>1).any(): raise InputError(f"folds {folds!r}: the subjects {parted[parted>1].index[:5].tolist()} stand in several folds. Keep each in one")
         else: self.fold = [group_folds(self.df, folds, 42+seed+r, group_col) if stratify is None else stratified_folds(self.df, stratify, folds, 42+seed+r, group_col) for r in range(repeats)]
-        self.hash = [_hash(sorted(zip(self.df['case'].astype(str), f.tolist()))) for f in self.fold]
+        self.hash = [settings_hash(sorted(zip(self.df['case'].astype(str), f.tolist()))) for f in self.fold]
         self._check_folder()
 
     def _check_folder(self):
         "A folder that holds another experiment is refused; more repeats may be asked for later"
         fn = self.path/'crossval.json'
-        mine = dict(fit=_source(self.fit) if self.fit else None, arguments=_text({k:v for k,v in self.kwargs.items() if k not in ('cache','num_workers','device','path')}), budget=self.budget, seed=self.seed, folds=self.hash)
+        mine = dict(fit=_function_text(self.fit) if self.fit else None, arguments=setting_text({k:v for k,v in self.kwargs.items() if k not in ('cache','num_workers','device','path')}), budget=self.budget, seed=self.seed, folds=self.hash)
         was = None
         if fn.exists():
             was = json.loads(fn.read_text()); n = min(len(was['folds']), len(self.hash))
@@ -175,7 +175,7 @@ class CrossValidation:
         kept,now,runs = was and was.get('files'),case_contents(self.df, None if self.fit else [self.kwargs]),contents_noted(self.path)
         check_contents(self.path, kept, now, runs)
         files = noted_contents(kept, now, runs)
-        self.files = _hash(files)
+        self.files = settings_hash(files)
         if was and len(was['folds'])>len(self.hash): mine['folds'] = was['folds']
         text = json.dumps(dict(mine, files=files), indent=1)
         if was and fn.read_text()==text: return
@@ -209,7 +209,7 @@ class CrossValidation:
         "Train and score every fold that is not finished. Stop it at any moment, and call it again"
         specs,n = [self._spec(r.repeat, r.fold) for r in self.plan.itertuples() if not r.done],len(self.plan)
         if hasattr(executor, 'get_executor'): executor = executor.get_executor()
-        bar = progress_bar(_runs(specs, executor), total=len(specs)); t0 = time.perf_counter()
+        bar = progress_bar(train_runs(specs, executor), total=len(specs)); t0 = time.perf_counter()
         for i,_ in enumerate(bar): bar.comment = f'{n-len(specs)+i+1} of {n} folds, {(time.perf_counter()-t0)/60:.1f} min'
         sweep(self.path/'unfinished')
         with contextlib.suppress(OSError): (self.path/'unfinished').rmdir()
@@ -353,7 +353,7 @@ class CrossValidation:
         worst = (t.groupby('case').agg(subject=('subject','first'), dice=('dice',lambda v: v.fillna(0).mean())).nsmallest(10, 'dice') if seg else t[t.status!='ok'][['repeat','case','status']].head(10))
         folds = sorted(set(self.fold[0].tolist())); facts = self._facts()[0]
         how = (f"{len(folds)}-fold cross-validation, {len(self.fold)} time{'s' if len(self.fold)>1 else ''}, on {self.df['case'].nunique()} cases; the groups of {self.group_col or ('subject' if 'subject' in self.df else 'each case by itself')} were never parted. "
-               f"{'Each training was given '+_text(self.budget) if self.budget else 'Each fold was trained by the function '+_text(self.fit)}. Intervals are percentile intervals of a bootstrap that draws subjects, of the mean over the repeats. "
+               f"{'Each training was given '+setting_text(self.budget) if self.budget else 'Each fold was trained by the function '+setting_text(self.fit)}. Intervals are percentile intervals of a bootstrap that draws subjects, of the mean over the repeats. "
                f"Folds and repeats share most of their training cases, so their spread is no standard error: it shows what one split could have shown." + (f" Rule for missing scores: {RULE}." if seg else ''))
         sec = {'Out-of-fold scores':self.summary(), 'What a single split would have shown':[self.plot().figure, self.splits().unstack('repeat')]}
         if len(worst): sec['The lowest cases' if seg else 'Cases that failed'] = worst

@@ -7,13 +7,13 @@ __all__ = ['draw_order', 'LabelEfficiency', 'label_efficiency']
 
 # %% ../../nbs/study/07_efficiency.ipynb #c53f38f1
 from ..core import *
-from ..data.cases import _group_values, check_columns, marked_rows
-from ..metrics.stats import _groups
+from ..data.cases import group_values, check_columns, marked_rows
+from ..metrics.stats import group_numbers
 from ..learn.pace import shared_plan
 from ..learn.callbacks import *
 from ..metrics.scores import roc_auc
 from .compare import make_learner
-from .compare import _NoValidation, case_contents, check_contents, noted_contents
+from .compare import NoValidation, case_contents, check_contents, noted_contents
 from ..io.volumes import *
 from fastai.basics import *
 from fastai.callback.schedule import *
@@ -61,7 +61,7 @@ class LabelEfficiency:
             self.score,rows,stat = _headline(t); runs[k] = rows
         cases = next(iter(runs.values())).index
         subj = table.drop_duplicates('case').set_index('case').subject.reindex(cases)
-        code,n = _groups(subj.values, len(cases), 'label_efficiency')
+        code,n = group_numbers(subj.values, len(cases), 'label_efficiency')
         members = [np.flatnonzero(code==i) for i in range(n)]
         rng = np.random.default_rng(seed)
         draws = [np.arange(len(cases))] + [np.concatenate([members[i] for i in rng.integers(n, size=n)]) for _ in range(n_boot)]
@@ -141,7 +141,7 @@ def label_efficiency(
     own = make is None
     if own: make = lambda d: make_learner(d, valid_col='_held_out', group_col=group_col, **kwargs)
     elif kwargs: raise ArgumentError(f"label_efficiency: {sorted(kwargs)} belong to make_learner; with make= put them into that function")
-    df = check_columns(df).reset_index(drop=True); groups = _group_values(df, group_col)
+    df = check_columns(df).reset_index(drop=True); groups = group_values(df, group_col)
     if 'case' not in df: df = df.assign(case=[str(i) for i in range(len(df))])
     test = marked_rows(df, valid_col) if valid_col else groups.isin(draw_order(groups, None if stratify is None else df[stratify], seed)[:max(1, round(test_pct*groups.nunique()))]).values
     if (both:=set(groups[test]) & set(groups[~test])): raise InputError(f"valid_col {valid_col!r}: subjects {sorted(both)[:5]} stand on both sides")
@@ -161,7 +161,7 @@ def label_efficiency(
         d = df[test|groups.isin(chosen).values].copy(); d['_held_out'] = test[d.index]; d.attrs.update(df.attrs)
         set_seed(seed*1000+r, reproducible=True)
         learn = make(d.reset_index(drop=True)); _start(learn, inits[i])
-        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1_000_000, lr_max, cbs=[_NoValidation(), BudgetCallback(**budget)])
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1_000_000, lr_max, cbs=[NoValidation(), BudgetCallback(**budget)])
         t = pd.DataFrame(learn.evaluate()); t['case'] = t['case'].astype(str)
         if 'subject' in t: t = t.drop(columns='subject')
         t = t.assign(init=i, size=n, repeat=r, subject=t['case'].map(dict(zip(df.case.astype(str), groups))))

@@ -13,6 +13,13 @@ from ..data.labels import *
 from ..data.radiographs import *
 from fastai.basics import *
 
+# %% ../../nbs/study/01_gradcam.ipynb #7ff12229
+def is_conv(
+    m  # module
+):     # whether it convolves
+    "Whether a module is a convolution"
+    return isinstance(m, (nn.Conv1d,nn.Conv2d,nn.Conv3d))
+
 # %% ../../nbs/study/01_gradcam.ipynb #cf2c1166
 def _run(model, x):
     was = {m for m in model.modules() if m.training}; model.eval()
@@ -35,7 +42,6 @@ def _watch(model, x):
         for h in hs: h.remove()
     return rows,out
 
-def _is_conv(m): return isinstance(m, (nn.Conv1d,nn.Conv2d,nn.Conv3d))
 def _attends(m):
     "Does a module mix places by attention, other than to pool them?"
     if isinstance(m, (nn.MultiheadAttention, nn.TransformerEncoderLayer)): return True
@@ -46,7 +52,7 @@ def _map(rows, x, what):
     def spatial(s): return s is not None and len(s)==x.ndim and s[0]==x.shape[0] and math.prod(s[2:])>1
     if bad:=first(m for _,m,_,_ in rows if _attends(m)):
         raise InputError(f"grad_cam: {what} mixes places by attention ({type(bad).__name__}): Grad-CAM is defined on convolutional maps. Use a convolutional network, or name a convolutional layer yourself with layer='…'")
-    convs = [i for i,(n,m,_,o) in enumerate(rows) if _is_conv(m) and spatial(o)]
+    convs = [i for i,(n,m,_,o) in enumerate(rows) if is_conv(m) and spatial(o)]
     if not convs: raise InputError(f"grad_cam: {what} has no convolutional map with more than one place for an input of {tuple(x.shape[2:])}. Give a larger picture, or a network with convolutions")
     wide = [i for i in convs if max(rows[i][3][2:])>=4] or convs                          # two or three places along an axis say little
     return max(i for i,(n,_,_,o) in enumerate(rows) if i>=wide[-1] and n and spatial(o) and o[2:]==rows[wide[-1]][3][2:])
@@ -76,7 +82,7 @@ def _centres(rows, i, x):
     if size!=want: jump = np.array(x.shape[2:])/np.array(want); off = (jump-1)/2
     return off,jump
 
-def _spread(a, size, off, jump):
+def _spread_map(a, size, off, jump):
     "Bring maps (B,*s) to the grid `size`, linearly between the centres, held constant outside them"
     for ax,(n,o,j) in enumerate(zip(size, off, jump)):
         k = a.shape[ax+1]; q = ((torch.arange(n, device=a.device)-o)/j).clamp(0, k-1)
@@ -85,7 +91,7 @@ def _spread(a, size, off, jump):
     return a
 
 # %% ../../nbs/study/01_gradcam.ipynb #d5c31df1
-def _source(learn, item):
+def _row_files(learn, item):
     "The file, or files, behind a row"
     for f in learn.dls.train_ds.tls[0].tfms.fs:
         if isinstance(f, (LoadVolume,LoadRadiograph)): break
@@ -98,10 +104,10 @@ def item_of(
 ):         # `TensorVolume`, `TensorSlice` or `TensorRadiograph` (C,*S) with its place; of slices the middle one
     "What the network sees of one case, with its type and affine"
     dls = learn.dls; prep = get_prep(dls)
-    if prep is not None: return prep(item if isinstance(item, Tensor) else _source(learn, item))
+    if prep is not None: return prep(item if isinstance(item, Tensor) else _row_files(learn, item))
     wt = first(f for f in getattr(dls.train.after_item, 'fs', []) if isinstance(f, WholeTransform))
     if wt is not None:
-        x = fit_in(get_preprocess(dls)(item if isinstance(item, TensorVolume) else load_volume(_source(learn, item))), wt.plan); c = list(wt.place(x))
+        x = fit_in(get_preprocess(dls)(item if isinstance(item, TensorVolume) else load_volume(_row_files(learn, item))), wt.plan); c = list(wt.place(x))
         if wt.plan.ndim==2: c[wt.plan.axis] = x.shape[wt.plan.axis+1]//2
         return wt.patch(x, c)
     if isinstance(item, Tensor): return item
@@ -139,7 +145,7 @@ def grad_cam(
     if not isinstance(x, Tensor) or (learn is not None and isinstance(x, (TensorVolume,TensorRadiograph)) and x.ndim==3+isinstance(x, TensorVolume)):
         if learn is None: raise ArgumentError(f"grad_cam: a bare model takes tensors; found {type(x).__name__}. Give the Learner, which knows how to read it")
         item,x = x,item_of(learn, x)
-    p = next(model.parameters()); nd = first(m.weight.ndim-2 for m in model.modules() if _is_conv(m))
+    p = next(model.parameters()); nd = first(m.weight.ndim-2 for m in model.modules() if is_conv(m))
     if nd is None: raise InputError(f"grad_cam: {type(model).__name__} has no convolution")
     if x.ndim==nd+1: one,x = (x if one is None else one),x[None]
     if x.ndim!=nd+2: raise InputError(f"grad_cam: expected (B,C,*S) with {nd} spatial axes, or one item of it; found shape {tuple(x.shape)}")
@@ -166,14 +172,14 @@ def grad_cam(
         for m in was: m.training = True
     A,g = leaf[-1].detach().float(),g.float()
     cam = (A*g.mean(tuple(range(2, g.ndim)), keepdim=True)).sum(1).relu()
-    cam = _spread(cam, v.shape[2:], *_centres(rows, i, v))
+    cam = _spread_map(cam, v.shape[2:], *_centres(rows, i, v))
     cam = cam/cam.flatten(1).amax(1).clamp(min=1e-20).reshape(-1, *[1]*nd)
     if one is None: return cam.to(x.device)
     cam = cam.cpu()
     if isinstance(one, TensorMed): cam = retain_meta(one, cam.as_subclass(type(one)))
     if space=='scan':
         if item is None or nd!=3 or getattr(cam, 'affine', None) is None: raise InputError("space='scan': give a Learner on volumes, and a file, row or scan, whose own grid is known")
-        s = item if isinstance(item, Tensor) else load_volume(_source(learn, item)); return resample_to(to_orientation(cam, orientation_of(s.affine)), s.shape[1:], s.affine)
+        s = item if isinstance(item, Tensor) else load_volume(_row_files(learn, item)); return resample_to(to_orientation(cam, orientation_of(s.affine)), s.shape[1:], s.affine)
     return cam
 
 # %% ../../nbs/study/01_gradcam.ipynb #54d7a910

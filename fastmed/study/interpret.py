@@ -12,9 +12,9 @@ from ..learn.callbacks import *
 from ..metrics.scores import choose_point
 from ..learn.classify import *
 from ..metrics.curves import *
-from ..metrics.curves import _ratio
+from ..metrics.curves import safe_ratio
 from .gradcam import *
-from .gradcam import _is_conv
+from .gradcam import is_conv
 from ..io.report import *
 from fastai.basics import *
 import re
@@ -117,7 +117,7 @@ class CaseInterpretation:
         rows = {}
         if self.task=='category':
             K,h,y = len(self.vocab),(self.decoded()==self.y),self.y; one = np.eye(K)[y]; seen = one.any(0)
-            def f(w): n = w@one; return np.stack([(w*h).sum(1)/w.sum(1), np.where((n[:,seen]>0).all(1), _ratio((w*h)@one, n)[:,seen].mean(1), np.nan)], 1)
+            def f(w): n = w@one; return np.stack([(w*h).sum(1)/w.sum(1), np.where((n[:,seen]>0).all(1), safe_ratio((w*h)@one, n)[:,seen].mean(1), np.nan)], 1)
             rows['all','accuracy'],rows['all','balanced accuracy'] = estimate(f, len(y), self.groups, **self._boot)
         for k in self.labels:
             y,p,_ = self.one(k)
@@ -145,7 +145,7 @@ class CaseInterpretation:
         self._is('category','multi'); names,y,d = self.vocab,self.y,self.decoded()
         if self.task=='multi': k = self.labels.index(self._label(label)); names,y,d = [f'no {self.vocab[k]}', self.vocab[k]],self.y[:,k].astype(int),d[:,k]
         m = np.zeros((len(names),)*2, int); np.add.at(m, (y,d), 1)
-        return pd.DataFrame(_ratio(m, m.sum(1, keepdims=True)) if rates else m, index=pd.Index(names, name='true'), columns=pd.Index(names, name='predicted'))
+        return pd.DataFrame(safe_ratio(m, m.sum(1, keepdims=True)) if rates else m, index=pd.Index(names, name='true'), columns=pd.Index(names, name='predicted'))
 
     def calibration(self,
         label=None,  # see `one`
@@ -271,7 +271,7 @@ class CaseInterpretation:
         "The cases with the highest loss, with what the network looked at. Needs a Learner and its `df`"
         if self.learn is None or self.df is None: raise InputError("plot_worst: pictures need the Learner and the files: use learn.interpret(), or CaseInterpretation(learn=…, df=…)")
         import matplotlib.pyplot as plt
-        cam = cam and any(map(_is_conv, self.learn.model.modules())); t = self.worst(k); its = [item_of(self.learn, self.df.iloc[i]) for i in t.index]; nd = its[0].ndim-1
+        cam = cam and any(map(is_conv, self.learn.model.modules())); t = self.worst(k); its = [item_of(self.learn, self.df.iloc[i]) for i in t.index]; nd = its[0].ndim-1
         c = 1 if nd==3 else min(len(t), 4); fig,axs = plt.subplots(-(-len(t)//c), c*(3 if nd==3 else 1), figsize=(c*imsize*(3 if nd==3 else 1), -(-len(t)//c)*(imsize+.3)), squeeze=False)
         for a in axs.flat: a.set_axis_off()
         for j,(i,r) in enumerate(t.iterrows()):
