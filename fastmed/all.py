@@ -29,11 +29,10 @@ from fastmed.data.survey import *
 from fastmed.data.placement import *
 from fastmed.data.check import *
 from fastmed.data.leaks import *
-from fastmed.models.zoo import *
 from fastmed.models.unet import *
+from fastmed.models.zoo import *
 from fastmed.models.adapt import *
 from fastmed.models.inflate import *
-from fastmed.models.resenc import *
 from fastmed.models.weights import *
 from fastmed.models.encoders import *
 from fastmed.models.classifiers import *

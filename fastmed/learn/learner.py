@@ -17,6 +17,7 @@ from ..data.blocks import check_one_input
 from ..data.labels import get_labels
 from ..data.loaders import axes_grid
 from ..models.unet import *
+from ..models.zoo import *
 from .losses import *
 from ..metrics.masks import *
 from ..predict.tta import *

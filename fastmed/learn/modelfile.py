@@ -14,6 +14,7 @@ from ..data.augment import SpatialTfm
 from ..data.blocks import *
 from ..data.loaders import *
 from ..models.unet import *
+from ..models.zoo import *
 from .losses import *
 from ..metrics.masks import *
 from ..predict.predict import *

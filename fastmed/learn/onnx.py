@@ -7,7 +7,7 @@ __all__ = ['export_onnx', 'load_onnx']
 
 # %% ../../nbs/learn/14_onnx.ipynb #5a1b0c03
 from ..core import *
-from ..models.unet import *
+from ..models.zoo import *
 from ..models.weights import check_finite
 from .classify import *
 from .ensemble import *

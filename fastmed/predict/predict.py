@@ -11,7 +11,7 @@ from ..core import *
 from ..io.volumes import *
 from ..data.preprocess import *
 from ..data.patches import *
-from ..models.unet import model_divisor
+from ..models.zoo import model_divisor
 from ..data.blocks import *
 from .tta import *
 from .memory import check_prediction, prediction_explained
