@@ -1,6 +1,7 @@
 "Everything of fastmed, and of `fastai.vision.all`, for scripts and notebooks: `from fastmed.all import *`."
 from fastai.vision.all import *
 from fastmed.core import *
+from fastmed.plot import *
 from fastmed.io.guard import *
 from fastmed.io.archive import *
 from fastmed.io.nifti import *
@@ -8,7 +9,6 @@ from fastmed.io.frames import *
 from fastmed.io.dicom import *
 from fastmed.io.dicomseg import *
 from fastmed.io.volumes import *
-from fastmed.io.report import *
 from fastmed.metrics.masks import *
 from fastmed.metrics.stats import *
 from fastmed.metrics.scores import *
@@ -18,7 +18,6 @@ from fastmed.data.cases import *
 from fastmed.data.preprocess import *
 from fastmed.data.plan import *
 from fastmed.data.store import *
-from fastmed.data.patches import *
 from fastmed.data.augment import *
 from fastmed.data.transforms import *
 from fastmed.data.blocks import *

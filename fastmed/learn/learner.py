@@ -8,6 +8,7 @@ __all__ = ['FastForward', 'FloatWhereShort', 'make_fast', 'Evaluation', 'VolumeL
 
 # %% ../../nbs/learn/06_learner.ipynb #6bf7c1da
 from ..core import *
+from ..plot import *
 from ..io.guard import check_plain
 from ..io.volumes import *
 from ..data.cases import *

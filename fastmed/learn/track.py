@@ -7,10 +7,11 @@ __all__ = ['TensorBoardVolumes', 'tensorboard_log']
 
 # %% ../../nbs/learn/05_track.ipynb #d537390e
 from ..core import *
+from ..plot import *
 from ..io.volumes import *
 from ..data.loaders import show_results
 from .callbacks import *
-from ..io.report import figure_png
+from ..plot import figure_png
 from fastai.basics import *
 from io import BytesIO
 

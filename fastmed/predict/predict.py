@@ -10,7 +10,7 @@ __all__ = ['POSTS', 'slide_window', 'keep_largest', 'fill_holes', 'close_slices'
 from ..core import *
 from ..io.volumes import *
 from ..data.preprocess import *
-from ..data.patches import *
+from ..data.store import *
 from ..models.zoo import model_divisor
 from ..data.blocks import *
 from .tta import *

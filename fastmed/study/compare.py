@@ -92,7 +92,7 @@ def case_gflops(
 )->float:          # 10⁹ multiplications and additions, each counted
     "What the network computes for one case: the count for a window times the number of windows"
     from torch.utils.flop_counter import FlopCounterMode
-    from fastmed.data.patches import window_corners
+    from fastmed.data.store import window_corners
     plan,model,p = get_plan(learn.dls),learn.model,next(learn.model.parameters())
     size = [k for k in plan.patch if plan.ndim==3 or k>1]
     n_in = learn.n_in*(1+2*plan.get('context', 0) if plan.ndim==2 else 1)

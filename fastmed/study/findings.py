@@ -8,6 +8,7 @@ __all__ = ['RULE', 'ruled_scores', 'BestArm', 'Findings', 'thick_slices', 'Shift
 
 # %% ../../nbs/study/03_findings.ipynb #6280330d
 from ..core import *
+from ..plot import *
 from ..io.volumes import *
 from ..data.blocks import *
 from ..metrics.masks import *
@@ -16,7 +17,7 @@ from ..learn.callbacks import *
 from ..learn.callbacks import was_seen
 from ..learn.plain import UnopenedError
 from ..learn.ensemble import trusted_learner
-from ..io.report import *
+from ..plot import *
 from ..metrics.stats import *
 from fastai.basics import *
 from ..learn.modelfile import load_model               # after fastai's own
