@@ -39,10 +39,10 @@ from fastmed.predict.tta import *
 from fastmed.predict.memory import *
 from fastmed.predict.predict import *
 from fastmed.learn.losses import *
-from fastmed.learn.pace import *
 from fastmed.learn.callbacks import *
+from fastmed.learn.pace import *
+from fastmed.learn.fingerprint import *
 from fastmed.learn.resume import *
-from fastmed.learn.track import *
 from fastmed.learn.learner import *
 from fastmed.learn.pretrain import *
 from fastmed.learn.classify import *

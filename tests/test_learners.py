@@ -23,7 +23,7 @@ from fastmed.learn.losses import as_loss
 from fastmed.models.zoo import create_model, model_names, param_splitter
 from fastmed.learn.pretrain import restoration_learner
 from fastmed.data.radiographs import RadiographBlock, RadiographPrep
-from fastmed.learn.track import TensorBoardVolumes
+from fastmed.learn.callbacks import TensorBoardVolumes
 from fastmed.predict.tta import mix_looks
 from phantoms import CODES, write_case
 

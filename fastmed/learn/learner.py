@@ -26,7 +26,9 @@ from ..predict.memory import MemoryCallback, memory_explained
 from ..predict.predict import *
 from .pace import PaceCallback
 from .callbacks import *
-from .callbacks import FiniteCallback, salt_of, sealed_names
+from .pace import *
+from .callbacks import FiniteCallback
+from .fingerprint import salt_of, sealed_names
 from ..models.weights import *
 from ..models.weights import check_finite
 from ..models.encoders import *

@@ -19,7 +19,7 @@ from .losses import *
 from ..metrics.masks import *
 from ..predict.predict import *
 from .callbacks import *
-from .callbacks import is_sealed, salt_of, seal_of, sealed_names, was_seen
+from .fingerprint import is_sealed, salt_of, seal_of, sealed_names, was_seen
 from ..models.weights import FrozenNorms, check_finite
 from ..predict.memory import MemoryCallback
 from ..models.encoders import create_network, is_encoder

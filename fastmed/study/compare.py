@@ -18,6 +18,7 @@ from ..metrics.masks import *
 from ..predict.predict import *
 from ..learn.pace import shared_plan
 from ..learn.callbacks import *
+from ..learn.pace import *
 from ..learn.learner import *
 from .findings import *
 from .runs import load_run, keep_model, open_run                # noqa: F401

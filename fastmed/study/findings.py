@@ -14,7 +14,7 @@ from ..data.blocks import *
 from ..metrics.masks import *
 from ..predict.predict import *
 from ..learn.callbacks import *
-from ..learn.callbacks import was_seen
+from ..learn.fingerprint import was_seen
 from ..learn.plain import UnopenedError
 from ..learn.ensemble import trusted_learner
 from ..plot import *
