@@ -23,8 +23,8 @@ from ..metrics.stats import *
 from ..learn.ensemble import *
 from .findings import *
 from .runs import keep_model, open_run, run_model
-from .compare import *
-from .compare import settings_hash, PREDICT_ARGS, train_runs, setting_text, case_contents, check_contents, contents_noted, noted_contents
+from .runs import *
+from .runs import settings_hash, PREDICT_ARGS, train_runs, setting_text, case_contents, check_contents, contents_noted, noted_contents
 from fastai.basics import *
 from fastprogress.fastprogress import progress_bar
 import contextlib, hashlib, inspect, json, re, time
