@@ -1,6 +1,7 @@
 "Everything of fastmed, and of `fastai.vision.all`, for scripts and notebooks: `from fastmed.all import *`."
 from fastai.vision.all import *
 from fastmed.core import *
+from fastmed.plot import *
 from fastmed.io.guard import *
 from fastmed.io.archive import *
 from fastmed.io.nifti import *
@@ -8,7 +9,6 @@ from fastmed.io.frames import *
 from fastmed.io.dicom import *
 from fastmed.io.dicomseg import *
 from fastmed.io.volumes import *
-from fastmed.io.report import *
 from fastmed.metrics.masks import *
 from fastmed.metrics.stats import *
 from fastmed.metrics.scores import *
@@ -18,7 +18,6 @@ from fastmed.data.cases import *
 from fastmed.data.preprocess import *
 from fastmed.data.plan import *
 from fastmed.data.store import *
-from fastmed.data.patches import *
 from fastmed.data.augment import *
 from fastmed.data.transforms import *
 from fastmed.data.blocks import *
@@ -29,11 +28,10 @@ from fastmed.data.survey import *
 from fastmed.data.placement import *
 from fastmed.data.check import *
 from fastmed.data.leaks import *
-from fastmed.models.zoo import *
 from fastmed.models.unet import *
+from fastmed.models.zoo import *
 from fastmed.models.adapt import *
 from fastmed.models.inflate import *
-from fastmed.models.resenc import *
 from fastmed.models.weights import *
 from fastmed.models.encoders import *
 from fastmed.models.classifiers import *
@@ -41,10 +39,10 @@ from fastmed.predict.tta import *
 from fastmed.predict.memory import *
 from fastmed.predict.predict import *
 from fastmed.learn.losses import *
-from fastmed.learn.pace import *
 from fastmed.learn.callbacks import *
+from fastmed.learn.pace import *
+from fastmed.learn.fingerprint import *
 from fastmed.learn.resume import *
-from fastmed.learn.track import *
 from fastmed.learn.learner import *
 from fastmed.learn.pretrain import *
 from fastmed.learn.classify import *

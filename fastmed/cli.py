@@ -17,58 +17,8 @@ def demo(
     seed:int=0          # of the cohort and of the split
 )->Path:                # the report
     "Train 2D and 3D on the embedded cohort; write `report.html`, `overlay.png`, the models and the table of cases"
-    from fastmed.all import (cohort, VolumeDataLoaders, SliceDataLoaders, unet3d_learner, unet2d_learner, set_seed, load_volume, load_mask, to_orientation,
-                             plot_volume, html_report, figure_png, whole_file, total_params, save_model)
-    import matplotlib; matplotlib.use('agg')
-    import matplotlib.pyplot as plt, pandas as pd
-    path = Path(path); t0 = time.perf_counter()
-    print(f'Making {n} subjects from the brain atlas …', flush=True)
-    df = cohort(path/'cohort', n=n, seed=seed)
-    evs,preds,cost,curves = {},{},{},{}
-    for arm,(dls_cls,factory) in {'3D':(VolumeDataLoaders, unet3d_learner), '2D':(SliceDataLoaders, unet2d_learner)}.items():
-        set_seed(seed)
-        dls = dls_cls.from_df(df, path=path.resolve(), image_col=['image','image_t2'], codes=['air','CSF','grey','white'], seed=seed, cache=path/'store', minutes=minutes)
-        learn = factory(dls)
-        print(f'\nTraining {arm} for {minutes:g} min on {len(dls.train_ds)} subjects, {len(dls.valid_ds)} held out: patch {dls.plan.patch}, batch {dls.plan.bs}, {dls.plan.nf} features', flush=True)
-        t1 = time.perf_counter(); learn.fit_for(minutes); t2 = time.perf_counter()
-        evs[arm] = learn.evaluate()
-        print(f"{arm}: {len(learn.recorder.losses)} updates in {(t2-t1)/60:.2f} min, mean Dice {evs[arm].summary().loc['all','mean']:.3f}", flush=True)
-        t3 = time.perf_counter()
-        save_model(learn, path/f'model_{arm}.safetensors', evaluation=evs[arm])
-        valid = dls.valid_ds.items
-        r = valid[valid.case==evs[arm].groupby('case').dice.mean().sort_values().index[len(valid)//2]].iloc[0] if not preds else case
-        case = r
-        preds[arm] = learn.predict_volume([r.image, r.image_t2])
-        cost[arm] = {'training, min':(t2-t1)/60, 'prediction and scoring, s a scan':(t3-t2)/len(valid), 'parameters, million':total_params(learn.model)[0]/1e6, 'updates':len(learn.recorder.losses)}
-        curves[arm] = [float(o) for o in learn.recorder.losses]
-    both = pd.concat([pd.DataFrame(e).assign(model=a) for a,e in evs.items()])
-    with whole_file(path/'cases.csv') as tmp: both.to_csv(tmp, index=False)
-    table = pd.concat({a:e.summary() for a,e in evs.items()}, names=['model'])
-    dice = both.pivot_table(index=['case','structure'], columns='model', values='dice')
-    t1w,truth = to_orientation(load_volume(case.image)), to_orientation(load_mask(case['mask']))
-    truth.codes = ['air','CSF','grey','white']
-    pics = {a:figure_png(plot_volume(t1w, truth, pred=to_orientation(p), title=f'{case.case}, {a}: truth solid, prediction dashed', imsize=3.4)) for a,p in preds.items()}
-    with whole_file(path/'overlay.png') as tmp: tmp.write_bytes(pics['3D'])
-    fig,axs = plt.subplots(1, 2, figsize=(9,3))
-    for a,v in curves.items():
-        s = pd.Series(v).rolling(20, min_periods=1).mean(); axs[0].plot([i/len(s)*minutes for i in range(len(s))], s, label=a)
-    axs[0].set(xlabel='minutes of training', ylabel='training loss (mean of 20)', title='Training'); axs[0].legend()
-    for k,s in enumerate(['CSF','grey','white']):
-        d = dice.xs(s, level='structure')
-        for _,v in d.iterrows(): axs[1].plot([3*k,3*k+1], [v['2D'],v['3D']], 'o-', color=f'C{k}', ms=3, lw=.8)
-    axs[1].set_xticks([0,1,3,4,6,7], ['2D','3D']*3); axs[1].set(ylabel='Dice of a held-out subject', title='CSF (blue), grey (orange), white (green)')
-    fig.tight_layout()
-    means = {a:e.summary().loc['all','mean'] for a,e in evs.items()}
-    answer = (f"On {len(valid)} held-out subjects the 3D model reached a mean Dice of {means['3D']:.3f} and the 2D model {means['2D']:.3f}, "
-              f"after {minutes:g} minutes of training each. One split and few subjects: a difference, not yet a proof.")
-    method = (f"{n} subjects were made from the ICBM 152 atlas by smooth deformation, bias field, noise and varying contrast, with exact labels. Both models saw the same {len(dls.train_ds)} training subjects, "
-              "the same stored grid, loss (Dice + cross-entropy), augmentation and one-cycle schedule by elapsed time. Scores are of whole scans on their own grid; hd95 is in mm, nsd is the share of the surfaces within 1 mm.")
-    fn = html_report(path/'report.html', 'fastmed: slices and volumes on the embedded cohort', answer,
-                     {'Dice of held-out subjects':table, 'HD95, mm':pd.concat({a:e.summary('hd95') for a,e in evs.items()}, names=['model']), 'Cost':pd.DataFrame(cost).T,
-                      'A held-out subject in three planes':list(pics.values()), 'Training, and each subject in both models':fig, 'Method':method})
-    print('\n'+table.round(3).to_string()+'\n\n'+answer)
-    print(f'\n{fn} and {path/"overlay.png"} written; {(time.perf_counter()-t0)/60:.1f} min in all')
-    return fn
+    from fastmed.study.compare import demonstrate
+    return demonstrate(path, n, minutes, seed)
 
 # %% ../nbs/90_cli.ipynb #cc43f65c
 def scan(
@@ -93,7 +43,7 @@ def _output(
 ):
     "The path of a file that a command will write, checked before the work begins. Raises `FileError`, `InputError`"
     from fastmed.core import FileError, InputError, beside, writing
-    from fastmed.learn.learner import check_free
+    from fastmed.predict.predict import check_free
     fn = Path(fn)
     if fn.is_dir(): raise FileError(f"{fn}: is a folder; expected a file such as {fn/'name'}{endings[0]}")
     if not fn.name.lower().endswith(endings): raise InputError(f"{fn}: expected a name that ends in {', '.join(endings)}; found {fn.suffix or 'no ending'}. Nothing was done")
@@ -198,7 +148,7 @@ def _answers(learn, a, one):
 def _mask(learn, a, **kwargs):
     "`fastmed predict` of one scan"
     from fastmed.data.cases import case_name
-    from fastmed.learn.learner import save_prediction
+    from fastmed.predict.predict import save_prediction
     src,dst = Path(a.src),Path(a.dst)
     if dst.is_dir() or str(a.dst).endswith('/'): dst = dst/f'{case_name(src)}.nii.gz'
     sources = [a.model, src] if src.is_file() else [a.model, *src.iterdir()]

@@ -6,7 +6,7 @@
 __all__ = ['FastmedError', 'InputError', 'ArgumentError', 'ColumnError', 'FileError', 'MissingFileError', 'ExtraError',
            'ResourceError', 'writing', 'beside', 'sweep', 'synced', 'whole_file', 'whole_folder', 'spacing_of',
            'orientation_of', 'evaluating', 'TensorMed', 'TensorVolume', 'TensorVolumeMask', 'TensorSlice',
-           'TensorSliceMask', 'structure_colors', 'show_plane', 'best_plane', 'plot_volume']
+           'TensorSliceMask', 'structure_colors', 'show_plane', 'best_plane']
 
 # %% ../nbs/00_core.ipynb #9aca8ea2
 from fastai.data.all import *
@@ -356,52 +356,3 @@ def best_plane(
     if mask is None: return n//2
     area = (to_cpu(mask).as_subclass(Tensor)>0).sum([i for i in range(3) if i!=axis])
     return int(area.argmax()) if area.max()>0 else n//2
-
-# %% ../nbs/00_core.ipynb #c7641bb2
-def plot_volume(
-    t,                    # `TensorVolume` (C,X,Y,Z)
-    mask=None,            # `TensorVolumeMask` (X,Y,Z) on the same grid
-    pred=None,            # a second mask, dashed
-    axis:int=None,        # None: the three planes; 0, 1 or 2: a montage along that axis
-    n:int=8,              # pictures of a montage
-    channel:int=0,        # channel to show
-    slider:bool=False,    # an interactive slider along `axis` (needs ipywidgets)
-    legend:bool=True,     # name the structures
-    imsize:float=2.6,     # inches a picture
-    title:str=None,       # above the picture
-    **kwargs              # to `show_plane`
-):                        # matplotlib figure, or the widget of the slider
-    "Show a volume in three planes, as a montage, or behind a slider, with the contours of its masks"
-    import matplotlib.pyplot as plt
-    show = partial(show_plane, t, mask, pred=pred, channel=channel, **kwargs)
-    if slider:
-        import ipywidgets
-        axis = ifnone(axis, 2)
-        last = t.shape[axis+1]-1
-        def draw(index):                                   # gives nothing back: the widget would print it
-            show(axis=axis, index=index)
-            plt.show()
-        return ipywidgets.interactive(draw, index=ipywidgets.IntSlider((last+1)//2, 0, last))
-    if axis is None:
-        names = [f'{a} = {{}}' for a in 'xyz']
-        fig,axs = plt.subplots(1, 3, figsize=(3*imsize, imsize))
-        for a,ax in enumerate(axs):
-            i = best_plane(mask if mask is not None else pred, a, t.shape[a+1])
-            show(axis=a, index=i, ctx=ax, title=names[a].format(i))
-    else:
-        m = mask if mask is not None else pred
-        has = (m.as_subclass(Tensor)>0).sum([i for i in range(3) if i!=axis]).nonzero().flatten() if m is not None else []
-        lo,hi = (int(has[0]),int(has[-1])) if len(has) else (0, t.shape[axis+1]-1)
-        idxs = np.unique(np.linspace(lo, hi, n).round().astype(int))
-        cols = min(4, len(idxs)); rows = -(-len(idxs)//cols)
-        fig,axs = plt.subplots(rows, cols, figsize=(cols*imsize, rows*imsize), squeeze=False)
-        for ax in axs.flat: ax.set_axis_off()
-        for i,ax in zip(idxs, axs.flat): show(axis=axis, index=int(i), ctx=ax, title=f"{'xyz'[axis]} = {i}")
-    codes = next((c for c in (getattr(m, 'codes', None) for m in (mask,pred) if m is not None) if c is not None), None)
-    if legend and codes is not None:
-        from matplotlib.lines import Line2D
-        lines = [Line2D([0],[0], color=c, label=s) for c,s in zip(structure_colors(len(codes)-1), list(codes)[1:])]
-        fig.legend(handles=lines, loc='lower center', ncol=min(6,len(codes)), fontsize=8, frameon=False, bbox_to_anchor=(.5,-.06))
-    if title: fig.suptitle(title, fontsize=10)
-    fig.tight_layout()
-    return fig

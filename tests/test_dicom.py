@@ -238,7 +238,7 @@ def test_undecodable_names_syntax_and_package(tmp_path):
 
 def test_each_file_is_read_once(tmp_path, monkeypatch):
     vol,_ = write(tmp_path/'s', np.random.default_rng(0).integers(0, 99, (5,4,60))); seen = []
-    old = fastmed.io.dicom._read; monkeypatch.setattr(fastmed.io.dicom, '_read', lambda fn, tags, pixels=False: (seen.append((Path(fn).name, pixels)), old(fn, tags, pixels))[1])
+    old = fastmed.io.frames._read; monkeypatch.setattr(fastmed.io.frames, '_read', lambda fn, tags, pixels=False: (seen.append((Path(fn).name, pixels)), old(fn, tags, pixels))[1])
     s = scan_dicom(tmp_path).series[0]; assert len(seen)==60 and not any(p for _,p in seen)
     assert np.array_equal(load_volume(s)[0].numpy(), vol) and len(seen)==120 and len({n for n,p in seen if p})==60
 

@@ -79,12 +79,12 @@ def writers(learner, scans, web):
     def export(d): l = learner(3); l.path = d; l.export('m.pkl')
     def state(d): l = learner(3); l.path = d; l.save('w')
     def compare(d):
-        from fastmed.study.compare import _finish
+        from fastmed.study.runs import finish_run
         c = Comparison(df.assign(image=ims, mask=ms, subject=df.case), {'3D':dict(ndim=3)}, codes=CODES, folds=2, path=d/'c'); c._check_folder()
         l = learner(3); spec = dict(arm='3D', fold=0, seed=0, budget=dict(updates=1), hash=c.hash, group_col=None, slice_axis=None)
         if not hasattr(l, 'recorder') or not getattr(l.recorder, 'losses', None): l.recorder.losses,l.recorder.lrs = [.5]*5000,[.1]*5000
         f = c._folder('3D', 0, 0)
-        with beside(f, True, f.parent/'unfinished') as tmp: _finish(l, spec, {}, f, {}, tmp)
+        with beside(f, True, f.parent/'unfinished') as tmp: finish_run(l, spec, {}, f, {}, tmp)
     def table(d):
         with whole_file(d/'t.csv') as tmp: pd.DataFrame(NOISE.reshape(-1,40)).to_csv(tmp)
     def facts(d): label_values(Store(Preprocess(), d/'facts of masks'), ms)

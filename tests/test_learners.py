@@ -20,10 +20,10 @@ from fastmed.learn.losses import MultiTaskLoss
 from fastmed.data.labels import WholeTransform, whole_plan
 from fastmed.learn.learner import make_fast, unet2d_learner, unet3d_learner
 from fastmed.learn.losses import as_loss
-from fastmed.models.unet import create_model, model_names, param_splitter
+from fastmed.models.zoo import create_model, model_names, param_splitter
 from fastmed.learn.pretrain import restoration_learner
 from fastmed.data.radiographs import RadiographBlock, RadiographPrep
-from fastmed.learn.track import TensorBoardVolumes
+from fastmed.learn.callbacks import TensorBoardVolumes
 from fastmed.predict.tta import mix_looks
 from phantoms import CODES, write_case
 

@@ -3,6 +3,7 @@ import copy, pickle
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from fastmed.models.unet import *
+from fastmed.models.zoo import *
 
 torch.set_num_threads(1)
 SIZE = dict(SwinUNETR=32, FlexibleUNet=32)

@@ -75,7 +75,7 @@ class TestFolder:
 
 def test_a_note_that_was_copied_does_not_count(tmp_path):
     "Another mask under the header of a prediction: the digest is that of the voxels"
-    from fastmed.learn.learner import check_free, prediction_key, save_prediction
+    from fastmed.predict.predict import check_free, prediction_key, save_prediction
     m = TensorVolumeMask(torch.arange(60).reshape(3,4,5)%3, affine=np.diag([1.,1,2.5,1])); fn = save_prediction(m, tmp_path/'m.nii.gz', 'key'); assert prediction_key(fn)=='key'
     for k,f in enumerate((lambda m: m.flip(0), lambda m: m.transpose(0,1), lambda m: m+1)):
         other = f(m); other.affine = m.affine; save_volume(other, tmp_path/f'o{k}.nii.gz', note=bytes(nib.load(fn).header['descrip'].item()).decode())

@@ -14,7 +14,6 @@ from .cases import check_columns
 from .preprocess import *
 from .plan import *
 from .store import *
-from .patches import *
 from .transforms import ActingPipeline, MaskIds
 from fastai.data.all import *
 from fastai.callback.data import PartialDL, WeightedDL

@@ -7,9 +7,10 @@ __all__ = ['PROBLEMS', 'Report', 'check_dataset']
 
 # %% ../../nbs/data/15_check.ipynb #ad5ce3b7
 from ..core import *
+from ..plot import *
 from ..io.volumes import *
 from .cases import check_codes, check_columns
-from ..io.report import *
+from ..plot import *
 from .placement import border_profiles, misplaced_masks
 from .survey import case_names, problem_row, some_of, survey_cases, repeated_hashes
 from fastai.basics import *

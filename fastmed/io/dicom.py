@@ -7,109 +7,13 @@ __all__ = ['DicomSeries', 'scan_dicom', 'dicom_series', 'is_dicom']
 
 # %% ../../nbs/io/05_dicom.ipynb #3e3c9977
 from ..core import *
-from .frames import decoded, files_below, may_be_tiled, tile_of, tiling
+from .frames import PARTING_TAGS, file_frames, file_pixels, files_below, short_hash, slice_normal, tile_of
 from .guard import *
 from fastai.basics import *
 from fastprogress.fastprogress import progress_bar
-from collections import Counter, namedtuple
+from collections import Counter
 from types import SimpleNamespace
-import contextlib, hashlib, os, re, nibabel as nib
-
-# %% ../../nbs/io/05_dicom.ipynb #cb008853
-def file_frames(
-    fn  # DICOM file
-):
-    "(facts of the series, frames) of a file; None where it is no DICOM, and where it holds no image what it is instead, such as 'RT Plan Storage'"
-    ds = _read(fn, (*_head_tags, *_parting_tags))
-    if ds is None: return None
-    try: return _frames(ds, Path(fn))
-    except FastmedError: raise
-    except Exception as e: raise FileError(f"{fn}: its DICOM header cannot be read ({type(e).__name__}). It is damaged: export or copy it again") from None
-
-# %% ../../nbs/io/05_dicom.ipynb #83810ec6
-_head_tags = ('SOPClassUID','SOPInstanceUID','StudyInstanceUID','SeriesInstanceUID','Modality','SeriesDescription','SeriesNumber','InstanceNumber','Rows','Columns','NumberOfFrames','SamplesPerPixel','PixelRepresentation','PhotometricInterpretation',
-              'ImagePositionPatient','ImageOrientationPatient','PixelSpacing','ImagerPixelSpacing','NominalScannedPixelSpacing','ImagePlanePixelSpacing','SliceThickness','SpacingBetweenSlices','GridFrameOffsetVector','RescaleSlope','RescaleIntercept','DoseGridScaling',
-              'PixelPaddingValue','SharedFunctionalGroupsSequence','PerFrameFunctionalGroupsSequence','ModalityLUTSequence',(0x0019,0x100a),(0x0065,0x1050),'PatientID','PatientName','PatientBirthDate')
-_parting_tags = ('TemporalPositionIdentifier','EchoTime','DiffusionBValue','DiffusionGradientOrientation','TriggerTime','AcquisitionNumber','ImageType')  # what tells two acquisitions of one place from each other
-_pixel_tags = ('SOPClassUID','Rows','Columns','NumberOfFrames','SamplesPerPixel','PhotometricInterpretation','PlanarConfiguration','BitsAllocated','BitsStored','HighBit','PixelRepresentation','ModalityLUTSequence','ExtendedOffsetTable','ExtendedOffsetTableLengths',
-               'PixelData','FloatPixelData','DoubleFloatPixelData')
-_Frame = namedtuple('_Frame', 'file frame number position axes px thickness size slope inter padding sop colour tags tiles', defaults=(0,))  # tiles: of a mosaic, how many in a row
-
-def _short_hash(*s): return hashlib.sha256('|'.join(s).encode()).hexdigest()[:10]
-
-def _read(fn, tags, pixels=False):
-    "The elements `tags` of a file; None where it is no DICOM"
-    import pydicom
-    check_plain(fn)
-    try:
-        with open(fn, 'rb') as f: b = f.read(132)
-    except OSError as e: raise FileError(f"{fn}: cannot be opened ({e.strerror})") from None
-    if not b: raise FileError(f"{fn}: an empty file, of 0 bytes. Export or copy it again, or take it away")
-    bare = b[128:]!=b'DICM'
-    if bare and b[:2] not in (b'\x08\0', b'\x02\0', b'\0\x08'): return None
-    try: ds = pydicom.dcmread(fn, stop_before_pixels=not pixels, specific_tags=list(tags), force=bare)
-    except Exception as e:
-        if bare: return None
-        raise FileError(f"{fn}: begins as DICOM and cannot be read ({type(e).__name__}). It is truncated or damaged: export or copy it again") from None
-    return None if bare and 'SOPClassUID' not in ds else ds
-
-def _element_text(ds, name):
-    "An element of text, as it stands in the file: pydicom's checks, which put the value into a warning, are left out"
-    e = ds.get_item(name)
-    v = '' if e is None or e.value is None else e.value
-    return (v.decode('latin-1') if isinstance(v, bytes) else v if isinstance(v, str) else '\\'.join(map(str, v)) if is_iter(v) else str(v)).strip(' \0')
-
-def _nums(s, n):
-    try: v = tuple(float(o) for o in s.split('\\'))
-    except ValueError: return None
-    return v if len(v)==n and np.isfinite(v).all() else None
-
-def _frames(ds, fn):
-    if not ds.get('Rows') or not ds.get('Columns'):
-        kind = ds.file_meta.get('MediaStorageSOPClassUID') or ds.get('SOPClassUID')
-        if kind is None or 'Image Storage' in kind.name: raise FileError(f"{fn}: says that it is an image and names no rows and columns. It is truncated: export or copy it again")
-        return str(kind.name)
-    n,per,shared = int(_element_text(ds, 'NumberOfFrames') or 1),ds.get('PerFrameFunctionalGroupsSequence') or [],first(ds.get('SharedFunctionalGroupsSequence') or [])
-    if per and len(per)!=n or not 0<n<=fn.stat().st_size: raise FileError(f"{fn}: promises {n} frames and describes {len(per)}. It is truncated or damaged: export or copy it again")
-    ids,desc = [_element_text(ds, o) for o in ('PatientID','PatientName','PatientBirthDate')],str(ds.get('SeriesDescription') or '').strip()
-    for o in [*ids, *re.split(r'[\^= ]+', ids[1])]:
-        if len(o)>2: desc = re.sub(re.escape(o), '…', desc, flags=re.I)        # some write the patient into the description
-    study,photo,dose = _element_text(ds, 'StudyInstanceUID'),_element_text(ds, 'PhotometricInterpretation'),_element_text(ds, 'Modality')=='RTDOSE'
-    info = dict(group=(study, _element_text(ds, 'SeriesInstanceUID') or _element_text(ds, 'SeriesNumber'), *ids), subject=ids[:1] if ids[0] else ids[1:] if any(ids) else [study], ids=ids, modality=_element_text(ds, 'Modality'), description=desc,
-                photometric=photo, fault='', seg=_element_text(ds, 'SOPClassUID').startswith('1.2.840.10008.5.1.4.1.1.66.'))
-    def item(f, seq): return next((o.get(seq)[0] for o in (per[f] if per else None, shared) if o is not None and o.get(seq)), None)
-    def text(f, seq, *names): return next((v for d in (item(f, seq), ds) if d is not None for v in (_element_text(d, o) for o in names) if v), '')
-    def tag(f, seq, name, old):
-        d = item(f, seq)
-        if d is not None and seq.startswith('MRDiffusionS') and name not in d: d = first(d.get('DiffusionGradientDirectionSequence') or [])
-        v = d.get(name, '') if d is not None else ds.get(old, '') if old.startswith('Diffusion') else _element_text(ds, old)
-        return str([round(o, 3) for o in v]) if is_iter(v) and not isinstance(v, str) else str(v)
-    num = _nums(_element_text(ds, 'InstanceNumber'), 1); pad = ds.get('PixelPaddingValue')
-    offs = np.array([float(o) for o in _element_text(ds, 'GridFrameOffsetVector').split('\\') if o] or np.arange(n)*float(_element_text(ds, 'SpacingBetweenSlices') or 0)); fs = []
-    for f in range(n):
-        pos,axes = _nums(text(f, 'PlanePositionSequence', 'ImagePositionPatient'), 3),_nums(text(f, 'PlaneOrientationSequence', 'ImageOrientationPatient'), 6)
-        if axes and not (np.linalg.norm(np.cross(axes[:3], axes[3:]))>.5 and abs(np.dot(axes[:3], axes[3:]))<2e-3):
-            raise FileError(f"{fn}: expected rows and columns at right angles; found ImageOrientationPatient {axes}. Repair the header or export it again")
-        if n>1 and not per and pos and axes: pos = tuple((np.array(pos)+_normal(axes)*(offs[f]-offs[0])).tolist()) if len(offs)==n and offs.any() else None
-        px = _nums(text(f, 'PixelMeasuresSequence', 'PixelSpacing', 'ImagerPixelSpacing', 'NominalScannedPixelSpacing', 'ImagePlanePixelSpacing'), 2)
-        thick = next((o[0] for o in (_nums(text(f, 'PixelMeasuresSequence', k), 1) for k in ('SpacingBetweenSlices','SliceThickness')) if o and o[0]>1e-3), 1.)
-        slope,inter = (_nums(text(f, 'PixelValueTransformationSequence', k) or d, 1) for k,d in (('DoseGridScaling' if dose else 'RescaleSlope', '1'), ('RescaleIntercept', '0')))
-        if not slope or not inter or not slope[0]: raise FileError(f"{fn}: its RescaleSlope or RescaleIntercept is no number, or the slope is nought. Repair the header or export it again")
-        tags = (tag(f, 'FrameContentSequence', 'TemporalPositionIndex', _parting_tags[0]), tag(f, 'MREchoSequence', 'EffectiveEchoTime', _parting_tags[1]), tag(f, 'MRDiffusionSequence', 'DiffusionBValue', _parting_tags[2]),
-                tag(f, 'MRDiffusionSequence', 'DiffusionGradientOrientation', _parting_tags[3]), tag(f, 'CardiacSynchronizationSequence', 'NominalCardiacTriggerDelayTime', _parting_tags[4]), tag(f, 'FrameContentSequence', 'FrameAcquisitionNumber', _parting_tags[5]),
-                ' '.join(text(f, 'MRImageFrameTypeSequence', 'FrameType', 'ImageType').split('\\')[2:]))
-        fs.append(_Frame(fn, f, f+1 if n>1 else int(num[0]) if num else None, pos, axes, px[::-1] if px and min(px)>0 else None, thick, (int(ds.Columns), int(ds.Rows)), slope[0], inter[0],
-                         pad*slope[0]+inter[0] if isinstance(pad, (int,float)) and not ds.get('ModalityLUTSequence') else None, _short_hash(_element_text(ds, 'SOPInstanceUID'), str(f)), int(ds.get('SamplesPerPixel') or 1)>1 or photo.startswith('PALETTE'), tags))
-    if n==1 and may_be_tiled(ds):
-        import pydicom
-        try: fs = _untiled(fs[0], tiling(pydicom.dcmread(fn, stop_before_pixels=True, force=True)))
-        except InputError as e: info['fault'] = str(e)
-    return info,fs
-
-def _untiled(o, t):
-    "The slices of a mosaic as frames of its file, the first frame given"
-    if t is None: return [o]
-    return [o._replace(frame=k, number=k+1, position=p, size=t.size, sop=_short_hash(o.sop, str(k)), tiles=t.across) for k,p in enumerate(t.positions)]
+import contextlib, os
 
 # %% ../../nbs/io/05_dicom.ipynb #3a36052c
 def _grouped(xs, key):
@@ -119,11 +23,9 @@ def _grouped(xs, key):
 
 def _frame_names(fs, k=3): return ', '.join(f'{o.file.name}' + (f' frame {o.frame+1}' if o.frame else '') for o in fs[:k]) + (f' … ({len(fs)})' if len(fs)>k else '')
 
-def _normal(axes): n = np.cross(axes[:3], axes[3:]); return n/np.linalg.norm(n)
-
 def _plane_name(axes):
     if axes is None: return 'unknown'
-    n = np.abs(_normal(axes))
+    n = np.abs(slice_normal(axes))
     return ('oblique ' if n.max()<np.cos(np.radians(5)) else '')+('sagittal','coronal','axial')[int(n.argmax())]
 
 def _alike_frames(fs):
@@ -137,7 +39,7 @@ def _alike_frames(fs):
 
 def _close(a, b, **kw): return a==b or bool(a and b) and np.allclose(a, b, **kw)
 
-def _frame_place(o): return round(float(np.dot(o.position, _normal(o.axes))), 2)
+def _frame_place(o): return round(float(np.dot(o.position, slice_normal(o.axes))), 2)
 
 class DicomSeries:
     "The images of one DICOM series in order of their position, without identity. `load_volume` takes it, and where its folder holds nothing else it also serves as a path"
@@ -148,7 +50,7 @@ class DicomSeries:
         part=''     # what tells it from the other parts of a `split`
     ):
         store_attr('alone,part')
-        self.key,self.modality,self.description = _short_hash(*info['group'][:2]),info['modality'],info['description']
+        self.key,self.modality,self.description = short_hash(*info['group'][:2]),info['modality'],info['description']
         self.seg,self.photometric,self.fault = info['seg'],info['photometric'],info.get('fault', '')
         whole = all(o.position and o.axes for o in frames) and len(_alike_frames(frames))==1
         self.frames = sorted(frames, key=lambda o: (_frame_place(o) if whole else 0, o.number or 0, str(o.file), o.frame))
@@ -176,7 +78,7 @@ class DicomSeries:
             parts = {'':fs}
             if all(o.position and o.axes for o in fs) and max(Counter(map(_frame_place, fs)).values())>1:
                 once = lambda d: len(d)>1 and all(max(Counter(map(_frame_place, g)).values())==1 for g in d.values())
-                tries = [_grouped(fs, lambda o: f'{k} {o.tags[i]}') for i,k in enumerate(_parting_tags)] + [_grouped(fs, lambda o: ', '.join(f'{_parting_tags[i]} {o.tags[i]}' for i,v in enumerate(zip(*[p.tags for p in fs])) if len(set(v))>1))]
+                tries = [_grouped(fs, lambda o: f'{k} {o.tags[i]}') for i,k in enumerate(PARTING_TAGS)] + [_grouped(fs, lambda o: ', '.join(f'{PARTING_TAGS[i]} {o.tags[i]}' for i,v in enumerate(zip(*[p.tags for p in fs])) if len(set(v))>1))]
                 parts = next((d for d in tries if once(d)), None)
                 if parts is None and len(set(Counter(map(_frame_place, fs)).values()))>1:
                     parts = {'':fs}                            # whose turn a missing image was, nobody knows
@@ -193,7 +95,7 @@ class DicomSeries:
             seen[k] += 1
             if names[k]>1: res[i] = g,f'{k} no. {seen[k]}'         # two tilts of one plane
         res = [DicomSeries(g, info, False, k) for g,k in res]
-        for o in res: o.key = _short_hash(self.key, o.part)
+        for o in res: o.key = short_hash(self.key, o.part)
         return res
 
 # %% ../../nbs/io/05_dicom.ipynb #9d2c67ed
@@ -242,7 +144,7 @@ def stack_frames(
     if same.any():
         i,n = int(same.argmax()),int(same.sum())
         if fs[i].sop==fs[i+1].sop: raise InputError(f"{who}: {_frame_names([fs[i]])} and {_frame_names([fs[i+1]])} are one image under two names. Take the copies away ({n} of them)")
-        what = '; '.join(f"{k} ({', '.join(dict.fromkeys(v))})"[:120] for k,v in zip(_parting_tags, zip(*[p.tags for p in fs])) if len(set(v))>1)
+        what = '; '.join(f"{k} ({', '.join(dict.fromkeys(v))})"[:120] for k,v in zip(PARTING_TAGS, zip(*[p.tags for p in fs])) if len(set(v))>1)
         raise InputError(f"{who}: expected one image a position; found {n} more, as {_frame_names([fs[i]])} and {_frame_names([fs[i+1]])} at one position; "
                          f"they differ in {what or 'nothing that the header tells'}. Several acquisitions (echoes, b-values, time points) are several volumes. {_parting(s)}")
     T = st.t[-1]-st.t[0]; st.gap = T/(len(fs)-1); side = np.abs(st.shift).max(); st.tilt = float(np.degrees(np.arctan(np.linalg.norm(st.shift[-1])/T)))
@@ -279,15 +181,6 @@ def _affine(st, origin, gap):
     "(4,4) voxel index → mm in RAS+; DICOM counts left and posterior as positive"
     aff = np.eye(4); aff[:3,:3] = np.stack([*st.axes, st.normal], 1)*[*st.px, gap]; aff[:3,3] = origin
     return np.diag([-1,-1,1,1.])@aff
-
-# %% ../../nbs/io/05_dicom.ipynb #18187993
-def file_pixels(
-    fn  # DICOM file
-):
-    "((frames, rows, columns) of one file, whether they are physical values already). Raises `FileError`"
-    ds = _read(fn, _pixel_tags, pixels=True)
-    if ds is None: raise FileError(f"{fn}: is no longer the DICOM file that it was")
-    return decoded(ds, fn)
 
 # %% ../../nbs/io/05_dicom.ipynb #7fb0eaa0
 def _frame_images(fs):

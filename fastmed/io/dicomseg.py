@@ -8,7 +8,8 @@ __all__ = ['save_dicom_seg', 'load_dicom_seg']
 # %% ../../nbs/io/06_dicomseg.ipynb #45e58c5a
 from ..core import *
 from .dicom import *
-from .dicom import series_grid, file_frames, file_pixels, stack_frames
+from .dicom import series_grid, stack_frames
+from .frames import file_frames, file_pixels
 from .. import __version__
 from fastai.basics import *
 import warnings, nibabel as nib

@@ -7,16 +7,19 @@ __all__ = []
 
 # %% ../../nbs/io/04_frames.ipynb #bab417c9
 import contextlib
+import hashlib
 import math
 import os
+import re
 import warnings
 from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
+from fastcore.all import first, is_iter
 
-from fastmed.core import FileError, InputError, ResourceError
-from fastmed.io.guard import check_size, reading
+from fastmed.core import FastmedError, FileError, InputError, ResourceError
+from fastmed.io.guard import check_plain, check_size, reading
 
 # %% ../../nbs/io/04_frames.ipynb #63b19048
 Tiling = namedtuple('Tiling', 'across size positions')
@@ -225,3 +228,120 @@ def files_below(
             folders[:] = sorted(o for o in folders if not o.startswith('.')) if deep and not known else []
             todo += [Path(folder)/o for o in folders if (Path(folder)/o).is_symlink()]
             if not known: yield from (Path(folder)/o for o in sorted(files) if not o.startswith('.'))
+
+# %% ../../nbs/io/04_frames.ipynb #a1108d01
+def slice_normal(
+    axes # (6,) directions of rows and columns
+):       # (3,) of length 1
+    "The direction in which the slices of an orientation follow each other"
+    n = np.cross(axes[:3], axes[3:])
+    return n/np.linalg.norm(n)
+
+# %% ../../nbs/io/04_frames.ipynb #83810ec6
+_head_tags = ('SOPClassUID','SOPInstanceUID','StudyInstanceUID','SeriesInstanceUID','Modality','SeriesDescription','SeriesNumber','InstanceNumber','Rows','Columns','NumberOfFrames','SamplesPerPixel','PixelRepresentation','PhotometricInterpretation',
+              'ImagePositionPatient','ImageOrientationPatient','PixelSpacing','ImagerPixelSpacing','NominalScannedPixelSpacing','ImagePlanePixelSpacing','SliceThickness','SpacingBetweenSlices','GridFrameOffsetVector','RescaleSlope','RescaleIntercept','DoseGridScaling',
+              'PixelPaddingValue','SharedFunctionalGroupsSequence','PerFrameFunctionalGroupsSequence','ModalityLUTSequence',(0x0019,0x100a),(0x0065,0x1050),'PatientID','PatientName','PatientBirthDate')
+PARTING_TAGS = ('TemporalPositionIdentifier','EchoTime','DiffusionBValue','DiffusionGradientOrientation','TriggerTime','AcquisitionNumber','ImageType')  # what tells two acquisitions of one place from each other
+_pixel_tags = ('SOPClassUID','Rows','Columns','NumberOfFrames','SamplesPerPixel','PhotometricInterpretation','PlanarConfiguration','BitsAllocated','BitsStored','HighBit','PixelRepresentation','ModalityLUTSequence','ExtendedOffsetTable','ExtendedOffsetTableLengths',
+               'PixelData','FloatPixelData','DoubleFloatPixelData')
+_Frame = namedtuple('_Frame', 'file frame number position axes px thickness size slope inter padding sop colour tags tiles', defaults=(0,))  # tiles: of a mosaic, how many in a row
+
+def short_hash(
+    *s   # texts
+)->str:  # 10 letters
+    "The beginning of a hash: always the same, and of no use to look a person up"
+    return hashlib.sha256('|'.join(s).encode()).hexdigest()[:10]
+
+def _read(fn, tags, pixels=False):
+    "The elements `tags` of a file; None where it is no DICOM"
+    import pydicom
+    check_plain(fn)
+    try:
+        with open(fn, 'rb') as f: b = f.read(132)
+    except OSError as e: raise FileError(f"{fn}: cannot be opened ({e.strerror})") from None
+    if not b: raise FileError(f"{fn}: an empty file, of 0 bytes. Export or copy it again, or take it away")
+    bare = b[128:]!=b'DICM'
+    if bare and b[:2] not in (b'\x08\0', b'\x02\0', b'\0\x08'): return None
+    try: ds = pydicom.dcmread(fn, stop_before_pixels=not pixels, specific_tags=list(tags), force=bare)
+    except Exception as e:
+        if bare: return None
+        raise FileError(f"{fn}: begins as DICOM and cannot be read ({type(e).__name__}). It is truncated or damaged: export or copy it again") from None
+    return None if bare and 'SOPClassUID' not in ds else ds
+
+def _element_text(ds, name):
+    "An element of text, as it stands in the file: pydicom's checks, which put the value into a warning, are left out"
+    e = ds.get_item(name)
+    v = '' if e is None or e.value is None else e.value
+    return (v.decode('latin-1') if isinstance(v, bytes) else v if isinstance(v, str) else '\\'.join(map(str, v)) if is_iter(v) else str(v)).strip(' \0')
+
+def _nums(s, n):
+    try: v = tuple(float(o) for o in s.split('\\'))
+    except ValueError: return None
+    return v if len(v)==n and np.isfinite(v).all() else None
+
+def _frames(ds, fn):
+    if not ds.get('Rows') or not ds.get('Columns'):
+        kind = ds.file_meta.get('MediaStorageSOPClassUID') or ds.get('SOPClassUID')
+        if kind is None or 'Image Storage' in kind.name: raise FileError(f"{fn}: says that it is an image and names no rows and columns. It is truncated: export or copy it again")
+        return str(kind.name)
+    n,per,shared = int(_element_text(ds, 'NumberOfFrames') or 1),ds.get('PerFrameFunctionalGroupsSequence') or [],first(ds.get('SharedFunctionalGroupsSequence') or [])
+    if per and len(per)!=n or not 0<n<=fn.stat().st_size: raise FileError(f"{fn}: promises {n} frames and describes {len(per)}. It is truncated or damaged: export or copy it again")
+    ids,desc = [_element_text(ds, o) for o in ('PatientID','PatientName','PatientBirthDate')],str(ds.get('SeriesDescription') or '').strip()
+    for o in [*ids, *re.split(r'[\^= ]+', ids[1])]:
+        if len(o)>2: desc = re.sub(re.escape(o), '…', desc, flags=re.I)        # some write the patient into the description
+    study,photo,dose = _element_text(ds, 'StudyInstanceUID'),_element_text(ds, 'PhotometricInterpretation'),_element_text(ds, 'Modality')=='RTDOSE'
+    info = dict(group=(study, _element_text(ds, 'SeriesInstanceUID') or _element_text(ds, 'SeriesNumber'), *ids), subject=ids[:1] if ids[0] else ids[1:] if any(ids) else [study], ids=ids, modality=_element_text(ds, 'Modality'), description=desc,
+                photometric=photo, fault='', seg=_element_text(ds, 'SOPClassUID').startswith('1.2.840.10008.5.1.4.1.1.66.'))
+    def item(f, seq): return next((o.get(seq)[0] for o in (per[f] if per else None, shared) if o is not None and o.get(seq)), None)
+    def text(f, seq, *names): return next((v for d in (item(f, seq), ds) if d is not None for v in (_element_text(d, o) for o in names) if v), '')
+    def tag(f, seq, name, old):
+        d = item(f, seq)
+        if d is not None and seq.startswith('MRDiffusionS') and name not in d: d = first(d.get('DiffusionGradientDirectionSequence') or [])
+        v = d.get(name, '') if d is not None else ds.get(old, '') if old.startswith('Diffusion') else _element_text(ds, old)
+        return str([round(o, 3) for o in v]) if is_iter(v) and not isinstance(v, str) else str(v)
+    num = _nums(_element_text(ds, 'InstanceNumber'), 1); pad = ds.get('PixelPaddingValue')
+    offs = np.array([float(o) for o in _element_text(ds, 'GridFrameOffsetVector').split('\\') if o] or np.arange(n)*float(_element_text(ds, 'SpacingBetweenSlices') or 0)); fs = []
+    for f in range(n):
+        pos,axes = _nums(text(f, 'PlanePositionSequence', 'ImagePositionPatient'), 3),_nums(text(f, 'PlaneOrientationSequence', 'ImageOrientationPatient'), 6)
+        if axes and not (np.linalg.norm(np.cross(axes[:3], axes[3:]))>.5 and abs(np.dot(axes[:3], axes[3:]))<2e-3):
+            raise FileError(f"{fn}: expected rows and columns at right angles; found ImageOrientationPatient {axes}. Repair the header or export it again")
+        if n>1 and not per and pos and axes: pos = tuple((np.array(pos)+slice_normal(axes)*(offs[f]-offs[0])).tolist()) if len(offs)==n and offs.any() else None
+        px = _nums(text(f, 'PixelMeasuresSequence', 'PixelSpacing', 'ImagerPixelSpacing', 'NominalScannedPixelSpacing', 'ImagePlanePixelSpacing'), 2)
+        thick = next((o[0] for o in (_nums(text(f, 'PixelMeasuresSequence', k), 1) for k in ('SpacingBetweenSlices','SliceThickness')) if o and o[0]>1e-3), 1.)
+        slope,inter = (_nums(text(f, 'PixelValueTransformationSequence', k) or d, 1) for k,d in (('DoseGridScaling' if dose else 'RescaleSlope', '1'), ('RescaleIntercept', '0')))
+        if not slope or not inter or not slope[0]: raise FileError(f"{fn}: its RescaleSlope or RescaleIntercept is no number, or the slope is nought. Repair the header or export it again")
+        tags = (tag(f, 'FrameContentSequence', 'TemporalPositionIndex', PARTING_TAGS[0]), tag(f, 'MREchoSequence', 'EffectiveEchoTime', PARTING_TAGS[1]), tag(f, 'MRDiffusionSequence', 'DiffusionBValue', PARTING_TAGS[2]),
+                tag(f, 'MRDiffusionSequence', 'DiffusionGradientOrientation', PARTING_TAGS[3]), tag(f, 'CardiacSynchronizationSequence', 'NominalCardiacTriggerDelayTime', PARTING_TAGS[4]), tag(f, 'FrameContentSequence', 'FrameAcquisitionNumber', PARTING_TAGS[5]),
+                ' '.join(text(f, 'MRImageFrameTypeSequence', 'FrameType', 'ImageType').split('\\')[2:]))
+        fs.append(_Frame(fn, f, f+1 if n>1 else int(num[0]) if num else None, pos, axes, px[::-1] if px and min(px)>0 else None, thick, (int(ds.Columns), int(ds.Rows)), slope[0], inter[0],
+                         pad*slope[0]+inter[0] if isinstance(pad, (int,float)) and not ds.get('ModalityLUTSequence') else None, short_hash(_element_text(ds, 'SOPInstanceUID'), str(f)), int(ds.get('SamplesPerPixel') or 1)>1 or photo.startswith('PALETTE'), tags))
+    if n==1 and may_be_tiled(ds):
+        import pydicom
+        try: fs = _untiled(fs[0], tiling(pydicom.dcmread(fn, stop_before_pixels=True, force=True)))
+        except InputError as e: info['fault'] = str(e)
+    return info,fs
+
+def _untiled(o, t):
+    "The slices of a mosaic as frames of its file, the first frame given"
+    if t is None: return [o]
+    return [o._replace(frame=k, number=k+1, position=p, size=t.size, sop=short_hash(o.sop, str(k)), tiles=t.across) for k,p in enumerate(t.positions)]
+
+# %% ../../nbs/io/04_frames.ipynb #cb008853
+def file_frames(
+    fn  # DICOM file
+):
+    "(facts of the series, frames) of a file; None where it is no DICOM, and where it holds no image what it is instead, such as 'RT Plan Storage'"
+    ds = _read(fn, (*_head_tags, *PARTING_TAGS))
+    if ds is None: return None
+    try: return _frames(ds, Path(fn))
+    except FastmedError: raise
+    except Exception as e: raise FileError(f"{fn}: its DICOM header cannot be read ({type(e).__name__}). It is damaged: export or copy it again") from None
+
+# %% ../../nbs/io/04_frames.ipynb #18187993
+def file_pixels(
+    fn  # DICOM file
+):
+    "((frames, rows, columns) of one file, whether they are physical values already). Raises `FileError`"
+    ds = _read(fn, _pixel_tags, pixels=True)
+    if ds is None: raise FileError(f"{fn}: is no longer the DICOM file that it was")
+    return decoded(ds, fn)

@@ -7,9 +7,10 @@ __all__ = []
 
 # %% ../../nbs/io/03_nifti.ipynb #02a00004
 from ..core import *
-from .guard import reading
+from .guard import check_size, reading, unpacked
 from nibabel.spatialimages import HeaderDataError, SpatialImage
-import nibabel as nib, numpy as np
+from pathlib import Path
+import contextlib, gzip, nibabel as nib, numpy as np
 
 # %% ../../nbs/io/03_nifti.ipynb #02a00007
 def image_label(
@@ -30,6 +31,41 @@ def open_nifti(
         im.affine, im.get_data_dtype(), im.shape
     if im.affine is None: raise InputError(f"{image_label(fn)}: expected an affine; found none, so its place is unknown. Give one: nib.Nifti1Image(data, affine)")
     return im
+
+# %% ../../nbs/io/03_nifti.ipynb #a1108e03
+def spatial_shape(
+    shape, # of a NIfTI array
+    fn     # file, for messages
+)->tuple:
+    "(spatial shape (3,), channels) of a NIfTI array shape: trailing axes of one go, a fourth axis is channels"
+    shape = list(shape)
+    while len(shape)>3 and shape[-1]==1: shape.pop()
+    if len(shape)==5 and shape[3]==1: shape.pop(3)
+    if len(shape)>4: raise InputError(f"{fn}: expected at most 4 axes (X,Y,Z,channels); found shape {tuple(shape)}. Split the file, one scan each")
+    if not shape or min(shape)<1: raise InputError(f"{fn}: the image has no voxels (shape {tuple(shape)})")
+    ch = shape[3] if len(shape)==4 else 1
+    return tuple((shape[:3]+[1,1])[:3]), ch
+
+def checked_affine(
+    aff, # (4,4)
+    fn   # file, for messages
+):       # (4,4) float64
+    "Raises `InputError` on an affine that cannot be inverted"
+    aff = np.asarray(aff, dtype=np.float64)
+    with np.errstate(all='ignore'): n = np.linalg.norm(aff[:3,:3], axis=0); ok = np.isfinite(aff).all() and 1e-6<n.min() and n.max()<1e6 and np.abs(aff[:3,3]).max()<1e9 and abs(np.linalg.det(aff[:3,:3]/n))>1e-5
+    if not ok:
+        raise InputError(f"{fn}: expected an affine that can be inverted; found\n{aff[:3]}\nRepair the header (sform/qform) before use")
+    return aff
+
+# %% ../../nbs/io/03_nifti.ipynb #a1108e02
+NIFTI_SUFFIXES = ('.nii', '.nii.gz', '.hdr', '.img')
+
+def scan_suffix(
+    fn # file
+)->str: # such as '.nii.gz', in small letters
+    "The ending of a file's name, both of its parts where it is packed"
+    n = Path(fn).name.lower()
+    return '.nii.gz' if n.endswith('.nii.gz') else Path(n).suffix
 
 # %% ../../nbs/io/03_nifti.ipynb #02a00009
 def length_unit(
@@ -91,3 +127,30 @@ def nifti_image(
         if code: put(np.array(forms[k]), 1)
         head[f'{k}_code'] = code
     return nib.Nifti1Image(a, head.get_best_affine(), head)
+
+# %% ../../nbs/io/03_nifti.ipynb #a1108e01
+@contextlib.contextmanager
+def _to_the_end(im, fn, gz):
+    "The image with its packed file opened once; afterwards the rest is read, because gzip knows at the end alone whether a byte was changed or is missing"
+    if not gz or len({str(o.filename) for o in im.file_map.values()})>1: yield im; return
+    from nibabel.fileholders import FileHolder
+    with gzip.open(fn) as f:
+        yield type(im).from_file_map({k:FileHolder(fileobj=f) for k in im.file_map})
+        try:
+            while f.read(2**20): pass
+        except gzip.BadGzipFile as e:
+            if 'Not a gzipped' not in str(e): raise                 # something foreign behind the end does no harm
+
+def nifti_voxels(
+    im,   # image of nibabel's
+    fn,   # its file, or the image itself
+    dtype # of the array, or None
+):
+    "The voxels of nibabel's image as physical values; a file is held against its size and read to its end"
+    def values(im): return np.asanyarray(im.dataobj) if dtype is None else im.get_fdata(dtype=dtype, caching='unchanged')
+    if isinstance(fn, SpatialImage):
+        with reading(image_label(fn)): return values(im)
+    item,gz = im.get_data_dtype().itemsize,scan_suffix(fn).endswith('gz'); need = int(np.prod([int(o) for o in im.shape], dtype=object))*item
+    own = Path(im.file_map['image'].filename)                           # of a pair, the .img
+    with reading(fn): check_size(fn, im.shape, item, unpacked(own, need) if gz else own.stat().st_size)
+    with reading(fn, f'{im.shape} voxels, as the header promises'), _to_the_end(im, own, gz) as im: return values(im)

@@ -9,21 +9,15 @@ __all__ = ['file_facts', 'file_digest', 'read_header', 'same_grid', 'check_same_
 # %% ../../nbs/io/07_volumes.ipynb #5ce96fa1
 from ..core import *
 from .guard import *
-from .nifti import affine_mm, header_forms, image_label, length_unit, nifti_image, open_nifti, turned_forms
+from .nifti import NIFTI_SUFFIXES, affine_mm, checked_affine, header_forms, image_label, length_unit, nifti_image, nifti_voxels, open_nifti, scan_suffix, spatial_shape, turned_forms
 from .dicom import *
 from .dicom import series_grid, load_series
 from .frames import picture_pixels
 from fastai.data.all import *
 from nibabel.spatialimages import SpatialImage
-import contextlib, gzip, hashlib, os, re, nibabel as nib
+import hashlib, os, re, nibabel as nib
 
 # %% ../../nbs/io/07_volumes.ipynb #b2242b65
-_nifti = ('.nii', '.nii.gz', '.hdr', '.img')
-
-def _suffix(fn):
-    n = Path(fn).name.lower()
-    return '.nii.gz' if n.endswith('.nii.gz') else Path(n).suffix
-
 def _files_of(fn):
     "Every file whose bytes make the scan: all of a folder; beside a header, the file with its voxels"
     fn = _exists(fn)
@@ -54,38 +48,21 @@ def file_digest(
     "What tells one content from another, wherever it lies and whenever it was written. Raises `FileNotFoundError`"
     h = hashlib.blake2b(digest_size=16)
     for p in _files_of(fn):
-        size = p.stat().st_size; h.update(f'{_suffix(p)} {size} '.encode())
+        size = p.stat().st_size; h.update(f'{scan_suffix(p)} {size} '.encode())
         with open(p, 'rb') as f:
             for at,n in _spots(f, size):
                 f.seek(at)
                 for k in range(0, n, 2**20): h.update(f.read(min(2**20, n-k)))
     return h.hexdigest()
 
-def _spatial(shape, fn):
-    "(spatial shape (3,), channels) of a NIfTI array shape: trailing axes of one go, a fourth axis is channels"
-    shape = list(shape)
-    while len(shape)>3 and shape[-1]==1: shape.pop()
-    if len(shape)==5 and shape[3]==1: shape.pop(3)
-    if len(shape)>4: raise InputError(f"{fn}: expected at most 4 axes (X,Y,Z,channels); found shape {tuple(shape)}. Split the file, one scan each")
-    if not shape or min(shape)<1: raise InputError(f"{fn}: the image has no voxels (shape {tuple(shape)})")
-    ch = shape[3] if len(shape)==4 else 1
-    return tuple((shape[:3]+[1,1])[:3]), ch
-
-def _check_affine(aff, fn):
-    aff = np.asarray(aff, dtype=np.float64)
-    with np.errstate(all='ignore'): n = np.linalg.norm(aff[:3,:3], axis=0); ok = np.isfinite(aff).all() and 1e-6<n.min() and n.max()<1e6 and np.abs(aff[:3,3]).max()<1e9 and abs(np.linalg.det(aff[:3,:3]/n))>1e-5
-    if not ok:
-        raise InputError(f"{fn}: expected an affine that can be inverted; found\n{aff[:3]}\nRepair the header (sform/qform) before use")
-    return aff
-
 def _series(fn):
     "The `DicomSeries` that `fn` is, or that it names; None where it is another kind of file"
     if isinstance(fn, DicomSeries): return fn
     if isinstance(fn, SpatialImage): return None
     fn = _exists(fn)
-    return dicom_series(fn) if fn.is_dir() or _suffix(fn) in ('.dcm','.dicom','.ima') or _suffix(fn) not in _nifti and is_dicom(fn) else None
+    return dicom_series(fn) if fn.is_dir() or scan_suffix(fn) in ('.dcm','.dicom','.ima') or scan_suffix(fn) not in NIFTI_SUFFIXES and is_dicom(fn) else None
 
-def _is_nibabel(fn): return isinstance(fn, SpatialImage) or _suffix(_exists(fn)) in _nifti
+def _is_nibabel(fn): return isinstance(fn, SpatialImage) or scan_suffix(_exists(fn)) in NIFTI_SUFFIXES
 
 def _exists(fn):
     if not isinstance(fn, (str,os.PathLike)):
@@ -110,11 +87,11 @@ def read_header(
     if s is not None and not s.picture: g = series_grid(s); shape,ch,aff,dtype = g.shape,1,g.affine,'DICOM'
     elif _is_nibabel(fn:=s.path if s is not None else fn):
         im = open_nifti(fn)
-        shape,ch = _spatial(im.shape, image_label(fn))
-        aff,dtype,unit = _check_affine(affine_mm(im), image_label(fn)), im.get_data_dtype(), length_unit(im)[0]
+        shape,ch = spatial_shape(im.shape, image_label(fn))
+        aff,dtype,unit = checked_affine(affine_mm(im), image_label(fn)), im.get_data_dtype(), length_unit(im)[0]
     else:
         r,_,name = _sitk_reader(fn, s is not None)
-        shape,_ = _spatial(r.GetSize(), fn); ch = r.GetNumberOfComponents()*(r.GetSize()[3] if r.GetDimension()>3 else 1)
+        shape,_ = spatial_shape(r.GetSize(), fn); ch = r.GetNumberOfComponents()*(r.GetSize()[3] if r.GetDimension()>3 else 1)
         aff,dtype = _sitk_affine(r.GetSpacing(), r.GetOrigin(), r.GetDirection(), fn), name
     return dict(shape=shape, channels=ch, affine=aff, spacing=spacing_of(aff), orientation=orientation_of(aff), dtype=str(dtype), unit=unit)
 
@@ -123,8 +100,8 @@ def _sitk_reader(fn, picture=False, voxels=False):
     "A reader that knows its file, (shape, channels), and the name of the pixel type. The format follows from the name alone: no other of SimpleITK's many readers gets to see the bytes"
     import SimpleITK as sitk
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    kind = 'GDCMImageIO' if picture else {'.nrrd':'NrrdImageIO', '.nhdr':'NrrdImageIO', '.mha':'MetaImageIO', '.mhd':'MetaImageIO', '.png':'PNGImageIO', '.tif':'TIFFImageIO', '.tiff':'TIFFImageIO', '.jpg':'JPEGImageIO', '.jpeg':'JPEGImageIO', '.bmp':'BMPImageIO'}.get(_suffix(fn))
-    if kind is None: raise FileError(f"{fn}: expected .nii, .nii.gz, .hdr, .img, .nrrd, .nhdr, .mha, .mhd, .png, .tif, .jpg, .bmp or DICOM; found '{_suffix(fn)}', which is not read. Convert it first")
+    kind = 'GDCMImageIO' if picture else {'.nrrd':'NrrdImageIO', '.nhdr':'NrrdImageIO', '.mha':'MetaImageIO', '.mhd':'MetaImageIO', '.png':'PNGImageIO', '.tif':'TIFFImageIO', '.tiff':'TIFFImageIO', '.jpg':'JPEGImageIO', '.jpeg':'JPEGImageIO', '.bmp':'BMPImageIO'}.get(scan_suffix(fn))
+    if kind is None: raise FileError(f"{fn}: expected .nii, .nii.gz, .hdr, .img, .nrrd, .nhdr, .mha, .mhd, .png, .tif, .jpg, .bmp or DICOM; found '{scan_suffix(fn)}', which is not read. Convert it first")
     check_header(fn, voxels)
     r = sitk.ImageFileReader(); r.SetImageIO(kind); r.SetFileName(str(fn))
     with reading(fn): r.ReadImageInformation(); name = sitk.GetPixelIDValueAsString(r.GetPixelID()); bits = re.search(r'(\d+)-bit', name)
@@ -138,7 +115,7 @@ def _sitk_affine(spacing, origin, direction, fn):
     aff = np.eye(4)
     aff[:n,:n] = np.array(direction).reshape(m,m)[:n,:n] @ np.diag(spacing[:n])
     aff[:n,3] = origin[:n]
-    return _check_affine(np.diag([-1,-1,1,1.]) @ aff, fn)
+    return checked_affine(np.diag([-1,-1,1,1.]) @ aff, fn)
 
 def _from_sitk(im, fn):
     import SimpleITK as sitk
@@ -169,12 +146,12 @@ def load_array(
     fn = s.path if s is not None else fn
     if _is_nibabel(fn):
         im = open_nifti(fn)
-        shape,ch = _spatial(im.shape, image_label(fn))
+        shape,ch = spatial_shape(im.shape, image_label(fn))
         if im.get_data_dtype().fields is not None or im.get_data_dtype().kind=='c':
             raise InputError(f"{image_label(fn)}: colour or complex voxels ({im.get_data_dtype()}) are not read; save the scan as one grey channel a file")
-        a = _nifti_voxels(im, fn, dtype).reshape(*shape, ch)
+        a = nifti_voxels(im, fn, dtype).reshape(*shape, ch)
         forms = header_forms(im, shape)
-        return np.moveaxis(a, -1, 0), _check_affine(affine_mm(im), image_label(fn)), dict(dtype=str(im.get_data_dtype()), **({} if forms is None else {'header':forms}))
+        return np.moveaxis(a, -1, 0), checked_affine(affine_mm(im), image_label(fn)), dict(dtype=str(im.get_data_dtype()), **({} if forms is None else {'header':forms}))
     r,_,name = _sitk_reader(fn, s is not None, True)
     exact = picture_pixels(fn) if s is not None else None
     if exact is not None:
@@ -200,28 +177,6 @@ def unlike_grids(
             "If they show the same anatomy, resample the mask first: resample_to(load_mask(mask), image.shape[1:], image.affine).save(…)")
 
 # %% ../../nbs/io/07_volumes.ipynb #0f28912b
-@contextlib.contextmanager
-def _to_the_end(im, fn, gz):
-    "The image with its packed file opened once; afterwards the rest is read, because gzip knows at the end alone whether a byte was changed or is missing"
-    if not gz or len({str(o.filename) for o in im.file_map.values()})>1: yield im; return
-    from nibabel.fileholders import FileHolder
-    with gzip.open(fn) as f:
-        yield type(im).from_file_map({k:FileHolder(fileobj=f) for k in im.file_map})
-        try:
-            while f.read(2**20): pass
-        except gzip.BadGzipFile as e:
-            if 'Not a gzipped' not in str(e): raise                 # something foreign behind the end does no harm
-
-def _nifti_voxels(im, fn, dtype):
-    "The voxels of nibabel's image as physical values; a file is held against its size and read to its end"
-    def values(im): return np.asanyarray(im.dataobj) if dtype is None else im.get_fdata(dtype=dtype, caching='unchanged')
-    if isinstance(fn, SpatialImage):
-        with reading(image_label(fn)): return values(im)
-    item,gz = im.get_data_dtype().itemsize,_suffix(fn).endswith('gz'); need = int(np.prod([int(o) for o in im.shape], dtype=object))*item
-    own = Path(im.file_map['image'].filename)                           # of a pair, the .img
-    with reading(fn): check_size(fn, im.shape, item, unpacked(own, need) if gz else own.stat().st_size)
-    with reading(fn, f'{im.shape} voxels, as the header promises'), _to_the_end(im, own, gz) as im: return values(im)
-
 def same_grid(
     shape_a,      # (3,) voxels of one scan
     affine_a,     # (4,4) voxel index → mm of that scan
@@ -404,7 +359,7 @@ def save_volume(
     if np.dtype(dtype)==np.uint64 or np.dtype(dtype)==np.int64: dtype = np.int32
     a = a.astype(dtype)
     if a.ndim==4: a = a[0] if a.shape[0]==1 else np.moveaxis(a, 0, -1)
-    sfx = _suffix(fn)
+    sfx = scan_suffix(fn)
     with whole_file(fn) as tmp:
         if sfx in ('.nii','.nii.gz'):
             im = nifti_image(a, t.affine, (getattr(t, 'meta', None) or {}).get('header'))

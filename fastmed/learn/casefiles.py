@@ -15,6 +15,7 @@ from ..data.labels import *
 from ..data.loaders import *
 from ..data.radiographs import *
 from ..models.unet import *
+from ..models.zoo import *
 from .losses import *
 from ..metrics.masks import *
 from ..models.encoders import is_encoder

@@ -17,6 +17,7 @@ from ..data.loaders import *
 from ..data.loaders import axes_grid, show_labelled
 from ..data.radiographs import *
 from ..models.unet import *
+from ..models.zoo import *
 from .losses import *
 from ..metrics.masks import *
 from .callbacks import *

@@ -14,7 +14,7 @@ from ..metrics.masks import *
 from ..predict.predict import *
 from ..predict.predict import slicing_axes
 from .callbacks import *
-from .callbacks import was_seen
+from .fingerprint import was_seen
 from .learner import *
 from .learner import check_known
 from .plain import UnopenedError

@@ -8,7 +8,7 @@ __all__ = ['FastForward', 'FloatWhereShort', 'make_fast', 'Evaluation', 'VolumeL
 
 # %% ../../nbs/learn/06_learner.ipynb #6bf7c1da
 from ..core import *
-from ..io.guard import check_plain
+from ..plot import *
 from ..io.volumes import *
 from ..data.cases import *
 from ..data.plan import *
@@ -17,14 +17,18 @@ from ..data.blocks import check_one_input
 from ..data.labels import get_labels
 from ..data.loaders import axes_grid
 from ..models.unet import *
+from ..models.zoo import *
 from .losses import *
 from ..metrics.masks import *
 from ..predict.tta import *
 from ..predict.memory import MemoryCallback, memory_explained
 from ..predict.predict import *
+from ..predict.predict import check_free, prediction_key, save_prediction
 from .pace import PaceCallback
 from .callbacks import *
-from .callbacks import FiniteCallback, salt_of, sealed_names
+from .pace import *
+from .callbacks import FiniteCallback
+from .fingerprint import salt_of, sealed_names
 from ..models.weights import *
 from ..models.weights import check_finite
 from ..models.encoders import *
@@ -33,7 +37,7 @@ from fastai.callback.schedule import *
 from fastai.callback.training import GradientClip
 from fastprogress.fastprogress import progress_bar
 from .. import __version__
-import contextlib, hashlib, inspect, os, threading, zlib, nibabel as nib
+import contextlib, hashlib, inspect, os, threading
 
 # %% ../../nbs/learn/06_learner.ipynb #30b17d0b
 def plain_layout(
@@ -93,48 +97,6 @@ def make_fast(
     for p in model.parameters():
         if p.ndim in (4,5): p.data = p.data.contiguous(memory_format=torch.channels_last_3d if p.ndim==5 else torch.channels_last)
     return model
-
-# %% ../../nbs/learn/06_learner.ipynb #de7513a3
-def _mask_digest(mask, affine):
-    "What tells one mask from another: its class ids, and where they lie"
-    h = hashlib.blake2b(repr((mask.shape, np.asarray(affine, dtype='<f4').tolist())).encode(), digest_size=16)
-    for k in range(mask.shape[-1]): h.update(mask[...,k].astype('<i4').tobytes())
-    return h.hexdigest()
-
-def save_prediction(
-    mask,        # `TensorVolumeMask` (X,Y,Z) with its affine
-    fn,          # .nii, .nii.gz, .nrrd, .mha or .png
-    key:str='-'  # of what the mask was made from, up to 32 letters
-)->Path:         # `fn`
-    "Write a mask, whole or not at all; a NIfTI file notes that fastmed wrote it, and the digest of what it wrote"
-    return save_volume(mask, fn, note=f'fastmed {key} {_mask_digest(to_cpu(mask).as_subclass(Tensor).detach().numpy(), mask.affine)}')
-
-def prediction_key(
-    fn # file that may be there
-):     # the `key` of `save_prediction`; None where fastmed did not write the file, or where it was changed since
-    "What the mask in a file was made from, by the note in its header"
-    try:
-        check_plain(fn)
-        im = nib.load(fn)
-        name,key,digest = bytes(im.header['descrip'].item()).decode(errors='replace').split()
-        return key if name=='fastmed' and digest==_mask_digest(np.asanyarray(im.dataobj), im.affine) else None
-    except (OSError, EOFError, ValueError, TypeError, KeyError, MemoryError, zlib.error, nib.filebasedimages.ImageFileError): return None
-
-def check_free(
-    fns,                 # files that would be written
-    sources=(),          # files that are read for them
-    overwrite:bool=False # whether files may be replaced that fastmed did not write
-):
-    "Raise `FileError` where writing would lose something: a source, or a file that fastmed did not write or that was changed since"
-    same = {(s.st_dev,s.st_ino) for s in (Path(o).stat() for o in sources if Path(o).exists())}
-    there = [fn for fn in fns if os.path.lexists(fn)]
-    for fn in there:
-        s = Path(fn).stat() if Path(fn).exists() else None
-        if s is not None and (s.st_dev,s.st_ino) in same: raise FileError(f"{fn}: is read for the prediction, and a prediction never replaces what it was made from. Nothing was changed. Give another path")
-    if overwrite: return
-    if foreign:=[fn for fn in there if prediction_key(fn) is None]:
-        more = f' (and {len(foreign)-1} more)' if len(foreign)>1 else ''
-        raise FileError(f"{foreign[0]}{more}: is there already, and is not a mask that fastmed wrote and nobody changed since. Nothing was changed. Give another path, or replace it by overwrite=True (in a shell: --overwrite)")
 
 # %% ../../nbs/learn/06_learner.ipynb #cf44dd3f
 def check_known(

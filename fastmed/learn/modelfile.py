@@ -14,11 +14,12 @@ from ..data.augment import SpatialTfm
 from ..data.blocks import *
 from ..data.loaders import *
 from ..models.unet import *
+from ..models.zoo import *
 from .losses import *
 from ..metrics.masks import *
 from ..predict.predict import *
 from .callbacks import *
-from .callbacks import is_sealed, salt_of, seal_of, sealed_names, was_seen
+from .fingerprint import is_sealed, salt_of, seal_of, sealed_names, was_seen
 from ..models.weights import FrozenNorms, check_finite
 from ..predict.memory import MemoryCallback
 from ..models.encoders import create_network, is_encoder
@@ -31,23 +32,15 @@ from .casefiles import *
 from ..models.classifiers import add_unscale, create_classifier
 from .plain import SAVE_AGAIN, from_plain, NO_DIGEST, FORMAT_VERSION, json_text, numbers_of, to_plain, seal_file
 from .plain import Budget, ModelFile, TooLarge, TrialBudget, UnopenedError, few_modules
+from .plain import finite_answer, model_answer, same_answer, trial_answer, trial_noise
 from fastai.basics import *
 from numbers import Real
 import contextlib, hashlib, inspect, io, itertools, json, math, tempfile
 
 # %% ../../nbs/learn/13_modelfile.ipynb #77ec1bb0
 _most,_voxels = 10_000,2**27       # the largest number in a network's arguments; voxels of a patch
-_modules,_most_held = 10_000,2**28      # modules and tensors of a network; numbers that a trial of it may hold at a time
+_modules = 10_000                  # modules and tensors of a network
 _acts = ('ReLU','LeakyReLU','ELU','GELU','SiLU','Mish','ReLU6','SELU','CELU','PReLU','Hardswish','Softplus','Tanh','Identity')
-
-# %% ../../nbs/learn/13_modelfile.ipynb #e12b2b8f
-def model_answer(
-    model, # network
-    x      # (B,C,*S) windows
-):         # (B,…) logits
-    "Logits of windows, in evaluation"
-    with torch.inference_mode(), evaluating(model): y = model(x)
-    return torch.cat([o.flatten(1) for o in y], 1) if isinstance(y, tuple) else y
 
 # %% ../../nbs/learn/13_modelfile.ipynb #3deffa38
 def model_channels(
@@ -56,48 +49,6 @@ def model_channels(
 ):        # input channels
     "Channels of the network: a slice comes with its neighbours"
     return net['n_in']*(1+2*plan.get('context', 0) if plan.ndim==2 else 1)     # of the network: a slice comes with its neighbours
-
-# %% ../../nbs/learn/13_modelfile.ipynb #c7321cc0
-def trial_noise(
-    n_in,        # channels
-    size,        # (*S)
-    bs=1,        # windows
-    masks=False  # whether the network takes masks
-):               # (B,C,*S)
-    "The input of a trial, the same each time"
-    x = torch.randn((bs, n_in, *size), generator=torch.Generator().manual_seed(0))
-    return (x>0).float() if masks else x
-
-# %% ../../nbs/learn/13_modelfile.ipynb #70c6a5b8
-def same_answer(
-    a,   # numbers
-    b,   # numbers
-    tol  # share of the largest
-):       # whether they agree
-    "Whether two answers are one"
-    a,b = torch.as_tensor(a).float(),torch.as_tensor(b).float()
-    return a.shape==b.shape and (not a.numel() or float((a-b).abs().max())<=tol*float(a.abs().max()))
-
-# %% ../../nbs/learn/13_modelfile.ipynb #97491e23
-def trial_answer(
-    model,      # network
-    plan,       # `Plan`
-    n_in=None,  # channels, or None
-    patch=None  # size, or None
-):
-    "The size of a window of noise, and 64 logits of it in float32 on the CPU; None and none where that would take much memory"
-    n_in,most = ifnone(n_in, getattr(model, 'n_in', 1)),_most_held+16*sum(v.numel() for v in model.state_dict().values())
-    with TrialBudget(most): sizes = _windows(model, plan, patch)
-    for size in sizes:
-        if math.prod(size)>2**22 or n_in*math.prod(size)>_most_held: continue
-        try:
-            with TrialBudget(most): y = model_answer(model, trial_noise(n_in, size, masks=getattr(model, 'masks', False))).flatten()
-        except TooLarge: continue
-        except Exception:
-            if size==sizes[0]: raise
-            continue                                                    # a network of one size alone
-        return size,[float(o) for o in y[torch.linspace(0, len(y)-1, 64).long()]]
-    return None,[]
 
 # %% ../../nbs/learn/13_modelfile.ipynb #7b95e867
 def _name_of(arch):
@@ -152,13 +103,6 @@ def _fill_tensors(model, tensors):
     "Put `tensors` into `model`. Raises as `_expect_fit`"
     _expect_fit(model, {k:(tuple(v.shape),v.dtype) for k,v in tensors.items()})
     model.load_state_dict(tensors)
-
-def _windows(model, plan, patch):
-    "Sizes of windows to try a network at: `patch`; or a small one, or the one that it takes, and then smaller ones"
-    if patch: return [tuple(patch)]
-    sides,d = [n for n in plan.patch if plan.ndim==3 or n>1],model_divisor(model)
-    wanted = getattr(model, 'size', None) or [min(-(-n//k)*k, 2*k if k>1 else 8) for n,k in zip(sides, d)]
-    return list(dict.fromkeys(tuple(max(k, -(-n//f//k)*k) for n,k in zip(wanted, d)) if f>1 else tuple(wanted) for f in (1,2,4,8,16)))
 
 # %% ../../nbs/learn/13_modelfile.ipynb #42b335f5
 class SavedLearner(VolumeLearner):
@@ -226,15 +170,6 @@ def _learner(meta, device, network):
         learn.post,learn.pretrained = tuple(from_plain(meta['post'])),True
     learn.facts,learn.seen,learn.own_arch = meta['training'],seen,net.get('own', False)
     return learn
-
-# %% ../../nbs/learn/13_modelfile.ipynb #99809225
-def finite_answer(
-    echo, # numbers
-    fn    # file, for the error
-):        # `echo`
-    "Raises `InputError` on an answer that is not finite"
-    if not all(map(math.isfinite, echo)): raise InputError(f"{fn}: the network answers NaN or infinity: its training has diverged. Load an earlier state, or train with a lower rate")
-    return echo
 
 # %% ../../nbs/learn/13_modelfile.ipynb #07b37e14
 def model_meta(

@@ -7,12 +7,13 @@ __all__ = ['export_onnx', 'load_onnx']
 
 # %% ../../nbs/learn/14_onnx.ipynb #5a1b0c03
 from ..core import *
-from ..models.unet import *
+from ..models.zoo import *
 from ..models.weights import check_finite
 from .classify import *
 from .ensemble import *
 from .plain import SAVE_AGAIN, check_sum, json_text, meta_of, seal_file
-from .modelfile import model_answer, model_channels, finite_answer, model_meta, trial_noise, opened_learner, rebuilt_model, same_answer, trial_answer
+from .modelfile import model_channels, model_meta, opened_learner, rebuilt_model
+from .plain import model_answer, finite_answer, trial_noise, same_answer, trial_answer
 from fastai.basics import *
 from .modelfile import *                        # after fastai's own save_model and load_model
 import hashlib, json

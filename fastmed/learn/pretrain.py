@@ -11,6 +11,7 @@ from ..core import *
 from ..data.blocks import *
 from ..data.radiographs import get_prep
 from ..models.unet import *
+from ..models.zoo import *
 from .losses import mixing_callbacks
 from ..models.encoders import create_network
 from .learner import *

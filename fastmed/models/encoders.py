@@ -8,10 +8,11 @@ __all__ = ['is_encoder', 'encoder_names', 'thin_axis', 'UNetEncoder', 'Encoder',
 
 # %% ../../nbs/models/07_encoders.ipynb #e6e8eeb7
 from ..core import ArgumentError, InputError, FileError
-from .unet import UNet, MonaiNet, conv_stage, init_weights, create_model, model_names, per_axis, refuse_unknown, n_levels, size_text, conv_class
+from .unet import UNet, conv_stage, init_weights, per_axis, size_text, conv_class
+from .zoo import MonaiNet, create_model, model_names, refuse_unknown, n_levels
 from .adapt import adapt_input, GreyToRGB, grey_scale
 from .inflate import inflate
-from .resenc import ResEncoder
+from .unet import ResEncoder
 from .weights import load_weights, match_weights, read_weights, unet_words
 from pathlib import Path
 import copy, difflib, inspect, math, torch, torch.nn.functional as F

@@ -10,7 +10,8 @@ __all__ = ['encoder_parts', 'unet_words', 'read_weights', 'WeightReport', 'match
 from .. import __version__
 from ..core import InputError, FileError, MissingFileError
 from ..io.volumes import whole_file
-from .unet import UShape, MonaiNet, FastInstanceNorm, ENCODER_NAMES
+from .unet import UShape, FastInstanceNorm
+from .zoo import MonaiNet, ENCODER_NAMES
 from .adapt import adapt_weight, first_convs
 from fastai.basics import *
 from fastai.callback.schedule import *

@@ -10,7 +10,7 @@ __all__ = ['free_memory', 'memory_parts', 'memory_estimate', 'MemoryCallback', '
 from ..core import *
 from ..io.guard import memory_left
 from ..data.blocks import *
-from ..models.unet import model_divisor
+from ..models.zoo import model_divisor
 from fastai.basics import *
 from torch.nn.modules.conv import _ConvNd
 import contextlib, math, os, re, traceback

@@ -8,16 +8,17 @@ __all__ = ['POSTS', 'slide_window', 'keep_largest', 'fill_holes', 'close_slices'
 
 # %% ../../nbs/predict/03_predict.ipynb #1d5bb942
 from ..core import *
+from ..io.guard import check_plain
 from ..io.volumes import *
 from ..data.preprocess import *
-from ..data.patches import *
-from ..models.unet import model_divisor
+from ..data.store import *
+from ..models.zoo import model_divisor
 from ..data.blocks import *
 from .tta import *
 from .memory import check_prediction, prediction_explained
 from fastai.data.all import *
 from fastprogress.fastprogress import progress_bar
-import nibabel as nib
+import hashlib, os, zlib, nibabel as nib
 
 # %% ../../nbs/predict/03_predict.ipynb #38ad3451
 def _window_input(x, corner, plan, patch, view, spacing):
@@ -305,3 +306,45 @@ def predict_case(
     mask.meta = meta
     if not proba: return mask
     return mask, TensorVolume(maps_back(pr, pre, lab.affine, shape, affine), affine=affine, meta=meta)
+
+# %% ../../nbs/predict/03_predict.ipynb #de7513a3
+def _mask_digest(mask, affine):
+    "What tells one mask from another: its class ids, and where they lie"
+    h = hashlib.blake2b(repr((mask.shape, np.asarray(affine, dtype='<f4').tolist())).encode(), digest_size=16)
+    for k in range(mask.shape[-1]): h.update(mask[...,k].astype('<i4').tobytes())
+    return h.hexdigest()
+
+def save_prediction(
+    mask,        # `TensorVolumeMask` (X,Y,Z) with its affine
+    fn,          # .nii, .nii.gz, .nrrd, .mha or .png
+    key:str='-'  # of what the mask was made from, up to 32 letters
+)->Path:         # `fn`
+    "Write a mask, whole or not at all; a NIfTI file notes that fastmed wrote it, and the digest of what it wrote"
+    return save_volume(mask, fn, note=f'fastmed {key} {_mask_digest(to_cpu(mask).as_subclass(Tensor).detach().numpy(), mask.affine)}')
+
+def prediction_key(
+    fn # file that may be there
+):     # the `key` of `save_prediction`; None where fastmed did not write the file, or where it was changed since
+    "What the mask in a file was made from, by the note in its header"
+    try:
+        check_plain(fn)
+        im = nib.load(fn)
+        name,key,digest = bytes(im.header['descrip'].item()).decode(errors='replace').split()
+        return key if name=='fastmed' and digest==_mask_digest(np.asanyarray(im.dataobj), im.affine) else None
+    except (OSError, EOFError, ValueError, TypeError, KeyError, MemoryError, zlib.error, nib.filebasedimages.ImageFileError): return None
+
+def check_free(
+    fns,                 # files that would be written
+    sources=(),          # files that are read for them
+    overwrite:bool=False # whether files may be replaced that fastmed did not write
+):
+    "Raise `FileError` where writing would lose something: a source, or a file that fastmed did not write or that was changed since"
+    same = {(s.st_dev,s.st_ino) for s in (Path(o).stat() for o in sources if Path(o).exists())}
+    there = [fn for fn in fns if os.path.lexists(fn)]
+    for fn in there:
+        s = Path(fn).stat() if Path(fn).exists() else None
+        if s is not None and (s.st_dev,s.st_ino) in same: raise FileError(f"{fn}: is read for the prediction, and a prediction never replaces what it was made from. Nothing was changed. Give another path")
+    if overwrite: return
+    if foreign:=[fn for fn in there if prediction_key(fn) is None]:
+        more = f' (and {len(foreign)-1} more)' if len(foreign)>1 else ''
+        raise FileError(f"{foreign[0]}{more}: is there already, and is not a mask that fastmed wrote and nobody changed since. Nothing was changed. Give another path, or replace it by overwrite=True (in a shell: --overwrite)")

@@ -7,6 +7,7 @@ __all__ = ['stratified_folds', 'fold_learner', 'CrossValidation', 'cross_validat
 
 # %% ../../nbs/study/06_crossval.ipynb #40d40f29
 from ..core import *
+from ..plot import *
 from ..data.cases import *
 from ..data.cases import group_values, check_codes, check_columns
 from ..data.blocks import *
@@ -17,13 +18,13 @@ from ..learn.pace import shared_plan
 from ..learn.callbacks import *
 from ..metrics.scores import *
 from ..learn.classify import *
-from ..io.report import *
+from ..plot import *
 from ..metrics.stats import *
 from ..learn.ensemble import *
 from .findings import *
 from .runs import keep_model, open_run, run_model
-from .compare import *
-from .compare import settings_hash, PREDICT_ARGS, train_runs, setting_text, case_contents, check_contents, contents_noted, noted_contents
+from .runs import *
+from .runs import settings_hash, PREDICT_ARGS, train_runs, setting_text, case_contents, check_contents, contents_noted, noted_contents
 from fastai.basics import *
 from fastprogress.fastprogress import progress_bar
 import contextlib, hashlib, inspect, json, re, time

@@ -10,10 +10,10 @@ from ..core import *
 from ..data.cases import group_values, check_columns, marked_rows
 from ..metrics.stats import group_numbers
 from ..learn.pace import shared_plan
-from ..learn.callbacks import *
+from ..learn.pace import *
 from ..metrics.scores import roc_auc
-from .compare import make_learner
-from .compare import NoValidation, case_contents, check_contents, noted_contents
+from .runs import make_learner
+from .runs import NoValidation, case_contents, check_contents, noted_contents
 from ..io.volumes import *
 from fastai.basics import *
 from fastai.callback.schedule import *

@@ -8,15 +8,16 @@ __all__ = ['RULE', 'ruled_scores', 'BestArm', 'Findings', 'thick_slices', 'Shift
 
 # %% ../../nbs/study/03_findings.ipynb #6280330d
 from ..core import *
+from ..plot import *
 from ..io.volumes import *
 from ..data.blocks import *
 from ..metrics.masks import *
 from ..predict.predict import *
 from ..learn.callbacks import *
-from ..learn.callbacks import was_seen
+from ..learn.fingerprint import was_seen
 from ..learn.plain import UnopenedError
 from ..learn.ensemble import trusted_learner
-from ..io.report import *
+from ..plot import *
 from ..metrics.stats import *
 from fastai.basics import *
 from ..learn.modelfile import load_model               # after fastai's own

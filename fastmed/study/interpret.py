@@ -7,6 +7,7 @@ __all__ = ['CaseInterpretation']
 
 # %% ../../nbs/study/02_interpret.ipynb #02963a4f
 from ..core import *
+from ..plot import *
 from ..data.labels import *
 from ..learn.callbacks import *
 from ..metrics.scores import choose_point
@@ -15,7 +16,7 @@ from ..metrics.curves import *
 from ..metrics.curves import safe_ratio
 from .gradcam import *
 from .gradcam import is_conv
-from ..io.report import *
+from ..plot import *
 from fastai.basics import *
 import re
 
