@@ -16,9 +16,10 @@ from fastmed.learn.classify import classifier_learner, regression_learner
 from fastmed.core import InputError
 from fastmed.data.loaders import SliceDataLoaders, VolumeDataLoaders
 from fastmed.data.cases import GroupSplitter
+from fastmed.learn.losses import MultiTaskLoss
 from fastmed.data.labels import WholeTransform, whole_plan
 from fastmed.learn.learner import make_fast, unet2d_learner, unet3d_learner
-from fastmed.learn.losses import MultiTaskLoss, as_loss
+from fastmed.learn.losses import as_loss
 from fastmed.models.unet import create_model, model_names, param_splitter
 from fastmed.learn.pretrain import restoration_learner
 from fastmed.data.radiographs import RadiographBlock, RadiographPrep
