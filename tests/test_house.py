@@ -327,6 +327,7 @@ def test_stored_outputs(nb):
     assert not [o for o in outs if o['output_type']=='error'], 'an error is stored'
     text = '\n'.join(''.join(v) for o in outs for v in [*[v for k,v in o.get('data', {}).items() if not k.startswith('image/')], o.get('text', '')])
     assert not (m:=re.search(r'/(work|root|home|tmp|Users|private|var)/\S*|site-packages|Warning:', text)), f'outputs hold {m[0]}'
+    assert '█' not in text, "a progress bar is stored: take the lines of '█' out of the outputs, or run the cell in `learn.no_bar()`"
     if nb.stem!='index': assert outs, 'no output is stored: run nbdev-test --save'
     if nb.parent.name=='tutorials': assert any('image/png' in o.get('data', {}) for o in outs), 'a tutorial keeps its pictures'
 
@@ -374,7 +375,7 @@ def built(tmp_path_factory):
 def test_sdist_holds_what_setup_reads(built):
     import tarfile
     names = {o.split('/', 1)[-1] for o in tarfile.open(next(built.glob('*.tar.gz'))).getnames()}
-    assert {'setup.py', 'settings.ini', 'pyproject.toml', 'README.md', 'LICENSE', 'fastmed/__init__.py', 'fastmed/all.py'} <= names
+    assert {'setup.py', 'settings.ini', 'pyproject.toml', 'README.md', 'LICENSE', *(o.relative_to(root).as_posix() for o in lib.rglob('*.py'))} <= names
 
 def test_wheel_metadata(built):
     import zipfile

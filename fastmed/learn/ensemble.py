@@ -105,7 +105,7 @@ class Ensemble:
 
     def _open(self, fn):
         if not fn.is_file(): raise MissingFileError(f"{fn}: no such model file")
-        if fn.suffix!='.pkl' and (f:=getattr(self, '_read_'+fn.suffix[1:], None)) is not None: return f(fn)      # of `modelfile` and `ship`
+        if fn.suffix!='.pkl' and (f:=getattr(self, '_read_'+fn.suffix[1:], None)) is not None: return f(fn)      # of `modelfile` and `onnx`
         learn = trusted_learner(fn, self.trust)
         if hasattr(learn, 'model'): learn.model.to(self.device)
         return learn

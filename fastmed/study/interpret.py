@@ -150,7 +150,7 @@ class CaseInterpretation:
 
     def calibration(self,
         label=None,  # see `one`
-        bins=10      # see `calibration` of the room `curves`
+        bins=10      # see `calibration` of `metrics.curves`
     )->Calibration:  # table, ece, brier, with `plot`
         "Are the probabilities meant as they are said?"
         self._is('category','multi'); y,p,_ = self.one(label); return calibration(y, p, self.groups, bins, **self._boot)
