@@ -10,6 +10,7 @@ from ..core import *
 from ..io.volumes import *
 from .cases import check_codes, check_columns
 from ..io.report import *
+from .store import cache_dir
 from .placement import border_profiles, misplaced_masks
 from .survey import case_names, problem_row, some_of, survey_cases, repeated_hashes
 from fastai.basics import *
@@ -269,6 +270,11 @@ def _off_image(heads, vox):
         res.append((i, problem_row('mask does not lie on the image', found, heads[i]['mask'])))
     return res
 
+def _found_folder(cache):
+    "Where what was found is kept; None where no folder is safe"
+    if cache is not None: return Path(cache)
+    with contextlib.suppress(FileError): return cache_dir()
+
 def check_dataset(
     df,                   # one row a case: `case`, `image` (a path, or a list: channels), `mask`, and where it is known `subject`
     codes=None,           # structures: list of names for 0, 1, 2 …, or dict name → value(s) in the file; default: `df.attrs['codes']`, else from the masks
@@ -277,12 +283,13 @@ def check_dataset(
     mask_col:str='mask',  # column of the masks; where there is none, masks are not asked for
     tol:float=.05,        # largest displacement of a corner at which two grids agree, voxels
     memory_gb:float=None, # what all threads together may use; default: half of the machine
-    workers:int=None      # threads; default: a thread a core, 8 at most
+    workers:int=None,     # threads; default: a thread a core, 8 at most
+    cache=None            # folder of the store, where what a file holds is kept; default: `cache_dir()`
 )->Report:                # one row a finding; `.errors`, `.warnings`, `.summary()`, `.clean()`, `.html(fn)`
-    "Find what is wrong with a data set: headers first, every voxel once. Raises `KeyError` where a column of images is missing, `ValueError` on an empty table"
+    "Find what is wrong with a data set: headers first, every voxel once, and the second time only those of files that changed. Raises `KeyError` where a column of images is missing, `ValueError` on an empty table"
     if not len(df): raise InputError("check_dataset: the table has no rows")
     codes = check_codes(ifnone(codes, df.attrs.get('codes'))); names = case_names(check_columns(df))
-    heads,vox = survey_cases(df, path, image_col, mask_col, tol, memory_gb, workers, fit=border_profiles)
+    heads,vox = survey_cases(df, path, image_col, mask_col, tol, memory_gb, workers, fit=border_profiles, cache=_found_folder(cache))
     subject = None if 'subject' not in df else [str(o) if pd.notna(o) else i for i,o in enumerate(df.subject)]
     found = [(i,o) for i,(h,v) in enumerate(zip(heads, vox)) for o in h['findings']+v['findings']] + _label_findings(heads, vox, names, codes) + _across(heads, vox, names, subject) + _off_image(heads, vox)
     kinds = {p:(s,e,m) for p,s,e,m in PROBLEMS}; rows = []
