@@ -227,9 +227,9 @@ def _case_voxels(h, prints=None, fit=None):
     return d
 
 # %% ../../nbs/data/13_survey.ipynb #3385e69a
-_failures = {'missing file','unreadable','no volume','singular affine','gantry tilt','missing slice','too large'}
+_failures = ('missing file','unreadable','no volume','singular affine','gantry tilt','missing slice','too large')
 
-def _no_failure(d): return not _failures & {o['problem'] for o in d['findings']}
+def _no_failure(d): return not any(o['problem'] in _failures for o in d['findings'])
 
 def _kept_headers(case, tol, limit, cache):
     "`_case_headers`, from the store where the files are those of the last time"
