@@ -2,6 +2,7 @@
 
     python benchmarks/many.py                  # 1,000 cases, 256 files at a time
     python benchmarks/many.py --cases 60 --files 96
+    python benchmarks/many.py --prints 4000              # the comparison of find_leaks alone, of drawn prints without files
 """
 import argparse, os, sys, tempfile, time
 from pathlib import Path
@@ -22,12 +23,30 @@ def write(path, n):
         scan = (rng.normal(100, 12, mask.shape)+60*mask).astype(np.float32)
         for k,a in (('images',scan), ('labels',mask)): nib.save(nib.Nifti1Image(a, np.eye(4)), path/k/f'case{i:04d}.nii.gz')
 
+def prints(n):
+    "What `find_leaks` keeps of `n` scans that have nothing to do with each other"
+    rng,res = np.random.default_rng(0),[]
+    for i in range(n):
+        gaps = rng.random(300)<.2
+        gaps[[0,-1]] = False
+        p = dict(sketch=rng.integers(0, 2**63, 512, dtype=np.uint64), quantum=np.nan, gaps=(int(rng.integers(0, 40)),300,np.packbits(gaps)) if i%2 else None,
+                 thumb=rng.standard_normal((20,)*3).astype(np.float16), like=rng.standard_normal(49).astype(np.float32))
+        res.append(dict(channels=[], prints=[p]))
+    return res
+
+def compare(n):
+    "The row of `n` prints"
+    from fastmed.data import leaks
+    vox,rows = prints(n),[]
+    timed('find_leaks, prints known', lambda: leaks._pairs(vox), rows)
+    return [dict(r, cases=n) for r in rows]
+
 def timed(what, f, rows):
     "Add seconds and peak memory of `f()` to `rows`, and give what it gave"
     common.reset_peak()
-    was,t = common.rss(),time.perf_counter()
+    was,t,c = common.rss(),time.perf_counter(),time.process_time()
     res = f()
-    rows.append(dict(what=what, seconds=round(time.perf_counter()-t, 1), peak_mb=round(common.peak()/1e6), more_mb=round((common.peak()-was)/1e6)))
+    rows.append(dict(what=what, seconds=round(time.perf_counter()-t, 1), cpu_s=round(time.process_time()-c, 1), peak_mb=round(common.peak()/1e6), more_mb=round((common.peak()-was)/1e6)))
     print(rows[-1], file=sys.stderr, flush=True)
     return res
 
@@ -39,7 +58,9 @@ def run(path, n, files, workers):
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     from fastmed.all import VolumeDataLoaders, check_dataset, scan_folder, unet3d_learner
     rows,df = [],scan_folder(path)
-    report = timed('check_dataset', lambda: check_dataset(df, ['background','ball']), rows)
+    def check(): return check_dataset(df, ['background','ball'], cache=path/'cache')
+    report = timed('check_dataset, first', check, rows)
+    if timed('check_dataset, again', check, rows).to_dict('records')!=report.to_dict('records'): raise SystemExit('the second check found something else')
     if len(report.errors): raise SystemExit(f'the check found errors: {report.errors.iloc[0].to_dict()}')
     def loaders(): return VolumeDataLoaders.from_df(df, path=path, codes=['background','ball'], patch=16, bs=8, samples_per_case=1, spacing=None, cache=path/'cache', num_workers=workers, device='cpu')
     timed('from_df, first', loaders, rows)
@@ -55,9 +76,10 @@ def main():
     p.add_argument('--cases', type=int, default=1000)
     p.add_argument('--files', type=int, default=256, help='files that the process may have open')
     p.add_argument('--workers', type=int, default=0, help='of the DataLoaders')
+    p.add_argument('--prints', type=int, help='compare so many prints, and nothing else')
     p.add_argument('--csv', default=str(common.here/'many.csv'))
     a = p.parse_args()
-    with tempfile.TemporaryDirectory() as tmp, common.quiet(): rows = run(tmp, a.cases, a.files, a.workers)
+    with tempfile.TemporaryDirectory() as tmp, common.quiet(): rows = compare(a.prints) if a.prints else run(tmp, a.cases, a.files, a.workers)
     common.keep(rows, a.csv, ['what','cases','files','workers'])
 
 if __name__=='__main__': main()

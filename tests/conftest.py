@@ -21,6 +21,14 @@ def cache(tmp_path):
     return path
 
 @pytest.fixture(autouse=True, scope='session')
+def no_store_at_home(tmp_path_factory):
+    "Nothing is kept in the store of whoever runs the tests, unless FASTMED_CACHE names one."
+    there = 'FASTMED_CACHE' in os.environ
+    if not there: os.environ['FASTMED_CACHE'] = str(tmp_path_factory.mktemp('home')/'store')
+    yield
+    if not there: os.environ.pop('FASTMED_CACHE', None)
+
+@pytest.fixture(autouse=True, scope='session')
 def threads():
     "One thread each when tests run side by side."
     if os.environ.get('PYTEST_XDIST_WORKER'):

@@ -1,13 +1,16 @@
 "Many cases: nobody's scans are merged, few files are open at a time, and nothing is read or held twice."
-import errno, json, os, subprocess, sys, tracemalloc
+import errno, json, os, shutil, subprocess, sys, tracemalloc
 from pathlib import Path
-import nibabel as nib, numpy as np, pytest, torch
+import nibabel as nib, numpy as np, pandas as pd, pytest, torch
 from fastmed.data import loaders as data
 from fastmed.io import volumes as io
 from fastmed.data import labels
 from fastmed.data import leaks
 from fastmed.data import plan
 from fastmed.data import preprocess
+from fastmed.data import store
+from fastmed.data import survey
+from fastmed.data.check import check_dataset
 from fastmed.core import FileError, InputError, ResourceError
 from fastmed.data.cases import scan_decathlon, scan_folder
 from fastmed.io.guard import reading
@@ -207,6 +210,112 @@ def test_from_df_reads_each_header_once(tmp_path, monkeypatch, labelled):
     data.VolumeDataLoaders.from_df(df, cache=tmp_path/'store', bs=2, num_workers=0, device='cpu', **kw)
     assert sorted(read)==sorted(map(str, [*df.image, *([] if labelled else df['mask'])]))
 
+# --- what was found is known the second time
+
+@pytest.fixture
+def settled(monkeypatch):
+    "As if every file had been written long ago"
+    now = store.time.time_ns
+    class Later:
+        def time_ns(): return now()+10**10
+    monkeypatch.setattr(store, 'time', Later)
+
+@pytest.fixture
+def opened(monkeypatch):
+    "Names of the files whose header or voxels were asked for"
+    names = []
+    def counted(f):
+        def g(fn, *args, **kwargs):
+            if not isinstance(fn, list): names.append(Path(fn).name)
+            return f(fn, *args, **kwargs)
+        return g
+    for m in (survey, io, data, labels, plan, preprocess):
+        for k in ('read_header','load_volume','load_array'):
+            if hasattr(m, k): monkeypatch.setattr(m, k, counted(getattr(m, k)))
+    return names
+
+def odd_study(path):
+    "Ten small scans, of which one has a label of its own, one NaN, and one a mask of another place"
+    df = small_study(path, 10)
+    def change(fn, f, affine=np.eye(4)):
+        a = np.asarray(nib.load(fn).dataobj).copy()
+        f(a)
+        nib.save(nib.Nifti1Image(a, affine), fn)
+    def put(v): return lambda a: a.__setitem__((0,0,0), v)
+    change(df['mask'][2], put(9))
+    change(df.image[4], put(np.nan))
+    change(df['mask'][6], put(1), np.diag([1,1,2,1.]))
+    return df
+
+def check(df, **kwargs):
+    r = check_dataset(df, ['background','x'], **kwargs)
+    return pd.DataFrame(r).to_dict('records'),r.facts.to_dict('records')
+
+def test_a_second_check_reads_nothing(tmp_path, monkeypatch, settled, opened):
+    df = odd_study(tmp_path)
+    monkeypatch.setenv('FASTMED_CACHE', str(tmp_path/'cache'))
+    first = check(df)
+    assert {o['problem'] for o in first[0]}>={'unexpected label','NaN or Inf','mask spacing'} and opened
+    opened.clear()
+    assert repr(check(df))==repr(first) and not opened
+    assert repr(check(df, tol=.1))==repr(first) and opened, 'another tolerance'
+    opened.clear()
+    fn,st = df['mask'][3],os.stat(df['mask'][3])
+    nib.save(nib.Nifti1Image(np.full((12,)*3, 7, np.uint8), np.eye(4)), fn)
+    os.utime(fn, ns=(st.st_atime_ns, st.st_mtime_ns))
+    again = check(df)
+    assert set(opened)=={'c0003.nii'} and any(o['problem']=='unexpected label' and o['case']=='c0003' for o in again[0])
+    assert repr(check(df, cache=tmp_path/'other'))==repr(again)
+
+def test_a_check_without_a_store_and_with_a_damaged_one(tmp_path, settled, opened, monkeypatch):
+    df = odd_study(tmp_path)
+    cache = tmp_path/'cache'
+    first = check(df, cache=cache)
+    kept = sorted((cache/'facts').iterdir())
+    assert len(kept)>=18 and not any('c000' in o.read_text() for o in kept), 'names of files may be those of patients'
+    for i,o in enumerate(kept): o.write_text(['', '[1]', o.read_text().replace('"found"', '"f"'), o.read_text().replace('12', '13')][i%4])
+    assert repr(check(df, cache=cache))==repr(first)
+    opened.clear()
+    assert repr(check(df, cache=cache))==repr(first) and not opened, 'what was damaged is written anew'
+    shutil.rmtree(cache)
+    assert repr(check(df, cache=cache))==repr(first) and opened
+    (tmp_path/'file').touch()
+    assert repr(check(df, cache=tmp_path/'file'))==repr(first), 'no folder can be made there'
+    def no(*args): raise FileError('read-only')
+    monkeypatch.setattr(store, '_private_folder', no)
+    assert repr(check(df, cache=tmp_path/'new'))==repr(first)
+
+def test_what_failed_once_is_tried_again(tmp_path, settled, monkeypatch):
+    df = small_study(tmp_path, 3)
+    real = survey.load_volume
+    def fails(fn, *args, **kwargs):
+        if Path(fn).name=='c0001.nii': raise OSError(errno.EMFILE, 'Too many open files')
+        return real(fn, *args, **kwargs)
+    with monkeypatch.context() as m:
+        m.setattr(survey, 'load_volume', fails)
+        assert any(o['problem']=='unreadable' for o in check(df, cache=tmp_path/'cache')[0])
+    assert not any(o['problem']=='unreadable' for o in check(df, cache=tmp_path/'cache')[0])
+
+def test_one_file_under_two_names(tmp_path, settled, opened):
+    df = small_study(tmp_path/'a', 5)
+    first = check(df, cache=tmp_path/'cache')
+    opened.clear()
+    (tmp_path/'b').symlink_to(tmp_path/'a')
+    def other(fn): return tmp_path/'b'/Path(fn).relative_to(tmp_path/'a')
+    facts = check(df.assign(image=df.image.map(other), mask=df['mask'].map(other)), cache=tmp_path/'cache')[1]
+    assert not opened and facts[0]['image']==[tmp_path/'b/images/c0000.nii'] and first[1][0]['image']==[tmp_path/'a/images/c0000.nii']
+
+@pytest.mark.parametrize('labelled', [False, True])
+def test_a_second_from_df_reads_no_header(tmp_path, settled, opened, labelled):
+    df = small_study(tmp_path, 6).assign(label=['a','b']*3)
+    kw = dict(label_col='label', batch_tfms=None) if labelled else dict(codes=['background','x'], patch=8)
+    def loaders(): return data.VolumeDataLoaders.from_df(df, cache=tmp_path/'store', bs=2, num_workers=0, device='cpu', **kw)
+    first = loaders()
+    opened.clear()
+    again = loaders()
+    assert not opened
+    assert data.get_plan(again)==data.get_plan(first) and again.preprocess.to_dict()==first.preprocess.to_dict()
+
 # --- the whole way, with few files open
 
 def test_more_cases_than_files_that_may_be_open(tmp_path):
@@ -215,4 +324,4 @@ def test_more_cases_than_files_that_may_be_open(tmp_path):
     script = Path(__file__).resolve().parents[1]/'benchmarks/many.py'
     p = subprocess.run([sys.executable, str(script), '--cases', '40', '--files', '64', '--csv', str(tmp_path/'many.csv')], capture_output=True, text=True)
     assert not p.returncode, p.stderr[-2000:]
-    assert len((tmp_path/'many.csv').read_text().splitlines())==6
+    assert len((tmp_path/'many.csv').read_text().splitlines())==7

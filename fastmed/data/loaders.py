@@ -15,6 +15,7 @@ from .cases import case_splitter, warn_twins, check_codes, check_columns
 from .preprocess import *
 from .plan import *
 from .store import *
+from .store import kept_found
 from .blocks import *
 from .labels import *
 from .augment import *
@@ -88,7 +89,8 @@ class VolumeDataLoaders(DataLoaders):
         train = list(splitter(range(len(df)))[0])
         warn_twins(df, images, train)
         labelled = () if label_col is None else label_block(df, label_col, y_block, label_delim, train, group_col)
-        heads = [_check_headers(df.iloc[i], images[i], masks[i]) for i in range(len(df))] if masks else [read_header(o) for o in images]
+        cache = Path(cache_dir() if cache is None else cache)
+        heads = [_check_headers(df.iloc[i], images[i], masks[i], cache) for i in range(len(df))] if masks else [_kept_header(o, cache) for o in images]
         for i,h in enumerate(heads):
             if h['channels']!=heads[0]['channels']:
                 a,b = [(r.get('case', r.name), heads[j]['channels']) for r,j in ((df.iloc[0],0), (df.iloc[i],i))]
@@ -101,7 +103,6 @@ class VolumeDataLoaders(DataLoaders):
         need,left = plan.bs*int(np.prod([float(p) for p in plan.patch]))*(1+2*plan.get('context', 0))*(4*heads[0]['channels']+1),memory_left()
         if need>left: raise ResourceError(f"patch: a batch of {plan.bs} patches of {'×'.join(map(str, plan.patch))} voxels takes {need/1e9:.3g} GB before a network has seen it, and {left/1e9:.3g} GB are free. Give a smaller patch= or bs=")
         pre = Preprocess(plan.spacing, normalize, plan.orientation, codes)
-        cache = Path(cache_dir() if cache is None else cache)
         if codes is None and masks: codes = pre.codes = check_codes(df.attrs.get('codes')) or _codes_from(label_values(Store(pre, cache), masks))
         tr_im,tr_m = [images[i] for i in train],[masks[i] for i in train if masks]
         key = dict(files=[[kept_digest(f, cache) for f in L(o)] for o in tr_im+tr_m], pre=pre.to_dict())
@@ -200,9 +201,13 @@ def _say_larger(df, heads, pre, plan):
     if big:=[i for i,n in enumerate(grids) if fitted_shape(n, plan)!=tuple(n)]:
         warn(f"{len(big)} of {len(df)} cases are larger than the {'×'.join(map(str, plan.patch))} voxels of a whole scan, such as {df.iloc[big[0]].get('case', big[0])!r} ({'×'.join(map(str, grids[big[0]]))}): they are made smaller, not cropped. Say a larger size or spacing to keep their scale")
 
-def _check_headers(row, image, mask):
+def _kept_header(fn, cache):
+    "`read_header`, from the store where the files are those of the last time"
+    return kept_found('header', list(L(fn)), cache, None, lambda: read_header(fn))
+
+def _check_headers(row, image, mask, cache):
     "Image and mask on one grid, by their headers, before any voxel is read"
-    hi,hm = read_header(image),read_header(mask)
+    hi,hm = _kept_header(image, cache),_kept_header(mask, cache)
     g = [Preprocess().oriented(h['shape'], h['affine']) for h in (hi,hm)]
     if not same_grid(*g[0], *g[1]):
         i,m = [f"{f}: {describe_grid(h['shape'], h['affine'])}" for f,h in ((first(L(image)),hi),(mask,hm))]

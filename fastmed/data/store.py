@@ -7,6 +7,7 @@ __all__ = ['cache_dir', 'each_in_threads', 'Store', 'kept_digest', 'foreground_i
            'foreground_voxel', 'cut', 'window_corners', 'gaussian_weight']
 
 # %% ../../nbs/data/05_store.ipynb #4982f75f
+from .. import __version__
 from ..core import *
 from ..io.guard import *
 from ..io.volumes import *
@@ -14,7 +15,7 @@ from .preprocess import *
 from fastai.data.all import *
 from fastprogress.fastprogress import progress_bar
 from concurrent.futures import ThreadPoolExecutor, as_completed
-import contextlib, errno, hashlib, json, os, shutil, stat, tempfile, time
+import base64, contextlib, errno, hashlib, json, os, shutil, stat, tempfile, time
 
 # %% ../../nbs/data/05_store.ipynb #dae44550
 def digest_key(
@@ -280,6 +281,60 @@ def label_values(
     "The values that masks hold, found once and kept"
     def one(fn): return store.cached('labels', kept_digest(fn, store.path), lambda: np.unique(load_mask(fn).as_subclass(Tensor).numpy()).tolist())
     with ThreadPoolExecutor(min(8, defaults.cpus)) as ex: return sorted(set().union(*ex.map(one, masks)))
+
+# %% ../../nbs/data/05_store.ipynb #5b0f2c11
+def _packed(o, names):
+    "The same in JSON; of files and their names only which one it is. Raises `TypeError` on what has no place there"
+    if isinstance(o, np.generic): o = o.item()
+    if isinstance(o, (str,Path)) and str(o) in names: return {'name' if isinstance(o, str) else 'file':names.index(str(o))}
+    if o is None or isinstance(o, (bool,int,float,str)): return o
+    if isinstance(o, np.ndarray) and o.dtype.kind in 'biuf': return dict(array=base64.b64encode(o.tobytes()).decode(), dtype=o.dtype.str, shape=o.shape)
+    if isinstance(o, dict): return dict(dict=[[_packed(k, names),_packed(v, names)] for k,v in o.items()])
+    if isinstance(o, tuple): return dict(tuple=[_packed(v, names) for v in o])
+    if isinstance(o, list): return [_packed(v, names) for v in o]
+    raise TypeError(f'{type(o).__name__} is not kept')
+
+def _unpacked(o, names):
+    "What `_packed` was given"
+    if isinstance(o, list): return [_unpacked(v, names) for v in o]
+    if not isinstance(o, dict): return o
+    if 'name' in o: return names[o['name']]
+    if 'file' in o: return Path(names[o['file']])
+    if 'tuple' in o: return tuple(_unpacked(v, names) for v in o['tuple'])
+    if 'dict' in o: return {_unpacked(k, names):_unpacked(v, names) for k,v in o['dict']}
+    return np.frombuffer(base64.b64decode(o['array']), o['dtype']).reshape(o['shape']).copy()
+
+def _settled_facts(files):
+    "The facts of files that nobody wrote to within the last two seconds; None of others, of folders, and where one is out of reach"
+    with contextlib.suppress(OSError):
+        if any(os.path.isdir(o) for o in files): return None
+        facts = [file_facts(o)[1] for o in files]
+        if time.time_ns()-max((s[2] for o in facts for s in o), default=0)>=2e9: return facts
+
+def kept_found(
+    name,                 # what it is
+    files,                # that it was found in, and in nothing else
+    path,                 # folder of the store; None: nothing is kept
+    key,                  # what else it depends on, JSON-able
+    func,                 # () → what was found: dicts, lists, arrays, files, texts and numbers
+    sound=lambda o: True  # whether that may be kept: no failure may, which can have gone the next time
+):                        # `func()`, from the store the second time
+    "What was found in files, as long as their size, times and inodes are the same. A store that cannot be written, or that holds something else, is no error"
+    facts = None if path is None else _settled_facts(files)
+    if facts is None: return func()
+    names = [str(o) for o in files]
+    places = [str(Path(o).resolve()) for o in files]
+    dest = Path(path)/'facts'/f'{name}-{digest_key(STORE_VERSION, __version__, places, facts, key)}.json'
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        said = json.loads(dest.read_text())
+        if said['seal']==digest_key(dest.name, said['found']): return _unpacked(said['found'], names)
+    res = func()
+    if not sound(res) or _settled_facts(files)!=facts: return res
+    with contextlib.suppress(FileError):
+        found = _packed(res, names)
+        _private_folder(path)
+        with whole_file(dest, lasting=False) as tmp: tmp.write_text(json.dumps(dict(seal=digest_key(dest.name, found), found=found)))
+    return res
 
 # %% ../../nbs/data/05_store.ipynb #0451fa75
 def _bounds(shape, patch):

@@ -9,6 +9,7 @@ __all__ = []
 from ..core import *
 from ..io.volumes import *
 from .cases import check_columns
+from .store import kept_found
 from ..io.volumes import describe_grid, load_array, odd_labels
 from fastai.basics import *
 from fastprogress.fastprogress import progress_bar
@@ -225,6 +226,21 @@ def _case_voxels(h, prints=None, fit=None):
         elif c['flat']: d['findings'].append(problem_row('nearly constant', f"99 % of the voxels are about {c['value']:.6g}", c['file']))
     return d
 
+# %% ../../nbs/data/13_survey.ipynb #3385e69a
+_failures = ('missing file','unreadable','no volume','singular affine','gantry tilt','missing slice','too large')
+
+def _no_failure(d): return not any(o['problem'] in _failures for o in d['findings'])
+
+def _kept_headers(case, tol, limit, cache):
+    "`_case_headers`, from the store where the files are those of the last time"
+    return kept_found('headers', [*case[0], *case[1]], cache, [len(case[0]), case[2], tol, limit], lambda: _case_headers(case, tol, limit), _no_failure)
+
+def _kept_voxels(h, prints, fit, cache):
+    "`_case_voxels`, likewise"
+    files = [*filter(None, h['read']), *([h['mask']] if h['mask'] else [])]
+    key = [len(h['read']), bool(h['mask']), h['aligned'], fit and fit.__name__]
+    return kept_found('voxels', files, cache if files and None not in h['read'] else None, key, lambda: _case_voxels(h, prints, fit), _no_failure)
+
 # %% ../../nbs/data/13_survey.ipynb #3385e69b
 def survey_cases(
     df,          # one row a case
@@ -234,8 +250,9 @@ def survey_cases(
     tol,         # mm of agreement
     memory_gb,   # memory for voxels, or None
     workers,     # threads, or None
-    prints=None, # what else is measured of an image, or None
-    fit=None     # what else is measured of image and mask, or None
+    prints=None, # what else is measured of an image, or None; then nothing is kept
+    fit=None,    # what else is measured of image and mask, or None
+    cache=None   # folder of the store, where what was found is kept; None: nowhere
 ):
     "Headers, then voxels of all cases, in threads; (headers, numbers), a dict a case"
     path = Path(path).absolute()
@@ -249,7 +266,8 @@ def survey_cases(
     def each(f, xs, k):
         with ThreadPoolExecutor(max(1, k)) as ex: return list(progress_bar(ex.map(f, xs), total=len(xs), leave=False))
     k = min(8, os.cpu_count() or 1) if workers is None else workers
-    heads = each(lambda c: _case_headers(c, tol, limit), cases, k)
+    cache = None if prints else cache
+    heads = each(lambda c: _kept_headers(c, tol, limit, cache), cases, k)
     most = max([h['voxels']*(1+(h['channels'] or 1)/10) for h in heads if h['images'] or h['mask']], default=0)
     if prints: prints = partial(prints, box=np.median([np.array(h['size'])*h['spacing'] for h in heads if h['images']] or [(1.,)*3], axis=0))
-    return heads,each(lambda h: _case_voxels(h, prints, fit), heads, min(k, int(limit//max(1, 40*most))))
+    return heads,each(lambda h: _kept_voxels(h, prints, fit, cache), heads, min(k, int(limit//max(1, 40*most))))
