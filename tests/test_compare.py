@@ -306,6 +306,15 @@ def test_a_failed_case_counts_in_every_arm(study, tmp_path, one_thread):
     assert w.loc[(case,'all'),'3D']==0 and w.loc[(case,'all'),'2D']==ruled_scores(c.results).loc[(case,'all'),'2D']
     assert Findings(t).summary().loc[('3D','all'),'failed']==1
 
+def test_a_run_that_is_not_finished_says_nothing():
+    "It was filled up as if every structure had been rightly left out: Dice 1, HD95 0"
+    rows = [dict(arm=a, fold=0, seed=k, case=f'c{i}', subject=f's{i}', structure='x', dice=.5, hd95=3., status='ok') for a,k in (('A',0), ('A',1), ('B',0)) for i in range(4)]
+    for score,v in (('dice',.5), ('hd95',3.)): assert (ruled_scores(pd.DataFrame(rows), score)==v).all(None), score
+    rows[0].update(dice=0., status='false positive')                       # case c0, seed 0, where B says rightly that there is nothing
+    rows[8].update(dice=np.nan, hd95=np.nan, status='empty')
+    w = ruled_scores(pd.DataFrame(rows))
+    assert w.loc[('c0','x')].to_dict()==dict(A=.25, B=1.)
+
 def test_report_needs_no_network(whole, tmp_path):
     fn = whole.report(tmp_path/'r.html', shift=whole.shift(factors=(1,2), folds=[0])); page = fn.read_text(encoding='utf-8')
     assert 'https:' not in page and 'http:' not in page and '<script' not in page and page.count('data:image/png')>=5
