@@ -1,12 +1,12 @@
 "Comparisons: statistics against SciPy, experiments that are killed, twins, and executors."
-import json, os, shutil, signal, subprocess, sys
+import contextlib, json, os, shutil, signal, subprocess, sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 import multiprocessing
 import nibabel as nib, numpy as np, pandas as pd, pytest, torch
 import forked
 from scipy import stats
-from fastmed.all import (Comparison, Findings, anisotropy_shift, bootstrap_means, compare_learners, group_folds, holm, label_efficiency, load_run, load_volume, paired_comparison, ruled_scores, slice_consistency, thick_slices)
+from fastmed.all import (Comparison, Findings, LabelEfficiency, anisotropy_shift, bootstrap_means, compare_learners, group_folds, holm, label_efficiency, load_run, load_volume, paired_comparison, ruled_scores, slice_consistency, thick_slices)
 from fastmed.study.runs import keep_model
 from phantoms import CODES, affine_of, dies, python, write_case
 
@@ -305,6 +305,51 @@ def test_a_failed_case_counts_in_every_arm(study, tmp_path, one_thread):
     w = ruled_scores(t); case = t.case[i[0]]
     assert w.loc[(case,'all'),'3D']==0 and w.loc[(case,'all'),'2D']==ruled_scores(c.results).loc[(case,'all'),'2D']
     assert Findings(t).summary().loc[('3D','all'),'failed']==1
+
+def test_a_run_that_is_not_finished_says_nothing():
+    "It was filled up as if every structure had been rightly left out: Dice 1, HD95 0"
+    rows = [dict(arm=a, fold=0, seed=k, case=f'c{i}', subject=f's{i}', structure='x', dice=.5, hd95=3., status='ok') for a,k in (('A',0), ('A',1), ('B',0)) for i in range(4)]
+    for score,v in (('dice',.5), ('hd95',3.)): assert (ruled_scores(pd.DataFrame(rows), score)==v).all(None), score
+    rows[0].update(dice=0., status='false positive')                       # case c0, seed 0, where B says rightly that there is nothing
+    rows[8].update(dice=np.nan, hd95=np.nan, status='empty')
+    w = ruled_scores(pd.DataFrame(rows))
+    assert w.loc[('c0','x')].to_dict()==dict(A=.25, B=1.)
+
+class Answers:
+    "A Learner that has nothing to learn and answers with a table"
+    def __init__(self, table): self.table = table
+    no_bar = no_logging = lambda self: contextlib.nullcontext()
+    def fit_one_cycle(self, *args, **kwargs): pass
+    def evaluate(self): return self.table
+
+def test_label_efficiency_knows_runs_by_the_function_that_made_them(tmp_path):
+    "Runs of another `make` under the same path were given out as those of this one; and '01' came back as the number 1"
+    df = pd.DataFrame(dict(case=[f'c{i}' for i in range(8)], subject=[f's{i}' for i in range(8)], test=[i<4 for i in range(8)]))
+    def make(names, p):
+        rows = pd.DataFrame(dict(case=df.case[:4], target=[names[i%2] for i in range(4)], status='ok')).assign(**{f'prob_{names[0]}':1-np.array(p), f'prob_{names[1]}':p})
+        return lambda d: Answers(rows)
+    for names,p,auc in ((('01','02'),(.1,.9,.2,.8),1), (('01','02'),(.9,.1,.8,.2),0), (('None','NA'),(.1,.9,.2,.8),1)):
+        f = make(names, p)
+        t = label_efficiency(df, sizes=(2,), repeats=1, make=lambda d, f=f: f(d), budget=dict(updates=1), valid_col='test', path=tmp_path/'-'.join(names)/str(p)).summary()
+        assert t.score.item()==auc
+    def answer(high):
+        def make(d):
+            p = [.1,high,.2,high]
+            return Answers(pd.DataFrame(dict(case=df.case[:4], target=[0,1,0,1], prob_0=[1-o for o in p], prob_1=p, status='ok')))
+        return make
+    scores = [label_efficiency(df, sizes=(2,), repeats=1, make=answer(h), budget=dict(updates=1), valid_col='test', path=tmp_path/'one').summary().score.item() for h in (.9,.0)]
+    assert scores==[1,0]
+
+def test_label_efficiency_counts_a_case_that_was_not_read():
+    "It left the mean without a word; a class that is a number came back as 1.0 and was known no more"
+    rows = [dict(init='scratch', size=5, repeat=0, case=f'c{i}', subject=f's{i}', structure='x', dice=.8, status='ok') for i in range(4)]
+    rows[0].update(dice=np.nan, status='error: gone')
+    t = LabelEfficiency(pd.DataFrame(rows), n_boot=10).summary()
+    assert np.isclose(t.score, .6).all() and t.failed.item()==1
+    rows = [dict(init='scratch', size=5, repeat=0, case=f'c{i}', subject=f's{i}', target=i%2, prob_0=1-i%2, prob_1=i%2, status='ok') for i in range(5)]
+    rows[0].update(target=np.nan, prob_0=np.nan, prob_1=np.nan, status='error: gone')
+    t = LabelEfficiency(pd.DataFrame(rows), n_boot=10).summary()
+    assert t.score.item()==1 and t.failed.item()==1
 
 def test_report_needs_no_network(whole, tmp_path):
     fn = whole.report(tmp_path/'r.html', shift=whole.shift(factors=(1,2), folds=[0])); page = fn.read_text(encoding='utf-8')

@@ -150,3 +150,24 @@ def test_folds_are_balanced_and_grouped():
     rng = np.random.default_rng(1); df = pd.DataFrame(dict(case=[f'c{i:03}' for i in range(150)], subject=rng.integers(50, size=150), y=rng.random(150)<.15, age=rng.normal(50, 9, 150)))
     f = stratified_folds(df, ['y','age'], 5); assert all(len(set(f[df.subject==s]))==1 for s in set(df.subject)) and len(set(f))==5
     assert df.y.groupby(f).mean().std()<.06 and np.array_equal(f, stratified_folds(df, ['y','age'], 5)) and not np.array_equal(f, stratified_folds(df, ['y','age'], 5, seed=1))
+
+@pytest.mark.parametrize('names', [('01','02'), (0,1), ('None','NA'), (False,True)])
+def test_classes_come_back_as_they_were_written(tmp_path, names):
+    "'01' came back as 1, and 1 as 1.0 where one case could not be read: no answer was right any more, accuracy 0"
+    from fastmed.all import CrossValidation
+    df = pd.DataFrame(dict(case=[f'c{i}' for i in range(8)], subject=[f's{i}' for i in range(8)], fold=[i%2 for i in range(8)]))
+    def fit(d): pass
+    cv = CrossValidation(df, fit=fit, folds='fold', path=tmp_path)
+    for k in (0,1):
+        t = pd.DataFrame([dict(repeat=0, fold=k, case=f'c{i}', subject=f's{i}', target=names[i//2%2], pred=names[i//2%2], status='ok',
+                               **{f'prob_{v}':float(names[i//2%2]==v) for v in names}) for i in range(k, 8, 2)])
+        t = t.astype(dict(target=object, pred=object))
+        if not k: t.loc[0,['target','pred',*[f'prob_{v}' for v in names]]] = np.nan
+        if not k: t.loc[0,'status'] = 'error: gone'
+        if names==(0,1): t = t.astype(dict(target=float, pred=float))              # as a column of numbers with a gap is
+        (f:=cv._folder(0, k)).mkdir(parents=True)
+        t.to_csv(f/'results.csv', index=False)
+        (f/'run.json').write_text(json.dumps(dict(task='category', vocab=list(names), folds=cv.hash[0], files=cv.files, cost={}, settings={}, repeat=0, fold=k), default=str))
+    t = cv.summary()
+    assert (t.loc[['accuracy','roc_auc'],'mean']==1).all() and (t.failed==1).all()
+    assert set(cv.results.target.dropna())==set(names)

@@ -24,7 +24,7 @@ from ..learn.ensemble import *
 from .findings import *
 from .runs import keep_model, open_run, run_model
 from .runs import *
-from .runs import settings_hash, PREDICT_ARGS, train_runs, setting_text, case_contents, check_contents, contents_noted, noted_contents
+from .runs import settings_hash, PREDICT_ARGS, train_runs, setting_text, function_text, class_numbers, case_contents, check_contents, contents_noted, noted_contents
 from fastai.basics import *
 from fastprogress.fastprogress import progress_bar
 import contextlib, hashlib, inspect, json, re, time
@@ -116,11 +116,10 @@ def _fit_fold(spec, folder, tmp):
     learn = spec['fit'](df); return _fold_finish(learn, spec, spec['look'], folder, dict(train_s=time.perf_counter()-t0), tmp)
 
 # %% ../../nbs/study/06_crossval.ipynb #6748a064
-def _function_text(f):
-    "A function in words: its name, and a sum of its text where there is one"
-    try: s = hashlib.sha256(inspect.getsource(f).encode()).hexdigest()[:12]
-    except (OSError, TypeError): s = ''
-    return f'{setting_text(f)} {s}'.strip()
+def _is_written(v, kind):
+    "Whether `kind` writes a name as it stands"
+    try: return str(kind(v))==str(v)
+    except (TypeError, ValueError): return False
 
 class CrossValidation:
     "Folds of the same cases, drawn anew in each repeat. `run()` trains what is not there yet; then ask `summary`, `splits`, `results`, `ensemble`, `plot`, `report`"
@@ -167,7 +166,7 @@ class CrossValidation:
     def _check_folder(self):
         "A folder that holds another experiment is refused; more repeats may be asked for later"
         fn = self.path/'crossval.json'
-        mine = dict(fit=_function_text(self.fit) if self.fit else None, arguments=setting_text({k:v for k,v in self.kwargs.items() if k not in ('cache','num_workers','device','path')}), budget=self.budget, seed=self.seed, folds=self.hash)
+        mine = dict(fit=function_text(self.fit) if self.fit else None, arguments=setting_text({k:v for k,v in self.kwargs.items() if k not in ('cache','num_workers','device','path')}), budget=self.budget, seed=self.seed, folds=self.hash)
         was = None
         if fn.exists():
             was = json.loads(fn.read_text()); n = min(len(was['folds']), len(self.hash))
@@ -228,8 +227,18 @@ class CrossValidation:
     @property
     def results(self)->pd.DataFrame: # repeat, fold, case, subject, then scores; or target, pred and probabilities
         "Every case of every repeat, judged by a model that has not seen its subject: a row a case, for masks a row a structure"
-        self._facts()
-        return pd.concat([pd.read_csv(f/'results.csv', dtype=dict(case=str, subject=str, structure=str), keep_default_na=False, na_values='') for f in self._done()], ignore_index=True)
+        facts = self._facts()[0]
+        text = ['case','subject','structure'] + ['target','pred']*(facts['task']=='category')
+        t = pd.concat([pd.read_csv(f/'results.csv', dtype=dict.fromkeys(text, str), keep_default_na=False, na_values='') for f in self._done()], ignore_index=True)
+        return self._classes_back(t, facts['vocab']) if facts['task']=='category' else t
+
+    def _classes_back(self, t, vocab):
+        "The columns of classes as they were: numbers where all are written as such, so that '01' stays a name"
+        kind = next((k for k in (int,float) if all(_is_written(v, k) for v in vocab)), str)
+        for c in ('target','pred'):
+            v = class_numbers(t[c], vocab)
+            t[c] = [kind(vocab[int(i)]) if i==i else o if isinstance(o, str) else None for i,o in zip(v, t[c])]
+        return t
     @property
     def predictions(self)->pd.DataFrame: # repeat, fold, case, subject, then mask; or target, pred and probabilities
         "What was predicted for every case of every repeat: of masks the file"
@@ -278,7 +287,7 @@ class CrossValidation:
         T = {r:g.set_index('case').loc[names] for r,g in t.groupby('repeat')}; g0 = T[min(T)]; one = len(vocab)==1
         if task=='regression': tc,pc = (['target'],['pred']) if one else ([f'target_{v}' for v in vocab],[f'pred_{v}' for v in vocab])
         else: tc,pc = ['target'] if task=='category' else [f'target_{v}' for v in vocab],[f'prob_{v}' for v in vocab]
-        y = g0.target.astype(str).map({str(v):i for i,v in enumerate(vocab)}).to_numpy(float) if task=='category' else g0[tc].to_numpy(float)
+        y = class_numbers(g0.target, vocab).to_numpy() if task=='category' else g0[tc].to_numpy(float)
         return task,vocab,y,np.stack([T[r][pc].to_numpy(float) for r in sorted(T)]),g0.subject.values,np.array(names)
 
     def summary(self,

@@ -13,7 +13,7 @@ from ..learn.pace import shared_plan
 from ..learn.pace import *
 from ..metrics.scores import roc_auc
 from .runs import make_learner
-from .runs import NoValidation, case_contents, check_contents, noted_contents
+from .runs import NoValidation, case_contents, check_contents, class_numbers, function_text, noted_contents
 from ..io.volumes import *
 from fastai.basics import *
 from fastai.callback.schedule import *
@@ -37,14 +37,17 @@ def draw_order(
 def _headline(t):
     "What a table of `evaluate` is judged by: (name, case → row of numbers, function of such rows → score)"
     if 'dice' in t:
-        t = t.assign(dice=t.dice.where(t.status!='missed', 0.).where(t.status!='false positive', 0.))
+        t = t.assign(dice=t.dice.mask(t.status.isin(['missed','false positive']) | t.status.str.startswith('error'), 0.))
         return 'Dice', t.groupby('case', sort=True).dice.mean().to_frame(), lambda a: float(np.nanmean(a[:,0]))
     t = t.set_index('case').sort_index()
     probs = [c for c in t if c.startswith('prob_')]
     if not probs: return 'mean absolute error', (t.pred-t.target).abs().to_frame(), lambda a: float(np.nanmean(a[:,0]))
-    names = [c[5:] for c in probs]; k = t.target.astype(str).map({n:i for i,n in enumerate(names)})
+    names = [c[5:] for c in probs]
+    k = class_numbers(t.target, names)
     which = range(1,2) if len(names)==2 else range(len(names))
-    def auc(a): return float(np.mean([roc_auc((a[:,0]==i).astype(int), a[:,1+i]) for i in which]))
+    def auc(a):
+        a = a[np.isfinite(a).all(1)]                                      # those that could be read; `failed` counts the others
+        return float(np.mean([roc_auc((a[:,0]==i).astype(int), a[:,1+i]) for i in which]))
     return 'ROC AUC', pd.concat([k.rename('target'), t[probs]], axis=1).astype(float), auc
 
 class LabelEfficiency:
@@ -73,13 +76,18 @@ class LabelEfficiency:
     def _mean(self, init, size): return np.mean([v for (i,s,_),v in self._draws.items() if i==init and s==size], 0)
     def _interval(self, v, level=.95): return np.nanquantile(v[1:], [(1-level)/2, (1+level)/2]).tolist()
 
-    def summary(self)->pd.DataFrame: # init, size, score, low, high, sd of repeats, repeats
-        "The score of each start and size: the mean of its repeats, its interval over test subjects, and how far the repeats lie apart"
+    def _failed(self, init, size):
+        "Test cases that could not be predicted; of several repeats the most"
+        t = self.table[(self.table['init']==init) & (self.table['size']==size)]
+        return int(t[t.status.str.startswith('error')].groupby('repeat').case.nunique().max()) if t.status.str.startswith('error').any() else 0
+
+    def summary(self)->pd.DataFrame: # init, size, score, low, high, sd of repeats, repeats, failed
+        "The score of each start and size: the mean of its repeats, its interval over test subjects, how far the repeats lie apart, and the test cases that could not be read"
         rows = []
         for i in self.inits:
             for s in self.sizes:
                 own = [v[0] for (a,b,_),v in self._draws.items() if a==i and b==s]
-                if own: m = self._mean(i, s); rows.append(dict(zip(('init','subjects','score','low','high'), (i, s, m[0], *self._interval(m)))) | dict(sd=float(np.std(own, ddof=1)) if len(own)>1 else np.nan, repeats=len(own)))
+                if own: m = self._mean(i, s); rows.append(dict(zip(('init','subjects','score','low','high'), (i, s, m[0], *self._interval(m)))) | dict(sd=float(np.std(own, ddof=1)) if len(own)>1 else np.nan, repeats=len(own), failed=self._failed(i, s)))
         return pd.DataFrame(rows)
 
     def gain(self,
@@ -120,6 +128,12 @@ def _start(learn, init):
     else: learn.load_encoder(init)
     return learn
 
+def _read_run(fn):
+    "The table of a finished run; names stay text"
+    named = ['case','subject','structure']
+    with open(fn, encoding='utf-8') as f: named += ['target','pred']*('prob_' in f.readline())
+    return pd.read_csv(fn, dtype=dict.fromkeys(named, str), keep_default_na=False, na_values='')
+
 def label_efficiency(
     df,                # one row a case
     sizes=(5,10,20,40),# numbers of labelled training subjects
@@ -148,8 +162,8 @@ def label_efficiency(
     pool = groups[~test].nunique()
     if not sizes or max(sizes)>pool or min(sizes)<1: raise InputError(f"sizes {tuple(sizes)}: expected numbers from 1 to {pool}, the subjects that are not held out for the test")
     path = Path(path); path.mkdir(parents=True, exist_ok=True)
-    def start(i): return None if inits[i] is None else getattr(inits[i], '__qualname__', repr(inits[i])) if callable(inits[i]) else file_digest(inits[i])
-    facts = hashlib.sha256(json.dumps([sorted(df.case[test].astype(str)), sorted(df.case[~test].astype(str)), budget, seed, lr_max, str(stratify), {k:str(v) for k,v in kwargs.items() if k not in ('cache','num_workers','device')}], default=str).encode()).hexdigest()[:12]
+    def start(i): return None if inits[i] is None else function_text(inits[i]) if callable(inits[i]) else file_digest(inits[i])
+    facts = hashlib.sha256(json.dumps([sorted(df.case[test].astype(str)), sorted(df.case[~test].astype(str)), budget, seed, lr_max, str(stratify), {k:str(v) for k,v in kwargs.items() if k not in ('cache','num_workers','device')}]+([] if own else [function_text(make)]), default=str).encode()).hexdigest()[:12]
     kwargs = shared_plan(path/f'plan, {facts}.json', kwargs, lambda **kw: make_learner(df.assign(_held_out=test), valid_col='_held_out', group_col=group_col, **kw))
     todo = [(i,n,r) for r in range(repeats) for n in sizes for i in inits]
     fns = {(i,n,r):path/f"{i}, {n} subjects, repeat {r}, {hashlib.sha256((facts+str(start(i))).encode()).hexdigest()[:12]}.csv" for i,n,r in todo}
@@ -167,4 +181,4 @@ def label_efficiency(
         t = t.assign(init=i, size=n, repeat=r, subject=t['case'].map(dict(zip(df.case.astype(str), groups))))
         with whole_file(fn) as f: t.to_csv(f, index=False)
     _note_contents(path, note, df, arms, fns.values())                # a file may have been changed meanwhile
-    return LabelEfficiency(pd.concat([pd.read_csv(fn, dtype=dict(case=str, subject=str)) for fn in fns.values()], ignore_index=True), seed=seed)
+    return LabelEfficiency(pd.concat(map(_read_run, fns.values()), ignore_index=True), seed=seed)

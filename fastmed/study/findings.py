@@ -43,8 +43,11 @@ def ruled_scores(
     if not common: raise InputError(f"no case was predicted by all of {list(arms)}. Finish the runs, or leave an arm out")
     if short:={a:len(set(df.case)-common) for a in arms if set(df.case)-n[a]}:
         warn(f"{', '.join(map(repr, short))} did not predict all {df.case.nunique()} cases: compared on the {len(common)} that every arm predicted"); df = df[df.case.isin(common)]
-    w = df.pivot_table(index=[*keys,'seed'], columns='arm', values='v', sort=False, dropna=False)[list(arms)].dropna(how='all')
-    w = w.fillna(0. if score=='hd95' else 1.).groupby(keys, sort=False).mean()
+    absent = 0. if score=='hd95' else 1.
+    rows = [*keys, 'seed']
+    w = df.pivot_table(index=rows, columns='arm', values='v', sort=False, dropna=False)[list(arms)].dropna(how='all')
+    ran = df.groupby([*rows, 'arm']).size().unstack('arm').reindex(w.index).notna()[list(arms)]    # a run that is not finished says nothing
+    w = w.mask(ran & w.isna(), absent).groupby(keys, sort=False).mean().fillna(absent)
     whole = w.groupby('case', sort=False).mean()
     whole.index = pd.MultiIndex.from_product([whole.index, ['all']], names=keys)
     return pd.concat([w, whole])

@@ -117,6 +117,30 @@ def setting_text(
     if isinstance(o, partial): return f"{setting_text(o.func)}{setting_text(o.keywords)}"
     return getattr(o, '__qualname__', None) or str(o)
 
+def function_text(
+    f # function, such as one that trains
+):    # text
+    "A function in words: its name, a sum of its text where there is one, and of the values that it was made with"
+    try: s = hashlib.sha256(inspect.getsource(f).encode()).hexdigest()[:12]
+    except (OSError, TypeError): s = ''
+    held = []
+    for o in getattr(f, '__closure__', None) or ():
+        with contextlib.suppress(ValueError): held.append(o.cell_contents)       # one that is not filled yet
+    plain = [o for o in held if isinstance(o, (str,int,float,tuple))]            # what changes on the way, such as a list that counts, is no setting
+    if plain: s += ' '+hashlib.sha256(setting_text(plain).encode()).hexdigest()[:12]
+    return f'{setting_text(f)} {s}'.strip()
+
+def class_numbers(
+    names, # column of classes, as a file of results gives them back
+    vocab  # the classes
+):         # float column: their numbers, nan where there is none
+    "Classes to their places in `vocab`; a column of numbers in which one is missing comes back as 1.0 for 1"
+    at = {str(v):i for i,v in enumerate(vocab)}
+    def place(o):
+        s = str(o)
+        return at.get(s, at.get(s.removesuffix('.0'), np.nan))
+    return names.astype(object).map(place, na_action='ignore').astype(float)
+
 # %% ../../nbs/study/04_runs.ipynb #8609c826
 def make_learner(
     df,           # cases, one row each
