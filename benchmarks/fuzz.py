@@ -279,16 +279,16 @@ def table(p, f):
     df = scan_folder(p.parent, masks=None)
     if len(df)!=3: wrong(f'{len(df)} rows of 3 images')
 def kept(p, f):
-    "An entry of the store"
+    "An entry of the store: one that is not what was written is made anew, so what is read is what was there"
     from fastmed.all import Preprocess, Store
     s = Store(Preprocess(codes=['background','a','b']), p.parent.parent/'c'); src = p.parent/'scan.nii'
     for kind,add in (('image',s.add_image),('mask',s.add_mask)):
-        src.write_bytes(f['scan.nii']); os.utime(src, (1,1)); e = s.entry(kind, src); shutil.rmtree(e, ignore_errors=True); e = add(src)
+        src.write_bytes(f['scan.nii']); os.utime(src, (1,1)); e = s.entry(kind, src); shutil.rmtree(e, ignore_errors=True); e = add(src); want = getattr(s, kind)(src).numpy().copy()
         for n in f:
             if n.startswith(kind): (e/n.removeprefix(f'{kind} ')).write_bytes(f[n])
         s._open.clear(); t = getattr(s, kind)(src)
         if t.affine is None or t.ndim!=(4 if kind=='image' else 3) or not np.isfinite(t.affine).all(): wrong(f'{kind}: {tuple(t.shape)}, {t.affine}')
-        float(t.float().sum())
+        if not np.array_equal(t.numpy(), want): wrong(f'{kind}: other voxels than were written')
 def archive(p, f):
     "Unpacked within its folder, whole or not at all; nothing but plain files"
     from fastmed.data import datasets

@@ -13,6 +13,7 @@ here = Path(__file__).resolve().parent
 sys.path.insert(0, str(here.parent))
 import nibabel as nib, numpy as np, pandas as pd, torch
 from fastmed.all import *
+from fastmed.learn.resume import _read_state
 torch.set_num_threads(1)
 
 CODES = ['background','large','small']
@@ -138,12 +139,12 @@ class Train(Job):
         with whole_file(path/'weights.pth') as tmp: torch.save(dict(model=learn.model.state_dict(), losses=[float(o) for o in learn.recorder.losses], values=[list(map(float, o)) for o in learn.recorder.values]), tmp)
         (path/'r.pth').unlink()
     def whole(self, path):
-        for f in path.glob('[!.]*.pth'): torch.load(f, weights_only=True)
+        for f in path.glob('[!.]*.pth'): _read_state(f) if f.name=='r.pth' else torch.load(f, weights_only=True)
         return {f:stamp(f) for f in path.glob('weights.pth')}
     def done(self, path):
         if (path/'weights.pth').exists(): return 12
         if not (path/'r.pth').exists(): return 0
-        s = torch.load(path/'r.pth', weights_only=True); return s['epoch']*4+s['batch']
+        s = _read_state(path/'r.pth'); return s['epoch']*4+s['batch']
     def repeated(self, path, before, done):
         fn = self._steps(path); return super().repeated(path, before, done)+(fn.stat().st_size if fn.exists() else 0)-(12-done)
     def result(self, path): s = torch.load(path/'weights.pth', weights_only=True); return {k:digest(v) for k,v in s['model'].items()} | dict(losses=s['losses'], values=digest([o[:-1] for o in s['values']]), state=(path/'r.pth').exists())
