@@ -72,20 +72,21 @@ def train(
     a # the parsed arguments
 ):
     "`fastmed train`: a folder of scans and masks becomes a model file"
-    from fastmed.all import VolumeDataLoaders, SliceDataLoaders, unet3d_learner, unet2d_learner, set_seed, ResumeCallback, save_model, whole_file
+    from fastmed.all import VolumeDataLoaders, SliceDataLoaders, unet3d_learner, unet2d_learner, set_seed, ResumeCallback, InputError, save_model, whole_file
     out = _output(a.out, ('.safetensors','.pkl'), overwrite=a.overwrite)
     set_seed(a.seed)
     kw = dict(codes=a.codes, valid_pct=a.valid_pct, seed=a.seed, cache=a.cache, num_workers=a.workers, path=out.parent.resolve())
     if a.spacing: kw['spacing'] = tuple(a.spacing) if len(a.spacing)==3 else a.spacing[0]
     kept,kept_plan = out.with_name(f'{out.name}.resume'),out.with_name(f'{out.name}.plan.json')
+    if kept.exists() and not (a.resume or a.overwrite): raise InputError(f"{kept}: a training of this model was stopped, or is still at work. Say --resume to go on with it, or --overwrite to lose it and train anew. Nothing was done")
     if a.resume and kept.exists() and kept_plan.exists(): kw['plan'] = _kept_plan(kept_plan, kw.pop('spacing', None))
     elif not a.epochs: kw['minutes'] = a.minutes
     dls = (VolumeDataLoaders if a.ndim==3 else SliceDataLoaders).from_df(_cases_table(a), **kw)
+    if not a.resume: kept.unlink(missing_ok=True)
     with whole_file(kept_plan) as tmp: tmp.write_text(dls.plan.to_json())
     learn = (unet3d_learner if a.ndim==3 else unet2d_learner)(dls, arch=a.arch)
     print(f'{len(dls.train_ds)} cases train, {len(dls.valid_ds)} validate\n{dls.plan}\n{dls.preprocess}', flush=True)
-    if not a.resume: kept.unlink(missing_ok=True)
-    elif not kept.exists(): print(f'{kept}: not there, so there is nothing to resume; training starts anew')
+    if a.resume and not kept.exists(): print(f'{kept}: not there, so there is nothing to resume; training starts anew')
     cb = ResumeCallback(kept.name, every=50, keep=True)              # until the model is written
     if a.epochs is not None: learn.fit_one_cycle(a.epochs, cbs=cb)
     else: learn.fit_for(a.minutes, cbs=cb)

@@ -144,3 +144,13 @@ def test_a_training_that_goes_on_keeps_its_plan(shell, study, tmp_path, monkeypa
     assert code==2 and '--spacing' in err and '3.0' in err and kept.exists()
     code,out,_ = shell(*words, '--resume')
     assert not code and 'goes on' in out and (tmp_path/'m.safetensors').exists() and not kept.exists()
+
+def test_the_same_words_again_lose_no_training(shell, study, tmp_path):
+    "A training that was stopped is not thrown away because --resume was forgotten"
+    words = ['train', study[0], '--images', 'images/*.nii', '--masks', 'labels/*.nii', '--out', tmp_path/'m.safetensors', '--epochs', 1, '--cache', tmp_path/'s']
+    kept,plan = tmp_path/'m.safetensors.resume',tmp_path/'m.safetensors.plan.json'
+    kept.write_bytes(b'three days')
+    plan.write_text('its plan')
+    code,_,err = shell(*words)
+    assert code==2 and '--resume' in err and '--overwrite' in err and err.count('\n')==1
+    assert kept.read_bytes()==b'three days' and plan.read_text()=='its plan'

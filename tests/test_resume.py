@@ -351,3 +351,41 @@ def test_another_learner_is_another_training(study, tmp_path):
     n = 3*len(make(path, df, tmp_path).dls.train)
     with pytest.raises(KeyboardInterrupt): folds(Lights(n+2))
     with pytest.raises(ValueError, match='another fit.*training cases'): folds()
+
+@pytest.mark.parametrize('kwargs,says', [(dict(batch_tfms=[]), 'batch transforms: '), (dict(foreground=.9), 'item transforms: ')])
+def test_another_augmentation_is_refused(killed, kwargs, says):
+    was,again = killed
+    assert says in refused(again(**kwargs), was)
+
+def test_another_network_of_the_same_weights_is_refused(killed):
+    "An activation has no weights of its own; other metrics would end in an error when all is trained"
+    was,again = killed
+    l = again()
+    l.model.encoder[0][2] = torch.nn.ELU()
+    assert 'network: ' in refused(l, was)
+    l = again()
+    l.metrics = l.metrics[:1]
+    assert 'metrics: ' in refused(l, was)
+
+@pytest.mark.parametrize('edit', [lambda s: {k:v for k,v in s.items() if k!='recorder'}, lambda s: [1], lambda s: {**s, 'epoch':'1'}, lambda s: {**s, 'epoch':-1}, lambda s: {**s, 'epoch':99},
+    lambda s: {**s, 'model':{}}, lambda s: {**s, 'opt':{}}, lambda s: {**s, 'earlier':[{}]}, lambda s: {**s, 'now':{**s['now'], 'torch':torch.zeros(3)}}, lambda s: {**s, 'terms':{}},
+    lambda s: {**s, 'callbacks':{k:{**v, 'values':{'before_batch':1}} for k,v in s['callbacks'].items()}}])
+def test_a_state_that_no_fit_wrote_is_refused(killed, tmp_path, edit):
+    "A right sum does not make a state right: the file is named, not a line of fastai"
+    from fastmed.learn.resume import _read_state, _write_state
+    was,again = killed
+    fn = tmp_path/'r.pth'
+    _write_state(fn, edit(_read_state(fn)))
+    odd = fn.read_bytes()
+    with pytest.raises(ValueError, match='r.pth: does not hold what a fit left there.*Remove it'): fit_so(again(), ResumeCallback('r.pth', 1))
+    assert fn.read_bytes()==odd
+
+def test_a_state_does_not_say_where_callbacks_write(study, tmp_path):
+    from fastmed.learn.resume import _read_state, _write_state
+    learn = lambda: make(*study, tmp_path)
+    with pytest.raises(KeyboardInterrupt): fit_so(learn(), [ResumeCallback('r.pth', 1), SaveModelCallback(), Lights(8)])
+    s = _read_state(tmp_path/'r.pth')
+    s['callbacks']['SaveModelCallback 1']['values'] = {'fname':'planted'}
+    _write_state(tmp_path/'r.pth', s)
+    fit_so(learn(), [ResumeCallback('r.pth', 1), SaveModelCallback()])
+    assert [o.name for o in (tmp_path/'models').iterdir()]==['model.pth']

@@ -18,7 +18,7 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.callback.fp16 import MixedPrecision
 from fastai.basics import *
 from contextlib import suppress
-import hashlib, inspect
+import hashlib, inspect, re
 
 # %% ../../nbs/learn/04_fingerprint.ipynb #fdc9626f
 def _words(o, depth=0):
@@ -99,12 +99,28 @@ def data_words(
     with suppress(InputError): res.update({f'preprocessing, {k}':v for k,v in ifnone(get_prep(dls), get_preprocess(dls)).to_dict().items()})
     return {k:_words(v) for k,v in res.items()}
 
+def _network_words(model):
+    "The modules of a network without their weights; a faster form of a layer is the same layer"
+    return re.sub(r' at 0x\w+|\bFast', '', ' '.join(repr(model).split()))
+
+def _transform_words(f):
+    "A transform by its name and what it was told, so far as that is numbers and words"
+    told = getattr(f, '_args', ()) or inspect.signature(type(f).__init__).parameters
+    own = {k:vars(f)[k] for k in told if isinstance(vars(f).get(k), (bool,int,float,str,tuple))}
+    return f"{getattr(f, 'name', type(f).__qualname__)}({', '.join(f'{k}={_words(v)}' for k,v in own.items())})"
+
+def _transforms(dl):
+    "What happens to a case and to a batch before the network sees it"
+    steps = {'item transforms':'after_item', 'batch transforms':'after_batch'}
+    return {k:', '.join(map(_transform_words, getattr(getattr(dl, v, None), 'fs', ()))) or 'none' for k,v in steps.items()}
+
 def fit_words(
     learn # Learner, in its fit
 )->dict:  # setting → words
     "What a fit was told, in words"
     model,opt = get_model(learn.model),learn.opt_func
     res = dict(epochs=learn.n_epoch, batches=len(learn.dls.train), batch=learn.dls.train.bs, tensors={k:tuple(v.shape) for k,v in model.state_dict().items()}, frozen=getattr(learn.opt, 'frozen_idx', 0),
+               network=_network_words(model), metrics=[o.name for o in learn.metrics], **_transforms(learn.dls.train),
                loss=learn.loss_func, optimizer=[type(o).__qualname__ for o in (opt, opt.opt)] if isinstance(opt, OptimWrapper) else opt)
     for c in learn.cbs:
         if isinstance(c, BudgetCallback): res['budget'] = f'{c.amount:g} {c.unit}'

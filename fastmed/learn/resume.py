@@ -7,7 +7,7 @@ __all__ = ['ResumeCallback']
 
 # %% ../../nbs/learn/05_resume.ipynb #2b82ad15
 from .. import __version__
-from ..core import InputError, sweep, whole_file
+from ..core import FastmedError, InputError, sweep, whole_file
 from ..models.weights import check_finite
 from .callbacks import FitCallback, one_process
 from .fingerprint import content_sum, data_words, fit_changes, fit_words, rate_words, split_facts
@@ -91,7 +91,10 @@ def _set_state(
     began    # when this process began the fit, `time.perf_counter`
 ):
     "Give it back"
+    settings = inspect.signature(type(o).__init__).parameters
     for k,v in s['values'].items():
+        if k in ('learn','_state') or callable(getattr(o, k, None)): raise ValueError(f'{type(o).__name__}.{k}')
+        if k in settings and isinstance(v, str): continue            # where a callback writes is said by its caller, not by a file
         if k in s['gpu']: v = to_device(v, device)
         setattr(o, k, L(v) if isinstance(o.__dict__.get(k), L) else v)
     for k,v in s['states'].items():
@@ -177,6 +180,17 @@ def _digest(f):
     while b:=f.read(2**22): h.update(b)
     return h.hexdigest().encode()
 
+_fields = (('terms',dict),('train_iter',int),('pct_train',(int,float)),('recorder',dict),('callbacks',dict),('earlier',list),('done',bool),('epoch',int),('batch',int),
+           ('now',dict),('start',dict),('model',dict),('opt',dict),('gradients',list),('scaler',(dict,type(None))))      # of a state
+
+@contextmanager
+def _of_state(fn):
+    "Whatever the contents of a state make go wrong is said of its file"
+    try: yield
+    except (FastmedError, torch.OutOfMemoryError): raise
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as e:
+        raise InputError(f"{fn}: does not hold what a fit left there ({type(e).__name__}: {' '.join(str(e).split())[:200]}). Remove it to start anew") from e
+
 def _write_state(fn, state):
     "A state with its checksum, whole or not at all"
     with whole_file(fn) as tmp, open(tmp, 'w+b') as f:
@@ -197,8 +211,11 @@ def _read_state(fn):
         if start!=_magic: raise InputError(f"{fn}: not a file of ResumeCallback, or not whole. {anew}")
         if _digest(f)!=told: raise InputError(f"{fn}: not whole: its bytes are not those that were written. {anew}, or take a copy of it")
         f.seek(len(_magic+_no_sum))
-        try: return torch.load(io.BytesIO(f.read()), map_location='cpu', weights_only=True)
+        try: s = torch.load(io.BytesIO(f.read()), map_location='cpu', weights_only=True)
         except Exception as e: raise InputError(f"{fn}: not whole ({type(e).__name__}). {anew}") from e
+    odd = ['everything'] if not isinstance(s, dict) else [k for k,t in _fields if not isinstance(s.get(k), t)] or [k for k in ('epoch','batch','train_iter') if s[k]<0]
+    if odd: raise InputError(f"{fn}: does not hold what a fit left there ({odd[0]}). {anew}")
+    return s
 
 @patch
 def _chosen(self:ResumeCallback, s):
@@ -222,9 +239,11 @@ def before_fit(self:ResumeCallback):
     model = get_model(self.learn.model)
     if self.end!=content_sum(model.state_dict().values()): self.earlier = []          # another network, or weights from elsewhere: another training
     s = _read_state(self.fn) if self.fn.exists() else None
-    found = self._chosen(s) if s else None
-    if found is not None: self._take(s, found)
-    elif self.earlier: self._save(0, 0)              # the fits before this one are not lost again
+    with _of_state(self.fn):
+        found = self._chosen(s) if s else None
+        if found is not None: self._take(s, found)
+    if found is not None: return
+    if self.earlier: self._save(0, 0)              # the fits before this one are not lost again
 
 @patch
 def _take(self:ResumeCallback, s, found):
@@ -234,6 +253,7 @@ def _take(self:ResumeCallback, s, found):
     if found is not s:
         self.past = found
         return
+    if s['epoch']>self.n_epoch: raise ValueError(f"{s['epoch']} of {self.n_epoch} epochs")
     self.earlier = s['earlier']
     _set_optimizer(self.opt, s['opt'], next(model.parameters()).device)
     if s['scaler'] and getattr(self.learn, 'scaler', None) is not None: self.learn.scaler.load_state_dict(s['scaler'])
@@ -253,8 +273,9 @@ def alone(self:ResumeCallback):
 def go_on(self:ResumeCallback):
     "From here on the fit is what it was when it was saved"
     s = self.was
-    self._recall(s)
-    _set_chance({**s['now'], 'dls':[]} if self.skip else s['now'], self.dls)
+    with _of_state(self.fn):
+        self._recall(s)
+        _set_chance({**s['now'], 'dls':[]} if self.skip else s['now'], self.dls)
     b = getattr(self.learn, 'budget', None)
     if getattr(b, 'unit', '')=='minutes' and not s['done']:
         print(f"goes on with {max(0, b.amount-(time.perf_counter()-b.t0)/60):.1f} of {b.amount:g} minutes; a fit by the clock is not bit-identical")
@@ -272,7 +293,7 @@ def _recall(self:ResumeCallback, s):
 @patch
 def _pass_over(self:ResumeCallback):
     "A fit that was done, before the one that was stopped"
-    self._recall(self.past)
+    with _of_state(self.fn): self._recall(self.past)
     for k in self.past['hypers'][0]: self.opt.set_hyper(k, [h[k] for h in self.past['hypers']])
     if self.learn.logger is not noop: print(f"{self.fn}: this fit was done, and is passed over; the network is that of the later fit that was stopped")
     raise CancelFitException()
@@ -294,7 +315,7 @@ def before_epoch(self:ResumeCallback):
         raise CancelEpochException()
     if s:
         self.skip = s['batch']
-        _set_chance(s['start'], self.dls)
+        with _of_state(self.fn): _set_chance(s['start'], self.dls)
     self.start = _chance(self.dls)
 
 @patch
