@@ -164,7 +164,7 @@ def test_classes_come_back_as_they_were_written(tmp_path, names):
         t = t.astype(dict(target=object, pred=object))
         if not k: t.loc[0,['target','pred',*[f'prob_{v}' for v in names]]] = np.nan
         if not k: t.loc[0,'status'] = 'error: gone'
-        if names==(0,1): t = t.astype(dict(target=float, pred=float))              # as a column of numbers with a gap is
+        if names[1] is not True and names==(0,1): t = t.astype(dict(target=float, pred=float))              # as a column of numbers with a gap is
         (f:=cv._folder(0, k)).mkdir(parents=True)
         t.to_csv(f/'results.csv', index=False)
         (f/'run.json').write_text(json.dumps(dict(task='category', vocab=list(names), folds=cv.hash[0], files=cv.files, cost={}, settings={}, repeat=0, fold=k), default=str))

@@ -165,3 +165,13 @@ def test_training_finds_a_small_structure():
     for _ in range(80): opt.zero_grad(); f(m(img), t).backward(); opt.step()
     p = f.decodes(f.activation(m(img)))
     assert 2*(p*t).sum()/(p.sum()+t.sum())>.8
+
+@pytest.mark.parametrize('shape', [(2,3,4,5), (2,3,4,5,6), (2,3)])
+def test_label_smoothing_of_a_plain_learner_decides_along_the_classes(shape):
+    "fastai's took the last axis, which in a mask is a place"
+    import fastmed.all                                                      # noqa: F401
+    from fastai.losses import LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    for loss in (LabelSmoothingCrossEntropy(), LabelSmoothingCrossEntropyFlat(axis=1)):
+        assert torch.equal(loss.activation(x), x.softmax(1)) and torch.equal(loss.decodes(x), x.argmax(1))
+    assert torch.equal(LabelSmoothingCrossEntropyFlat().decodes(x), x.argmax(-1))

@@ -10,7 +10,7 @@ __all__ = ['SegLoss', 'TverskyLoss', 'DiceLoss', 'DiceCELoss', 'FocalLoss', 'Pla
 from ..core import ArgumentError, InputError, TensorSliceMask, TensorVolumeMask
 from ..data.blocks import get_plan
 from fastai.callback.mixup import CutMix, MixHandler
-from fastai.losses import BaseLoss
+from fastai.losses import BaseLoss, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat
 from fastcore.basics import patch
 from fastcore.foundation import L
 import torch, torch.nn.functional as F
@@ -266,6 +266,16 @@ def as_loss(
     return PlainLoss(loss, task) if task=='mask' and (hasattr(loss, 'func') or _is_fastais(loss)) or not _decides(loss) else loss
 
 # %% ../../nbs/learn/01_losses.ipynb #1a7c3e90
+@patch
+def activation(self:LabelSmoothingCrossEntropy|LabelSmoothingCrossEntropyFlat, out):
+    "Softmax along the axis that the loss takes for classes; fastai's takes the last one, which in a mask is a place"
+    return F.softmax(out, dim=getattr(self, 'axis', 1))
+
+@patch
+def decodes(self:LabelSmoothingCrossEntropy|LabelSmoothingCrossEntropyFlat, out):
+    "The likeliest class, along the axis that the loss takes for classes"
+    return out.argmax(dim=getattr(self, 'axis', 1))
+
 _cut_pictures = CutMix.before_batch
 
 @patch

@@ -116,6 +116,8 @@ def _fit_fold(spec, folder, tmp):
     learn = spec['fit'](df); return _fold_finish(learn, spec, spec['look'], folder, dict(train_s=time.perf_counter()-t0), tmp)
 
 # %% ../../nbs/study/06_crossval.ipynb #6748a064
+def _truth(v): return str(v)=='True'
+
 def _is_written(v, kind):
     "Whether `kind` writes a name as it stands"
     try: return str(kind(v))==str(v)
@@ -234,7 +236,7 @@ class CrossValidation:
 
     def _classes_back(self, t, vocab):
         "The columns of classes as they were: numbers where all are written as such, so that '01' stays a name"
-        kind = next((k for k in (int,float) if all(_is_written(v, k) for v in vocab)), str)
+        kind = next((k for k in (int, float, _truth) if all(_is_written(v, k) for v in vocab)), str)
         for c in ('target','pred'):
             v = class_numbers(t[c], vocab)
             t[c] = [kind(vocab[int(i)]) if i==i else o if isinstance(o, str) else None for i,o in zip(v, t[c])]
