@@ -40,7 +40,7 @@ $(DEMO): | $(BIN)/python
 	@rm -f $(VENV)/.fastmed-*; touch $(DEMO)
 
 demo: $(DEMO)
-	$(BIN)/fastmed demo
+	$(BIN)/fastmed demo --overwrite
 
 env: $(DEV)
 

@@ -14,10 +14,14 @@ def demo(
     path='demo',        # folder for cohort, models and report
     n:int=24,           # subjects
     minutes:float=2.,   # training time of each model
-    seed:int=0          # of the cohort and of the split
+    seed:int=0,         # of the cohort and of the split
+    overwrite=False     # replace the files of an earlier demonstration, or whatever bears their names
 )->Path:                # the report
     "Train 2D and 3D on the embedded cohort; write `report.html`, `overlay.png`, the models and the table of cases"
+    from fastmed.predict.predict import check_free
     from fastmed.study.compare import demonstrate
+    made = ('cases.csv','report.html','overlay.png','model_3D.safetensors','model_2D.safetensors')
+    check_free([Path(path)/o for o in made], overwrite=overwrite)
     return demonstrate(path, n, minutes, seed)
 
 # %% ../nbs/90_cli.ipynb #cc43f65c
@@ -51,6 +55,14 @@ def _output(
     with writing(fn), beside(fn): pass                               # a disk that refuses says so now
     return fn
 
+def _read_files(
+    path, # folder of a data set
+    df    # its cases
+):        # list
+    "Every file that a table of cases was read from, and that it names"
+    cells = [o for col in ('image','mask') if col in df for cell in df[col] for o in (cell if isinstance(cell, list) else [cell])]
+    return [Path(path)/'cases.csv', Path(path)/'dataset.json', *(o for o in cells if isinstance(o, (str,Path)))]
+
 def _cases_table(a):
     "The table of the cases that a command was given"
     return scan(Path(a.path).resolve(), a.images, a.masks, a.channels)
@@ -68,6 +80,33 @@ def _kept_plan(
     raise InputError(f"--spacing: the training that goes on has {plan.spacing} mm ({fn}), found {spacing}. "
                      "Leave it out, or train anew without --resume")
 
+def _check_kept(
+    out,       # model file
+    kept,      # file of a training that was stopped
+    kept_plan, # its plan
+    a          # the parsed arguments
+):
+    "Raise `FileError` where a training that was stopped would be lost, or where what stands at its names is no file"
+    from fastmed.core import FileError
+    for fn in (kept, kept_plan):
+        if os.path.lexists(fn) and (fn.is_symlink() or not fn.is_file()):
+            raise FileError(f"{fn}: expected a file, which keeps a training that was stopped; found a link, a folder or a pipe. "
+                            "Take it away, or give another --out")
+    if kept.exists() and not a.resume and not a.overwrite:
+        raise FileError(f"{kept}: keeps a training of {out.name} that was stopped. Nothing was changed. Go on with it by --resume, "
+                        "or remove it and begin anew by --overwrite")
+
+def _check_still_free(
+    out,      # model file
+    kept,     # file of this training
+    overwrite # whether a file may be replaced
+):
+    "Raise `FileError` where somebody wrote to the place of the model while it was trained"
+    from fastmed.core import FileError
+    if overwrite or not os.path.lexists(out): return
+    raise FileError(f"{out}: was written by somebody else while this training ran, and was not replaced. "
+                    f"What was learnt is kept in {kept}: move the other file away, and call again with --resume")
+
 def train(
     a # the parsed arguments
 ):
@@ -78,7 +117,7 @@ def train(
     kw = dict(codes=a.codes, valid_pct=a.valid_pct, seed=a.seed, cache=a.cache, num_workers=a.workers, path=out.parent.resolve())
     if a.spacing: kw['spacing'] = tuple(a.spacing) if len(a.spacing)==3 else a.spacing[0]
     kept,kept_plan = out.with_name(f'{out.name}.resume'),out.with_name(f'{out.name}.plan.json')
-    if kept.exists() and not (a.resume or a.overwrite): raise InputError(f"{kept}: a training of this model was stopped, or is still at work. Say --resume to go on with it, or --overwrite to lose it and train anew. Nothing was done")
+    _check_kept(out, kept, kept_plan, a)
     if a.resume and kept.exists() and kept_plan.exists(): kw['plan'] = _kept_plan(kept_plan, kw.pop('spacing', None))
     elif not a.epochs: kw['minutes'] = a.minutes
     dls = (VolumeDataLoaders if a.ndim==3 else SliceDataLoaders).from_df(_cases_table(a), **kw)
@@ -91,6 +130,7 @@ def train(
     if a.epochs is not None: learn.fit_one_cycle(a.epochs, cbs=cb)
     else: learn.fit_for(a.minutes, cbs=cb)
     safe = out.suffix.lower()=='.safetensors'
+    _check_still_free(out, kept, a.overwrite)
     if not safe:
         learn.export(out.name)
         print(f'fastmed: {out} is a pickle: whoever opens it runs what is in it, so predict and evaluate ask for --trust', file=sys.stderr)
@@ -175,15 +215,17 @@ def predict(
 def evaluate(
     a # the parsed arguments
 ):
-    "`fastmed evaluate`: a model against the masks of a folder"
+    "`fastmed evaluate`: a model against the masks of a folder; 1 where a case could not be read or predicted"
     from fastmed.core import InputError, whole_file
-    if a.csv: _output(a.csv, ('.csv',), [a.model], a.overwrite)
+    df = _cases_table(a)
+    if a.csv: _output(a.csv, ('.csv',), [a.model, *_read_files(a.path, df)], a.overwrite)
     learn = _load_file(a.model, a.trust)
     if getattr(learn, 'task', 'segmentation')!='segmentation': raise InputError(f"{a.model}: answers for cases, and their truth stands in a table, not in a folder: use learn.evaluate(df)")
-    ev = learn.evaluate(_cases_table(a), tolerance=a.tolerance, overlap=a.overlap, tta=a.tta, post=a.post or None)
+    ev = learn.evaluate(df, tolerance=a.tolerance, overlap=a.overlap, tta=a.tta, post=a.post or None)
     if a.csv:
         with whole_file(a.csv) as tmp: ev.to_csv(tmp, index=False)
     for s in ('dice','hd95'): print(f'{s}\n{ev.summary(s).round(4).to_string()}')
+    return _failed(ev[ev.status.str.startswith('error')].drop_duplicates('case'))
 
 # %% ../nbs/90_cli.ipynb #cb95e491
 def scan_series(
@@ -232,6 +274,7 @@ def compare(
     report = fn.parent/plan.pop('report', Path(plan.get('path', 'comparison'))/'report.html')
     plan['path'] = fn.parent/plan.get('path', 'comparison')
     if 'trust' in plan: raise InputError(f"{fn}: a plan does not say whom you trust; say --trust in the shell")
+    if not report.name.lower().endswith(('.html','.htm')): raise InputError(f"{fn}: report: expected a name that ends in .html; found {report.name!r}. Nothing was done")
     comp = Comparison(df, **plan, trust=a.trust)
     print(f"{len(df)} cases, {len(comp.plan)} runs, {int(comp.plan.done.sum())} of them done", flush=True)
     comp.run()
@@ -291,9 +334,10 @@ def parser()->argparse.ArgumentParser:
         s.add_argument('--overlap', type=_number_in(0, below=1), default=.5, help='share of a window that its neighbour covers too (0.5)')
         s.add_argument('--tta', action='store_true', help='test-time augmentation')
         s.add_argument('--post', action='append', choices=POSTS, help='post-processing, may be given more than once')
-    d = cmd('demo', lambda a: demo(a.path, a.n, a.minutes, a.seed), 'Train 2D and 3D on the embedded cohort; write a report with pictures.')
+    d = cmd('demo', lambda a: demo(a.path, a.n, a.minutes, a.seed, a.overwrite), 'Train 2D and 3D on the embedded cohort; write a report with pictures.')
     d.add_argument('--path', default='demo', help='folder to write to (demo)'); d.add_argument('--n', type=_number_in(1, int), default=24, help='subjects (24)')
     d.add_argument('--minutes', type=_number_in(0, above=True), default=2., help='training time of each model (2)'); d.add_argument('--seed', type=_number_in(0, int), default=0)
+    overwrite(d)
     q = cmd('scan', scan_series, 'List the DICOM series of a folder and all below it, and what is wrong with each.')
     q.add_argument('path', help='folder, DICOMDIR or file'); q.add_argument('--csv', help='file for the table')
     overwrite(q)
@@ -361,10 +405,19 @@ def _bars():
         for k in ours: own.pop(k)
         own.update(was)
 
+def _ready_streams():
+    "A name of a file that the terminal has no letters for is written all the same, and a stream that is closed swallows what is said"
+    for k in ('stdout','stderr'):
+        s = getattr(sys, k)
+        if s is None: setattr(sys, k, open(os.devnull, 'w'))
+        elif hasattr(s, 'reconfigure'):
+            s.reconfigure(errors='surrogateescape' if s.encoding.lower().replace('-', '')=='utf8' else 'backslashreplace')
+
 def main(
     argv=None # arguments; default: those of the process
 )->int:       # 0: done; 1: some scans failed; 2: a user's mistake
     "The `fastmed` command: one line and exit code 2 where the user's input is at fault"
+    _ready_streams()
     try:
         a = parser().parse_args(argv)
         with _stopped_at_once(): import fastmed.all                  # noqa: F401

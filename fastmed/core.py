@@ -129,7 +129,7 @@ def beside(
             except FileExistsError:
                 if work.exists(): raise
                 continue                                     # taken away between two looks
-            tmp = work/f'{_mark()}-{hashlib.blake2b(fn.name.encode(), digest_size=8).hexdigest()}-{i}{sfx}'
+            tmp = work/f'{_mark()}-{hashlib.blake2b(os.fsencode(fn.name), digest_size=8).hexdigest()}-{i}{sfx}'
             try: fd = _hold(tmp, folder)
             except _Planted: tmp = None; continue
             except NotImplementedError:                      # no locks here: a name of its own
@@ -170,13 +170,18 @@ def synced(
             if e.errno not in (errno.EINVAL, getattr(errno, 'ENOTSUP', None), getattr(errno, 'ENOSYS', None)): raise    # a disk that cannot be asked
         finally: os.close(fd)
 
+_scans = ('.nii','.nii.gz','.nrrd','.nhdr','.mha','.mhd','.hdr','.img','.dcm','.dicom','.ima')     # names of files that hold scans
+
 @contextlib.contextmanager
 def whole_file(
     fn,                # destination
-    lasting:bool=True  # wait for the disk before the rename; False for what can be made again
+    lasting:bool=True, # wait for the disk before the rename; False for what can be made again
+    scan:bool=False    # whether a scan or a mask is written; anything else never replaces one
 ):                     # path to write to
     "Write to a neighbour of `fn`, rename it into place when all went well, remove it otherwise. Raises `FileError` where the disk refuses"
     fn = Path(fn)
+    if not scan and fn.name.lower().endswith(_scans) and os.path.lexists(fn):
+        raise FileError(f"{fn}: is a scan or a mask, and what would be written there is none. Nothing was changed. Give another path")
     with writing(fn):
         if fn.is_dir(): raise IsADirectoryError(errno.EISDIR, 'a folder', str(fn))
         with beside(fn) as tmp:
@@ -195,6 +200,17 @@ def whole_folder(
         try: os.rename(tmp, fn)
         except OSError:
             if not fn.is_dir(): raise
+
+# %% ../nbs/00_core.ipynb #c0de15b1
+def check_not_source(
+    fn,     # file that would be written
+    sources # files that it is made from, paths or what no path is
+):
+    "Raise `FileError` where a file would replace what it is made from"
+    if not os.path.exists(fn): return
+    for o in sources:
+        if os.path.exists(o) and os.path.samefile(o, fn):
+            raise FileError(f"{fn}: is what this was made from, and a prediction never replaces it. Nothing was changed. Give another path")
 
 # %% ../nbs/00_core.ipynb #d3c6f6ed
 def spacing_of(

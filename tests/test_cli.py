@@ -1,5 +1,5 @@
 "The command line: what it refuses before any work, what it prints where, what it opens, and how it stops."
-import os, re, signal, subprocess, sys, time
+import io, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import nibabel as nib, numpy as np, pytest
 from fastmed.all import Plan, ResumeCallback, save_model
@@ -154,3 +154,109 @@ def test_the_same_words_again_lose_no_training(shell, study, tmp_path):
     code,_,err = shell(*words)
     assert code==2 and '--resume' in err and '--overwrite' in err and err.count('\n')==1
     assert kept.read_bytes()==b'three days' and plan.read_text()=='its plan'
+
+def words_of(study, *more): return ['--images', 'images/*.nii', '--masks', 'labels/*.nii', *more]
+
+@pytest.fixture
+def cases(study, tmp_path):
+    "A data set of its own, which a test may harm"
+    shutil.copytree(study[0], tmp_path/'d')
+    return tmp_path/'d'
+
+class TestKept:
+    def test_a_table_of_cases_is_a_source(self, shell, model, cases):
+        (cases/'cases.csv').write_text('case,subject\n'+''.join(f'c{i},s{i}\n' for i in range(9))); was = snapshot(cases)
+        code,out,err = shell('evaluate', model, cases, *words_of(cases, '--csv', cases/'cases.csv', '--overwrite'))
+        assert code==2 and not out and 'never replaces' in err and snapshot(cases)==was
+
+    @pytest.mark.parametrize('more', [[], ['--resume']])
+    def test_a_training_that_was_stopped_is_not_lost(self, shell, study, tmp_path, monkeypatch, more):
+        "It is removed where that is asked for; a link in its place is never followed"
+        import fastmed.all
+        monkeypatch.setattr(fastmed.all, 'unet3d_learner', None)                           # whoever gets so far fails otherwise
+        kept,plan,other = [tmp_path/o for o in ('m.safetensors.resume','m.safetensors.plan.json','other')]
+        words = ['train', study[0], *words_of(study, '--out', tmp_path/'m.safetensors', '--epochs', 1, '--cache', tmp_path/'s')]
+        other.write_text('mine')
+        if more:
+            os.symlink(other, plan)
+            os.mkfifo(kept)
+            says = 'expected a file'
+        else:
+            kept.write_text('days'); plan.write_text('{}')
+            says = '--resume'
+        code,_,err = shell(*words, *more)
+        assert code==2 and says in err and os.path.lexists(kept) and os.path.lexists(plan) and other.read_text()=='mine'
+        if not more: assert kept.read_text()=='days' and plan.read_text()=='{}'
+
+    def test_two_trainings_of_one_name(self, shell, study, tmp_path, monkeypatch):
+        "The second keeps what it has learnt, and the first its model"
+        import fastmed.learn.learner as learner
+        out,was = tmp_path/'m.safetensors',learner.VolumeLearner.fit
+        def fit(self, *args, **kwargs):
+            was(self, *args, **kwargs)
+            out.write_text('of the other one')
+        monkeypatch.setattr(learner.VolumeLearner, 'fit', fit)
+        code,_,err = shell('train', study[0], *words_of(study, '--out', out, '--epochs', 1, '--spacing', 2, '--cache', tmp_path/'s', '--workers', 0))
+        assert code==2 and 'somebody else' in err and out.read_text()=='of the other one' and (tmp_path/'m.safetensors.resume').exists()
+
+    def test_a_demonstration_over_files_of_somebody(self, shell, tmp_path):
+        (tmp_path/'cases.csv').write_text('mine'); was = snapshot(tmp_path)
+        code,out,err = shell('demo', '--path', tmp_path, '--n', 1)
+        assert code==2 and not out and '--overwrite' in err and snapshot(tmp_path)==was
+
+    def test_a_report_is_no_scan(self, shell, cases, tmp_path):
+        (tmp_path/'plan.toml').write_text('data = "d"\nimages = "images/*.nii"\nmasks = "labels/*.nii"\nreport = "d/images/c0.nii"\n[arms.a]\nndim = 3\n'); was = snapshot(cases)
+        code,_,err = shell('compare', tmp_path/'plan.toml')
+        assert code==2 and '.html' in err and snapshot(cases)==was and not (tmp_path/'comparison').exists()
+
+    def test_what_is_no_scan_never_replaces_one(self, learner, cases):
+        "By whichever door"
+        from fastmed.all import html_report, load_mask
+        learn,fn,was = learner(3),cases/'images/c0.nii',snapshot(cases)
+        for write in (lambda: save_model(learn, fn), lambda: html_report(fn, 't', 'a', {}), lambda: learn.predict_volume(fn).save(fn)):
+            with pytest.raises(OSError, match='c0.nii: is '): write()
+        assert snapshot(cases)==was
+        load_mask(cases/'labels/c0.nii').save(cases/'labels/c0.nii')                       # a mask that was repaired
+        learn.predict_volume(fn).save(cases/'labels/c0.nii')
+
+class TestNames:
+    @pytest.mark.skipif(sys.platform!='linux', reason='names of bytes')
+    def test_bytes_that_are_no_letters(self, shell, model, cases, tmp_path):
+        "The case is predicted, checked and scored like any other"
+        for d in ('images','labels'): os.rename(cases/d/'c0.nii', os.fsencode(cases/d)+b'/by\xff.nii')
+        code,out,err = shell('predict', model, cases/'images', tmp_path/'o', '--images', '*.nii')
+        assert code==0, err
+        assert (tmp_path/'o/by\\xff.nii.gz').exists() and len(out.splitlines())==len(list((tmp_path/'o').iterdir()))==len(list((cases/'images').iterdir()))
+        code,_,err = shell('check', cases, *words_of(cases)); assert code in (0,1) and not err
+        code,_,err = shell('evaluate', model, cases, *words_of(cases, '--csv', tmp_path/'e.csv')); assert code==0 and r'by\xff' in (tmp_path/'e.csv').read_text(), err
+
+    def test_a_name_that_is_too_long_for_its_mask(self, shell, model, cases, tmp_path):
+        (cases/'images/c0.nii').rename(cases/f'images/{"y"*250}.nii')
+        code,out,err = shell('predict', model, cases/'images', tmp_path/'o', '--images', '*.nii')
+        assert code==1 and 'too long' in err and len(out.splitlines())==len(list((cases/'images').iterdir()))-1
+
+    def test_letters_that_the_stream_does_not_have(self, model, cases, tmp_path, monkeypatch):
+        (cases/'images/c0.nii').rename(cases/'images/ü.nii')
+        said = io.BytesIO()
+        monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(said, 'ascii', write_through=True))
+        assert main(['predict', str(model), str(cases/'images'), str(tmp_path/'o'), '--images', '*.nii'])==0
+        assert len(said.getvalue().splitlines())==len(list((cases/'images').iterdir()))
+
+def test_closed_streams(shell, model, cases, tmp_path, monkeypatch):
+    "As a daemon has them"
+    for k in ('stdout','stderr'): monkeypatch.setattr(sys, k, None)
+    assert main(['predict', str(model), str(cases/'images/c0.nii'), str(tmp_path/'o.nii.gz')])==0 and (tmp_path/'o.nii.gz').exists()
+
+def test_evaluate_names_who_failed(shell, model, cases):
+    (cases/'images/c0.nii').write_bytes(b'no scan')
+    code,out,err = shell('evaluate', model, cases, *words_of(cases))
+    assert code==1 and err.startswith('c0: error') and err.count('\n')==1 and 'dice' in out
+
+def test_a_mask_is_no_image(shell, tmp_path):
+    "A pattern that takes the masks too would make each the image of itself"
+    for c in 'ab':
+        (tmp_path/c).mkdir()
+        for n in ('img','seg'): (tmp_path/c/f'{n}.nii.gz').touch()
+    for images,masks in (('*/*.nii.gz','*/seg.nii.gz'), ('**/*.nii.gz','**/seg.nii.gz'), ('*/*.nii.gz','*/*.nii.gz')):
+        code,_,err = shell('check', tmp_path, '--images', images, '--masks', masks)
+        assert code==2 and 'image and mask at once' in err, (images, err)

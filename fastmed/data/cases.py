@@ -10,14 +10,14 @@ from ..core import *
 from ..io.guard import *
 from fastai.data.all import *
 from collections import Counter
-import glob, hashlib, json, re, unicodedata
+import glob, hashlib, json, os, re, unicodedata
 
 # %% ../../nbs/data/02_cases.ipynb #0b13bb1b
 def case_name(
     fn, # image or mask file
 )->str: # its name without folder and suffixes
-    "The name of a case: 'sub 01.v2.nii.gz' → 'sub 01.v2'; an ü of two signs, as macOS writes it, is one of one sign"
-    n = unicodedata.normalize('NFC', Path(fn).name)
+    "The name of a case: 'sub 01.v2.nii.gz' → 'sub 01.v2'; an ü of two signs, as macOS writes it, is one of one sign; bytes that are no letters are written as numbers, since no table holds them"
+    n = unicodedata.normalize('NFC', os.fsencode(Path(fn).name).decode('utf-8', 'backslashreplace'))
     return re.sub(r'\.(nii\.gz|nii|nrrd|mha|mhd|nhdr|hdr|img|png|dcm)$', '', n, flags=re.I)
 
 def _subjects(df, path):
@@ -128,6 +128,9 @@ def scan_folder(
     if not ims: raise MissingFileError(f"{path/images}: no image matches. Check `path` and `images=`")
     if masks is not None and not ms: raise MissingFileError(f"{path/masks}: no mask matches. Check `masks=`, or say masks=None")
     if ms and not set(im_in) & set(m_in): im_in,m_in = [()]*len(ims),[()]*len(ms)      # their folders say nothing of who belongs to whom
+    if both:=sorted(set(ims) & set(ms)):
+        raise InputError(f"{path}: {_some_files(both)} would be image and mask at once: images={images!r} and masks={masks!r} both match. "
+                         "Give patterns that tell them apart, such as 'images/*.nii.gz' and 'labels/*.nii.gz'")
     groups = _image_groups(ims, im_in, {(t,case_name(o)) for t,o in zip(m_in, ms)}, channels)
     _check_groups(path, groups, channels)
     _check_numbers([(n, fs) for (_,_,n),fs in groups.items()], images)

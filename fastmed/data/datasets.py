@@ -154,7 +154,7 @@ def _place_structure(
 
 def _replace(fn, data):
     "Write `data` beside `fn` and rename: `fn` is whole or absent"
-    with whole_file(fn, lasting=False) as tmp: tmp.write_bytes(data)
+    with whole_file(fn, lasting=False, scan=True) as tmp: tmp.write_bytes(data)
 
 def _save(fn, arr, affine, note):
     "Write a NIfTI whose bytes depend on its contents alone"

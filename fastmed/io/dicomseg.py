@@ -7,6 +7,7 @@ __all__ = ['save_dicom_seg', 'load_dicom_seg']
 
 # %% ../../nbs/io/06_dicomseg.ipynb #45e58c5a
 from ..core import *
+from ..core import check_not_source
 from .dicom import *
 from .dicom import series_grid, stack_frames
 from .frames import file_frames, file_pixels
@@ -145,6 +146,7 @@ def save_dicom_seg(
     if bad:=[i for i,c in enumerate(codes) if i and not str(c).strip()]:
         raise InputError(f"save_dicom_seg({fn}): expected a name for each structure; found {codes[bad[0]]!r} for class {bad[0]} in {codes}")
     if top>=len(codes) or len(codes)<2: raise InputError(f"save_dicom_seg({fn}): the mask holds class {top}, and codes names {len(codes)}: {codes}. codes[0] is the background")
+    check_not_source(fn, {o.file for o in s.frames})
     heads = _heads(s); src = _source_headers(s, heads, strip_identity)
     alg = hd.AlgorithmIdentificationSequence(model[:64], Code('123110', 'DCM', 'Artificial Intelligence'), __version__)
     segs = [hd.seg.SegmentDescription(i, str(c)[:64], Code('123037004', 'SCT', 'Anatomical Structure'), Code(f'class{i}', '99FASTMED', str(c)[:64]), 'AUTOMATIC', alg) for i,c in enumerate(codes) if i]
@@ -157,7 +159,7 @@ def save_dicom_seg(
         if 'PerFrameFunctionalGroupsSequence' in src[0]: _refer(seg, s, heads)
         if strip_identity: _without_identity(seg)
         else: seg.PatientIdentityRemoved = seg.get('PatientIdentityRemoved', 'NO')
-        with whole_file(fn) as tmp: seg.save_as(tmp)
+        with whole_file(fn, scan=True) as tmp: seg.save_as(tmp)
     return Path(fn)
 
 def _place_in(s, f, fn):

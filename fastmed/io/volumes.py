@@ -8,6 +8,7 @@ __all__ = ['file_facts', 'file_digest', 'read_header', 'same_grid', 'check_same_
 
 # %% ../../nbs/io/07_volumes.ipynb #5ce96fa1
 from ..core import *
+from ..core import check_not_source
 from .guard import *
 from .nifti import NIFTI_SUFFIXES, affine_mm, checked_affine, header_forms, image_label, length_unit, nifti_image, nifti_voxels, open_nifti, scan_suffix, spatial_shape, turned_forms
 from .dicom import *
@@ -360,7 +361,8 @@ def save_volume(
     a = a.astype(dtype)
     if a.ndim==4: a = a[0] if a.shape[0]==1 else np.moveaxis(a, 0, -1)
     sfx = scan_suffix(fn)
-    with whole_file(fn) as tmp:
+    check_not_source(fn, L((getattr(t, 'meta', None) or {}).get('made_from')))
+    with whole_file(fn, scan=True) as tmp:
         if sfx in ('.nii','.nii.gz'):
             im = nifti_image(a, t.affine, (getattr(t, 'meta', None) or {}).get('header'))
             im.header['descrip'] = note

@@ -215,6 +215,7 @@ class VolumeLearner(EncoderMixin, Learner):
         for _,r in progress_bar(list(df.iterrows())):
             out = dst/f'{r.case}.nii.gz'
             try:
+                with writing(out), contextlib.suppress(FileNotFoundError): os.lstat(out)         # a name that is too long says so now
                 key = hashlib.sha256(repr([maker, *[file_digest(o) for o in L(r.image)]]).encode()).hexdigest()[:32] if maker else '-'
                 m = None
                 if overwrite or not maker or prediction_key(out)!=key:

@@ -291,6 +291,8 @@ def predict_case(
     t = fn if isinstance(fn, TensorVolume) else load_volume(fn, regrid=regrid)
     if t.affine is None: raise InputError("predict_volume: the tensor has no affine, so its place is unknown. Set `t.affine` first")
     pre,shape,affine,meta = get_preprocess(learn.dls),tuple(t.shape[1:]),t.affine,getattr(t, 'meta', {}) or {}
+    meta = {**meta, 'made_from':[str(o) for o in L(meta.get('fn') if t is fn else fn)]}
+    if t is not fn: t.meta = meta
     n_in = getattr(learn, 'n_in', None)
     if n_in is not None and t.shape[0]!=n_in:
         raise InputError(f"{meta.get('fn','the tensor')}: the model was trained on {n_in} channel{'s'*(n_in>1)}; found {t.shape[0]}. Give as many, in the order of training")
