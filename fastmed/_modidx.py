@@ -2264,6 +2264,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'fastmed/study/compare.py'),
                                        'fastmed.study.compare.Comparison._load': ( 'study/compare.html#comparison._load',
                                                                                    'fastmed/study/compare.py'),
+                                       'fastmed.study.compare.Comparison._run_table': ( 'study/compare.html#comparison._run_table',
+                                                                                        'fastmed/study/compare.py'),
                                        'fastmed.study.compare.Comparison._spec': ( 'study/compare.html#comparison._spec',
                                                                                    'fastmed/study/compare.py'),
                                        'fastmed.study.compare.Comparison._table': ( 'study/compare.html#comparison._table',
@@ -2577,4 +2579,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'fastmed.study.runs': { 'fastmed.study.runs.keep_model': ('study/runs.html#keep_model', 'fastmed/study/runs.py'),
                                     'fastmed.study.runs.load_run': ('study/runs.html#load_run', 'fastmed/study/runs.py'),
                                     'fastmed.study.runs.open_run': ('study/runs.html#open_run', 'fastmed/study/runs.py'),
+                                    'fastmed.study.runs.read_notes': ('study/runs.html#read_notes', 'fastmed/study/runs.py'),
+                                    'fastmed.study.runs.read_table': ('study/runs.html#read_table', 'fastmed/study/runs.py'),
                                     'fastmed.study.runs.run_model': ('study/runs.html#run_model', 'fastmed/study/runs.py')}}}
