@@ -11,7 +11,7 @@ from ..learn.learner import *
 from ..learn.plain import UnopenedError
 from ..learn.ensemble import trusted_learner
 from fastai.basics import *
-import json, math
+import io, json, math
 from ..learn.modelfile import load_model, save_model   # after fastai's own
 
 # %% ../../nbs/study/04_runs.ipynb #5207a005
@@ -44,8 +44,11 @@ def read_table(
 )->pd.DataFrame:     # names as text
     "A table of a finished run. Raises `InputError` where it cannot be read, lacks a case, has one twice, or is of another run"
     again = "Put a copy of it back, or remove the run's folder and call run() to train it again"
-    try: t = pd.read_csv(fn, dtype=dict(case=str, subject=str, arm=str, structure=str), keep_default_na=False, na_values='')
+    try:
+        b = Path(fn).read_bytes()
+        t = pd.read_csv(io.BytesIO(b), dtype=dict(case=str, subject=str, arm=str, structure=str), keep_default_na=False, na_values='')
     except (OSError, ValueError) as e: raise InputError(f"{fn}: the table of a finished run cannot be read ({type(e).__name__}). {again}") from e
+    if not b.endswith(b'\n'): raise InputError(f"{fn}: expected whole lines; found {len(b):,} bytes that end within one: it is cut off. {again}")
     if cases is None: return t
     if odd:=[k for k in ('case',*keys) if k not in t]: raise InputError(f"{fn}: expected a column {odd[0]!r}; found {list(t)[:10]}. {again}")
     if odd:=[k for k,v in keys.items() if (t[k]!=v).any()]: raise InputError(f"{fn}: is of another run: expected {odd[0]} {keys[odd[0]]!r}; found {t[odd[0]][t[odd[0]]!=keys[odd[0]]].tolist()[0]!r}. {again}")
