@@ -42,3 +42,24 @@ def test_finished_comparison(tmp_path, monkeypatch):
     study.run()
     kept = pd.read_csv(old/'summary.csv', index_col=[0, 1])
     pd.testing.assert_frame_equal(study.summary()[['mean', 'low', 'high']], kept[['mean', 'low', 'high']])
+
+def _copied(folder, other='3D, fold 1, seed 0'):
+    shutil.rmtree(folder)
+    shutil.copytree(folder.parent/other, folder)
+
+@pytest.mark.parametrize('spoil,says', [
+    (lambda f: (f/'results.csv').write_bytes((f/'results.csv').read_bytes()[:-90]), 'results.csv: expected'),
+    (lambda f: (f/'results.csv').write_text((f/'results.csv').read_text()+(f/'results.csv').read_text().splitlines()[-1]+'\n'), 'results.csv: expected one row a case and structure'),
+    (lambda f: (f/'results.csv').write_bytes(b'\xff\0'), 'results.csv: the table of a finished run cannot be read'),
+    (lambda f: shutil.copy(f.parent/'3D, fold 1, seed 0'/'results.csv', f), 'results.csv: is of another run: expected fold 0; found 1'),
+    (_copied, "seed 0: holds the run of .*'fold': 1"), (lambda f: (f/'run.json').write_text('{'), 'run.json: what was noted of the runs cannot be read'),
+    (lambda f: (f.parent/'comparison.json').write_text('[]'), 'comparison.json: expected what was noted'),
+    (lambda f: (f.parent/'comparison.json').write_text('{}'), 'holds runs of another experiment')])
+def test_a_run_that_is_not_whole_gives_no_table(tmp_path, monkeypatch, spoil, says):
+    "Cases that are missing, or those of another run, do not vanish from a mean without a word"
+    monkeypatch.syspath_prepend(fixtures)
+    make = __import__('make')
+    shutil.copytree(old/'comparison', tmp_path/'comparison')
+    df = make.scans(tmp_path)
+    spoil(tmp_path/'comparison'/'3D, fold 0, seed 0')
+    with pytest.raises(ValueError, match=says): make.comparison(df, tmp_path, tmp_path/'comparison').summary()

@@ -20,7 +20,7 @@ from ..learn.pace import *
 from ..learn.learner import *
 from .findings import *
 from .runs import *
-from .runs import PREDICT_ARGS, case_contents, check_contents, contents_noted, finish_run, noted_contents, open_run, quiet_output, setting_text, settings_hash, train_runs
+from .runs import PREDICT_ARGS, case_contents, check_contents, contents_noted, finish_run, noted_contents, open_run, quiet_output, read_notes, read_table, setting_text, settings_hash, train_runs
 from fastai.basics import *
 from fastai.callback.schedule import *
 from fastai.callback.hook import total_params
@@ -75,8 +75,8 @@ class Comparison(Findings):
         fn,mine = self.path/'comparison.json',dict(budget=self.budget, folds=self.hash, codes=setting_text(self.codes))
         arms = {a:setting_text({k:v for k,v in kw.items() if k not in ('cache','num_workers','device','path')}) for a,kw in self.spec_arms.items()}     # where it runs may change
         if fn.exists():
-            was = json.loads(fn.read_text()); odd = {k:(was.get(k), v) for k,v in mine.items() if was.get(k)!=json.loads(json.dumps(v))}
-            odd.update({f'arm {a!r}':(was['arms'][a], t) for a,t in arms.items() if a in was['arms'] and was['arms'][a]!=t})
+            was = read_notes(fn); odd = {k:(was.get(k), v) for k,v in mine.items() if was.get(k)!=json.loads(json.dumps(v))}
+            odd.update({f'arm {a!r}':(was['arms'][a], t) for a,t in arms.items() if a in was.get('arms', {}) and was['arms'][a]!=t})
             if odd: raise InputError(f"{self.path}: holds runs of another experiment: " + '; '.join(f'{k} was {a}, is {b}' for k,(a,b) in odd.items()) + ". Give another path, or remove the folder")
             arms = {**was['arms'], **arms}
         if not keep and not fn.exists(): return
@@ -140,12 +140,18 @@ class Comparison(Findings):
 
     # --- what Findings needs, read from the folders
     def _table(self, name):
-        rows = [pd.read_csv(f/f'{name}.csv', dtype=dict(case=str, subject=str, arm=str, structure=str), keep_default_na=False, na_values='') for f in self._done()]
+        rows = [self._run_table(f, name) for f in self._done()]
         return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
+    def _run_table(self, f, name):
+        "A table of a run; the results with every case that it held out"
+        if name!='results': return read_table(f/f'{name}.csv')
+        key = {k:read_notes(f/'run.json').get(k) for k in ('arm','fold','seed')}
+        if f.name!='{arm}, fold {fold}, seed {seed}'.format(**key): raise InputError(f"{f}: holds the run of {key}. Give the folder its own name back, or remove it and call run() to train again")
+        return read_table(f/f'{name}.csv', self.df['case'][self.fold==key['fold']].astype(str).tolist(), **key)
     def _done(self):
         fs = [self._folder(r.arm, r.fold, r.seed) for r in self.plan.itertuples() if r.done]
-        return fs + [f.parent for f in sorted(self.path.resolve().glob('*/run.json')) if f.parent not in fs and 'by_hand' in json.loads(f.read_text())['budget']]
-    def _facts(self): return [json.loads((f/'run.json').read_text()) for f in self._done()]
+        return fs + [f.parent for f in sorted(self.path.resolve().glob('*/run.json')) if f.parent not in fs and 'by_hand' in (read_notes(f).get('budget') or ())]
+    def _facts(self): return [read_notes(f/'run.json') for f in self._done()]
     @property
     def results(self):
         t = self._table('results')

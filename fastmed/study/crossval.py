@@ -22,7 +22,7 @@ from ..plot import *
 from ..metrics.stats import *
 from ..learn.ensemble import *
 from .findings import *
-from .runs import keep_model, open_run, run_model
+from .runs import keep_model, open_run, read_notes, read_table, run_model
 from .runs import *
 from .runs import settings_hash, PREDICT_ARGS, train_runs, setting_text, function_text, class_numbers, case_contents, check_contents, contents_noted, noted_contents
 from fastai.basics import *
@@ -171,7 +171,7 @@ class CrossValidation:
         mine = dict(fit=function_text(self.fit) if self.fit else None, arguments=setting_text({k:v for k,v in self.kwargs.items() if k not in ('cache','num_workers','device','path')}), budget=self.budget, seed=self.seed, folds=self.hash)
         was = None
         if fn.exists():
-            was = json.loads(fn.read_text()); n = min(len(was['folds']), len(self.hash))
+            was = read_notes(fn); n = min(len(was['folds']), len(self.hash))
             odd = {k:(was.get(k), v) for k,v in mine.items() if k!='folds' and was.get(k)!=json.loads(json.dumps(v))} | ({'folds':(was['folds'][:n], self.hash[:n])} if was['folds'][:n]!=self.hash[:n] else {})
             if odd: raise InputError(f"{self.path}: holds another cross-validation: " + '; '.join(f'{k} was {a}, is {b}' for k,(a,b) in odd.items()) + ". Give another path, or remove the folder")
         kept,now,runs = was and was.get('files'),case_contents(self.df, None if self.fit else [self.kwargs]),contents_noted(self.path)
@@ -223,15 +223,18 @@ class CrossValidation:
     def _facts(self):
         fs = self._done()
         if not fs: raise InputError(f"{self.path}: no fold is finished yet. Call run()")
-        return [json.loads((f/'run.json').read_text()) for f in fs]
+        return [read_notes(f/'run.json') for f in fs]
     @property
     def task(self): return self._facts()[0]['task']
     @property
     def results(self)->pd.DataFrame: # repeat, fold, case, subject, then scores; or target, pred and probabilities
         "Every case of every repeat, judged by a model that has not seen its subject: a row a case, for masks a row a structure"
         facts = self._facts()[0]
-        text = ['case','subject','structure'] + ['target','pred']*(facts['task']=='category')
-        t = pd.concat([pd.read_csv(f/'results.csv', dtype=dict.fromkeys(text, str), keep_default_na=False, na_values='') for f in self._done()], ignore_index=True)
+        text = ['target','pred']*(facts['task']=='category')
+        runs = [r for r in self.plan.itertuples() if r.done]
+        def held_out(r): return self.df['case'][self.fold[r.repeat]==r.fold].astype(str).tolist()
+        t = pd.concat([read_table(self._folder(r.repeat, r.fold)/'results.csv', held_out(r), text, repeat=r.repeat, fold=r.fold)
+                       for r in runs], ignore_index=True)
         return self._classes_back(t, facts['vocab']) if facts['task']=='category' else t
 
     def _classes_back(self, t, vocab):

@@ -24,7 +24,7 @@ from fastai.basics import *
 from fastai.callback.schedule import *
 from fastai.callback.hook import total_params
 from concurrent.futures import ThreadPoolExecutor
-import contextlib, hashlib, inspect, io, json, os, random, shutil, time
+import contextlib, hashlib, inspect, io, json, math, os, random, shutil, time
 from ..learn.modelfile import load_model, save_model   # after fastai's own
 
 # %% ../../nbs/study/04_runs.ipynb #5207a005
@@ -40,6 +40,36 @@ def keep_model(
     try: learn.export('model.pkl')
     finally: learn.path = path
     return Path(folder)/'model.pkl'
+
+def read_notes(
+    fn       # .json that a study keeps beside its runs
+)->dict:     # what it says
+    "What was noted of a study or of a finished run. Raises `InputError` where that cannot be read"
+    try: notes = json.loads(Path(fn).read_text(encoding='utf-8'))
+    except (OSError, ValueError, RecursionError) as e: raise InputError(f"{fn}: what was noted of the runs cannot be read ({type(e).__name__}). Put a copy of it back, or remove its folder and call run() to train again") from e
+    if not isinstance(notes, dict): raise InputError(f"{fn}: expected what was noted of the runs; found {str(notes)[:80]!r}. Put a copy of it back, or remove its folder and call run() to train again")
+    return notes
+
+def read_table(
+    fn,              # .csv of a finished run
+    cases=None,      # names of the cases that it must hold, each once, of masks once a structure; None: any
+    text=(),         # columns of classes, whose names stay text
+    **keys           # what stands in every row, such as arm, fold and seed
+)->pd.DataFrame:     # names as text
+    "A table of a finished run. Raises `InputError` where it cannot be read, lacks a case, has one twice, or is of another run"
+    again = "Put a copy of it back, or remove the run's folder and call run() to train it again"
+    try:
+        b = Path(fn).read_bytes()
+        t = pd.read_csv(io.BytesIO(b), dtype=dict.fromkeys(['case','subject','arm','structure',*text], str), keep_default_na=False, na_values='')
+    except (OSError, ValueError) as e: raise InputError(f"{fn}: the table of a finished run cannot be read ({type(e).__name__}). {again}") from e
+    if not b.endswith(b'\n'): raise InputError(f"{fn}: expected whole lines; found {len(b):,} bytes that end within one: it is cut off. {again}")
+    if cases is None: return t
+    if odd:=[k for k in ('case',*keys) if k not in t]: raise InputError(f"{fn}: expected a column {odd[0]!r}; found {list(t)[:10]}. {again}")
+    if odd:=[k for k,v in keys.items() if (t[k]!=v).any()]: raise InputError(f"{fn}: is of another run: expected {odd[0]} {keys[odd[0]]!r}; found {t[odd[0]][t[odd[0]]!=keys[odd[0]]].tolist()[0]!r}. {again}")
+    by = [k for k in ('case','structure') if k in t]
+    if odd:=sorted({*cases}^{*t.case}): raise InputError(f"{fn}: expected the {len(cases)} cases that this run held out; found {t.case.nunique()}: case {odd[0]!r} is {'missing' if odd[0] in cases else 'none of them'}. {again}")
+    if t.duplicated(by).any() or len(t)!=math.prod(t[k].nunique() for k in by): raise InputError(f"{fn}: expected one row a case{' and structure' if len(by)>1 else ''}; found {len(t)} rows of {len(cases)} cases. {again}")
+    return t
 
 def run_model(
     folder # of a finished run
@@ -349,4 +379,4 @@ def contents_noted(
     path # folder of the runs
 )->list: # a bool a finished run
     "Of each finished run below a folder, whether the content of the files was noted"
-    return ['files' in json.loads(f.read_text()) for f in sorted(Path(path).resolve().glob('*/run.json'))]
+    return ['files' in read_notes(f) for f in sorted(Path(path).resolve().glob('*/run.json'))]
