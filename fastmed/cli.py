@@ -67,62 +67,23 @@ def _cases_table(a):
     "The table of the cases that a command was given"
     return scan(Path(a.path).resolve(), a.images, a.masks, a.channels)
 
-def _kept_plan(
-    fn,     # file of the plan
-    spacing # what was asked for this time, or None
-):
-    "The plan of a training that goes on. Raises `InputError` where another spacing is asked for"
-    from fastmed.core import InputError
-    from fastmed.data.plan import Plan
-    plan = Plan.from_json(fn.read_text())
-    asked = (spacing,)*3 if isinstance(spacing, float) else spacing
-    if spacing is None or tuple(plan.spacing or ())==tuple(asked): return plan
-    raise InputError(f"--spacing: the training that goes on has {plan.spacing} mm ({fn}), found {spacing}. "
-                     "Leave it out, or train anew without --resume")
-
-def _check_kept(
-    out,       # model file
-    kept,      # file of a training that was stopped
-    kept_plan, # its plan
-    a          # the parsed arguments
-):
-    "Raise `FileError` where a training that was stopped would be lost, or where what stands at its names is no file"
-    from fastmed.core import FileError
-    for fn in (kept, kept_plan):
-        if os.path.lexists(fn) and (fn.is_symlink() or not fn.is_file()):
-            raise FileError(f"{fn}: expected a file, which keeps a training that was stopped; found a link, a folder or a pipe. "
-                            "Take it away, or give another --out")
-    if kept.exists() and not a.resume and not a.overwrite:
-        raise FileError(f"{kept}: keeps a training of {out.name} that was stopped. Nothing was changed. Go on with it by --resume, "
-                        "or remove it and begin anew by --overwrite")
-
-def _check_still_free(
-    out,      # model file
-    kept,     # file of this training
-    overwrite # whether a file may be replaced
-):
-    "Raise `FileError` where somebody wrote to the place of the model while it was trained"
-    from fastmed.core import FileError
-    if overwrite or not os.path.lexists(out): return
-    raise FileError(f"{out}: was written by somebody else while this training ran, and was not replaced. "
-                    f"What was learnt is kept in {kept}: move the other file away, and call again with --resume")
-
 def train(
     a # the parsed arguments
 ):
     "`fastmed train`: a folder of scans and masks becomes a model file"
     from fastmed.all import VolumeDataLoaders, SliceDataLoaders, unet3d_learner, unet2d_learner, set_seed, ResumeCallback, InputError, save_model, whole_file
+    from fastmed.learn.fingerprint import check_kept, check_still_free, kept_plan
     out = _output(a.out, ('.safetensors','.pkl'), overwrite=a.overwrite)
     set_seed(a.seed)
     kw = dict(codes=a.codes, valid_pct=a.valid_pct, seed=a.seed, cache=a.cache, num_workers=a.workers, path=out.parent.resolve())
     if a.spacing: kw['spacing'] = tuple(a.spacing) if len(a.spacing)==3 else a.spacing[0]
-    kept,kept_plan = out.with_name(f'{out.name}.resume'),out.with_name(f'{out.name}.plan.json')
-    _check_kept(out, kept, kept_plan, a)
-    if a.resume and kept.exists() and kept_plan.exists(): kw['plan'] = _kept_plan(kept_plan, kw.pop('spacing', None))
+    kept,plan = out.with_name(f'{out.name}.resume'),out.with_name(f'{out.name}.plan.json')
+    check_kept(out, kept, plan, a.resume, a.overwrite)
+    if a.resume and kept.exists() and plan.exists(): kw['plan'] = kept_plan(plan, kw.pop('spacing', None))
     elif not a.epochs: kw['minutes'] = a.minutes
     dls = (VolumeDataLoaders if a.ndim==3 else SliceDataLoaders).from_df(_cases_table(a), **kw)
     if not a.resume: kept.unlink(missing_ok=True)
-    with whole_file(kept_plan) as tmp: tmp.write_text(dls.plan.to_json())
+    with whole_file(plan) as tmp: tmp.write_text(dls.plan.to_json())
     learn = (unet3d_learner if a.ndim==3 else unet2d_learner)(dls, arch=a.arch)
     print(f'{len(dls.train_ds)} cases train, {len(dls.valid_ds)} validate\n{dls.plan}\n{dls.preprocess}', flush=True)
     if a.resume and not kept.exists(): print(f'{kept}: not there, so there is nothing to resume; training starts anew')
@@ -130,14 +91,14 @@ def train(
     if a.epochs is not None: learn.fit_one_cycle(a.epochs, cbs=cb)
     else: learn.fit_for(a.minutes, cbs=cb)
     safe = out.suffix.lower()=='.safetensors'
-    _check_still_free(out, kept, a.overwrite)
+    check_still_free(out, kept, a.overwrite)
     if not safe:
         learn.export(out.name)
         print(f'fastmed: {out} is a pickle: whoever opens it runs what is in it, so predict and evaluate ask for --trust', file=sys.stderr)
     ev = learn.evaluate()
     if safe: save_model(learn, out, evaluation=ev)
     kept.unlink(missing_ok=True)
-    kept_plan.unlink(missing_ok=True)
+    plan.unlink(missing_ok=True)
     print(ev.summary().round(4).to_string())
     print(f'{out} written')
 

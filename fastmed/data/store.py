@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['cache_dir', 'each_in_threads', 'Store', 'kept_digest', 'foreground_index', 'label_values', 'random_corner',
-           'foreground_voxel', 'cut', 'window_corners', 'gaussian_weight']
+           'foreground_voxel', 'cut']
 
 # %% ../../nbs/data/05_store.ipynb #4982f75f
 from .. import __version__
@@ -379,29 +379,3 @@ def cut(
     a = t.numpy()                                                # NumPy gathers small arrays several times faster than torch
     for i,c,p in over: a = a.take(np.arange(c, c+p).clip(0, t.shape[i]-1), i)
     return torch.from_numpy(a)
-
-# %% ../../nbs/data/05_store.ipynb #da44cfdf
-def _starts(n, p, overlap):
-    if n<=p: return [-((p-n)//2)]
-    k = int(np.ceil((n-p)/max(1, int(p*(1-overlap)))))
-    return np.round(np.linspace(0, n-p, k+1)).astype(int).tolist()
-
-def window_corners(
-    shape,             # (3,) voxels of the volume
-    patch,             # (3,) voxels of the window
-    overlap:float=.5,  # share of a window that its neighbour covers too, 0 to under 1
-)->list:               # of (3,) corners, the first axis slowest
-    "Corners of evenly spread windows that cover a volume whole. Raises `ValueError` for an overlap outside [0,1)"
-    if not 0<=overlap<1: raise InputError(f"overlap: expected 0 to under 1; found {overlap}")
-    return list(itertools.product(*[_starts(n, p, overlap) for n,p in zip(shape, patch)]))
-
-def gaussian_weight(
-    patch,          # voxels of the window
-    sigma:float=1/8 # width of the Gaussian, as a share of each side
-)->Tensor:          # (*patch) float32, 1 in the middle, above 0 at the rim
-    "Weight of a window's voxels: its middle knows more than its rim. Source: nnU-Net (Isensee 2021)"
-    w = torch.ones(())
-    for p in patch:
-        x = (torch.arange(p)-(p-1)/2)/max(p*sigma, 1e-6)
-        w = w[...,None]*torch.exp(-x**2/2)
-    return (w/w.max()).clamp_min(1e-3)

@@ -6,7 +6,8 @@
 __all__ = []
 
 # %% ../../nbs/learn/04_fingerprint.ipynb #a1107e04
-from ..core import InputError
+from ..core import FileError, InputError
+from ..data.plan import Plan
 from ..data.store import cache_dir, kept_digest
 from ..data.blocks import LoadMask, LoadVolume, get_plan, get_preprocess
 from ..data.radiographs import LoadRadiograph, get_prep
@@ -18,7 +19,7 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.callback.fp16 import MixedPrecision
 from fastai.basics import *
 from contextlib import suppress
-import hashlib, inspect, re
+import hashlib, inspect, os, re
 
 # %% ../../nbs/learn/04_fingerprint.ipynb #fdc9626f
 def _words(o, depth=0):
@@ -200,3 +201,41 @@ def was_seen(
     def known(kind, name, among): return name in among or any(_name_seal(s, kind, name) in among for s in salts)
     def seen_row(c, r): return known('case', c, cases) or isinstance(r, pd.Series) and 'subject' in r and known('subject', str(r.subject), subjects)
     return [str(c) for c,r in case_rows(df) if seen_row(str(c), r)]
+
+# %% ../../nbs/learn/04_fingerprint.ipynb #f1a9e002
+def kept_plan(
+    fn,     # file of the plan
+    spacing # what is asked for this time, mm, or None
+)->Plan:    # that of the training that goes on
+    "The plan of a training that goes on. Raises `InputError` where another spacing is asked for"
+    plan = Plan.from_json(fn.read_text())
+    asked = (spacing,)*3 if isinstance(spacing, float) else spacing
+    if spacing is None or tuple(plan.spacing or ())==tuple(asked): return plan
+    raise InputError(f"--spacing: the training that goes on has {plan.spacing} mm ({fn}), found {spacing}. "
+                     "Leave it out, or train anew without --resume")
+
+def check_kept(
+    out,      # model file
+    kept,     # file of a training that was stopped
+    plan,     # file of its plan
+    resume,   # whether it goes on
+    overwrite # whether it may be replaced
+):
+    "Raise `FileError` where a training that was stopped would be lost, or where what stands at its names is no file"
+    for fn in (kept, plan):
+        if os.path.lexists(fn) and (fn.is_symlink() or not fn.is_file()):
+            raise FileError(f"{fn}: expected a file, which keeps a training that was stopped; found a link, a folder or a pipe. "
+                            "Take it away, or give another --out")
+    if kept.exists() and not resume and not overwrite:
+        raise FileError(f"{kept}: keeps a training of {out.name} that was stopped. Nothing was changed. Go on with it by --resume, "
+                        "or remove it and begin anew by --overwrite")
+
+def check_still_free(
+    out,      # model file
+    kept,     # file of this training
+    overwrite # whether a file may be replaced
+):
+    "Raise `FileError` where somebody wrote to the place of the model while it was trained"
+    if overwrite or not os.path.lexists(out): return
+    raise FileError(f"{out}: was written by somebody else while this training ran, and was not replaced. "
+                    f"What was learnt is kept in {kept}: move the other file away, and call again with --resume")

@@ -97,11 +97,14 @@ def open_run(
     kwargs=None       # arguments that its Learner was made with; their `arch` builds a network without a name
 )->VolumeLearner:     # as it was trained
     "`load_run`, with the network of the arm where the file needs it. Raises as `load_run`"
-    arch = (kwargs or {}).get('arch')
-    try: return load_run(folder, trust)
+    arch,path = [(kwargs or {}).get(k) for k in ('arch','path')]
+    try: learn = load_run(folder, trust)
     except UnopenedError:
         if not callable(arch): raise
-        return load_run(folder, trust, arch)
+        learn = load_run(folder, trust, arch)
+    for f in [f for tl in learn.dls.train_ds.tls for f in tl.tfms.fs if path is not None and isinstance(f, CaseFiles)]:
+        if f.path is None: f.path = Path(path).absolute()         # a model file keeps no path: relative names are those of the study
+    return learn
 
 # %% ../../nbs/study/04_runs.ipynb #d4ea65d0
 class NoValidation(Callback):
@@ -191,7 +194,7 @@ def case_gflops(
 )->float:          # 10⁹ multiplications and additions, each counted
     "What the network computes for one case: the count for a window times the number of windows"
     from torch.utils.flop_counter import FlopCounterMode
-    from fastmed.data.store import window_corners
+    from fastmed.predict.predict import window_corners
     plan,model,p = get_plan(learn.dls),learn.model,next(learn.model.parameters())
     size = [k for k in plan.patch if plan.ndim==3 or k>1]
     n_in = learn.n_in*(1+2*plan.get('context', 0) if plan.ndim==2 else 1)
