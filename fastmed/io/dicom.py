@@ -29,11 +29,12 @@ def file_frames(
 # %% ../../nbs/io/05_dicom.ipynb #83810ec6
 _head_tags = ('SOPClassUID','SOPInstanceUID','StudyInstanceUID','SeriesInstanceUID','Modality','SeriesDescription','SeriesNumber','InstanceNumber','Rows','Columns','NumberOfFrames','SamplesPerPixel','PixelRepresentation','PhotometricInterpretation',
               'ImagePositionPatient','ImageOrientationPatient','PixelSpacing','ImagerPixelSpacing','NominalScannedPixelSpacing','ImagePlanePixelSpacing','SliceThickness','SpacingBetweenSlices','GridFrameOffsetVector','RescaleSlope','RescaleIntercept','DoseGridScaling',
-              'PixelPaddingValue','SharedFunctionalGroupsSequence','PerFrameFunctionalGroupsSequence','ModalityLUTSequence',(0x0019,0x100a),(0x0065,0x1050),'PatientID','PatientName','PatientBirthDate')
+              'PixelPaddingValue','SharedFunctionalGroupsSequence','PerFrameFunctionalGroupsSequence','ModalityLUTSequence',(0x0019,0x100a),(0x0065,0x1050),'PatientID','PatientName','PatientBirthDate','FrameOfReferenceUID','Units')
+_made_tags = ('FrameOfReferenceUID','Modality','PhotometricInterpretation','Units')  # in which the images of a volume agree
 _parting_tags = ('TemporalPositionIdentifier','EchoTime','DiffusionBValue','DiffusionGradientOrientation','TriggerTime','AcquisitionNumber','ImageType')  # what tells two acquisitions of one place from each other
 _pixel_tags = ('SOPClassUID','Rows','Columns','NumberOfFrames','SamplesPerPixel','PhotometricInterpretation','PlanarConfiguration','BitsAllocated','BitsStored','HighBit','PixelRepresentation','ModalityLUTSequence','ExtendedOffsetTable','ExtendedOffsetTableLengths',
                'PixelData','FloatPixelData','DoubleFloatPixelData')
-_Frame = namedtuple('_Frame', 'file frame number position axes px thickness size slope inter padding sop colour tags tiles', defaults=(0,))  # tiles: of a mosaic, how many in a row
+_Frame = namedtuple('_Frame', 'file frame number position axes px thickness size slope inter padding sop colour tags tiles made', defaults=(0,()))  # tiles: of a mosaic, how many in a row
 
 def _short_hash(*s): return hashlib.sha256('|'.join(s).encode()).hexdigest()[:10]
 
@@ -99,7 +100,7 @@ def _frames(ds, fn):
                 tag(f, 'MRDiffusionSequence', 'DiffusionGradientOrientation', _parting_tags[3]), tag(f, 'CardiacSynchronizationSequence', 'NominalCardiacTriggerDelayTime', _parting_tags[4]), tag(f, 'FrameContentSequence', 'FrameAcquisitionNumber', _parting_tags[5]),
                 ' '.join(text(f, 'MRImageFrameTypeSequence', 'FrameType', 'ImageType').split('\\')[2:]))
         fs.append(_Frame(fn, f, f+1 if n>1 else int(num[0]) if num else None, pos, axes, px[::-1] if px and min(px)>0 else None, thick, (int(ds.Columns), int(ds.Rows)), slope[0], inter[0],
-                         pad*slope[0]+inter[0] if isinstance(pad, (int,float)) and not ds.get('ModalityLUTSequence') else None, _short_hash(_element_text(ds, 'SOPInstanceUID'), str(f)), int(ds.get('SamplesPerPixel') or 1)>1 or photo.startswith('PALETTE'), tags))
+                         pad*slope[0]+inter[0] if isinstance(pad, (int,float)) and not ds.get('ModalityLUTSequence') else None, _short_hash(_element_text(ds, 'SOPInstanceUID'), str(f)), int(ds.get('SamplesPerPixel') or 1)>1 or photo.startswith('PALETTE'), tags, made=tuple(_element_text(ds, k) for k in _made_tags)))
     if n==1 and may_be_tiled(ds):
         import pydicom
         try: fs = _untiled(fs[0], tiling(pydicom.dcmread(fn, stop_before_pixels=True, force=True)))
@@ -230,6 +231,7 @@ def stack_frames(
         if bad: raise InputError(f"{who}: no volume: {len(bad)} of its {len(fs)} images carry no {tag}: {_frame_names(bad)}. "
                                  "They are pages, radiographs or a film; load them one by one")
     _check_pixel_sizes(s, who)
+    _check_made_alike(fs, who)
     if len(gs)>1:
         raise InputError(f"{who}: no volume: its slices are not parallel: {'; '.join(f'{_plane_name(g[0].axes)}: {_frame_names(g)}' for g in gs[:4])}. A localizer or a reformat lies among them. {_parting(s)}")
     if len(fs)>1 and any(o.colour for o in fs): raise InputError(f"{who}: no volume: {sum(o.colour for o in fs)} of its {len(fs)} images are in colour. They are pages or a film; load them one by one")
@@ -266,6 +268,14 @@ def _parting(s):
     if len(parts)==1: return "Nothing in its headers tells them apart: export each volume as a series of its own"
     names = '; '.join(f"{o.part} ({len(o)} image{'s'*(len(o)>1)})" for o in parts[:6])
     return f"`scan_dicom(…).series[i].split()` parts it into {len(parts)}: {names}{' …' if len(parts)>6 else ''}"
+
+def _check_made_alike(fs, who):
+    "Raise `InputError` where images lie in other frames of reference, or their numbers mean something else"
+    parts = _grouped(fs, lambda o: o.made)
+    if len(parts)<2: return
+    odd = [k for k,v in zip(_made_tags, zip(*parts)) if len(set(v))>1]
+    files = '; '.join(_frame_names(v) for v in list(parts.values())[:4])
+    raise InputError(f"{who}: no volume: its {len(fs)} images differ in {', '.join(odd)}: {files}. Export each kind as a series of its own")
 
 def _check_pixel_sizes(s, who):
     "Raise `InputError` where a size in mm would have to be guessed, or differs. A radiograph or page without a position may have none"
