@@ -8,10 +8,9 @@ class _Renamed:
         'fastmed.adapt', 'fastmed.archive', 'fastmed.augment', 'fastmed.blocks', 'fastmed.callbacks', 'fastmed.casefiles', 'fastmed.check', 'fastmed.classify',
         'fastmed.compare', 'fastmed.crossval', 'fastmed.curves', 'fastmed.datasets', 'fastmed.dicom', 'fastmed.dicomseg', 'fastmed.doctor', 'fastmed.efficiency',
         'fastmed.encoders', 'fastmed.ensemble', 'fastmed.findings', 'fastmed.gradcam', 'fastmed.guard', 'fastmed.heads', 'fastmed.inference', 'fastmed.inflate',
-        'fastmed.interpret', 'fastmed.labels', 'fastmed.leaks', 'fastmed.learner', 'fastmed.losses', 'fastmed.memory', 'fastmed.modelfile', 'fastmed.patches',
-        'fastmed.plain', 'fastmed.preprocess', 'fastmed.pretrain', 'fastmed.radiographs', 'fastmed.report', 'fastmed.resenc', 'fastmed.runs', 'fastmed.scores',
-        'fastmed.ship', 'fastmed.stats', 'fastmed.store', 'fastmed.survey', 'fastmed.track', 'fastmed.tta', 'fastmed.uncertainty', 'fastmed.weights',
-        'fastmed.zoo'))
+        'fastmed.interpret', 'fastmed.labels', 'fastmed.leaks', 'fastmed.learner', 'fastmed.losses', 'fastmed.memory', 'fastmed.patches', 'fastmed.plain',
+        'fastmed.preprocess', 'fastmed.pretrain', 'fastmed.radiographs', 'fastmed.report', 'fastmed.resenc', 'fastmed.scores', 'fastmed.ship', 'fastmed.stats',
+        'fastmed.store', 'fastmed.survey', 'fastmed.track', 'fastmed.tta', 'fastmed.uncertainty', 'fastmed.weights', 'fastmed.zoo'))
     @classmethod
     def find_spec(cls, name, path=None, target=None):
         if name not in cls.names: return None

@@ -141,7 +141,11 @@ def test_saved_learner_knows(trained, cases, tmp_path):
     l.get_preds(dl=l.dls.test_dl(full[:2], with_labels=True))
     b = bytearray(fn.read_bytes()); b[len(b)//2] ^= 1; (tmp_path/'bad.safetensors').write_bytes(b)
     with pytest.raises(InputError, match='sha256'): load_model(tmp_path/'bad.safetensors')
-    with pytest.raises(InputError, match='by name'): save_model(classifier_learner(trained.dls, lambda a,b: SmallResNet(a, b, 3, 4)), tmp_path/'x.safetensors')
+    own = classifier_learner(trained.dls, lambda a,b: SmallResNet(a, b, 3, 4))
+    with pytest.warns(UserWarning, match='no network that is known by name'): save_model(own, tmp_path/'x.safetensors')
+    with pytest.raises(InputError, match='arch=make'): load_model(tmp_path/'x.safetensors')
+    back = load_model(tmp_path/'x.safetensors', 'cpu', arch=lambda: SmallResNet(1, 2, 3, 4))
+    assert torch.equal(back.predict(full.image[0])[2], own.predict(full.image[0])[2])
 
 @pytest.mark.parametrize('kw,net', [(dict(label_col=['a','b']),{}), (dict(label_col=['size','a']),{}), (dict(cls=SliceDataLoaders, axis=2, context=1, samples_per_case=2),{}), (dict(mask_col='mask', codes=['background','large','small'], size=16),{'arch':'UNet','nf':4,'depth':2}), (dict(size=16),{'arch':'resnet10'})])
 def test_every_kind_trains_exports_and_ships(cases, tmp_path, kw, net):

@@ -16,7 +16,7 @@ from fastmed.learn.classify import classifier_learner, regression_learner
 from fastmed.core import InputError
 from fastmed.data.loaders import SliceDataLoaders, VolumeDataLoaders
 from fastmed.data.cases import GroupSplitter
-from fastmed.models.classifiers import MultiTaskLoss
+from fastmed.learn.losses import MultiTaskLoss
 from fastmed.data.labels import WholeTransform, whole_plan
 from fastmed.learn.learner import make_fast, unet2d_learner, unet3d_learner
 from fastmed.learn.losses import as_loss
