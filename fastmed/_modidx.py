@@ -701,6 +701,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fastmed.io.dicom._affine': ('io/dicom.html#_affine', 'fastmed/io/dicom.py'),
                                   'fastmed.io.dicom._alike_frames': ('io/dicom.html#_alike_frames', 'fastmed/io/dicom.py'),
                                   'fastmed.io.dicom._blend': ('io/dicom.html#_blend', 'fastmed/io/dicom.py'),
+                                  'fastmed.io.dicom._check_made_alike': ('io/dicom.html#_check_made_alike', 'fastmed/io/dicom.py'),
                                   'fastmed.io.dicom._check_pixel_sizes': ('io/dicom.html#_check_pixel_sizes', 'fastmed/io/dicom.py'),
                                   'fastmed.io.dicom._close': ('io/dicom.html#_close', 'fastmed/io/dicom.py'),
                                   'fastmed.io.dicom._frame_images': ('io/dicom.html#_frame_images', 'fastmed/io/dicom.py'),

@@ -383,3 +383,9 @@ def test_a_damaged_header_is_refused_not_guessed(tmp_path):
         f = one(name, **kw)
         with pytest.raises(FastmedError, match=match): load_volume(f)
     f = one('thin', SliceThickness='1e-320'); assert read_header(f)['spacing'][2]==1. and load_volume(f).spacing[2]==1.
+
+@pytest.mark.parametrize('tag,values', [('FrameOfReferenceUID', ('1.2.3','1.2.4')), ('Modality', ('CT','MR')), ('PhotometricInterpretation', ('MONOCHROME1','MONOCHROME2')), ('Units', ('BQML','CNTS'))])
+def test_images_that_do_not_belong_together_are_no_volume(tag, values, tmp_path):
+    "They were stacked without a word: two places or two meanings of a number in one volume"
+    write(tmp_path, each=lambda ds, k: setattr(ds, tag, values[k%2]))
+    with pytest.raises(ValueError, match=tag): load_volume(tmp_path)

@@ -7,7 +7,7 @@ __all__ = ['DicomSeries', 'scan_dicom', 'dicom_series', 'is_dicom']
 
 # %% ../../nbs/io/05_dicom.ipynb #3e3c9977
 from ..core import *
-from .frames import PARTING_TAGS, file_frames, file_pixels, files_below, short_hash, slice_normal, tile_of
+from .frames import MADE_TAGS, PARTING_TAGS, file_frames, file_pixels, files_below, short_hash, slice_normal, tile_of
 from .guard import *
 from fastai.basics import *
 from fastprogress.fastprogress import progress_bar
@@ -132,6 +132,7 @@ def stack_frames(
         if bad: raise InputError(f"{who}: no volume: {len(bad)} of its {len(fs)} images carry no {tag}: {_frame_names(bad)}. "
                                  "They are pages, radiographs or a film; load them one by one")
     _check_pixel_sizes(s, who)
+    _check_made_alike(fs, who)
     if len(gs)>1:
         raise InputError(f"{who}: no volume: its slices are not parallel: {'; '.join(f'{_plane_name(g[0].axes)}: {_frame_names(g)}' for g in gs[:4])}. A localizer or a reformat lies among them. {_parting(s)}")
     if len(fs)>1 and any(o.colour for o in fs): raise InputError(f"{who}: no volume: {sum(o.colour for o in fs)} of its {len(fs)} images are in colour. They are pages or a film; load them one by one")
@@ -168,6 +169,14 @@ def _parting(s):
     if len(parts)==1: return "Nothing in its headers tells them apart: export each volume as a series of its own"
     names = '; '.join(f"{o.part} ({len(o)} image{'s'*(len(o)>1)})" for o in parts[:6])
     return f"`scan_dicom(…).series[i].split()` parts it into {len(parts)}: {names}{' …' if len(parts)>6 else ''}"
+
+def _check_made_alike(fs, who):
+    "Raise `InputError` where images lie in other frames of reference, or their numbers mean something else"
+    parts = _grouped(fs, lambda o: o.made)
+    if len(parts)<2: return
+    odd = [k for k,v in zip(MADE_TAGS, zip(*parts)) if len(set(v))>1]
+    files = '; '.join(_frame_names(v) for v in list(parts.values())[:4])
+    raise InputError(f"{who}: no volume: its {len(fs)} images differ in {', '.join(odd)}: {files}. Export each kind as a series of its own")
 
 def _check_pixel_sizes(s, who):
     "Raise `InputError` where a size in mm would have to be guessed, or differs. A radiograph or page without a position may have none"

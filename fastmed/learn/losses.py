@@ -269,14 +269,14 @@ def as_loss(
 @patch
 def activation(self:LabelSmoothingCrossEntropy|LabelSmoothingCrossEntropyFlat,
     out # logits
-):
+):      # probabilities
     "Softmax along the axis that the loss takes for classes; fastai's takes the last one, which in a mask is a place"
     return F.softmax(out, dim=getattr(self, 'axis', 1))
 
 @patch
 def decodes(self:LabelSmoothingCrossEntropy|LabelSmoothingCrossEntropyFlat,
-    out # probabilities
-):
+    out # logits or probabilities
+):      # class ids
     "The likeliest class, along the axis that the loss takes for classes"
     return out.argmax(dim=getattr(self, 'axis', 1))
 
