@@ -178,10 +178,10 @@ def evaluate(
 ):
     "`fastmed evaluate`: a model against the masks of a folder; 1 where a case could not be read or predicted"
     from fastmed.core import InputError, whole_file
-    df = _cases_table(a)
-    if a.csv: _output(a.csv, ('.csv',), [a.model, *_read_files(a.path, df)], a.overwrite)
     learn = _load_file(a.model, a.trust)
     if getattr(learn, 'task', 'segmentation')!='segmentation': raise InputError(f"{a.model}: answers for cases, and their truth stands in a table, not in a folder: use learn.evaluate(df)")
+    df = _cases_table(a)
+    if a.csv: _output(a.csv, ('.csv',), [a.model, *_read_files(a.path, df)], a.overwrite)
     ev = learn.evaluate(df, tolerance=a.tolerance, overlap=a.overlap, tta=a.tta, post=a.post or None)
     if a.csv:
         with whole_file(a.csv) as tmp: ev.to_csv(tmp, index=False)
