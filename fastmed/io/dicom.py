@@ -173,8 +173,8 @@ def _parting(s):
 def _check_made_alike(fs, who):
     "Raise `InputError` where images lie in other frames of reference, or their numbers mean something else"
     parts = _grouped(fs, lambda o: o.made)
-    if len(parts)<2: return
-    odd = [k for k,v in zip(MADE_TAGS, zip(*parts)) if len(set(v))>1]
+    odd = [k for k,v in zip(MADE_TAGS, zip(*parts)) if len(set(v)-{''})>1]     # one that is missing is named where it is needed
+    if not odd: return
     files = '; '.join(_frame_names(v) for v in list(parts.values())[:4])
     raise InputError(f"{who}: no volume: its {len(fs)} images differ in {', '.join(odd)}: {files}. Export each kind as a series of its own")
 
