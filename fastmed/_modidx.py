@@ -563,6 +563,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'fastmed/data/radiographs.py'),
                                           'fastmed.data.radiographs._to_grey': ( 'data/radiographs.html#_to_grey',
                                                                                  'fastmed/data/radiographs.py'),
+                                          'fastmed.data.radiographs._windowed': ( 'data/radiographs.html#_windowed',
+                                                                                  'fastmed/data/radiographs.py'),
                                           'fastmed.data.radiographs.check_window': ( 'data/radiographs.html#check_window',
                                                                                      'fastmed/data/radiographs.py'),
                                           'fastmed.data.radiographs.get_prep': ( 'data/radiographs.html#get_prep',

@@ -190,6 +190,27 @@ def test_modality_lut_of_a_radiograph(tmp_path):
     assert np.array_equal(load_radiograph(tmp_path/'x.dcm', window='full')[0].numpy(), np.array(table)[a.T])
     assert np.array_equal(load_volume(tmp_path/'x.dcm')[0,...,0].numpy(), np.array(table)[a])
 
+@pytest.mark.parametrize('function', [None, 'LINEAR', 'LINEAR_EXACT', 'SIGMOID'])
+def test_the_window_of_a_radiograph_has_its_function(function, tmp_path):
+    "As pydicom shows it; a window that is said is linear"
+    from pydicom.pixels import apply_windowing
+    a = np.arange(0, 240, 8).reshape(6, 5)
+    ds = pixels(header(modality='DX', cls='1.2.840.10008.5.1.4.1.1.1.1'), a)
+    ds.WindowCenter,ds.WindowWidth = 100,80
+    if function: ds.VOILUTFunction = function
+    ds.save_as(tmp_path/'x.dcm', enforce_file_format=True)
+    ds = pydicom.dcmread(tmp_path/'x.dcm')
+    want = apply_windowing(ds.pixel_array, ds)/(2**ds.BitsStored-1)
+    assert np.allclose(load_radiograph(tmp_path/'x.dcm')[0].numpy(), want, atol=1e-5)
+    linear = np.clip((a.T-99.5)/79+.5, 0, 1)
+    assert np.allclose(load_radiograph(tmp_path/'x.dcm', window=(100, 80))[0].numpy(), linear, atol=1e-5)
+
+def test_a_window_of_an_unknown_function_is_refused(tmp_path):
+    ds = pixels(header(modality='DX', cls='1.2.840.10008.5.1.4.1.1.1.1'), np.arange(30).reshape(6, 5))
+    ds.WindowCenter,ds.WindowWidth,ds.VOILUTFunction = 10,8,'CUBIC'
+    ds.save_as(tmp_path/'x.dcm', enforce_file_format=True)
+    with pytest.raises(InputError, match="VOILUTFunction.*'CUBIC'.*window="): load_radiograph(tmp_path/'x.dcm')
+
 # ---- colour
 
 @pytest.mark.parametrize('name', ['SC_rgb_rle', 'SC_rgb_rle_16bit', 'SC_rgb_rle_32bit'])

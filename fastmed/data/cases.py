@@ -89,8 +89,7 @@ def _check_numbers(cases, images):
     "Raise `InputError` where of `cases`, (name, files) each, two have as many channels of other numbers, or a file without a number stands beside numbered ones"
     seen = {}
     for n,fs in cases:
-        numbers = [case_name(o).removeprefix(n)[1:] for o in fs]
-        numbers = [o or '0000' for o in numbers]
+        numbers = [case_name(o).removeprefix(n)[1:] or '0000' for o in fs]
         first,want = seen.setdefault(len(fs), (n, numbers))
         if numbers!=want:
             raise InputError(f"{images}: case {n!r} has channel {', '.join(numbers)}, and case {first!r} has {', '.join(want)}; expected the same in all. "

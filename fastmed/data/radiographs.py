@@ -34,7 +34,7 @@ class TensorRadiograph(TensorSlice):
         return ctx
 
 _picture_kinds = ('.png','.tif','.tiff','.jpg','.jpeg','.dcm','.dicom','.ima','')
-_tags = ('0028|0004','0028|1050','0028|1051')   # photometric interpretation, window centre and width
+_tags = ('0028|0004','0028|1050','0028|1051','0028|1056')   # photometric interpretation; centre, width and function of the window
 
 def _read_picture(fn):
     "(array (h,w) or (h,w,c) of the file's values, its tags where it is DICOM, (row, column) spacing)"
@@ -94,6 +94,13 @@ def check_window(
         raise InputError(f"window: expected (centre, width) with a width above 0, None for the header's, or 'full'; found {window!r}")
     return tuple(float(o) for o in window)
 
+def _windowed(x, c, w, function, fn):
+    "Values from 0 to 1 through a window, by one of the three functions of DICOM PS3.3, C.11.2.1"
+    if function=='SIGMOID': return 1/(1+np.exp(-4*(x-c)/w))
+    if function=='LINEAR_EXACT': return np.clip((x-c)/w+.5, 0, 1)
+    if function=='LINEAR': return np.clip((x-(c-.5))/(w-1)+.5 if w>1 else (x>c-.5).astype(np.float32), 0, 1)
+    raise InputError(f"{fn}: expected a VOILUTFunction LINEAR, LINEAR_EXACT or SIGMOID; found {function!r}. Say window=(centre, width), or 'full'")
+
 def load_radiograph(
     fn,              # PNG, TIFF, JPEG or DICOM file
     window=None,     # None: that of the header, where there is one; (centre, width); 'full': all values
@@ -110,7 +117,7 @@ def load_radiograph(
     if not x.size or not np.isfinite(x).all(): raise InputError(f"{fn}: {int((~np.isfinite(x)).sum())} of its {x.size} pixels are NaN or infinite. Repair it, or leave it out")
     c,w = window if isinstance(window, tuple) else (None,None) if window=='full' else (_first(tags.get('0028|1050', '')), _first(tags.get('0028|1051', '')))
     seen = c is not None and w is not None and w>0
-    if seen: x = np.clip((x-(c-.5))/(w-1)+.5 if w>1 else (x>c-.5).astype(np.float32), 0, 1)
+    if seen: x = _windowed(x, c, w, 'LINEAR' if window else tags.get('0028|1056', '').strip() or 'LINEAR', fn)
     if tags.get('0028|0004')=='MONOCHROME1': x = 1-x if seen else x.max()+x.min()-x
     t = TensorRadiograph(torch.from_numpy(np.ascontiguousarray(x)[None]), meta=dict(fn=str(fn), dtype=dtype))
     t.aspect = sp[0]/sp[1]
