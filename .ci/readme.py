@@ -19,12 +19,15 @@ def render(
         d = json.loads(fn.read_text(encoding='utf-8'))
     d.pop('has_sd', None) # neither key is known to nbformat
     for c in d['cells']: c['metadata'].pop('execution', None)
-    head = yaml.safe_load(''.join(d['cells'].pop(0)['source']).strip().strip('-'))    # nbdev made title and quote its front matter
+    # nbdev made title and quote its front matter
+    head = yaml.safe_load(''.join(d['cells'].pop(0)['source']).strip().strip('-'))
     nb = nbformat.reads(json.dumps(d), as_version=4)
     nb.cells.insert(0, nbformat.v4.new_markdown_cell(f"# {head['title']}\n\n> {head['description']}"))
     nb.metadata['language_info'] = {'name':'python'}
     md,res = MarkdownExporter().from_notebook_node(nb)
-    if res.get('outputs'): raise ValueError(f"README.md must stand alone, but nbs/index.ipynb has picture outputs: {sorted(res['outputs'])}. Clear them, or link a file.")
+    if res.get('outputs'):
+        raise ValueError(f"README.md must stand alone, but nbs/index.ipynb has picture outputs: "
+                         f"{sorted(res['outputs'])}. Clear them, or link a file.")
     md = re.sub(r'^#\| .*\n', '', md, flags=re.M)
     md = re.sub(r'[ \t]+$', '', md, flags=re.M)
     return re.sub(r'\n{3,}', '\n\n', md).strip() + '\n'
@@ -32,5 +35,7 @@ def render(
 if __name__ == '__main__':
     root = Path(__file__).resolve().parent.parent
     md,fn = render(root),root/'README.md'
-    if '--check' in sys.argv: sys.exit(0 if fn.exists() and fn.read_text(encoding='utf-8')==md else 'README.md is not what nbs/index.ipynb says: run `make docs`')
+    if '--check' in sys.argv:
+        sys.exit(0 if fn.exists() and fn.read_text(encoding='utf-8')==md
+                 else 'README.md is not what nbs/index.ipynb says: run `make docs`')
     fn.write_text(md, encoding='utf-8')

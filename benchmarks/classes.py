@@ -18,11 +18,13 @@ def learner(tmp, classes, patch):
     set_seed(0)
     rng,rows = np.random.default_rng(0),[]
     for k in range(2):
-        for n,a in (('image', rng.normal(100, 20, (patch,)*3).astype(np.float32)), ('mask', rng.integers(0, classes, (patch,)*3).astype(np.uint8))):
+        for n,a in (('image', rng.normal(100, 20, (patch,)*3).astype(np.float32)),
+                ('mask', rng.integers(0, classes, (patch,)*3).astype(np.uint8))):
             nib.save(nib.Nifti1Image(a, np.eye(4)), tmp/f'{n}{k}.nii')
         rows.append(dict(case=str(k), image=tmp/f'image{k}.nii', mask=tmp/f'mask{k}.nii'))
     codes = ['background']+[f'structure {k}' for k in range(1, classes)]
-    dls = VolumeDataLoaders.from_df(pd.DataFrame(rows), path=tmp, codes=codes, patch=patch, bs=1, samples_per_case=1, valid_pct=.5, cache=tmp/'store', device='cpu')
+    dls = VolumeDataLoaders.from_df(pd.DataFrame(rows), path=tmp, codes=codes, patch=patch, bs=1, samples_per_case=1,
+                                    valid_pct=.5, cache=tmp/'store', device='cpu')
     learn = unet3d_learner(dls, nf=4, depth=2)
     learn.model = Point(classes)
     return learn
@@ -74,5 +76,6 @@ if __name__=='__main__':
         print('\n'+json.dumps(run(a)))
         sys.exit()
     r = child(__file__, '--one', '--size', *a.size, '--classes', a.classes, '--patch', a.patch)
-    keep([dict(size='×'.join(map(str, a.size)), classes=a.classes, patch=a.patch, seconds=round(r['seconds'], 1), cpu_s=round(r['cpu'], 1), network_s=round(r['network'], 1),
+    keep([dict(size='×'.join(map(str, a.size)), classes=a.classes, patch=a.patch, seconds=round(r['seconds'], 1),
+            cpu_s=round(r['cpu'], 1), network_s=round(r['network'], 1),
                peak_gb=round(r['peak']/1e9, 2), added_gb=round(r['added']/1e9, 2))], a.csv, ['size','classes','patch'])

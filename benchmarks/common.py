@@ -8,7 +8,9 @@ here = Path(__file__).resolve().parent
 def machine(device='cpu'):
     "CPU model, cores, threads and torch of this run, as one string; of a GPU its name before"
     try: cpu = next(o.split(':',1)[1].strip() for o in open('/proc/cpuinfo') if o.startswith('model name'))
-    except (OSError, StopIteration): import platform; cpu = platform.processor() or platform.machine()
+    except (OSError, StopIteration):
+        import platform
+        cpu = platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     gpu = f'{torch.cuda.get_device_name(device)}, ' if torch.device(device).type=='cuda' else ''
     return f'{gpu}{cpu}, {cores} cores, {torch.get_num_threads()} threads, torch {torch.__version__}'
@@ -36,7 +38,8 @@ def child(script, *args):
     "Run a script in a fresh process; what it says goes to the terminal, and its last line, JSON, comes back"
     p = subprocess.run([sys.executable, str(script), *map(str, args)], stdout=subprocess.PIPE, text=True)
     out = p.stdout.strip().splitlines()
-    if p.returncode or not out: sys.exit(f"{Path(script).name} {' '.join(map(str, args))}: exit {p.returncode}\n{p.stdout}")
+    if p.returncode or not out:
+        sys.exit(f"{Path(script).name} {' '.join(map(str, args))}: exit {p.returncode}\n{p.stdout}")
     if out[:-1]: print('\n'.join(out[:-1]), flush=True)
     return json.loads(out[-1])
 
@@ -54,6 +57,8 @@ def keep(
     if fn.exists():
         old = pd.read_csv(fn)
         def name(v): return '' if pd.isna(v) else f'{v:g}' if isinstance(v, (int,float)) else str(v)
-        def key(d): return pd.Series([tuple(name(r.get(c)) for c in by) for r in d.to_dict('records')], index=d.index, dtype=object)
+        def key(d):
+            return pd.Series([tuple(name(r.get(c)) for c in by) for r in d.to_dict('records')], index=d.index,
+                    dtype=object)
         df = pd.concat([old[~key(old).isin(set(key(df)))], df], ignore_index=True)
     df.to_csv(fn, index=False)

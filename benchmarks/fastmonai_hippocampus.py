@@ -26,7 +26,8 @@ structures = ('anterior', 'posterior')
 class FlatCosFor(Callback):
     "`fit_flat_cos` by elapsed share: stops after `seconds`, wherever the epoch stands"
     order = 60
-    def __init__(self, seconds, lr, pct_start=.75, div_final=1e5): self.seconds,self.steps,self.sched = seconds,0,combined_cos(pct_start, lr, lr, lr/div_final)
+    def __init__(self, seconds, lr, pct_start=.75, div_final=1e5):
+        self.seconds,self.steps,self.sched = seconds,0,combined_cos(pct_start, lr, lr, lr/div_final)
     def before_fit(self): self.t0 = time.perf_counter()
     def before_batch(self):
         if self.training: self.opt.set_hyper('lr', self.sched(min(1., (time.perf_counter()-self.t0)/self.seconds)))
@@ -48,7 +49,8 @@ def main():
     p.add_argument('--lr', default='1e-1', help="a number, or 'find' for the finder's valley")
     p.add_argument('--workers', type=int, default=2, help='processes that read')
     p.add_argument('--n-test', type=int, default=None, help='kept-back cases to predict, all by default')
-    p.add_argument('--out', default=str(Path(__file__).with_name('hippocampus_dice.csv')), help='one line a run is added here')
+    p.add_argument('--out', default=str(Path(__file__).with_name('hippocampus_dice.csv')),
+                   help='one line a run is added here')
     p.add_argument('--cases', default=None, help='one line a case and structure is written here')
     a = p.parse_args()
 
@@ -57,22 +59,28 @@ def main():
     assert not set(train.subject) & set(test.subject)
     shapes = np.array([nib.load(o).shape for o in train['image']])
     size = [int(16*np.ceil(o/16)) for o in shapes.max(0)]
-    dblock = MedDataBlock(blocks=(ImageBlock(cls=MedImage), MedMaskBlock), splitter=IndexSplitter([0]), get_x=ColReader('image'), get_y=ColReader('mask'),
-        item_tfms=[ZNormalization(), PadOrCrop(size), RandomAffine(scales=0, degrees=5, isotropic=True)], apply_reorder=True, target_spacing=[1.,1.,1.])
-    df = pd.concat([train.iloc[:1], train], ignore_index=True)  # fastai wants a validation set: the first case stands there too, and is never looked at
+    dblock = MedDataBlock(blocks=(ImageBlock(cls=MedImage), MedMaskBlock), splitter=IndexSplitter([0]),
+            get_x=ColReader('image'), get_y=ColReader('mask'),
+        item_tfms=[ZNormalization(), PadOrCrop(size), RandomAffine(scales=0, degrees=5, isotropic=True)],
+        apply_reorder=True, target_spacing=[1.,1.,1.])
+    # fastai wants a validation set: the first case stands there too, and is never looked at
+    df = pd.concat([train.iloc[:1], train], ignore_index=True)
     dls = dblock.dataloaders(df, bs=4, num_workers=a.workers)
-    model = UNet(spatial_dims=3, in_channels=1, out_channels=3, channels=(16,32,64,128,256), strides=(2,2,2,2), num_res_units=2)
+    model = UNet(spatial_dims=3, in_channels=1, out_channels=3, channels=(16,32,64,128,256), strides=(2,2,2,2),
+                 num_res_units=2)
     loss = CustomLoss(loss_func=DiceCELoss(to_onehot_y=True, include_background=True, softmax=True))
     learn = Learner(dls, model, loss_func=loss, opt_func=ranger)
     with learn.no_bar(), learn.no_logging():
         lr = learn.lr_find(show_plot=False).valley if a.lr=='find' else float(a.lr)
-        print(f'{len(train)} training cases, {len(test)} kept back, size {size}, lr {lr:.3g}, {torch.get_num_threads()} threads', flush=True)
+        print(f'{len(train)} training cases, {len(test)} kept back, size {size}, lr {lr:.3g}, '
+              f'{torch.get_num_threads()} threads', flush=True)
         clock = FlatCosFor(60*a.minutes, lr)
         learn.fit(100_000, lr, cbs=clock)
         print(f'{clock.steps} steps, {clock.steps/len(dls.train):.1f} epochs in {clock.took:.0f} s', flush=True)
         rows,t0 = [],time.perf_counter()
         for r in test.head(a.n_test or len(test)).itertuples():
-            pred,targ = np.asarray(inference(learn, True, [1.,1.,1.], fn=r.image).data[0]),np.asanyarray(nib.load(r.mask).dataobj)
+            pred,targ = np.asarray(inference(learn, True, [1.,1.,1.],
+                                             fn=r.image).data[0]),np.asanyarray(nib.load(r.mask).dataobj)
             if pred.shape!=targ.shape: sys.exit(f'{r.case}: predicted {pred.shape}, the mask has {targ.shape}')
             rows += [dict(case=r.case, structure=s, dice=dice(pred==i, targ==i)) for i,s in enumerate(structures, 1)]
     res = pd.DataFrame(rows)
@@ -80,8 +88,10 @@ def main():
     mean = res.dice.mean()
     print(f'mean Dice {mean:.4f} over {res.case.nunique()} cases, predicted in {time.perf_counter()-t0:.0f} s')
     if a.cases: res.to_csv(a.cases, index=False)
-    row = dict(who=f"fastMONAI {version('fastMONAI')}", recipe='tutorial 3D', minutes=a.minutes, fold=a.fold, seed=a.seed, lr=f'{lr:.3g}', steps=clock.steps, epochs=round(clock.steps/len(dls.train), 1),
-        cases=res.case.nunique(), **{f'dice_{s}':round(res[res.structure==s].dice.mean(), 4) for s in structures}, dice=round(mean, 4), torch=torch.__version__, cores=os.cpu_count())
+    row = dict(who=f"fastMONAI {version('fastMONAI')}", recipe='tutorial 3D', minutes=a.minutes, fold=a.fold,
+               seed=a.seed, lr=f'{lr:.3g}', steps=clock.steps, epochs=round(clock.steps/len(dls.train), 1),
+        cases=res.case.nunique(), **{f'dice_{s}':round(res[res.structure==s].dice.mean(), 4) for s in structures},
+                                     dice=round(mean, 4), torch=torch.__version__, cores=os.cpu_count())
     new = not Path(a.out).exists()
     with open(a.out, 'a', newline='') as f:
         w = csv.DictWriter(f, list(row))

@@ -15,8 +15,10 @@ def hippocampus_folds(
     from sklearn.model_selection import GroupKFold
     path = Path(path or Path(os.environ['FASTMED_DATA'])/'hippocampus')
     names = sorted(o.name.split('.')[0] for o in (path/'labelsTr').glob('hippocampus_*.nii.gz'))
-    df = pd.DataFrame(dict(case=names, subject=[(int(re.search(r'\d+', o)[0])+1)//2 for o in names])).sort_values(['subject','case'], ignore_index=True)
-    for i,(_,val) in enumerate(GroupKFold(n, shuffle=True, random_state=seed).split(df, groups=df.subject)): df.loc[val, 'fold'] = i
+    df = pd.DataFrame(dict(case=names, subject=[(int(re.search(r'\d+', o)[0])+1)//2 for o in names])).sort_values(
+            ['subject','case'], ignore_index=True)
+    for i,(_,val) in enumerate(GroupKFold(n, shuffle=True, random_state=seed).split(df, groups=df.subject)):
+        df.loc[val, 'fold'] = i
     return df.astype({'fold':int}).sort_values('case', ignore_index=True)
 
 def split(

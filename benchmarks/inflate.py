@@ -17,7 +17,8 @@ inflatable = '''resnet18 resnet50 resnext50_32x4d wide_resnet50_2 seresnet18 eca
 efficientnet_lite0 tf_efficientnetv2_s mixnet_s mobilenetv2_050 mobilenetv3_large_100 mobilenetv4_conv_small lcnet_050 mnasnet_small convnext_tiny convnextv2_atto inception_next_atto regnetx_002 regnety_002 regnetz_005 regnetv_040
 hrnet_w18_small vgg11 vgg11_bn resnetv2_50 resnetv2_50x1_bit nf_resnet26 nfnet_l0 eca_nfnet_l0 dm_nfnet_f0 cspresnet50 cs3darknet_s dla34 dpn48b ese_vovnet19b_dw ghostnet_050 gernet_s repvgg_a0 mobileone_s0 rexnet_100 selecsls42
 legacy_seresnet18 inception_v4 xception41 legacy_xception repghostnet_050 repvit_m0_9 fasternet_t0 starnet_s1 convmixer_768_32 fastvit_t8'''.split()
-refused = '''vit_tiny_patch16_224 swin_tiny_patch4_window7_224 mobilevit_xxs coatnet_nano_rw_224 inception_v3 hgnetv2_b0 tresnet_m poolformer_s12'''.split()
+refused = (
+        '''vit_tiny_patch16_224 swin_tiny_patch4_window7_224 mobilevit_xxs coatnet_nano_rw_224 inception_v3 hgnetv2_b0 tresnet_m poolformer_s12'''.split())
 adaptable = '''resnet18 resnext50_32x4d seresnet18 densenet121 efficientnet_b0 tf_efficientnet_b0 mobilenetv3_large_100 convnext_tiny regnety_002 vgg11_bn hrnet_w18_small repvgg_a0 mobileone_s0 resnetv2_50x1_bit eca_nfnet_l0 xception41 inception_v4
 ghostnet_050 edgenext_xx_small vit_tiny_patch16_224 deit_tiny_patch16_224 beit_base_patch16_224 swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 pvt_v2_b0 maxvit_nano_rw_256 crossvit_tiny_240 visformer_tiny'''.split()
 
@@ -28,7 +29,9 @@ def apart(a, b):
 def image(net, dtype):
     for n in (64,96,128):
         x = torch.randn(1, 3, n, n, generator=torch.Generator().manual_seed(0)).to(dtype)
-        try: net(x); return x
+        try:
+            net(x)
+            return x
         except RuntimeError: pass
 
 @torch.no_grad()
@@ -40,30 +43,45 @@ def inflation():
         try:
             for how in ('average','centre'):
                 for dt in (torch.float32,torch.float64):
-                    net.to(dt); deep = inflate(net, how=how, check=dt==torch.float32); x = image(net, dt); n = x.shape[-1]
+                    net.to(dt)
+                    deep = inflate(net, how=how, check=dt==torch.float32)
+                    x = image(net, dt)
+                    n = x.shape[-1]
                     for depth in (32,n):
-                        try: b = deep(x[...,None].repeat(1,1,1,1,depth)); break
-                        except RuntimeError: continue                                     # an unpadded convolution needs more slices
+                        try:
+                            b = deep(x[...,None].repeat(1,1,1,1,depth))
+                            break
+                        except RuntimeError:
+                            # an unpadded convolution needs more slices
+                            continue
                     row[f'{how}_{str(dt)[6:]}'] = apart([o[...,None] for o in net(x)], b)
                 row['parameters_3d'] = sum(p.numel() for p in deep.parameters())
                 net.float()
             row['status'] = 'equal'
         except ValueError as e: row['status'] = f'refused: {str(e).partition(": ")[2].partition(" is written")[0]}'
-        print(row, flush=True); yield row
+        print(row, flush=True)
+        yield row
 
 @torch.no_grad()
 def adaptation():
     for name in adaptable:
         torch.manual_seed(0)
-        kw = {} if any(o in name for o in ('240','256')) else dict(img_size=64) if any(o in name for o in ('vit_','deit','beit','swin_')) and 'crossvit' not in name and 'maxvit' not in name and 'pvt' not in name else {}
+        kw = {} if any(o in name for o in ('240','256')) else dict(img_size=64) if any(o in name
+                for o in ('vit_','deit','beit',
+                          'swin_')) and 'crossvit' not in name and 'maxvit' not in name and 'pvt' not in name else {}
         net = shaken(timm.create_model(name, **kw))
-        n = 240 if '240' in name else 256 if '256' in name else 224 if name=='visformer_tiny' else 96 if name=='inception_v4' else 64
+        n = (240 if '240' in name else 256 if '256' in name else 224 if name=='visformer_tiny' else 96
+             if name=='inception_v4' else 64)
         x = torch.randn(1, 1, n, n, generator=torch.Generator().manual_seed(0))
         want,row = net(x.expand(-1,3,-1,-1)),dict(family=name, first_convolution=' '.join(first_convs(net)))
         for k in (1,2,4,9): row[f'channels_{k}'] = apart(want, adapt_input(copy.deepcopy(net), k)(x.expand(-1,k,-1,-1)))
-        net.double(); x = x.double()
-        for k in (1,4): row[f'channels_{k}_float64'] = apart(net(x.expand(-1,3,-1,-1)), adapt_input(copy.deepcopy(net), k)(x.expand(-1,k,-1,-1)))
-        print(row, flush=True); yield row
+        net.double()
+        x = x.double()
+        for k in (1,4):
+            row[f'channels_{k}_float64'] = apart(net(x.expand(-1,3,-1,-1)),
+                adapt_input(copy.deepcopy(net), k)(x.expand(-1,k,-1,-1)))
+        print(row, flush=True)
+        yield row
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])

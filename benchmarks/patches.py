@@ -29,13 +29,17 @@ def loaders(n):
     from fastmed.all import VolumeDataLoaders
     df = table()
     df = pd.concat([df.assign(valid=False), df.iloc[:1].assign(valid=True)], ignore_index=True)
-    with quiet(): return VolumeDataLoaders.from_df(df, valid_col='valid', codes={'background':0,'lesion':1}, patch=size, bs=bs, samples_per_case=n, batch_tfms=None, num_workers=workers, device='cpu')
+    with quiet():
+        return VolumeDataLoaders.from_df(df, valid_col='valid', codes={'background':0,'lesion':1}, patch=size, bs=bs,
+                                         samples_per_case=n, batch_tfms=None, num_workers=workers, device='cpu')
 
 def stored():
     "Files of the stored arrays: (image, mask) of each patient"
     from fastmed.all import Store
-    dls = loaders(1); pre = dls.preprocess
-    return [(dls.store.entry('image', r.image)/'data.npy', Store(pre, dls.store.path).entry('mask', r['mask'])/'data.npy') for _,r in table().iterrows()]
+    dls = loaders(1)
+    pre = dls.preprocess
+    return [(dls.store.entry('image', r.image)/'data.npy',
+             Store(pre, dls.store.path).entry('mask', r['mask'])/'data.npy') for _,r in table().iterrows()]
 
 def served(dl, count):
     while True:
@@ -63,12 +67,14 @@ def from_bare(a, workers):
 
 def queue(a, subjects, transform):
     import torchio as tio
-    q = tio.Queue(tio.SubjectsDataset(subjects*200, transform=transform), max_length=a.queue, samples_per_volume=a.per_volume, sampler=tio.UniformSampler(size), num_workers=workers)
+    q = tio.Queue(tio.SubjectsDataset(subjects*200, transform=transform), max_length=a.queue,
+                  samples_per_volume=a.per_volume, sampler=tio.UniformSampler(size), num_workers=workers)
     return served(tio.SubjectsLoader(q, batch_size=bs, num_workers=0), lambda b: len(b['image']['data']))
 
 def from_torchio(a):
     import torchio as tio
-    subjects = [tio.Subject(image=tio.ScalarImage([str(o) for o in r.image]), mask=tio.LabelMap(str(r['mask']))) for _,r in table().iterrows()]
+    subjects = [tio.Subject(image=tio.ScalarImage([str(o) for o in r.image]), mask=tio.LabelMap(str(r['mask']))) for _,
+            r in table().iterrows()]
     return queue(a, subjects, tio.Compose([tio.ToCanonical(), tio.ZNormalization()]))
 
 def from_torchio_stored(a):
@@ -77,7 +83,8 @@ def from_torchio_stored(a):
     for k,(i,m) in enumerate(stored()):
         for n,f in (('image',i),('mask',m)):
             x = np.load(f)
-            if not (tmp/f'{k}{n}.nii').exists(): nib.save(nib.Nifti1Image(np.moveaxis(x, 0, -1) if n=='image' else x, np.eye(4)), tmp/f'{k}{n}.nii')
+            if not (tmp/f'{k}{n}.nii').exists():
+                nib.save(nib.Nifti1Image(np.moveaxis(x, 0, -1) if n=='image' else x, np.eye(4)), tmp/f'{k}{n}.nii')
         subjects.append(tio.Subject(image=tio.ScalarImage(tmp/f'{k}image.nii'), mask=tio.LabelMap(tmp/f'{k}mask.nii')))
     return queue(a, subjects, None)
 
@@ -85,15 +92,19 @@ def from_monai(a):
     from monai.data import DataLoader, PersistentDataset
     from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, NormalizeIntensityd, Orientationd, RandSpatialCropSamplesd
     ks = ['image','mask']
-    ts = Compose([LoadImaged(ks), EnsureChannelFirstd(ks), Orientationd(ks, 'RAS', labels=None), NormalizeIntensityd('image', channel_wise=True),
+    ts = Compose([LoadImaged(ks), EnsureChannelFirstd(ks), Orientationd(ks, 'RAS', labels=None),
+            NormalizeIntensityd('image', channel_wise=True),
                   RandSpatialCropSamplesd(ks, size, num_samples=a.per_volume, random_size=False)])
-    ds = PersistentDataset([dict(image=[str(o) for o in r.image], mask=str(r['mask'])) for _,r in table().iterrows()]*200, ts, Path(a.tmp)/'monai', weights_only=False, track_meta=True)   # with the defaults MetaTensors do not load again, and every item is made anew
+    # with the defaults MetaTensors do not load again, and every item is made anew
+    ds = PersistentDataset([dict(image=[str(o) for o in r.image], mask=str(r['mask'])) for _,
+                           r in table().iterrows()]*200, ts, Path(a.tmp)/'monai', weights_only=False, track_meta=True)
     for k in range(2): ds[k]                             # the cache is filled before the clock runs
     return served(DataLoader(ds, batch_size=1, num_workers=workers), lambda b: len(b['image']))
 
 def measure(a):
     "Patches a second of one way, over whole rounds of its queue"
-    make = {'fastmed':from_fastmed, 'bare 0':lambda a: from_bare(a, 0), 'bare 2':lambda a: from_bare(a, workers), 'torchio':from_torchio, 'torchio stored':from_torchio_stored, 'monai':from_monai}
+    make = {'fastmed':from_fastmed, 'bare 0':lambda a: from_bare(a, 0), 'bare 2':lambda a: from_bare(a, workers),
+            'torchio':from_torchio, 'torchio stored':from_torchio_stored, 'monai':from_monai}
     round_ = a.queue if a.one.startswith('torchio') else a.per_volume*workers if a.one=='monai' else 4*bs
     it = make[a.one](a)
     def go(n):
@@ -114,7 +125,8 @@ if __name__=='__main__':
     p.add_argument('--per-volume', type=int, default=10, help='patches from a volume that TorchIO or MONAI has read')
     p.add_argument('--queue', type=int, default=40, help="length of TorchIO's Queue")
     p.add_argument('--ways', nargs='+', default=ways, choices=ways)
-    p.add_argument('--one', help=argparse.SUPPRESS); p.add_argument('--tmp', help=argparse.SUPPRESS)
+    p.add_argument('--one', help=argparse.SUPPRESS)
+    p.add_argument('--tmp', help=argparse.SUPPRESS)
     p.add_argument('--out', default=here/'patches.csv')
     a = p.parse_args()
     if a.one: print('\n'+json.dumps(measure(a)))
@@ -124,9 +136,13 @@ if __name__=='__main__':
         with tempfile.TemporaryDirectory() as tmp:
             for i in range(a.repeats):
                 for k in a.ways[::1 if i%2==0 else -1]:
-                    r = child(__file__, '--one', k, '--tmp', tmp, '--seconds', a.seconds, '--patches', a.patches, '--per-volume', a.per_volume, '--queue', a.queue)
+                    r = child(__file__, '--one', k, '--tmp', tmp, '--seconds', a.seconds, '--patches', a.patches,
+                              '--per-volume', a.per_volume, '--queue', a.queue)
                     got[k].append(r['patches']/r['seconds'])
         ref = {k:max(v) for k,v in got.items()}
-        keep([dict(way=k, per_volume=a.per_volume if k.split()[0] in ('torchio','monai') else None, queue=a.queue if k.startswith('torchio') else None, runs=' '.join(f'{o:.1f}' for o in v),
-                   patches_a_second=round(ref[k], 1), times_torchio=round(ref[k]/ref['torchio'], 2) if 'torchio' in ref else None, times_torchio_stored=round(ref[k]/ref['torchio stored'], 2) if 'torchio stored' in ref else None)
+        keep([dict(way=k, per_volume=a.per_volume if k.split()[0] in ('torchio','monai') else None,
+                queue=a.queue if k.startswith('torchio') else None, runs=' '.join(f'{o:.1f}' for o in v),
+                   patches_a_second=round(ref[k], 1), times_torchio=round(ref[k]/ref['torchio'], 2) if 'torchio' in ref
+                   else None, times_torchio_stored=round(ref[k]/ref['torchio stored'], 2) if 'torchio stored' in ref
+                   else None)
               for k,v in got.items()], a.out, ['way','per_volume','queue'])

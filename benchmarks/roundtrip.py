@@ -20,54 +20,85 @@ def learner(d):
     from fastmed.all import VolumeDataLoaders, unet3d_learner
     from phantoms import Nearest
     for i in range(4):
-        a = np.random.default_rng(i).random((8,8,8)).astype(np.float32); nib.save(nib.Nifti1Image(a, np.eye(4)), d/f'{i}.nii'); nib.save(nib.Nifti1Image((a>.5).astype(np.uint8), np.eye(4)), d/f'm{i}.nii')
+        a = np.random.default_rng(i).random((8,8,8)).astype(np.float32)
+        nib.save(nib.Nifti1Image(a, np.eye(4)), d/f'{i}.nii')
+        nib.save(nib.Nifti1Image((a>.5).astype(np.uint8), np.eye(4)), d/f'm{i}.nii')
     df = pd.DataFrame([dict(case=i, subject=i, image=d/f'{i}.nii', mask=d/f'm{i}.nii') for i in range(4)])
-    import fastprogress; fastprogress.fastprogress.NO_BAR = True
-    learn = unet3d_learner(VolumeDataLoaders.from_df(df, codes=['background','a'], patch=16, bs=2, num_workers=0, device='cpu', cache=d/'c', path=d), nf=4, depth=2)
-    learn.model = Nearest(1, 2); learn.n_out = 2
+    import fastprogress
+    fastprogress.fastprogress.NO_BAR = True
+    learn = unet3d_learner(VolumeDataLoaders.from_df(df, codes=['background','a'], patch=16, bs=2, num_workers=0,
+                                                     device='cpu', cache=d/'c', path=d), nf=4, depth=2)
+    learn.model = Nearest(1, 2)
+    learn.n_out = 2
     return learn
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument('--examples', type=int, default=2000, help='of masks; a quarter as many of each of the others'); p.add_argument('--out', default=str(here/'roundtrip.csv'))
-    a = p.parse_args(); torch.set_num_threads(1)
-    rows,seen = collections.defaultdict(lambda: dict(examples=0, failures=0, least_dice=1., its_bound=1., least_margin=1.)),[]
+    p.add_argument('--examples', type=int, default=2000, help='of masks; a quarter as many of each of the others')
+    p.add_argument('--out', default=str(here/'roundtrip.csv'))
+    a = p.parse_args()
+    torch.set_num_threads(1)
+    rows,seen = collections.defaultdict(lambda: dict(examples=0, failures=0, least_dice=1., its_bound=1.,
+                                                     least_margin=1.)),[]
     def note(what, order, f):
         try: got = f()
-        except Exception: seen.append((what, traceback.format_exc())); rows[what,order,'any']['examples'] += 1; rows[what,order,'any']['failures'] += 1; return
+        except Exception:
+            seen.append((what, traceback.format_exc()))
+            rows[what,order,'any']['examples'] += 1
+            rows[what,order,'any']['failures'] += 1
+            return
         if got is None: return
         r,d,b = got if len(got)==3 else (got[0],1.,1.)
-        o = rows[what,order,ratio_class(r)]; o['examples'] += 1; o['least_margin'] = min(o['least_margin'], d-b)
+        o = rows[what,order,ratio_class(r)]
+        o['examples'] += 1
+        o['least_margin'] = min(o['least_margin'], d-b)
         if d<o['least_dice']: o.update(least_dice=d, its_bound=b)
-    def draw(n, *s): return lambda f: settings(max_examples=n, deadline=None, database=None, suppress_health_check=list(HealthCheck))(given(*s)(f))
+    def draw(n, *s):
+        return lambda f: settings(max_examples=n, deadline=None, database=None,
+                                  suppress_health_check=list(HealthCheck))(given(*s)(f))
     t0,q = time.perf_counter(),max(1, a.examples//4)
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
         @draw(a.examples, R.scans)
         def masks(o): note('mask', o[-1], lambda: R.there_and_back(*o, d))
         @draw(q, R.balls())
-        def balls(o): note('ball', 'smooth', lambda: R.there_and_back(o[0], o[1], o[2], ('u1','<',None,'.nii'), 'smooth', d))
+        def balls(o):
+            note('ball', 'smooth', lambda: R.there_and_back(o[0], o[1], o[2], ('u1','<',None,'.nii'), 'smooth', d))
         learn = learner(d)
         @draw(q, R.grids(), st.data())
         def predictions(g, data):
-            m = (data.draw(R.labels(g[0]))>0).astype(np.uint8); mm,order = data.draw(st.one_of(st.none(), R.targets(*g))),data.draw(st.sampled_from(('smooth','nearest')))
+            m = (data.draw(R.labels(g[0]))>0).astype(np.uint8)
+            mm,order = data.draw(st.one_of(st.none(), R.targets(*g))),data.draw(st.sampled_from(('smooth','nearest')))
             note('prediction', order, lambda: R.predicted(learn, m, g[1], mm, order, d))
-        masks(); balls(); predictions()
-    for what,test in (('constant',R.test_a_constant_stays_constant), ('linear',R.test_linear_resampling_adds_no_value_beyond_the_old_ones)):
-        n = 0; inner = test.hypothesis.inner_test
+        masks()
+        balls()
+        predictions()
+    for what,test in (('constant',R.test_a_constant_stays_constant),
+            ('linear',R.test_linear_resampling_adds_no_value_beyond_the_old_ones)):
+        n = 0
+        inner = test.hypothesis.inner_test
         def counted(*args, **kw):
-            nonlocal n; n += 1
+            nonlocal n
+            n += 1
             return inner(*args, **kw)
-        test.hypothesis.inner_test = counted; fails = 0
-        own = test._hypothesis_internal_use_settings; test._hypothesis_internal_use_settings = settings(own, max_examples=q, derandomize=False)          # more of them than the tests draw
+        test.hypothesis.inner_test = counted
+        fails = 0
+        # more of them than the tests draw
+        own = test._hypothesis_internal_use_settings
+        test._hypothesis_internal_use_settings = settings(own, max_examples=q, derandomize=False)
         try: test()
-        except Exception: fails = 1; seen.append((what, traceback.format_exc()))
+        except Exception:
+            fails = 1
+            seen.append((what, traceback.format_exc()))
         finally: test.hypothesis.inner_test,test._hypothesis_internal_use_settings = inner,own
         rows[what,'','any'].update(examples=n, failures=fails)
     for what,tb in seen[:5]: print(what, tb[-1500:], file=sys.stderr)
     order = [n for _,n in CLASSES]+['any']
-    keep([dict(what=w, order=o, ratio=c, **{k:round(v, 4) if isinstance(v, float) else v for k,v in r.items()}) for (w,o,c),r in sorted(rows.items(), key=lambda i: (i[0][0], i[0][1], order.index(i[0][2])))]
-         + [dict(what='all', order='', ratio='any', examples=sum(r['examples'] for r in rows.values()), failures=sum(r['failures'] for r in rows.values()), least_margin=round(min(r['least_margin'] for r in rows.values()), 4))], a.out, by=['what','order','ratio'])
+    keep([dict(what=w, order=o, ratio=c, **{k:round(v, 4) if isinstance(v, float) else v for k,v in r.items()})
+          for (w,o,c),r in sorted(rows.items(), key=lambda i: (i[0][0], i[0][1], order.index(i[0][2])))]
+         + [dict(what='all', order='', ratio='any', examples=sum(r['examples'] for r in rows.values()),
+            failures=sum(r['failures'] for r in rows.values()),
+            least_margin=round(min(r['least_margin'] for r in rows.values()), 4))], a.out, by=['what','order','ratio'])
     print(f'{time.perf_counter()-t0:.0f} s')
     sys.exit(1 if seen else 0)
 

@@ -10,19 +10,25 @@ from common import here, machine
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--minutes', type=float, default=2., help='of each of the 15 trainings'); p.add_argument('--path', type=Path, default=Path('comparison'), help='folder of the runs')
-    p.add_argument('--no-shift', dest='shift', action='store_false', help='leave the thicker slices out'); p.add_argument('--seeds', type=int, default=1)
+    p.add_argument('--minutes', type=float, default=2., help='of each of the 15 trainings')
+    p.add_argument('--path', type=Path, default=Path('comparison'), help='folder of the runs')
+    p.add_argument('--no-shift', dest='shift', action='store_false', help='leave the thicker slices out')
+    p.add_argument('--seeds', type=int, default=1)
     a = p.parse_args()
     from fastmed.all import Comparison, URLs, scan_decathlon, untar_data
     import pandas as pd
-    comp = Comparison(scan_decathlon(untar_data(URLs.HIPPOCAMPUS)), {'3D':dict(ndim=3), '2D':dict(ndim=2), '2.5D':dict(ndim=2, context=2)}, codes=['background','anterior','posterior'],
+    comp = Comparison(scan_decathlon(untar_data(URLs.HIPPOCAMPUS)),
+            {'3D':dict(ndim=3), '2D':dict(ndim=2), '2.5D':dict(ndim=2, context=2)},
+            codes=['background','anterior','posterior'],
                       folds=5, seeds=a.seeds, budget=dict(minutes=a.minutes), path=a.path).run()
-    tables = dict(summary=comp.summary(), paired=comp.paired(equal_within=.005), remedies=comp.remedies(), cost=comp.cost.groupby('arm', sort=False).mean(numeric_only=True).drop(columns=['fold','seed']))
+    tables = dict(summary=comp.summary(), paired=comp.paired(equal_within=.005), remedies=comp.remedies(),
+            cost=comp.cost.groupby('arm', sort=False).mean(numeric_only=True).drop(columns=['fold','seed']))
     if a.shift:
         shifts = {ax:comp.shift(axis=ax) for ax in (0,1)}
         tables['shift'] = pd.concat({ax:s.summary() for ax,s in shifts.items()}, names=['thick_axis'])
     for k,t in tables.items():
         print(t.drop(columns='rule', errors='ignore').round(4).to_string(), '\n', flush=True)
-        t.drop(columns='rule', errors='ignore').round(5).assign(minutes=a.minutes, machine=machine()).to_csv(here/f'slices_or_volumes_{k}.csv')
+        t.drop(columns='rule', errors='ignore').round(5).assign(minutes=a.minutes,
+                machine=machine()).to_csv(here/f'slices_or_volumes_{k}.csv')
     print(comp.answer(), comp.best().sentence)
     print(comp.report(a.path/'report.html', shift=shifts[0] if a.shift else None), 'written')

@@ -24,28 +24,45 @@ def volume(n):
     return x+.1*torch.randn(1,n,n,n, generator=g)
 
 def run(a):
-    net,x,w,gpu = network(a.net, a.classes).to(a.device),volume(a.size),a.window[0],a.device!='cpu'; bs = 4 if gpu else 1
+    net,x,w,gpu = network(a.net, a.classes).to(a.device),volume(a.size),a.window[0],a.device!='cpu'
+    bs = 4 if gpu else 1
     if a.one=='fastmed':
         from fastmed.all import patch_plan, slide_window
-        def go(x): return slide_window(x, net, patch_plan((w,)*3), a.classes, overlap=a.overlap, bs=bs, progress=False, device=a.device)[0]
+        def go(x):
+            return slide_window(x, net, patch_plan((w,)*3), a.classes, overlap=a.overlap, bs=bs, progress=False,
+                                device=a.device)[0]
     else:
         from monai.inferers import sliding_window_inference
-        def go(x): return sliding_window_inference(x[None].to(a.device), (w,)*3, bs, net, overlap=a.overlap, mode='gaussian').argmax(1)[0].to(torch.uint8).cpu()
+        def go(x):
+            return sliding_window_inference(x[None].to(a.device), (w,)*3, bs, net, overlap=a.overlap,
+                                            mode='gaussian').argmax(1)[0].to(torch.uint8).cpu()
     with torch.inference_mode():
-        go(x[:,:w,:w,:w].clone()); go(x[:,:w,:w].clone())        # one window and a row of them, to warm up
-        before = torch.cuda.memory_allocated() if gpu else rss(); torch.cuda.reset_peak_memory_stats() if gpu else reset_peak()
-        wait(a.device); t0 = time.perf_counter(); lab = go(x); wait(a.device); s = time.perf_counter()-t0
+        # one window and a row of them, to warm up
+        go(x[:,:w,:w,:w].clone())
+        go(x[:,:w,:w].clone())
+        before = torch.cuda.memory_allocated() if gpu else rss()
+        torch.cuda.reset_peak_memory_stats() if gpu else reset_peak()
+        wait(a.device)
+        t0 = time.perf_counter()
+        lab = go(x)
+        wait(a.device)
+        s = time.perf_counter()-t0
     most = torch.cuda.max_memory_allocated() if gpu else peak()
     np.save(a.save, lab.numpy())
     return dict(seconds=s, peak=most-before, total=most)
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--size', type=int, default=200); p.add_argument('--classes', type=int, default=15)
-    p.add_argument('--window', type=int, nargs='+', default=[64,96]); p.add_argument('--overlap', type=float, default=.5)
-    p.add_argument('--net', choices=['unet','point'], default='unet'); p.add_argument('--repeats', type=int, default=2)
-    p.add_argument('--one', help=argparse.SUPPRESS); p.add_argument('--save', help=argparse.SUPPRESS)
-    p.add_argument('--device', default='cpu'); p.add_argument('--out', default=here/'sliding.csv')
+    p.add_argument('--size', type=int, default=200)
+    p.add_argument('--classes', type=int, default=15)
+    p.add_argument('--window', type=int, nargs='+', default=[64,96])
+    p.add_argument('--overlap', type=float, default=.5)
+    p.add_argument('--net', choices=['unet','point'], default='unet')
+    p.add_argument('--repeats', type=int, default=2)
+    p.add_argument('--one', help=argparse.SUPPRESS)
+    p.add_argument('--save', help=argparse.SUPPRESS)
+    p.add_argument('--device', default='cpu')
+    p.add_argument('--out', default=here/'sliding.csv')
     a = p.parse_args()
     if a.one: print('\n'+json.dumps(run(a)))
     else:
@@ -55,9 +72,16 @@ if __name__=='__main__':
             with tempfile.TemporaryDirectory() as tmp:
                 for i in range(a.repeats):
                     for k in list(got)[::1 if i%2==0 else -1]:
-                        got[k].append(child(__file__, '--one', k, '--save', Path(tmp)/f'{k}.npy', '--size', a.size, '--classes', a.classes, '--window', w, '--overlap', a.overlap, '--net', a.net, '--device', a.device))
+                        got[k].append(child(__file__, '--one', k, '--save', Path(tmp)/f'{k}.npy', '--size', a.size,
+                                            '--classes', a.classes, '--window', w, '--overlap', a.overlap, '--net',
+                                            a.net, '--device', a.device))
                 same = float((np.load(Path(tmp)/'fastmed.npy')==np.load(Path(tmp)/'monai.npy')).mean())
-            r = {k:dict(s=min(o['seconds'] for o in v), gb=max(o['peak'] for o in v)/1e9, total=max(o['total'] for o in v)/1e9) for k,v in got.items()}
-            rows.append(dict(net=a.net, size=a.size, classes=a.classes, window=w, **{f'{k}_s':round(v['s'], 2) for k,v in r.items()}, time_ratio=round(r['fastmed']['s']/r['monai']['s'], 3),
-                             **{f'{k}_peak_gb':round(v['gb'], 3) for k,v in r.items()}, memory_ratio=round(r['fastmed']['gb']/r['monai']['gb'], 3), **{f'{k}_process_gb':round(v['total'], 3) for k,v in r.items()}, same_labels=round(same, 5)))
+            r = {k:dict(s=min(o['seconds'] for o in v), gb=max(o['peak'] for o in v)/1e9,
+                    total=max(o['total'] for o in v)/1e9) for k,v in got.items()}
+            rows.append(dict(net=a.net, size=a.size, classes=a.classes, window=w,
+                    **{f'{k}_s':round(v['s'], 2) for k,v in r.items()},
+                    time_ratio=round(r['fastmed']['s']/r['monai']['s'], 3),
+                             **{f'{k}_peak_gb':round(v['gb'], 3) for k,v in r.items()},
+                    memory_ratio=round(r['fastmed']['gb']/r['monai']['gb'], 3),
+                    **{f'{k}_process_gb':round(v['total'], 3) for k,v in r.items()}, same_labels=round(same, 5)))
         keep(rows, a.out, ['net','size','classes','window'], a.device)

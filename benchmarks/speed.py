@@ -27,19 +27,24 @@ def step(ndim, steps, nf, patch, bs, depth=4, n_out=3, device='cpu'):
     took = {k:[] for k in nets}
     for i in range(steps+2):                            # two to warm up
         for k in list(nets)[::1 if i%2 else -1]:
-            wait(device); t0 = time.perf_counter()
+            wait(device)
+            t0 = time.perf_counter()
             loss(nets[k](x), y).backward()
-            opts[k].step(); opts[k].zero_grad()
+            opts[k].step()
+            opts[k].zero_grad()
             wait(device)
             if i>1: took[k].append(time.perf_counter()-t0)
     r = {f'{k}_{n}_s':round(float(f(v)), 4) for n,f in (('min',np.min),('median',np.median)) for k,v in took.items()}
     return dict(what='step', ndim=ndim, batch='×'.join(map(str, (bs,*patch))), nf=nf, n=steps, **r,
-                gain_min=round(min(took['plain'])/min(took['fast']), 2), gain_median=round(float(np.median(took['plain'])/np.median(took['fast'])), 2))
+                gain_min=round(min(took['plain'])/min(took['fast']), 2),
+            gain_median=round(float(np.median(took['plain'])/np.median(took['fast'])), 2))
 
 # ---- the bare loop
 class Crops:
     "Batches of random crops of cases in memory, padded by the edge value; one in three is drawn around a structure, as fastmed draws them"
-    def __init__(self, cases, patch, bs, foreground=1/3): self.cases,self.patch,self.bs,self.foreground,self.rng = cases,np.array(patch),bs,foreground,np.random.default_rng(0)
+    def __init__(self, cases, patch, bs, foreground=1/3):
+        self.cases,self.patch,self.bs,self.foreground,self.rng = cases,np.array(
+                patch),bs,foreground,np.random.default_rng(0)
     def one(self):
         x,y,fg = self.cases[self.rng.integers(len(self.cases))]
         room = np.array(y.shape)-self.patch
@@ -47,14 +52,18 @@ class Crops:
         if pad.any():
             ps = [(p,p) for p in pad]
             x,y = np.pad(x, ps, mode='edge'),np.pad(y, ps, mode='edge')
-        hi = np.abs(room)                               # of the first voxel: anywhere that holds the case, or lies inside it
-        if self.rng.random()<self.foreground and len(fg): c = np.clip(fg[self.rng.integers(len(fg))]+pad-self.patch//2, 0, hi)
+        # of the first voxel: anywhere that holds the case, or lies inside it
+        hi = np.abs(room)
+        if self.rng.random()<self.foreground and len(fg):
+            c = np.clip(fg[self.rng.integers(len(fg))]+pad-self.patch//2, 0, hi)
         else: c = self.rng.integers(0, hi+1)
         sl = tuple(slice(a, a+p) for a,p in zip(c, self.patch))
         return x[sl],y[sl]
     def batch(self):
         x,y = (torch.from_numpy(np.stack(o)) for o in zip(*[self.one() for _ in range(self.bs)]))
-        if 1 in self.patch: a = int(np.argmin(self.patch))+1; x,y = x.squeeze(a),y.squeeze(a)
+        if 1 in self.patch:
+            a = int(np.argmin(self.patch))+1
+            x,y = x.squeeze(a),y.squeeze(a)
         return x[:,None],y
 
 def turn(x, y, rotate=math.radians(15), scale=.25, contrast=.25, noise=.1):
@@ -63,7 +72,8 @@ def turn(x, y, rotate=math.radians(15), scale=.25, contrast=.25, noise=.1):
     u = lambda *s: torch.rand(*s, device=x.device)*2-1
     R = torch.eye(nd, device=x.device).repeat(n,1,1)
     for i,j in ((0,1),(1,2),(0,2)) if nd==3 else ((0,1),):
-        a = u(n)*rotate; r = torch.eye(nd, device=x.device).repeat(n,1,1)
+        a = u(n)*rotate
+        r = torch.eye(nd, device=x.device).repeat(n,1,1)
         r[:,i,i],r[:,j,j],r[:,i,j],r[:,j,i] = a.cos(),a.cos(),-a.sin(),a.sin()
         R = R@r
     size = torch.tensor(x.shape[2:][::-1], dtype=torch.float, device=x.device)
@@ -71,12 +81,14 @@ def turn(x, y, rotate=math.radians(15), scale=.25, contrast=.25, noise=.1):
     g = F.affine_grid(th, x.shape, align_corners=False)
     x = F.grid_sample(x, g, padding_mode='border', align_corners=False)
     y = F.grid_sample(y[:,None].float(), g, mode='nearest', padding_mode='border', align_corners=False)[:,0].long()
-    col = (n,)+(1,)*(nd+1); m = x.mean(tuple(range(1, nd+2)), keepdim=True)
+    col = (n,)+(1,)*(nd+1)
+    m = x.mean(tuple(range(1, nd+2)), keepdim=True)
     return (x-m)*(1+u(*col)*contrast)+m+torch.randn_like(x)*torch.rand(*col, device=x.device)*noise, y
 
 def dice_ce(z, y):
     "Cross-entropy plus soft Dice of the foreground, as everybody writes it"
-    z = z.float(); p = z.softmax(1).flatten(2)[:,1:]
+    z = z.float()
+    p = z.softmax(1).flatten(2)[:,1:]
     t = F.one_hot(y, z.shape[1]).movedim(-1,1).flatten(2)[:,1:].float()
     return F.cross_entropy(z, y) + 1-((2*(p*t).sum(2)+1)/(p.sum(2)+t.sum(2)+1)).mean()
 
@@ -90,18 +102,23 @@ def bare(net, crops, updates, lr=3e-3, bf16=True, device='cpu'):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16): z = net(x.to(memory_format=fmt))
         dice_ce(z, y).backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 12.)
-        opt.step(); sched.step(); opt.zero_grad()
+        opt.step()
+        sched.step()
+        opt.zero_grad()
 
 # ---- the same through fastmed
 def fit(ndim, repeats, n_cases=None, samples='auto', device='cpu'):
-    from fastmed.all import (VolumeDataLoaders, SliceDataLoaders, unet3d_learner, unet2d_learner, UNet, DiceCELoss, Callback, CancelValidException, CancelFitException,
+    from fastmed.all import (VolumeDataLoaders, SliceDataLoaders, unet3d_learner, unet2d_learner, UNet, DiceCELoss,
+                             Callback, CancelValidException, CancelFitException,
                              set_seed, has_bf16)
     from hippocampus import cases
     df = cases()
     if n_cases: df = df.groupby('valid').head(n_cases).reset_index(drop=True)
     df.attrs['codes'] = ['background','anterior','posterior']
     set_seed(0)
-    with quiet(): dls = (VolumeDataLoaders if ndim==3 else SliceDataLoaders).from_df(df, valid_col='valid', samples_per_case=samples, device=device)
+    with quiet():
+        dls = (VolumeDataLoaders if ndim==3 else SliceDataLoaders).from_df(df, valid_col='valid',
+                samples_per_case=samples, device=device)
     plan,updates = dls.plan,len(dls.train)
 
     class NoValidation(Callback):
@@ -130,14 +147,19 @@ def fit(ndim, repeats, n_cases=None, samples='auto', device='cpu'):
     def theirs(warm=False):
         net = UNet(1, len(dls.codes), ndim=ndim, nf=plan.nf, strides=plan.strides, depth=plan.depth)
         t0 = time.perf_counter()
-        bare(net, crops, 3 if warm else updates, bf16=has_bf16(device), device=device); wait(device)
+        bare(net, crops, 3 if warm else updates, bf16=has_bf16(device), device=device)
+        wait(device)
         return time.perf_counter()-t0
-    ours(True); theirs(True)
+    ours(True)
+    theirs(True)
     took = dict(fastmed=[], bare=[])
     for i in range(repeats):
         for k,f in ((('fastmed',ours),('bare',theirs)))[::1 if i%2==0 else -1]: took[k].append(f())
-    return dict(what='fit', ndim=ndim, batch='×'.join(map(str, (dls.train.bs,*plan.patch))), nf=plan.nf, n=updates, repeats=repeats,
-                **{f'{k}_s':' '.join(f'{o:.1f}' for o in v) for k,v in took.items()}, ratio=round(sum(took['fastmed'])/sum(took['bare']), 3), ratio_min=round(min(took['fastmed'])/min(took['bare']), 3))
+    return dict(what='fit', ndim=ndim, batch='×'.join(map(str, (dls.train.bs,*plan.patch))), nf=plan.nf, n=updates,
+                repeats=repeats,
+                **{f'{k}_s':' '.join(f'{o:.1f}' for o in v) for k,v in took.items()},
+            ratio=round(sum(took['fastmed'])/sum(took['bare']), 3),
+            ratio_min=round(min(took['fastmed'])/min(took['bare']), 3))
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -148,7 +170,12 @@ if __name__=='__main__':
     p.add_argument('--cases', type=int, default=None, help='training cases and validation cases, all by default')
     p.add_argument('--samples', type=int, default=None, help="patches a case; default: fastmed's")
     p.add_argument('--tiny', action='store_true', help='a network of 4 features: does the script run?')
-    p.add_argument('--device', default='cpu'); p.add_argument('--out', default=here/'speed.csv')
+    p.add_argument('--device', default='cpu')
+    p.add_argument('--out', default=here/'speed.csv')
     a = p.parse_args()
-    if a.what!='fit': keep([step(d, a.steps, **{**shapes[d], **({'nf':4,'bs':1} if a.tiny else {})}, device=a.device) for d in a.ndim], a.out, ['what','ndim','nf'], a.device)
-    if a.what!='step': keep([fit(d, a.repeats, a.cases, a.samples or 'auto', a.device) for d in a.ndim], a.out, ['what','ndim','nf'], a.device)
+    if a.what!='fit':
+        keep([step(d, a.steps, **{**shapes[d], **({'nf':4,'bs':1} if a.tiny else {})}, device=a.device)
+                for d in a.ndim], a.out, ['what','ndim','nf'], a.device)
+    if a.what!='step':
+        keep([fit(d, a.repeats, a.cases, a.samples or 'auto', a.device) for d in a.ndim], a.out, ['what','ndim','nf'],
+                a.device)

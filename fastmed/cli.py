@@ -36,7 +36,8 @@ def scan(
     from fastmed.data.cases import scan_decathlon, scan_folder
     path = Path(path)
     if not path.is_dir(): raise MissingFileError(f"{path}: no such folder")
-    if images is None and masks is None and channels is None and (path/'dataset.json').exists(): return scan_decathlon(path)
+    if images is None and masks is None and channels is None and (path/'dataset.json').exists():
+        return scan_decathlon(path)
     return scan_folder(path, images or 'images/*.nii.gz', masks or 'labels/*.nii.gz', channels)
 
 def _output(
@@ -50,7 +51,9 @@ def _output(
     from fastmed.predict.predict import check_free
     fn = Path(fn)
     if fn.is_dir(): raise FileError(f"{fn}: is a folder; expected a file such as {fn/'name'}{endings[0]}")
-    if not fn.name.lower().endswith(endings): raise InputError(f"{fn}: expected a name that ends in {', '.join(endings)}; found {fn.suffix or 'no ending'}. Nothing was done")
+    if not fn.name.lower().endswith(endings):
+        raise InputError(f"{fn}: expected a name that ends in {', '.join(endings)}; found {fn.suffix or 'no ending'}. "
+                         f"Nothing was done")
     check_free([fn], sources, overwrite)
     with writing(fn), beside(fn): pass                               # a disk that refuses says so now
     return fn
@@ -60,7 +63,8 @@ def _read_files(
     df    # its cases
 ):        # list
     "Every file that a table of cases was read from, and that it names"
-    cells = [o for col in ('image','mask') if col in df for cell in df[col] for o in (cell if isinstance(cell, list) else [cell])]
+    cells = [o for col in ('image','mask') if col in df for cell in df[col]
+                           for o in (cell if isinstance(cell, list) else [cell])]
     return [Path(path)/'cases.csv', Path(path)/'dataset.json', *(o for o in cells if isinstance(o, (str,Path)))]
 
 def _cases_table(a):
@@ -75,7 +79,8 @@ def train(
     from fastmed.learn.fingerprint import check_kept, check_still_free, kept_plan
     out = _output(a.out, ('.safetensors','.pkl'), overwrite=a.overwrite)
     set_seed(a.seed)
-    kw = dict(codes=a.codes, valid_pct=a.valid_pct, seed=a.seed, cache=a.cache, num_workers=a.workers, path=out.parent.resolve())
+    kw = dict(codes=a.codes, valid_pct=a.valid_pct, seed=a.seed, cache=a.cache, num_workers=a.workers,
+              path=out.parent.resolve())
     if a.spacing: kw['spacing'] = tuple(a.spacing) if len(a.spacing)==3 else a.spacing[0]
     kept,plan = out.with_name(f'{out.name}.resume'),out.with_name(f'{out.name}.plan.json')
     check_kept(out, kept, plan, a.resume, a.overwrite)
@@ -94,7 +99,8 @@ def train(
     check_still_free(out, kept, a.overwrite)
     if not safe:
         learn.export(out.name)
-        print(f'fastmed: {out} is a pickle: whoever opens it runs what is in it, so predict and evaluate ask for --trust', file=sys.stderr)
+        print(f'fastmed: {out} is a pickle: whoever opens it runs what is in it, so predict and evaluate ask for '
+              f'--trust', file=sys.stderr)
     ev = learn.evaluate()
     if safe: save_model(learn, out, evaluation=ev)
     kept.unlink(missing_ok=True)
@@ -113,7 +119,11 @@ def _load_file(
     if fn.suffix.lower() in ('.safetensors','.onnx'):
         from fastmed.all import load_model, load_onnx
         return (load_onnx if fn.suffix.lower()=='.onnx' else load_model)(fn)
-    if not trust: raise InputError(f"{fn}: is not a .safetensors file, and a pickle runs whatever its sender put into it. Only where you trust the sender, say --trust; save_model(load_learner(…), 'model.safetensors') makes a file that runs nothing")
+    if not trust:
+        raise InputError(f"{fn}: is not a .safetensors file, and a pickle runs whatever its sender put into it. Only "
+                         f"where you trust the sender, say --trust; save_model(load_learner(…), 'model.safetensors') "
+                         f"makes "
+                         f"a file that runs nothing")
     learn = _load_pickle(fn)
     print(f'fastmed: {fn} was opened as a pickle, and what is in it was run, because you said --trust', file=sys.stderr)
     return learn
@@ -124,8 +134,11 @@ def _load_pickle(fn):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')                              # fastai's, of what was said above
         try: learn = load_learner(fn)
-        except Exception as e: raise InputError(f"{fn}: not an exported Learner of fastmed ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})") from e
-    if not hasattr(learn, 'predict_volume'): raise InputError(f"{fn}: holds a {type(learn).__name__} that was not made by fastmed")
+        except Exception as e:
+            raise InputError(f"{fn}: not an exported Learner of fastmed ({type(e).__name__}: "
+                             f"{str(e).splitlines()[0] if str(e) else ''})") from e
+    if not hasattr(learn, 'predict_volume'):
+        raise InputError(f"{fn}: holds a {type(learn).__name__} that was not made by fastmed")
     return learn
 
 def _failed(res):
@@ -137,7 +150,9 @@ def _answers(learn, a, one):
     "`fastmed predict` with a model that answers for cases: a table in `a.dst`, or in answers.csv of that folder"
     import glob
     from fastmed.core import InputError, whole_file
-    if a.post or a.overlap!=.5: raise InputError(f"{a.model}: answers for cases and writes no masks: leave --{'post' if a.post else 'overlap'} out")
+    if a.post or a.overlap!=.5:
+        raise InputError(
+                f"{a.model}: answers for cases and writes no masks: leave --{'post' if a.post else 'overlap'} out")
     src,dst = Path(a.src),Path(a.dst)
     if dst.suffix.lower()!='.csv': dst = dst/'answers.csv'
     _output(dst, ('.csv',), [a.model, src], a.overwrite)
@@ -179,7 +194,9 @@ def evaluate(
     "`fastmed evaluate`: a model against the masks of a folder; 1 where a case could not be read or predicted"
     from fastmed.core import InputError, whole_file
     learn = _load_file(a.model, a.trust)
-    if getattr(learn, 'task', 'segmentation')!='segmentation': raise InputError(f"{a.model}: answers for cases, and their truth stands in a table, not in a folder: use learn.evaluate(df)")
+    if getattr(learn, 'task', 'segmentation')!='segmentation':
+        raise InputError(f"{a.model}: answers for cases, and their truth stands in a table, not in a folder: use "
+                         f"learn.evaluate(df)")
     df = _cases_table(a)
     if a.csv: _output(a.csv, ('.csv',), [a.model, *_read_files(a.path, df)], a.overwrite)
     ev = learn.evaluate(df, tolerance=a.tolerance, overlap=a.overlap, tta=a.tta, post=a.post or None)
@@ -197,10 +214,16 @@ def scan_series(
     from fastmed.io.dicom import scan_dicom
     from fastmed.core import whole_file
     if a.csv: _output(a.csv, ('.csv',), [a.path], a.overwrite)
-    df = scan_dicom(a.path); n,t = df.attrs,df.drop(columns='series')
-    with pd.option_context('display.max_colwidth', 120): print(t.assign(spacing=[o and ' '.join(f'{x:.4g}' for x in o) for o in t.spacing], shape=[o and '×'.join(map(str, o)) for o in t['shape']], problem=t.problem.str.split(': `| Or ').str[0]).to_string(index=False, na_rep=''))
+    df = scan_dicom(a.path)
+    n,t = df.attrs,df.drop(columns='series')
+    with pd.option_context('display.max_colwidth', 120):
+        print(t.assign(spacing=[o and ' '.join(f'{x:.4g}' for x in o) for o in t.spacing],
+                shape=[o and '×'.join(map(str, o)) for o in t['shape']],
+                problem=t.problem.str.split(': `| Or ').str[0]).to_string(index=False, na_rep=''))
     def are(k, what): return f"{k} {'file is' if k==1 else 'files are'} {what}"
-    print('; '.join([f"{len(df)} series, {df.subject.nunique()} subjects", *(are(n[k], w) for k,w in (('no_dicom','no DICOM'), ('no_image','DICOM without an image')) if n[k]), *(f'{k}: {v}' for k,v in n['unreadable'].items())]))
+    print('; '.join([f"{len(df)} series, {df.subject.nunique()} subjects",
+            *(are(n[k], w) for k,w in (('no_dicom','no DICOM'), ('no_image','DICOM without an image')) if n[k]),
+            *(f'{k}: {v}' for k,v in n['unreadable'].items())]))
     if a.csv:
         with whole_file(a.csv) as tmp: t.to_csv(tmp, index=False)
 
@@ -227,15 +250,18 @@ def compare(
     from fastmed.all import Comparison, InputError
     fn = Path(a.plan).resolve()
     try: plan = tomllib.loads(fn.read_text(encoding='utf-8-sig'))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e: raise InputError(f"{fn}: not TOML: {str(e)[:200]}") from e
-    if odd:=[k for k in ('data','images','masks','path','report') if not isinstance(plan.get(k, ''), str)]: raise InputError(f"{fn}: {odd[0]}: expected text; found {str(plan[odd[0]])[:80]}")
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
+        raise InputError(f"{fn}: not TOML: {str(e)[:200]}") from e
+    if odd:=[k for k in ('data','images','masks','path','report') if not isinstance(plan.get(k, ''), str)]:
+        raise InputError(f"{fn}: {odd[0]}: expected text; found {str(plan[odd[0]])[:80]}")
     if 'data' not in plan: raise InputError(f"{fn}: there is no `data = \"folder of scans\"`; found {sorted(plan)}")
     images,masks = plan.pop('images', None),plan.pop('masks', None)
     df = scan((fn.parent/plan.pop('data')).resolve(), images, masks)
     report = fn.parent/plan.pop('report', Path(plan.get('path', 'comparison'))/'report.html')
     plan['path'] = fn.parent/plan.get('path', 'comparison')
     if 'trust' in plan: raise InputError(f"{fn}: a plan does not say whom you trust; say --trust in the shell")
-    if not report.name.lower().endswith(('.html','.htm')): raise InputError(f"{fn}: report: expected a name that ends in .html; found {report.name!r}. Nothing was done")
+    if not report.name.lower().endswith(('.html','.htm')):
+        raise InputError(f"{fn}: report: expected a name that ends in .html; found {report.name!r}. Nothing was done")
     comp = Comparison(df, **plan, trust=a.trust)
     print(f"{len(df)} cases, {len(comp.plan)} runs, {int(comp.plan.done.sum())} of them done", flush=True)
     comp.run()
@@ -258,7 +284,8 @@ def _number_in(
     ends = f"{'more than' if above else 'at least'} {low}" + ('' if below is None else f' and less than {below}')
     def number(text):
         v = kind(text)                                               # argparse says what is no number
-        if not math.isfinite(v) or v<low or above and v==low or below is not None and v>=below: raise argparse.ArgumentTypeError(f'expected {ends}; found {text}')
+        if not math.isfinite(v) or v<low or above and v==low or below is not None and v>=below:
+            raise argparse.ArgumentTypeError(f'expected {ends}; found {text}')
         return v
     number.__name__ = 'whole number' if kind is int else 'number'
     return number
@@ -267,74 +294,112 @@ def _codes(text):
     "A type of argparse: names by commas"
     names = [o.strip() for o in text.split(',')]
     if '=' in text:
-        raise argparse.ArgumentTypeError(f"expected names alone, of the values 0, 1, 2 … in their order; found {text!r}. "
-                                         "Other values are told in Python: from_folder(…, codes={'background':0, 'lesion':255})")
-    if '' in names or len(set(names))<len(names): raise argparse.ArgumentTypeError(f'expected names by commas, each another one and none of them empty; found {text!r}')
+        raise argparse.ArgumentTypeError(
+                f"expected names alone, of the values 0, 1, 2 … in their order; found {text!r}. "
+                                         "Other values are told in Python: from_folder(…, codes={'background':0, "
+                                         "'lesion':255})")
+    if '' in names or len(set(names))<len(names):
+        raise argparse.ArgumentTypeError(
+                f'expected names by commas, each another one and none of them empty; found {text!r}')
     return names
 
 class _OneOrThree(argparse.Action):
     "One number, or one an axis"
     def __call__(self, parser, namespace, values, option_string=None):
-        if len(values) not in (1,3): raise argparse.ArgumentError(self, f'expected one number or three; found {len(values)}')
+        if len(values) not in (1,3):
+            raise argparse.ArgumentError(self, f'expected one number or three; found {len(values)}')
         setattr(namespace, self.dest, values)
 
 # %% ../nbs/90_cli.ipynb #0197b520
 def parser()->argparse.ArgumentParser:
     "The command line of fastmed"
     from fastmed import __version__
-    POSTS = ('keep_largest','fill_holes','close_slices','blur_slices')      # those of `fastmed.predict.predict`, which would take seconds to import
+    # those of `fastmed.predict.predict`, which would take seconds to import
+    POSTS = ('keep_largest','fill_holes','close_slices','blur_slices')
     p = _Parser(prog='fastmed', description='Train, compare and ship deep-learning models on medical scans.')
     p.add_argument('--version', action='version', version=f'fastmed {__version__}')
-    sub = p.add_subparsers(dest='command', required=True, metavar='demo | scan | check | train | predict | evaluate | compare')
+    sub = p.add_subparsers(dest='command', required=True,
+                           metavar='demo | scan | check | train | predict | evaluate | compare')
     def cmd(name, f, help):
-        s = sub.add_parser(name, help=help, description=help); s.set_defaults(func=f); return s
-    def channels(s): s.add_argument('--channels', type=_number_in(1, int), help='files that make a case, case_0000, case_0001 …; 1: each file is a case (found out)')
-    def overwrite(s): s.add_argument('--overwrite', action='store_true', help='replace files that are there already; never a source')
+        s = sub.add_parser(name, help=help, description=help)
+        s.set_defaults(func=f)
+        return s
+    def channels(s):
+        s.add_argument('--channels', type=_number_in(1, int),
+                       help='files that make a case, case_0000, case_0001 …; 1: each file is a case (found out)')
+    def overwrite(s):
+        s.add_argument('--overwrite', action='store_true', help='replace files that are there already; never a source')
     def look(s):
         s.add_argument('--trust', action='store_true', help='open a model file that is a pickle, and run what is in it')
-        s.add_argument('--overlap', type=_number_in(0, below=1), default=.5, help='share of a window that its neighbour covers too (0.5)')
+        s.add_argument('--overlap', type=_number_in(0, below=1), default=.5,
+                       help='share of a window that its neighbour covers too (0.5)')
         s.add_argument('--tta', action='store_true', help='test-time augmentation')
         s.add_argument('--post', action='append', choices=POSTS, help='post-processing, may be given more than once')
-    d = cmd('demo', lambda a: demo(a.path, a.n, a.minutes, a.seed, a.overwrite), 'Train 2D and 3D on the embedded cohort; write a report with pictures.')
-    d.add_argument('--path', default='demo', help='folder to write to (demo)'); d.add_argument('--n', type=_number_in(1, int), default=24, help='subjects (24)')
-    d.add_argument('--minutes', type=_number_in(0, above=True), default=2., help='training time of each model (2)'); d.add_argument('--seed', type=_number_in(0, int), default=0)
+    d = cmd('demo', lambda a: demo(a.path, a.n, a.minutes, a.seed, a.overwrite),
+            'Train 2D and 3D on the embedded cohort; write a report with pictures.')
+    d.add_argument('--path', default='demo', help='folder to write to (demo)')
+    d.add_argument('--n', type=_number_in(1, int), default=24, help='subjects (24)')
+    d.add_argument('--minutes', type=_number_in(0, above=True), default=2., help='training time of each model (2)')
+    d.add_argument('--seed', type=_number_in(0, int), default=0)
     overwrite(d)
     q = cmd('scan', scan_series, 'List the DICOM series of a folder and all below it, and what is wrong with each.')
-    q.add_argument('path', help='folder, DICOMDIR or file'); q.add_argument('--csv', help='file for the table')
+    q.add_argument('path', help='folder, DICOMDIR or file')
+    q.add_argument('--csv', help='file for the table')
     overwrite(q)
     k = cmd('check', check, 'Find what is wrong with a folder of scans and masks; exit code 1 where there are errors.')
-    k.add_argument('path', help='folder: a Decathlon task, or images/ and labels/'); k.add_argument('--images', help='pattern of the images'); k.add_argument('--masks', help='pattern of the masks')
-    k.add_argument('--codes', type=_codes, help='names of the structures, by commas, background first'); k.add_argument('--html', help='file for the report with pictures')
+    k.add_argument('path', help='folder: a Decathlon task, or images/ and labels/')
+    k.add_argument('--images', help='pattern of the images')
+    k.add_argument('--masks', help='pattern of the masks')
+    k.add_argument('--codes', type=_codes, help='names of the structures, by commas, background first')
+    k.add_argument('--html', help='file for the report with pictures')
     overwrite(k)
     channels(k)
     t = cmd('train', train, 'Train on a folder of scans and masks.')
-    t.add_argument('path', help='folder: a Decathlon task, or images/ and labels/'); t.add_argument('--out', default='model.safetensors', help='file for the model (model.safetensors); .pkl: an exported Learner, which is a pickle')
+    t.add_argument('path', help='folder: a Decathlon task, or images/ and labels/')
+    t.add_argument('--out', default='model.safetensors',
+                   help='file for the model (model.safetensors); .pkl: an exported Learner, which is a pickle')
     overwrite(t)
     channels(t)
-    t.add_argument('--ndim', type=int, choices=[2,3], default=3, help='2: slices, 3: volumes (3)'); t.add_argument('--arch', default='UNet', help="'UNet', or a MONAI network by name")
+    t.add_argument('--ndim', type=int, choices=[2,3], default=3, help='2: slices, 3: volumes (3)')
+    t.add_argument('--arch', default='UNet', help="'UNet', or a MONAI network by name")
     length = t.add_mutually_exclusive_group()
-    length.add_argument('--minutes', type=_number_in(0, above=True), default=10., help='training time (10)'); length.add_argument('--epochs', type=_number_in(1, int), help='train for epochs instead of minutes')
-    t.add_argument('--images', help="pattern of the images ('images/*.nii.gz')"); t.add_argument('--masks', help="pattern of the masks ('labels/*.nii.gz')")
-    t.add_argument('--codes', type=_codes, help='names of the structures, by commas, background first'); t.add_argument('--spacing', type=_number_in(0, above=True), nargs='+', action=_OneOrThree, help='mm, one number or three')
-    t.add_argument('--valid-pct', type=_number_in(0, below=1, above=True), default=.2, help='share of validation cases (0.2)'); t.add_argument('--seed', type=_number_in(0, int), default=42)
-    t.add_argument('--cache', help='folder of the store'); t.add_argument('--resume', action='store_true', help='go on with a training that was killed; give the same arguments')
+    length.add_argument('--minutes', type=_number_in(0, above=True), default=10., help='training time (10)')
+    length.add_argument('--epochs', type=_number_in(1, int), help='train for epochs instead of minutes')
+    t.add_argument('--images', help="pattern of the images ('images/*.nii.gz')")
+    t.add_argument('--masks', help="pattern of the masks ('labels/*.nii.gz')")
+    t.add_argument('--codes', type=_codes, help='names of the structures, by commas, background first')
+    t.add_argument('--spacing', type=_number_in(0, above=True), nargs='+', action=_OneOrThree,
+                   help='mm, one number or three')
+    t.add_argument('--valid-pct', type=_number_in(0, below=1, above=True), default=.2,
+                   help='share of validation cases (0.2)')
+    t.add_argument('--seed', type=_number_in(0, int), default=42)
+    t.add_argument('--cache', help='folder of the store')
+    t.add_argument('--resume', action='store_true',
+                   help='go on with a training that was killed; give the same arguments')
     t.add_argument('--workers', type=_number_in(0, int), help='worker processes')
-    r = cmd('predict', predict, 'Write masks for a scan or a folder of scans; of a classifier or regression, a table of answers.')
-    r.add_argument('model', help='model file (.safetensors, .onnx); an exported Learner with --trust'); r.add_argument('src', help='scan, DICOM folder, or folder of scans'); r.add_argument('dst', help='mask file or folder; table (.csv) or folder')
+    r = cmd('predict', predict,
+            'Write masks for a scan or a folder of scans; of a classifier or regression, a table of answers.')
+    r.add_argument('model', help='model file (.safetensors, .onnx); an exported Learner with --trust')
+    r.add_argument('src', help='scan, DICOM folder, or folder of scans')
+    r.add_argument('dst', help='mask file or folder; table (.csv) or folder')
     r.add_argument('--images', default='*.nii.gz', help="pattern inside a folder ('*.nii.gz')")
     look(r)
     overwrite(r)
     channels(r)
     e = cmd('evaluate', evaluate, 'Score a model on a folder of scans and masks.')
-    e.add_argument('model', help='model file (.safetensors, .onnx); an exported Learner with --trust'); e.add_argument('path', help='folder: a Decathlon task, or images/ and labels/')
-    e.add_argument('--images', help="pattern of the images"); e.add_argument('--masks', help="pattern of the masks")
-    e.add_argument('--tolerance', type=_number_in(0), default=1., help='of the surface Dice, mm (1)'); e.add_argument('--csv', help='file for the table of cases')
+    e.add_argument('model', help='model file (.safetensors, .onnx); an exported Learner with --trust')
+    e.add_argument('path', help='folder: a Decathlon task, or images/ and labels/')
+    e.add_argument('--images', help="pattern of the images")
+    e.add_argument('--masks', help="pattern of the masks")
+    e.add_argument('--tolerance', type=_number_in(0), default=1., help='of the surface Dice, mm (1)')
+    e.add_argument('--csv', help='file for the table of cases')
     look(e)
     overwrite(e)
     channels(e)
     c = cmd('compare', compare, 'Train and compare models as a plan says; finished runs are not repeated.')
     c.add_argument('plan', help='TOML file: data, arms, folds, budget, …')
-    c.add_argument('--trust', action='store_true', help='open models of an earlier fastmed, which are pickles, for the pictures of the report')
+    c.add_argument('--trust', action='store_true',
+                   help='open models of an earlier fastmed, which are pickles, for the pictures of the report')
     return p
 
 # %% ../nbs/90_cli.ipynb #a3f0be51
@@ -344,7 +409,8 @@ def _stopped_at_once():
     def stop(*args):
         os.write(2, b'fastmed: stopped\n')
         os._exit(130)
-    own = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    own = threading.current_thread() is threading.main_thread() and signal.getsignal(
+            signal.SIGINT) is signal.default_int_handler
     if own: signal.signal(signal.SIGINT, stop)
     try: yield
     finally:
@@ -372,7 +438,8 @@ def _ready_streams():
         s = getattr(sys, k)
         if s is None: setattr(sys, k, open(os.devnull, 'w'))
         elif hasattr(s, 'reconfigure'):
-            s.reconfigure(errors='surrogateescape' if s.encoding.lower().replace('-', '')=='utf8' else 'backslashreplace')
+            s.reconfigure(errors='surrogateescape' if s.encoding.lower().replace('-', '')=='utf8'
+                          else 'backslashreplace')
 
 def main(
     argv=None # arguments; default: those of the process
@@ -389,5 +456,7 @@ def main(
         msg = e.args[0] if isinstance(e, KeyError) and e.args else str(e) or type(e).__name__
         print('fastmed: '+' '.join(str(msg).split()), file=sys.stderr)
         return 2
-    except KeyboardInterrupt: print('fastmed: stopped', file=sys.stderr); return 130
+    except KeyboardInterrupt:
+        print('fastmed: stopped', file=sys.stderr)
+        return 130
     return res if isinstance(res, int) else 0

@@ -16,7 +16,8 @@ import contextlib, errno, hashlib, os, platform, shutil, stat, threading, uuid, 
 # %% ../nbs/00_core.ipynb #9c0aaeb4
 class FastmedError(Exception):
     "The base of every error that fastmed raises itself. Of a message of more than 4000 characters, such as one with a whole header in it, the two ends are kept"
-    def __init__(self, *args): super().__init__(*(f'{a[:3000]} … {a[-900:]}' if isinstance(a, str) and len(a)>4000 else a for a in args))
+    def __init__(self, *args):
+        super().__init__(*(f'{a[:3000]} … {a[-900:]}' if isinstance(a, str) and len(a)>4000 else a for a in args))
 
 class InputError(FastmedError, ValueError): "A scan, table or value that would give a wrong answer"
 
@@ -35,8 +36,12 @@ class ExtraError(FastmedError, ImportError): "An optional package that is not in
 class ResourceError(FastmedError, MemoryError): "Work that is larger than the memory"
 
 # %% ../nbs/00_core.ipynb #af8a77a1
-_refusals = (('ENOSPC','the disk is full'), ('EDQUOT','the disk quota is used up'), ('EFBIG','it would be larger than the system allows a file to be'), ('EROFS','the disk is read-only'), ('EACCES','there is no right to write there'),
-             ('EPERM','there is no right to write there'), ('EISDIR','a folder stands in its place'), ('ENOTDIR','a file stands where a folder should'), ('EEXIST','a file stands where a folder should'), ('ENAMETOOLONG','the name is too long'))
+_refusals = (('ENOSPC','the disk is full'), ('EDQUOT','the disk quota is used up'),
+        ('EFBIG','it would be larger than the system allows a file to be'), ('EROFS','the disk is read-only'),
+        ('EACCES','there is no right to write there'),
+             ('EPERM','there is no right to write there'), ('EISDIR','a folder stands in its place'),
+        ('ENOTDIR','a file stands where a folder should'), ('EEXIST','a file stands where a folder should'),
+        ('ENAMETOOLONG','the name is too long'))
 
 @contextlib.contextmanager
 def writing(
@@ -51,17 +56,22 @@ def writing(
         while said is not None and not getattr(said, 'errno', None): said = said.__cause__ or said.__context__
         disk = shutil.disk_usage(at)
         if said is not None: n = said.errno
-        elif disk.total and disk.free<2**20: n = errno.ENOSPC        # of a writer in C that does not say why; /proc has no room at all
+        elif disk.total and disk.free<2**20:
+            # of a writer in C that does not say why; /proc has no room at all
+            n = errno.ENOSPC
         elif isinstance(e, OSError): n = None
         else: raise
         why = {getattr(errno, k):v for k,v in _refusals if hasattr(errno, k)}.get(n) or (os.strerror(n) if n else e)
         full = n in (errno.ENOSPC, getattr(errno, 'EDQUOT', None))
         room = f' ({disk.free/1e6:.3g} MB are free)' if full else ''
-        err = FileError(f"{fn}: could not be written: {why}{room}. Nothing was changed. {'Make room, or give' if full else 'Give'} another path")
+        err = FileError(f"{fn}: could not be written: {why}{room}. Nothing was changed. "
+                        f"{'Make room, or give' if full else 'Give'} another path")
         err.errno = n
         raise err from e
 
-def _mark(): return '.part-'+hashlib.blake2b(platform.node().encode(), digest_size=3).hexdigest()     # of this machine: locks may not reach further
+# of this machine: locks may not reach further
+def _mark():
+    return '.part-'+hashlib.blake2b(platform.node().encode(), digest_size=3).hexdigest()
 
 class _Planted(Exception): "What stands at the name of a temporary file was not made by this user"
 
@@ -75,12 +85,15 @@ def _open(p, folder, make):
     except FileExistsError: new = False
     try: fd = os.open(p, how)
     except FileNotFoundError: return
-    except OSError as e:                                     # a link, a folder in place of a file, or a file that may not be opened
+    # a link, a folder in place of a file, or a file that may not be opened
+    except OSError as e:
         if os.path.lexists(p): raise _Planted from e
         raise
     s = os.fstat(fd)
     alone = stat.S_ISDIR(s.st_mode) if folder else stat.S_ISREG(s.st_mode) and s.st_nlink<=1
-    if new or alone and s.st_uid==os.geteuid(): return fd    # what is new is ours, whatever owner a network disk gives it
+    # what is new is ours, whatever owner a network disk gives it
+    if new or alone and s.st_uid==os.geteuid():
+        return fd
     os.close(fd)
     raise _Planted
 
@@ -102,12 +115,15 @@ def _hold(p, folder, make=True):
     if (fd:=_open(p, folder, make)) is None: return
     try:
         fcntl.flock(fd, fcntl.LOCK_EX|fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(fd), os.lstat(p)):      # else it was renamed into place between the two lines above
+        # else it was renamed into place between the two lines above
+        if os.path.samestat(os.fstat(fd), os.lstat(p)):
             if folder: _empty_folder(fd)
             else: os.ftruncate(fd, 0)
             return fd
     except (BlockingIOError,PermissionError,FileNotFoundError): pass
-    except OSError as e: os.close(fd); raise NotImplementedError from e
+    except OSError as e:
+        os.close(fd)
+        raise NotImplementedError from e
     os.close(fd)
 
 def _remove(p):
@@ -122,7 +138,9 @@ def beside(
     alone:bool=False   # give None where another process of this machine is at the same destination
 ):                     # an empty hidden file or folder, gone at the end unless it was renamed
     "A place to prepare `fn` in, which no other process writes to; one that a killed process left is taken over"
-    fn = Path(fn); work,sfx,fd,tmp = Path(ifnone(work, fn.parent)),'.nii.gz' if fn.name.lower().endswith('.nii.gz') else fn.suffix,None,None
+    fn = Path(fn)
+    work,sfx,fd,tmp = Path(ifnone(work, fn.parent)),'.nii.gz' if fn.name.lower().endswith(
+            '.nii.gz') else fn.suffix,None,None
     try:
         for i in range(1000):
             try: work.mkdir(parents=True, exist_ok=True)
@@ -131,9 +149,13 @@ def beside(
                 continue                                     # taken away between two looks
             tmp = work/f'{_mark()}-{hashlib.blake2b(os.fsencode(fn.name), digest_size=8).hexdigest()}-{i}{sfx}'
             try: fd = _hold(tmp, folder)
-            except _Planted: tmp = None; continue
+            except _Planted:
+                tmp = None
+                continue
             except NotImplementedError:                      # no locks here: a name of its own
-                tmp = work/f'{_mark()}-{uuid.uuid4().hex}{sfx}'; tmp.mkdir() if folder else tmp.touch(exist_ok=False); break
+                tmp = work/f'{_mark()}-{uuid.uuid4().hex}{sfx}'
+                tmp.mkdir() if folder else tmp.touch(exist_ok=False)
+                break
             if fd is not None: break
             tmp = None
             if alone: break
@@ -155,7 +177,9 @@ def sweep(
     for p in Path(folder).glob(f'{_mark()}-*'):
         try: fd = _hold(p, p.is_dir() and not p.is_symlink(), False)
         except (OSError,NotImplementedError,_Planted): continue
-        if fd is not None: _remove(p); os.close(fd)
+        if fd is not None:
+            _remove(p)
+            os.close(fd)
 
 def synced(
     path # a file, or a folder with all that is in it
@@ -167,10 +191,13 @@ def synced(
         fd = os.open(p, os.O_RDWR if os.name=='nt' else os.O_RDONLY)
         try: os.fsync(fd)
         except OSError as e:
-            if e.errno not in (errno.EINVAL, getattr(errno, 'ENOTSUP', None), getattr(errno, 'ENOSYS', None)): raise    # a disk that cannot be asked
+            # a disk that cannot be asked
+            if e.errno not in (errno.EINVAL, getattr(errno, 'ENOTSUP', None), getattr(errno, 'ENOSYS', None)):
+                raise
         finally: os.close(fd)
 
-_scans = ('.nii','.nii.gz','.nrrd','.nhdr','.mha','.mhd','.hdr','.img','.dcm','.dicom','.ima')     # names of files that hold scans
+# names of files that hold scans
+_scans = ('.nii','.nii.gz','.nrrd','.nhdr','.mha','.mhd','.hdr','.img','.dcm','.dicom','.ima')
 
 @contextlib.contextmanager
 def whole_file(
@@ -181,7 +208,8 @@ def whole_file(
     "Write to a neighbour of `fn`, rename it into place when all went well, remove it otherwise. Raises `FileError` where the disk refuses"
     fn = Path(fn)
     if not scan and fn.name.lower().endswith(_scans) and os.path.lexists(fn):
-        raise FileError(f"{fn}: is a scan or a mask, and what would be written there is none. Nothing was changed. Give another path")
+        raise FileError(f"{fn}: is a scan or a mask, and what would be written there is none. Nothing was changed. "
+                        f"Give another path")
     with writing(fn):
         if fn.is_dir(): raise IsADirectoryError(errno.EISDIR, 'a folder', str(fn))
         with beside(fn) as tmp:
@@ -210,7 +238,8 @@ def check_not_source(
     if not os.path.exists(fn): return
     for o in sources:
         if os.path.exists(o) and os.path.samefile(o, fn):
-            raise FileError(f"{fn}: is what this was made from, and a prediction never replaces it. Nothing was changed. Give another path")
+            raise FileError(f"{fn}: is what this was made from, and a prediction never replaces it. Nothing was "
+                            f"changed. Give another path")
 
 # %% ../nbs/00_core.ipynb #d3c6f6ed
 def spacing_of(
@@ -264,18 +293,23 @@ class TensorMed(TensorImageBase):
         if self.affine is not None: self.affine = self.affine
 
     @property
-    def affine(self): return self.__dict__.get('_affine')      # (4,4) float64, or None where the place is unknown (a batch)
+    # (4,4) float64, or None where the place is unknown (a batch)
+    def affine(self):
+        return self.__dict__.get('_affine')
     @affine.setter
     def affine(self, v): self._affine = None if v is None else np.array(v, dtype=np.float64)
 
     @property
     def spacing(self): return None if self.affine is None else spacing_of(self.affine)              # (3,) mm, or None
     @property
-    def orientation(self): return None if self.affine is None else orientation_of(self.affine)      # such as 'RAS', or None
+    # such as 'RAS', or None
+    def orientation(self):
+        return None if self.affine is None else orientation_of(self.affine)
 
 class TensorVolume(TensorMed):
     "An image volume (C,X,Y,Z), float32"
-    def show(self, ctx=None, mask=None, axis=2, index=None, **kwargs): return show_plane(self, mask, axis, index, ctx, **kwargs)
+    def show(self, ctx=None, mask=None, axis=2, index=None, **kwargs):
+        return show_plane(self, mask, axis, index, ctx, **kwargs)
 
 class TensorVolumeMask(TensorMed):
     "A label volume (X,Y,Z), integer class ids; 0 is background"
@@ -337,7 +371,8 @@ def show_plane(
     ref = mask if x is None else x
     nsp = ref.ndim - (0 if x is None else 1)
     if nsp not in (2,3):
-        raise InputError(f"show_plane: expected a volume (C,X,Y,Z), a slice (C,H,W) or a mask of one; found shape {tuple(ref.shape)}. Show one item of the batch")
+        raise InputError(f"show_plane: expected a volume (C,X,Y,Z), a slice (C,H,W) or a mask of one; found shape "
+                         f"{tuple(ref.shape)}. Show one item of the batch")
     for m in (mask, pred):
         if m is not None: _check_over(ref, m, nsp)
     if nsp==3 and index is None: index = best_plane(mask if mask is not None else pred, axis, ref.shape[axis-3])
@@ -358,7 +393,8 @@ def show_plane(
         codes = getattr(m, 'codes', None)
         n = max(int(m.max()), len(codes)-1 if codes is not None else 1)
         for k,c in enumerate(structure_colors(n), 1):
-            if (m_==k).any() and min(m_.shape)>1: ctx.contour((m_==k).T.astype(float), levels=[.5], colors=[c], linewidths=1.2, linestyles=style)
+            if (m_==k).any() and min(m_.shape)>1:
+                ctx.contour((m_==k).T.astype(float), levels=[.5], colors=[c], linewidths=1.2, linestyles=style)
     ctx.set_axis_off()
     if title is not None: ctx.set_title(str(title), fontsize=8)
     return ctx

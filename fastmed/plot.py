@@ -43,10 +43,12 @@ def plot_volume(
             show(axis=a, index=i, ctx=ax, title=names[a].format(i))
     else:
         m = mask if mask is not None else pred
-        has = (m.as_subclass(Tensor)>0).sum([i for i in range(3) if i!=axis]).nonzero().flatten() if m is not None else []
+        has = (m.as_subclass(Tensor)>0).sum([i for i in range(3)
+                                             if i!=axis]).nonzero().flatten() if m is not None else []
         lo,hi = (int(has[0]),int(has[-1])) if len(has) else (0, t.shape[axis+1]-1)
         idxs = np.unique(np.linspace(lo, hi, n).round().astype(int))
-        cols = min(4, len(idxs)); rows = -(-len(idxs)//cols)
+        cols = min(4, len(idxs))
+        rows = -(-len(idxs)//cols)
         fig,axs = plt.subplots(rows, cols, figsize=(cols*imsize, rows*imsize), squeeze=False)
         for ax in axs.flat: ax.set_axis_off()
         for i,ax in zip(idxs, axs.flat): show(axis=axis, index=int(i), ctx=ax, title=f"{'xyz'[axis]} = {i}")
@@ -54,7 +56,8 @@ def plot_volume(
     if legend and codes is not None:
         from matplotlib.lines import Line2D
         lines = [Line2D([0],[0], color=c, label=s) for c,s in zip(structure_colors(len(codes)-1), list(codes)[1:])]
-        fig.legend(handles=lines, loc='lower center', ncol=min(6,len(codes)), fontsize=8, frameon=False, bbox_to_anchor=(.5,-.06))
+        fig.legend(handles=lines, loc='lower center', ncol=min(6,len(codes)), fontsize=8, frameon=False,
+                   bbox_to_anchor=(.5,-.06))
     if title: fig.suptitle(title, fontsize=10)
     fig.tight_layout()
     return fig
@@ -82,7 +85,8 @@ def figure_png(
 def _report_block(o):
     if isinstance(o, str): return f'<p>{html.escape(o)}</p>'
     if isinstance(o, pd.Series): o = o.to_frame()
-    if isinstance(o, pd.DataFrame): return f'<div class="wide">{o.to_html(border=0, float_format=lambda v: f"{v:.3f}")}</div>'
+    if isinstance(o, pd.DataFrame):
+        return f'<div class="wide">{o.to_html(border=0, float_format=lambda v: f"{v:.3f}")}</div>'
     if isinstance(o, bytes): return f'<img alt="" src="data:image/png;base64,{base64.b64encode(o).decode()}">'
     if hasattr(o, 'savefig'): return _report_block(figure_png(o))
     raise ArgumentError(f"html_report: expected text, a table, a figure or PNG bytes; found {type(o).__name__}")
@@ -95,7 +99,9 @@ def html_report(
 )->Path:          # `fn`
     "Write a report as one file, pictures inside, whole or not at all. Raises `TypeError` on content that is none of these"
     body = ''.join(f'<h2>{html.escape(h)}</h2>' + ''.join(_report_block(o) for o in L(bs)) for h,bs in sections.items())
-    page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{html.escape(title)}</title>'
-            f'<style>{_css}</style></head><body><h1>{html.escape(title)}</h1><p class="answer">{html.escape(answer)}</p>{body}</body></html>')
+    page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+            f'content="width=device-width,initial-scale=1"><title>{html.escape(title)}</title>'
+            f'<style>{_css}</style></head><body><h1>{html.escape(title)}</h1><p '
+            f'class="answer">{html.escape(answer)}</p>{body}</body></html>')
     with whole_file(fn) as tmp: tmp.write_text(page, encoding='utf-8')
     return Path(fn)

@@ -48,8 +48,10 @@ def study(tmp_path_factory):
     import pandas as pd
     from phantoms import affine_of, write_case
     path = tmp_path_factory.mktemp('study')
-    grids = [('RAS',(1,1,1),(20,22,18)), ('LAS',(1,1,1),(20,20,20)), ('PSR',(1,1,1.25),(22,18,16)), ('RAS',(1.1,.9,1),(18,24,20))]
-    rows = [dict(write_case(path, f'c{i}', affine_of(c, s, (3*i,-2*i,i)), shape, seed=i), subject=f's{i//2}') for i in range(8) for c,s,shape in [grids[i%4]]]
+    grids = [('RAS',(1,1,1),(20,22,18)), ('LAS',(1,1,1),(20,20,20)), ('PSR',(1,1,1.25),(22,18,16)),
+            ('RAS',(1.1,.9,1),(18,24,20))]
+    rows = [dict(write_case(path, f'c{i}', affine_of(c, s, (3*i,-2*i,i)), shape, seed=i), subject=f's{i//2}')
+                 for i in range(8) for c,s,shape in [grids[i%4]]]
     df = pd.DataFrame(rows)
     df.to_csv(path/'cases.csv', index=False)
     return path,df
@@ -60,7 +62,8 @@ def loaders(study, tmp_path_factory):
     from fastmed.all import VolumeDataLoaders, SliceDataLoaders
     from phantoms import CODES
     path,df = study
-    kw = dict(path=path, codes=CODES, valid_pct=.25, spacing=1.25, patch=16, bs=2, samples_per_case=2, num_workers=0, device='cpu', cache=tmp_path_factory.mktemp('cache'))
+    kw = dict(path=path, codes=CODES, valid_pct=.25, spacing=1.25, patch=16, bs=2, samples_per_case=2, num_workers=0,
+            device='cpu', cache=tmp_path_factory.mktemp('cache'))
     return {3:VolumeDataLoaders.from_df(df, **kw), 2:SliceDataLoaders.from_df(df, axis=2, context=1, **kw)}
 
 @pytest.fixture(scope='session')

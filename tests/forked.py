@@ -28,7 +28,8 @@ def child(
     "What the fork does: as `python script arguments` would"
     for name,fd in ((os.devnull, 0), (out, 1), (err, 2)):
         os.dup2(os.open(name, os.O_RDONLY if fd==0 else os.O_WRONLY | os.O_CREAT), fd)
-    sys.stdin,sys.stdout,sys.stderr = (open(fd, 'r' if fd==0 else 'w', encoding='utf-8', closefd=False) for fd in range(3))
+    sys.stdin,sys.stdout,sys.stderr = (open(fd, 'r' if fd==0 else 'w', encoding='utf-8', closefd=False)
+                                            for fd in range(3))
     sys.__stdin__,sys.__stdout__,sys.__stderr__ = sys.stdin,sys.stdout,sys.stderr
     os.chdir(cwd)
     os.environ.clear()
@@ -48,15 +49,18 @@ def run(
     "Run a script in a process of its own that has imported fastmed already. Raises `subprocess.TimeoutExpired`."
     argv = list(map(str, argv))
     if not SERVED:
-        return subprocess.run([sys.executable, *argv], cwd=cwd, env=env, timeout=timeout, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        return subprocess.run([sys.executable, *argv], cwd=cwd, env=env, timeout=timeout, capture_output=True,
+                              text=True, stdin=subprocess.DEVNULL)
     start()
     with tempfile.TemporaryDirectory() as tmp:
         out,err = Path(tmp)/'out',Path(tmp)/'err'
-        p = multiprocessing.get_context('forkserver').Process(target=child, args=(argv, str(cwd), env, str(out), str(err)))
+        p = multiprocessing.get_context('forkserver').Process(target=child,
+                                        args=(argv, str(cwd), env, str(out), str(err)))
         p.start()
         p.join(timeout)
         if p.exitcode is None:
             p.kill()
             p.join()
             raise subprocess.TimeoutExpired(argv, timeout)
-        return subprocess.CompletedProcess(argv, p.exitcode, *[o.read_text(encoding='utf-8') if o.exists() else '' for o in (out, err)])
+        return ((subprocess.CompletedProcess(argv, p.exitcode,
+                *[o.read_text(encoding='utf-8') if o.exists() else '' for o in (out, err)])))

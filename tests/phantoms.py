@@ -27,11 +27,13 @@ def write_case(
     folder,         # gets `images/` and `labels/`
     name,           # of the case
     affine=None,    # (4,4)
-    shape=(20,20,20), seed=0, image=lambda a: a, mask=lambda m: m, mask_affine=None # image and mask: what is done to the arrays before they are written
+    # image and mask: what is done to the arrays before they are written
+    shape=(20,20,20), seed=0, image=lambda a: a, mask=lambda m: m, mask_affine=None
 ):                  # dict of one row
     "A phantom on disk, under relative names"
     im,m = phantom(shape, affine, seed)
-    for sub,x,f,aff in (('images',im,image,im.affine),('labels',m,mask,im.affine if mask_affine is None else mask_affine)):
+    for sub,x,f,aff in (
+            (((('images',im,image,im.affine),('labels',m,mask,im.affine if mask_affine is None else mask_affine))))):
         (Path(folder)/sub).mkdir(parents=True, exist_ok=True)
         a = f(np.asarray(x.dataobj))
         nib.save(nib.Nifti1Image(a, aff), Path(folder)/sub/f'{name}.nii')
@@ -44,7 +46,9 @@ class Nearest(nn.Module):
         k = torch.arange(float(n_out))
         self.conv = (nn.Conv3d if ndim==3 else nn.Conv2d)(n_in, n_out, 1)
         with torch.no_grad():
-            self.conv.weight.zero_(); self.conv.weight[:,n_in//2] = 2*k.view(-1,*(1,)*ndim); self.conv.bias.copy_(-k**2)
+            self.conv.weight.zero_()
+            self.conv.weight[:,n_in//2] = 2*k.view(-1,*(1,)*ndim)
+            self.conv.bias.copy_(-k**2)
         self.divisor,self.calls = (1,)*ndim,0
     def forward(self, x):
         self.calls += len(x)
@@ -60,7 +64,8 @@ def python(
     timeout=1800, **env # environment variables
 ):           # what it printed
     "Run a script in a process that has imported the fastmed of this process and done nothing else"
-    path = os.pathsep.join([str(Path(fastmed.__file__).parent.parent), str(Path(__file__).parent), *filter(None, [os.environ.get('PYTHONPATH')])])
+    path = os.pathsep.join([str(Path(fastmed.__file__).parent.parent), str(Path(__file__).parent),
+            *filter(None, [os.environ.get('PYTHONPATH')])])
     env = {**os.environ, 'PYTHONPATH':path, 'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg', **env}
     fn = Path(args[0])/'script.py'
     fn.write_text(code, encoding='utf-8')

@@ -16,7 +16,8 @@ def make(i, shape=None, affine=None, gain=1.):
     "A phantom with a size, place, noise and gain of its own: image and mask"
     rng = np.random.default_rng(i)
     shape = tuple(rng.integers(22, 26, 3)) if shape is None else shape
-    im,m = phantom(shape, affine_of('RAS', rng.uniform(.95, 1.05, 3), rng.uniform(-20, 20, 3)) if affine is None else affine, seed=i, radius=rng.uniform(5., 5.6))
+    im,m = phantom(shape, affine_of('RAS', rng.uniform(.95, 1.05, 3), rng.uniform(-20, 20, 3)) if affine is None
+                                    else affine, seed=i, radius=rng.uniform(5., 5.6))
     return nib.Nifti1Image(im.get_fdata(dtype=np.float32)*np.float32(gain*100*rng.uniform(.8, 1.2)), im.affine), m
 
 @pytest.fixture(scope='module')
@@ -24,35 +25,58 @@ def healthy(tmp_path_factory):
     "Twelve sound cases of two channels: DataFrame"
     path,rows = tmp_path_factory.mktemp('healthy'),[]
     for i in range(N):
-        im,m = make(i); fs = [path/f'c{i:02d}{s}.nii.gz' for s in ('','_b','_m')]
-        second = nib.Nifti1Image((500-im.get_fdata(dtype=np.float32)+np.random.default_rng(100+i).normal(0, 5, im.shape)).astype(np.float32), im.affine)
+        im,m = make(i)
+        fs = [path/f'c{i:02d}{s}.nii.gz' for s in ('','_b','_m')]
+        second = nib.Nifti1Image((500-im.get_fdata(dtype=np.float32)+np.random.default_rng(100+i).normal(0, 5,
+                im.shape)).astype(np.float32), im.affine)
         for x,f in zip((im, second, m), fs): nib.save(x, f)
         rows.append(dict(case=f'c{i:02d}', subject=f's{i}', image=fs[0], second=fs[1], mask=fs[2]))
     return pd.DataFrame(rows)
 
 def rewrite(fn, to, data=lambda a: a, affine=None, dtype=None, header=None):
-    im = nib.load(fn); a = data(np.asarray(im.dataobj).copy())
-    new = nib.Nifti1Image(a if dtype is None else a.astype(dtype), im.affine if affine is None else affine(im.affine.copy()))
+    im = nib.load(fn)
+    a = data(np.asarray(im.dataobj).copy())
+    new = nib.Nifti1Image(a if dtype is None else a.astype(dtype), im.affine if affine is None
+                          else affine(im.affine.copy()))
     if header: header(new)
-    nib.save(new, to); return to
+    nib.save(new, to)
+    return to
 
 def im(data=lambda a: a, **kw): return lambda r,p: r.update(image=rewrite(r['image'], p/'x.nii.gz', data, **kw))
 def ma(data=lambda a: a, **kw): return lambda r,p: r.update(mask=rewrite(r['mask'], p/'m.nii.gz', data, **kw))
 def both(data=lambda a: a, **kw): return lambda r,p: (im(data, **kw)(r,p), ma(data, **kw)(r,p))
-def put(a, where, v): a[where] = v; return a
+def put(a, where, v):
+    a[where] = v
+    return a
 def mul(v): return lambda A: A@np.diag([*v, 1.])
 def move(v): return lambda A: put(A, (slice(0,3),3), A[:3,3]+v)
-def turn(A): c,s = np.cos(.3),np.sin(.3); return np.array([[c,-s,0,0],[s,c,0,0],[0,0,1,0],[0,0,0,1.]])@A
+def turn(A):
+    c,s = np.cos(.3),np.sin(.3)
+    return np.array([[c,-s,0,0],[s,c,0,0],[0,0,1,0],[0,0,0,1.]])@A
 def shear(A): return A@np.array([[1,.3,0,0],[0,1,0,0],[0,0,1,0],[0,0,0,1.]])
-def raw(f, name='x.nii.gz'): return lambda r,p: ((p/name).write_bytes(f(r['image'].read_bytes())), r.update(image=p/name))
+def raw(f, name='x.nii.gz'):
+    return lambda r,p: ((p/name).write_bytes(f(r['image'].read_bytes())), r.update(image=p/name))
 def second(f): return lambda r,p: r.update(image=[r['image'], f(r['second'], p/'s.nii.gz')])
-def flip_qform(x): x.set_sform(x.affine, 1); x.set_qform(x.affine@np.diag([-1,1,1,1.]), 1)
+def flip_qform(x):
+    x.set_sform(x.affine, 1)
+    x.set_qform(x.affine@np.diag([-1,1,1,1.]), 1)
 def no_codes(x): x.set_sform(None), x.set_qform(None)
 def qform_alone(x): x.set_qform(x.affine, 1), x.set_sform(None)
-def huge(b): h = bytearray(gzip.decompress(b)); h[42:48] = np.array([20000]*3, '<i2').tobytes(); return gzip.compress(bytes(h))
-def zero_affine(b): h = bytearray(gzip.decompress(b)); h[280:328] = bytes(48); return gzip.compress(bytes(h))
-def turned(fn, to): im = nib.load(fn).as_reoriented(nib.orientations.axcodes2ornt('LPS')); nib.save(im, to); return to
-def odd_grid(**kw): return lambda r,p: [nib.save(o, p/f) or r.update({k:p/f}) for o,k,f in zip(make(3, **kw), ('image','mask'), ('x.nii.gz','m.nii.gz'))]
+def huge(b):
+    h = bytearray(gzip.decompress(b))
+    h[42:48] = np.array([20000]*3, '<i2').tobytes()
+    return gzip.compress(bytes(h))
+def zero_affine(b):
+    h = bytearray(gzip.decompress(b))
+    h[280:328] = bytes(48)
+    return gzip.compress(bytes(h))
+def turned(fn, to):
+    im = nib.load(fn).as_reoriented(nib.orientations.axcodes2ornt('LPS'))
+    nib.save(im, to)
+    return to
+def odd_grid(**kw):
+    return lambda r,p: [nib.save(o, p/f) or r.update({k:p/f}) for o,k,
+            f in zip(make(3, **kw), ('image','mask'), ('x.nii.gz','m.nii.gz'))]
 
 FAULTS = { # name: (kind that must be found, what is done to the case)
     'truncated .nii.gz': ('unreadable', raw(lambda b: b[:len(b)//2])),
@@ -82,7 +106,8 @@ FAULTS = { # name: (kind that must be found, what is done to the case)
     'channels in the wrong order': ('odd contrast', lambda r,p: r.update(image=r['second'])),
     'singular affine': ('singular affine', raw(zero_affine)),
     'skewed affine': ('skewed affine', both(affine=shear)),
-    'header in metres': ('unit of length', im(affine=lambda A: np.diag([.001]*3+[1])@A, header=lambda x: x.header.set_xyzt_units('meter'))),
+    'header in metres': ('unit of length',
+        im(affine=lambda A: np.diag([.001]*3+[1])@A, header=lambda x: x.header.set_xyzt_units('meter'))),
     'sform against qform': ('sform against qform', im(header=flip_qform)),
     'no form codes': ('no form codes', both(header=no_codes)),
     'too large': ('too large', raw(huge)),
@@ -101,27 +126,33 @@ FAULTS = { # name: (kind that must be found, what is done to the case)
     'thousand times brighter': ('intensity regime', im(lambda a: a*1000)),
     'offset': ('odd intensity', im(lambda a: a+np.float32(1024))),
     'other modality': ('odd contrast', im(lambda a: a.max()-a)),
-    'noise': ('odd texture', im(lambda a: np.random.default_rng(0).normal(a.mean(), a.std(), a.shape).astype(np.float32))),
+    'noise': ('odd texture',
+              im(lambda a: np.random.default_rng(0).normal(a.mean(), a.std(), a.shape).astype(np.float32))),
     'blurred': ('odd texture', im(lambda a: gaussian_filter(a, 2.))),
     'odd size': ('odd size', odd_grid(shape=(24,24,90))),
     'odd spacing': ('odd spacing', odd_grid(affine=affine_of('RAS', (1,1,5)))),
     'odd label volume': ('odd volume', ma(lambda a: a*(np.indices(a.shape)[0]<a.shape[0]//2-2).astype(np.uint8))),
-    'other orientation': ('mixed orientation', lambda r,p: r.update(image=turned(r['image'], p/'x.nii.gz'), mask=turned(r['mask'], p/'m.nii.gz')))}
+    'other orientation': ('mixed orientation', lambda r,p: r.update(image=turned(r['image'], p/'x.nii.gz'),
+        mask=turned(r['mask'], p/'m.nii.gz')))}
 
 def sick(df, what, path):
     "The study with one fault in one case"
-    rows = df.to_dict('records'); what(rows[BAD], path)
+    rows = df.to_dict('records')
+    what(rows[BAD], path)
     return pd.DataFrame(rows).astype(object)
 
 def test_clean_data_raises_nothing(healthy):
-    for kw in (dict(), dict(codes=CODES), dict(image_col=['image','second'], codes=CODES)): assert not len(r:=check_dataset(healthy, **kw)), pd.DataFrame(r)[['case','problem','found']].to_string()
-    assert check_dataset(healthy).answer()=='12 cases: nothing was found.' and not len(find_leaks(healthy)) and not len(find_leaks(healthy.drop(columns='subject')))
+    for kw in (dict(), dict(codes=CODES), dict(image_col=['image','second'], codes=CODES)):
+        assert not len(r:=check_dataset(healthy, **kw)), pd.DataFrame(r)[['case','problem','found']].to_string()
+    assert check_dataset(healthy).answer()=='12 cases: nothing was found.' and not len(find_leaks(healthy)) and not len(
+            find_leaks(healthy.drop(columns='subject')))
 
 @pytest.mark.parametrize('name', FAULTS)
 def test_planted_fault_is_found(healthy, tmp_path, name):
     "The fault is named with its case and file, no other case gets an error, and `clean` keeps all the others"
     problem,what = FAULTS[name]
-    df = sick(healthy, what, tmp_path); r = check_dataset(df, CODES)
+    df = sick(healthy, what, tmp_path)
+    r = check_dataset(df, CODES)
     got = pd.DataFrame(r)[r.problem==problem]
     assert (got.case==f'c{BAD:02d}').any(), pd.DataFrame(r)[['case','problem','found']].to_string()
     assert set(r.errors.case)<={f'c{BAD:02d}'} and set(r.case)<={f'c{BAD:02d}'}
@@ -140,7 +171,8 @@ def test_no_form_codes_names_every_such_file(healthy, tmp_path):
 
 def test_every_kind_is_planted(healthy, tmp_path):
     "The table of problems and the faults of this file name the same kinds"
-    own = {'mask does not lie on the image','case named twice','no volume','gantry tilt','missing slice','channel order','rare label','labels not consecutive','same image','same mask','same mask, one subject'}
+    own = {'mask does not lie on the image','case named twice','no volume','gantry tilt','missing slice',
+           'channel order','rare label','labels not consecutive','same image','same mask','same mask, one subject'}
     assert {p for p,_ in FAULTS.values()} | own == {p[0] for p in PROBLEMS}
 
 @pytest.fixture(scope='module')
@@ -153,13 +185,15 @@ def beside(tmp_path_factory):
         lab = (((grid-rng.uniform((9,12,13), (11,14,15)))/(5,6,4))**2).sum(-1)<1
         image = gaussian_filter(rng.normal(0, 20, lab.shape), 1)+100*lab+2*grid[...,1]+50
         fs = path/f'c{i:02d}.nii.gz',path/f'c{i:02d}_m.nii.gz'
-        for a,f in zip((image.astype(np.float32), lab.astype(np.uint8)), fs): nib.save(nib.Nifti1Image(a, affine_of('RAS', (1,1,1), (0,0,0))), f)
+        for a,f in zip((image.astype(np.float32), lab.astype(np.uint8)), fs):
+            nib.save(nib.Nifti1Image(a, affine_of('RAS', (1,1,1), (0,0,0))), f)
         rows.append(dict(case=f'c{i:02d}', subject=f's{i}', image=fs[0], mask=fs[1]))
     return pd.DataFrame(rows)
 
 _OFF = 'mask does not lie on the image'
 
-@pytest.mark.parametrize('change,place', [(lambda a: a[::-1], 'mirrored along x'), (lambda a: np.roll(a, -3, 1), 'moved by +3 voxels along y'),
+@pytest.mark.parametrize('change,place',
+        [(lambda a: a[::-1], 'mirrored along x'), (lambda a: np.roll(a, -3, 1), 'moved by +3 voxels along y'),
                                           (lambda a: np.roll(a, 4, 2), 'moved by -4 voxels along z')])
 def test_mask_off_its_image(beside, tmp_path, change, place):
     "A mask mirrored or shifted under an unchanged header gets one warning, its neighbours none"
@@ -167,7 +201,8 @@ def test_mask_off_its_image(beside, tmp_path, change, place):
     df.at[BAD,'mask'] = rewrite(df.at[BAD,'mask'], tmp_path/'m.nii.gz', change)
     r = check_dataset(df)
     r = r[r.problem==_OFF]
-    assert list(r.case)==['c05'] and list(r.severity)==['warning'] and place in r.found.iloc[0] and r.file.iloc[0].endswith('m.nii.gz')
+    assert list(r.case)==['c05'] and list(r.severity)==['warning'] and place in r.found.iloc[0] and r.file.iloc[
+            0].endswith('m.nii.gz')
     few = check_dataset(df.iloc[:7])
     assert _OFF not in set(few.problem)
 
@@ -197,41 +232,66 @@ def test_masks_on_their_images(beside, healthy, tmp_path):
     for df in (beside, healthy, cohort(tmp_path, n=12, spacing=4.)): assert _OFF not in set(check_dataset(df).problem)
 
 def test_rounding_is_no_finding(healthy, tmp_path):
-    df = sick(healthy, ma(affine=lambda A: A+1e-5*np.random.default_rng(0).uniform(-1, 1, (4,4))*np.array([[1]]*3+[[0]])), tmp_path)
+    df = sick(healthy,
+              ma(affine=lambda A: A+1e-5*np.random.default_rng(0).uniform(-1, 1, (4,4))*np.array([[1]]*3+[[0]])),
+              tmp_path)
     assert not len(check_dataset(df, CODES))
 
 def test_twins(healthy, tmp_path):
-    df = sick(healthy, lambda r,p: r.update(image=rewrite(healthy.image[2], p/'x.nii', dtype=np.float64), mask=rewrite(healthy['mask'][2], p/'m.nii')), tmp_path); r = check_dataset(df, CODES)
-    assert list(r.problem)==['same image'] and r.case.iloc[0]=='c05' and 'c02' in r.found.iloc[0] and len(r.clean())==N-1
+    df = sick(healthy, lambda r,p: r.update(image=rewrite(healthy.image[2], p/'x.nii', dtype=np.float64),
+            mask=rewrite(healthy['mask'][2], p/'m.nii')), tmp_path)
+    r = check_dataset(df, CODES)
+    assert list(r.problem)==['same image'] and r.case.iloc[0]=='c05' and 'c02' in r.found.iloc[0] and len(
+            r.clean())==N-1
     for n,f in (('turned',lambda f,t: turned(f, t)), ('mirrored',lambda f,t: rewrite(f, t, lambda a: a[::-1]))):
-        df = sick(healthy, lambda r,p: r.update(image=f(healthy.image[2], p/f'{n}.nii')), tmp_path); r = check_dataset(df); r = r[r.problem=='same image']
-        assert list(r.case)==['c05'] and ('mirrored' in r.found.iloc[0])==(n=='mirrored') and 'another subject' in r.found.iloc[0]
-    one = make(0); two = [nib.Nifti1Image(one[0].get_fdata(dtype=np.float32)+np.float32(k), one[0].affine) for k in (1,2)]
-    for k,o in enumerate(two): nib.save(o, tmp_path/f't{k}.nii'); nib.save(one[1], tmp_path/f'u{k}.nii')
-    t = pd.DataFrame([dict(case=f't{k}', image=tmp_path/f't{k}.nii', mask=tmp_path/f'u{k}.nii', subject=s) for k,s in ((0,'a'),(1,'b'))])
-    assert set(check_dataset(t).problem)=={'same mask'} and set(check_dataset(t.assign(subject='a')).problem)=={'same mask, one subject'}
-    t = t.astype(object); t.loc[1,'image'] = None
-    assert check_dataset(t).groupby('problem').case.agg(list).to_dict()=={'no image':['t1'], 'same mask':['t1']}, 'the case that has its image is not blamed'
+        df = sick(healthy, lambda r,p: r.update(image=f(healthy.image[2], p/f'{n}.nii')), tmp_path)
+        r = check_dataset(df)
+        r = r[r.problem=='same image']
+        assert list(r.case)==['c05'] and ('mirrored' in r.found.iloc[0])==(n
+                =='mirrored') and 'another subject' in r.found.iloc[0]
+    one = make(0)
+    two = [nib.Nifti1Image(one[0].get_fdata(dtype=np.float32)+np.float32(k), one[0].affine) for k in (1,2)]
+    for k,o in enumerate(two):
+        nib.save(o, tmp_path/f't{k}.nii')
+        nib.save(one[1], tmp_path/f'u{k}.nii')
+    t = pd.DataFrame([dict(case=f't{k}', image=tmp_path/f't{k}.nii', mask=tmp_path/f'u{k}.nii', subject=s) for k,
+            s in ((0,'a'),(1,'b'))])
+    assert set(check_dataset(t).problem)=={'same mask'} and set(check_dataset(t.assign(subject='a')).problem)=={
+            'same mask, one subject'}
+    t = t.astype(object)
+    t.loc[1,'image'] = None
+    assert check_dataset(t).groupby('problem').case.agg(list).to_dict()=={'no image':['t1'],
+            'same mask':['t1']}, 'the case that has its image is not blamed'
 
 def test_labels_of_the_set(healthy, tmp_path):
     df = sick(healthy, FAULTS['unexpected label'][1], tmp_path)
-    assert set(check_dataset(df).problem) >= {'rare label','labels not consecutive'} and not len(check_dataset(df).errors)
-    r = check_dataset(healthy, ['background','large','small','tail']); assert list(zip(r.case, r.problem))==[('(all)','missing label')] and len(r.clean())==N
-    assert not len(check_dataset(healthy, dict(background=0, body=[1,2]))) and len(check_dataset(healthy, dict(background=0, body=[1])).errors)==N
-    two = pd.concat([healthy, healthy.iloc[[3]]], ignore_index=True); r = check_dataset(two, CODES)
+    assert set(check_dataset(df).problem) >= {'rare label',
+                                              'labels not consecutive'} and not len(check_dataset(df).errors)
+    r = check_dataset(healthy, ['background','large','small','tail'])
+    assert list(zip(r.case, r.problem))==[('(all)','missing label')] and len(r.clean())==N
+    assert not len(check_dataset(healthy, dict(background=0, body=[1,2]))) and len(check_dataset(healthy,
+            dict(background=0, body=[1])).errors)==N
+    two = pd.concat([healthy, healthy.iloc[[3]]], ignore_index=True)
+    r = check_dataset(two, CODES)
     assert 'case named twice' in set(r.problem) and len(r.clean())==N
 
 def test_many_faults_at_once(healthy, tmp_path):
     rows = healthy.to_dict('records')
-    for i,k in enumerate(['NaN','truncated .nii.gz','empty mask']): (d:=tmp_path/str(i)).mkdir(); FAULTS[k][1](rows[i], d)
+    for i,k in enumerate(['NaN','truncated .nii.gz','empty mask']):
+        (d:=tmp_path/str(i)).mkdir()
+        FAULTS[k][1](rows[i], d)
     r = check_dataset(pd.DataFrame(rows).astype(object), CODES)
     assert [set(r[r.case==f'c{i:02d}'].problem) for i in range(3)]==[{'NaN or Inf'},{'unreadable'},{'empty mask'}]
     assert list(r.clean().case)==[f'c{i:02d}' for i in range(2, N)] and 'c01' in r.clean().attrs['left_out']
-    page = r.html(tmp_path/'r.html').read_text(); assert 'c01' in page and 'data:image/png' in page and 'truncated' in page
-    assert (r.summary().cases==1).all() and set(r.summary().columns)=={'severity','problem','cases','first_case','found'}
+    page = r.html(tmp_path/'r.html').read_text()
+    assert 'c01' in page and 'data:image/png' in page and 'truncated' in page
+    assert (r.summary().cases==1).all() and set(r.summary().columns)=={'severity','problem','cases','first_case',
+            'found'}
 
 def test_bad_arguments(healthy):
-    for f,e in ((lambda: check_dataset(healthy[:0]), 'no rows'), (lambda: check_dataset(healthy, image_col='t1'), 't1'), (lambda: find_leaks(healthy, split='fold'), 'fold'), (lambda: distribution_shift(healthy[:3], healthy), 'five')):
+    for f,e in ((lambda: check_dataset(healthy[:0]), 'no rows'), (lambda: check_dataset(healthy, image_col='t1'), 't1'),
+            (lambda: find_leaks(healthy, split='fold'), 'fold'), (lambda: distribution_shift(healthy[:3], healthy),
+            'five')):
         with pytest.raises((ValueError,KeyError), match=e): f()
 
 def test_memory_does_not_grow_with_cases(tmp_path):
@@ -244,70 +304,115 @@ df = pd.DataFrame([dict(case=f'{k}', image=f'{p}/{k%6}.nii') for k in range(n)])
 check_dataset(df[:6], workers=2); a = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 check_dataset(df, workers=2); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/a)'''
     rng = np.random.default_rng(0)
-    for k in range(6): nib.save(nib.Nifti1Image(rng.normal(size=(96,96,96)).astype(np.float32), np.eye(4)), tmp_path/f'{k}.nii')
+    for k in range(6):
+        nib.save(nib.Nifti1Image(rng.normal(size=(96,96,96)).astype(np.float32), np.eye(4)), tmp_path/f'{k}.nii')
     assert float(python(code, tmp_path, 60).splitlines()[-1])<1.1
 
 def test_channel_order(healthy):
     "One case of twelve has its channels the other way round, in each of several sets"
-    rows = [dict(r, image=[r['image'],r['second']]) for r in healthy.to_dict('records')]; assert not len(check_dataset(pd.DataFrame(rows)))
+    rows = [dict(r, image=[r['image'],r['second']]) for r in healthy.to_dict('records')]
+    assert not len(check_dataset(pd.DataFrame(rows)))
     for df in (rows, rows[3:8], rows[4:6]):
-        df = [dict(r, image=r['image'][::-1]) if r['case']=='c05' else r for r in df]; r = check_dataset(pd.DataFrame(df))
-        o = r[r.problem=='channel order']; assert len(o)==1 and 'c05' in o.case.iloc[0]+o.found.iloc[0]
-    df = rows[:5]+[dict(rows[5], image=[healthy.image[5], 'gone.nii'])]; r = check_dataset(pd.DataFrame(df)); assert list(r.problem)==['missing file'], r.to_string()
+        df = [dict(r, image=r['image'][::-1]) if r['case']=='c05' else r for r in df]
+        r = check_dataset(pd.DataFrame(df))
+        o = r[r.problem=='channel order']
+        assert len(o)==1 and 'c05' in o.case.iloc[0]+o.found.iloc[0]
+    df = rows[:5]+[dict(rows[5], image=[healthy.image[5], 'gone.nii'])]
+    r = check_dataset(pd.DataFrame(df))
+    assert list(r.problem)==['missing file'], r.to_string()
 
 def test_labels_that_one_case_has(healthy, tmp_path):
     "Declared or not, in few cases or many, the case is named"
     for n in (4,12):
-        df = sick(healthy, FAULTS['unexpected label'][1], tmp_path).iloc[[BAD,*[i for i in range(N) if i!=BAD][:n-1]]]; r = check_dataset(df)
-        assert list(r[r.problem=='rare label'].case)==['c05'] and 'c05' in r[r.problem=='labels not consecutive'].found.iloc[0]
+        df = sick(healthy, FAULTS['unexpected label'][1], tmp_path).iloc[[BAD,*[i for i in range(N) if i!=BAD][:n-1]]]
+        r = check_dataset(df)
+        assert list(r[r.problem=='rare label'].case)==['c05'] and 'c05' in r[r.problem
+                =='labels not consecutive'].found.iloc[0]
 
 def test_what_most_cases_have_is_told_once(healthy, tmp_path):
     rows = healthy.to_dict('records')
-    for i in range(8): (d:=tmp_path/str(i)).mkdir(); FAULTS['mask at the border'][1](rows[i], d)
-    r = check_dataset(pd.DataFrame(rows).astype(object)); o = r[r.problem=='touches border']; assert list(o.case)==['(all)'] and '8 of 12' in o.found.iloc[0]
+    for i in range(8):
+        (d:=tmp_path/str(i)).mkdir()
+        FAULTS['mask at the border'][1](rows[i], d)
+    r = check_dataset(pd.DataFrame(rows).astype(object))
+    o = r[r.problem=='touches border']
+    assert list(o.case)==['(all)'] and '8 of 12' in o.found.iloc[0]
 
 def test_odd_tables(healthy, tmp_path, monkeypatch):
     "One case, names with umlauts and spaces, relative paths, empty cells of every kind, threads, nothing readable: an answer or an error of ours"
-    one = healthy.iloc[[0]]; assert not len(check_dataset(one)) and not len(find_leaks(one)) and not len(check_dataset(one.drop(columns=['case','subject','mask'])))
-    (d:=tmp_path/'Köpfe und Füße').mkdir(); rows = []
-    for i in range(6): rows.append(dict(case=f'Größe {i} ä', image=rewrite(healthy.image[i], d/f'bild {i} ü.nii.gz').relative_to(tmp_path), mask=str(rewrite(healthy['mask'][i], d/f'maske {i}.nii').relative_to(tmp_path))))
+    one = healthy.iloc[[0]]
+    assert not len(check_dataset(one)) and not len(find_leaks(one)) and not len(
+            check_dataset(one.drop(columns=['case','subject','mask'])))
+    (d:=tmp_path/'Köpfe und Füße').mkdir()
+    rows = []
+    for i in range(6):
+        rows.append(dict(case=f'Größe {i} ä',
+                image=rewrite(healthy.image[i], d/f'bild {i} ü.nii.gz').relative_to(tmp_path),
+                mask=str(rewrite(healthy['mask'][i], d/f'maske {i}.nii').relative_to(tmp_path))))
     df = pd.DataFrame(rows).astype(object)
-    for w in (0,1,2): assert not len(check_dataset(df, CODES, path=tmp_path, workers=w)) and not len(find_leaks(df, tmp_path, workers=w))
+    for w in (0,1,2):
+        assert not len(check_dataset(df, CODES, path=tmp_path, workers=w)) and not len(find_leaks(df, tmp_path,
+                workers=w))
     assert set(check_dataset(df, CODES).problem)=={'missing file'} and not len(find_leaks(df))
-    monkeypatch.chdir(tmp_path); assert not len(check_dataset(df, CODES))
+    monkeypatch.chdir(tmp_path)
+    assert not len(check_dataset(df, CODES))
     for v in (None, np.nan, pd.NA, '', []):
-        r = check_dataset(df.assign(mask=[v if i==3 else o for i,o in enumerate(df['mask'])])); assert list(zip(r.case, r.problem))==[('Größe 3 ä','no mask')]
-    assert set(check_dataset(df.assign(mask=None)).problem)=={'no mask'} and set(check_dataset(df.assign(image=None)).problem)=={'no image'} and not len(check_dataset(df, mask_col='none'))
+        r = check_dataset(df.assign(mask=[v if i==3 else o for i,o in enumerate(df['mask'])]))
+        assert list(zip(r.case, r.problem))==[('Größe 3 ä','no mask')]
+    assert set(check_dataset(df.assign(mask=None)).problem)=={'no mask'} and set(
+            check_dataset(df.assign(image=None)).problem)=={'no image'} and not len(check_dataset(df, mask_col='none'))
     for f in (check_dataset, find_leaks):
-        for bad in (df.iloc[:0], pd.DataFrame(), df.drop(columns='image'), df.assign(image=5), df.assign(image=[object()]*6)):
+        for bad in (df.iloc[:0], pd.DataFrame(), df.drop(columns='image'), df.assign(image=5),
+                                                         df.assign(image=[object()]*6)):
             with pytest.raises(FastmedError): f(bad)
         with pytest.raises(FastmedError): f(df, memory_gb=-1)
-    page = check_dataset(df.assign(mask=None)).html(tmp_path/'r.html').read_text(); assert 'Größe 3 ä' in page and str(tmp_path) not in page
+    page = check_dataset(df.assign(mask=None)).html(tmp_path/'r.html').read_text()
+    assert 'Größe 3 ä' in page and str(tmp_path) not in page
 
 def test_strange_sets(tmp_path):
     "All constant, all unreadable, four axes, headers that promise too much, binary images"
     def write(name, *arrays, dtype=np.float32):
         rows = []
-        for i,a in enumerate(arrays): nib.save(nib.Nifti1Image(a.astype(dtype), np.eye(4)), fn:=tmp_path/f'{name}{i}.nii.gz'); rows.append(dict(case=f'{name}{i}', image=fn))
+        for i,a in enumerate(arrays):
+            nib.save(nib.Nifti1Image(a.astype(dtype), np.eye(4)), fn:=tmp_path/f'{name}{i}.nii.gz')
+            rows.append(dict(case=f'{name}{i}', image=fn))
         return pd.DataFrame(rows)
     rng = np.random.default_rng(0)
-    df = write('flat', *[np.full((8,8,8), i) for i in range(6)]); r = check_dataset(df); assert set(r.problem)=={'constant'} and len(r)==6 and not len(find_leaks(df)) and not len(r.clean()); r.html(tmp_path/'f.html')
+    df = write('flat', *[np.full((8,8,8), i) for i in range(6)])
+    r = check_dataset(df)
+    assert set(r.problem)=={'constant'} and len(r)==6 and not len(find_leaks(df)) and not len(r.clean())
+    r.html(tmp_path/'f.html')
     junk = [dict(case=f'{i}', image=tmp_path/f'{i}.nii') for i in range(6)]
     for o in junk: o['image'].write_bytes(rng.bytes(500))
-    df = pd.DataFrame(junk); r = check_dataset(df); assert set(r.problem)=={'unreadable'} and len(r)==6 and not len(find_leaks(df)); r.show()
+    df = pd.DataFrame(junk)
+    r = check_dataset(df)
+    assert set(r.problem)=={'unreadable'} and len(r)==6 and not len(find_leaks(df))
+    r.show()
     with pytest.raises(FastmedError, match='5|five'): distribution_shift(df, df)
-    df = write('four', *[rng.normal(size=(9,8,7,3)) for _ in range(6)]); assert not len(check_dataset(df)) and not len(find_leaks(df)); assert 'intensity' in distribution_shift(df, df).index
-    df = write('five', *[rng.normal(size=(4,4,4,2,2)) for _ in range(2)]); assert set(check_dataset(df).problem)=={'no volume'}
-    df = write('shape', *[rng.random((12,12,12))>.5 for _ in range(8)], dtype=np.uint8); assert not len(check_dataset(df)) and not len(find_leaks(df))
+    df = write('four', *[rng.normal(size=(9,8,7,3)) for _ in range(6)])
+    assert not len(check_dataset(df)) and not len(find_leaks(df))
+    assert 'intensity' in distribution_shift(df, df).index
+    df = write('five', *[rng.normal(size=(4,4,4,2,2)) for _ in range(2)])
+    assert set(check_dataset(df).problem)=={'no volume'}
+    df = write('shape', *[rng.random((12,12,12))>.5 for _ in range(8)], dtype=np.uint8)
+    assert not len(check_dataset(df)) and not len(find_leaks(df))
     for i,shape in enumerate(((30000,30000,30000),(32767,1,1),(0,5,5),(-5,5,5))):
-        h = bytearray(gzip.decompress(df.image[0].read_bytes())); h[42:48] = np.array(shape, '<i2').tobytes(); (tmp_path/f'huge{i}.nii').write_bytes(bytes(h))
-    r = check_dataset(pd.DataFrame([dict(case=f'h{i}', image=tmp_path/f'huge{i}.nii') for i in range(4)])); assert set(r.errors.case)=={'h0','h1','h2','h3'}, r.to_string()
+        h = bytearray(gzip.decompress(df.image[0].read_bytes()))
+        h[42:48] = np.array(shape, '<i2').tobytes()
+        (tmp_path/f'huge{i}.nii').write_bytes(bytes(h))
+    r = check_dataset(pd.DataFrame([dict(case=f'h{i}', image=tmp_path/f'huge{i}.nii') for i in range(4)]))
+    assert set(r.errors.case)=={'h0','h1','h2','h3'}, r.to_string()
 
 def test_the_split_of_dataloaders_warns(healthy, tmp_path):
     from fastmed.data.cases import warn_twins
-    twin = rewrite(healthy.image[2], tmp_path/'x.nii.gz'); files = list(healthy.image); files[5] = twin
+    twin = rewrite(healthy.image[2], tmp_path/'x.nii.gz')
+    files = list(healthy.image)
+    files[5] = twin
     with pytest.warns(UserWarning, match="'c02'.*'c05'"): warn_twins(healthy, files, range(5))
-    with warnings.catch_warnings(): warnings.simplefilter('error'); warn_twins(healthy, files, range(6)); warn_twins(healthy, list(healthy.image), range(5))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        warn_twins(healthy, files, range(6))
+        warn_twins(healthy, list(healthy.image), range(5))
 
 # ---- leaks
 
@@ -316,54 +421,87 @@ def scans(path, f, n=6):
     from scipy.ndimage import gaussian_filter
     rows,A = [],[]
     for i in range(n):
-        rng = np.random.default_rng(i); a = gaussian_filter(rng.normal(size=(32,30,28)), 3)*2000+1000+rng.normal(0, 8, (32,30,28)); A.append(a.astype(np.float32))
-    A[0],last = f(A[0]); A.append(last)
-    for i,a in enumerate(A): nib.save(nib.Nifti1Image(np.ascontiguousarray(a), np.eye(4)), path/f'{i}.nii'); rows.append(dict(case=f'{i}', subject=f's{i}', image=path/f'{i}.nii', side=i<n))
+        rng = np.random.default_rng(i)
+        a = gaussian_filter(rng.normal(size=(32,30,28)), 3)*2000+1000+rng.normal(0, 8, (32,30,28))
+        A.append(a.astype(np.float32))
+    A[0],last = f(A[0])
+    A.append(last)
+    for i,a in enumerate(A):
+        nib.save(nib.Nifti1Image(np.ascontiguousarray(a), np.eye(4)), path/f'{i}.nii')
+        rows.append(dict(case=f'{i}', subject=f's{i}', image=path/f'{i}.nii', side=i<n))
     return pd.DataFrame(rows)
 
-LEAKS = dict(identical=('identical', lambda a: (a, a)), mirrored=('mirrored or turned', lambda a: (a, a[::-1])), turned=('mirrored or turned', lambda a: (a, a.transpose(2,0,1)[:,::-1])),
-    overlapping=('shared pieces', lambda a: (a[:20], a[12:])), mirrored_overlap=('shared pieces', lambda a: (a[:20], a[12:,::-1,::-1])),
-    quantum=('same quantum', lambda a: ((q:=np.round(a/5.958862)*np.float32(5.958862))[:16], q[16:])), gaps=('same gaps', lambda a: ((q:=np.round(np.round(a/7.3)*7.3/4))[:16], q[16:])),
-    picture=('same picture', lambda a: (a, a*.37+55+np.random.default_rng(9).normal(0, 1, a.shape).astype(np.float32))), picture_mirrored=('same picture mirrored', lambda a: (a, a[::-1]*.37+np.random.default_rng(9).normal(0, 1, a.shape).astype(np.float32))))
+LEAKS = dict(identical=('identical', lambda a: (a, a)), mirrored=('mirrored or turned', lambda a: (a, a[::-1])),
+        turned=('mirrored or turned', lambda a: (a, a.transpose(2,0,1)[:,::-1])),
+    overlapping=('shared pieces', lambda a: (a[:20], a[12:])),
+        mirrored_overlap=('shared pieces', lambda a: (a[:20], a[12:,::-1,::-1])),
+    quantum=('same quantum', lambda a: ((q:=np.round(a/5.958862)*np.float32(5.958862))[:16], q[16:])),
+        gaps=('same gaps', lambda a: ((q:=np.round(np.round(a/7.3)*7.3/4))[:16], q[16:])),
+    picture=('same picture', lambda a: (a, a*.37+55+np.random.default_rng(9).normal(0, 1, a.shape).astype(np.float32))),
+        picture_mirrored=('same picture mirrored',
+                          lambda a: (a, a[::-1]*.37+np.random.default_rng(9).normal(0, 1, a.shape).astype(np.float32))))
 
 @pytest.mark.parametrize('name', LEAKS)
 def test_leak_is_found(tmp_path, name):
-    why,f = LEAKS[name]; df = scans(tmp_path, f)
-    got = find_leaks(df); assert [(r.case_a, r.case_b, r.sure) for r in got.itertuples()]==[('0','6','proved')] and why in got.evidence.iloc[0], got.to_string()
-    assert not len(find_leaks(df.assign(subject=['s0','1','2','3','4','5','s0']))), 'two scans of one subject are no leak'
+    why,f = LEAKS[name]
+    df = scans(tmp_path, f)
+    got = find_leaks(df)
+    assert [(r.case_a, r.case_b, r.sure) for r in got.itertuples()]==[('0','6',
+            'proved')] and why in got.evidence.iloc[0], got.to_string()
+    assert not len(find_leaks(df.assign(subject=['s0','1','2','3','4','5',
+                                                 's0']))), 'two scans of one subject are no leak'
     with pytest.warns(UserWarning, match='parts 1 pairs'): assert find_leaks(df, split='side').parted.all()
 
 def test_leak_in_any_channel(tmp_path):
     "Only the second channel gives the pair away; and a file that stands once as first and once as second channel"
-    df = scans(tmp_path, lambda a: (a, np.random.default_rng(77).normal(1000, 50, a.shape).astype(np.float32))); (tmp_path/'b').mkdir(); two = scans(tmp_path/'b', lambda a: (a, a[::-1]))
-    both = df.assign(image=[list(o) for o in zip(df.image, two.image)]); got = find_leaks(both); assert list(zip(got.case_a, got.case_b))==[('0','6')] and 'mirrored' in got.evidence.iloc[0]
-    both['image'] = [*both.image[:6], [df.image[6], df.image[3]]]; assert ('3','6') in set(zip(*find_leaks(both)[['case_a','case_b']].values.T))
-    assert len(find_leaks(both.assign(image=[o if i else o[:1] for i,o in enumerate(both.image)])))==1, 'cases may have unlike numbers of channels'
+    df = scans(tmp_path, lambda a: (a, np.random.default_rng(77).normal(1000, 50, a.shape).astype(np.float32)))
+    (tmp_path/'b').mkdir()
+    two = scans(tmp_path/'b', lambda a: (a, a[::-1]))
+    both = df.assign(image=[list(o) for o in zip(df.image, two.image)])
+    got = find_leaks(both)
+    assert list(zip(got.case_a, got.case_b))==[('0','6')] and 'mirrored' in got.evidence.iloc[0]
+    both['image'] = [*both.image[:6], [df.image[6], df.image[3]]]
+    assert ('3','6') in set(zip(*find_leaks(both)[['case_a','case_b']].values.T))
+    assert len(find_leaks(both.assign(image=[o if i else o[:1] for i,
+                                             o in enumerate(
+            both.image)])))==1, 'cases may have unlike numbers of channels'
 
 def test_likeness_is_learnt_from_proved_pairs(tmp_path):
     "Ladders of some pairs teach what two halves of one scan share; pairs without a ladder are then found, and no others"
     rows,rng = [],np.random.default_rng(0)
     for i in range(40):
-        a = gaussian_filter(rng.normal(size=(48,24,24)), rng.uniform(1, 3))*rng.uniform(800, 4000)+rng.uniform(500, 1500)+rng.normal(0, rng.uniform(2, 60), (48,24,24))
-        if i<30: q = np.float32(round(rng.uniform(3, 9), 5)); a = np.round(a/q).astype(np.float32)*q
+        a = gaussian_filter(rng.normal(size=(48,24,24)), rng.uniform(1, 3))*rng.uniform(800, 4000)+rng.uniform(500,
+                1500)+rng.normal(0, rng.uniform(2, 60), (48,24,24))
+        if i<30:
+            q = np.float32(round(rng.uniform(3, 9), 5))
+            a = np.round(a/q).astype(np.float32)*q
         for k,x in enumerate((a[:24], a[24:])):
             if k and i%2: continue
-            nib.save(nib.Nifti1Image(x.astype(np.float32), np.eye(4)), fn:=tmp_path/f'{i}_{k}.nii'); rows.append(dict(case=f'{i}_{k}', image=fn))
-    got = find_leaks(pd.DataFrame(rows)); true = got.case_a.str.split('_').str[0]==got.case_b.str.split('_').str[0]; free = got[got.case_a.str.split('_').str[0].astype(int)>=30]
-    assert true.mean()>.9 and (got.sure=='proved').sum()>=15 and len(free)>=4 and free.evidence.str.contains('as the proved pairs').all(), got.to_string()
+            nib.save(nib.Nifti1Image(x.astype(np.float32), np.eye(4)), fn:=tmp_path/f'{i}_{k}.nii')
+            rows.append(dict(case=f'{i}_{k}', image=fn))
+    got = find_leaks(pd.DataFrame(rows))
+    true = got.case_a.str.split('_').str[0]==got.case_b.str.split('_').str[0]
+    free = got[got.case_a.str.split('_').str[0].astype(int)>=30]
+    assert true.mean()>.9 and (got.sure=='proved').sum()>=15 and len(free)>=4 and free.evidence.str.contains(
+            'as the proved pairs').all(), got.to_string()
 
 def test_no_leak_among_unlike(tmp_path):
-    assert not len(find_leaks(scans(tmp_path, lambda a: (a, np.random.default_rng(77).normal(1000, 50, a.shape).astype(np.float32)))))
+    assert not len(find_leaks(scans(tmp_path,
+                                    lambda a: (a,
+                                               np.random.default_rng(77).normal(1000, 50,
+            a.shape).astype(np.float32)))))
 
 def test_no_leak_in_the_cohort(tmp_path):
     "Twenty-four subjects bent from one atlas are alike, and yet not one scan"
     df = cohort(tmp_path, n=24, spacing=4.)
     assert not len(find_leaks(df)), find_leaks(df).to_string()
-    r = check_dataset(df, ['air','CSF','grey','white'], image_col=['image','image_t2']); assert not len(r.errors), r.errors.to_string()
+    r = check_dataset(df, ['air','CSF','grey','white'], image_col=['image','image_t2'])
+    assert not len(r.errors), r.errors.to_string()
 
 def test_quantum():
     for q in (.25, 5.958862, 2653.4375):
-        u = np.unique(np.random.default_rng(0).integers(3, 900, 300)).astype(np.float32)*np.float32(q); assert abs(_quantum(u)/q-1)<1e-6
+        u = np.unique(np.random.default_rng(0).integers(3, 900, 300)).astype(np.float32)*np.float32(q)
+        assert abs(_quantum(u)/q-1)<1e-6
     assert np.isnan(_quantum(np.sort(np.random.default_rng(0).normal(size=500)).astype(np.float32)))
 
 # ---- shift
@@ -373,13 +511,22 @@ def test_shift(tmp_path):
     def study(name, n, seed, noise=8, spacing=1., site='a'):
         rows = []
         for i in range(n):
-            rng = np.random.default_rng(seed+i); a = gaussian_filter(rng.normal(size=(24,24,24)), 2)*2000+1000+rng.normal(0, noise, (24,24,24))
-            nib.save(nib.Nifti1Image(a.astype(np.float32), np.diag([spacing*rng.uniform(.98,1.02)]*3+[1])), fn:=tmp_path/f'{name}{i}.nii'); rows.append(dict(case=f'{name}{i}', image=fn, site=site))
+            rng = np.random.default_rng(seed+i)
+            a = gaussian_filter(rng.normal(size=(24,24,24)), 2)*2000+1000+rng.normal(0, noise, (24,24,24))
+            nib.save(nib.Nifti1Image(a.astype(np.float32), np.diag([spacing*rng.uniform(.98,1.02)]*3+[1])),
+                     fn:=tmp_path/f'{name}{i}.nii')
+            rows.append(dict(case=f'{name}{i}', image=fn, site=site))
         return pd.DataFrame(rows)
-    a = study('a', 20, 0); same,noisy,coarse = study('b', 20, 100),study('c', 20, 200, noise=40),study('d', 20, 300, spacing=1.3, site='b')
-    t = distribution_shift(a, same); assert set(t.index)=={'all','intensity','spacing','size','site'} and t.index[0]=='all' and (t.low<=.5).all() and .2<t.auc['all']<.8 and t.auc['site']==.5
-    t = distribution_shift(a, noisy); assert t.low['all']>.9 and t.low['intensity']>.9 and t.low['spacing']<.5<t.high['spacing'] and 'along' in t.telling['intensity']
-    t = distribution_shift(a, coarse); assert (t.auc[['all','spacing','size','site']]>.95).all() and 1.25<t.b['spacing']<1.35
+    a = study('a', 20, 0)
+    same,noisy,coarse = study('b', 20, 100),study('c', 20, 200, noise=40),study('d', 20, 300, spacing=1.3, site='b')
+    t = distribution_shift(a, same)
+    assert set(t.index)=={'all','intensity','spacing','size',
+            'site'} and t.index[0]=='all' and (t.low<=.5).all() and .2<t.auc['all']<.8 and t.auc['site']==.5
+    t = distribution_shift(a, noisy)
+    assert t.low['all']>.9 and t.low['intensity']>.9 and t.low['spacing']<.5<t.high['spacing'] and 'along' in t.telling[
+            'intensity']
+    t = distribution_shift(a, coarse)
+    assert (t.auc[['all','spacing','size','site']]>.95).all() and 1.25<t.b['spacing']<1.35
     pd.testing.assert_frame_equal(t, distribution_shift(a, coarse))
 
 # ---- real scans
@@ -390,23 +537,38 @@ def test_hippocampus_as_downloaded(data, tmp_path):
         for d in ('imagesTr','labelsTr'):
             (tmp_path/d).mkdir(exist_ok=True)
             for f in (data/s/d).glob('*.nii.gz') if (data/s/d).exists() else []: (tmp_path/d/f.name).symlink_to(f)
-    df = scan_folder(tmp_path, 'imagesTr/*.nii.gz', 'labelsTr/*.nii.gz'); r = check_dataset(df, ['background','Anterior','Posterior'])
+    df = scan_folder(tmp_path, 'imagesTr/*.nii.gz', 'labelsTr/*.nii.gz')
+    r = check_dataset(df, ['background','Anterior','Posterior'])
     e = r.errors.groupby('case').problem.agg(set).to_dict()
     assert {k[-3:]:v for k,v in e.items()}=={'118':{'no mask'}, '281':{'no image'}, '010':{'no image'}}
-    assert {'odd size','odd spacing'} <= set(r[r.case=='hippocampus_281'].problem) and 'intensity regime' in set(r.problem) and len(r.clean())==len(df)-3
+    assert ({'odd size','odd spacing'} <= set(r[r.case=='hippocampus_281'].problem)
+            and 'intensity regime' in set(r.problem) and len(r.clean())==len(df)-3)
     assert not len(check_dataset(scan_decathlon(data/'hippocampus')).errors)
 
 def test_hippocampus_leaks(data):
-    df = scan_decathlon(data/'hippocampus'); s = df.set_index('case').subject; pairs = len(df)-s.nunique()
-    t = find_leaks(df.drop(columns='subject')); true = s[t.case_a].values==s[t.case_b].values
-    assert true.mean()>.95 and true.sum()>.95*pairs and true[t.sure=='proved'].mean()>.96, (true.mean(), true.sum()/pairs)
+    df = scan_decathlon(data/'hippocampus')
+    s = df.set_index('case').subject
+    pairs = len(df)-s.nunique()
+    t = find_leaks(df.drop(columns='subject'))
+    true = s[t.case_a].values==s[t.case_b].values
+    assert true.mean()>.95 and true.sum()>.95*pairs and true[t.sure=='proved'].mean()>.96, (true.mean(),
+                                                             true.sum()/pairs)
     assert len(find_leaks(df))==(~true).sum()
-    with pytest.warns(UserWarning, match='parts'): find_leaks(df.drop(columns='subject').assign(fold=np.arange(len(df))%2), split='fold')
+    with pytest.warns(UserWarning, match='parts'):
+        find_leaks(df.drop(columns='subject').assign(fold=np.arange(len(df))%2), split='fold')
 
 def test_other_real_sets(data):
-    assert not len(check_dataset(scan_folder(data/'ms_lesions'))) and not len(find_leaks(scan_folder(data/'ms_lesions')))
-    ixi = scan_folder(data/'ixi_brains'); assert not len(check_dataset(ixi).errors) and not len(find_leaks(ixi))
-    ct = pd.DataFrame([dict(case=o.name, image=o) for o in sorted((data/'ct_dicom').iterdir())]); r = check_dataset(ct)
-    assert r.groupby('case').problem.agg(list).to_dict()=={o:['gantry tilt' if 'tilt18' in o else 'no volume'] for o in ct.case if 'tilt18' in o or 'mixed' in o}
-    sp = data/'spine'; df = pd.DataFrame([dict(case=c, image=sp/f'{c}.nii.gz', mask=sp/m) for c,m in (('t1','t1_cord.nii.gz'),('t2','t2_cord.nii.gz'),('t2s','t2s_greymatter.nii.gz'),('mt1','mt1_cord.nii.gz'))])
-    r = check_dataset(df); assert not len(r.errors) and set(r.problem)=={'mixed orientation','touches border'}
+    assert not len(check_dataset(scan_folder(data/'ms_lesions'))) and not len(
+            find_leaks(scan_folder(data/'ms_lesions')))
+    ixi = scan_folder(data/'ixi_brains')
+    assert not len(check_dataset(ixi).errors) and not len(find_leaks(ixi))
+    ct = pd.DataFrame([dict(case=o.name, image=o) for o in sorted((data/'ct_dicom').iterdir())])
+    r = check_dataset(ct)
+    assert r.groupby('case').problem.agg(list).to_dict()=={o:['gantry tilt' if 'tilt18' in o else 'no volume']
+                                                           for o in ct.case if 'tilt18' in o or 'mixed' in o}
+    sp = data/'spine'
+    df = pd.DataFrame([dict(case=c, image=sp/f'{c}.nii.gz', mask=sp/m) for c,
+            m in (('t1','t1_cord.nii.gz'),('t2','t2_cord.nii.gz'),('t2s','t2s_greymatter.nii.gz'),
+            ('mt1','mt1_cord.nii.gz'))])
+    r = check_dataset(df)
+    assert not len(r.errors) and set(r.problem)=={'mixed orientation','touches border'}

@@ -7,7 +7,8 @@ from fastmed.cli import main
 from test_nothing_lost import correct, snapshot, write_gz
 
 root = Path(__file__).resolve().parent.parent
-ENV = {**os.environ, 'PYTHONPATH':os.pathsep.join([str(root), os.environ.get('PYTHONPATH', '')]), 'PYTHONWARNINGS':'ignore', 'OMP_NUM_THREADS':'1'}
+ENV = {**os.environ, 'PYTHONPATH':os.pathsep.join([str(root), os.environ.get('PYTHONPATH', '')]),
+       'PYTHONWARNINGS':'ignore', 'OMP_NUM_THREADS':'1'}
 
 @pytest.fixture
 def shell(capsys):
@@ -23,60 +24,90 @@ def shell(capsys):
 def model(learner, tmp_path): return save_model(learner(3), tmp_path/'m.safetensors')
 
 @pytest.mark.parametrize('words,says', [
-    ('train D --epochs -3', 'epochs'), ('train D --epochs 0', 'epochs'), ('train D --epochs 1.5', 'epochs'), ('train D --epochs 1 --minutes 3', 'not allowed with argument'), ('train D --minutes 10 --epochs 1', 'not allowed with argument'), ('train D --minutes 0', 'minutes'), ('train D --minutes nan', 'minutes'), ('train D --spacing 1 2', 'spacing'), ('train D --spacing 0', 'spacing'),
-    ('train D --spacing 1 1 1 1', 'spacing'), ('train D --codes bg,,x', 'codes'), ('train D --codes bg,x,x', 'codes'), ('train D --codes lesion=1,background=0', 'names alone'), ('train D --workers -1', 'workers'), ('train D --valid-pct 1', 'valid-pct'), ('train D --seed -1', 'seed'),
-    ('predict M D O --overlap 1', 'overlap'), ('predict M D O --overlap -.1', 'overlap'), ('evaluate M D --tolerance -1', 'tolerance'), ('evaluate M D --tolerance inf', 'tolerance'), ('check D --codes ,', 'codes')])
+    ('train D --epochs -3', 'epochs'), ('train D --epochs 0', 'epochs'), ('train D --epochs 1.5', 'epochs'),
+        ('train D --epochs 1 --minutes 3', 'not allowed with argument'),
+        ('train D --minutes 10 --epochs 1', 'not allowed with argument'), ('train D --minutes 0', 'minutes'),
+        ('train D --minutes nan', 'minutes'), ('train D --spacing 1 2', 'spacing'), ('train D --spacing 0', 'spacing'),
+    ('train D --spacing 1 1 1 1', 'spacing'), ('train D --codes bg,,x', 'codes'), ('train D --codes bg,x,x', 'codes'),
+        ('train D --codes lesion=1,background=0', 'names alone'), ('train D --workers -1', 'workers'),
+        ('train D --valid-pct 1', 'valid-pct'), ('train D --seed -1', 'seed'),
+    ('predict M D O --overlap 1', 'overlap'), ('predict M D O --overlap -.1', 'overlap'),
+        ('evaluate M D --tolerance -1', 'tolerance'), ('evaluate M D --tolerance inf', 'tolerance'),
+        ('check D --codes ,', 'codes')])
 def test_an_argument_out_of_range_is_named(shell, study, tmp_path, words, says):
     "In one line, before anything is read or written"
-    at = dict(D=study[0], M=tmp_path/'m.safetensors', O=tmp_path/'o'); code,out,err = shell(*[at.get(o, o) for o in words.split()])
+    at = dict(D=study[0], M=tmp_path/'m.safetensors', O=tmp_path/'o')
+    code,out,err = shell(*[at.get(o, o) for o in words.split()])
     assert code==2 and says in err and err.count('\n')==1 and not out and not list(tmp_path.iterdir())
 
 @pytest.mark.parametrize('out', ['model','m.onnx','m.pt','m.nii.gz'])
 def test_train_knows_the_name_of_its_model_before_it_trains(shell, study, tmp_path, out, monkeypatch):
     import fastmed.all
-    monkeypatch.setattr(fastmed.all, 'unet3d_learner', None)                               # whoever gets so far fails otherwise
-    code,_,err = shell('train', study[0], '--images', 'images/*.nii', '--masks', 'labels/*.nii', '--out', tmp_path/out, '--epochs', 1, '--cache', tmp_path/'s')
+    # whoever gets so far fails otherwise
+    monkeypatch.setattr(fastmed.all, 'unet3d_learner', None)
+    code,_,err = shell('train', study[0], '--images', 'images/*.nii', '--masks', 'labels/*.nii', '--out', tmp_path/out,
+                       '--epochs', 1, '--cache', tmp_path/'s')
     assert code==2 and f'{out}: expected a name that ends in .safetensors, .pkl' in err and not list(tmp_path.iterdir())
 
 def test_train_replaces_no_model_unasked(shell, study, tmp_path):
     (tmp_path/'m.safetensors').write_text('of another day')
-    code,_,err = shell('train', study[0], '--out', tmp_path/'m.safetensors'); assert code==2 and '--overwrite' in err and (tmp_path/'m.safetensors').read_text()=='of another day'
+    code,_,err = shell('train', study[0], '--out', tmp_path/'m.safetensors')
+    assert code==2 and '--overwrite' in err and (tmp_path/'m.safetensors').read_text()=='of another day'
 
 class TestPredict:
     @pytest.fixture
-    def scans(self, study, tmp_path): write_gz(study[0], tmp_path/'images'); return tmp_path/'images'
+    def scans(self, study, tmp_path):
+        write_gz(study[0], tmp_path/'images')
+        return tmp_path/'images'
 
     def test_a_source_is_never_replaced(self, shell, model, scans):
         was = snapshot(scans)
         for dst,src in ((scans,scans), (scans/'c0.nii.gz',scans/'c0.nii.gz'), (scans,scans/'c0.nii.gz')):
             for more in ([], ['--overwrite']):
-                code,out,err = shell('predict', model, src, dst, *more); assert code==2 and 'never replaces' in err and not out
+                code,out,err = shell('predict', model, src, dst, *more)
+                assert code==2 and 'never replaces' in err and not out
         assert snapshot(scans)==was
 
     def test_what_was_not_written_by_fastmed_is_kept(self, shell, model, scans, study, tmp_path):
-        truth = tmp_path/'c0.nii.gz'; nib.save(nib.load(study[0]/'labels/c0.nii'), truth); was = truth.read_bytes()
-        code,out,err = shell('predict', model, scans/'c0.nii.gz', truth); assert code==2 and '--overwrite' in err and truth.read_bytes()==was
-        code,out,err = shell('predict', model, scans, tmp_path); assert code==2 and '--overwrite' in err and truth.read_bytes()==was
-        code,out,err = shell('predict', model, scans/'c0.nii.gz', truth, '--overwrite'); assert code==0 and out==f'{truth}\n' and truth.read_bytes()!=was
+        truth = tmp_path/'c0.nii.gz'
+        nib.save(nib.load(study[0]/'labels/c0.nii'), truth)
+        was = truth.read_bytes()
+        code,out,err = shell('predict', model, scans/'c0.nii.gz', truth)
+        assert code==2 and '--overwrite' in err and truth.read_bytes()==was
+        code,out,err = shell('predict', model, scans, tmp_path)
+        assert code==2 and '--overwrite' in err and truth.read_bytes()==was
+        code,out,err = shell('predict', model, scans/'c0.nii.gz', truth, '--overwrite')
+        assert code==0 and out==f'{truth}\n' and truth.read_bytes()!=was
         assert shell('predict', model, scans/'c0.nii.gz', truth)[0]==0                     # its own: once more
-        a = correct(truth); assert shell('predict', model, scans/'c0.nii.gz', truth)[0]==2 and np.array_equal(np.asarray(nib.load(truth).dataobj), a)
+        a = correct(truth)
+        assert shell('predict', model, scans/'c0.nii.gz',
+                     truth)[0]==2 and np.array_equal(np.asarray(nib.load(truth).dataobj), a)
 
     def test_a_wrong_destination_is_found_before_the_prediction(self, shell, model, scans, tmp_path, monkeypatch):
         from fastmed.all import VolumeLearner
-        monkeypatch.setattr(VolumeLearner, 'predict_volume', None); (tmp_path/'file').write_text('')
-        for dst,says in (('o.pkl','.nii.gz'), ('o','no ending'), ('file/o.nii.gz','stands where a folder should'), ('cases.csv','.nii.gz')):
-            code,_,err = shell('predict', model, scans/'c0.nii.gz', tmp_path/dst); assert code==2 and says in err, err
-        code,_,err = shell('predict', model, scans, tmp_path/'file'); assert code==2 and 'stands where a folder should' in err
+        monkeypatch.setattr(VolumeLearner, 'predict_volume', None)
+        (tmp_path/'file').write_text('')
+        for dst,says in (('o.pkl','.nii.gz'), ('o','no ending'), ('file/o.nii.gz','stands where a folder should'),
+                ('cases.csv','.nii.gz')):
+            code,_,err = shell('predict', model, scans/'c0.nii.gz', tmp_path/dst)
+            assert code==2 and says in err, err
+        code,_,err = shell('predict', model, scans, tmp_path/'file')
+        assert code==2 and 'stands where a folder should' in err
 
     def test_stdout_holds_paths_alone(self, model, scans, tmp_path):
-        r = subprocess.run([sys.executable, '-m', 'fastmed', 'predict', model, scans, tmp_path/'o'], env=ENV, capture_output=True, text=True)
-        assert r.returncode==0 and r.stdout==''.join(f'{tmp_path/"o"/f"c{i}.nii.gz"}\n' for i in range(2)) and r.stderr=='', (r.stdout, r.stderr)
+        r = subprocess.run([sys.executable, '-m', 'fastmed', 'predict', model, scans, tmp_path/'o'], env=ENV,
+                            capture_output=True, text=True)
+        assert r.returncode==0 and r.stdout==''.join(f'{tmp_path/"o"/f"c{i}.nii.gz"}\n'
+                                                     for i in range(2)) and r.stderr=='', (r.stdout, r.stderr)
 
 def test_a_table_is_not_replaced_unasked(shell, model, study, tmp_path):
     (tmp_path/'cases.csv').write_text('case,subject\n')
-    words = ['evaluate', model, study[0], '--images', 'images/*.nii', '--masks', 'labels/*.nii', '--csv', tmp_path/'cases.csv']
-    code,_,err = shell(*words); assert code==2 and '--overwrite' in err and (tmp_path/'cases.csv').read_text()=='case,subject\n'
-    code,_,err = shell(*words[:-1], tmp_path/'cases.nii.gz'); assert code==2 and '.csv' in err
+    words = ['evaluate', model, study[0], '--images', 'images/*.nii', '--masks', 'labels/*.nii', '--csv',
+             tmp_path/'cases.csv']
+    code,_,err = shell(*words)
+    assert code==2 and '--overwrite' in err and (tmp_path/'cases.csv').read_text()=='case,subject\n'
+    code,_,err = shell(*words[:-1], tmp_path/'cases.nii.gz')
+    assert code==2 and '.csv' in err
     assert shell(*words, '--overwrite')[0]==0 and 'dice' in (tmp_path/'cases.csv').read_text()
 
 class TestPickle:
@@ -84,12 +115,15 @@ class TestPickle:
     def test_a_pickle_is_not_run_unasked(self, shell, learner, study, tmp_path, name):
         "Whatever its name; what runs leaves a file behind"
         (tmp_path/name).write_bytes(b"cos\nsystem\n(S'touch %s'\ntR." % str(tmp_path/'ran').encode())
-        for words in (['predict', tmp_path/name, study[0]/'images/c0.nii', tmp_path/'o.nii.gz'], ['evaluate', tmp_path/name, study[0], '--images', 'images/*.nii', '--masks', 'labels/*.nii']):
-            code,_,err = shell(*words); assert code==2 and '--trust' in err and not (tmp_path/'ran').exists()
+        for words in (['predict', tmp_path/name, study[0]/'images/c0.nii', tmp_path/'o.nii.gz'],
+                ['evaluate', tmp_path/name, study[0], '--images', 'images/*.nii', '--masks', 'labels/*.nii']):
+            code,_,err = shell(*words)
+            assert code==2 and '--trust' in err and not (tmp_path/'ran').exists()
 
     def test_a_trusted_one_is_opened_with_a_sentence(self, shell, learner, study, tmp_path):
         learner(3).export('m.pkl')
-        code,out,err = shell('predict', tmp_path/'m.pkl', study[0]/'images/c0.nii', tmp_path/'o.nii.gz', '--trust'); assert code==0 and 'pickle' in err and out==f'{tmp_path/"o.nii.gz"}\n'
+        code,out,err = shell('predict', tmp_path/'m.pkl', study[0]/'images/c0.nii', tmp_path/'o.nii.gz', '--trust')
+        assert code==0 and 'pickle' in err and out==f'{tmp_path/"o.nii.gz"}\n'
 
 def test_train_writes_safetensors_where_nothing_is_said():
     from fastmed.cli import parser
@@ -97,42 +131,64 @@ def test_train_writes_safetensors_where_nothing_is_said():
 
 def test_epochs_of_a_fit_by_the_clock_are_not_a_million(study, tmp_path):
     "Under a terminal of its own: bars on stderr, no number of epochs that nobody knows"
-    pty = pytest.importorskip('pty'); end,other = pty.openpty()
-    p = subprocess.Popen([sys.executable, '-m', 'fastmed', 'train', study[0], '--images', 'images/*.nii', '--masks', 'labels/*.nii', '--spacing', '1.25', '--minutes', '.02', '--out', tmp_path/'m.safetensors', '--cache', tmp_path/'s'], env=ENV, stdout=subprocess.PIPE, stderr=other, text=True)
-    os.close(other); seen = b''
+    pty = pytest.importorskip('pty')
+    end,other = pty.openpty()
+    p = subprocess.Popen([sys.executable, '-m', 'fastmed', 'train', study[0], '--images', 'images/*.nii', '--masks',
+                          'labels/*.nii', '--spacing', '1.25', '--minutes', '.02', '--out', tmp_path/'m.safetensors',
+                          '--cache', tmp_path/'s'], env=ENV, stdout=subprocess.PIPE, stderr=other, text=True)
+    os.close(other)
+    seen = b''
     try:
         while b:=os.read(end, 2**16): seen += b
     except OSError: pass                                                                   # the other end is closed
-    out = p.communicate()[0]; os.close(end); seen = seen.decode(errors='replace')
+    out = p.communicate()[0]
+    os.close(end)
+    seen = seen.decode(errors='replace')
     assert p.returncode==0, seen[-2000:]
-    assert '1000000' not in seen+out and 'None' not in seen.replace('\r', '\n').splitlines()[-1] and re.search(r'of 0\.02 minutes, \d+ updates', seen), seen[:500]
+    assert '1000000' not in seen+out and 'None' not in seen.replace('\r',
+            '\n').splitlines()[-1] and re.search(r'of 0\.02 minutes, \d+ updates', seen), seen[:500]
     assert '█' not in out and '\r' not in out and out.rstrip().endswith('m.safetensors written')
 
 def test_a_refused_comparison_does_not_stand_in_the_way_of_the_corrected_one(shell, study, tmp_path):
-    plan = f"data = '{study[0]}'\nimages = 'images/*.nii'\nmasks = 'labels/*.nii'\nfolds = 2\nbudget = {{{{updates = 1}}}}\ndevice = 'cpu'\nnf = 4\ndepth = 2\npatch = 16\nspacing = 1.25\ncodes = ['background','large','small']\n[arms.3D]\nndim = 3\n{{}}\n[arms.small]\nndim = 3\nnf = 2\n"
-    (tmp_path/'plan.toml').write_text(plan.format('nosuch = 1')); code,_,err = shell('compare', tmp_path/'plan.toml'); assert code==2 and 'nosuch' in err
-    (tmp_path/'plan.toml').write_text(plan.format('')); code,_,err = shell('compare', tmp_path/'plan.toml'); assert code==0, err
-    (tmp_path/'plan.toml').write_text(plan.format('lr_max = 1')); code,_,err = shell('compare', tmp_path/'plan.toml'); assert code==2 and 'another experiment' in err      # of finished runs it still is
+    plan = (f"data = '{study[0]}'\nimages = 'images/*.nii'\nmasks = 'labels/*.nii'\nfolds = 2\nbudget = {{{{updates = "
+            f"1}}}}\ndevice = 'cpu'\nnf = 4\ndepth = 2\npatch = 16\nspacing = 1.25\ncodes = "
+            f"['background','large','small']\n[arms.3D]\nndim = 3\n{{}}\n[arms.small]\nndim = 3\nnf = 2\n")
+    (tmp_path/'plan.toml').write_text(plan.format('nosuch = 1'))
+    code,_,err = shell('compare', tmp_path/'plan.toml')
+    assert code==2 and 'nosuch' in err
+    (tmp_path/'plan.toml').write_text(plan.format(''))
+    code,_,err = shell('compare', tmp_path/'plan.toml')
+    assert code==0, err
+    # of finished runs it still is
+    (tmp_path/'plan.toml').write_text(plan.format('lr_max = 1'))
+    code,_,err = shell('compare', tmp_path/'plan.toml')
+    assert code==2 and 'another experiment' in err
 
 @pytest.mark.skipif(sys.platform=='win32', reason='signals of POSIX')
 @pytest.mark.parametrize('after', [0., .3, .7, 1.1, 1.5, 2.5])
 def test_stopped_at_the_start(study, after):
     "Ctrl-C while modules are imported, which some of them turn into errors of their own: one line and no traceback"
     code = "import sys, fastmed.cli; print('up', flush=True); sys.exit(fastmed.cli.main())"
-    p = subprocess.Popen([sys.executable, '-c', code, 'check', study[0], '--images', 'images/*.nii', '--masks', 'labels/*.nii'], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen([sys.executable, '-c', code, 'check', study[0], '--images', 'images/*.nii', '--masks',
+                          'labels/*.nii'], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert p.stdout.readline()=='up\n'
-    time.sleep(.05+after); p.send_signal(signal.SIGINT); out,err = p.communicate(timeout=1200)
+    time.sleep(.05+after)
+    p.send_signal(signal.SIGINT)
+    out,err = p.communicate(timeout=1200)
     assert (p.returncode, err)==(130, 'fastmed: stopped\n') or p.returncode in (0,1) and not err, err
 
 def test_a_training_that_goes_on_keeps_its_plan(shell, study, tmp_path, monkeypatch):
     "The machine is measured once; another spacing is refused, and the finished model leaves no plan behind"
     import fastmed.all, fastmed.data.loaders as data
-    words = ['train', study[0], '--images', 'images/*.nii', '--masks', 'labels/*.nii', '--out', tmp_path/'m.safetensors',
+    words = ['train', study[0], '--images', 'images/*.nii', '--masks', 'labels/*.nii', '--out',
+             tmp_path/'m.safetensors',
              '--minutes', .05, '--cache', tmp_path/'s', '--workers', 0]
     class Stop(ResumeCallback):
         def after_batch(self):
             super().after_batch()
-            if self.iter==1: self._save(0, 2); raise KeyboardInterrupt
+            if self.iter==1:
+                self._save(0, 2)
+                raise KeyboardInterrupt
     with monkeypatch.context() as m:
         m.setattr(fastmed.all, 'ResumeCallback', Stop)
         assert shell(*words)[0]
@@ -147,7 +203,8 @@ def test_a_training_that_goes_on_keeps_its_plan(shell, study, tmp_path, monkeypa
 
 def test_the_same_words_again_lose_no_training(shell, study, tmp_path):
     "A training that was stopped is not thrown away because --resume was forgotten"
-    words = ['train', study[0], '--images', 'images/*.nii', '--masks', 'labels/*.nii', '--out', tmp_path/'m.safetensors', '--epochs', 1, '--cache', tmp_path/'s']
+    words = ['train', study[0], '--images', 'images/*.nii', '--masks', 'labels/*.nii', '--out',
+             tmp_path/'m.safetensors', '--epochs', 1, '--cache', tmp_path/'s']
     kept,plan = tmp_path/'m.safetensors.resume',tmp_path/'m.safetensors.plan.json'
     kept.write_bytes(b'three days')
     plan.write_text('its plan')
@@ -165,7 +222,8 @@ def cases(study, tmp_path):
 
 class TestKept:
     def test_a_table_of_cases_is_a_source(self, shell, model, cases):
-        (cases/'cases.csv').write_text('case,subject\n'+''.join(f'c{i},s{i}\n' for i in range(9))); was = snapshot(cases)
+        (cases/'cases.csv').write_text('case,subject\n'+''.join(f'c{i},s{i}\n' for i in range(9)))
+        was = snapshot(cases)
         code,out,err = shell('evaluate', model, cases, *words_of(cases, '--csv', cases/'cases.csv', '--overwrite'))
         assert code==2 and not out and 'never replaces' in err and snapshot(cases)==was
 
@@ -173,16 +231,19 @@ class TestKept:
     def test_a_training_that_was_stopped_is_not_lost(self, shell, study, tmp_path, monkeypatch, more):
         "It is removed where that is asked for; a link in its place is never followed"
         import fastmed.all
-        monkeypatch.setattr(fastmed.all, 'unet3d_learner', None)                           # whoever gets so far fails otherwise
+        # whoever gets so far fails otherwise
+        monkeypatch.setattr(fastmed.all, 'unet3d_learner', None)
         kept,plan,other = [tmp_path/o for o in ('m.safetensors.resume','m.safetensors.plan.json','other')]
-        words = ['train', study[0], *words_of(study, '--out', tmp_path/'m.safetensors', '--epochs', 1, '--cache', tmp_path/'s')]
+        words = ['train', study[0], *words_of(study, '--out', tmp_path/'m.safetensors', '--epochs', 1, '--cache',
+                                              tmp_path/'s')]
         other.write_text('mine')
         if more:
             os.symlink(other, plan)
             os.mkfifo(kept)
             says = 'expected a file'
         else:
-            kept.write_text('days'); plan.write_text('{}')
+            kept.write_text('days')
+            plan.write_text('{}')
             says = '--resume'
         code,_,err = shell(*words, *more)
         assert code==2 and says in err and os.path.lexists(kept) and os.path.lexists(plan) and other.read_text()=='mine'
@@ -196,16 +257,21 @@ class TestKept:
             was(self, *args, **kwargs)
             out.write_text('of the other one')
         monkeypatch.setattr(learner.VolumeLearner, 'fit', fit)
-        code,_,err = shell('train', study[0], *words_of(study, '--out', out, '--epochs', 1, '--spacing', 2, '--cache', tmp_path/'s', '--workers', 0))
-        assert code==2 and 'somebody else' in err and out.read_text()=='of the other one' and (tmp_path/'m.safetensors.resume').exists()
+        code,_,err = shell('train', study[0], *words_of(study, '--out', out, '--epochs', 1, '--spacing', 2, '--cache',
+                                                        tmp_path/'s', '--workers', 0))
+        assert code==2 and 'somebody else' in err and out.read_text()=='of the other one' and (tmp_path
+                /'m.safetensors.resume').exists()
 
     def test_a_demonstration_over_files_of_somebody(self, shell, tmp_path):
-        (tmp_path/'cases.csv').write_text('mine'); was = snapshot(tmp_path)
+        (tmp_path/'cases.csv').write_text('mine')
+        was = snapshot(tmp_path)
         code,out,err = shell('demo', '--path', tmp_path, '--n', 1)
         assert code==2 and not out and '--overwrite' in err and snapshot(tmp_path)==was
 
     def test_a_report_is_no_scan(self, shell, cases, tmp_path):
-        (tmp_path/'plan.toml').write_text('data = "d"\nimages = "images/*.nii"\nmasks = "labels/*.nii"\nreport = "d/images/c0.nii"\n[arms.a]\nndim = 3\n'); was = snapshot(cases)
+        (tmp_path/'plan.toml').write_text('data = "d"\nimages = "images/*.nii"\nmasks = "labels/*.nii"\nreport = '
+                                          '"d/images/c0.nii"\n[arms.a]\nndim = 3\n')
+        was = snapshot(cases)
         code,_,err = shell('compare', tmp_path/'plan.toml')
         assert code==2 and '.html' in err and snapshot(cases)==was and not (tmp_path/'comparison').exists()
 
@@ -213,7 +279,8 @@ class TestKept:
         "By whichever door"
         from fastmed.all import html_report, load_mask
         learn,fn,was = learner(3),cases/'images/c0.nii',snapshot(cases)
-        for write in (lambda: save_model(learn, fn), lambda: html_report(fn, 't', 'a', {}), lambda: learn.predict_volume(fn).save(fn)):
+        for write in (lambda: save_model(learn, fn), lambda: html_report(fn, 't', 'a', {}),
+                lambda: learn.predict_volume(fn).save(fn)):
             with pytest.raises(OSError, match='c0.nii: is '): write()
         assert snapshot(cases)==was
         load_mask(cases/'labels/c0.nii').save(cases/'labels/c0.nii')                       # a mask that was repaired
@@ -226,9 +293,12 @@ class TestNames:
         for d in ('images','labels'): os.rename(cases/d/'c0.nii', os.fsencode(cases/d)+b'/by\xff.nii')
         code,out,err = shell('predict', model, cases/'images', tmp_path/'o', '--images', '*.nii')
         assert code==0, err
-        assert (tmp_path/'o/by\\xff.nii.gz').exists() and len(out.splitlines())==len(list((tmp_path/'o').iterdir()))==len(list((cases/'images').iterdir()))
-        code,_,err = shell('check', cases, *words_of(cases)); assert code in (0,1) and not err
-        code,_,err = shell('evaluate', model, cases, *words_of(cases, '--csv', tmp_path/'e.csv')); assert code==0 and r'by\xff' in (tmp_path/'e.csv').read_text(), err
+        assert (tmp_path/'o/by\\xff.nii.gz').exists() and len(out.splitlines())==len(
+                list((tmp_path/'o').iterdir()))==len(list((cases/'images').iterdir()))
+        code,_,err = shell('check', cases, *words_of(cases))
+        assert code in (0,1) and not err
+        code,_,err = shell('evaluate', model, cases, *words_of(cases, '--csv', tmp_path/'e.csv'))
+        assert code==0 and r'by\xff' in (tmp_path/'e.csv').read_text(), err
 
     def test_a_name_that_is_too_long_for_its_mask(self, shell, model, cases, tmp_path):
         (cases/'images/c0.nii').rename(cases/f'images/{"y"*250}.nii')
@@ -245,7 +315,8 @@ class TestNames:
 def test_closed_streams(shell, model, cases, tmp_path, monkeypatch):
     "As a daemon has them"
     for k in ('stdout','stderr'): monkeypatch.setattr(sys, k, None)
-    assert main(['predict', str(model), str(cases/'images/c0.nii'), str(tmp_path/'o.nii.gz')])==0 and (tmp_path/'o.nii.gz').exists()
+    assert main(['predict', str(model), str(cases/'images/c0.nii'), str(tmp_path/'o.nii.gz')])==0 and (tmp_path
+            /'o.nii.gz').exists()
 
 def test_evaluate_names_who_failed(shell, model, cases):
     (cases/'images/c0.nii').write_bytes(b'no scan')

@@ -6,13 +6,16 @@ import multiprocessing
 import nibabel as nib, numpy as np, pandas as pd, pytest, torch
 import forked
 from scipy import stats
-from fastmed.all import (Comparison, Findings, LabelEfficiency, anisotropy_shift, bootstrap_means, compare_learners, group_folds, holm, label_efficiency, load_run, load_volume, paired_comparison, ruled_scores, slice_consistency, thick_slices)
+from fastmed.all import (Comparison, Findings, LabelEfficiency, anisotropy_shift, bootstrap_means, compare_learners,
+                         group_folds, holm, label_efficiency, load_run, load_volume, paired_comparison, ruled_scores,
+                         slice_consistency, thick_slices)
 from fastmed.study.runs import keep_model
 from phantoms import CODES, affine_of, dies, python, write_case
 
 # --- statistics
 def scores(n=40, shift=.01, seed=0):
-    rng = np.random.default_rng(seed); b = .85+.05*rng.normal(size=n)
+    rng = np.random.default_rng(seed)
+    b = .85+.05*rng.normal(size=n)
     return b+shift+.02*rng.normal(size=n), b
 
 @pytest.mark.parametrize('n', [8,25,60,110])
@@ -26,12 +29,14 @@ def test_interval_is_scipys():
     a,b = scores(50)
     r = paired_comparison(a, b, n_boot=20_000)
     s = stats.bootstrap((a-b,), np.mean, n_resamples=20_000, method='percentile', rng=np.random.default_rng(1))
-    assert r.ci==pytest.approx(tuple(s.confidence_interval), abs=3e-4) and r.se==pytest.approx(s.standard_error, rel=.03)
+    assert r.ci==pytest.approx(tuple(s.confidence_interval), abs=3e-4) and r.se==pytest.approx(s.standard_error,
+            rel=.03)
     assert r.mean==pytest.approx((a-b).mean()) and r.median==pytest.approx(np.median(a-b))
 
 def test_subjects_are_drawn_whole():
     "Each case twice, as two cases of one subject: the interval is that of the cases once; without groups it is narrower by the root of two"
-    a,b = scores(40); once = paired_comparison(a, b, n_boot=20_000)
+    a,b = scores(40)
+    once = paired_comparison(a, b, n_boot=20_000)
     aa,bb,g = np.repeat(a,2),np.repeat(b,2),np.repeat(np.arange(40),2)
     twice,blind = paired_comparison(aa, bb, g, n_boot=20_000),paired_comparison(aa, bb, n_boot=20_000)
     assert twice.se==pytest.approx(once.se, rel=.03) and twice.p==pytest.approx(once.p)
@@ -42,12 +47,16 @@ def test_interval_covers():
     "Of 200 draws of the same world the 95 % interval holds the true difference in about 95 %"
     hits = 0
     for i in range(200):
-        rng = np.random.default_rng(i); g = np.repeat(np.arange(30),2); d = .01+.02*rng.normal(size=30)[g]+.005*rng.normal(size=60)
-        lo,hi = paired_comparison(d, np.zeros(60), g, n_boot=1000, seed=i).ci; hits += lo<=.01<=hi
+        rng = np.random.default_rng(i)
+        g = np.repeat(np.arange(30),2)
+        d = .01+.02*rng.normal(size=30)[g]+.005*rng.normal(size=60)
+        lo,hi = paired_comparison(d, np.zeros(60), g, n_boot=1000, seed=i).ci
+        hits += lo<=.01<=hi
     assert 180<=hits<=198
 
 def test_equivalence_needs_evidence():
-    rng = np.random.default_rng(0); d = .002*rng.normal(size=40)
+    rng = np.random.default_rng(0)
+    d = .002*rng.normal(size=40)
     assert paired_comparison(d, 0*d, equal_within=.005).equivalent
     assert not paired_comparison(d[:3]*20, 0*d[:3], equal_within=.005).equivalent
     assert not paired_comparison(d+.01, 0*d, equal_within=.005).equivalent
@@ -58,10 +67,14 @@ def test_holm():
     assert holm([.5])==pytest.approx([.5]) and holm([]).size==0
 
 def test_series_are_matched_by_case():
-    a,b = scores(20); i = [f'c{k}' for k in range(20)]; o = np.random.default_rng(0).permutation(20)
-    x = paired_comparison(pd.Series(a, i), pd.Series(b, i)); y = paired_comparison(pd.Series(a, i), pd.Series(b, i).iloc[o])
+    a,b = scores(20)
+    i = [f'c{k}' for k in range(20)]
+    o = np.random.default_rng(0).permutation(20)
+    x = paired_comparison(pd.Series(a, i), pd.Series(b, i))
+    y = paired_comparison(pd.Series(a, i), pd.Series(b, i).iloc[o])
     assert x==y
-    with pytest.raises(ValueError, match='one side alone'): paired_comparison(pd.Series(a, i), pd.Series(b, i[:-1]+['other']))
+    with pytest.raises(ValueError, match='one side alone'):
+        paired_comparison(pd.Series(a, i), pd.Series(b, i[:-1]+['other']))
     with pytest.raises(ValueError, match='twice'): paired_comparison(pd.Series(a, ['c']*20), pd.Series(b, i))
 
 def test_one_case_has_no_interval():
@@ -70,14 +83,19 @@ def test_one_case_has_no_interval():
 
 # --- folds and slices
 def test_folds_keep_subjects_and_forget_the_order(study):
-    df = study[1]; f = group_folds(df, 3)
+    df = study[1]
+    f = group_folds(df, 3)
     assert len(set(f))==3 and all(len(set(f[df.subject==s]))==1 for s in df.subject)
     o = np.random.default_rng(0).permutation(len(df))
     assert (group_folds(df.iloc[o].reset_index(drop=True), 3)==f[o]).all()
     with pytest.raises(ValueError, match='at least 5 groups'): group_folds(df, 5)
 
 def test_slices_that_flicker():
-    m = np.zeros((12,20,20), int); m[2:10,5:15,5:15] = 1; j = m.copy(); j[4] = 0; j[7] = np.roll(j[7], 4, 0)
+    m = np.zeros((12,20,20), int)
+    m[2:10,5:15,5:15] = 1
+    j = m.copy()
+    j[4] = 0
+    j[7] = np.roll(j[7], 4, 0)
     r = slice_consistency(j, 0, truth=m).loc['1']
     assert r.overlap<-.2 and r.area_jump>.2
     assert slice_consistency(m, 0).loc['1'].tolist()==[1,0,0]
@@ -87,25 +105,34 @@ def test_slices_that_flicker():
 @pytest.mark.parametrize('axis', [0,1,2])
 def test_thick_slices_stay_in_place(code, axis, tmp_path):
     "The centre of mass of a scan does not move when its slices are put together"
-    write_case(tmp_path, 'c', affine_of(code, (1,1.5,2), (3,4,5)), (24,24,24), image=lambda a: np.where(a>.5, a, 0)); t = load_volume(tmp_path/'images/c.nii')
+    write_case(tmp_path, 'c', affine_of(code, (1,1.5,2), (3,4,5)), (24,24,24), image=lambda a: np.where(a>.5, a, 0))
+    t = load_volume(tmp_path/'images/c.nii')
     def centre(v):
-        a = v.numpy()[0].astype(float); i = np.array([(a*g).sum() for g in np.indices(a.shape)])/a.sum(); return v.affine[:3,:3]@i+v.affine[:3,3]
+        a = v.numpy()[0].astype(float)
+        i = np.array([(a*g).sum() for g in np.indices(a.shape)])/a.sum()
+        return v.affine[:3,:3]@i+v.affine[:3,3]
     k = thick_slices(t, 3, axis)
     assert k.spacing[axis]==pytest.approx(3*t.spacing[axis]) and centre(k)==pytest.approx(centre(t), abs=.1)
 
 # --- experiments
-SMALL = dict(codes=CODES, folds=2, budget=dict(updates=6), nf=4, depth=2, bs=2, samples_per_case=2, patch=16, spacing=1.25, device='cpu')
+SMALL = dict(codes=CODES, folds=2, budget=dict(updates=6), nf=4, depth=2, bs=2, samples_per_case=2, patch=16,
+             spacing=1.25, device='cpu')
 ARMS = {'3D':dict(ndim=3), '2D':dict(ndim=2, patch=(16,16,1), axis=2)}
 
 @pytest.fixture
 def one_thread():
-    n = torch.get_num_threads(); torch.set_num_threads(1); yield; torch.set_num_threads(n)
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
 
 @pytest.fixture(scope='module')
 def whole(study, tmp_path_factory):
     "A comparison that was never stopped"
-    n = torch.get_num_threads(); torch.set_num_threads(1)
-    c = make(study, tmp_path_factory.mktemp("whole")).run(); torch.set_num_threads(n)
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    c = make(study, tmp_path_factory.mktemp("whole")).run()
+    torch.set_num_threads(n)
     return c
 
 def make(study, tmp, arms=ARMS, **kwargs):
@@ -113,7 +140,9 @@ def make(study, tmp, arms=ARMS, **kwargs):
     df = df.assign(image=[str(path/o) for o in df.image], mask=[str(path/o) for o in df['mask']])
     return Comparison(df, arms, path=Path(tmp)/'c', cache=Path(tmp)/'s', **{**SMALL, **kwargs})
 
-def whole_df(study): path,df = study; return df.assign(image=[str(path/o) for o in df.image], mask=[str(path/o) for o in df['mask']])
+def whole_df(study):
+    path,df = study
+    return df.assign(image=[str(path/o) for o in df.image], mask=[str(path/o) for o in df['mask']])
 
 def table(c): return c.results.sort_values(['arm','fold','seed','case','structure']).reset_index(drop=True)
 
@@ -127,19 +156,28 @@ from test_compare import make
 import pandas as pd
 make((Path(sys.argv[3]), pd.read_csv(sys.argv[3]+'/cases.csv')), sys.argv[1]).run()
 """
-    env = {**os.environ, 'PYTHONPATH':os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent), os.environ.get('PYTHONPATH','')]), 'PYTHONWARNINGS':'ignore'}
+    env = {**os.environ,
+           'PYTHONPATH':os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent),
+           os.environ.get('PYTHONPATH','')]), 'PYTHONWARNINGS':'ignore'}
     for n in (0,1,2):
-        (tmp_path/'run.py').write_text(dies(f"self.training and self.train_iter=={1+2*n} and len(list(Path({str(tmp_path)!r}).glob('c/*, fold*')))=={n}")+code)
+        (tmp_path/'run.py').write_text(dies(f"self.training and self.train_iter=={1+2*n} and "
+                                            f"len(list(Path({str(tmp_path)!r}).glob('c/*, fold*')))=={n}")+code)
         p = forked.run([tmp_path/'run.py', tmp_path, Path(__file__).parent, study[0]], tmp_path, env)
         assert p.returncode==-signal.SIGKILL, p.stderr[-2000:]
         assert len(list(tmp_path.glob('c/*, fold*')))==n and (tmp_path/'c'/'unfinished').exists()
-    stamps = {f:f.stat().st_mtime_ns for f in tmp_path.glob('c/*, fold*/results.csv')}; assert len(stamps)==2
-    n = torch.get_num_threads(); torch.set_num_threads(1); c = make(study, tmp_path).run(); torch.set_num_threads(n)
+    stamps = {f:f.stat().st_mtime_ns for f in tmp_path.glob('c/*, fold*/results.csv')}
+    assert len(stamps)==2
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    c = make(study, tmp_path).run()
+    torch.set_num_threads(n)
     pd.testing.assert_frame_equal(table(c), table(whole))
     assert all(f.stat().st_mtime_ns==t for f,t in stamps.items()) and not (tmp_path/'c'/'unfinished').exists()
 
 class OwnNet(torch.nn.Sequential):
-    def __init__(self, n_in, n_out): super().__init__(torch.nn.Conv3d(n_in, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv3d(4, n_out, 1)); self.divisor = (1,1,1)
+    def __init__(self, n_in, n_out):
+        super().__init__(torch.nn.Conv3d(n_in, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv3d(4, n_out, 1))
+        self.divisor = (1,1,1)
 
 class Evil:
     def __init__(self, fn): self.fn = fn
@@ -147,52 +185,72 @@ class Evil:
 
 def test_runs_are_files_that_run_nothing(study, whole):
     "And they answer as they did when they were scored"
-    runs = sorted(whole.path.glob('*, fold*')); assert len(runs)==4 and all((r/'model.safetensors').exists() and not (r/'model.pkl').exists() for r in runs)
+    runs = sorted(whole.path.glob('*, fold*'))
+    assert len(runs)==4 and all((r/'model.safetensors').exists() and not (r/'model.pkl').exists() for r in runs)
     for arm in ('3D','2D'):
-        case = whole.results.case[0]; i = list(study[1].case.astype(str)).index(case); ev = whole.learner(arm, case).evaluate(whole.df[i:i+1])
+        case = whole.results.case[0]
+        i = list(study[1].case.astype(str)).index(case)
+        ev = whole.learner(arm, case).evaluate(whole.df[i:i+1])
         was = whole.results[(whole.results.arm==arm)&(whole.results.case==case)]
-        np.testing.assert_array_equal(ev.dice.to_numpy(float), was.dice.to_numpy(float)); assert whole.learner(arm, case).saw(whole.df) and case not in whole.learner(arm, case).saw(whole.df)
+        np.testing.assert_array_equal(ev.dice.to_numpy(float), was.dice.to_numpy(float))
+        assert whole.learner(arm, case).saw(whole.df) and case not in whole.learner(arm, case).saw(whole.df)
 
 def test_a_comparison_of_an_earlier_version(study, whole, tmp_path):
     "Its models are pickles: scores and report need none of them, and whoever needs one is told how to open it"
     import shutil
-    c = make(study, tmp_path); shutil.copytree(whole.path, c.path)
-    for r in c.path.glob('*, fold*'): (r/'model.safetensors').unlink(); torch.save(Evil(tmp_path/'ran'), r/'model.pkl')
-    pd.testing.assert_frame_equal(c.summary(), whole.summary()); assert c.answer()==whole.answer() and c.plan.done.all()
-    text = c.report(tmp_path/'r.html').read_text(); assert 'No pictures' in text and 'trust=True' in text
+    c = make(study, tmp_path)
+    shutil.copytree(whole.path, c.path)
+    for r in c.path.glob('*, fold*'):
+        (r/'model.safetensors').unlink()
+        torch.save(Evil(tmp_path/'ran'), r/'model.pkl')
+    pd.testing.assert_frame_equal(c.summary(), whole.summary())
+    assert c.answer()==whole.answer() and c.plan.done.all()
+    text = c.report(tmp_path/'r.html').read_text()
+    assert 'No pictures' in text and 'trust=True' in text
     for ask in (lambda: c.learner('3D'), lambda: c.learners_of(0), lambda: c.shift(factors=(1,))):
         with pytest.raises(ValueError, match=r'model.pkl: is not a .safetensors file.*say trust=True'): ask()
     assert not (tmp_path/'ran').exists()
     for r in c.path.glob('*, fold*'):
-        l = load_run(whole.path/r.name); l.path = r; l.export('model.pkl')
-    trusting = make(study, tmp_path, trust=True); fn = whole.df.image[0]
+        l = load_run(whole.path/r.name)
+        l.path = r
+        l.export('model.pkl')
+    trusting = make(study, tmp_path, trust=True)
+    fn = whole.df.image[0]
     assert torch.equal(trusting.learner('3D').predict_volume(fn), whole.learner('3D').predict_volume(fn))
     (next(iter(c.path.glob('*, fold*')))/'model.pkl').unlink()
     with pytest.raises(OSError, match='no such model file'): [load_run(r, trust=True) for r in c.path.glob('*, fold*')]
 
 def test_an_arm_with_a_network_of_ones_own(study, tmp_path, one_thread):
-    c = Comparison(whole_df(study), {'own':dict(ndim=3, arch=OwnNet)}, path=tmp_path/'c', cache=tmp_path/'s', **{k:v for k,v in SMALL.items() if k not in ('nf','depth')})
+    c = Comparison(whole_df(study), {'own':dict(ndim=3, arch=OwnNet)}, path=tmp_path/'c', cache=tmp_path/'s',
+            **{k:v for k,v in SMALL.items() if k not in ('nf','depth')})
     with pytest.warns(UserWarning, match='OwnNet is no network that is known by name'): c.run()
-    l = c.learner('own'); assert isinstance(l.model, OwnNet) and l.predict_volume(c.df.image[0]).shape
+    l = c.learner('own')
+    assert isinstance(l.model, OwnNet) and l.predict_volume(c.df.image[0]).shape
     folder = next(c.path.glob('own, fold*'))
     with pytest.raises(ValueError, match='arch=make'): load_run(folder)
     assert isinstance(load_run(folder, arch=lambda: OwnNet(1, 3)).model, OwnNet)
 
 def test_a_run_that_no_model_file_can_hold_is_kept_all_the_same(study, tmp_path, learner):
-    learn = learner(3); learn.model.encoder[0][2] = torch.nn.Tanh(); (tmp_path/'r').mkdir()
-    with pytest.warns(UserWarning, match='kept as model.pkl, a pickle'): assert keep_model(learn, tmp_path/'r').name=='model.pkl'
+    learn = learner(3)
+    learn.model.encoder[0][2] = torch.nn.Tanh()
+    (tmp_path/'r').mkdir()
+    with pytest.warns(UserWarning, match='kept as model.pkl, a pickle'):
+        assert keep_model(learn, tmp_path/'r').name=='model.pkl'
     with pytest.raises(ValueError, match='trust=True'): load_run(tmp_path/'r')
-    fn = study[0]/study[1].image[0]; assert torch.equal(load_run(tmp_path/'r', trust=True).predict_volume(fn), learn.predict_volume(fn))
+    fn = study[0]/study[1].image[0]
+    assert torch.equal(load_run(tmp_path/'r', trust=True).predict_volume(fn), learn.predict_volume(fn))
 
 @pytest.mark.slow
 def test_processes_give_the_same_table(study, whole, tmp_path, one_thread):
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context('spawn')) as ex: c = make(study, tmp_path).run(executor=ex)
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context('spawn')) as ex:
+        c = make(study, tmp_path).run(executor=ex)
     pd.testing.assert_frame_equal(table(c), table(whole))
 
 @pytest.mark.slow
 def test_dask_gives_the_same_table(study, whole, tmp_path, one_thread):
     dd = pytest.importorskip('distributed')
-    with dd.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, local_directory=str(tmp_path)) as cl, dd.Client(cl) as client:
+    with dd.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None,
+                         local_directory=str(tmp_path)) as cl, dd.Client(cl) as client:
         c = make(study, tmp_path).run(executor=client.get_executor())
     pd.testing.assert_frame_equal(table(c), table(whole))
 
@@ -205,12 +263,15 @@ def test_twins_do_not_differ(study, tmp_path, one_thread):
 def test_what_differs_is_listed(whole):
     d = whole.differences().index
     assert {'dimensions','patch','parameters','loss'}<=set(d)
-    assert not {'held-out cases','training cases','spacing','orientation','normalisation','augmentation','selection','post-processing','structures','top rate','budget'}&set(d)
-    assert set(whole.results)=={'arm','fold','seed','case','subject','structure','dice','hd95','nsd','volume_mm3','target_mm3','status'}
+    assert not {'held-out cases','training cases','spacing','orientation','normalisation','augmentation','selection',
+                'post-processing','structures','top rate','budget'}&set(d)
+    assert set(whole.results)=={'arm','fold','seed','case','subject','structure','dice','hd95','nsd','volume_mm3',
+                                'target_mm3','status'}
     assert {'parameters','case_gflops','train_s','predict_s','peak_mb','voxels','updates'}<=set(whole.cost)
 
 def test_one_augmentation_less_is_listed(study, tmp_path):
-    c = make(study, tmp_path, {'with':dict(ndim=3), 'without':dict(ndim=3, batch_tfms=None, post='keep_largest', lr_max=1e-2)})
+    c = make(study, tmp_path,
+            {'with':dict(ndim=3), 'without':dict(ndim=3, batch_tfms=None, post='keep_largest', lr_max=1e-2)})
     assert set(c.check().index)=={'augmentation','post-processing','top rate'}
 
 def test_other_terms_are_refused(study, whole, tmp_path):
@@ -243,7 +304,8 @@ def forgotten(runs, name):
 
 def test_finished_runs_do_not_stand_for_a_corrected_mask(study, whole, tmp_path):
     there,_ = copied(study, whole, tmp_path)
-    pd.testing.assert_frame_equal(table(make(there, tmp_path).run()), table(whole))      # other names, other times, the same content
+    # other names, other times, the same content
+    pd.testing.assert_frame_equal(table(make(there, tmp_path).run()), table(whole))
     fn = there[0]/there[1]['mask'][2]
     emptied(fn)
     with pytest.raises(ValueError, match='4 runs were trained or judged with other content') as e: make(there, tmp_path)
@@ -251,22 +313,29 @@ def test_finished_runs_do_not_stand_for_a_corrected_mask(study, whole, tmp_path)
     shutil.copy(study[0]/study[1]['mask'][2], fn)                                        # the old file again
     assert make(there, tmp_path).plan.done.all()
     fn.unlink()
-    assert len(table(make(there, tmp_path)))==len(table(whole))                          # results can be read without the data
+    # results can be read without the data
+    assert len(table(make(there, tmp_path)))==len(table(whole))
 
 def test_runs_that_noted_no_content_open_with_a_word(study, whole, tmp_path):
     there,runs = copied(study, whole, tmp_path)
     forgotten(runs, 'comparison.json')
-    for _ in range(2):                                                                   # and again: nobody knows any more now
-        with pytest.warns(UserWarning, match='4 of 4 finished runs are of a version that did not note'): c = make(there, tmp_path).run()
+    # and again: nobody knows any more now
+    for _ in range(2):
+        with pytest.warns(UserWarning, match='4 of 4 finished runs are of a version that did not note'):
+            c = make(there, tmp_path).run()
         assert c.plan.done.all()
     emptied(there[0]/there[1]['mask'][2])
-    with pytest.raises(ValueError, match='other content'): make(there, tmp_path)         # what changes from now on is seen
+    # what changes from now on is seen
+    with pytest.raises(ValueError, match='other content'):
+        make(there, tmp_path)
 
 def test_curves_do_not_stand_for_a_corrected_mask(tmp_path):
     df = pd.DataFrame([dict(write_case(tmp_path, f'c{i}', seed=i), subject=f's{i}', test=i>1) for i in range(4)])
     df = df.assign(image=[str(tmp_path/o) for o in df.image], mask=[str(tmp_path/o) for o in df['mask']])
     kw = {k:v for k,v in SMALL.items() if k!='folds'}
-    def run(): return label_efficiency(df, (1,), repeats=1, valid_col='test', path=tmp_path/'e', cache=tmp_path/'s', **{**kw, 'budget':dict(updates=1)})
+    def run():
+        return label_efficiency(df, (1,), repeats=1, valid_col='test', path=tmp_path/'e', cache=tmp_path/'s',
+                **{**kw, 'budget':dict(updates=1)})
     run()
     stamps = {f:f.stat().st_mtime_ns for f in (tmp_path/'e').glob('*.csv')}
     run()
@@ -277,40 +346,56 @@ def test_curves_do_not_stand_for_a_corrected_mask(tmp_path):
     with pytest.warns(UserWarning, match='1 of 1 finished runs are of a version that did not note'): run()
     note.write_text(text)
     emptied(df['mask'][3])
-    with pytest.raises(ValueError, match=r"1 runs were trained or judged with other content of case 'c3' \(mask\)"): run()
+    with pytest.raises(ValueError, match=r"1 runs were trained or judged with other content of case 'c3' \(mask\)"):
+        run()
 
 def test_mistakes_show_before_the_hours_are_spent(study, tmp_path):
     with pytest.raises(TypeError, match="arm 'a'.*nff"): make(study, tmp_path, {'a':dict(ndim=3, nff=3)}).run()
-    for kw,word in ((dict(budget=dict(minutes=1, epochs=2)),'one of'), (dict(budget=dict(minutes=0)),'above 0'), (dict(folds=9),'at least 9 groups'), (dict(folds='nothing'),'nothing')):
+    for kw,word in ((dict(budget=dict(minutes=1, epochs=2)),'one of'), (dict(budget=dict(minutes=0)),'above 0'),
+            (dict(folds=9),'at least 9 groups'), (dict(folds='nothing'),'nothing')):
         with pytest.raises((ValueError,KeyError), match=word): make(study, tmp_path/'x', **kw)
 
 def test_a_seen_case_is_no_judge(study, whole):
-    path,df = study; df = df.assign(image=[str(path/o) for o in df.image], mask=[str(path/o) for o in df['mask']])
-    two = whole.learners_of(0); held = whole.df[whole.fold==0]
+    path,df = study
+    df = df.assign(image=[str(path/o) for o in df.image], mask=[str(path/o) for o in df['mask']])
+    two = whole.learners_of(0)
+    held = whole.df[whole.fold==0]
     with pytest.raises(ValueError, match='has seen'): compare_learners(two, df, seen='refuse')
     with pytest.warns(UserWarning, match='leaves out'): f = compare_learners(two, df)
     assert set(f.results.case)==set(held.case)
-    with pytest.raises(ValueError, match='every case'), pytest.warns(UserWarning): compare_learners(two, df[~df.case.isin(held.case)])
-    sibling = held.assign(case=lambda d: 'new_'+d.case, subject=[whole.df.subject[whole.fold!=0].iloc[0]]*len(held))      # another name, a subject that was trained on
+    with pytest.raises(ValueError, match='every case'), pytest.warns(UserWarning):
+        compare_learners(two, df[~df.case.isin(held.case)])
+    # another name, a subject that was trained on
+    sibling = held.assign(case=lambda d: 'new_'+d.case, subject=[whole.df.subject[whole.fold!=0].iloc[0]]*len(held))
     with pytest.raises(ValueError, match='every case'), pytest.warns(UserWarning): compare_learners(two, sibling)
 
 def test_the_table_of_learners_is_that_of_the_run(study, whole):
-    held = whole.df[whole.fold==0]; f = compare_learners(whole.learners_of(0), held)
-    key = ['arm','case','structure']; a,b = [t.sort_values(key).reset_index(drop=True)[key+['dice','hd95','volume_mm3']] for t in (f.results, whole.results[whole.results.fold==0])]
+    held = whole.df[whole.fold==0]
+    f = compare_learners(whole.learners_of(0), held)
+    key = ['arm','case','structure']
+    a,b = [t.sort_values(key).reset_index(drop=True)[key+['dice','hd95','volume_mm3']]
+                                                          for t in (f.results, whole.results[whole.results.fold==0])]
     pd.testing.assert_frame_equal(a, b)
 
 def test_a_failed_case_counts_in_every_arm(study, tmp_path, one_thread):
-    path,df = study; c = make(study, tmp_path).run()
-    t = c.results; i = t[(t.arm=='3D')].index[:2]; t.loc[i,['dice','hd95','nsd']] = np.nan; t.loc[i,'status'] = 'error: gone'
-    w = ruled_scores(t); case = t.case[i[0]]
+    path,df = study
+    c = make(study, tmp_path).run()
+    t = c.results
+    i = t[(t.arm=='3D')].index[:2]
+    t.loc[i,['dice','hd95','nsd']] = np.nan
+    t.loc[i,'status'] = 'error: gone'
+    w = ruled_scores(t)
+    case = t.case[i[0]]
     assert w.loc[(case,'all'),'3D']==0 and w.loc[(case,'all'),'2D']==ruled_scores(c.results).loc[(case,'all'),'2D']
     assert Findings(t).summary().loc[('3D','all'),'failed']==1
 
 def test_a_run_that_is_not_finished_says_nothing():
     "It was filled up as if every structure had been rightly left out: Dice 1, HD95 0"
-    rows = [dict(arm=a, fold=0, seed=k, case=f'c{i}', subject=f's{i}', structure='x', dice=.5, hd95=3., status='ok') for a,k in (('A',0), ('A',1), ('B',0)) for i in range(4)]
+    rows = [dict(arm=a, fold=0, seed=k, case=f'c{i}', subject=f's{i}', structure='x', dice=.5, hd95=3., status='ok')
+            for a,k in (('A',0), ('A',1), ('B',0)) for i in range(4)]
     for score,v in (('dice',.5), ('hd95',3.)): assert (ruled_scores(pd.DataFrame(rows), score)==v).all(None), score
-    rows[0].update(dice=0., status='false positive')                       # case c0, seed 0, where B says rightly that there is nothing
+    # case c0, seed 0, where B says rightly that there is nothing
+    rows[0].update(dice=0., status='false positive')
     rows[8].update(dice=np.nan, hd95=np.nan, status='empty')
     w = ruled_scores(pd.DataFrame(rows))
     assert w.loc[('c0','x')].to_dict()==dict(A=.25, B=1.)
@@ -324,34 +409,42 @@ class Answers:
 
 def test_label_efficiency_knows_runs_by_the_function_that_made_them(tmp_path):
     "Runs of another `make` under the same path were given out as those of this one; and '01' came back as the number 1"
-    df = pd.DataFrame(dict(case=[f'c{i}' for i in range(8)], subject=[f's{i}' for i in range(8)], test=[i<4 for i in range(8)]))
+    df = pd.DataFrame(dict(case=[f'c{i}' for i in range(8)], subject=[f's{i}' for i in range(8)],
+            test=[i<4 for i in range(8)]))
     def make(names, p):
-        rows = pd.DataFrame(dict(case=df.case[:4], target=[names[i%2] for i in range(4)], status='ok')).assign(**{f'prob_{names[0]}':1-np.array(p), f'prob_{names[1]}':p})
+        rows = pd.DataFrame(dict(case=df.case[:4], target=[names[i%2] for i in range(4)],
+                status='ok')).assign(**{f'prob_{names[0]}':1-np.array(p), f'prob_{names[1]}':p})
         return lambda d: Answers(rows)
     for names,p,auc in ((('01','02'),(.1,.9,.2,.8),1), (('01','02'),(.9,.1,.8,.2),0), (('None','NA'),(.1,.9,.2,.8),1)):
         f = make(names, p)
-        t = label_efficiency(df, sizes=(2,), repeats=1, make=lambda d, f=f: f(d), budget=dict(updates=1), valid_col='test', path=tmp_path/'-'.join(names)/str(p)).summary()
+        t = label_efficiency(df, sizes=(2,), repeats=1, make=lambda d, f=f: f(d), budget=dict(updates=1),
+                             valid_col='test', path=tmp_path/'-'.join(names)/str(p)).summary()
         assert t.score.item()==auc
     def answer(high):
         def make(d):
             p = [.1,high,.2,high]
-            return Answers(pd.DataFrame(dict(case=df.case[:4], target=[0,1,0,1], prob_0=[1-o for o in p], prob_1=p, status='ok')))
+            return Answers(pd.DataFrame(dict(case=df.case[:4], target=[0,1,0,1], prob_0=[1-o for o in p], prob_1=p,
+                                             status='ok')))
         return make
-    scores = [label_efficiency(df, sizes=(2,), repeats=1, make=answer(h), budget=dict(updates=1), valid_col='test', path=tmp_path/'one').summary().score.item() for h in (.9,.0)]
+    scores = [label_efficiency(df, sizes=(2,), repeats=1, make=answer(h), budget=dict(updates=1), valid_col='test',
+                               path=tmp_path/'one').summary().score.item() for h in (.9,.0)]
     assert scores==[1,0]
 
 def test_label_efficiency_counts_a_case_that_was_not_read():
     "It left the mean without a word; a class that is a number came back as 1.0 and was known no more"
-    rows = [dict(init='scratch', size=5, repeat=0, case=f'c{i}', subject=f's{i}', structure='x', dice=.8, status='ok') for i in range(4)]
+    rows = [dict(init='scratch', size=5, repeat=0, case=f'c{i}', subject=f's{i}', structure='x', dice=.8, status='ok')
+                 for i in range(4)]
     rows[0].update(dice=np.nan, status='error: gone')
     t = LabelEfficiency(pd.DataFrame(rows), n_boot=10).summary()
     assert np.isclose(t.score, .6).all() and t.failed.item()==1
-    rows = [dict(init='scratch', size=5, repeat=0, case=f'c{i}', subject=f's{i}', target=i%2, prob_0=1-i%2, prob_1=i%2, status='ok') for i in range(5)]
+    rows = [dict(init='scratch', size=5, repeat=0, case=f'c{i}', subject=f's{i}', target=i%2, prob_0=1-i%2, prob_1=i%2,
+                 status='ok') for i in range(5)]
     rows[0].update(target=np.nan, prob_0=np.nan, prob_1=np.nan, status='error: gone')
     t = LabelEfficiency(pd.DataFrame(rows), n_boot=10).summary()
     assert t.score.item()==1 and t.failed.item()==1
 
 def test_report_needs_no_network(whole, tmp_path):
-    fn = whole.report(tmp_path/'r.html', shift=whole.shift(factors=(1,2), folds=[0])); page = fn.read_text(encoding='utf-8')
+    fn = whole.report(tmp_path/'r.html', shift=whole.shift(factors=(1,2), folds=[0]))
+    page = fn.read_text(encoding='utf-8')
     assert 'https:' not in page and 'http:' not in page and '<script' not in page and page.count('data:image/png')>=5
     for word in ('Thicker slices','What it costs','Remedies','Method','staircase'): assert word in page

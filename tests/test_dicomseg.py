@@ -15,7 +15,8 @@ from fastmed.all import InputError, TensorVolumeMask, dicom_series, load_dicom_s
 
 def mask_on(t, top=3):
     a = np.random.default_rng(5).integers(0, top+1, t.shape[1:])
-    return TensorVolumeMask(torch.from_numpy(a), affine=t.affine, codes=['background', *(f's{i}' for i in range(1, top+1))])
+    return TensorVolumeMask(torch.from_numpy(a), affine=t.affine,
+            codes=['background', *(f's{i}' for i in range(1, top+1))])
 
 # ---- enhanced multi-frame images
 
@@ -29,13 +30,16 @@ def test_real_enhanced_mr_has_segmentations(data, tmp_path):
         t = load_volume(s)
         m = mask_on(t)
         fn = save_dicom_seg(m, s, tmp_path/f'{i}.dcm')
-        assert np.array_equal(load_dicom_seg(fn, s).numpy(), m.numpy()) and np.array_equal(by_frames(fn, t.affine, t.shape[1:]), m.numpy())
+        assert np.array_equal(load_dicom_seg(fn, s).numpy(), m.numpy()) and np.array_equal(by_frames(fn, t.affine,
+                t.shape[1:]), m.numpy())
         source,seg = pydicom.dcmread(s.files[0]),pydicom.dcmread(fn)
         assert [o.ReferencedSOPInstanceUID for o in seg.SourceImageSequence]==[source.SOPInstanceUID]
         for p in seg.PerFrameFunctionalGroupsSequence:
             item = p.DerivationImageSequence[0].SourceImageSequence[0]
-            there = source.PerFrameFunctionalGroupsSequence[item.ReferencedFrameNumber-1].PlanePositionSequence[0].ImagePositionPatient
-            assert np.allclose(np.array(there, float), np.array(p.PlanePositionSequence[0].ImagePositionPatient, float), atol=1e-3)
+            there = source.PerFrameFunctionalGroupsSequence[item.ReferencedFrameNumber-1].PlanePositionSequence[
+                    0].ImagePositionPatient
+            assert np.allclose(np.array(there, float), np.array(p.PlanePositionSequence[0].ImagePositionPatient, float),
+                               atol=1e-3)
             assert item.ReferencedFrameNumber-1 in {o.frame for o in s.frames}
 
 def test_magnitude_and_field_map_have_names(data):
@@ -60,7 +64,8 @@ def test_measures_that_stand_in_each_frame(tmp_path):
         ds = pydicom.dcmread(fn)
         shared = ds.SharedFunctionalGroupsSequence[0]
         for p in ds.PerFrameFunctionalGroupsSequence:
-            p.PixelMeasuresSequence,p.PlaneOrientationSequence = shared.PixelMeasuresSequence,shared.PlaneOrientationSequence
+            p.PixelMeasuresSequence,p.PlaneOrientationSequence = (shared.PixelMeasuresSequence,
+                    shared.PlaneOrientationSequence)
         del shared.PixelMeasuresSequence, shared.PlaneOrientationSequence
         ds.save_as(fn)
         return ds
@@ -69,7 +74,8 @@ def test_measures_that_stand_in_each_frame(tmp_path):
     s = dicom_series(tmp_path/'one.dcm')
     m = mask_on(load_volume(s))
     assert np.array_equal(load_dicom_seg(save_dicom_seg(m, s, tmp_path/'o'/'seg.dcm'), s).numpy(), m.numpy())
-    assert np.array_equal(load_dicom_seg(save_dicom_seg(m, s, tmp_path/'o'/'k.dcm', strip_identity=False), s).numpy(), m.numpy())
+    assert np.array_equal(load_dicom_seg(save_dicom_seg(m, s, tmp_path/'o'/'k.dcm', strip_identity=False), s).numpy(),
+                                                        m.numpy())
     (tmp_path/'many').mkdir()
     size = len(whole.PixelData)//6
     for k in range(6):
@@ -83,15 +89,18 @@ def test_measures_that_stand_in_each_frame(tmp_path):
     assert np.array_equal(load_dicom_seg(fn, s).numpy(), m.numpy())
     seg,there = pydicom.dcmread(fn),{pydicom.dcmread(f).SOPInstanceUID for f in s.files}
     assert {o.ReferencedSOPInstanceUID for o in seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence}==there
-    assert {p.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID for p in seg.PerFrameFunctionalGroupsSequence}==there
+    assert {p.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID
+            for p in seg.PerFrameFunctionalGroupsSequence}==there
 
 def test_a_mosaic_has_no_segmentation(tmp_path):
     mosaic(tmp_path/'m.dcm', np.ones((8,6,5), int))
-    with pytest.raises(InputError, match='mosaic.*save_volume'): save_dicom_seg(mask_on(load_volume(tmp_path/'m.dcm')), tmp_path/'m.dcm', tmp_path/'x.dcm')
+    with pytest.raises(InputError, match='mosaic.*save_volume'):
+        save_dicom_seg(mask_on(load_volume(tmp_path/'m.dcm')), tmp_path/'m.dcm', tmp_path/'x.dcm')
 
 # ---- tilted series
 
-@pytest.mark.parametrize('kw', [dict(shear=np.tan(np.radians(18))), dict(at=(0,2,4,6.7,8.7,10.7,12.7)), dict(shear=-.3, at=(0,2,4,6.7,8.7,10.7,12.7), plane='oblique')])
+@pytest.mark.parametrize('kw', [dict(shear=np.tan(np.radians(18))), dict(at=(0,2,4,6.7,8.7,10.7,12.7)),
+        dict(shear=-.3, at=(0,2,4,6.7,8.7,10.7,12.7), plane='oblique')])
 def test_segmentation_of_a_tilted_series_is_read_back(kw, tmp_path):
     write(tmp_path/'s', np.random.default_rng(0).integers(0, 900, (40,36,7)), **kw)
     t = load_volume(tmp_path/'s', regrid=True)
@@ -113,12 +122,15 @@ MARK = 'ZQXV'
 def marker(vr):
     "A value of that kind which nobody would write by chance; None where there is none"
     if vr in ('LO','SH','LT','ST','UT','UC','CS','PN','AE','UR'): return MARK+'7'
-    return dict(DA='19430217', TM='041337', DT='19430217041337', AS='097Y', DS='97.4133', IS='974133', UI='1.2.974133.974133').get(vr)
+    return dict(DA='19430217', TM='041337', DT='19430217041337', AS='097Y', DS='97.4133', IS='974133',
+                UI='1.2.974133.974133').get(vr)
 
 def plant(ds, skip):
     "Every element of the standard that `ds` has not, in the groups that describe patient, study, series, equipment and image"
     for tag,(vr,vm,name,retired,keyword) in DicomDictionary.items():
-        if tag>>16 not in (0x0008,0x0010,0x0012,0x0018,0x0020,0x0032,0x0038,0x0040,0x0054,0x0088,0x0400,0x4008) or not keyword or keyword in skip or keyword in ds: continue
+        if tag>>16 not in (0x0008,0x0010,0x0012,0x0018,0x0020,0x0032,0x0038,0x0040,0x0054,0x0088,0x0400,
+                           0x4008) or not keyword or keyword in skip or keyword in ds:
+            continue
         if vr=='SQ':
             item = Dataset()
             item.CodeValue,item.CodingSchemeDesignator,item.CodeMeaning = MARK+'1',MARK+'2',MARK+'3'
@@ -131,15 +143,26 @@ def found(b): return [o for o in (MARK,'19430217','041337','097Y','97.4133','974
 @pytest.mark.parametrize('kind', ['slices','multi-frame'])
 def test_nothing_of_the_patient_is_in_a_segmentation(kind, tmp_path):
     "Each element of the standard holds a marker in the source, and none is in the segmentation (PS3.15, table E.1-1); UIDs by which it is found stay"
-    skip = ('SpecificCharacterSet','TimezoneOffsetFromUTC','NumberOfFrames','ImagePositionVolume','FrameOfReferenceUID','SOPClassUID','SpacingBetweenSlices','TransferSyntaxUID','GridFrameOffsetVector','RescaleType','ImagerPixelSpacing','NominalScannedPixelSpacing','ImagePlanePixelSpacing','ImageOrientationPatient','ImagePositionPatient','PixelSpacing','SliceThickness','PlanePositionSequence','PlaneOrientationSequence')
+    skip = ('SpecificCharacterSet','TimezoneOffsetFromUTC','NumberOfFrames','ImagePositionVolume','FrameOfReferenceUID',
+            'SOPClassUID','SpacingBetweenSlices','TransferSyntaxUID','GridFrameOffsetVector','RescaleType',
+            'ImagerPixelSpacing','NominalScannedPixelSpacing','ImagePlanePixelSpacing','ImageOrientationPatient',
+            'ImagePositionPatient','PixelSpacing','SliceThickness','PlanePositionSequence','PlaneOrientationSequence')
     def each(ds, k=0):
-        for o in ('PatientName','PatientID','PatientSex','PatientBirthDate','ReferringPhysicianName','AccessionNumber','StudyID','InstitutionName','StudyDate','StudyTime','SeriesDescription','Manufacturer','PositionReferenceIndicator'): ds.pop(o, None)
+        for o in ('PatientName','PatientID','PatientSex','PatientBirthDate','ReferringPhysicianName','AccessionNumber',
+                  'StudyID','InstitutionName','StudyDate','StudyTime','SeriesDescription','Manufacturer',
+                  'PositionReferenceIndicator'):
+            ds.pop(o, None)
         plant(ds, skip)
-        ds.add_new(0x00091001, 'LO', MARK); ds.add_new(0x00090010, 'LO', MARK)
-    if kind=='slices': src = tmp_path/'s'; write(src, each=each)
+        ds.add_new(0x00091001, 'LO', MARK)
+        ds.add_new(0x00090010, 'LO', MARK)
+    if kind=='slices':
+        src = tmp_path/'s'
+        write(src, each=each)
     else:
-        src = tmp_path/'e.dcm'; enhanced(src)
-        ds = pydicom.dcmread(src); each(ds)
+        src = tmp_path/'e.dcm'
+        enhanced(src)
+        ds = pydicom.dcmread(src)
+        each(ds)
         for d in (*ds.PerFrameFunctionalGroupsSequence, *ds.SharedFunctionalGroupsSequence): plant(d, skip)
         ds.save_as(src)
     s = dicom_series(src)
@@ -150,7 +173,8 @@ def test_nothing_of_the_patient_is_in_a_segmentation(kind, tmp_path):
     assert np.array_equal(load_dicom_seg(fn, s).numpy(), m.numpy())
     seg,head = pydicom.dcmread(fn),pydicom.dcmread(s.files[0])
     assert seg.StudyInstanceUID==head.StudyInstanceUID and seg.FrameOfReferenceUID==head.FrameOfReferenceUID
-    assert seg.PatientIdentityRemoved=='YES' and {o.CodeValue for o in seg.DeidentificationMethodCodeSequence}=={'113100','113110'}
+    assert seg.PatientIdentityRemoved=='YES' and {o.CodeValue
+            for o in seg.DeidentificationMethodCodeSequence}=={'113100','113110'}
 
 def test_the_day_of_the_segmentation_is_not_in_it(tmp_path):
     "Made on the day of the scan it would tell the day of the scan; whole dates stay where identity is kept"

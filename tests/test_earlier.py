@@ -49,9 +49,11 @@ def _copied(folder, other='3D, fold 1, seed 0'):
 
 @pytest.mark.parametrize('spoil,says', [
     (lambda f: (f/'results.csv').write_bytes((f/'results.csv').read_bytes()[:-90]), 'results.csv: expected'),
-    (lambda f: (f/'results.csv').write_text((f/'results.csv').read_text()+(f/'results.csv').read_text().splitlines()[-1]+'\n'), 'results.csv: expected one row a case and structure'),
+    (lambda f: (f/'results.csv').write_text((f/'results.csv').read_text()+(f/'results.csv').read_text().splitlines()[-1]
+     +'\n'), 'results.csv: expected one row a case and structure'),
     (lambda f: (f/'results.csv').write_bytes(b'\xff\0'), 'results.csv: the table of a finished run cannot be read'),
-    (lambda f: shutil.copy(f.parent/'3D, fold 1, seed 0'/'results.csv', f), 'results.csv: is of another run: expected fold 0; found 1'),
+    (lambda f: shutil.copy(f.parent/'3D, fold 1, seed 0'/'results.csv', f),
+     'results.csv: is of another run: expected fold 0; found 1'),
     (_copied, "seed 0: holds the run of .*'fold': 1"), (lambda f: (f/'run.json').write_text('{'), 'run.json: what was noted of the runs cannot be read'),
     (lambda f: (f.parent/'comparison.json').write_text('[]'), 'comparison.json: expected what was noted'),
     (lambda f: (f.parent/'comparison.json').write_text('{}'), 'holds runs of another experiment')])

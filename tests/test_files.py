@@ -3,9 +3,12 @@ import json, os
 import nibabel as nib, numpy as np, pandas as pd, pytest, torch
 from fastai.data.all import DataBlock, RandomSplitter
 from pathlib import Path
-from fastmed.all import (ArgumentError, CaseFiles, Comparison, FileError, InputError, PatchTransform, Preprocess, RadiographDataLoaders, SliceDataLoaders, TensorVolumeMask,
-                         VolumeBlock, VolumeDataLoaders, VolumeMaskBlock, check_dataset, check_same_grid, find_leaks, label_efficiency, load_mask, load_volume, read_header,
-                         resample_to, resampled_grid, save_volume, scan_decathlon, scan_folder, to_orientation, unet2d_learner, unet3d_learner)
+from fastmed.all import (ArgumentError, CaseFiles, Comparison, FileError, InputError, PatchTransform, Preprocess,
+                         RadiographDataLoaders, SliceDataLoaders, TensorVolumeMask,
+                         VolumeBlock, VolumeDataLoaders, VolumeMaskBlock, check_dataset, check_same_grid, find_leaks,
+                         label_efficiency, load_mask, load_volume, read_header,
+                         resample_to, resampled_grid, save_volume, scan_decathlon, scan_folder, to_orientation,
+                         unet2d_learner, unet3d_learner)
 from fastmed.core import FastmedError
 from fastmed.study.crossval import CrossValidation
 from fastmed.data.datasets import phantom
@@ -16,7 +19,8 @@ QUIET = dict(spacing=None, patch=16, bs=2, samples_per_case=1, num_workers=0, de
 
 def put_header(fn, unit=None, sform=None, qform=None, scale=1.):
     "Rewrite a NIfTI file: unit, (4,4) and code of both forms; `scale`: units in one mm"
-    im = nib.load(fn); a = np.asarray(im.dataobj).copy()
+    im = nib.load(fn)
+    a = np.asarray(im.dataobj).copy()
     new = nib.Nifti1Image(a, np.diag([scale]*3+[1])@im.affine)
     if unit: new.header.set_xyzt_units(unit)
     if sform: new.set_sform(*sform)
@@ -35,17 +39,26 @@ def decoys(folder, df):
 def codes_doors(study, cache):
     path,df = study
     kw = dict(path=path, cache=cache, **QUIET)
-    return dict(from_df=lambda c: VolumeDataLoaders.from_df(df, codes=c, **kw), slices=lambda c: SliceDataLoaders.from_df(df, codes=c, **kw),
-                preprocess=lambda c: Preprocess(codes=c), block=lambda c: VolumeMaskBlock(c), check=lambda c: check_dataset(df, c, path),
-                attrs=lambda c: VolumeDataLoaders.from_df(with_codes(df, c), **kw), comparison=lambda c: Comparison(df, codes=c, path=cache/'c'))
+    return dict(from_df=lambda c: VolumeDataLoaders.from_df(df, codes=c, **kw),
+                slices=lambda c: SliceDataLoaders.from_df(df, codes=c, **kw),
+                preprocess=lambda c: Preprocess(codes=c), block=lambda c: VolumeMaskBlock(c),
+                check=lambda c: check_dataset(df, c, path),
+                attrs=lambda c: VolumeDataLoaders.from_df(with_codes(df, c), **kw),
+            comparison=lambda c: Comparison(df, codes=c, path=cache/'c'))
 
-def with_codes(df, c): df = df.copy(); df.attrs['codes'] = c; return df
+def with_codes(df, c):
+    df = df.copy()
+    df.attrs['codes'] = c
+    return df
 
 DOORS = ('from_df','slices','preprocess','block','check','attrs','comparison')
 
 @pytest.mark.parametrize('door', DOORS)
-@pytest.mark.parametrize('codes,says', [(NESTED, ("value 1","'WT'","'TC'")), ({'large':1, 'background':0, 'small':2}, ("'background'","'large'",'first')),
-                                        (['large','background','small'], ("'background'",'first')), (['background','a','a'], ("['a']",'more than once')),
+@pytest.mark.parametrize('codes,says',
+        [(NESTED, ("value 1","'WT'","'TC'")),
+        ({'large':1, 'background':0, 'small':2}, ("'background'","'large'",'first')),
+                                        (['large','background','small'], ("'background'",'first')),
+        (['background','a','a'], ("['a']",'more than once')),
                                         ({'background':0, 'a':1, 1:2, '1':[3]}, ("['1']",'more than once'))])
 def test_codes_that_would_be_scored_wrongly_are_refused_by_name(study, cache, door, codes, says):
     with pytest.raises(InputError) as e: codes_doors(study, cache)[door](codes)
@@ -55,12 +68,14 @@ def test_codes_take_numpys_integers(study, cache):
     path,df = study
     codes = {'background':np.int64(0), 'ball':np.array([1,2], np.uint8)}
     pre = Preprocess(codes=codes, spacing=np.int64(2))
-    assert Preprocess.from_json(pre.to_json())==pre and json.loads(pre.to_json())['codes']=={'background':0, 'ball':[1,2]}
+    assert Preprocess.from_json(pre.to_json())==pre and json.loads(pre.to_json())['codes']=={'background':0,
+            'ball':[1,2]}
     dls = VolumeDataLoaders.from_df(df, path=path, codes=codes, cache=cache, **QUIET)
     assert dls.codes==['background','ball'] and int(dls.one_batch()[1].max())==1
     assert Preprocess(codes={'background':[0,3], 'ball':range(1,3)}).codes=={'background':[0,3], 'ball':[1,2]}
 
-@pytest.mark.parametrize('codes', ['background,lesion', {'background':0, 'a':'one'}, {'background':0, 'a':1.5}, {'background':0, 'a':[]}, []])
+@pytest.mark.parametrize('codes', ['background,lesion', {'background':0, 'a':'one'}, {'background':0, 'a':1.5},
+        {'background':0, 'a':[]}, []])
 def test_codes_of_the_wrong_kind_are_refused(codes):
     with pytest.raises(FastmedError, match='codes'): Preprocess(codes=codes)
 
@@ -71,17 +86,22 @@ def test_units_are_converted_to_mm_and_given_back(tmp_path, unit, scale):
     row = write_case(tmp_path, 'a', affine_of('LAS', (1,1.5,2), (3,-4,5)))
     want = load_volume(tmp_path/row['image'])
     fn = put_header(tmp_path/row['image'], unit, scale=scale)
-    t = load_volume(fn); h = read_header(fn)
-    assert np.allclose(t.affine, want.affine, rtol=1e-5) and np.allclose(h['spacing'], (1,1.5,2), rtol=1e-5) and h['unit']==unit
+    t = load_volume(fn)
+    h = read_header(fn)
+    assert np.allclose(t.affine, want.affine, rtol=1e-5) and np.allclose(h['spacing'], (1,1.5,2),
+            rtol=1e-5) and h['unit']==unit
     check_same_grid(t, load_mask(tmp_path/row['mask']))
     for o in (t, to_orientation(to_orientation(t, 'PIR'), 'LAS'), to_orientation(t, 'RAS')):
         m = TensorVolumeMask(torch.ones(o.shape[1:], dtype=torch.uint8), affine=o.affine, meta=o.meta)
         out = nib.load(m.save(tmp_path/'m.nii.gz'))
-        assert out.header.get_xyzt_units()[0]==unit and np.allclose(load_mask(tmp_path/'m.nii.gz').affine, o.affine, rtol=1e-5)
+        assert out.header.get_xyzt_units()[0]==unit and np.allclose(load_mask(tmp_path/'m.nii.gz').affine, o.affine,
+                rtol=1e-5)
         assert np.allclose(out.header.get_zooms(), np.array(o.spacing)*scale, rtol=1e-5)
 
 def test_a_unit_that_is_not_stated_is_mm(tmp_path):
-    row = write_case(tmp_path, 'a'); im = nib.load(tmp_path/row['image']); im.header['xyzt_units'] = 0
+    row = write_case(tmp_path, 'a')
+    im = nib.load(tmp_path/row['image'])
+    im.header['xyzt_units'] = 0
     nib.save(im, tmp_path/'u.nii')
     assert load_volume(tmp_path/'u.nii').spacing==(1,1,1) and read_header(tmp_path/'u.nii')['unit']=='mm'
 
@@ -96,7 +116,9 @@ def test_the_doctor_says_the_unit(study, tmp_path):
 # --- both forms of a header
 
 def two_places(fn, codes=(4,1)):
-    im = nib.load(fn); q = im.affine.copy(); q[:3,3] += (30,-20,10)
+    im = nib.load(fn)
+    q = im.affine.copy()
+    q[:3,3] += (30,-20,10)
     return put_header(fn, 'mm', (im.affine, codes[0]), (q, codes[1]))
 
 def same_forms(a, b):
@@ -111,10 +133,15 @@ def same_forms(a, b):
 def test_a_mask_has_both_forms_of_its_scan(tmp_path, codes, code):
     row = write_case(tmp_path, 'a', affine_of(code, (1,1.2,2), (3,-4,5)), (10,12,14))
     fn = two_places(tmp_path/row['image'], (0 if codes[0]==0 else 1, codes[1]))
-    im = nib.load(fn); im.header['sform_code'] = codes[0]; nib.save(nib.Nifti1Image(np.asarray(im.dataobj), im.header.get_best_affine(), im.header), tmp_path/'b.nii')
-    t = load_volume(tmp_path/'b.nii'); pre = Preprocess(spacing=1.5)
-    x = pre(t); lab = TensorVolumeMask(torch.ones(x.shape[1:], dtype=torch.uint8), affine=x.affine, meta=x.meta)
-    m = pre.inverse(lab, t.shape[1:], t.affine); m.meta = t.meta
+    im = nib.load(fn)
+    im.header['sform_code'] = codes[0]
+    nib.save(nib.Nifti1Image(np.asarray(im.dataobj), im.header.get_best_affine(), im.header), tmp_path/'b.nii')
+    t = load_volume(tmp_path/'b.nii')
+    pre = Preprocess(spacing=1.5)
+    x = pre(t)
+    lab = TensorVolumeMask(torch.ones(x.shape[1:], dtype=torch.uint8), affine=x.affine, meta=x.meta)
+    m = pre.inverse(lab, t.shape[1:], t.affine)
+    m.meta = t.meta
     same_forms(m.save(tmp_path/'m.nii.gz'), tmp_path/'b.nii')
     same_forms(save_volume(t, tmp_path/'t.nii'), tmp_path/'b.nii')
 
@@ -123,22 +150,30 @@ def test_predictions_carry_both_forms(learner, tmp_path):
     fn = two_places(tmp_path/row['image'])
     learn = learner(3)
     m,p = learn.predict_volume(fn, proba=True)
-    same_forms(m.save(tmp_path/'m.nii.gz'), fn); same_forms(p.save(tmp_path/'p.nii.gz'), fn)
-    (tmp_path/'in').mkdir(); fn.rename(tmp_path/'in'/'a.nii')
+    same_forms(m.save(tmp_path/'m.nii.gz'), fn)
+    same_forms(p.save(tmp_path/'p.nii.gz'), fn)
+    (tmp_path/'in').mkdir()
+    fn.rename(tmp_path/'in'/'a.nii')
     learn.predict_folder(tmp_path/'in', tmp_path/'out', '*.nii')
     same_forms(tmp_path/'out'/'a.nii.gz', tmp_path/'in'/'a.nii')
     m.save(tmp_path/'m.nrrd')
     assert np.allclose(load_mask(tmp_path/'m.nrrd').affine, m.affine, atol=1e-4)
 
 def test_an_orientation_turns_both_forms(tmp_path):
-    row = write_case(tmp_path, 'a', affine_of('LPS', (1,1.2,2), (3,-4,5)), (10,12,14)); fn = two_places(tmp_path/row['image'])
-    t = to_orientation(load_volume(fn), 'RAS'); out = nib.load(save_volume(t, tmp_path/'t.nii'))
+    row = write_case(tmp_path, 'a', affine_of('LPS', (1,1.2,2), (3,-4,5)), (10,12,14))
+    fn = two_places(tmp_path/row['image'])
+    t = to_orientation(load_volume(fn), 'RAS')
+    out = nib.load(save_volume(t, tmp_path/'t.nii'))
     src = nib.load(fn).header
-    want = nib.orientations.inv_ornt_aff(nib.orientations.ornt_transform(nib.io_orientation(src.get_sform()), [[0,1],[1,1],[2,1]]), (10,12,14))
-    assert np.allclose(out.header.get_sform(), src.get_sform()@want, atol=1e-4) and np.allclose(out.header.get_qform(), src.get_qform()@want, atol=1e-4)
+    want = nib.orientations.inv_ornt_aff(nib.orientations.ornt_transform(nib.io_orientation(src.get_sform()),
+            [[0,1],[1,1],[2,1]]), (10,12,14))
+    assert np.allclose(out.header.get_sform(), src.get_sform()@want, atol=1e-4) and np.allclose(out.header.get_qform(),
+            src.get_qform()@want, atol=1e-4)
 
 def test_a_changed_affine_carries_no_stale_forms(tmp_path):
-    row = write_case(tmp_path, 'a'); fn = two_places(tmp_path/row['image']); t = load_volume(fn)
+    row = write_case(tmp_path, 'a')
+    fn = two_places(tmp_path/row['image'])
+    t = load_volume(fn)
     t.affine = t.affine+np.array([[0,0,0,7.],[0]*4,[0]*4,[0]*4])
     for o in (t, resample_to(load_volume(fn), *resampled_grid((20,20,20), np.eye(4), (2,2,2)))):
         h = nib.load(save_volume(o, tmp_path/'t.nii')).header
@@ -151,7 +186,11 @@ def relative(tmp_path, monkeypatch):
     "Cases under relative names in the folder of this process, and another folder with files of the same names"
     here,there = tmp_path/'here',tmp_path/'there'
     rows = [dict(write_case(here/'data', f'c{i}', seed=i), subject=f's{i}') for i in range(4)]
-    df = pd.DataFrame(rows); there.mkdir(); decoys(there/'data', df); decoys(there, df); monkeypatch.chdir(here)
+    df = pd.DataFrame(rows)
+    there.mkdir()
+    decoys(there/'data', df)
+    decoys(there, df)
+    monkeypatch.chdir(here)
     return df,there,tmp_path
 
 def batches(dls): return [b[0].as_subclass(torch.Tensor).clone() for b in dls.valid]
@@ -159,7 +198,8 @@ def batches(dls): return [b[0].as_subclass(torch.Tensor).clone() for b in dls.va
 @pytest.mark.parametrize('cls', [VolumeDataLoaders, SliceDataLoaders])
 def test_relative_names_stay_where_they_were_given(relative, monkeypatch, cls):
     df,there,tmp = relative
-    dls = cls.from_df(df, path='data', codes=CODES, cache=tmp/'cache', valid_pct=.5, **QUIET); was = batches(dls)
+    dls = cls.from_df(df, path='data', codes=CODES, cache=tmp/'cache', valid_pct=.5, **QUIET)
+    was = batches(dls)
     dls = cls.from_df(df, path='data', codes=CODES, cache=tmp/'cache', valid_pct=.5, **QUIET)
     monkeypatch.chdir(there)
     for a,b in zip(was, batches(dls)): assert torch.equal(a, b)
@@ -169,7 +209,8 @@ def test_relative_names_stay_where_they_were_given(relative, monkeypatch, cls):
 def test_relative_names_of_a_plain_block(relative, monkeypatch):
     df,there,tmp = relative
     pre = Preprocess(codes=CODES)
-    db = DataBlock(blocks=(VolumeBlock(pre), VolumeMaskBlock(CODES, pre)), get_x=CaseFiles('image', 'data'), get_y=CaseFiles('mask', 'data'),
+    db = DataBlock(blocks=(VolumeBlock(pre), VolumeMaskBlock(CODES, pre)), get_x=CaseFiles('image', 'data'),
+            get_y=CaseFiles('mask', 'data'),
                    splitter=RandomSplitter(.5, seed=0), item_tfms=PatchTransform((16,16,16)))
     dls = VolumeDataLoaders.from_dblock(db, df, bs=2, num_workers=0, device='cpu')
     monkeypatch.chdir(there)
@@ -180,9 +221,12 @@ def test_relative_names_of_pictures(tmp_path, monkeypatch):
     here,there = tmp_path/'here',tmp_path/'there'
     for f in (here,there):
         f.mkdir()
-        for i in range(8): Image.fromarray((np.random.default_rng(i).random((16,16))*255*(f is here)+np.eye(16)).astype(np.uint8)).save(f/f'{i}.png')
+        for i in range(8):
+            Image.fromarray((np.random.default_rng(i).random((16,16))*255*(f is here)
+                    +np.eye(16)).astype(np.uint8)).save(f/f'{i}.png')
     df = pd.DataFrame(dict(image=[f'{i}.png' for i in range(8)], label=list('abababab')))
-    monkeypatch.chdir(here); dls = RadiographDataLoaders.from_df(df, size=16, cache=tmp_path/'c', num_workers=0, device='cpu', batch_tfms=None)
+    monkeypatch.chdir(here)
+    dls = RadiographDataLoaders.from_df(df, size=16, cache=tmp_path/'c', num_workers=0, device='cpu', batch_tfms=None)
     was = dls.valid.one_batch()[0]
     dls = RadiographDataLoaders.from_df(df, size=16, cache=tmp_path/'c', num_workers=0, device='cpu', batch_tfms=None)
     monkeypatch.chdir(there)
@@ -195,15 +239,19 @@ def test_relative_names_of_a_comparison(relative, monkeypatch):
     c = Comparison(df, {'3D':dict(ndim=3)}, path='runs', **kw)
     v = cross_validation(df, tmp, CODES)
     monkeypatch.chdir(there)
-    c.run(); v.run()
-    assert not (there/'runs').exists() and not (there/'cv').exists() and (c.results.target_mm3>0).all() and (v.results.target_mm3>0).all()
+    c.run()
+    v.run()
+    assert not (there/'runs').exists() and not (there/'cv').exists() and (c.results.target_mm3
+                                                >0).all() and (v.results.target_mm3>0).all()
 
 def cross_validation(df, tmp, codes):
-    return CrossValidation(df, 2, path='cv', codes=codes, budget=dict(updates=1), nf=4, depth=2, cache=tmp/'cache', **QUIET)
+    return CrossValidation(df, 2, path='cv', codes=codes, budget=dict(updates=1), nf=4, depth=2, cache=tmp/'cache',
+                           **QUIET)
 
 def test_a_report_of_relative_names_shows_them_later(relative, monkeypatch):
     df,there,tmp = relative
-    r = check_dataset(df, CODES, 'data'); monkeypatch.chdir(there)
+    r = check_dataset(df, CODES, 'data')
+    monkeypatch.chdir(there)
     assert all(str(f[0]).startswith(str(tmp/'here')) for f in r.facts.image)
 
 def test_tables_of_relative_folders_hold_whole_names(relative, monkeypatch):
@@ -213,30 +261,36 @@ def test_tables_of_relative_folders_hold_whole_names(relative, monkeypatch):
     assert all(Path(f).is_absolute() and Path(f).is_relative_to(tmp/'here') for f in [*t.image, *t['mask']])
 
 def decathlon(path, df, **info):
-    (path/'dataset.json').write_text(json.dumps(dict(labels={'0':'background','1':'large','2':'small'}, modality={'0':'MRI'},
+    (path/'dataset.json').write_text(json.dumps(dict(labels={'0':'background','1':'large','2':'small'},
+            modality={'0':'MRI'},
         training=[dict(image=f'./{r.image}', label=f"./{r['mask']}") for _,r in df.iterrows()], **info)))
 
 def test_from_folder_and_from_decathlon_take_relative_folders(relative):
     df,there,tmp = relative
     decathlon(Path('data'), df)
-    for dls in (VolumeDataLoaders.from_folder('data', 'images/*.nii', 'labels/*.nii', codes=CODES, cache=tmp/'c', **QUIET), VolumeDataLoaders.from_decathlon('data', cache=tmp/'c', **QUIET),
+    for dls in (VolumeDataLoaders.from_folder('data', 'images/*.nii', 'labels/*.nii', codes=CODES, cache=tmp/'c',
+            **QUIET), VolumeDataLoaders.from_decathlon('data', cache=tmp/'c', **QUIET),
                 SliceDataLoaders.from_decathlon('./data/../data', cache=tmp/'c', **QUIET)):
         assert len(dls.train_ds)+len(dls.valid_ds)==4 and dls.codes==CODES
 
 # --- marks and columns
 
-@pytest.mark.parametrize('marks,case', [([0,1,2,0], "'c2': v is 2"), ([True,False,None,True], "'c2'"), ([0.,1.,float('nan'),0.], "'c2': v is nan"), (['True','False','True','False'], "'c0': v is 'True'"), ([0,1,.5,0], "'c2'")])
+@pytest.mark.parametrize('marks,case', [([0,1,2,0], "'c2': v is 2"), ([True,False,None,True], "'c2'"),
+        ([0.,1.,float('nan'),0.], "'c2': v is nan"), (['True','False','True','False'], "'c0': v is 'True'"),
+        ([0,1,.5,0], "'c2'")])
 def test_valid_col_takes_marks_alone(relative, marks, case):
     df,_,tmp = relative
     df = df.assign(v=marks, label=list('abab'))
     for f in (lambda: VolumeDataLoaders.from_df(df, path='data', codes=CODES, valid_col='v', cache=tmp/'c', **QUIET),
-              lambda: VolumeDataLoaders.from_df(df, path='data', label_col='label', valid_col='v', cache=tmp/'c', num_workers=0, device='cpu'),
+              lambda: VolumeDataLoaders.from_df(df, path='data', label_col='label', valid_col='v', cache=tmp/'c',
+                                                num_workers=0, device='cpu'),
               lambda: RadiographDataLoaders.from_df(df, path='data', valid_col='v', cache=tmp/'c'),
               lambda: label_efficiency(df, sizes=(1,), valid_col='v', path=tmp/'e')):
         with pytest.raises(InputError) as e: f()
         assert case in str(e.value)
 
-@pytest.mark.parametrize('marks', [[True,False,False,True], [1,0,0,1], [1.,0.,0.,1.], np.array([1,0,0,1], np.uint8), pd.array([True,False,False,True], 'boolean'), pd.array([1,0,0,1], 'Int64')])
+@pytest.mark.parametrize('marks', [[True,False,False,True], [1,0,0,1], [1.,0.,0.,1.], np.array([1,0,0,1], np.uint8),
+        pd.array([True,False,False,True], 'boolean'), pd.array([1,0,0,1], 'Int64')])
 def test_valid_col_takes_each_kind_of_mark(relative, marks):
     df,_,tmp = relative
     dls = VolumeDataLoaders.from_df(df.assign(v=marks), path='data', codes=CODES, valid_col='v', cache=tmp/'c', **QUIET)
@@ -246,20 +300,24 @@ def test_a_column_that_stands_twice_is_refused(relative):
     df,_,tmp = relative
     for col in ('image','mask','case','subject'):
         d = pd.concat([df, df[[col]]], axis=1).assign(label=1)
-        for f in (lambda: VolumeDataLoaders.from_df(d, path='data', codes=CODES, cache=tmp/'c', **QUIET), lambda: RadiographDataLoaders.from_df(d, path='data', cache=tmp/'c'),
-                  lambda: check_dataset(d, CODES, 'data'), lambda: find_leaks(d, 'data'), lambda: Comparison(d, path=tmp/'x'), lambda: cross_validation(d, tmp, CODES),
+        for f in (lambda: VolumeDataLoaders.from_df(d, path='data', codes=CODES, cache=tmp/'c', **QUIET),
+                lambda: RadiographDataLoaders.from_df(d, path='data', cache=tmp/'c'),
+                  lambda: check_dataset(d, CODES, 'data'), lambda: find_leaks(d, 'data'),
+                lambda: Comparison(d, path=tmp/'x'), lambda: cross_validation(d, tmp, CODES),
                   lambda: label_efficiency(d, path=tmp/'e')):
             with pytest.raises(InputError) as e: f()
             assert f'two columns {col!r}' in str(e.value)
 
 def test_a_column_that_stands_twice_is_refused_in_evaluation(learner, study):
     df = study[1]
-    with pytest.raises(InputError, match="two columns 'image'"): learner(3).evaluate(pd.concat([df, df[['image']]], axis=1))
+    with pytest.raises(InputError, match="two columns 'image'"):
+        learner(3).evaluate(pd.concat([df, df[['image']]], axis=1))
 
 # --- layouts, and what is no file
 
 def test_a_folder_that_pairs_nothing_says_so(tmp_path):
-    write_case(tmp_path, 'a_T1'); (tmp_path/'labels'/'a_T1.nii').rename(tmp_path/'labels'/'a_seg.nii')
+    write_case(tmp_path, 'a_T1')
+    (tmp_path/'labels'/'a_T1.nii').rename(tmp_path/'labels'/'a_seg.nii')
     with pytest.raises(InputError) as e: scan_folder(tmp_path, 'images/*.nii', 'labels/*.nii')
     for s in ("'a_T1'","'a_seg'",'masks=None'): assert s in str(e.value)
     assert len(scan_folder(tmp_path, 'images/*.nii', masks=None))==1
@@ -267,25 +325,34 @@ def test_a_folder_that_pairs_nothing_says_so(tmp_path):
 def nnunet(path, names=('x','y'), channels=2, labels=None, **info):
     for s in ('imagesTr','labelsTr'): (path/s).mkdir(parents=True)
     for n in names:
-        for c in range(channels): nib.save(nib.Nifti1Image(np.random.default_rng(c).random((6,6,6)).astype(np.float32), np.eye(4)), path/'imagesTr'/f'{n}_{c:04d}.nii.gz')
+        for c in range(channels):
+            nib.save(nib.Nifti1Image(np.random.default_rng(c).random((6,6,6)).astype(np.float32), np.eye(4)),
+                     path/'imagesTr'/f'{n}_{c:04d}.nii.gz')
         nib.save(nib.Nifti1Image((np.indices((6,6,6))[0]>3).astype(np.uint8), np.eye(4)), path/'labelsTr'/f'{n}.nii.gz')
-    (path/'dataset.json').write_text(json.dumps(dict(channel_names={str(c):f'm{c}' for c in range(channels)}, labels=labels or dict(background=0, lesion=1), numTraining=len(names), file_ending='.nii.gz', **info)))
+    (path/'dataset.json').write_text(json.dumps(dict(channel_names={str(c):f'm{c}' for c in range(channels)},
+                                                     labels=labels or dict(background=0, lesion=1),
+                                                     numTraining=len(names), file_ending='.nii.gz', **info)))
     return path
 
 @pytest.mark.parametrize('channels', [1,2])
 def test_an_nnunet_data_set_is_read(tmp_path, channels):
     df = scan_decathlon(nnunet(tmp_path/'Dataset001_X', channels=channels))
-    assert df.case.tolist()==['x','y'] and df.attrs['codes']==['background','lesion'] and df.attrs['modality']==[f'm{c}' for c in range(channels)]
+    assert df.case.tolist()==['x','y'] and df.attrs['codes']==['background',
+            'lesion'] and df.attrs['modality']==[f'm{c}' for c in range(channels)]
     names = [[Path(f).name for f in o] if isinstance(o, list) else Path(o).name for o in df.image]
-    assert names[0]==('x_0000.nii.gz' if channels==1 else ['x_0000.nii.gz','x_0001.nii.gz']) and Path(df['mask'][1]).name=='y.nii.gz'
+    assert names[0]==('x_0000.nii.gz' if channels==1
+            else ['x_0000.nii.gz','x_0001.nii.gz']) and Path(df['mask'][1]).name=='y.nii.gz'
     dls = VolumeDataLoaders.from_df(df, valid_pct=.5, cache=tmp_path/'c', **{**QUIET, 'patch':4})
     assert dls.one_batch()[0].shape[1]==channels
 
 def test_an_nnunet_data_set_with_regions_or_without_files_says_so(tmp_path):
     df = scan_decathlon(nnunet(tmp_path/'r', labels={'background':0, 'whole':[1,2], 'core':[2]}))
-    with pytest.raises(InputError, match="'whole' and under 'core'"): VolumeDataLoaders.from_df(df, cache=tmp_path/'c', **QUIET)
+    with pytest.raises(InputError, match="'whole' and under 'core'"):
+        VolumeDataLoaders.from_df(df, cache=tmp_path/'c', **QUIET)
     with pytest.warns(UserWarning, match='1 of the 3 cases'):
-        (p:=nnunet(tmp_path/'m')/'dataset.json').write_text(p.read_text().replace('"numTraining": 2', '"numTraining": 3')); scan_decathlon(tmp_path/'m')
+        (p:=nnunet(tmp_path/'m')/'dataset.json').write_text(p.read_text().replace('"numTraining": 2',
+                '"numTraining": 3'))
+        scan_decathlon(tmp_path/'m')
     os.remove(tmp_path/'m'/'imagesTr'/'x_0001.nii.gz')
     with pytest.raises(InputError, match="'x'.*2 channels"): scan_decathlon(tmp_path/'m')
 
@@ -304,20 +371,25 @@ def test_cifti_is_named(tmp_path):
 
 @pytest.mark.parametrize('f', [load_volume, load_mask, read_header])
 def test_what_is_no_file_is_named(f):
-    for o,says in ((None,'None'), (3,'3'), (np.zeros((4,5,6)),'(4, 5, 6)'), (torch.zeros(4,5,6),'(4, 5, 6)'), ([None],'None')):
+    for o,says in ((None,'None'), (3,'3'), (np.zeros((4,5,6)),'(4, 5, 6)'), (torch.zeros(4,5,6),'(4, 5, 6)'),
+            ([None],'None')):
         with pytest.raises(ArgumentError) as e: f(o)
         assert says in str(e.value)
 
 def test_an_image_of_nibabels_is_taken(tmp_path, learner):
     row = write_case(tmp_path, 'a', affine_of('LPS', (1,1.2,2), (3,-4,5)), (10,12,14))
-    for im in (nib.load(tmp_path/row['image']), nib.Nifti1Image(np.asarray(nib.load(tmp_path/row['image']).dataobj), nib.load(tmp_path/row['image']).affine)):
+    for im in (nib.load(tmp_path/row['image']), nib.Nifti1Image(np.asarray(nib.load(tmp_path/row['image']).dataobj),
+            nib.load(tmp_path/row['image']).affine)):
         t,want = load_volume(im),load_volume(tmp_path/row['image'])
-        assert torch.equal(t.as_subclass(torch.Tensor), want.as_subclass(torch.Tensor)) and np.array_equal(t.affine, want.affine) and read_header(im)['shape']==(10,12,14)
+        assert torch.equal(t.as_subclass(torch.Tensor), want.as_subclass(torch.Tensor)) and np.array_equal(t.affine,
+                want.affine) and read_header(im)['shape']==(10,12,14)
         assert load_volume([im, tmp_path/row['image']]).shape[0]==2
-    assert torch.equal(load_mask(nib.load(tmp_path/row['mask'])).as_subclass(torch.Tensor), load_mask(tmp_path/row['mask']).as_subclass(torch.Tensor))
+    assert torch.equal(load_mask(nib.load(tmp_path/row['mask'])).as_subclass(torch.Tensor),
+            load_mask(tmp_path/row['mask']).as_subclass(torch.Tensor))
     learn = learner(3)
     a,b = learn.predict_volume(im),learn.predict_volume(tmp_path/row['image'])
-    assert torch.equal(a.as_subclass(torch.Tensor), b.as_subclass(torch.Tensor)) and torch.equal(learn.predict(im)[1], learn.predict(tmp_path/row['image'])[1])
+    assert torch.equal(a.as_subclass(torch.Tensor), b.as_subclass(torch.Tensor)) and torch.equal(learn.predict(im)[1],
+            learn.predict(tmp_path/row['image'])[1])
 
 # --- names of cases
 
@@ -370,7 +442,9 @@ def test_spaces_behind_commas_are_no_part_of_a_name(named):
 
 # --- units of other formats
 
-@pytest.mark.parametrize('line', ['space: left-posterior-superior\nspace directions: (1,0,0) (0,1,0) (0,0,1)\nspace origin: (0,0,0)\nspace units: "{0}" "{0}" "{0}"', 'spacings: 1 1 1\nunits: "{0}" "{0}" "{0}"'])
+@pytest.mark.parametrize('line', ['space: left-posterior-superior\nspace directions: (1,0,0) (0,1,0) (0,0,1)\nspace '
+                                  'origin: (0,0,0)\nspace units: "{0}" "{0}" "{0}"',
+                                  'spacings: 1 1 1\nunits: "{0}" "{0}" "{0}"'])
 @pytest.mark.parametrize('unit', ['um','\u00b5m','m','microns','mm'])
 def test_the_unit_of_a_nrrd_file_is_mm_or_refused(tmp_path, line, unit):
     "It was passed over, and a mouse was as large as a house"
@@ -378,12 +452,14 @@ def test_the_unit_of_a_nrrd_file_is_mm_or_refused(tmp_path, line, unit):
     (tmp_path/'a.nrrd').write_bytes(head.encode()+bytes(120))
     if unit=='mm': assert load_volume(tmp_path/'a.nrrd').spacing==(1,1,1)
     else:
-        with pytest.raises(InputError, match=f"a.nrrd: its lengths are in '{unit}'; expected mm"): load_volume(tmp_path/'a.nrrd')
+        with pytest.raises(InputError, match=f"a.nrrd: its lengths are in '{unit}'; expected mm"):
+            load_volume(tmp_path/'a.nrrd')
 
 def test_the_unit_of_a_metaimage_is_mm_or_refused(tmp_path):
     (tmp_path/'a.raw').write_bytes(bytes(120))
     for unit in ('mm','um'):
-        (tmp_path/'a.mhd').write_text(f'ObjectType = Image\nNDims = 3\nDimSize = 3 4 5\nElementType = MET_SHORT\nDistanceUnits = {unit}\nElementDataFile = a.raw\n')
+        (tmp_path/'a.mhd').write_text(f'ObjectType = Image\nNDims = 3\nDimSize = 3 4 5\nElementType = '
+                                      f'MET_SHORT\nDistanceUnits = {unit}\nElementDataFile = a.raw\n')
         if unit=='mm': assert load_volume(tmp_path/'a.mhd').shape==(1,3,4,5)
         else:
             with pytest.raises(InputError, match="'um'; expected mm"): load_volume(tmp_path/'a.mhd')

@@ -5,7 +5,8 @@ import pytest, torch
 from fastai.callback.all import Callback, SaveModelCallback, TerminateOnNaNCallback
 from fastai.callback.core import CancelStepException
 from fastai.data.all import Transform
-from fastmed.all import (Comparison, InputError, ResumeCallback, TensorVolume, VolumeDataLoaders, SliceDataLoaders, classifier_learner, load_learner,
+from fastmed.all import (Comparison, InputError, ResumeCallback, TensorVolume, VolumeDataLoaders, SliceDataLoaders,
+                         classifier_learner, load_learner,
                          save_encoder, save_model, set_seed, unet2d_learner, unet3d_learner)
 from phantoms import CODES
 
@@ -20,7 +21,8 @@ class Poison(Transform):
 def make(study, tmp, ndim=3, poison=(), **kwargs):
     set_seed(3, reproducible=True)
     path,df = study
-    own = dict(codes=CODES, spacing=1.25, patch=16, bs=2, samples_per_case=2, num_workers=0, device='cpu', batch_tfms=None, cache=Path(tmp)/'s')
+    own = dict(codes=CODES, spacing=1.25, patch=16, bs=2, samples_per_case=2, num_workers=0, device='cpu',
+               batch_tfms=None, cache=Path(tmp)/'s')
     if poison: own['item_tfms'] = Poison(*poison)
     dls = (VolumeDataLoaders if ndim==3 else SliceDataLoaders).from_df(df, path, **{**own, **kwargs})
     return (unet3d_learner if ndim==3 else unet2d_learner)(dls, nf=4, depth=2, path=Path(tmp), fast=False)
@@ -57,15 +59,20 @@ def test_the_case_is_named(study, tmp_path, workers):
     epoch,batch,bad,weights = seen[-1]
     assert bad and not any(o[2] for o in seen[:-1])
     said = str(e.value)
-    assert f'epoch {epoch}, batch {batch} (both counted from 0), case {case}: the loss is nan' in said and 'Lower the rate (' in said and 'check_dataset' in said
+    assert (f'epoch {epoch}, batch {batch} (both counted from 0), case {case}: the loss is nan' in said
+            and 'Lower the rate (' in said and 'check_dataset' in said)
     assert 'Exception occured' not in said and all(torch.equal(a, b) for a,b in zip(weights, learn.model.parameters()))
 
 def test_slices_and_classifiers_too(study, tmp_path):
-    with pytest.raises(InputError, match=r'epoch 0, batch 1 \(both counted from 0\), (case|one of the cases) c\d.*the loss is nan'): train(make(study, tmp_path, 2), cbs=At(0, 1, 'after_loss', nan_loss))
+    with pytest.raises(InputError,
+                       match=r'epoch 0, batch 1 \(both counted from 0\), (case|one of the cases) c\d.*the loss is nan'):
+        train(make(study, tmp_path, 2), cbs=At(0, 1, 'after_loss', nan_loss))
     df = study[1].assign(kind=[o%2 for o in range(len(study[1]))])
-    dls = VolumeDataLoaders.from_df(df, study[0], label_col='kind', spacing=2.5, bs=2, num_workers=0, device='cpu', cache=tmp_path/'s')
+    dls = VolumeDataLoaders.from_df(df, study[0], label_col='kind', spacing=2.5, bs=2, num_workers=0, device='cpu',
+                                    cache=tmp_path/'s')
     learn = classifier_learner(dls, 'small_resnet', path=tmp_path)
-    with pytest.raises(InputError, match='epoch 0, batch 0.*the loss is nan'): train(learn, cbs=At(0, 0, 'after_loss', nan_loss))
+    with pytest.raises(InputError, match='epoch 0, batch 0.*the loss is nan'):
+        train(learn, cbs=At(0, 0, 'after_loss', nan_loss))
 
 def test_a_loss_that_is_nan_on_purpose(study, tmp_path):
     learn = make(study, tmp_path)
@@ -76,12 +83,14 @@ def test_a_loss_that_is_nan_on_purpose(study, tmp_path):
 
 def test_an_update_that_spoils_the_weights(study, tmp_path):
     "A finite loss with a gradient that is not: named is the batch of the update, at the next batch or at the end of the epoch"
-    with pytest.raises(InputError, match=r'epoch 0, batch 1 \(.*its update left weights'): train(make(study, tmp_path), cbs=At(0, 1, 'before_step', nan_gradient))
+    with pytest.raises(InputError, match=r'epoch 0, batch 1 \(.*its update left weights'):
+        train(make(study, tmp_path), cbs=At(0, 1, 'before_step', nan_gradient))
     learn = make(study, tmp_path)
     last = len(learn.dls.train)-1
     class Never(Callback):
         def before_validate(self): pytest.fail('the epoch went on')
-    with pytest.raises(InputError, match=rf'epoch 0, batch {last} \(.*its update left weights'): train(learn, 1, cbs=[At(0, last, 'before_step', nan_gradient), Never()])
+    with pytest.raises(InputError, match=rf'epoch 0, batch {last} \(.*its update left weights'):
+        train(learn, 1, cbs=[At(0, last, 'before_step', nan_gradient), Never()])
     with pytest.raises(InputError, match='batch 0.*were not finite before'): train(learn)
 
 def test_lr_find_goes_on_to_its_end(study, tmp_path):
@@ -96,7 +105,8 @@ def test_lr_find_goes_on_to_its_end(study, tmp_path):
 
 def test_steps_that_mixed_precision_passes_over(study, tmp_path):
     "An infinite gradient under a GradScaler is no reason to stop"
-    class Scaler(Callback):                                                                  # as fastai's MixedPrecision, which needs a GPU
+    # as fastai's MixedPrecision, which needs a GPU
+    class Scaler(Callback):
         order,passed = 10,0
         def before_fit(self): self.learn.scaler = torch.amp.GradScaler('cpu')
         def before_backward(self): self.learn.loss_grad = self.scaler.scale(self.loss_grad)
@@ -113,7 +123,8 @@ def test_steps_that_mixed_precision_passes_over(study, tmp_path):
         def step(self, *args, **kwargs): self.skipped = False
     learn = make(study, tmp_path)
     learn.remove_cb(learn.gradient_clip)
-    scaler,ran_over = Scaler(),At(0, 1, 'before_step', lambda l: next(p for p in l.model.parameters() if p.grad is not None).grad.fill_(float('inf')))
+    scaler,ran_over = Scaler(),At(0, 1, 'before_step',
+            lambda l: next(p for p in l.model.parameters() if p.grad is not None).grad.fill_(float('inf')))
     ran_over.order = 5
     train(learn, 1, cbs=[scaler, ResumeCallback('r.pth', 1), ran_over])
     assert scaler.passed==1 and finite(learn)
@@ -122,7 +133,8 @@ def test_terminate_on_nan_ends_quietly(study, tmp_path):
     "fastai's callback asks for an end without an error: it ends there, before anything is learnt, and says the same"
     learn = make(study, tmp_path)
     with pytest.warns(UserWarning, match='epoch 1, batch 0.*the loss is nan'):
-        train(learn, 3, cbs=[TerminateOnNaNCallback(), SaveModelCallback(at_end=True), ResumeCallback('r.pth'), At(1, 0, 'after_loss', nan_loss)])
+        train(learn, 3, cbs=[TerminateOnNaNCallback(), SaveModelCallback(at_end=True), ResumeCallback('r.pth'),
+                At(1, 0, 'after_loss', nan_loss)])
     assert finite(learn) and len(learn.recorder.values)==1 and (tmp_path/'models'/'model.pth').exists()
     assert (tmp_path/'r.pth').exists(), 'the last good state'
 
@@ -132,7 +144,8 @@ def test_the_last_good_state_stays(study, tmp_path, every):
     whole = make(study, tmp_path/'a')
     train(whole, cbs=ResumeCallback('r.pth', every))
     learn = make(study, tmp_path/'b')
-    with pytest.raises(InputError, match='batch 1'): train(learn, cbs=[ResumeCallback('r.pth', every), At(1, 1, 'before_step', nan_gradient)])
+    with pytest.raises(InputError, match='batch 1'):
+        train(learn, cbs=[ResumeCallback('r.pth', every), At(1, 1, 'before_step', nan_gradient)])
     again = make(study, tmp_path/'b')
     train(again, cbs=ResumeCallback('r.pth', every))
     assert all(torch.equal(a, b) for a,b in zip(whole.model.state_dict().values(), again.model.state_dict().values()))
@@ -141,7 +154,8 @@ def test_nothing_that_is_not_finite_is_saved(study, tmp_path):
     "What was saved before stays as it was"
     learn = make(study, tmp_path)
     train(learn, 1)
-    writes = {learn.save('m'):lambda: learn.save('m'), tmp_path/'m.pkl':lambda: learn.export('m.pkl'), tmp_path/'m.safetensors':lambda: save_model(learn, tmp_path/'m.safetensors'),
+    writes = {learn.save('m'):lambda: learn.save('m'), tmp_path/'m.pkl':lambda: learn.export('m.pkl'),
+            tmp_path/'m.safetensors':lambda: save_model(learn, tmp_path/'m.safetensors'),
               tmp_path/'e.safetensors':lambda: save_encoder(learn.model, tmp_path/'e.safetensors')}
     for f in writes.values(): f()
     was = {fn:fn.read_bytes() for fn in writes}
@@ -172,7 +186,8 @@ def test_save_model_callback(study, tmp_path):
         order = 55
         def after_validate(self):
             if self.epoch: nan_weight(self.learn)
-    with pytest.raises(InputError, match='model_1.pth: not written'): train(learn, 2, cbs=[SaveModelCallback(every_epoch=True), Spoil()])
+    with pytest.raises(InputError, match='model_1.pth: not written'):
+        train(learn, 2, cbs=[SaveModelCallback(every_epoch=True), Spoil()])
     assert [o.name for o in (tmp_path/'models').iterdir()]==['model_0.pth']
 
 def test_a_study_names_the_run(study, tmp_path):
@@ -180,6 +195,7 @@ def test_a_study_names_the_run(study, tmp_path):
     path,df = study
     df = df.assign(**{k:[str(path/o) for o in df[k]] for k in ('image','mask')})
     arms = dict(good=dict(ndim=3), high=dict(ndim=3, lr_max=1e30))
-    comp = Comparison(df, arms, codes=CODES, folds=2, budget=dict(updates=12), path=tmp_path/'c', spacing=1.25, patch=16, bs=2, nf=4, depth=2, cache=tmp_path/'s', num_workers=0, device='cpu')
+    comp = Comparison(df, arms, codes=CODES, folds=2, budget=dict(updates=12), path=tmp_path/'c', spacing=1.25,
+                      patch=16, bs=2, nf=4, depth=2, cache=tmp_path/'s', num_workers=0, device='cpu')
     with pytest.raises(InputError, match=r"run 'high, fold \d.*epoch \d+, batch \d+.*case"): comp.run()
     assert comp.plan[comp.plan.arm=='good'].done.any() and not comp.plan[comp.plan.arm=='high'].done.any()

@@ -22,7 +22,8 @@ def csa(**tags):
     "A CSA header of the second kind with those tags, each a list of texts"
     res = b'SV10\4\3\2\1'+struct.pack('<2I', len(tags), 77)
     for name,values in tags.items():
-        res += struct.pack('<64si4s3i', name.encode(), len(values), b'US\0\0' if len(values)==1 else b'FD\0\0', 4, 6, 77)
+        res += struct.pack('<64si4s3i', name.encode(), len(values), b'US\0\0' if len(values)==1 else b'FD\0\0', 4, 6,
+                           77)
         for v in [*values, *['']*(6-len(values))]:
             b = v.encode()+b'\0' if v else b''
             res += struct.pack('<4i', len(b), len(b), 77, len(b))+b+bytes(-len(b)%4)
@@ -112,8 +113,10 @@ def change(fn, f):
     ds.save_as(fn)
 
 @pytest.mark.parametrize('what,match', [
-    ('csa', 'NumberOfImagesInMosaic is missing'), ('normal', 'SliceNormalVector is missing'), ('position', 'ImagePositionPatient is missing'),
-    ('spacing', 'SpacingBetweenSlices is missing'), ('count', 'header disagrees: 5 tiles'), ('size', 'equal tiles'), ('turned', 'not the normal')])
+    ('csa', 'NumberOfImagesInMosaic is missing'), ('normal', 'SliceNormalVector is missing'),
+        ('position', 'ImagePositionPatient is missing'),
+    ('spacing', 'SpacingBetweenSlices is missing'), ('count', 'header disagrees: 5 tiles'), ('size', 'equal tiles'),
+        ('turned', 'not the normal')])
 def test_mosaic_whose_header_lost_what_places_it_is_refused_by_name(what, match, tmp_path):
     fn = tmp_path/'m.dcm'
     mosaic(fn, np.ones((8,6,5), int))
@@ -244,7 +247,8 @@ def test_linked_folders_are_scanned_once(tmp_path):
     assert any(np.array_equal(load_volume(s)[0].numpy(), vol) for s in df.series)
 
 @pytest.mark.parametrize('cls,modality,name', [
-    ('1.2.840.10008.5.1.4.1.1.481.3','RTSTRUCT','RT Structure Set Storage'), ('1.2.840.10008.5.1.4.1.1.481.5','RTPLAN','RT Plan Storage'),
+    ('1.2.840.10008.5.1.4.1.1.481.3','RTSTRUCT','RT Structure Set Storage'),
+        ('1.2.840.10008.5.1.4.1.1.481.5','RTPLAN','RT Plan Storage'),
     ('1.2.840.10008.5.1.4.1.1.88.11','SR','Basic Text SR Storage')])
 def test_what_holds_no_image_is_named(cls, modality, name, tmp_path):
     write(tmp_path/'s')
@@ -256,7 +260,8 @@ def test_what_holds_no_image_is_named(cls, modality, name, tmp_path):
 
 def test_missing_photometric_interpretation_is_named(tmp_path):
     write(tmp_path/'s', each=lambda ds,k: delattr(ds, 'PhotometricInterpretation') if k==3 else None)
-    with pytest.raises(FileError, match=r'lacks PhotometricInterpretation \(0028,0004\)') as e: load_volume(tmp_path/'s')
+    with pytest.raises(FileError, match=r'lacks PhotometricInterpretation \(0028,0004\)') as e:
+        load_volume(tmp_path/'s')
     assert 'truncated' not in str(e.value)
 
 def test_split_is_advised_where_it_parts(tmp_path):
@@ -277,7 +282,8 @@ def test_a_missing_image_is_not_filled_from_the_next_turn(tmp_path):
     "Two turns that no tag tells apart, one image missing: the first looked whole, with an image of the second in it"
     ids = dict(series=generate_uid(), study=generate_uid(), frame=generate_uid())
     for i in range(2):
-        write(tmp_path/'s', uids=ids, seed=i, names=lambda k, i=i: f'{i}_{k}', each=lambda ds, k, i=i: setattr(ds, 'InstanceNumber', 7*i+k+1), drop=() if i else (3,))
+        write(tmp_path/'s', uids=ids, seed=i, names=lambda k, i=i: f'{i}_{k}',
+                each=lambda ds, k, i=i: setattr(ds, 'InstanceNumber', 7*i+k+1), drop=() if i else (3,))
     assert len(dicom_series(tmp_path/'s').split())==1
     refused(tmp_path/'s', 'one image a position', 'Nothing in its headers tells them apart')
 

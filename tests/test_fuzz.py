@@ -11,30 +11,58 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.slow
 def test_mutated_files(tmp_path):
     "Each is read rightly or refused by name; none crashes, hangs, or takes more than 3 GB"
-    env = {**os.environ, 'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg', 'OMP_NUM_THREADS':'1', 'FASTMED_CACHE':str(tmp_path)}
-    r = subprocess.run([sys.executable, ROOT/'benchmarks'/'fuzz.py', '--quick', '--json'], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=1800)
-    out = json.loads(r.stdout.strip().splitlines()[-1]); bad = {k:v for k,v in out['bad'].items() if v}
+    env = {**os.environ, 'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg', 'OMP_NUM_THREADS':'1',
+           'FASTMED_CACHE':str(tmp_path)}
+    r = subprocess.run([sys.executable, ROOT/'benchmarks'/'fuzz.py', '--quick', '--json'], capture_output=True,
+                        text=True, env=env, cwd=tmp_path, timeout=1800)
+    out = json.loads(r.stdout.strip().splitlines()[-1])
+    bad = {k:v for k,v in out['bad'].items() if v}
     assert not bad, '\n'.join(f'{k} {n}: {m}' for k,v in bad.items() for n,m in v)
     rows = {o['reader']:o for o in out['rows']}
     assert r.returncode==0 and sum(o['files'] for o in rows.values())>=500 and len(rows)>=19
-    for k,o in rows.items(): assert o['read']>0 and (o['refused']>0 or k=='store') or o['files']<10, f'{k} {o}: a reader that refuses everything, or nothing, shows nothing'
+    for k,o in rows.items():
+        assert o['read']>0 and (o['refused']>0
+                or k=='store') or o['files']<10, f'{k} {o}: a reader that refuses everything, or nothing, shows nothing'
 
 # ---- what once went wrong
 
-MHA = b'ObjectType = Image\nNDims = 3\nBinaryData = True\nBinaryDataByteOrderMSB = False\nCompressedData = False\nTransformMatrix = 1 0 0 0 1 0 0 0 1\nOffset = 0 0 0\nElementSpacing = 1 1 1\nDimSize = 4 3 2\nElementType = MET_SHORT\nElementDataFile = LOCAL\n'
-NRRD = b'NRRD0004\ntype: short\ndimension: 3\nspace: left-posterior-superior\nsizes: 4 3 2\nspace directions: (1,0,0) (0,1,0) (0,0,1)\nkinds: domain domain domain\nendian: little\nencoding: raw\nspace origin: (0,0,0)\n\n'
+MHA = (b'ObjectType = Image\nNDims = 3\nBinaryData = True\nBinaryDataByteOrderMSB = False\nCompressedData = '
+       b'False\nTransformMatrix = 1 0 0 0 1 0 0 0 1\nOffset = 0 0 0\nElementSpacing = 1 1 1\nDimSize = 4 '
+       b'3 2\nElementType = MET_SHORT\nElementDataFile = LOCAL\n')
+NRRD = (b'NRRD0004\ntype: short\ndimension: 3\nspace: left-posterior-superior\nsizes: 4 3 2\nspace directions: (1,0,0) '
+        b'(0,1,0) (0,0,1)\nkinds: domain domain domain\nendian: little\nencoding: raw\nspace origin: '
+        b'(0,0,0)\n\n')
 VOX = np.arange(24, dtype='<i2').tobytes()
 def tiff(next_page=0, w=4, h=6, at=None, kind=None):
     "A TIFF of one strip; its next page is `next_page`"
-    e = [*([] if kind is None else [(254,4,1,kind)]),(256,4,1,w),(257,4,1,h),(258,3,1,16),(259,3,1,1),(262,3,1,1),(273,4,1,8 if at is None else at),(277,3,1,1),(278,4,1,h),(279,4,1,48)]
-    return b'II*\0'+struct.pack('<I', 56)+VOX+struct.pack('<H', len(e))+b''.join(struct.pack('<HHII', *o) for o in e)+struct.pack('<I', next_page)
+    e = [*([] if kind is None else [(254,4,1,kind)]),(256,4,1,w),(257,4,1,h),(258,3,1,16),(259,3,1,1),(262,3,1,1),
+         (273,4,1,8 if at is None else at),(277,3,1,1),(278,4,1,h),(279,4,1,48)]
+    return b'II*\0'+struct.pack('<I', 56)+VOX+struct.pack('<H', len(e))+b''.join(struct.pack('<HHII', *o)
+            for o in e)+struct.pack('<I', next_page)
 ONCE = { # name: (suffix, bytes): it crashed, hung, or was read as something else
-    'NDims beyond every array': ('.mha', MHA.replace(b'NDims = 3', b'NDims = 16777216')+VOX), 'a file name for sprintf': ('.mhd', MHA.replace(b'LOCAL', b'%s%n%s')+VOX), 'numbered files for sprintf': ('.mhd', MHA.replace(b'LOCAL', b'x%03d.raw 1 2 1')+VOX),
-    'a list of files': ('.mhd', MHA.replace(b'LOCAL', b'LIST')+b'/etc/passwd\n'), 'voxels of another folder': ('.mhd', MHA.replace(b'LOCAL', b'../../../../etc/passwd')), 'voxels of a device': ('.mhd', MHA.replace(b'LOCAL', b'/dev/zero')), 'an image of noughts': ('.mha', MHA.replace(b'4 3 2', b'4 0 2')+VOX),
-    'fewer sizes than axes': ('.mha', MHA.replace(b'4 3 2', b'4 3')+VOX), 'voxels cut off': ('.mha', MHA+VOX[:-2]), 'spacing that is none': ('.mha', MHA.replace(b'ElementSpacing = 1 1 1', b'ElementSpacing = 1 nan 1')+VOX), 'an infinite turn': ('.mha', MHA.replace(b'1 0 0 0 1 0 0 0 1', b'1e400 0 0 0 1 0 0 0 1')+VOX),
-    'a scene': ('.mha', MHA.replace(b'= Image', b'= Scene')+VOX), 'a field twice': ('.mha', b'NDims = 2\n'+MHA+VOX), 'nrrd: axes without end': ('.nrrd', NRRD.replace(b'dimension: 3', b'dimension: 16')+VOX), 'nrrd: data of a device': ('.nhdr', NRRD.replace(b'encoding: raw', b'encoding: raw\ndata file: /dev/zero')),
-    'nrrd: numbered files': ('.nhdr', NRRD.replace(b'encoding: raw', b'encoding: raw\ndata file: x%03d.raw 1 2 1')), 'nrrd: block type': ('.nrrd', NRRD.replace(b'type: short', b'type: block')+VOX), 'nrrd: cut off': ('.nrrd', NRRD+VOX[:-1]), 'nrrd: skip into nowhere': ('.nrrd', NRRD.replace(b'encoding: raw', b'encoding: raw\nbyte skip: 99999')+VOX),
-    'nrrd: an unknown encoding': ('.nrrd', NRRD.replace(b'raw', b'bzip2')+VOX), 'tiff: a page that follows itself': ('.tif', tiff(56)), 'tiff: a page of no kind': ('.tif', tiff(kind=2**32-2)), 'tiff: nothing but a small copy': ('.tif', tiff(kind=1)), 'tiff: a strip beyond the end': ('.tif', tiff(at=9999)), 'tiff: no rows': ('.tif', tiff(h=0)), 'a format that nobody asked for': ('.gipl', b'\0'*400), 'vtk by another name': ('.vtk', b'# vtk DataFile Version 3.0\nx\nASCII\n')}
+    'NDims beyond every array': ('.mha', MHA.replace(b'NDims = 3', b'NDims = 16777216')+VOX),
+        'a file name for sprintf': ('.mhd', MHA.replace(b'LOCAL', b'%s%n%s')+VOX),
+        'numbered files for sprintf': ('.mhd', MHA.replace(b'LOCAL', b'x%03d.raw 1 2 1')+VOX),
+    'a list of files': ('.mhd', MHA.replace(b'LOCAL', b'LIST')+b'/etc/passwd\n'),
+        'voxels of another folder': ('.mhd', MHA.replace(b'LOCAL', b'../../../../etc/passwd')),
+        'voxels of a device': ('.mhd', MHA.replace(b'LOCAL', b'/dev/zero')),
+        'an image of noughts': ('.mha', MHA.replace(b'4 3 2', b'4 0 2')+VOX),
+    'fewer sizes than axes': ('.mha', MHA.replace(b'4 3 2', b'4 3')+VOX), 'voxels cut off': ('.mha', MHA+VOX[:-2]),
+        'spacing that is none': ('.mha', MHA.replace(b'ElementSpacing = 1 1 1', b'ElementSpacing = 1 nan 1')+VOX),
+        'an infinite turn': ('.mha', MHA.replace(b'1 0 0 0 1 0 0 0 1', b'1e400 0 0 0 1 0 0 0 1')+VOX),
+    'a scene': ('.mha', MHA.replace(b'= Image', b'= Scene')+VOX), 'a field twice': ('.mha', b'NDims = 2\n'+MHA+VOX),
+        'nrrd: axes without end': ('.nrrd', NRRD.replace(b'dimension: 3', b'dimension: 16')+VOX),
+        'nrrd: data of a device': ('.nhdr', NRRD.replace(b'encoding: raw', b'encoding: raw\ndata file: /dev/zero')),
+    'nrrd: numbered files': ('.nhdr', NRRD.replace(b'encoding: raw', b'encoding: raw\ndata file: x%03d.raw 1 2 1')),
+        'nrrd: block type': ('.nrrd', NRRD.replace(b'type: short', b'type: block')+VOX),
+        'nrrd: cut off': ('.nrrd', NRRD+VOX[:-1]),
+        'nrrd: skip into nowhere': ('.nrrd', NRRD.replace(b'encoding: raw', b'encoding: raw\nbyte skip: 99999')+VOX),
+    'nrrd: an unknown encoding': ('.nrrd', NRRD.replace(b'raw', b'bzip2')+VOX),
+        'tiff: a page that follows itself': ('.tif', tiff(56)), 'tiff: a page of no kind': ('.tif', tiff(kind=2**32-2)),
+        'tiff: nothing but a small copy': ('.tif', tiff(kind=1)),
+        'tiff: a strip beyond the end': ('.tif', tiff(at=9999)), 'tiff: no rows': ('.tif', tiff(h=0)),
+        'a format that nobody asked for': ('.gipl', b'\0'*400),
+        'vtk by another name': ('.vtk', b'# vtk DataFile Version 3.0\nx\nASCII\n')}
 
 @pytest.fixture(scope='module')
 def once(tmp_path_factory):
@@ -58,15 +86,22 @@ print(json.dumps(res))
 
 @pytest.mark.parametrize('i', range(len(ONCE)), ids=list(ONCE))
 def test_what_once_went_wrong(once, i):
-    msg = once[str(i)]; sfx = list(ONCE.values())[i][0]
+    msg = once[str(i)]
+    sfx = list(ONCE.values())[i][0]
     assert f'{i}{sfx}' in msg and len(msg)<600 and not msg.startswith(('ValueError','TypeError','RuntimeError')), msg
 
 def test_the_good_ones_are_read(tmp_path):
     "The same files without the fault"
     from fastmed.io.volumes import load_volume, read_header
-    for sfx,b in (('.mha',MHA+VOX), ('.nrrd',NRRD+VOX), ('.mhd',MHA.replace(b'LOCAL', b'v.raw')), ('.nhdr',NRRD.replace(b'encoding: raw', b'encoding: raw\ndata file: v.raw')), ('.tif',tiff())):
-        (tmp_path/f'x{sfx}').write_bytes(b); (tmp_path/'v.raw').write_bytes(VOX)
-        t = load_volume(tmp_path/f'x{sfx}'); assert t.shape==((1,4,6,1) if sfx=='.tif' else (1,4,3,2)) and t.as_subclass(__import__('torch').Tensor).permute(0,3,2,1).flatten().tolist()==list(range(24)) and tuple(read_header(tmp_path/f'x{sfx}')['shape'])==tuple(t.shape[1:])
+    for sfx,b in (('.mha',MHA+VOX), ('.nrrd',NRRD+VOX), ('.mhd',MHA.replace(b'LOCAL', b'v.raw')),
+            ('.nhdr',NRRD.replace(b'encoding: raw', b'encoding: raw\ndata file: v.raw')), ('.tif',tiff())):
+        (tmp_path/f'x{sfx}').write_bytes(b)
+        (tmp_path/'v.raw').write_bytes(VOX)
+        t = load_volume(tmp_path/f'x{sfx}')
+        assert t.shape==((1,4,6,1) if sfx=='.tif'
+                else (1,4,3,2)) and t.as_subclass(__import__('torch').Tensor).permute(0,3,2,
+                1).flatten().tolist()==list(range(24)) and tuple(read_header(tmp_path/f'x{sfx}')['shape'])==tuple(
+                t.shape[1:])
 
 # ---- promises
 
@@ -134,15 +169,19 @@ def test_headers_that_promise_too_much(tmp_path):
         name = k.split()[0]
         assert kind in ('FileError','ResourceError') and Path(name).name in msg and len(msg)<700, (k, kind, msg)
         assert grown<100e6, f'{k}: {grown/1e6:.0f} MB'
-    for n in ('holes.nii','holes.mha','holes.nrrd'): assert res[f'{n} load_volume'][0]=='ResourceError', res[f'{n} load_volume']
+    for n in ('holes.nii','holes.mha','holes.nrrd'):
+        assert res[f'{n} load_volume'][0]=='ResourceError', res[f'{n} load_volume']
 
 def test_a_grid_that_no_memory_holds(tmp_path):
     "A scan of 8 mm brought to a thousandth of a millimetre"
     import torch
     from fastmed.core import ResourceError, TensorVolume
     from fastmed.data.preprocess import Preprocess
-    with pytest.raises(ResourceError, match='huge.nii.*need'): Preprocess(spacing=.001)(TensorVolume(torch.zeros(1,64,64,64), affine=np.diag([8,8,8,1.]), meta=dict(fn='huge.nii')))
-    with pytest.raises(ResourceError): Preprocess(spacing=1e-9)(TensorVolume(torch.zeros(1,64,64,64), affine=np.diag([8,8,8,1.])))
+    with pytest.raises(ResourceError, match='huge.nii.*need'):
+        Preprocess(spacing=.001)(TensorVolume(torch.zeros(1,64,64,64), affine=np.diag([8,8,8,1.]),
+                meta=dict(fn='huge.nii')))
+    with pytest.raises(ResourceError):
+        Preprocess(spacing=1e-9)(TensorVolume(torch.zeros(1,64,64,64), affine=np.diag([8,8,8,1.])))
 
 def test_memory_left_knows_the_limit_of_the_process(tmp_path):
     out = python("""
@@ -152,4 +191,5 @@ vm = int(next(o for o in open('/proc/self/status') if o.startswith('VmSize')).sp
 resource.setrlimit(resource.RLIMIT_AS, (vm+2**28+2**20,)*2)
 print(memory_left())
 """, tmp_path)
-    assert 0<int(out.split()[-1])<=2**28+2**24                          # what the interpreter gave back meanwhile is left again
+    # what the interpreter gave back meanwhile is left again
+    assert 0<int(out.split()[-1])<=2**28+2**24

@@ -2,8 +2,10 @@
 import itertools
 import numpy as np, nibabel as nib, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st, HealthCheck
-from fastmed.all import (InputError, TensorVolume, TensorVolumeMask, Preprocess, load_volume, load_mask, save_volume, to_orientation, orientation_of, spacing_of,
-                         SliceDataLoaders, VolumeDataLoaders, unet2d_learner, unet3d_learner, plot_volume, resample_to, same_grid)
+from fastmed.all import (InputError, TensorVolume, TensorVolumeMask, Preprocess, load_volume, load_mask, save_volume,
+                         to_orientation, orientation_of, spacing_of,
+                         SliceDataLoaders, VolumeDataLoaders, unet2d_learner, unet3d_learner, plot_volume, resample_to,
+                         same_grid)
 
 axcodes = [''.join(p) for c in itertools.product('LR','AP','SI') for p in itertools.permutations(c)]
 
@@ -11,11 +13,15 @@ def affine(code, spacing, angle, origin):
     "An affine of this orientation and spacing (mm), turned by `angle` about two axes"
     c,s = np.cos(angle),np.sin(angle)
     R = np.array([[c,-s,0],[s,c,0],[0,0,1]]) @ np.array([[1,0,0],[0,c,-s],[0,s,c]])
-    inv = nib.orientations.inv_ornt_aff(nib.orientations.ornt_transform(nib.orientations.axcodes2ornt('RAS'), nib.orientations.axcodes2ornt(code)), (1,1,1))
-    a = np.eye(4); a[:3,:3] = R @ inv[:3,:3] @ np.diag(spacing); a[:3,3] = origin
+    inv = nib.orientations.inv_ornt_aff(nib.orientations.ornt_transform(nib.orientations.axcodes2ornt('RAS'),
+            nib.orientations.axcodes2ornt(code)), (1,1,1))
+    a = np.eye(4)
+    a[:3,:3] = R @ inv[:3,:3] @ np.diag(spacing)
+    a[:3,3] = origin
     return a
 
-grids = st.tuples(st.sampled_from(axcodes), st.tuples(*[st.floats(.2,8)]*3), st.floats(0,.5), st.tuples(*[st.floats(-200,200)]*3), st.tuples(*[st.integers(1,40)]*3))
+grids = st.tuples(st.sampled_from(axcodes), st.tuples(*[st.floats(.2,8)]*3), st.floats(0,.5),
+                  st.tuples(*[st.floats(-200,200)]*3), st.tuples(*[st.integers(1,40)]*3))
 quick = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 
 @quick
@@ -23,7 +29,8 @@ quick = settings(max_examples=150, deadline=None, suppress_health_check=list(Hea
 def test_without_resampling_the_way_back_is_exact(g, seed):
     code,sp,ang,org,shape = g
     aff = affine(code, sp, ang, org)
-    m = TensorVolumeMask(torch.from_numpy(np.random.default_rng(seed).integers(0, 3, shape).astype(np.int32)), affine=aff)
+    m = TensorVolumeMask(torch.from_numpy(np.random.default_rng(seed).integers(0, 3, shape).astype(np.int32)),
+                         affine=aff)
     pre = Preprocess(codes=['background','a','b'])
     there = pre(m)
     assert there.orientation=='RAS'
@@ -36,7 +43,8 @@ def test_a_resampled_mask_comes_back_to_its_own_grid(g, mm):
     """A ball of at least three voxels radius on both grids comes back with a Dice above 0.8. The bound: resampling moves the border by up to half a voxel, which
     on a ball of radius 3 voxels is a shell of a quarter of its volume; each labelling there and back moves half of it at most."""
     code,sp,ang,org,shape = g
-    sp = np.clip(sp, .5, 3); shape = np.maximum(shape, np.ceil(10*max(mm, sp.max())/sp).astype(int))
+    sp = np.clip(sp, .5, 3)
+    shape = np.maximum(shape, np.ceil(10*max(mm, sp.max())/sp).astype(int))
     if np.prod(shape)>400_000: return
     aff = affine(code, sp, ang, org)
     idx = np.stack(np.meshgrid(*[np.arange(n) for n in shape], indexing='ij'), -1)
@@ -52,8 +60,10 @@ def test_a_resampled_mask_comes_back_to_its_own_grid(g, mm):
 @given(grids, st.floats(.5, 4), st.sampled_from(['linear','cubic']))
 def test_a_constant_stays_constant(g, mm, order):
     code,sp,ang,org,shape = g
-    sp = np.clip(sp, .5, 4); shape = np.minimum(shape, 20)
-    x = Preprocess(spacing=mm, normalize='none', order=order)(TensorVolume(torch.full((1,*shape), 7.25), affine=affine(code, sp, ang, org)))
+    sp = np.clip(sp, .5, 4)
+    shape = np.minimum(shape, 20)
+    x = Preprocess(spacing=mm, normalize='none', order=order)(TensorVolume(torch.full((1,*shape), 7.25),
+                   affine=affine(code, sp, ang, org)))
     assert np.allclose(x.numpy(), 7.25, atol=1e-3)
 
 @pytest.mark.parametrize('dtype', [np.uint8, np.int8, np.int16, np.uint16, np.int32, np.uint32, np.float32, np.float64])
@@ -65,31 +75,38 @@ def test_every_nifti_type_gives_physical_values(dtype, tmp_path):
 
 def test_a_mask_of_another_grid_is_resampled_only_when_asked(tmp_path):
     x = TensorVolume(torch.zeros(1,20,24,16), affine=np.diag([1,1,2,1.]))
-    m = TensorVolumeMask(torch.zeros(40,24,16, dtype=torch.int32), affine=np.diag([.5,1,2,1.])); m[10:30,6:18,4:12] = 1
+    m = TensorVolumeMask(torch.zeros(40,24,16, dtype=torch.int32), affine=np.diag([.5,1,2,1.]))
+    m[10:30,6:18,4:12] = 1
     r = resample_to(m, x.shape[1:], x.affine)
     assert same_grid(r.shape, r.affine, x.shape[1:], x.affine) and int(r.sum())>0
 
 def test_png_images_with_masks_train_and_predict(tmp_path):
     rng,rows = np.random.default_rng(0),[]
     for i in range(6):
-        m = np.zeros((48,40,1), np.int32); m[10+i:30,8:20+i] = 1
-        for k,(t,f) in enumerate(((TensorVolumeMask(torch.from_numpy(m*200+rng.integers(0,40,m.shape)), affine=np.diag([-1,-1,1,1.])), 'im'), (TensorVolumeMask(torch.from_numpy(m), affine=np.diag([-1,-1,1,1.])), 'm'))):
+        m = np.zeros((48,40,1), np.int32)
+        m[10+i:30,8:20+i] = 1
+        for k,(t,
+                f) in enumerate(((TensorVolumeMask(torch.from_numpy(m*200+rng.integers(0,40,m.shape)),
+                affine=np.diag([-1,-1,1,1.])), 'im'), (TensorVolumeMask(torch.from_numpy(m), affine=np.diag([-1,-1,1,1.])), 'm'))):
             save_volume(t, tmp_path/f'{f} {i} ü.png')
         rows.append(dict(case=i, image=tmp_path/f'im {i} ü.png', mask=tmp_path/f'm {i} ü.png'))
-    dls = SliceDataLoaders.from_df(pd.DataFrame(rows), cache=tmp_path/'c', device='cpu', path=tmp_path, samples_per_case=2)
+    dls = SliceDataLoaders.from_df(pd.DataFrame(rows), cache=tmp_path/'c', device='cpu', path=tmp_path,
+                                   samples_per_case=2)
     assert dls.plan.axis==2 and dls.plan.patch[2]==1
     learn = unet2d_learner(dls, nf=4, depth=2)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1)
     p = learn.predict_volume(rows[0]['image'])
     assert p.shape==(48,40,1)
-    p.save(tmp_path/'out.png'); assert (load_mask(tmp_path/'out.png').numpy()==p.numpy()).all()
+    p.save(tmp_path/'out.png')
+    assert (load_mask(tmp_path/'out.png').numpy()==p.numpy()).all()
 
 def test_a_single_dicom_slice_is_an_image(data):
     f = sorted((data/'ct_dicom'/'philips_phantom_no_tilt_5mm').iterdir())[0]
     t = load_volume(f)
     assert t.ndim==4 and t.shape[-1]==1 and -1100<float(t.min())<0
 
-@pytest.mark.parametrize('what', ['channels','mask grid','no mask','empty masks','values','one subject','group','codes'])
+@pytest.mark.parametrize('what', ['channels','mask grid','no mask','empty masks','values','one subject','group',
+                                  'codes'])
 def test_from_df_names_what_is_wrong(what, tmp_path):
     rows = []
     for i in range(4):
@@ -97,13 +114,21 @@ def test_from_df_names_what_is_wrong(what, tmp_path):
         m = np.zeros((12,14,10), np.uint8)
         if what!='empty masks': m[4:8,4:8,4:8] = 255 if what=='values' else 1
         nib.save(nib.Nifti1Image(a, np.eye(4)), tmp_path/f'im{i}.nii.gz')
-        nib.save(nib.Nifti1Image(m, np.diag([2,1,1,1.]) if what=='mask grid' and i==1 else np.eye(4)), tmp_path/f'm{i}.nii.gz')
-        rows.append(dict(case=f'case{i}', subject=0 if what=='one subject' else i, image=tmp_path/f'im{i}.nii.gz', mask=None if what=='no mask' and i==3 else tmp_path/f'm{i}.nii.gz'))
-    kw = dict(group_col='patient') if what=='group' else dict(codes=['background','a','b','c'][:1]) if what=='codes' else {}
-    want = {'channels':'case2','mask grid':'m1.nii.gz','no mask':'case3','empty masks':'background','values':'255','one subject':'two groups','group':'patient','codes':'m0.nii.gz|m1.nii.gz|m2.nii.gz|m3.nii.gz'}[what]
-    with pytest.raises((ValueError, KeyError), match=want): VolumeDataLoaders.from_df(pd.DataFrame(rows), cache=tmp_path/'c', device='cpu', **kw)
+        nib.save(nib.Nifti1Image(m, np.diag([2,1,1,1.]) if what=='mask grid' and i==1 else np.eye(4)),
+                 tmp_path/f'm{i}.nii.gz')
+        rows.append(dict(case=f'case{i}', subject=0 if what=='one subject' else i, image=tmp_path/f'im{i}.nii.gz',
+                         mask=None if what=='no mask' and i==3 else tmp_path/f'm{i}.nii.gz'))
+    kw = dict(group_col='patient') if what=='group' else dict(codes=['background','a','b',
+            'c'][:1]) if what=='codes' else {}
+    want = {'channels':'case2','mask grid':'m1.nii.gz','no mask':'case3','empty masks':'background','values':'255',
+            'one subject':'two groups','group':'patient','codes':'m0.nii.gz|m1.nii.gz|m2.nii.gz|m3.nii.gz'}[what]
+    with pytest.raises((ValueError, KeyError), match=want):
+        VolumeDataLoaders.from_df(pd.DataFrame(rows), cache=tmp_path/'c', device='cpu', **kw)
 
-@pytest.mark.parametrize('copy', [lambda t: type(t)(t, affine=t.affine), lambda t: type(t)(t.as_subclass(torch.Tensor), affine=t.affine), lambda t: t.clone(), lambda t: t*1, lambda t: t[...]])
+@pytest.mark.parametrize('copy',
+                         [lambda t: type(t)(t, affine=t.affine),
+                          lambda t: type(t)(t.as_subclass(torch.Tensor), affine=t.affine), lambda t: t.clone(),
+                          lambda t: t*1, lambda t: t[...]])
 @pytest.mark.parametrize('cls', [TensorVolume, TensorVolumeMask])
 def test_a_copy_has_a_place_of_its_own(cls, copy):
     "fastai lets tensors share their metadata: a new affine of the second moved the first"
@@ -114,10 +139,12 @@ def test_a_copy_has_a_place_of_its_own(cls, copy):
     c.affine = np.diag([2,2,2,1])@c.affine
     assert np.array_equal(t.affine, np.eye(4)) and c.spacing==(2,2,2)
 
-@pytest.mark.parametrize('draw', [lambda t,m: plot_volume(t, m), lambda t,m: plot_volume(t, pred=m), lambda t,m: t.show(mask=m), lambda t,m: plot_volume(t, m, axis=1)])
+@pytest.mark.parametrize('draw', [lambda t,m: plot_volume(t, m), lambda t,m: plot_volume(t, pred=m),
+                         lambda t,m: t.show(mask=m), lambda t,m: plot_volume(t, m, axis=1)])
 def test_a_mask_that_lies_elsewhere_is_not_drawn(draw):
     "It was drawn over the image, where it does not lie"
     t,m = TensorVolume(torch.rand(1,6,7,8), affine=np.eye(4)),torch.ones(6,7,8).byte()
     draw(t, TensorVolumeMask(m, affine=np.eye(4)+1e-6))
-    for other,match in ((TensorVolumeMask(m, affine=np.diag([1,1,-1,1])), 'lies elsewhere'), (TensorVolumeMask(m[1:], affine=np.eye(4)), 'expected a mask of')):
+    for other,match in ((TensorVolumeMask(m, affine=np.diag([1,1,-1,1])), 'lies elsewhere'),
+            (TensorVolumeMask(m[1:], affine=np.eye(4)), 'expected a mask of')):
         with pytest.raises(InputError, match=match): draw(t, other)

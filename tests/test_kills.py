@@ -5,12 +5,16 @@ import pandas as pd, pytest
 
 root = Path(__file__).resolve().parent.parent
 
-@pytest.mark.skipif(not hasattr(os, 'fork') or not (root/'benchmarks'/'kills.py').exists(), reason='needs fork, and the benchmarks of a checkout')
+@pytest.mark.skipif(not hasattr(os, 'fork') or not (root/'benchmarks'/'kills.py').exists(),
+                    reason='needs fork, and the benchmarks of a checkout')
 @pytest.mark.slow
 def test_killed_and_started_again(tmp_path):
     "Store, download, training and a folder of predictions: nothing corrupt, nothing changed, nothing done twice, nothing left behind; four processes at one store"
     env = {**os.environ, 'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg'}
-    r = subprocess.run([sys.executable, root/'benchmarks'/'kills.py', '--jobs', 'store,download,training,predict_folder', '--kills', '2', '--seed', '7', '--together', '4', '--together-jobs', 'store', '--out', tmp_path/'k.csv'], env=env, capture_output=True, text=True, timeout=1800)
+    r = subprocess.run([sys.executable, root/'benchmarks'/'kills.py', '--jobs',
+                        'store,download,training,predict_folder', '--kills', '2', '--seed', '7', '--together', '4',
+                        '--together-jobs', 'store', '--out', tmp_path/'k.csv'], env=env, capture_output=True, text=True,
+                        timeout=1800)
     assert r.returncode==0, r.stderr[-3000:]
     t,m = pd.read_csv(tmp_path/'k.csv').set_index('job'),pd.read_csv(tmp_path/'k_together.csv')
     assert (t.kills==2).all() and len(t)==4 and (t.while_writing==1).all()
@@ -26,6 +30,10 @@ p = Path(sys.argv[2]); Store(Preprocess(spacing=1.25, codes=['background','large
 """
 def test_two_fresh_processes_build_one_store(study, tmp_path):
     "Not forked: each imports for itself, as spawned ones do"
-    ps = [subprocess.Popen([sys.executable, '-c', BUILD, root, study[0], tmp_path/'s'], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, 'PYTHONWARNINGS':'ignore', 'OMP_NUM_THREADS':'1'}) for _ in range(2)]
-    for p in ps: err = p.communicate()[1]; assert p.returncode==0, err.decode()[-2000:]
+    ps = [subprocess.Popen([sys.executable, '-c', BUILD, root, study[0], tmp_path/'s'], stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, env={**os.environ, 'PYTHONWARNINGS':'ignore', 'OMP_NUM_THREADS':'1'})
+                                         for _ in range(2)]
+    for p in ps:
+        err = p.communicate()[1]
+        assert p.returncode==0, err.decode()[-2000:]
     assert len(list((tmp_path/'s'/'image').iterdir()))==len(list((tmp_path/'s'/'mask').iterdir()))==8

@@ -13,7 +13,9 @@ QUIET = dict(device='cpu', num_workers=0)
 def cases(tmp_path_factory):
     "Twelve phantoms of six subjects with labels of every kind"
     path = tmp_path_factory.mktemp('cases')
-    rows = [dict(write_case(path, f'c{i:02}', affine_of('RAS', (1,1,1)), (16+2*(i%3),18,12), seed=i), subject=f's{i//2}', view=['AP','PA'][i%2], sick=bool(i%3), age=20.+3*i, grade=i%3, a=i%2, b=(i//2)%2, finds='|'.join(['Mass']*(i%2)+['Edema']*(i//2%2))) for i in range(12)]
+    rows = [dict(write_case(path, f'c{i:02}', affine_of('RAS', (1,1,1)), (16+2*(i%3),18,12), seed=i),
+            subject=f's{i//2}', view=['AP','PA'][i%2], sick=bool(i%3), age=20.+3*i, grade=i%3, a=i%2, b=(i//2)%2,
+            finds='|'.join(['Mass']*(i%2)+['Edema']*(i//2%2))) for i in range(12)]
     return path,pd.DataFrame(rows)
 
 def loaders(cases, cls=VolumeDataLoaders, **kw):
@@ -22,8 +24,11 @@ def loaders(cases, cls=VolumeDataLoaders, **kw):
 
 # ---- blocks
 
-@pytest.mark.parametrize('col,delim,kind,vocab', [('view',None,'category',['AP','PA']), ('sick',None,'category',[False,True]), ('grade',None,'category',[0,1,2]), ('age',None,'regression',['age']),
-                                                  (['a','b'],None,'multi',['a','b']), ('finds','|','multi',['Edema','Mass']), (['age','a'],None,'regression',['age','a'])])
+@pytest.mark.parametrize('col,delim,kind,vocab',
+        [('view',None,'category',['AP','PA']), ('sick',None,'category',[False,True]), ('grade',None,'category',[0,1,2]),
+        ('age',None,'regression',['age']),
+                                                  (['a','b'],None,'multi',['a','b']),
+        ('finds','|','multi',['Edema','Mass']), (['age','a'],None,'regression',['age','a'])])
 def test_block_follows_from_the_column(cases, col, delim, kind, vocab):
     dls = loaders(cases, label_col=col, label_delim=delim)
     assert (dls.task, list(dls.vocab), dls.c)==(kind, vocab, len(vocab))
@@ -36,13 +41,22 @@ def test_block_follows_from_the_column(cases, col, delim, kind, vocab):
 def test_y_block_says_otherwise(cases, y_block):
     dls = loaders(cases, label_col='grade', y_block=y_block)
     assert dls.task=='regression' and set(dls.valid_ds.items.grade)>={0} and dls.one_batch()[1].dtype==torch.float32
-def test_y_block_category_of_floats(cases): assert loaders(cases, df=cases[1].assign(f=cases[1].grade.astype(float)), label_col='f', y_block='category').vocab==[0.,1.,2.]
-def test_order_of_a_categorical_is_kept(cases): assert loaders(cases, df=cases[1].assign(view=pd.Categorical(cases[1]['view'], ['PA','AP'])), label_col='view').vocab==['PA','AP']
+def test_y_block_category_of_floats(cases):
+    assert loaders(cases, df=cases[1].assign(f=cases[1].grade.astype(float)), label_col='f',
+                   y_block='category').vocab==[0.,1.,2.]
+def test_order_of_a_categorical_is_kept(cases):
+    assert loaders(cases, df=cases[1].assign(view=pd.Categorical(cases[1]['view'], ['PA','AP'])),
+            label_col='view').vocab==['PA','AP']
 
-@pytest.mark.parametrize('kw,words', [(dict(df=lambda d: d.assign(view=[None]+d['view'].tolist()[1:]), label_col='view'), "'c00' has no view"), (dict(df=lambda d: d.assign(age=[math.nan]+d.age.tolist()[1:]), label_col='age'), "'c00' has no age"),
-    (dict(df=lambda d: d.assign(view='AP'), label_col='view'), 'two classes'), (dict(label_col='vew'), 'vew'), (dict(label_col='view', y_block='best'), 'best'), (dict(label_col='view', y_block='regression'), 'number'),
-    (dict(label_col='view', patch=16), 'patch'), (dict(size=16), 'label_col'), (dict(label_col='view', size=2), 'size'), (dict(label_col=['view','sick']), 'text'), (dict(label_col='case'), 'classes in'),
-    (dict(df=lambda d: d.assign(rare=['x']+['y']*11, v=[True]*2+[False]*10), label_col='rare', valid_col='v'), "no training case is 'x'")])
+@pytest.mark.parametrize('kw,words',
+        [(dict(df=lambda d: d.assign(view=[None]+d['view'].tolist()[1:]), label_col='view'), "'c00' has no view"),
+        (dict(df=lambda d: d.assign(age=[math.nan]+d.age.tolist()[1:]), label_col='age'), "'c00' has no age"),
+    (dict(df=lambda d: d.assign(view='AP'), label_col='view'), 'two classes'), (dict(label_col='vew'), 'vew'),
+        (dict(label_col='view', y_block='best'), 'best'), (dict(label_col='view', y_block='regression'), 'number'),
+    (dict(label_col='view', patch=16), 'patch'), (dict(size=16), 'label_col'), (dict(label_col='view', size=2), 'size'),
+        (dict(label_col=['view','sick']), 'text'), (dict(label_col='case'), 'classes in'),
+    (dict(df=lambda d: d.assign(rare=['x']+['y']*11, v=[True]*2+[False]*10), label_col='rare', valid_col='v'),
+     "no training case is 'x'")])
 def test_labels_that_cannot_be_used(cases, kw, words):
     df = kw.get('df', lambda d: d)(cases[1])
     with pytest.raises(FastmedError, match=words): loaders(cases, **{**kw, 'df':df})
@@ -52,23 +66,31 @@ def test_labels_that_cannot_be_used(cases, kw, words):
 def test_without_labels_nothing_changed(cases):
     dls = loaders(cases, spacing=1., patch=8, samples_per_case=1, codes=['background','large','small'])
     x,y = dls.valid.one_batch()
-    assert dls.task=='mask' and isinstance(y, TensorVolumeMask) and dls.vocab==['background','large','small'] and dls.c==3
+    assert dls.task=='mask' and isinstance(y, TensorVolumeMask) and dls.vocab==['background','large',
+            'small'] and dls.c==3
 
 @pytest.mark.parametrize('seed', range(5))
 def test_stratified_groups(seed):
     rng = np.random.default_rng(seed)
-    df = pd.DataFrame(dict(subject=rng.integers(80, size=240).astype(str), y=rng.choice(['a','b','c'], 240, p=[.6,.3,.1]), x=rng.normal(size=240)))
+    df = pd.DataFrame(dict(subject=rng.integers(80, size=240).astype(str),
+            y=rng.choice(['a','b','c'], 240, p=[.6,.3,.1]), x=rng.normal(size=240)))
     for col,kind in (('y','category'),('x','regression')):
         tr,va = label_splitter(df, col, kind, seed=seed)(df)
-        assert not set(df.subject[tr])&set(df.subject[va]) and sorted([*tr,*va])==list(range(240)) and abs(len(va)/240-.2)<.03
-        if kind=='category': assert (df.y[va].value_counts(normalize=True)-df.y.value_counts(normalize=True)).abs().max()<.05
+        assert not set(df.subject[tr])&set(df.subject[va]) and sorted([*tr,*va])==list(range(240)) and abs(len(va)/240
+                -.2)<.03
+        if kind=='category':
+            assert (df.y[va].value_counts(normalize=True)-df.y.value_counts(normalize=True)).abs().max()<.05
     assert list(va)!=list(label_splitter(df, 'x', 'regression', seed=seed+1)(df)[1])
-    shuffled = df.sample(frac=1, random_state=1); v2 = label_splitter(shuffled.reset_index(drop=True), 'y', 'category', seed=seed)(df)[1]
-    assert set(shuffled.subject.iloc[v2])==set(df.subject[label_splitter(df, 'y', 'category', seed=seed)(df)[1]]), 'the order of the rows changes the split'
+    shuffled = df.sample(frac=1, random_state=1)
+    v2 = label_splitter(shuffled.reset_index(drop=True), 'y', 'category', seed=seed)(df)[1]
+    assert set(shuffled.subject.iloc[v2])==set(df.subject[label_splitter(df, 'y', 'category',
+            seed=seed)(df)[1]]), 'the order of the rows changes the split'
 
 def test_group_col_and_valid_col(cases):
-    dls = loaders(cases, label_col='view', group_col='subject'); assert not set(dls.train_ds.items.subject)&set(dls.valid_ds.items.subject)
-    with pytest.raises(InputError, match='both sides'): loaders(cases, df=cases[1].assign(v=[True]+[False]*11), label_col='view', valid_col='v')
+    dls = loaders(cases, label_col='view', group_col='subject')
+    assert not set(dls.train_ds.items.subject)&set(dls.valid_ds.items.subject)
+    with pytest.raises(InputError, match='both sides'):
+        loaders(cases, df=cases[1].assign(v=[True]+[False]*11), label_col='view', valid_col='v')
 
 # ---- the whole scan
 
@@ -80,27 +102,39 @@ def test_nothing_is_cropped(cases):
         y = WholeTransform(Plan(ndim=3, patch=size, spacing=None, whole=True))(x)
         assert tuple(y.shape)==(1,*size) and len(y.unique())>1
         h = [s//2 for s in size]
-        assert all(y[(0,*[slice(None,k) if c==0 else slice(k,None) for c,k in zip(cc, h)])].max()>y.min() for cc in ((0,0,0),(-1,-1,-1),(0,-1,0))), (shape, size)
+        assert all(y[(0,*[slice(None,k) if c==0 else slice(k,None) for c,k in zip(cc, h)])].max()>y.min()
+                   for cc in ((0,0,0),(-1,-1,-1),(0,-1,0))), (shape, size)
 
 def test_larger_training_case_is_told(cases):
-    with warnings.catch_warnings(record=True) as w: warnings.simplefilter('always'); loaders(cases, label_col='view', size=12, spacing=1.)
+    with warnings.catch_warnings(record=True) as w:
+        warnings.simplefilter('always')
+        loaders(cases, label_col='view', size=12, spacing=1.)
     assert any('not cropped' in str(o.message) for o in w)
-    with warnings.catch_warnings(record=True) as w: warnings.simplefilter('always'); dls = loaders(cases, label_col='view', size=12)
+    with warnings.catch_warnings(record=True) as w:
+        warnings.simplefilter('always')
+        dls = loaders(cases, label_col='view', size=12)
     assert not any('not cropped' in str(o.message) for o in w) and dls.plan.spacing[0]>1 and dls.plan.patch==(12,12,12)
 
 def test_slices(cases):
     dls = loaders(cases, SliceDataLoaders, label_col='view', axis=2, context=1, samples_per_case=3)
-    x,y = dls.one_batch(); assert isinstance(x, TensorSlice) and x.shape==(4,3,*dls.plan.patch[:2]) and len(dls.train)==len(dls.train_ds)*3//4
-    a,b = dls.valid.one_batch()[0],dls.valid.one_batch()[0]; assert torch.equal(a, b)
-    e1,e2 = [torch.cat([b[0] for b in dls.train]).shape for _ in range(2)]; assert e1==e2
+    x,y = dls.one_batch()
+    assert isinstance(x, TensorSlice) and x.shape==(4,3,*dls.plan.patch[:2]) and len(dls.train)==len(dls.train_ds)*3//4
+    a,b = dls.valid.one_batch()[0],dls.valid.one_batch()[0]
+    assert torch.equal(a, b)
+    e1,e2 = [torch.cat([b[0] for b in dls.train]).shape for _ in range(2)]
+    assert e1==e2
 
 def test_mask_and_label(cases):
     dls = loaders(cases, mask_col='mask', label_col='view', codes=['background','large','small'], size=16)
-    x,m,y = dls.one_batch(); assert x.shape[2:]==m.shape[1:]==(16,16,16) and isinstance(m, TensorVolumeMask) and isinstance(y, TensorCategory)
+    x,m,y = dls.one_batch()
+    assert x.shape[2:]==m.shape[1:]==(16,16,16) and isinstance(m, TensorVolumeMask) and isinstance(y, TensorCategory)
     dls.show_batch(max_n=2)
 
 def test_item_does_not_reach_the_store(cases):
-    dls = loaders(cases, label_col='view'); a = dls.train_ds[0][0].clone(); it = dls.train.do_item(0); it[0].as_subclass(Tensor).fill_(7.)
+    dls = loaders(cases, label_col='view')
+    a = dls.train_ds[0][0].clone()
+    it = dls.train.do_item(0)
+    it[0].as_subclass(Tensor).fill_(7.)
     assert torch.equal(a.as_subclass(Tensor), dls.train_ds[0][0].as_subclass(Tensor))
 
 # ---- radiographs
@@ -111,21 +145,36 @@ def dicom(fn, a, photometric, window=None, slope=None, bits=None, signed=False):
     pydicom = pytest.importorskip('pydicom')
     from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, generate_uid
-    m = FileMetaDataset(); m.MediaStorageSOPClassUID = '1.2.840.10008.5.1.4.1.1.1.1'; m.MediaStorageSOPInstanceUID = generate_uid(); m.TransferSyntaxUID = ExplicitVRLittleEndian
-    d = FileDataset(str(fn), {}, file_meta=m, preamble=b'\0'*128); d.SOPClassUID,d.SOPInstanceUID = m.MediaStorageSOPClassUID,m.MediaStorageSOPInstanceUID
-    d.Modality,d.PatientID = 'DX','1'; d.StudyInstanceUID,d.SeriesInstanceUID = generate_uid(),generate_uid()
-    d.Rows,d.Columns = a.shape; d.SamplesPerPixel = 1; d.PhotometricInterpretation = photometric; b = a.dtype.itemsize*8; d.BitsAllocated = b; d.BitsStored = bits or b; d.HighBit = (bits or b)-1; d.PixelRepresentation = int(signed)
+    m = FileMetaDataset()
+    m.MediaStorageSOPClassUID = '1.2.840.10008.5.1.4.1.1.1.1'
+    m.MediaStorageSOPInstanceUID = generate_uid()
+    m.TransferSyntaxUID = ExplicitVRLittleEndian
+    d = FileDataset(str(fn), {}, file_meta=m, preamble=b'\0'*128)
+    d.SOPClassUID,d.SOPInstanceUID = m.MediaStorageSOPClassUID,m.MediaStorageSOPInstanceUID
+    d.Modality,d.PatientID = 'DX','1'
+    d.StudyInstanceUID,d.SeriesInstanceUID = generate_uid(),generate_uid()
+    d.Rows,d.Columns = a.shape
+    d.SamplesPerPixel = 1
+    d.PhotometricInterpretation = photometric
+    b = a.dtype.itemsize*8
+    d.BitsAllocated = b
+    d.BitsStored = bits or b
+    d.HighBit = (bits or b)-1
+    d.PixelRepresentation = int(signed)
     if window: d.WindowCenter,d.WindowWidth = window
     if slope: d.RescaleSlope,d.RescaleIntercept = slope
-    d.PixelData = a.tobytes(); d.save_as(str(fn), enforce_file_format=True)
+    d.PixelData = a.tobytes()
+    d.save_as(str(fn), enforce_file_format=True)
     return fn
 
 @pytest.mark.parametrize('bits,signed', [(16,False),(14,False),(16,True),(12,True)])
 @pytest.mark.parametrize('slope', [None,(2,-100)])
 def test_monochrome1_is_turned_whatever_its_bits(tmp_path, bits, signed, slope):
     "GDCM turns it by itself, about the middle of its bits; the window is meant for the values before"
-    a = (RAMP//4-(700 if signed else 0)).astype(np.int16 if signed else np.uint16); phys = a.astype(np.float32)*(slope or (1,0))[0]+(slope or (1,0))[1]
-    two,one = [dicom(tmp_path/f'{p}.dcm', a, p, slope=slope, bits=bits, signed=signed) for p in ('MONOCHROME2','MONOCHROME1')]
+    a = (RAMP//4-(700 if signed else 0)).astype(np.int16 if signed else np.uint16)
+    phys = a.astype(np.float32)*(slope or (1,0))[0]+(slope or (1,0))[1]
+    two,one = [dicom(tmp_path/f'{p}.dcm', a, p, slope=slope, bits=bits, signed=signed)
+            for p in ('MONOCHROME2','MONOCHROME1')]
     assert np.array_equal(load_radiograph(two)[0].numpy(), phys)
     assert np.array_equal(load_radiograph(one)[0].numpy(), phys.max()+phys.min()-phys)
     c,w = float(np.median(phys)),float(np.ptp(phys)/2)
@@ -137,16 +186,33 @@ def test_monochrome1_is_turned_whatever_its_bits(tmp_path, bits, signed, slope):
         assert load_radiograph(fn, window='full').max()>1.5
 
 def test_files_of_many_kinds(tmp_path):
-    g = (RAMP>>5).astype(np.uint8); at = lambda n: tmp_path/n
-    Image.fromarray(RAMP).save(at('a.png')); Image.fromarray(RAMP).save(at('a.tif')); Image.fromarray(g).save(at('g.png')); Image.fromarray(g).save(at('g.tiff')); Image.fromarray(RAMP.astype(np.float32)).save(at('f.tif'))
-    Image.fromarray(g).save(at('w.tif'), tiffinfo={262:0}); Image.fromarray(g).quantize(256).save(at('p.png')); Image.fromarray(np.stack([g]*3, -1)).save(at('rgb.png')); Image.fromarray(np.stack([g,np.full_like(g,255)], -1), 'LA').save(at('la.png'))
-    Image.fromarray(np.stack([g]*3+[np.full_like(g,255)], -1), 'RGBA').save(at('rgba.png')); Image.fromarray(g).save(at('g.jpg'), quality=100); Image.fromarray(np.stack([g]*3, -1)).save(at('c.jpg'), quality=100)
-    for n in ('a.png','a.tif','f.tif'): assert np.array_equal(load_radiograph(at(n))[0].numpy(), RAMP.astype(np.float32)), n
-    for n in ('g.png','g.tiff','rgb.png','la.png','rgba.png','p.png'): assert np.array_equal(load_radiograph(at(n))[0].numpy(), g.astype(np.float32)), n
+    g = (RAMP>>5).astype(np.uint8)
+    at = lambda n: tmp_path/n
+    Image.fromarray(RAMP).save(at('a.png'))
+    Image.fromarray(RAMP).save(at('a.tif'))
+    Image.fromarray(g).save(at('g.png'))
+    Image.fromarray(g).save(at('g.tiff'))
+    Image.fromarray(RAMP.astype(np.float32)).save(at('f.tif'))
+    Image.fromarray(g).save(at('w.tif'), tiffinfo={262:0})
+    Image.fromarray(g).quantize(256).save(at('p.png'))
+    Image.fromarray(np.stack([g]*3, -1)).save(at('rgb.png'))
+    Image.fromarray(np.stack([g,np.full_like(g,255)], -1), 'LA').save(at('la.png'))
+    Image.fromarray(np.stack([g]*3+[np.full_like(g,255)], -1), 'RGBA').save(at('rgba.png'))
+    Image.fromarray(g).save(at('g.jpg'), quality=100)
+    Image.fromarray(np.stack([g]*3, -1)).save(at('c.jpg'), quality=100)
+    for n in ('a.png','a.tif','f.tif'):
+        assert np.array_equal(load_radiograph(at(n))[0].numpy(), RAMP.astype(np.float32)), n
+    for n in ('g.png','g.tiff','rgb.png','la.png','rgba.png','p.png'):
+        assert np.array_equal(load_radiograph(at(n))[0].numpy(), g.astype(np.float32)), n
     for n in ('g.jpg','c.jpg'): assert np.abs(load_radiograph(at(n))[0].numpy()-g).max()<3, n
-    assert np.array_equal(load_radiograph(at('w.tif'))[0].numpy(), 255-g.astype(np.float32)), 'white is zero in this file'
-    x = RadiographPrep(32)(at('a.png')); assert len(x.unique())>20, 'sixteen bits are cut'
-    ex = Image.fromarray(g); e = ex.getexif(); e[274] = 3; ex.save(at('turned.jpg'), exif=e, quality=100)
+    assert np.array_equal(load_radiograph(at('w.tif'))[0].numpy(),
+                                             255-g.astype(np.float32)), 'white is zero in this file'
+    x = RadiographPrep(32)(at('a.png'))
+    assert len(x.unique())>20, 'sixteen bits are cut'
+    ex = Image.fromarray(g)
+    e = ex.getexif()
+    e[274] = 3
+    ex.save(at('turned.jpg'), exif=e, quality=100)
     assert np.abs(load_radiograph(at('turned.jpg'))[0].numpy()-g[::-1,::-1]).max()<3
 
 def test_narrow_range_of_16_bits_keeps_its_steps(tmp_path):
@@ -154,60 +220,92 @@ def test_narrow_range_of_16_bits_keeps_its_steps(tmp_path):
     assert len(RadiographPrep(64, normalize='minmax')(tmp_path/'n.png').unique())==64
 
 def test_aspect_is_kept(tmp_path):
-    a = np.zeros((60,30), np.uint8); a[20:40,5:25] = 200; Image.fromarray(a).save(tmp_path/'a.png')
+    a = np.zeros((60,30), np.uint8)
+    a[20:40,5:25] = 200
+    Image.fromarray(a).save(tmp_path/'a.png')
     x = RadiographPrep(60, normalize='minmax')(tmp_path/'a.png')[0].numpy()>.5
     assert x.any(1).sum()==x.any(0).sum()==20
-    pix = load_radiograph(tmp_path/'a.png'); pix.aspect = .5                     # pixels half as high as they are wide
-    x = RadiographPrep(60, normalize='minmax')(pix)[0].numpy()>.5; assert abs(x.any(0).sum()-2*x.any(1).sum())<=2
+    # pixels half as high as they are wide
+    pix = load_radiograph(tmp_path/'a.png')
+    pix.aspect = .5
+    x = RadiographPrep(60, normalize='minmax')(pix)[0].numpy()>.5
+    assert abs(x.any(0).sum()-2*x.any(1).sum())<=2
 
 @pytest.fixture(scope='module')
 def chests(tmp_path_factory):
     "Twenty-four drawn pictures of twelve patients, in a table and in folders"
-    path = tmp_path_factory.mktemp('chests'); rng,rows = np.random.default_rng(0),[]
+    path = tmp_path_factory.mktemp('chests')
+    rng,rows = np.random.default_rng(0),[]
     for i in range(24):
-        a = rng.normal(100, 10, (40+2*(i%3),40)); a[(slice(5,15) if i%2 else slice(25,35)),10:30] += 80
-        for d in ('all', f"{'train' if i<16 else 'valid'}/{['low','high'][i%2]}"): (path/d).mkdir(parents=True, exist_ok=True); Image.fromarray(a.clip(0,255).astype(np.uint8)).save(path/d/f'p{i//2:02}_{i}.png')
+        a = rng.normal(100, 10, (40+2*(i%3),40))
+        a[(slice(5,15) if i%2 else slice(25,35)),10:30] += 80
+        for d in ('all', f"{'train' if i<16 else 'valid'}/{['low','high'][i%2]}"):
+            (path/d).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(a.clip(0,255).astype(np.uint8)).save(path/d/f'p{i//2:02}_{i}.png')
         rows.append(dict(image=f'all/p{i//2:02}_{i}.png', label=['low','high'][i%2], patient=f'p{i//2:02}', age=30.+i))
     return path,pd.DataFrame(rows)
 
 def test_radiographs_from_df(chests, tmp_path):
     path,df = chests
     dls = RadiographDataLoaders.from_df(df, path, group_col='patient', size=32, bs=4, cache=tmp_path, **QUIET)
-    x,y = dls.one_batch(); assert isinstance(x, TensorRadiograph) and x.shape==(4,1,32,32) and x.dtype==torch.float32 and dls.vocab==['high','low']
+    x,y = dls.one_batch()
+    assert isinstance(x, TensorRadiograph) and x.shape==(4,1,32,32) and x.dtype==torch.float32 and dls.vocab==['high',
+            'low']
     assert not set(dls.train_ds.items.patient)&set(dls.valid_ds.items.patient)
     assert len(list((tmp_path/'picture').iterdir()))==24
     kept = {f:f.stat().st_mtime_ns for f in (tmp_path/'picture').iterdir()}
-    d2 = RadiographDataLoaders.from_df(df, path, label_col='age', group_col='patient', size=32, bs=4, cache=tmp_path, **QUIET); assert d2.task=='regression'
+    d2 = RadiographDataLoaders.from_df(df, path, label_col='age', group_col='patient', size=32, bs=4, cache=tmp_path,
+                                       **QUIET)
+    assert d2.task=='regression'
     assert kept=={f:f.stat().st_mtime_ns for f in (tmp_path/'picture').iterdir()}, 'decoded twice'
     for d in (dls,): d.show_batch(max_n=2)
-    import os; (path/df.image[0]).write_bytes((path/df.image[0]).read_bytes()+b'\0'); os.utime(path/df.image[1], ns=(1,1))    # a file that changed is decoded anew, one that was touched is not
-    RadiographDataLoaders.from_df(df, path, group_col='patient', size=32, bs=4, cache=tmp_path, **QUIET); assert len(list((tmp_path/'picture').iterdir()))==25
+    # a file that changed is decoded anew, one that was touched is not
+    import os
+    (path/df.image[0]).write_bytes((path/df.image[0]).read_bytes()+b'\0')
+    os.utime(path/df.image[1], ns=(1,1))
+    RadiographDataLoaders.from_df(df, path, group_col='patient', size=32, bs=4, cache=tmp_path, **QUIET)
+    assert len(list((tmp_path/'picture').iterdir()))==25
 
 def test_radiographs_from_folder(chests, tmp_path):
     path,df = chests
     dls = RadiographDataLoaders.from_folder(path, size=32, bs=4, cache=tmp_path, groups=lambda f: f.name[:3], **QUIET)
-    assert dls.vocab==['high','low'] and (len(dls.train_ds),len(dls.valid_ds))==(16,8) and all(o.startswith('valid') for o in dls.valid_ds.items.image)
-    d = RadiographDataLoaders.from_folder(path/'train', valid_pct=.25, groups=lambda f: f.name[:3], size=32, bs=4, cache=tmp_path, **QUIET)
+    assert dls.vocab==['high','low'] and (len(dls.train_ds),len(dls.valid_ds))==(16,8) and all(o.startswith('valid')
+            for o in dls.valid_ds.items.image)
+    d = RadiographDataLoaders.from_folder(path/'train', valid_pct=.25, groups=lambda f: f.name[:3], size=32, bs=4,
+                                          cache=tmp_path, **QUIET)
     assert len(d.train_ds)+len(d.valid_ds)==16 and not set(d.train_ds.items.subject)&set(d.valid_ds.items.subject)
-    with pytest.raises(MissingFileError, match='test'): RadiographDataLoaders.from_folder(path, valid='test', cache=tmp_path, **QUIET)
-    with pytest.raises(InputError, match='both sides'): RadiographDataLoaders.from_folder(path, size=32, cache=tmp_path, groups=lambda f: 'one', **QUIET)
+    with pytest.raises(MissingFileError, match='test'):
+        RadiographDataLoaders.from_folder(path, valid='test', cache=tmp_path, **QUIET)
+    with pytest.raises(InputError, match='both sides'):
+        RadiographDataLoaders.from_folder(path, size=32, cache=tmp_path, groups=lambda f: 'one', **QUIET)
     with pytest.raises(TypeError, match='sizes'): RadiographDataLoaders.from_folder(path, sizes=3)
 
 def test_augmentation_leaves_validation_alone_and_moves_training(chests, tmp_path):
     path,df = chests
     dls = RadiographDataLoaders.from_df(df, path, size=32, bs=4, cache=tmp_path, **QUIET)
-    tf = dls.valid.after_batch; b = dls.valid.one_batch(); assert torch.equal(b[0], dls.valid.one_batch()[0])
-    raw = torch.stack([dls.valid_ds[i][0] for i in range(len(b[0]))]); assert torch.equal(raw.as_subclass(Tensor), b[0].as_subclass(Tensor))
+    tf = dls.valid.after_batch
+    b = dls.valid.one_batch()
+    assert torch.equal(b[0], dls.valid.one_batch()[0])
+    raw = torch.stack([dls.valid_ds[i][0] for i in range(len(b[0]))])
+    assert torch.equal(raw.as_subclass(Tensor), b[0].as_subclass(Tensor))
     none = RadiographDataLoaders.from_df(df, path, size=32, bs=4, cache=tmp_path, batch_tfms=None, **QUIET)
     flat = {o.numpy().tobytes() for o in (none.train_ds[i][0] for i in range(len(none.train_ds)))}
-    assert all(o.numpy().tobytes() in flat for o in none.one_batch()[0]) and not all(o.numpy().tobytes() in flat for o in dls.one_batch()[0])
+    assert all(o.numpy().tobytes() in flat for o in none.one_batch()[0]) and not all(o.numpy().tobytes() in flat
+            for o in dls.one_batch()[0])
 
 def test_shift_moves_and_repeats_the_edge():
-    set_seed(0); x = TensorRadiograph(torch.arange(100.).view(1,1,10,10).repeat(50,1,1,1)); y = ShiftTfm(.2)(x, split_idx=0)
-    d = (y-x)[:,0].as_subclass(Tensor); mid = d[:,3:7,3:7].flatten(1); assert (mid==mid[:,:1]).all() and len(mid[:,0].unique())>10 and mid.abs().max()<=22
+    set_seed(0)
+    x = TensorRadiograph(torch.arange(100.).view(1,1,10,10).repeat(50,1,1,1))
+    y = ShiftTfm(.2)(x, split_idx=0)
+    d = (y-x)[:,0].as_subclass(Tensor)
+    mid = d[:,3:7,3:7].flatten(1)
+    assert (mid==mid[:,:1]).all() and len(mid[:,0].unique())>10 and mid.abs().max()<=22
 
 def test_workers_change_nothing(chests, tmp_path):
     path,df = chests
     def batches(nw):
-        set_seed(1); d = RadiographDataLoaders.from_df(df, path, size=32, bs=4, cache=tmp_path, device='cpu', num_workers=nw); set_seed(2); return [(x.numpy().tobytes(),y.tolist()) for x,y in d.train]
+        set_seed(1)
+        d = RadiographDataLoaders.from_df(df, path, size=32, bs=4, cache=tmp_path, device='cpu', num_workers=nw)
+        set_seed(2)
+        return [(x.numpy().tobytes(),y.tolist()) for x,y in d.train]
     assert batches(0)==batches(2)

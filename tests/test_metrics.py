@@ -32,15 +32,21 @@ def test_parity_with_monai(spacing):
 
 def test_distance_map_and_search_tree_agree():
     "Small surfaces in a large box go by the tree; the numbers are those of the map"
-    p,t = np.zeros((2,60,50,40),bool); p[3:9,4:9,5:8] = p[50:55,40:44,30:33] = t[5:12,4:9,5:9] = t[51:54,41:46,33:38] = True; sp = (.7,1.1,2.3)
-    a,b = surface_distances(p, t, sp); e,f = mask_surface(p),mask_surface(t)
+    p,t = np.zeros((2,60,50,40),bool)
+    p[3:9,4:9,5:8] = p[50:55,40:44,30:33] = t[5:12,4:9,5:9] = t[51:54,41:46,33:38] = True
+    sp = (.7,1.1,2.3)
+    a,b = surface_distances(p, t, sp)
+    e,f = mask_surface(p),mask_surface(t)
     assert a.size*20<p.size
-    np.testing.assert_allclose(a, ndi.distance_transform_edt(~f, sampling=sp)[e]); np.testing.assert_allclose(b, ndi.distance_transform_edt(~e, sampling=sp)[f])
+    np.testing.assert_allclose(a, ndi.distance_transform_edt(~f, sampling=sp)[e])
+    np.testing.assert_allclose(b, ndi.distance_transform_edt(~e, sampling=sp)[f])
 
 def test_parity_with_monai_2d():
     from monai.metrics import compute_hausdorff_distance
-    p,t = blob(1,(30,25)),blob(2,(30,25)); one = lambda m: torch.tensor(np.stack([~m,m])[None]).float()
-    assert hausdorff95(p, t, (.5,2.))==pytest.approx(compute_hausdorff_distance(one(p), one(t), percentile=95, spacing=(.5,2.)).item(), rel=1e-5)
+    p,t = blob(1,(30,25)),blob(2,(30,25))
+    one = lambda m: torch.tensor(np.stack([~m,m])[None]).float()
+    assert hausdorff95(p, t, (.5,2.))==pytest.approx(compute_hausdorff_distance(one(p), one(t), percentile=95,
+            spacing=(.5,2.)).item(), rel=1e-5)
 
 def test_surface_is_erosion_and_border_counts():
     for m in (blob(3), np.ones((4,5,6),bool), blob(1,(9,9))):
@@ -55,19 +61,25 @@ def test_spheres_have_known_answers():
         assert hausdorff95(a, b, sp)==pytest.approx(d, abs=.8)
     assert hausdorff95(a, ball(15), sp)==pytest.approx(3, abs=.8)
     assert surface_dice(a, ball(15), sp, 3.9)==1 and surface_dice(a, ball(15), sp, 2.)<.02
-    s = (1.,1.,3.); assert hausdorff95(ball(9,sp=s), ball(9,(0,0,6),sp=s), s)==pytest.approx(6, abs=.8)   # moved by 2 voxels of 3 mm
+    # moved by 2 voxels of 3 mm
+    s = (1.,1.,3.)
+    assert hausdorff95(ball(9,sp=s), ball(9,(0,0,6),sp=s), s)==pytest.approx(6, abs=.8)
     assert volume_mm3(ball(9,sp=s), s)==pytest.approx(4/3*np.pi*9**3, rel=.03)
 
 def test_single_voxels_far_apart():
-    p,t = np.zeros((9,9,9),bool),np.zeros((9,9,9),bool); p[0,0,0] = t[8,0,8] = True
-    assert hausdorff95(p, t, (1,1,2))==pytest.approx(np.hypot(8,16)) and surface_dice(p, t, (1,1,2), 17)==0 and surface_dice(p, t, (1,1,2), 18)==1
+    p,t = np.zeros((9,9,9),bool),np.zeros((9,9,9),bool)
+    p[0,0,0] = t[8,0,8] = True
+    assert hausdorff95(p, t, (1,1,2))==pytest.approx(np.hypot(8,16)) and surface_dice(p, t, (1,1,2),
+            17)==0 and surface_dice(p, t, (1,1,2), 18)==1
 
-masks = arrays(bool, (5,4,6)); sps = st.tuples(*[st.floats(.3, 5.)]*3)
+masks = arrays(bool, (5,4,6))
+sps = st.tuples(*[st.floats(.3, 5.)]*3)
 
 @settings(max_examples=40, deadline=None)
 @given(masks, masks, sps)
 def test_symmetry_and_bounds(p, t, sp):
-    d = dice_score(p, t); assert np.isnan(d)==(not p.any() and not t.any())
+    d = dice_score(p, t)
+    assert np.isnan(d)==(not p.any() and not t.any())
     for f in (dice_score, lambda a,b: hausdorff95(a,b,sp), lambda a,b: surface_dice(a,b,sp)):
         assert f(p,t)==f(t,p) or np.isnan(f(p,t))
     if not np.isnan(d): assert 0<=d<=1 and 0<=surface_dice(p,t,sp)<=1 and hausdorff95(p,t,sp)>=0
@@ -79,14 +91,19 @@ def test_translation_changes_nothing(p, t, sp, o):
     "Moving both masks together, with background all round"
     put = lambda m, o: np.pad(m, [(1+i,4-i) for i in o])
     a,b = [(put(p,q),put(t,q)) for q in ((0,0,0),o)]
-    for f in (dice_score, lambda x,y: hausdorff95(x,y,sp), lambda x,y: surface_dice(x,y,sp)): np.testing.assert_allclose(f(*a), f(*b))
+    for f in (dice_score, lambda x,y: hausdorff95(x,y,sp), lambda x,y: surface_dice(x,y,sp)):
+        np.testing.assert_allclose(f(*a), f(*b))
 
 @settings(max_examples=25, deadline=None)
-@given(arrays(np.uint8, (5,4,6), elements=st.integers(0,3)), arrays(np.uint8, (5,4,6), elements=st.integers(0,3)), st.permutations([1,2,3]))
+@given(arrays(np.uint8, (5,4,6), elements=st.integers(0,3)), arrays(np.uint8, (5,4,6), elements=st.integers(0,3)),
+       st.permutations([1,2,3]))
 def test_permuting_labels_permutes_scores(p, t, perm):
-    lut = np.array([0,*perm],np.uint8); codes = ['background','a','b','c']; names = ['background']+[None]*3
+    lut = np.array([0,*perm],np.uint8)
+    codes = ['background','a','b','c']
+    names = ['background']+[None]*3
     for k,q in enumerate(perm, 1): names[q] = codes[k]
-    a = {r['structure']:r for r in case_scores(p, t, codes, (1,1,2))}; b = {r['structure']:r for r in case_scores(lut[p], lut[t], names, (1,1,2))}
+    a = {r['structure']:r for r in case_scores(p, t, codes, (1,1,2))}
+    b = {r['structure']:r for r in case_scores(lut[p], lut[t], names, (1,1,2))}
     pd.testing.assert_frame_equal(pd.DataFrame(a), pd.DataFrame(b)[list(a)])
 
 def test_rule_for_empty_structures():
@@ -95,32 +112,45 @@ def test_rule_for_empty_structures():
     for p,t in ((z,a),(a,z)): assert (dice_score(p,t),hausdorff95(p,t,(1,1,1)),surface_dice(p,t,(1,1,1)))==(0,np.inf,0)
 
 def test_case_scores_equal_the_pure_functions():
-    rng = np.random.default_rng(0); sp = (1.,.8,2.)
-    t = (ndi.gaussian_filter(rng.normal(size=(20,18,16)), 2)*30).clip(0,3).astype('int64'); p = np.roll(t, 1, 0).astype('uint8')
+    rng = np.random.default_rng(0)
+    sp = (1.,.8,2.)
+    t = (ndi.gaussian_filter(rng.normal(size=(20,18,16)), 2)*30).clip(0,3).astype('int64')
+    p = np.roll(t, 1, 0).astype('uint8')
     for pp,tt in ((p,t), (TensorVolumeMask(torch.tensor(p)),TensorVolumeMask(torch.tensor(t)))):
         for k,r in enumerate(case_scores(pp, tt, ['background','a','b','c'], sp, 1.5), 1):
             a,b = p==k,t==k
-            assert r['status']=='ok' and r['dice']==dice_score(a,b) and r['hd95']==pytest.approx(hausdorff95(a,b,sp)) and r['nsd']==pytest.approx(surface_dice(a,b,sp,1.5))
+            assert r['status']=='ok' and r['dice']==dice_score(a,
+                    b) and r['hd95']==pytest.approx(hausdorff95(a,b,sp)) and r['nsd']==pytest.approx(surface_dice(a,b,
+                    sp,1.5))
             assert r['volume_mm3']==pytest.approx(volume_mm3(a,sp)) and r['target_mm3']==pytest.approx(volume_mm3(b,sp))
-    quick = case_scores(p, t, ['background','a','b','c'], sp, distances=False); assert all(np.isnan(r['hd95']) and r['dice']>0 for r in quick)
+    quick = case_scores(p, t, ['background','a','b','c'], sp, distances=False)
+    assert all(np.isnan(r['hd95']) and r['dice']>0 for r in quick)
 
 def test_labels_are_never_binarised():
     "Row 11: label 1 against label 2 is a miss and a false positive, not distance 0"
     t = ball(3, n=10).astype(np.uint8)
     a,b = case_scores(2*t, t, ['background','a','b'], (1,1,1))
     assert (a['status'],b['status'],a['dice'],b['dice'],a['hd95'])==('missed','false positive',0,0,np.inf)
-    for f in (lambda: dice_score(2*t, t), lambda: hausdorff95(2*t, t, (1,1,1)), lambda: surface_dice(t, t*.5, (1,1,1)), lambda: volume_mm3(3*t, (1,1,1))):
+    for f in (lambda: dice_score(2*t, t), lambda: hausdorff95(2*t, t, (1,1,1)), lambda: surface_dice(t, t*.5, (1,1,1)),
+              lambda: volume_mm3(3*t, (1,1,1))):
         with pytest.raises(ValueError, match='one structure'): f()
 
 def test_case_scores_status_and_ignore():
-    z = np.zeros((6,6,6),np.uint8); t = z.copy(); t[:3] = 1; t[5] = 255
-    rows = case_scores(t*(t<2), t, ['background','a','b'], (1,1,1), ignore_index=255); assert [r['status'] for r in rows]==['ok','empty'] and rows[0]['dice']==1
-    p = t*(t<2); p[5] = 1; assert case_scores(p, t, ['background','a'], (1,1,1), ignore_index=255)[0]['dice']==1
+    z = np.zeros((6,6,6),np.uint8)
+    t = z.copy()
+    t[:3] = 1
+    t[5] = 255
+    rows = case_scores(t*(t<2), t, ['background','a','b'], (1,1,1), ignore_index=255)
+    assert [r['status'] for r in rows]==['ok','empty'] and rows[0]['dice']==1
+    p = t*(t<2)
+    p[5] = 1
+    assert case_scores(p, t, ['background','a'], (1,1,1), ignore_index=255)[0]['dice']==1
     with pytest.raises(ValueError, match='targ holds the values .*255'): case_scores(p, t, ['background','a'], (1,1,1))
 
 def test_refusals():
     a = ball(2, n=6)
-    for f in (lambda q: dice_score(a,q), lambda q: hausdorff95(a,q,(1,1,1)), lambda q: case_scores(a*1,q*1,['b','x'],(1,1,1))):
+    for f in (lambda q: dice_score(a,q), lambda q: hausdorff95(a,q,(1,1,1)),
+            lambda q: case_scores(a*1,q*1,['b','x'],(1,1,1))):
         with pytest.raises(ValueError, match='(?s)shape.*(6, 6, 6)'): f(a[:-1])
     for sp in ((1,1),(1,1,0),(1,1,float('nan'))):
         with pytest.raises(ValueError, match='spacing'): hausdorff95(a, a, sp)
@@ -131,12 +161,15 @@ def test_refusals():
 def test_summary_counts_failures():
     "Row 14: a missed structure has no HD95, and the summary says how many failed"
     mk = lambda c,s,d,h,stt: dict(case=c, structure=s, dice=d, hd95=h, nsd=d, volume_mm3=1., target_mm3=1., status=stt)
-    df = pd.DataFrame([mk('1','a',.9,2.,'ok'),mk('1','b',.8,4.,'ok'),mk('2','a',0.,np.inf,'missed'),mk('2','b',.6,6.,'ok'),mk('3','a',0.,np.inf,'false positive'),mk('3','b',np.nan,np.nan,'empty')])
+    df = pd.DataFrame([mk('1','a',.9,2.,'ok'),mk('1','b',.8,4.,'ok'),mk('2','a',0.,np.inf,'missed'),
+            mk('2','b',.6,6.,'ok'),mk('3','a',0.,np.inf,'false positive'),mk('3','b',np.nan,np.nan,'empty')])
     s = summarise(df)
     assert list(s.columns)==['mean','sd','median','worst','n','failed','empty'] and list(s.index)==['a','b','all']
-    assert s.loc['a','mean']==pytest.approx(.3) and s.loc['a','failed']==2 and s.loc['b','empty']==1 and s.loc['b','mean']==pytest.approx(.7) and s.loc['b','n']==3
+    assert s.loc['a','mean']==pytest.approx(.3) and s.loc['a','failed']==2 and s.loc['b','empty']==1 and s.loc['b',
+            'mean']==pytest.approx(.7) and s.loc['b','n']==3
     assert s.loc['all','mean']==pytest.approx((.85+.3+0)/3) and s.loc['all','n']==3 and s.loc['all','failed']==2
-    h = summarise(df,'hd95'); assert h.loc['a','mean']==2 and h.loc['a','failed']==2 and h.loc['b','worst']==6
+    h = summarise(df,'hd95')
+    assert h.loc['a','mean']==2 and h.loc['a','failed']==2 and h.loc['b','worst']==6
     with pytest.raises(ValueError, match='score'): summarise(df, 'iou')
     with pytest.raises(ValueError, match='lack'): summarise(df.drop(columns='status'))
 
@@ -156,21 +189,27 @@ def batches(C=4, n=3, dtype=torch.int64, size=(6,7,5), seed=0):
 @pytest.mark.parametrize('size', [(6,7,5),(9,8)])
 @pytest.mark.parametrize('dtype', [torch.uint8,torch.int64])
 def test_metric_is_dice_over_all_patches(size, dtype):
-    bs = batches(size=size, dtype=dtype); got = run(dice_metrics(['background','a','b','c']), bs)
+    bs = batches(size=size, dtype=dtype)
+    got = run(dice_metrics(['background','a','b','c']), bs)
     p,t = torch.cat([p.argmax(1) for p,_ in bs]).flatten().numpy(),torch.cat([y for _,y in bs]).flatten().numpy()
     want = [dice_score(p==k, t==k) for k in (1,2,3)]
     assert got==pytest.approx([*want, np.mean(want)])
 
 def test_each_batch_is_counted_once(monkeypatch):
-    ms = dice_metrics(['background','a','b','c']); calls = []; f = DiceCounts.add
+    ms = dice_metrics(['background','a','b','c'])
+    calls = []
+    f = DiceCounts.add
     monkeypatch.setattr(DiceCounts, 'add', lambda self,*a: (calls.append(1), f(self,*a))[1])
-    assert run(ms, batches()) == run(ms[:1], batches())[:1]+run(ms, batches())[1:]; assert len(calls)==9
+    assert run(ms, batches()) == run(ms[:1], batches())[:1]+run(ms, batches())[1:]
+    assert len(calls)==9
     assert run(ms[-1:], batches())==run(ms, batches())[-1:]         # one of a list works by itself
     assert run(ms[::-1], batches())==run(ms, batches())[::-1]
 
 def test_reset_forgets_and_lists_are_apart():
     a,b = dice_metrics(['background','x']),dice_metrics(['background','x'])
-    v = run(a, batches(2)); run(a, batches(2, seed=5)); assert run(a, batches(2))==v
+    v = run(a, batches(2))
+    run(a, batches(2, seed=5))
+    assert run(a, batches(2))==v
     assert np.isnan(b[0].value)                                         # nothing seen yet, nothing shared
     assert run(b, batches(2, n=1))!=v and [m.value for m in a]==v
 
@@ -181,7 +220,9 @@ def test_one_channel_sigmoid():
     assert run(dice_metrics(['background','x']), [((1-y.float()*2)[:,None]*3, y)])==[0,0]
 
 def test_deep_supervision_types_halves_and_channel_axis():
-    bs = batches(3); want = run(dice_metrics('bab'), bs); ms = dice_metrics('bab')
+    bs = batches(3)
+    want = run(dice_metrics('bab'), bs)
+    ms = dice_metrics('bab')
     assert run(ms, [([p, p[...,::2]], y) for p,y in bs])==want
     assert run(ms, [(TensorVolume(p), TensorVolumeMask(y)) for p,y in bs])==want
     assert run(ms, [(p, y[:,None]) for p,y in bs])==want
@@ -190,14 +231,23 @@ def test_deep_supervision_types_halves_and_channel_axis():
     assert run(ms, [(p.requires_grad_(), y) for p,y in bs])==want
 
 def test_structure_that_never_occurs_is_nan():
-    p = torch.zeros(1,4,5,5); p[:,1] = 1; y = torch.ones(1,5,5,dtype=torch.long)
-    v = run(dice_metrics(['background','a','b','c']), [(p,y)]); assert v[0]==1 and np.isnan(v[1]) and np.isnan(v[2]) and v[3]==1
-    v = run(dice_metrics(['background','a','b','c']), [(p, y*2)]); assert v[:2]==[0,0] and np.isnan(v[2]) and v[3]==0   # predicted, never there: 0
+    p = torch.zeros(1,4,5,5)
+    p[:,1] = 1
+    y = torch.ones(1,5,5,dtype=torch.long)
+    v = run(dice_metrics(['background','a','b','c']), [(p,y)])
+    assert v[0]==1 and np.isnan(v[1]) and np.isnan(v[2]) and v[3]==1
+    # predicted, never there: 0
+    v = run(dice_metrics(['background','a','b','c']), [(p, y*2)])
+    assert v[:2]==[0,0] and np.isnan(v[2]) and v[3]==0
 
 def test_bad_ids_and_ignore():
-    (p,y), = batches(3, 1); y[0,0] = 255
+    (p,y), = batches(3, 1)
+    y[0,0] = 255
     with pytest.raises(ValueError, match='255'): run(dice_metrics('bab'), [(p,y)])
-    v = run(dice_metrics('bab', ignore_index=255), [(p,y)]); k = y!=255; q = p.argmax(1)[k].numpy(); t = y[k].numpy()
+    v = run(dice_metrics('bab', ignore_index=255), [(p,y)])
+    k = y!=255
+    q = p.argmax(1)[k].numpy()
+    t = y[k].numpy()
     assert v[:2]==pytest.approx([dice_score(q==i, t==i) for i in (1,2)])
     y[0,0] = -1
     with pytest.raises(ValueError, match='-1'): run(dice_metrics('bab'), [(p,y)])
@@ -205,11 +255,13 @@ def test_bad_ids_and_ignore():
     with pytest.raises(ValueError, match='classes'): run([DiceScore(7)], batches(3,1))
 
 def test_names():
-    assert [m.name for m in dice_metrics(['background','Anterior','Grey matter (left)','grey_matter_left','++','Größe'])]==['dice_anterior','dice_grey_matter_left','dice_grey_matter_left_3','dice_4','dice_größe','dice']
+    assert [m.name for m in dice_metrics(['background','Anterior','Grey matter (left)','grey_matter_left','++',
+            'Größe'])]==['dice_anterior','dice_grey_matter_left','dice_grey_matter_left_3','dice_4','dice_größe','dice']
     assert (DiceScore(2).name, DiceScore().name, DiceScore(1,'mine').name)==('dice_2','dice','mine')
 
 def test_pickle_keeps_the_sharing():
-    ms = pickle.loads(pickle.dumps(dice_metrics(['background','a','b','c']))); assert len({id(m.counts) for m in ms})==1
+    ms = pickle.loads(pickle.dumps(dice_metrics(['background','a','b','c'])))
+    assert len({id(m.counts) for m in ms})==1
     assert run(ms, batches())==run(dice_metrics(['background','a','b','c']), batches())
 
 def test_in_a_learner():
@@ -218,11 +270,16 @@ def test_in_a_learner():
     from fastai.learner import Learner
     from fastai.callback.tracker import TrackerCallback
     import fastai.callback.progress         # gives `no_bar`
-    g = torch.Generator().manual_seed(0); y = torch.randint(0,3,(8,6,6),generator=g); x = torch.nn.functional.one_hot(y,3).movedim(-1,1).float()+torch.randn(8,3,6,6,generator=g)
-    ds = list(zip(x,y)); dls = DataLoaders.from_dsets(ds, ds, bs=4, device='cpu', num_workers=0)
-    l = Learner(dls, torch.nn.Conv2d(3,3,1), loss_func=torch.nn.CrossEntropyLoss(), metrics=dice_metrics(['background','A b','c']))
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(0,3,(8,6,6),generator=g)
+    x = torch.nn.functional.one_hot(y,3).movedim(-1,1).float()+torch.randn(8,3,6,6,generator=g)
+    ds = list(zip(x,y))
+    dls = DataLoaders.from_dsets(ds, ds, bs=4, device='cpu', num_workers=0)
+    l = Learner(dls, torch.nn.Conv2d(3,3,1), loss_func=torch.nn.CrossEntropyLoss(),
+            metrics=dice_metrics(['background','A b','c']))
     cb = TrackerCallback(monitor='dice_a_b')
     with l.no_bar(), l.no_logging(): l.fit(2, 1e-1, cbs=cb)
-    assert list(l.recorder.metric_names)[3:6]==['dice_a_b','dice_c','dice'] and cb.best==pytest.approx(max(v[2] for v in l.recorder.values))
+    assert list(l.recorder.metric_names)[3:6]==['dice_a_b','dice_c',
+                                                'dice'] and cb.best==pytest.approx(max(v[2] for v in l.recorder.values))
     last = list(l.recorder.values[-1][2:])
     with l.no_bar(): assert list(l.validate())[1:]==pytest.approx(last)

@@ -7,9 +7,12 @@ from fastmed.models.zoo import *
 
 torch.set_num_threads(1)
 SIZE = dict(SwinUNETR=32, FlexibleUNet=32)
-SMALL = dict(UNet=dict(nf=4), SegResNet=dict(init_filters=8), SegResNetDS=dict(init_filters=8), SegResNetVAE=dict(vae_nz=8), DynUNet=dict(filters=(4,8,16,16)),
-    VNet={}, SwinUNETR=dict(feature_size=12), UNETR=dict(feature_size=4, hidden_size=24, mlp_dim=24, num_heads=4), AttentionUnet=dict(channels=(4,8,16), strides=(2,2)),
-    BasicUNet=dict(features=(4,4,8,8,8,4)), BasicUNetPlusPlus=dict(features=(4,4,8,8,8,4)), HighResNet={}, FlexibleUNet=dict(decoder_channels=(16,8,8,4,4)), MedNeXt=dict(init_filters=4, kernel_size=3),
+SMALL = dict(UNet=dict(nf=4), SegResNet=dict(init_filters=8), SegResNetDS=dict(init_filters=8),
+             SegResNetVAE=dict(vae_nz=8), DynUNet=dict(filters=(4,8,16,16)),
+    VNet={}, SwinUNETR=dict(feature_size=12), UNETR=dict(feature_size=4, hidden_size=24, mlp_dim=24, num_heads=4),
+    AttentionUnet=dict(channels=(4,8,16), strides=(2,2)),
+    BasicUNet=dict(features=(4,4,8,8,8,4)), BasicUNetPlusPlus=dict(features=(4,4,8,8,8,4)), HighResNet={},
+    FlexibleUNet=dict(decoder_channels=(16,8,8,4,4)), MedNeXt=dict(init_filters=4, kernel_size=3),
     unet_cicek={}, DenseVoxelNet=dict(growth=4, layers=2))
 SMALL['monai.UNet'] = dict(channels=(4,8,16), strides=(2,2))
 TWO_D = [n for n in SMALL if n not in ('unet_cicek','DenseVoxelNet')]
@@ -27,7 +30,8 @@ def test_network(name, ndim):
     opt = torch.optim.SGD(m.parameters(), 1e-3)
     out = m.train()(x)
     assert out.shape==(2,3,*patch)
-    F.cross_entropy(out, targ).backward(); opt.step()
+    F.cross_entropy(out, targ).backward()
+    opt.step()
     assert any(p.grad is not None and p.grad.abs().sum()>0 for p in m.parameters())
     m.eval()
     with torch.no_grad():
@@ -40,16 +44,19 @@ def test_network(name, ndim):
     assert sum(map(len, groups))==len(list(m.parameters())) and all(groups)
     assert len({id(p) for g in groups for p in g})==len(list(m.parameters()))
 
-@pytest.mark.parametrize('name', ['SegResNet','SegResNetVAE','DynUNet','SwinUNETR','UNETR','VNet','AttentionUnet','MedNeXt'])
+@pytest.mark.parametrize('name', ['SegResNet','SegResNetVAE','DynUNet','SwinUNETR','UNETR','VNet','AttentionUnet',
+                                  'MedNeXt'])
 def test_monai_takes_any_patch(name):
     m = create_model(name, 1, 2, ndim=2, patch=(40,56), **SMALL[name]).eval()
     with torch.no_grad(): assert m(torch.randn(1,1,40,56)).shape==(1,2,40,56)
 
-@pytest.mark.parametrize('name', ['SegResNet','SegResNetDS','VNet','SwinUNETR','AttentionUnet','DynUNet','BasicUNet','MedNeXt','monai.UNet','HighResNet'])
+@pytest.mark.parametrize('name', ['SegResNet','SegResNetDS','VNet','SwinUNETR','AttentionUnet','DynUNet','BasicUNet',
+                                  'MedNeXt','monai.UNet','HighResNet'])
 def test_stated_divisor_is_true(name):
     "A multiple of the divisor goes through MONAI's own network and keeps its size."
     m = create_model(name, 1, 2, ndim=2, **SMALL[name]).eval()
-    d = model_divisor(m); size = [i*(3 if i<32 else 2) for i in d]
+    d = model_divisor(m)
+    size = [i*(3 if i<32 else 2) for i in d]
     with torch.no_grad(): assert m.model(torch.randn(1,1,*size)).shape==(1,2,*size)
     assert model_divisor(m.model)==d
 
@@ -77,7 +84,8 @@ def test_refusals():
     with pytest.raises(ValueError, match="'SegResnt'.*SegResNet"): create_model('SegResnt', 1, 2)
     with pytest.raises(ValueError, match='no network is named'): create_model('zzz', 1, 2)
     with pytest.raises(ValueError, match='no network is named'): create_model('Regressor', 1, 2)
-    with pytest.raises(TypeError, match="UNet has no argument 'n_filters'.*depth"): create_model('UNet', 1, 2, n_filters=3)
+    with pytest.raises(TypeError, match="UNet has no argument 'n_filters'.*depth"):
+        create_model('UNet', 1, 2, n_filters=3)
     with pytest.raises(TypeError, match="VNet has no argument 'nf'.*dropout_prob"): create_model('VNet', 1, 2, nf=3)
     with pytest.raises(TypeError, match='follow'): create_model('VNet', 1, 2, in_channels=3)
     with pytest.raises(ValueError, match='volumes'): create_model('unet_cicek', 1, 2, ndim=2)
@@ -99,12 +107,16 @@ def test_callables():
     assert create_model(SegResNet, 1, 2, ndim=2, init_filters=8)(torch.randn(1,1,17,20)).shape==(1,2,17,20)
     with pytest.raises(ValueError, match='divisor'): model_divisor(nn.Linear(2,2))
     class Odd(nn.Module):
-        def __init__(self): super().__init__(); self.c = nn.Conv2d(1,2,3)
+        def __init__(self):
+            super().__init__()
+            self.c = nn.Conv2d(1,2,3)
         def forward(self, x): return self.c(x)
     with pytest.raises(ValueError, match='Odd'): model_divisor(Odd())
 
-@pytest.mark.parametrize('kw,match', [(dict(strides=[2,2]),'strides: expected 3 entries'), (dict(strides=[(2,2),2,2]),'expected a positive int or 3'), (dict(kernels=4),'odd'),
-    (dict(kernels=[3,1,3,3]),'skip voxels'), (dict(norm='layer'),"norm: expected"), (dict(ndim=4),'ndim'), (dict(depth=0),'depth'), (dict(nf=0),'nf')])
+@pytest.mark.parametrize('kw,match', [(dict(strides=[2,2]),'strides: expected 3 entries'),
+        (dict(strides=[(2,2),2,2]),'expected a positive int or 3'), (dict(kernels=4),'odd'),
+    (dict(kernels=[3,1,3,3]),'skip voxels'), (dict(norm='layer'),"norm: expected"), (dict(ndim=4),'ndim'),
+        (dict(depth=0),'depth'), (dict(nf=0),'nf')])
 def test_unet_refuses(kw, match):
     with pytest.raises(ValueError, match=match): UNet(1, 2, **kw)
 
@@ -146,28 +158,37 @@ def test_start_is_sane():
 def test_instance_norm_parity(ndim):
     torch.manual_seed(0)
     ours,theirs = FastInstanceNorm(8).double(),(nn.InstanceNorm2d,nn.InstanceNorm3d)[ndim-2](8, affine=True).double()
-    nn.init.normal_(theirs.weight); nn.init.normal_(theirs.bias); ours.load_state_dict(theirs.state_dict())
+    nn.init.normal_(theirs.weight)
+    nn.init.normal_(theirs.bias)
+    ours.load_state_dict(theirs.state_dict())
     x = torch.randn(3,8,*(5,6,7)[:ndim]).double()*2+3
     for mf in (torch.contiguous_format, (torch.channels_last,torch.channels_last_3d)[ndim-2]):
         a,b = x.clone(memory_format=mf).requires_grad_(),x.clone().requires_grad_()
         g = torch.randn_like(x)
-        ours.zero_grad(); theirs.zero_grad()
+        ours.zero_grad()
+        theirs.zero_grad()
         ya,yb = ours(a),theirs(b)
-        ya.backward(g); yb.backward(g)
-        torch.testing.assert_close(ya, yb); torch.testing.assert_close(a.grad, b.grad)
-        torch.testing.assert_close(ours.weight.grad, theirs.weight.grad); torch.testing.assert_close(ours.bias.grad, theirs.bias.grad)
+        ya.backward(g)
+        yb.backward(g)
+        torch.testing.assert_close(ya, yb)
+        torch.testing.assert_close(a.grad, b.grad)
+        torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
+        torch.testing.assert_close(ours.bias.grad, theirs.bias.grad)
         assert ya.is_contiguous(memory_format=mf)
 
 def test_instance_norm_large_volume():
     "Many voxels far from zero: float32 sums in the fast layout stay exact enough."
     x = torch.randn(1,4,96,96,96)+20
     y = FastInstanceNorm(4)(x.to(memory_format=torch.channels_last_3d))
-    torch.testing.assert_close(y, ((x.double()-x.double().mean((2,3,4),True))/x.double().std((2,3,4),correction=0,keepdim=True)).float(), atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(y,
+                               ((x.double()-x.double().mean((2,3,4),True))/x.double().std((2,3,4),correction=0,
+            keepdim=True)).float(), atol=2e-3, rtol=1e-3)
 
 @pytest.mark.parametrize('ndim', [2,3])
 def test_fast_layout_same_answer(ndim):
     torch.manual_seed(0)
-    m = UNet(1, 3, ndim=ndim, nf=8).eval(); x = torch.randn(2,1,*(32,)*ndim)
+    m = UNet(1, 3, ndim=ndim, nf=8).eval()
+    x = torch.randn(2,1,*(32,)*ndim)
     mf = (torch.channels_last,torch.channels_last_3d)[ndim-2]
     fast = copy.deepcopy(m).to(memory_format=mf)
     with torch.no_grad():
@@ -186,7 +207,8 @@ def test_frozen_encoder():
     "`freeze` on the splitter's groups leaves the decoder alone."
     from fastai.vision.all import DataLoader, DataLoaders, Learner
     dl = DataLoader([(torch.randn(1,16,16), torch.zeros(16,16).long()) for _ in range(2)], bs=2)
-    learn = Learner(DataLoaders(dl, dl), UNet(1, 2, ndim=2, nf=4, depth=3), loss_func=F.cross_entropy, splitter=param_splitter, train_bn=False)
+    learn = Learner(DataLoaders(dl, dl), UNet(1, 2, ndim=2, nf=4, depth=3), loss_func=F.cross_entropy,
+                    splitter=param_splitter, train_bn=False)
     learn.freeze()
     assert not any(p.requires_grad for p in learn.model.encoder.parameters())
     assert all(p.requires_grad for p in learn.model.decoder.parameters())

@@ -10,8 +10,10 @@ run = 'import sys; from nbdev.test import nbdev_test; nbdev_test(sys.argv[1], n_
 ansi = re.compile(r'\x1b\[[0-9;]*m')
 
 # what trains for long, or reads a set of scans as a whole: left to `make test-all`
-SLOW = ('learn/06_learner', 'learn/07_pretrain', 'study/02_interpret', 'learn/11_ensemble', 'study/05_compare', 'study/06_crossval', 'data/15_check', 'learn/09_plain', 'data/16_leaks',
-    'tutorials/01_segmentation', 'tutorials/02_slices_or_volumes', 'tutorials/03_know_your_data', 'tutorials/05_brain_tissue', 'tutorials/07_whole_scans',
+SLOW = ('learn/06_learner', 'learn/07_pretrain', 'study/02_interpret', 'learn/11_ensemble', 'study/05_compare',
+        'study/06_crossval', 'data/15_check', 'learn/09_plain', 'data/16_leaks',
+    'tutorials/01_segmentation', 'tutorials/02_slices_or_volumes', 'tutorials/03_know_your_data',
+    'tutorials/05_brain_tissue', 'tutorials/07_whole_scans',
     'tutorials/08_new_patients', 'tutorials/09_know_then_segment_2d')
 names = {str(o.relative_to(root/'nbs').with_suffix('')):o for o in nbs}
 
@@ -31,7 +33,8 @@ def passed(r): return r.returncode==0 and 'Success.' in r.stdout
 
 @pytest.mark.parametrize('nb', [pytest.param(o, id=n, marks=[pytest.mark.slow]*(n in SLOW)) for n,o in names.items()])
 def test_notebook(nb, tmp_path):
-    if "environ['FASTMED_DATA']" in nb.read_text(encoding='utf-8') and not os.environ.get('FASTMED_DATA'): pytest.skip('needs real scans: set FASTMED_DATA to the folder that holds them')
+    if "environ['FASTMED_DATA']" in nb.read_text(encoding='utf-8') and not os.environ.get('FASTMED_DATA'):
+        pytest.skip('needs real scans: set FASTMED_DATA to the folder that holds them')
     copy = tmp_path/nb.relative_to(root)
     copy.parent.mkdir(parents=True)
     shutil.copy(nb, copy)
@@ -44,8 +47,10 @@ def test_a_broken_notebook_fails(tmp_path):
     cell = dict(cell_type='code', execution_count=None, id='a', metadata={}, outputs=[])
     said = []
     for n,last in (('whole','True'), ('broken','False')):
-        code = f"import numpy as np\nfrom pathlib import Path\nPath('{n}.txt').write_text(str(np.random.rand()))\nassert {last}"
-        (tmp_path/f'{n}.ipynb').write_text(json.dumps(dict(cells=[{**cell, 'source':code}], metadata={}, nbformat=4, nbformat_minor=5)))
+        code = (f"import numpy as np\nfrom pathlib import "
+                f"Path\nPath('{n}.txt').write_text(str(np.random.rand()))\nassert {last}")
+        (tmp_path/f'{n}.ipynb').write_text(json.dumps(dict(cells=[{**cell, 'source':code}], metadata={}, nbformat=4,
+                nbformat_minor=5)))
         r = run_copy(tmp_path/f'{n}.ipynb', tmp_path)
         assert passed(r)==(n=='whole'), r
         said.append((tmp_path/f'{n}.txt').read_text())

@@ -14,7 +14,8 @@ LOADERS = {3:VolumeDataLoaders, 2:SliceDataLoaders}
 
 def machine(gflops, fast=1.):
     "What a machine of so many GFLOP/s measures; its channels-last layout is `fast` times as quick"
-    return dict(device='cpu', bf16=False, threads=2, seconds={str(nf):dict(fast=1/gflops/fast, plain=1/gflops) for nf in (4,8,16,32)})
+    return dict(device='cpu', bf16=False, threads=2,
+                seconds={str(nf):dict(fast=1/gflops/fast, plain=1/gflops) for nf in (4,8,16,32)})
 
 @pytest.fixture
 def measured(monkeypatch):
@@ -52,7 +53,8 @@ def test_the_layout_is_the_quicker_one(study):
 def test_the_network_follows_the_layout_of_the_plan(study, cache):
     path,df = study
     for fast in (False,True):
-        plan = suggest_plan(df, path=path, device='cpu', minutes=2, spacing=1.25, patch=16, machine=machine(100, 2 if fast else .5))
+        plan = suggest_plan(df, path=path, device='cpu', minutes=2, spacing=1.25, patch=16,
+                            machine=machine(100, 2 if fast else .5))
         kw = {k:v for k,v in KW.items() if k!='spacing'}
         learn = unet3d_learner(VolumeDataLoaders.from_df(df, path, cache=cache, plan=plan, **kw), nf=4, depth=2)
         assert bool(learn.model._forward_pre_hooks)==fast
@@ -67,11 +69,13 @@ def test_a_plan_goes_through_json_and_pickle(study):
 def test_what_a_plan_says_is_not_said_twice(study, cache):
     path,df = study
     plan = suggest_plan(df, path=path, device='cpu')
-    def make(cls=VolumeDataLoaders, **k): return cls.from_df(df, path, cache=cache, codes=CODES, plan=plan, device='cpu', **k)
+    def make(cls=VolumeDataLoaders, **k):
+        return cls.from_df(df, path, cache=cache, codes=CODES, plan=plan, device='cpu', **k)
     for k,v in dict(patch=16, bs=2, spacing=1.25, samples_per_case=1, minutes=2).items():
         with pytest.raises(InputError, match=k): make(**{k:v})
     with pytest.raises(InputError, match='3D'): make(SliceDataLoaders)
-    with pytest.raises(InputError, match='minutes'): VolumeDataLoaders.from_df(df.assign(site='a'), path, label_col='site', minutes=2)
+    with pytest.raises(InputError, match='minutes'):
+        VolumeDataLoaders.from_df(df.assign(site='a'), path, label_col='site', minutes=2)
     for odd in (0, -1, 'two'):
         with pytest.raises(InputError, match='minutes'): suggest_plan(df, path=path, minutes=odd)
 
@@ -80,7 +84,9 @@ def test_folds_and_seeds_share_one_plan(study, cache, tmp_path, measured):
     path,df = study
     df = df.assign(image=[str(path/o) for o in df.image], mask=[str(path/o) for o in df['mask']])
     arms = {'3D':dict(ndim=3, minutes=1, nf=4, depth=2, spacing=1.25)}
-    def comparison(): return Comparison(df, arms, path=tmp_path/'c', cache=cache, folds=2, codes=CODES, budget=dict(updates=1), device='cpu')
+    def comparison():
+        return Comparison(df, arms, path=tmp_path/'c', cache=cache, folds=2, codes=CODES, budget=dict(updates=1),
+                          device='cpu')
     comparison().run()
     comparison().run()
     assert len(measured)==1
@@ -108,8 +114,11 @@ def test_fit_for_warns_of_fewer_than_a_hundred(learner, capsys, monkeypatch):
 def test_timing_leaves_no_trace(learner, ndim):
     "Weights, running averages, gradients, modes and every source of chance are as before"
     learn = learner(ndim)
-    def state(): return ([v.clone() for v in learn.model.state_dict().values()], [m.training for m in learn.model.modules()], torch.get_rng_state(), np.random.get_state()[1].copy(),
-                         random.getstate(), [dl.rng.getstate() for dl in learn.dls.loaders], [p.grad for p in learn.model.parameters()])
+    def state():
+        return ([v.clone() for v in learn.model.state_dict().values()], [m.training for m in learn.model.modules()],
+                torch.get_rng_state(), np.random.get_state()[1].copy(),
+                         random.getstate(), [dl.rng.getstate() for dl in learn.dls.loaders],
+                         [p.grad for p in learn.model.parameters()])
     a = state()
     load_s,update_s = pace.step_seconds(learn)
     b = state()

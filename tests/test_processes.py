@@ -51,14 +51,17 @@ said('counted')
 def marks(tmp_path_factory):
     "What two processes that run `SCRIPT` have reached"
     tmp = tmp_path_factory.mktemp('two')
-    pd.DataFrame([write_case(tmp, f'c{i}', np.eye(4), (16,16,16), i) for i in range(5)]).to_csv(tmp/'cases.csv', index=False)
+    pd.DataFrame([write_case(tmp, f'c{i}', np.eye(4), (16,16,16), i) for i in range(5)]).to_csv(tmp/'cases.csv',
+            index=False)
     (tmp/'script.py').write_text(SCRIPT, encoding='utf-8')
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
     path = os.pathsep.join([str(Path(fastmed.__file__).parent.parent), os.environ.get('PYTHONPATH', '')])
-    env = {**os.environ, 'PYTHONPATH':path, 'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg', 'OMP_NUM_THREADS':'1', 'WORLD_SIZE':'2', 'MASTER_ADDR':'127.0.0.1', 'MASTER_PORT':str(port)}
-    ps = [subprocess.Popen([sys.executable, tmp/'script.py', tmp], env={**env, 'RANK':str(r)}, cwd=tmp, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for r in (0,1)]
+    env = {**os.environ, 'PYTHONPATH':path, 'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg', 'OMP_NUM_THREADS':'1',
+           'WORLD_SIZE':'2', 'MASTER_ADDR':'127.0.0.1', 'MASTER_PORT':str(port)}
+    ps = [subprocess.Popen([sys.executable, tmp/'script.py', tmp], env={**env, 'RANK':str(r)}, cwd=tmp,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for r in (0,1)]
     try: errs = [p.communicate(timeout=1200)[1] for p in ps]
     finally:
         for p in ps: p.kill()

@@ -27,13 +27,18 @@ from fastmed.io.volumes import load_mask, load_volume, read_header, same_grid, s
 from fastmed.data.preprocess import Preprocess
 
 MANY = int(os.environ.get('FASTMED_EXAMPLES', 0))
-def examples(n): return settings(max_examples=MANY or n, derandomize=not MANY, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+def examples(n):
+    return settings(max_examples=MANY or n, derandomize=not MANY, deadline=None, database=None,
+                    suppress_health_check=list(HealthCheck))
 
 AXCODES = [''.join(p) for c in itertools.product('LR','AP','SI') for p in itertools.permutations(c)]
 CODES = ['background','a','b','c']
-VOXELS = 300_000                                                    # of the pipeline's grid, at most: each example stays small
-FLOOR = ((3, .80), (5, .88), (8, .93))                              # radius of a ball in pipeline voxels (the coarser of both grids), and the Dice that it keeps
-TYPES = ['u1','i1','u2','i2','u4','i4','u8','i8','f4','f8']        # nibabel writes float128 on no Intel machine, and reads none there: refused
+# of the pipeline's grid, at most: each example stays small
+VOXELS = 300_000
+# radius of a ball in pipeline voxels (the coarser of both grids), and the Dice that it keeps
+FLOOR = ((3, .80), (5, .88), (8, .93))
+# nibabel writes float128 on no Intel machine, and reads none there: refused
+TYPES = ['u1','i1','u2','i2','u4','i4','u8','i8','f4','f8']
 
 # ---- what is drawn
 
@@ -44,8 +49,11 @@ def rotation(a, b, c):
 
 def affine_of(code, spacing, turn, origin):
     "(4,4) of this orientation and spacing, turned"
-    inv = nib.orientations.inv_ornt_aff(nib.orientations.ornt_transform(nib.orientations.axcodes2ornt('RAS'), nib.orientations.axcodes2ornt(code)), (1,1,1))
-    a = np.eye(4); a[:3,:3] = rotation(*turn)@inv[:3,:3]@np.diag(spacing); a[:3,3] = origin
+    inv = nib.orientations.inv_ornt_aff(nib.orientations.ornt_transform(nib.orientations.axcodes2ornt('RAS'),
+            nib.orientations.axcodes2ornt(code)), (1,1,1))
+    a = np.eye(4)
+    a[:3,:3] = rotation(*turn)@inv[:3,:3]@np.diag(spacing)
+    a[:3,3] = origin
     return a
 
 def logs(lo, hi): return st.floats(math.log(lo), math.log(hi)).map(math.exp)
@@ -54,14 +62,18 @@ def logs(lo, hi): return st.floats(math.log(lo), math.log(hi)).map(math.exp)
 def grids(draw, most=70):
     "(shape, affine): the scan's own"
     turn = draw(st.one_of(st.just((0,0,0)), st.tuples(*[st.floats(-.4,.4)]*3), st.tuples(*[st.floats(-3.1,3.1)]*3)))
-    return draw(st.tuples(*[st.integers(1,most)]*3)), affine_of(draw(st.sampled_from(AXCODES)), draw(st.tuples(*[logs(.2,8)]*3)), turn, draw(st.tuples(*[st.floats(-300,300)]*3)))
+    return draw(st.tuples(*[st.integers(1,most)]*3)), affine_of(draw(st.sampled_from(AXCODES)),
+                                                                draw(st.tuples(*[logs(.2,8)]*3)), turn,
+                                                                draw(st.tuples(*[st.floats(-300,300)]*3)))
 
 @st.composite
 def targets(draw, shape, affine):
     "The pipeline's spacing, mm: equal, finer or coarser on each axis, or one for all"
     s = np.array(spacing_of(Preprocess().oriented(shape, affine)[1]))
     how = draw(st.sampled_from(('any','finer','coarser','one')))
-    t = np.full(3, draw(logs(.2,8))) if how=='one' else s*[draw(logs(*dict(any=(1/5,8), finer=(1/5,1), coarser=(1,10))[how])) for _ in range(3)]
+    t = np.full(3,
+                draw(logs(.2,8))) if how=='one' else s*[
+            draw(logs(*dict(any=(1/5,8), finer=(1/5,1), coarser=(1,10))[how])) for _ in range(3)]
     n = np.array(Preprocess().oriented(shape, affine)[0])
     return tuple(float(o) for o in t*max(1, (np.prod(np.maximum(1, n*s/t))/VOXELS)**(1/3)))
 
@@ -74,9 +86,12 @@ def labels(draw, shape):
     if how=='ones': a[:] = 1
     elif how=='noise': a[:] = rng.integers(0, 4, shape)
     elif how=='voxel': a[tuple(int(rng.integers(n)) for n in shape)] = 2
-    elif how=='ragged': a[:] = np.digitize(gaussian_filter(rng.standard_normal(shape), rng.uniform(.5,4), mode='nearest').ravel(), [0,.05,.1]).reshape(shape)
+    elif how=='ragged':
+        a[:] = np.digitize(gaussian_filter(rng.standard_normal(shape), rng.uniform(.5,4), mode='nearest').ravel(),
+                                           [0,.05,.1]).reshape(shape)
     elif how=='slabs':
-        k = int(rng.integers(3)); w = int(rng.integers(1, 9))
+        k = int(rng.integers(3))
+        w = int(rng.integers(1, 9))
         a[:] = ((np.arange(shape[k])//w)%4).reshape([-1 if i==k else 1 for i in range(3)])
     elif how=='bodies':
         xs = np.ogrid[tuple(slice(0,n) for n in shape)]
@@ -85,7 +100,8 @@ def labels(draw, shape):
             a[sum(((x-o)/q)**2 for x,o,q in zip(xs, c, r))<=1] = v
     return a
 
-kinds = st.tuples(st.sampled_from(TYPES), st.sampled_from('<>'), st.sampled_from((None,(1,0),(.5,-3),(4,0),(-1,0))), st.sampled_from(('.nii','.nii','.nii.gz','.hdr','n2')))
+kinds = st.tuples(st.sampled_from(TYPES), st.sampled_from('<>'), st.sampled_from((None,(1,0),(.5,-3),(4,0),(-1,0))),
+        st.sampled_from(('.nii','.nii','.nii.gz','.hdr','n2')))
 
 def write(a, affine, fn, kind):
     "Write physical values `a` as a NIfTI of this type, byte order, scale and layout; the path, or None where the type cannot hold them"
@@ -95,12 +111,15 @@ def write(a, affine, fn, kind):
     slope,inter = scale or (1,0)
     stored = (np.asarray(a, dtype=np.float64)-inter)/slope
     d = np.dtype(dt)
-    if d.kind!='f' and (not np.array_equal(stored, np.round(stored)) or stored.min()<np.iinfo(d).min or stored.max()>np.iinfo(d).max): return None
+    if d.kind!='f' and (not np.array_equal(stored, np.round(stored)) or stored.min()<np.iinfo(d).min
+                        or stored.max()>np.iinfo(d).max):
+        return None
     hdr.set_data_dtype(d)
     im = cls(stored.astype(d), affine, header=hdr, dtype=d)
     fn = fn.with_name(fn.name+('.nii' if layout=='n2' else layout))
     if scale is not None:
-        nib.save(im, fn); scl(fn.with_suffix('.hdr') if layout=='.hdr' else fn, order, slope, inter, layout)
+        nib.save(im, fn)
+        scl(fn.with_suffix('.hdr') if layout=='.hdr' else fn, order, slope, inter, layout)
     else: nib.save(im, fn)
     return fn
 
@@ -123,17 +142,22 @@ def sure(a, ratio, order):
     res = flat([2*o+1 for o in k])
     if order=='smooth':
         for i in range(3):
-            if r[i]<=1: res |= minimum_filter(flat([1 if j==i else 2*o+1 for j,o in enumerate(k)]), [3 if j==i else 1 for j in range(3)], mode='nearest')
+            if r[i]<=1:
+                res |= minimum_filter(flat([1 if j==i else 2*o+1 for j,o in enumerate(k)]),
+                                      [3 if j==i else 1 for j in range(3)], mode='nearest')
     return res
 
-def dice(a, b): n = a.sum()+b.sum(); return 2*(a&b).sum()/n if n else 1.
+def dice(a, b):
+    n = a.sum()+b.sum()
+    return 2*(a&b).sum()/n if n else 1.
 
 def bounded(a, b, ratio, order):
     "Check that `b` keeps the bound against `a`; (least Dice, its bound) over the structures of `a`, (1,1) where there is none"
     ok,least = sure(a, ratio, order),(1.,1.)
     assert (a==b)[ok].all(), f'{int((a!=b)[ok].sum())} voxels changed that could not, of {ok.sum()} sure ones'
     for v in np.unique(a)[np.unique(a)>0]:
-        A,B = a==v,b==v; E,D = A&ok,A|~ok
+        A,B = a==v,b==v
+        E,D = A&ok,A|~ok
         d,bound = dice(A,B),2*E.sum()/(E.sum()+D.sum())
         assert d>=bound-1e-12
         least = min(least, (float(d),float(bound)))
@@ -141,8 +165,10 @@ def bounded(a, b, ratio, order):
 
 def ratios(shape, affine, pre):
     "t/s along each axis of the scan, in its own order"
-    s,a = pre.oriented(shape, affine); r = np.array(spacing_of(pre.grid(shape, affine)[1]))/np.array(spacing_of(a))
-    back = nib.orientations.io_orientation(affine)[:,0].astype(int)                    # array axis → world axis = pipeline axis
+    s,a = pre.oriented(shape, affine)
+    r = np.array(spacing_of(pre.grid(shape, affine)[1]))/np.array(spacing_of(a))
+    # array axis → world axis = pipeline axis
+    back = nib.orientations.io_orientation(affine)[:,0].astype(int)
     return [float(r[i]) for i in back] if pre.orientation else r.tolist()
 
 def there_and_back(a, affine, mm, kind, order, folder):
@@ -150,11 +176,13 @@ def there_and_back(a, affine, mm, kind, order, folder):
     fn = write(a, affine, Path(folder)/'m', kind)
     if fn is None: return
     m,h = load_mask(fn),read_header(fn)
-    assert np.array_equal(m.numpy(), a) and tuple(h['shape'])==a.shape and np.array_equal(h['affine'], m.affine) and np.allclose(m.affine, affine, atol=1e-4, rtol=1e-5)
+    assert np.array_equal(m.numpy(), a) and tuple(h['shape'])==a.shape and np.array_equal(h['affine'],
+            m.affine) and np.allclose(m.affine, affine, atol=1e-4, rtol=1e-5)
     assert np.array_equal(load_volume(fn)[0].numpy(), a.astype(np.float32))
     pre = Preprocess(spacing=mm, codes=CODES, mask_order=order)
     p = pre(m)
-    assert p.orientation=='RAS' and set(np.unique(p.numpy()))<=set(np.unique(a)) and same_grid(p.shape, p.affine, *pre.grid(a.shape, m.affine))
+    assert p.orientation=='RAS' and set(np.unique(p.numpy()))<=set(np.unique(a)) and same_grid(p.shape, p.affine,
+            *pre.grid(a.shape, m.affine))
     back = pre.inverse(p, m.shape, m.affine)
     assert tuple(back.shape)==a.shape and np.array_equal(back.affine, m.affine) and back.dtype==torch.uint8
     b,r = back.numpy(),ratios(a.shape, m.affine, pre)
@@ -167,8 +195,10 @@ def there_and_back(a, affine, mm, kind, order, folder):
 
 def drawn(draw):
     "A scan's mask, its affine, the pipeline's spacing, the type on disk and the order of resampling"
-    shape,aff = draw(grids()); a = draw(labels(shape))
-    return a,aff,draw(st.one_of(st.none(), targets(shape, aff), targets(shape, aff), targets(shape, aff))),draw(kinds),draw(st.sampled_from(('smooth','smooth','nearest')))
+    shape,aff = draw(grids())
+    a = draw(labels(shape))
+    return a,aff,draw(st.one_of(st.none(), targets(shape, aff), targets(shape, aff),
+            targets(shape, aff))),draw(kinds),draw(st.sampled_from(('smooth','smooth','nearest')))
 scans = st.composite(drawn)()
 
 @examples(150)
@@ -184,14 +214,18 @@ def ball(shape, spacing, radius):
 @st.composite
 def balls(draw):
     "A ball of a known number of voxels of the coarser grid, in a box that just holds it"
-    aff = draw(grids(1))[1]; s = np.array(spacing_of(aff)); R = draw(st.floats(3, 12))
-    s = np.clip(s, s.max()/4, None); aff[:3,:3] *= s/np.array(spacing_of(aff))
+    aff = draw(grids(1))[1]
+    s = np.array(spacing_of(aff))
+    R = draw(st.floats(3, 12))
+    s = np.clip(s, s.max()/4, None)
+    aff[:3,:3] *= s/np.array(spacing_of(aff))
     ratio = np.array([draw(logs(1/4,4)) for _ in range(3)])
     r = R*float(np.max(s*np.maximum(1, ratio)))
     shape = tuple(int(o) for o in np.minimum(70, np.ceil(2*r/s)+3))
     if any(n*o<2*r+2*o for n,o in zip(shape, s)): r = float(min((n-2)*o/2 for n,o in zip(shape, s)))
     back = nib.orientations.io_orientation(aff)[:,0].astype(int)
-    t = np.empty(3); t[back] = s*ratio
+    t = np.empty(3)
+    t[back] = s*ratio
     t = t*max(1, (np.prod(np.array(shape)/ratio)/VOXELS)**(1/3))
     return ball(shape, s, r),aff,tuple(float(o) for o in t),r
 
@@ -205,19 +239,23 @@ def test_a_ball_keeps_its_dice(o):
         if n>=k: assert got>=least, (got, n, q)
 
 @examples(60)
-@given(grids(40), st.data(), st.floats(-1e6, 1e6, width=32), st.sampled_from(('linear','cubic')), st.sampled_from(('none','zscore','nonzero','mean','percentile','minmax','max')))
+@given(grids(40), st.data(), st.floats(-1e6, 1e6, width=32), st.sampled_from(('linear','cubic')),
+        st.sampled_from(('none','zscore','nonzero','mean','percentile','minmax','max')))
 def test_a_constant_stays_constant(g, data, value, order, how):
     "To 1e-5 of its size; and what normalises it does not blow the rounding up into a picture"
     shape,aff = g
-    x = Preprocess(spacing=data.draw(targets(*g)), normalize=how, order=order)(TensorVolume(torch.full((1,*shape), value), affine=aff)).numpy()
+    x = Preprocess(spacing=data.draw(targets(*g)), normalize=how,
+                   order=order)(TensorVolume(torch.full((1,*shape), value), affine=aff)).numpy()
     assert np.isfinite(x).all() and np.ptp(x)<=1e-5*max(1, abs(value) if how=='none' else 1), np.ptp(x)
     if how=='none': assert np.allclose(x, value, rtol=1e-5, atol=1e-30)
 
 @examples(40)
 @given(grids(40), st.data(), st.integers(0, 2**31))
 def test_linear_resampling_adds_no_value_beyond_the_old_ones(g, data, seed):
-    shape,aff = g; a = np.random.default_rng(seed).standard_normal((1,*shape)).astype(np.float32)
-    x = Preprocess(spacing=data.draw(targets(*g)), normalize='none')(TensorVolume(torch.from_numpy(a), affine=aff)).numpy()
+    shape,aff = g
+    a = np.random.default_rng(seed).standard_normal((1,*shape)).astype(np.float32)
+    x = Preprocess(spacing=data.draw(targets(*g)), normalize='none')(TensorVolume(torch.from_numpy(a),
+                   affine=aff)).numpy()
     assert a.min()-1e-5<=x.min() and x.max()<=a.max()+1e-5
 
 @pytest.mark.parametrize('dt', TYPES)
@@ -225,7 +263,8 @@ def test_linear_resampling_adds_no_value_beyond_the_old_ones(g, data, seed):
 def test_every_type_gives_physical_values(dt, order, tmp_path):
     "The extremes of each type, scaled and not, in each layout"
     for layout,scale in itertools.product(('.nii','.nii.gz','.hdr','n2'), (None,(.5,-3),(-2,7))):
-        d = np.dtype(dt); lo,hi = (-3e4,3e4) if d.kind=='f' else (max(np.iinfo(d).min, -2**20), min(np.iinfo(d).max, 2**20))
+        d = np.dtype(dt)
+        lo,hi = (-3e4,3e4) if d.kind=='f' else (max(np.iinfo(d).min, -2**20), min(np.iinfo(d).max, 2**20))
         slope,inter = scale or (1,0)
         a = np.array([lo,hi,0,1,2,3,4,5], np.float64).reshape(2,2,2)*slope+inter
         fn = write(a, np.diag([1,2,3,1.]), tmp_path/'x', (dt,order,scale,layout))
@@ -235,7 +274,8 @@ def test_every_type_gives_physical_values(dt, order, tmp_path):
         else:
             with pytest.raises(FastmedError, match='whole numbers'): load_mask(fn)
 
-@pytest.mark.parametrize('dt,value', [('u4',2**32-1), ('i8',2**40+1), ('u8',2**63+1), ('i8',-2**40), ('f8',3e9), ('f4',-2.**35)])
+@pytest.mark.parametrize('dt,value', [('u4',2**32-1), ('i8',2**40+1), ('u8',2**63+1), ('i8',-2**40), ('f8',3e9),
+        ('f4',-2.**35)])
 def test_a_label_too_large_is_refused_and_not_wrapped(dt, value, tmp_path):
     nib.save(nib.Nifti1Image(np.full((3,3,3), value, dt), np.eye(4), dtype=np.dtype(dt)), tmp_path/'big.nii')
     with pytest.raises(FastmedError, match='big.nii'): load_mask(tmp_path/'big.nii')
@@ -252,7 +292,8 @@ def with_preprocess(learn, pre):
 
 def predicted(learn, a, aff, mm, order, folder):
     "The mask as an image, through a network that says 1 above one half: (ratios, least Dice, bound)"
-    fn = Path(folder)/'x.nii'; nib.save(nib.Nifti1Image(a.astype(np.float32), aff), fn)
+    fn = Path(folder)/'x.nii'
+    nib.save(nib.Nifti1Image(a.astype(np.float32), aff), fn)
     pre = Preprocess(spacing=mm, normalize='none', codes=['background','a'], mask_order=order)
     m = with_preprocess(learn, pre).predict_volume(fn)
     x = load_volume(fn)
@@ -264,11 +305,17 @@ def predicted(learn, a, aff, mm, order, folder):
 def sharp(learner):
     "A Learner whose network needs no training"
     from phantoms import Nearest
-    learn = learner(3); learn.model = Nearest(1, 2); learn.n_out = 2; learn.dls = copy.deepcopy(learn.dls)             # its preprocessing is changed below; that of the other tests is not
+    # its preprocessing is changed below; that of the other tests is not
+    learn = learner(3)
+    learn.model = Nearest(1, 2)
+    learn.n_out = 2
+    learn.dls = copy.deepcopy(learn.dls)
     return learn
 
 @examples(40)
 @given(grids(), st.data())
 def test_a_prediction_lies_on_the_scan_s_own_grid_within_the_bound(sharp, g, data):
     a = (data.draw(labels(g[0]))>0).astype(np.uint8)
-    with tempfile.TemporaryDirectory() as d: predicted(sharp, a, g[1], data.draw(st.one_of(st.none(), targets(*g))), data.draw(st.sampled_from(('smooth','nearest'))), d)
+    with tempfile.TemporaryDirectory() as d:
+        predicted(sharp, a, g[1], data.draw(st.one_of(st.none(), targets(*g))),
+                data.draw(st.sampled_from(('smooth','nearest'))), d)

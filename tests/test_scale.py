@@ -29,12 +29,15 @@ def touch(path, *names):
 def pairs(df, path):
     "{case: (names of the images, name of the mask)} below `path`"
     def name(o): return None if o is None else str(o.relative_to(path))
-    return {r.case:([name(o) for o in (r.image if isinstance(r.image, list) else [r.image])], name(r['mask'])) for _,r in df.iterrows()}
+    return {r.case:([name(o) for o in (r.image if isinstance(r.image, list) else [r.image])], name(r['mask'])) for _,
+            r in df.iterrows()}
 
 def test_patients_of_two_sites_are_two_cases(tmp_path):
     p = touch(tmp_path, *[f'site{s}/{k}/p0.nii.gz' for s in 'ab' for k in ('images','labels')])
-    for images,masks in (('site*/images/*.nii.gz','site*/labels/*.nii.gz'), ('**/images/*.nii.gz','**/labels/*.nii.gz')):
-        assert pairs(scan_folder(p, images, masks), p)=={f'site{s}_p0':([f'site{s}/images/p0.nii.gz'], f'site{s}/labels/p0.nii.gz') for s in 'ab'}
+    for images,masks in (('site*/images/*.nii.gz','site*/labels/*.nii.gz'),
+            ('**/images/*.nii.gz','**/labels/*.nii.gz')):
+        assert pairs(scan_folder(p, images, masks), p)=={f'site{s}_p0':([f'site{s}/images/p0.nii.gz'],
+                                                         f'site{s}/labels/p0.nii.gz') for s in 'ab'}
     assert scan_folder(p, 'site*/images/*.nii.gz', None).case.tolist()==['sitea_p0','siteb_p0']
 
 def test_a_mask_of_another_site_is_no_mask_of_this_patient(tmp_path):
@@ -49,12 +52,14 @@ def test_folders_that_do_not_tell_masks_apart_are_refused_by_name(tmp_path):
 
 def test_one_folder_a_case(tmp_path):
     p = touch(tmp_path, *[f'{n}/{f}.nii.gz' for n in ('anna','bert') for f in ('image','mask')])
-    assert pairs(scan_folder(p, '*/image.nii.gz', '*/mask.nii.gz'), p)=={n:([f'{n}/image.nii.gz'], f'{n}/mask.nii.gz') for n in ('anna','bert')}
+    assert pairs(scan_folder(p, '*/image.nii.gz', '*/mask.nii.gz'), p)=={n:([f'{n}/image.nii.gz'], f'{n}/mask.nii.gz')
+            for n in ('anna','bert')}
     assert scan_folder(p, '*/image.nii.gz', None).case.tolist()==['anna','bert']
 
 def test_channels_lie_in_one_folder(tmp_path):
     p = touch(tmp_path, *[f'{n}/{f}.nii.gz' for n in ('anna','bert') for f in ('scan_0000','scan_0001','mask')])
-    assert pairs(scan_folder(p, '*/scan_*.nii.gz', '*/mask.nii.gz'), p)=={n:([f'{n}/scan_0000.nii.gz',f'{n}/scan_0001.nii.gz'], f'{n}/mask.nii.gz') for n in ('anna','bert')}
+    assert pairs(scan_folder(p, '*/scan_*.nii.gz', '*/mask.nii.gz'),
+            p)=={n:([f'{n}/scan_0000.nii.gz',f'{n}/scan_0001.nii.gz'], f'{n}/mask.nii.gz') for n in ('anna','bert')}
 
 def test_bids(tmp_path):
     names = [f'sub-0{k}/ses-1/anat/sub-0{k}_ses-1_T1w.nii.gz' for k in (1,2)]
@@ -66,7 +71,8 @@ def test_two_hundred_numbered_scans_are_not_the_channels_of_one(tmp_path):
     p = touch(tmp_path, *[f'images/case_{k:04d}.nii.gz' for k in range(200)])
     with pytest.raises(InputError) as e: scan_folder(p, masks=None)
     assert str(p/'images/case_0000.nii.gz') in str(e.value) and 'channels=1' in str(e.value)
-    assert len(scan_folder(p, masks=None, channels=1))==200 and len(scan_folder(p, masks=None, channels=200).image[0])==200
+    assert len(scan_folder(p, masks=None, channels=1))==200 and len(scan_folder(p, masks=None,
+            channels=200).image[0])==200
     touch(p, 'labels/case_0003.nii.gz')
     assert len(scan_folder(p))==200, 'one mask says that the numbers are those of scans'
 
@@ -86,7 +92,8 @@ def test_two_files_of_one_name_are_refused_by_name(tmp_path, names):
 
 def test_a_decathlon_case_has_no_more_files_than_modalities(tmp_path):
     p = touch(tmp_path, *[f'imagesTr/a_{k:04d}.nii.gz' for k in range(3)], 'labelsTr/a.nii.gz')
-    info = dict(labels={'0':'background','1':'x'}, training=[dict(image='imagesTr/a.nii.gz', label='labelsTr/a.nii.gz')])
+    info = dict(labels={'0':'background','1':'x'},
+            training=[dict(image='imagesTr/a.nii.gz', label='labelsTr/a.nii.gz')])
     for modality,ok in (({'0':'T1','1':'T2','2':'PD'}, True), ({'0':'T1'}, False)):
         (p/'dataset.json').write_text(json.dumps(dict(info, modality=modality)))
         if ok: assert len(scan_decathlon(p).image[0])==3
@@ -121,9 +128,12 @@ def test_entries_that_stay_open_hold_no_descriptor(tmp_path):
     assert descriptors()==was and len(store._open)==24
     for t,o in zip(held, df.image):
         t[:] = 7                                                         # stays private
-        assert torch.equal(Store(Preprocess(), tmp_path/'store').image(o).as_subclass(torch.Tensor), Preprocess()(load_volume(o)).as_subclass(torch.Tensor))
+        assert torch.equal(Store(Preprocess(), tmp_path/'store').image(o).as_subclass(torch.Tensor),
+                                 Preprocess()(load_volume(o)).as_subclass(torch.Tensor))
 
-@pytest.mark.parametrize('a', [np.arange(24, dtype=np.float32).reshape(1,2,3,4), np.asfortranarray(np.arange(24, dtype=np.float32).reshape(1,2,3,4)), np.arange(24, dtype=np.uint8).reshape(2,3,4), np.arange(24, dtype=np.int16).reshape(2,3,4)])
+@pytest.mark.parametrize('a', [np.arange(24, dtype=np.float32).reshape(1,2,3,4),
+                         np.asfortranarray(np.arange(24, dtype=np.float32).reshape(1,2,3,4)),
+                         np.arange(24, dtype=np.uint8).reshape(2,3,4), np.arange(24, dtype=np.int16).reshape(2,3,4)])
 def test_a_map_gives_what_numpy_wrote(tmp_path, a):
     from fastmed.data.store import _mapped
     np.save(tmp_path/'a.npy', a)
@@ -150,12 +160,14 @@ def prints(n, seed=0, size=20, runs=512):
         gaps[[0,-1]] = False
         thumb = rng.standard_normal((size,)*3).astype(np.float16)
         like = rng.standard_normal(49).astype(np.float32)
-        return dict(sketch=rng.integers(0, 2**63, runs, dtype=np.uint64), quantum=np.nan, gaps=(int(rng.integers(0, 40)),300,np.packbits(gaps)) if i%2 else None, thumb=thumb, like=like)
+        return dict(sketch=rng.integers(0, 2**63, runs, dtype=np.uint64), quantum=np.nan,
+                    gaps=(int(rng.integers(0, 40)),300,np.packbits(gaps)) if i%2 else None, thumb=thumb, like=like)
     res = [one(i) for i in range(n)]
     for k in range(10):
         res[k]['thumb'] = res[n-1-k]['thumb'][::-1] if k%2 else res[n-1-k]['thumb']
         res[20+k]['gaps'] = res[n-21-k]['gaps'] = res[21]['gaps'][0],300,np.packbits(rng.random(300)<.2)
-        res[40+k].update(thumb=(res[n-41-k]['thumb']+.2*rng.standard_normal((size,)*3)).astype(np.float16), like=res[n-41-k]['like']+np.float32(.01))
+        res[40+k].update(thumb=(res[n-41-k]['thumb']+.2*rng.standard_normal((size,)*3)).astype(np.float16),
+                like=res[n-41-k]['like']+np.float32(.01))
     return [dict(channels=[], prints=[p]) for p in res]
 
 def test_leaks_in_blocks_are_those_of_the_whole(monkeypatch):
@@ -173,9 +185,12 @@ def test_leaks_hold_no_matrix_of_all_pairs(monkeypatch, taught):
     def peak(n):
         vox = prints(n, size=4, runs=8)
         for k in range(20 if taught else 0):
-            for i in (60+k, 100+k): vox[i]['prints'][0]['gaps'] = 0,300,np.packbits(np.random.default_rng(k).random(300)<.2)
+            for i in (60+k, 100+k):
+                vox[i]['prints'][0]['gaps'] = 0,300,np.packbits(np.random.default_rng(k).random(300)<.2)
         tracemalloc.start()
-        try: leaks._pairs(vox); return tracemalloc.get_traced_memory()[1]
+        try:
+            leaks._pairs(vox)
+            return tracemalloc.get_traced_memory()[1]
         finally: tracemalloc.stop()
     assert peak(720)<4.5*peak(240)
 
@@ -273,7 +288,8 @@ def test_a_check_without_a_store_and_with_a_damaged_one(tmp_path, settled, opene
     first = check(df, cache=cache)
     kept = sorted((cache/'facts').iterdir())
     assert len(kept)>=18 and not any('c000' in o.read_text() for o in kept), 'names of files may be those of patients'
-    for i,o in enumerate(kept): o.write_text(['', '[1]', o.read_text().replace('"found"', '"f"'), o.read_text().replace('12', '13')][i%4])
+    for i,o in enumerate(kept):
+        o.write_text(['', '[1]', o.read_text().replace('"found"', '"f"'), o.read_text().replace('12', '13')][i%4])
     assert repr(check(df, cache=cache))==repr(first)
     opened.clear()
     assert repr(check(df, cache=cache))==repr(first) and not opened, 'what was damaged is written anew'
@@ -303,13 +319,15 @@ def test_one_file_under_two_names(tmp_path, settled, opened):
     (tmp_path/'b').symlink_to(tmp_path/'a')
     def other(fn): return tmp_path/'b'/Path(fn).relative_to(tmp_path/'a')
     facts = check(df.assign(image=df.image.map(other), mask=df['mask'].map(other)), cache=tmp_path/'cache')[1]
-    assert not opened and facts[0]['image']==[tmp_path/'b/images/c0000.nii'] and first[1][0]['image']==[tmp_path/'a/images/c0000.nii']
+    assert not opened and facts[0]['image']==[tmp_path/'b/images/c0000.nii'] and first[1][0]['image']==[tmp_path
+            /'a/images/c0000.nii']
 
 @pytest.mark.parametrize('labelled', [False, True])
 def test_a_second_from_df_reads_no_header(tmp_path, settled, opened, labelled):
     df = small_study(tmp_path, 6).assign(label=['a','b']*3)
     kw = dict(label_col='label', batch_tfms=None) if labelled else dict(codes=['background','x'], patch=8)
-    def loaders(): return data.VolumeDataLoaders.from_df(df, cache=tmp_path/'store', bs=2, num_workers=0, device='cpu', **kw)
+    def loaders():
+        return data.VolumeDataLoaders.from_df(df, cache=tmp_path/'store', bs=2, num_workers=0, device='cpu', **kw)
     first = loaders()
     opened.clear()
     again = loaders()
@@ -322,6 +340,7 @@ def test_more_cases_than_files_that_may_be_open(tmp_path):
     "Check, training and prediction of 40 cases, 80 files, in a process that may have 64 open"
     pytest.importorskip('resource')
     script = Path(__file__).resolve().parents[1]/'benchmarks/many.py'
-    p = subprocess.run([sys.executable, str(script), '--cases', '40', '--files', '64', '--csv', str(tmp_path/'many.csv')], capture_output=True, text=True)
+    p = subprocess.run([sys.executable, str(script), '--cases', '40', '--files', '64', '--csv',
+            str(tmp_path/'many.csv')], capture_output=True, text=True)
     assert not p.returncode, p.stderr[-2000:]
     assert len((tmp_path/'many.csv').read_text().splitlines())==7

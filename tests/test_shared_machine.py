@@ -3,8 +3,10 @@ import contextlib, errno, http.server, io, os, shutil, signal, socket, stat, tar
 from pathlib import Path
 import nibabel as nib, numpy as np, pytest, torch
 import fastmed.core, fastmed.data.datasets, fastmed.data.store
-from fastmed.all import (FileError, InputError, MissingFileError, Preprocess, Store, TensorVolume, cache_dir, check_dataset,
-                         file_digest, load_mask, load_volume, read_header, save_volume, scan_dicom, scan_folder, untar_data, whole_file)
+from fastmed.all import (FileError, InputError, MissingFileError, Preprocess, Store, TensorVolume, cache_dir,
+                         check_dataset,
+                         file_digest, load_mask, load_volume, read_header, save_volume, scan_dicom, scan_folder,
+                         untar_data, whole_file)
 from phantoms import write_case
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='pipes and owners of POSIX')
@@ -12,7 +14,9 @@ pytestmark = pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='pipes and own
 @pytest.fixture(autouse=True)
 def limit():
     "Whoever waits for a pipe waits for ever: the test fails instead"
-    def stop(*args): pytest.fail('it hangs')                     # no `Exception`, so nobody takes it for an unreadable scan
+    # no `Exception`, so nobody takes it for an unreadable scan
+    def stop(*args):
+        pytest.fail('it hangs')
     was = signal.signal(signal.SIGALRM, stop)
     signal.alarm(120)
     yield
@@ -31,7 +35,9 @@ def plant(fn, kind):
         s,here = socket.socket(socket.AF_UNIX),os.getcwd()
         os.chdir(fn.parent)                                       # names of sockets are short
         try: s.bind(fn.name)
-        finally: os.chdir(here); s.close()
+        finally:
+            os.chdir(here)
+            s.close()
     return fn
 
 KINDS = ('pipe','device','dangling','circle','folder','socket')
@@ -46,7 +52,8 @@ class TestOddEntries:
         learn = learner(3)
         with learn.no_bar(): res = learn.predict_folder(src, dst).set_index('case')
         assert set(res.index)=={'c0','c1',*KINDS} and (res.status[['c0','c1']]=='ok').all()
-        assert all(res.status[k].startswith('error') and f'{k}.nii.gz' in res.status[k] for k in KINDS), res.status.tolist()
+        assert all(res.status[k].startswith('error') and f'{k}.nii.gz' in res.status[k]
+                   for k in KINDS), res.status.tolist()
         assert sorted(o.name for o in dst.iterdir())==['c0.nii.gz','c1.nii.gz']
 
     def test_a_data_set_of_them_is_checked(self, tmp_path):
@@ -70,7 +77,8 @@ class TestOddEntries:
     def test_a_pipe_in_place_of_a_table(self, tmp_path):
         write_case(tmp_path, 'c0')
         os.mkfifo(tmp_path/'cases.csv')
-        with pytest.raises(FileError, match='cases.csv: expected a file; found a named pipe'): scan_folder(tmp_path, 'images/*.nii', 'labels/*.nii')
+        with pytest.raises(FileError, match='cases.csv: expected a file; found a named pipe'):
+            scan_folder(tmp_path, 'images/*.nii', 'labels/*.nii')
 
     def test_a_pipe_among_dicom_is_named(self, tmp_path):
         os.mkfifo(tmp_path/'a.dcm')
@@ -78,7 +86,8 @@ class TestOddEntries:
 
 # --- the store
 
-def volume(fn, value): return str(save_volume(TensorVolume(np.full((1,12,12,12), value, np.float32), affine=np.eye(4)), fn))
+def volume(fn, value):
+    return str(save_volume(TensorVolume(np.full((1,12,12,12), value, np.float32), affine=np.eye(4)), fn))
 
 @pytest.fixture
 def kept(tmp_path):
@@ -127,14 +136,17 @@ class TestStore:
     def test_an_entry_that_is_not_whole_is_made_anew(self, kept, settled, how, built):
         "Found by `build`, and where an entry is read without it; said once"
         make,files,masks = kept
-        s = make().build(files, masks)                                       # every entry was looked at, and its digest kept
+        # every entry was looked at, and its digest kept
+        s = make().build(files, masks)
         right = [s.image(files[0]).numpy().copy(), s.mask(masks[0]).numpy().copy()]
         for kind,fs in (('image',files), ('mask',masks)): harm(s.entry(kind, fs[0]), s.entry(kind, fs[1]), how)
         new = make()
         with pytest.warns(UserWarning, match='does not hold what was written there, and is made anew') as w:
             if built: new.build(files, masks)
-            assert np.array_equal(new.image(files[0]).numpy(), right[0]) and np.array_equal(new.mask(masks[0]).numpy(), right[1])
-        assert sum('made anew' in str(o.message) for o in w)==2-built, [str(o.message) for o in w]      # `build` says it once for all
+            assert np.array_equal(new.image(files[0]).numpy(), right[0]) and np.array_equal(new.mask(masks[0]).numpy(),
+                    right[1])
+        # `build` says it once for all
+        assert sum('made anew' in str(o.message) for o in w)==2-built, [str(o.message) for o in w]
         for kind,fs in (('image',files), ('mask',masks)): assert new.whole(new.entry(kind, fs[0]))
 
     def test_places_of_foreground_are_part_of_it(self, kept, settled):
@@ -340,25 +352,29 @@ class TestDownloads:
     @pytest.mark.parametrize('name', ['a.zip','a.tgz'])
     def test_a_connection_that_ends_early(self, web, tmp_path, name):
         b = packed(name)
-        with pytest.raises(FileError, match='fewer bytes arrived than the server had promised'): untar_data(web(name, b, len(b)//2), base=tmp_path)
+        with pytest.raises(FileError, match='fewer bytes arrived than the server had promised'):
+            untar_data(web(name, b, len(b)//2), base=tmp_path)
         assert not [o for o in tmp_path.rglob('*') if o.is_file() and o.suffix!='.lock']
 
     @pytest.mark.parametrize('cut', [.3, .7, .999])
     def test_a_zip_without_its_end(self, web, tmp_path, cut):
         b = packed('a.zip')
-        with pytest.raises(FileError, match='a.zip: .*truncated'): untar_data(web('a.zip', b[:int(len(b)*cut)]), base=tmp_path)
+        with pytest.raises(FileError, match='a.zip: .*truncated'):
+            untar_data(web('a.zip', b[:int(len(b)*cut)]), base=tmp_path)
 
     def test_a_flipped_bit_in_a_tgz(self, web, tmp_path):
         b = bytearray(packed('a.tgz'))
         b[len(b)//2] ^= 1
-        with pytest.raises(FileError, match='a.tgz: expected a whole archive'): untar_data(web('a.tgz', bytes(b)), base=tmp_path)
+        with pytest.raises(FileError, match='a.tgz: expected a whole archive'):
+            untar_data(web('a.tgz', bytes(b)), base=tmp_path)
         assert not (tmp_path/'data'/'a').exists()
 
     @pytest.mark.parametrize('name', ['a.zip','a.tgz'])
     def test_by_way_of_fastai(self, web, tmp_path, name, monkeypatch):
         "Whatever comes out of its function becomes one of our errors"
         b = packed(name)
-        for k,(url,says) in enumerate(((web(f'0{name}', b, 9000), 'fewer bytes'), (web(f'1{name}', b[:9000]), 'not a zip|too early'))):
+        for k,(url,says) in enumerate(((web(f'0{name}', b, 9000), 'fewer bytes'),
+                (web(f'1{name}', b[:9000]), 'not a zip|too early'))):
             monkeypatch.setattr(fastmed.data.datasets.external.URLs, 'OURS', url, raising=False)
             with pytest.raises(FileError, match=says): untar_data(url, archive=tmp_path/f'a{k}', data=tmp_path/f'd{k}')
 
@@ -367,7 +383,8 @@ class TestDownloads:
         theirs = tmp_path/'theirs'
         (theirs/'folder').mkdir(parents=True)
         (theirs/'diary').write_text('diary')
-        for sub,name,to in (('archive','a.tgz.part',theirs/'diary'), ('archive','a.tgz.part.part',theirs/'new'), ('data','a.part',theirs/'folder')):
+        for sub,name,to in (('archive','a.tgz.part',theirs/'diary'), ('archive','a.tgz.part.part',theirs/'new'),
+                ('data','a.part',theirs/'folder')):
             (tmp_path/sub).mkdir(exist_ok=True)
             (tmp_path/sub/name).symlink_to(to)
         assert (untar_data(web('a.tgz', packed('a.tgz')), base=tmp_path)/'a.bin').stat().st_size==60_000
@@ -377,7 +394,8 @@ class TestDownloads:
         (tmp_path/'diary').write_text('diary')
         (tmp_path/'archive').mkdir()
         (tmp_path/'archive/a.tgz.lock').symlink_to(tmp_path/'diary')
-        with pytest.raises(FileError), contextlib.suppress(KeyError): untar_data(web('a.tgz', packed('a.tgz')), base=tmp_path)
+        with pytest.raises(FileError), contextlib.suppress(KeyError):
+            untar_data(web('a.tgz', packed('a.tgz')), base=tmp_path)
         assert (tmp_path/'diary').read_text()=='diary'
 
 # --- values beyond what a network can take
@@ -401,11 +419,13 @@ class TestOverflow:
 
     def test_values_at_the_edge_are_read(self, tmp_path):
         assert load_volume(scan(tmp_path/'a.nii', [3.4e38, -3.4e38])).isfinite().all()
-        assert load_volume(scan(tmp_path/'b.nii', [np.inf, np.nan])).isfinite().sum()==8000-2          # what the file says
+        # what the file says
+        assert load_volume(scan(tmp_path/'b.nii', [np.inf, np.nan])).isfinite().sum()==8000-2
 
     def test_values_that_overflow_when_they_are_normalised(self, tmp_path):
         t = load_volume(scan(tmp_path/'a.nii', [3.3e38]*4000+[-3.3e38]*4000))
-        with pytest.raises(InputError, match='a.nii: its values, from -3.3e.38 to 3.3e.38, are beyond'): Preprocess(normalize='minmax')(t)
+        with pytest.raises(InputError, match='a.nii: its values, from -3.3e.38 to 3.3e.38, are beyond'):
+            Preprocess(normalize='minmax')(t)
 
     def test_a_network_that_overflows_is_not_blamed(self, learner, tmp_path):
         "On values that no network takes; a network with NaN weights is"

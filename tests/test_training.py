@@ -3,13 +3,15 @@ import copy, pickle
 from contextlib import nullcontext
 import numpy as np, pandas as pd, pytest, torch
 from fastai.callback.all import Callback, CancelStepException, EarlyStoppingCallback, GradientAccumulation, ReduceLROnPlateau
-from fastmed.all import (BudgetCallback, CostCallback, DiceCallback, InputError, set_seed, VolumeDataLoaders, unet3d_learner, TensorVolumeMask, load_mask, save_volume, scan_folder, summarise)
+from fastmed.all import (BudgetCallback, CostCallback, DiceCallback, InputError, set_seed, VolumeDataLoaders,
+                         unet3d_learner, TensorVolumeMask, load_mask, save_volume, scan_folder, summarise)
 from phantoms import write_case, CODES
 
 @pytest.fixture
 def learn(tmp_path):
     rows = [write_case(tmp_path, f'c{i}', np.eye(4), (16,16,16), i) for i in range(6)]
-    dls = VolumeDataLoaders.from_df(pd.DataFrame(rows), tmp_path, codes=CODES, patch=16, bs=1, samples_per_case=8, cache=tmp_path/'s', device='cpu', batch_tfms=None)
+    dls = VolumeDataLoaders.from_df(pd.DataFrame(rows), tmp_path, codes=CODES, patch=16, bs=1, samples_per_case=8,
+                                    cache=tmp_path/'s', device='cpu', batch_tfms=None)
     return unet3d_learner(dls, nf=4, depth=2)
 
 def test_a_cut_epoch_keeps_its_columns(learn):
@@ -53,21 +55,25 @@ def test_numbered_scans_are_no_channels(tmp_path):
     assert scan_folder(tmp_path, '*.nii.gz', masks=None).case.tolist()==['ann','bob_0001','bob_0002']
 
 def test_the_line_of_all_counts_cases():
-    rows = [dict(case=c, structure=s, dice=d, hd95=1., nsd=1., status=st) for c in 'xy' for s,d,st in (('a',0.,'missed'),('b',0.,'missed'),('c',np.nan,'empty'))]
+    rows = [dict(case=c, structure=s, dice=d, hd95=1., nsd=1., status=st) for c in 'xy' for s,d,
+            st in (('a',0.,'missed'),('b',0.,'missed'),('c',np.nan,'empty'))]
     s = summarise(rows)
     assert s.loc['all',['n','failed','empty']].tolist()==[2,2,0] and s.loc['a','failed']==2
 
 def test_writing_into_an_item_does_not_reach_the_store(learn):
     dl = learn.dls.valid
-    before = dl.do_item(0)[0].clone(); dl.do_item(0)[0].zero_()
+    before = dl.do_item(0)[0].clone()
+    dl.do_item(0)[0].zero_()
     assert (dl.do_item(0)[0]==before).all()
 
 def test_a_thin_patch_tells_the_axis(tmp_path):
     "A patch with one side of 1 says which way it is cut; another axis beside it is refused"
     from fastmed.all import SliceDataLoaders
-    df = pd.DataFrame([write_case(tmp_path, f'c{i}', np.eye(4), (16,20,12), i) for i in range(4)]); kw = dict(codes=CODES, cache=tmp_path/'s', device='cpu')
+    df = pd.DataFrame([write_case(tmp_path, f'c{i}', np.eye(4), (16,20,12), i) for i in range(4)])
+    kw = dict(codes=CODES, cache=tmp_path/'s', device='cpu')
     assert SliceDataLoaders.from_df(df, tmp_path, patch=(16,1,8), **kw).plan.axis==1
-    with pytest.raises(ValueError, match='axis=0 was asked for'): SliceDataLoaders.from_df(df, tmp_path, patch=(16,1,8), axis=0, **kw)
+    with pytest.raises(ValueError, match='axis=0 was asked for'):
+        SliceDataLoaders.from_df(df, tmp_path, patch=(16,1,8), axis=0, **kw)
 
 def test_an_interrupted_look_is_not_shown_by_later_fits(learn):
     "A `DiceCallback` given to the fit: no column of it stays, and a new one has its columns once"
@@ -79,7 +85,8 @@ def test_an_interrupted_look_is_not_shown_by_later_fits(learn):
         learn.fit(1, cbs=DiceCallback())
         names = list(learn.recorder.metric_names)
         assert names.count('case_dice')==1 and len(learn.recorder.values[0])==len(names)-2
-        with pytest.raises(ValueError, match='case_dice_large.*remove_cb'): learn.fit(1, cbs=[DiceCallback(), DiceCallback()])
+        with pytest.raises(ValueError, match='case_dice_large.*remove_cb'):
+            learn.fit(1, cbs=[DiceCallback(), DiceCallback()])
 
 class Waits(Callback):
     "What a tracker has waited, after each epoch"
@@ -90,8 +97,10 @@ class Waits(Callback):
 def test_epochs_without_a_look_are_not_without_improvement(learn):
     "Of six epochs the second, fourth and sixth are looked at; with patience 2 the fit ends after two looks that were no better, not before"
     for patience,every,epochs in ((2,2,6),(1,3,6),(0,2,4)):
-        early = EarlyStoppingCallback('case_dice', patience=patience); w = Waits(early)
-        with learn.no_bar(), learn.no_logging(): learn.fit(9, lr=0., wd=0., cbs=[DiceCallback(every=every, n=1), early, w])
+        early = EarlyStoppingCallback('case_dice', patience=patience)
+        w = Waits(early)
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(9, lr=0., wd=0., cbs=[DiceCallback(every=every, n=1), early, w])
         at = list(learn.recorder.metric_names[1:]).index('case_dice')
         assert [np.isnan(v[at]) for v in learn.recorder.values]==[(i+1)%every>0 for i in range(epochs)]
     slow = ReduceLROnPlateau('case_dice', patience=1)
@@ -108,8 +117,10 @@ class Steps(Callback):
 
 def test_an_update_is_a_step_that_happened(learn):
     "Batches whose gradients are collected are no updates: neither of the budget nor of the cost"
-    learn.add_cb(CostCallback()); steps = Steps()
-    with learn.no_bar(), learn.no_logging(): learn.fit(99, 1e-2, cbs=[BudgetCallback(updates=5), GradientAccumulation(4), steps])
+    learn.add_cb(CostCallback())
+    steps = Steps()
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(99, 1e-2, cbs=[BudgetCallback(updates=5), GradientAccumulation(4), steps])
     assert learn.cost.total['updates']==5==steps.n and len(learn.recorder.losses)==20
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
     assert learn.cost.total['updates']==len(learn.dls.train)
@@ -147,8 +158,10 @@ def test_validation_costs_no_training(learn):
     learn.add_cbs([BudgetCallback(updates=3), CostCallback()])
     with learn.no_bar(), learn.no_logging():
         learn.validate()
-        learn.fit(1); was = learn.cost.total
-        learn.validate(); learn.get_preds()
+        learn.fit(1)
+        was = learn.cost.total
+        learn.validate()
+        learn.get_preds()
     assert learn.cost.total==was and was['updates']==3
 
 def test_a_learner_that_the_clock_stopped_goes_into_a_pickle(learn):
@@ -165,7 +178,8 @@ def test_a_budget_that_is_none_is_refused(kw):
 def test_two_budgets_are_refused(learn):
     "The schedule follows one, and the other would end the fit before the rate has come down"
     with learn.no_bar(), learn.no_logging():
-        with pytest.raises(InputError, match='one budget.*remove_cb'): learn.fit(9, cbs=[BudgetCallback(updates=3), BudgetCallback(minutes=1)])
+        with pytest.raises(InputError, match='one budget.*remove_cb'):
+            learn.fit(9, cbs=[BudgetCallback(updates=3), BudgetCallback(minutes=1)])
         learn.add_cb(BudgetCallback(updates=3))
         with pytest.raises(InputError, match='3 updates'): learn.fit_for(.01)
         learn.fit(1)

@@ -22,7 +22,8 @@ def bspline_basis(
 )->Tensor: # (n, k+3) weights, each row sums to 1
     "Cubic B-spline weights that carry `k`+3 control values to `n` voxel centres. Source: Rueckert 1999, eq. 3."
     u = (torch.arange(n)+.5)/n*k
-    s = u.floor().clamp(max=k-1); t = u-s
+    s = u.floor().clamp(max=k-1)
+    t = u-s
     w = torch.stack([(1-t)**3, 3*t**3-6*t**2+4, -3*t**3+3*t**2+3*t+1, t**3], 1)/6
     return torch.zeros(n, k+3).scatter_(1, s.long()[:,None]+torch.arange(4), w)
 
@@ -32,7 +33,8 @@ def blur_matrix(
 )->Tensor:       # (n,n), each row sums to 1
     "Gaussian smoothing along one axis; the edge value goes on beyond the edge."
     r = max(1, math.ceil(3*sigma))
-    w = torch.exp(-.5*(torch.arange(-r, r+1)/max(sigma,1e-3))**2); w = w/w.sum()
+    w = torch.exp(-.5*(torch.arange(-r, r+1)/max(sigma,1e-3))**2)
+    w = w/w.sum()
     at = (torch.arange(n)[:,None]+torch.arange(-r, r+1)).clamp(0, n-1)
     return torch.zeros(n, n).scatter_add_(1, at, w.expand(n,-1))
 
@@ -45,7 +47,9 @@ def low_res_matrix(
     lo,hi = torch.arange(m)[:,None]*n/m, (torch.arange(m)[:,None]+1)*n/m
     i = torch.arange(n)
     down = (torch.minimum(hi, i+1)-torch.maximum(lo, i)).clamp(min=0)*m/n
-    u = ((i+.5)*m/n-.5).clamp(0, m-1); s = u.floor().long(); t = (u-s)[:,None]
+    u = ((i+.5)*m/n-.5).clamp(0, m-1)
+    s = u.floor().long()
+    t = (u-s)[:,None]
     return (1-t)*down[s] + t*down[(s+1).clamp(max=m-1)]
 
 def along_axes(
@@ -55,7 +59,8 @@ def along_axes(
     "Multiply every space axis of `x` by its matrix"
     for a,m in enumerate(ms, 2):
         if m is None: continue
-        x = x.movedim(a, -1); sh = x.shape[:-1]
+        x = x.movedim(a, -1)
+        sh = x.shape[:-1]
         x = (x.reshape(len(x), -1, x.shape[-1]) @ m.to(x).transpose(-1,-2)).reshape(*sh, m.shape[-2]).movedim(-1, a)
     return x
 
@@ -75,7 +80,8 @@ class _BatchTfm(Transform):
         "Number of items and space axes of a batch, from its first image"
         for o in b:
             if isinstance(o, _image_types): return len(o), tuple(o.shape[2:])
-        raise ArgumentError(f"{type(self).__name__}: expected a batch with a TensorVolume or TensorSlice, found {[type(o).__name__ for o in b]}")
+        raise ArgumentError(f"{type(self).__name__}: expected a batch with a TensorVolume or TensorSlice, found "
+                            f"{[type(o).__name__ for o in b]}")
 
     def __call__(self, b, split_idx=None, **kwargs):
         if self.split_idx is not None and split_idx!=self.split_idx: return b
@@ -87,7 +93,8 @@ class _BatchTfm(Transform):
 
 class SpatialTfm(_BatchTfm):
     "Rotation, scale, elastic deformation and flips: one grid an item, one resample for image and mask. Raises `ValueError` on a value out of range."
-    order,_args = 30,('spacing','max_rotate','p_rotate','max_scale','p_scale','max_elastic','p_elastic','flips','p_flip')
+    order,_args = 30,('spacing','max_rotate','p_rotate','max_scale','p_scale','max_elastic','p_elastic','flips',
+                      'p_flip')
     def __init__(self,
         spacing=None,        # voxel size an axis, mm; None: isotropic
         max_rotate=15.,      # degrees about each axis, one number or one an axis
@@ -104,15 +111,20 @@ class SpatialTfm(_BatchTfm):
         self.split_idx = split_idx
         self.spacing = None if spacing is None else tuple(_bounded('spacing', float(s), 1e-6) for s in spacing)
         turn = lambda r: _bounded('max_rotate', r, 0, 180)
-        self.max_rotate = tuple(turn(float(r)) for r in max_rotate) if isinstance(max_rotate, (tuple,list)) else turn(max_rotate)
-        self.max_scale,self.max_elastic = _bounded('max_scale', max_scale, 0, .95),_bounded('max_elastic', max_elastic, 0, .4)
-        for k,v in dict(p_rotate=p_rotate, p_scale=p_scale, p_elastic=p_elastic, p_flip=p_flip).items(): setattr(self, k, _bounded(k, v, 0, 1))
+        self.max_rotate = tuple(turn(float(r)) for r in max_rotate) if isinstance(max_rotate,
+                (tuple,list)) else turn(max_rotate)
+        self.max_scale,self.max_elastic = _bounded('max_scale', max_scale, 0, .95),_bounded('max_elastic', max_elastic,
+                0, .4)
+        for k,v in dict(p_rotate=p_rotate, p_scale=p_scale, p_elastic=p_elastic, p_flip=p_flip).items():
+            setattr(self, k, _bounded(k, v, 0, 1))
         self.flips = (flips,) if isinstance(flips, int) else tuple(flips)
 
     def _free(self, size):
         "Spacing, and which axes take part: over three times coarser than the finest, or one voxel thick, stays out"
-        d = len(size); sp = self.spacing or (1.,)*d
-        if len(sp)!=d: raise InputError(f"SpatialTfm: expected a spacing of {d} values for patches of {tuple(size)}, found {sp}")
+        d = len(size)
+        sp = self.spacing or (1.,)*d
+        if len(sp)!=d:
+            raise InputError(f"SpatialTfm: expected a spacing of {d} values for patches of {tuple(size)}, found {sp}")
         return sp, [n>1 and s<=3*min(sp) for n,s in zip(size, sp)]
 
     def draw(self,
@@ -121,14 +133,20 @@ class SpatialTfm(_BatchTfm):
         generator=None # where the numbers come from; default: torch's global one
     )->dict:        # angle (n,1|3) degrees, zoom (n,), flip (n,d) bool, bend (n,d,*spans+3) or None
         "Draw the parameters of `n` items from a generator"
-        d = len(size); free = self._free(size)[1]; na = 3 if d==3 else 1
+        d = len(size)
+        free = self._free(size)[1]
+        na = 3 if d==3 else 1
         mr = self.max_rotate if isinstance(self.max_rotate, tuple) else (self.max_rotate,)*na
-        if len(mr)!=na: raise InputError(f"SpatialTfm: expected max_rotate as one number or {na} for patches of {tuple(size)}, found {mr}")
+        if len(mr)!=na:
+            raise InputError(
+                    f"SpatialTfm: expected max_rotate as one number or {na} for patches of {tuple(size)}, found {mr}")
         planes = [all(f for j,f in enumerate(free) if j!=a) for a in range(3)] if d==3 else [all(free)]
-        angle = _between((n,na), 1., generator)*torch.tensor(mr)*torch.tensor(planes)*_hit((n,1), self.p_rotate, generator)
+        angle = _between((n,na), 1., generator)*torch.tensor(mr)*torch.tensor(planes)*_hit((n,1), self.p_rotate,
+                generator)
         zoom = 1+_between(n, self.max_scale, generator)*_hit(n, self.p_scale, generator)
         if bad:=[a for a in self.flips if not isinstance(a, int) or not 0<=a<d]:
-            raise InputError(f"SpatialTfm: flips holds {bad}; expected axes from 0 to {d-1} for patches of {tuple(size)}")
+            raise InputError(
+                    f"SpatialTfm: flips holds {bad}; expected axes from 0 to {d-1} for patches of {tuple(size)}")
         flip = _hit((n,d), self.p_flip, generator) & torch.tensor([a in self.flips for a in range(d)])
         bend = None
         if self.max_elastic and self.p_elastic:
@@ -144,11 +162,14 @@ class SpatialTfm(_BatchTfm):
         size:tuple, # voxels along each space axis
     )->Tensor:      # (n,d,d), output → input, in coordinates that run from -1 to 1
         "Where each output point is read from: turned and scaled in millimetres about the centre of the patch"
-        sp,free = self._free(size); d = len(size); a = torch.deg2rad(p['angle'].double())
+        sp,free = self._free(size)
+        d = len(size)
+        a = torch.deg2rad(p['angle'].double())
         R = torch.eye(d, dtype=torch.double).repeat(len(a),1,1)
         for k in range(a.shape[1]):
             i,j = ((1,2),(2,0),(0,1))[k] if d==3 else (0,1)
-            r = torch.eye(d, dtype=torch.double).repeat(len(a),1,1); c,s = a[:,k].cos(),a[:,k].sin()
+            r = torch.eye(d, dtype=torch.double).repeat(len(a),1,1)
+            c,s = a[:,k].cos(),a[:,k].sin()
             r[:,i,i],r[:,j,j],r[:,i,j],r[:,j,i] = c,c,-s,s
             R = R @ r
         z = torch.where(torch.tensor(free), p['zoom'].double()[:,None], 1.)
@@ -162,8 +183,11 @@ class SpatialTfm(_BatchTfm):
         device='cpu' # where the grid is made
     )->Tensor:       # (K,*size,d) for `F.grid_sample`
         "The sampling points of `items`"
-        d = len(size); m = self.matrix(p, size)[items].to(device); K = len(m)
-        us = [((torch.arange(n, device=device)*2+1.)/n-1).view(1, *[-1 if j==i else 1 for j in range(d)]) for i,n in enumerate(size)]
+        d = len(size)
+        m = self.matrix(p, size)[items].to(device)
+        K = len(m)
+        us = [((torch.arange(n, device=device)*2+1.)/n-1).view(1, *[-1 if j==i else 1 for j in range(d)]) for i,
+              n in enumerate(size)]
         if p['bend'] is not None and p['bend'][items].any():
             ks = [self._spans(n) for n in size]
             f = along_axes(p['bend'][items].to(device), [bspline_basis(n, k) for n,k in zip(size, ks)])
@@ -177,7 +201,8 @@ class SpatialTfm(_BatchTfm):
         p:dict # from `draw`
     ):         # the same kinds, dtypes and device
         "Move every image and mask of the batch by `p`; other things pass. Raises `ValueError` where mask and image differ in shape."
-        one = not isinstance(b, (tuple,list)); bs = (b,) if one else b
+        one = not isinstance(b, (tuple,list))
+        bs = (b,) if one else b
         d,n = p['flip'].shape[1],len(p['zoom'])
         todo = [o for o in bs if isinstance(o, _image_types+_masks)]
         sizes = {tuple(o.shape[-d:]) for o in todo}
@@ -185,21 +210,25 @@ class SpatialTfm(_BatchTfm):
             found = [(type(o).__name__, tuple(o.shape)) for o in todo]
             raise InputError(f"SpatialTfm: expected image and mask of one size and {n} items, found {found}")
         if not todo: return b
-        size = sizes.pop(); dev = todo[0].device
+        size = sizes.pop()
+        dev = todo[0].device
         move = (p['angle']!=0).any(1) | (p['zoom']!=1)
         if p['bend'] is not None: move = move | p['bend'].flatten(1).any(1)
-        items = move.nonzero().flatten(); g = self.grid(p, size, items, dev) if len(items) else None
+        items = move.nonzero().flatten()
+        g = self.grid(p, size, items, dev) if len(items) else None
         res = [self._move(o, p['flip'], items, g, d) if isinstance(o, _image_types+_masks) else o for o in bs]
         return res[0] if one else type(b)(res)
 
     def _move(self, o, flip, items, g, d):
         if g is None and not flip.any(): return o
-        mask = isinstance(o, _masks); x = o.as_subclass(Tensor)
+        mask = isinstance(o, _masks)
+        x = o.as_subclass(Tensor)
         if flip.any():
             x = x.clone()
             for i in flip.any(1).nonzero().flatten().tolist(): x[i] = x[i].flip([a-d for a in range(d) if flip[i,a]])
         if g is not None:
-            whole = len(items)==len(x); s = x if whole else x[items.to(x.device)]
+            whole = len(items)==len(x)
+            s = x if whole else x[items.to(x.device)]
             s = s[:,None].float() if mask else s.float()
             s = F.grid_sample(s, g, mode='nearest' if mask else 'bilinear', padding_mode='border', align_corners=False)
             s = (s[:,0] if mask else s).to(x.dtype)
@@ -210,7 +239,8 @@ class SpatialTfm(_BatchTfm):
         return _like(x, o)
 
 def _like(x, o):
-    x = x.as_subclass(type(o)); x.__dict__.update(o.__dict__)
+    x = x.as_subclass(type(o))
+    x.__dict__.update(o.__dict__)
     return x
 
 # %% ../../nbs/data/07_augment.ipynb #9e50d5a0
@@ -220,7 +250,8 @@ class IntensityTfm(_BatchTfm):
     "Bias field, contrast, brightness, gamma, blur, low resolution and noise, drawn for each item. Raises `ValueError` on a value out of range."
     order,_args = 40,('spacing',*[f'{a}_{k}' for k in _strengths for a in ('max','p')])
     def __init__(self,
-        spacing=None,            # voxel size an axis, mm; None: isotropic. Blur is round in mm, coarse axes keep their resolution
+        # voxel size an axis, mm; None: isotropic. Blur is round in mm, coarse axes keep their resolution
+        spacing=None,
         max_bias:float=0.,       # largest log of the multiplied field at a control point
         p_bias:float=.5,         # probability, an item
         max_contrast:float=.25,  # factor about the mean, from 1-`max_contrast` to 1+`max_contrast`
@@ -240,7 +271,8 @@ class IntensityTfm(_BatchTfm):
         super().__init__(split_idx=split_idx)
         self.split_idx = split_idx
         self.spacing = None if spacing is None else tuple(_bounded('spacing', float(s), 1e-6) for s in spacing)
-        given = locals(); top = dict(max_bias=2, max_contrast=.95)
+        given = locals()
+        top = dict(max_bias=2, max_contrast=.95)
         for k in _strengths:
             m,p = f'max_{k}',f'p_{k}'
             setattr(self, m, _bounded(m, given[m], 1 if k=='low_res' else 0, top.get(m, float('inf'))))
@@ -252,9 +284,11 @@ class IntensityTfm(_BatchTfm):
     )->dict:        # one value an item of each name; the value that changes nothing where it is not drawn
         "Draw the parameters of `n` items from torch's global generator"
         if self.spacing is not None and len(self.spacing)!=len(size):
-            raise InputError(f"IntensityTfm: expected a spacing of {len(size)} values for patches of {tuple(size)}, found {self.spacing}")
+            raise InputError(f"IntensityTfm: expected a spacing of {len(size)} values for patches of {tuple(size)}, "
+                             f"found {self.spacing}")
         bias = None
-        if self.max_bias and self.p_bias: bias = _between((n, *[min(3, s)+3 for s in size]), self.max_bias)*_hit((n,)+(1,)*len(size), self.p_bias)
+        if self.max_bias and self.p_bias:
+            bias = _between((n, *[min(3, s)+3 for s in size]), self.max_bias)*_hit((n,)+(1,)*len(size), self.p_bias)
         return dict(bias=bias,
             contrast=1+_between(n, self.max_contrast)*_hit(n, self.p_contrast),
             brightness=_between(n, self.max_brightness)*_hit(n, self.p_brightness),
@@ -274,35 +308,45 @@ class IntensityTfm(_BatchTfm):
         return b if i is None else type(b)(self._shade(o, p) if j==i else o for j,o in enumerate(b))
 
     def _shade(self, o, p):
-        if len(o)!=len(p['noise']): raise InputError(f"IntensityTfm: parameters are for {len(p['noise'])} items, the batch holds {len(o)}")
+        if len(o)!=len(p['noise']):
+            raise InputError(f"IntensityTfm: parameters are for {len(p['noise'])} items, the batch holds {len(o)}")
         off = torch.zeros(len(o), dtype=torch.bool)
-        on = dict(bias=off if p['bias'] is None else p['bias'].flatten(1).any(1), contrast=(p['contrast']!=1)|(p['brightness']!=0), gamma=p['gamma']!=1,
+        on = dict(bias=off if p['bias'] is None else p['bias'].flatten(1).any(1),
+                contrast=(p['contrast']!=1)|(p['brightness']!=0), gamma=p['gamma']!=1,
                   blur=(p['blur']>0)|(p['low_res']>1), noise=p['noise']>0)
         if not any(v.any() for v in on.values()): return o
         x = o.as_subclass(Tensor).to(torch.float32, copy=True)
         for k,v in on.items():
             if v.any():
-                i = v.nonzero().flatten(); f = getattr(self, f'_{k}'); at = i.to(x.device)
+                i = v.nonzero().flatten()
+                f = getattr(self, f'_{k}')
+                at = i.to(x.device)
                 if len(i)==len(x): x = f(x, p, i)
                 else: x[at] = f(x[at], p, i)
         return _like(x.to(o.dtype), o)
 
     def _bias(self, x, p, i):
-        size = x.shape[2:]; lo = x.amin(tuple(range(2, x.ndim)), keepdim=True)
+        size = x.shape[2:]
+        lo = x.amin(tuple(range(2, x.ndim)), keepdim=True)
         f = along_axes(p['bias'][i][:,None].to(x.device), [bspline_basis(n, min(3, n)) for n in size])
         return (x-lo)*f.exp()+lo
 
     def _contrast(self, x, p, i):
-        ax = tuple(range(2, x.ndim)); c,br = [_col(p[k][i], x) for k in ('contrast','brightness')]
+        ax = tuple(range(2, x.ndim))
+        c,br = [_col(p[k][i], x) for k in ('contrast','brightness')]
         s,m = torch.std_mean(x, ax, correction=0, keepdim=True)
         return torch.addcmul(m*(1-c)+br*s, x, c)
 
     def _gamma(self, x, p, i):
-        ax = tuple(range(2, x.ndim)); lo = x.amin(ax, keepdim=True); r = (x.amax(ax, keepdim=True)-lo).clamp(min=1e-8)
+        ax = tuple(range(2, x.ndim))
+        lo = x.amin(ax, keepdim=True)
+        r = (x.amax(ax, keepdim=True)-lo).clamp(min=1e-8)
         return ((x-lo)/r).pow_(_col(p['gamma'][i], x)).mul_(r).add_(lo)
 
     def _blur(self, x, p, i):
-        size = x.shape[2:]; sp = self.spacing or (1.,)*len(size); ms = []
+        size = x.shape[2:]
+        sp = self.spacing or (1.,)*len(size)
+        ms = []
         for n,s in zip(size, sp):
             w = torch.eye(n).repeat(len(i),1,1)
             for k,j in enumerate(i.tolist()):
@@ -347,7 +391,8 @@ def volume_tfms(
 )->list:                     # transforms for `batch_tfms`; they act on the training split
     "Batch augmentation for volumes and slices, image and mask together. Raises `ValueError` on a value out of range."
     sp = SpatialTfm(spacing, max_rotate, p_rotate, max_scale, p_scale, max_elastic, p_elastic, flips, p_flip)
-    it = IntensityTfm(spacing, max_bias, p_bias, max_contrast, p_contrast, max_brightness, p_brightness, max_gamma, p_gamma,
+    it = IntensityTfm(spacing, max_bias, p_bias, max_contrast, p_contrast, max_brightness, p_brightness, max_gamma,
+                      p_gamma,
                       max_blur, p_blur, max_low_res, p_low_res, max_noise, p_noise)
     rot = max(sp.max_rotate) if isinstance(sp.max_rotate, tuple) else sp.max_rotate
     moves = rot*p_rotate or max_scale*p_scale or max_elastic*p_elastic or (len(sp.flips) and p_flip)
@@ -363,13 +408,15 @@ class TorchIOTransform(ItemTransform):
         split_idx:int=0 # 0: training only; None: always, for a transform that prepares
     ):
         import torchio as tio
-        if not isinstance(t, tio.Transform): raise ArgumentError(f"TorchIOTransform: expected a torchio.Transform instance, found {t!r}")
+        if not isinstance(t, tio.Transform):
+            raise ArgumentError(f"TorchIOTransform: expected a torchio.Transform instance, found {t!r}")
         super().__init__(split_idx=split_idx)
         self.t,self.split_idx = t,split_idx
 
     def __call__(self, x, split_idx=None, **kwargs):
         if self.split_idx is not None and split_idx!=self.split_idx: return x
-        one = not isinstance(x, (tuple,list)); xs = [x] if one else list(x)
+        one = not isinstance(x, (tuple,list))
+        xs = [x] if one else list(x)
         import torchio as tio
         sub = {}
         for i,o in enumerate(xs):
@@ -380,12 +427,17 @@ class TorchIOTransform(ItemTransform):
             aff = torch.diag(torch.tensor([1., getattr(o,'aspect',1), 1., 1.])).double().numpy() if flat else o.affine
             sub[f't{i}'] = (tio.LabelMap if mask else tio.ScalarImage)(tensor=d[...,None] if flat else d, affine=aff)
         if not sub: return x
-        if len({o.spatial_shape for o in sub.values()})>1: raise InputError(f"TorchIOTransform: image and mask differ in shape: {[tuple(o.shape) for o in xs]}")
+        if len({o.spatial_shape for o in sub.values()})>1:
+            raise InputError(f"TorchIOTransform: image and mask differ in shape: {[tuple(o.shape) for o in xs]}")
         out = self.t(tio.Subject(**sub))
         for k in sub:
-            i = int(k[1:]); o = xs[i]; flat,mask = isinstance(o, (TensorSlice,TensorSliceMask)),isinstance(o, _masks)
+            i = int(k[1:])
+            o = xs[i]
+            flat,mask = isinstance(o, (TensorSlice,TensorSliceMask)),isinstance(o, _masks)
             d = out[k].data
-            if mask and len(d)!=1: raise InputError(f"TorchIOTransform: {self.t.name} gave a mask of {len(d)} channels; expected one of class ids")
+            if mask and len(d)!=1:
+                raise InputError(
+                        f"TorchIOTransform: {self.t.name} gave a mask of {len(d)} channels; expected one of class ids")
             d = d[0] if mask else d
             r = _like((d[...,0] if flat else d).to(o.device, o.dtype), o)
             if not flat and o.affine is not None: r.affine = out[k].affine

@@ -26,7 +26,9 @@ class CaseFiles(DisplayedTransform):
     input_types = (pd.Series, dict, str, Path, list)
     def __init__(self,
         cols='image', # column, or several: channels
-        path='.'      # stands before relative names, and is itself taken from today's folder; None: names stay relative to the folder of each call
+        # stands before relative names, and is itself taken from today's folder; None: names stay relative to the folder
+        # of each call
+        path='.'
     ):
         store_attr()
         if path is not None: self.path = Path(path).absolute()
@@ -40,12 +42,14 @@ def warn_parted_subjects(
 ):
     "Warn where a subject of the column `subject` stands on both sides of the split"
     rows,splits = getattr(items, 'items', None),getattr(items, 'splits', ())
-    if not isinstance(rows, pd.DataFrame) or 'subject' not in rows or len(splits)<2 or isinstance(splits[0], slice): return
+    if not isinstance(rows, pd.DataFrame) or 'subject' not in rows or len(splits)<2 or isinstance(splits[0], slice):
+        return
     train,*others = [set(rows.subject.iloc[list(s)].dropna().astype(str)) for s in splits]
     both = sorted(train & set().union(*others))
     if both:
         some = ', '.join(map(repr, both[:3]))+(' …' if len(both)>3 else '')
-        warn(f"{len(both)} subjects stand on both sides of the split ({some}): the score will be of memory. Say splitter=GroupSplitter(df.subject), "
+        warn(f"{len(both)} subjects stand on both sides of the split ({some}): the score will be of memory. Say "
+             f"splitter=GroupSplitter(df.subject), "
              "or make the DataLoaders by from_df")
 
 class LoadVolume(DisplayedTransform):
@@ -72,7 +76,8 @@ class LoadMask(DisplayedTransform):
         if self.vocab: self.c = len(self.vocab)
     def encodes(self, fn):
         if self.store: return self.store.mask(fn)
-        t = self.preprocess(load_mask(fn)); t.fg = foreground_index(t.as_subclass(Tensor).numpy())
+        t = self.preprocess(load_mask(fn))
+        t.fg = foreground_index(t.as_subclass(Tensor).numpy())
         return t
 
 # %% ../../nbs/data/09_blocks.ipynb #39010e18
@@ -89,7 +94,8 @@ class PatchTransform(RandTransform):
 
     def setups(self, dl:TfmdDL):
         if isinstance(dl, PatchDL): return
-        raise InputError(f"{type(self).__name__} needs a PatchDL, which keeps validation patches in place; found a {type(dl).__name__}. "
+        raise InputError(f"{type(self).__name__} needs a PatchDL, which keeps validation patches in place; found a "
+                         f"{type(dl).__name__}. "
                          "Leave dl_type out, or give a subclass of PatchDL")
 
     def __call__(self, b, split_idx=None, **kwargs):
@@ -106,7 +112,8 @@ class PatchTransform(RandTransform):
         if m is not None and isinstance(x, TensorVolume): check_same_grid(x, m)
         seed = getattr(x, 'draw', None)
         rng = np.random.default_rng(seed if seed is not None else torch.randint(2**62, (1,)).item())
-        center = foreground_voxel(m.fg, rng) if m is not None and hasattr(m, 'fg') and rng.random()<self.foreground else None
+        center = foreground_voxel(m.fg, rng) if m is not None and hasattr(m,
+                'fg') and rng.random()<self.foreground else None
         return random_corner(x.shape[-3:], self.plan.patch, rng, center)
 
     def patch(self,
@@ -116,11 +123,16 @@ class PatchTransform(RandTransform):
         "Cut the patch that begins at `corner` out of one tensor"
         mask,plan = isinstance(t, TensorVolumeMask),self.plan
         c,size = np.array(corner),list(plan.patch)
-        if plan.ndim==2 and not mask and plan.context: c[plan.axis] -= plan.context; size[plan.axis] += 2*plan.context
-        p = cut(t.as_subclass(Tensor), c.tolist(), size).clone()          # an item of its own: whoever writes into it must not reach the store
+        if plan.ndim==2 and not mask and plan.context:
+            c[plan.axis] -= plan.context
+            size[plan.axis] += 2*plan.context
+        # an item of its own: whoever writes into it must not reach the store
+        p = cut(t.as_subclass(Tensor), c.tolist(), size).clone()
         if plan.ndim==3:
-            aff = t.affine.copy(); aff[:3,3] += aff[:3,:3]@c
-            return TensorVolumeMask(p, affine=aff, codes=getattr(t, 'codes', None)) if mask else TensorVolume(p, affine=aff, meta=getattr(t, 'meta', None))
+            aff = t.affine.copy()
+            aff[:3,3] += aff[:3,:3]@c
+            return TensorVolumeMask(p, affine=aff, codes=getattr(t, 'codes', None)) if mask else TensorVolume(p,
+                    affine=aff, meta=getattr(t, 'meta', None))
         if mask: return self._slice(TensorSliceMask(p.select(plan.axis, 0), codes=getattr(t, 'codes', None)), t.spacing)
         return self._slice(TensorSlice(p.movedim(plan.axis+1, 1).flatten(0,1)), t.spacing)
 
@@ -162,15 +174,18 @@ class PatchDL(TfmdDL):
         **kwargs      # what differs
     ):                # DataLoader like this one
         "Another dataset starts with one patch a case"
-        return super().new(dataset, cls, **{'samples':self.samples if dataset is None or dataset is self.dataset else 1, 'seed':self.seed,
-                                                'random':self.random if dataset is None or dataset is self.dataset else None, **kwargs})
+        return super().new(dataset, cls, **{'samples':self.samples if dataset is None or dataset is self.dataset else 1,
+                                            'seed':self.seed,
+                                                'random':self.random if dataset is None or dataset is self.dataset
+                                                else None, **kwargs})
 
     def before_iter(self):
         super().before_iter()
         if self.random: self.epoch_seed = int(torch.randint(2**62, (1,)))
 
     def create_item(self, s):
-        n = len(self.dataset); i,k = (s or 0)%n,(s or 0)//n
+        n = len(self.dataset)
+        i,k = (s or 0)%n,(s or 0)//n
         it = self.dataset[i]
         x = it[0] if isinstance(it, tuple) else it
         if not isinstance(x, TensorMed): return it
@@ -186,7 +201,8 @@ class PatchDL(TfmdDL):
     ):    # the item, transformed
         "Random item transforms of others draw from torch's state: it follows the item too, so workers change nothing"
         was = torch.get_rng_state()
-        try:                                                       # not `torch.manual_seed`: without a GPU that keeps a stack trace of each call, for ever
+        # not `torch.manual_seed`: without a GPU that keeps a stack trace of each call, for ever
+        try:
             torch.default_generator.manual_seed(zlib.crc32(repr((self.epoch_seed, s)).encode()))
             return super().do_item(s)
         finally: torch.set_rng_state(was)
@@ -230,7 +246,8 @@ class WeightedPatchDL(PatchDL):
     ):
         self.wgts = None if wgts is None else np.asarray(wgts, dtype=float)
         if wgts is not None and (self.wgts.shape!=(len(dataset),) or not self.wgts.sum()>0 or self.wgts.min()<0):
-            raise InputError(f"wgts: expected a number for each of {len(dataset)} training cases, none negative and not all 0; found {len(self.wgts)}")
+            raise InputError(f"wgts: expected a number for each of {len(dataset)} training cases, none negative and "
+                             f"not all 0; found {len(self.wgts)}")
         super().__init__(dataset, **kwargs)
 
     def new(self,
@@ -239,14 +256,16 @@ class WeightedPatchDL(PatchDL):
         **kwargs      # what differs
     ):                # DataLoader like this one
         "Another dataset starts without weights"
-        same = (dataset is None or dataset is self.dataset) and issubclass(ifnone(cls, WeightedPatchDL), WeightedPatchDL)
+        same = (dataset is None or dataset is self.dataset) and issubclass(ifnone(cls, WeightedPatchDL),
+                WeightedPatchDL)
         if same: kwargs = {'wgts':self.wgts, **kwargs}
         return super().new(dataset, cls, **kwargs)
 
     def get_idxs(self):
         if self.wgts is None or not self.shuffle: return super().get_idxs()
         cases = np.random.choice(len(self.dataset), self.n, p=self.wgts/self.wgts.sum())
-        return [int(i)+len(self.dataset)*k for k,i in enumerate(cases)]      # the number of the draw is that of the sample
+        # the number of the draw is that of the sample
+        return [int(i)+len(self.dataset)*k for k,i in enumerate(cases)]
 
 class PartialPatchDL(PartialDL, PatchDL):
     "A `PatchDL` that draws `partial_n` patches an epoch, as of fastai's `PartialDL`"
@@ -260,7 +279,9 @@ class PartialPatchDL(PartialDL, PatchDL):
 def _is_patched(dsets):
     "Whether `Datasets` make DataLoaders of patches"
     if not issubclass(dsets._dl_type, PatchDL): return False
-    if dsets.split_idx is not None: raise InputError("weighted_dataloaders, partial_dataloaders: this is one side of a split. Call them on the DataBlock or its Datasets, which hold both")
+    if dsets.split_idx is not None:
+        raise InputError("weighted_dataloaders, partial_dataloaders: this is one side of a split. Call them on the "
+                         "DataBlock or its Datasets, which hold both")
     return True
 
 @patch
@@ -348,7 +369,9 @@ def get_plan(
 )->Plan: # with patch, ndim, spacing, …
     "The `Plan` whose patches are drawn. Raises `ValueError` where no patches are cut"
     t = find_transform(dls.train.after_item, PatchTransform)
-    if t is None: raise InputError("These DataLoaders cut no patches: add item_tfms=PatchTransform((48,48,48)), or (1,64,64) for slices")
+    if t is None:
+        raise InputError(
+                "These DataLoaders cut no patches: add item_tfms=PatchTransform((48,48,48)), or (1,64,64) for slices")
     return t.plan
 
 # %% ../../nbs/data/09_blocks.ipynb #0e4b8d73
@@ -358,5 +381,8 @@ def check_one_input(
 ):
     "Raise `InputError` where a network would be given several inputs: whole scans are predicted from one"
     n = getattr(dls, 'n_inp', 1)
-    if n!=1: raise InputError(f"{who}: these DataLoaders give the network {n} inputs (n_inp={n}), and a scan is predicted from one. Say DataBlock(…, n_inp=1) where masks and labels "
-                              "are targets; several scans of a case are channels of one input: get_x=CaseFiles(['t1','t2'])")
+    if n!=1:
+        raise InputError(f"{who}: these DataLoaders give the network {n} inputs (n_inp={n}), and a scan is predicted "
+                         f"from one. Say DataBlock(…, n_inp=1) where masks and labels "
+                              "are targets; several scans of a case are channels of one input: "
+                              "get_x=CaseFiles(['t1','t2'])")

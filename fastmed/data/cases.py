@@ -26,12 +26,16 @@ def _subjects(df, path):
     if not fn.exists(): return df
     with reading(fn, 'a table of cases, UTF-8 with a line of column names', 'Save it again as CSV'):
         extra = pd.read_csv(fn, dtype=str, skipinitialspace=True, nrows=0)
-        extra = pd.read_csv(fn, dtype={c:str for c in extra if c.strip() in ('case','subject')}, skipinitialspace=True).rename(columns=str.strip)
+        extra = pd.read_csv(fn, dtype={c:str for c in extra if c.strip() in ('case','subject')},
+                skipinitialspace=True).rename(columns=str.strip)
     if 'case' not in extra:
-        raise InputError(f"{fn}: expected a table with a column 'case', its columns parted by commas; found {list(extra)[:8]}. Save it so, or give the file another name")
+        raise InputError(f"{fn}: expected a table with a column 'case', its columns parted by commas; found "
+                         f"{list(extra)[:8]}. Save it so, or give the file another name")
     extra['case'] = [unicodedata.normalize('NFC', o) if isinstance(o, str) else o for o in extra.case]
     cols = [c for c in extra if c=='case' or c not in df]
-    if extra.case.duplicated().any(): raise InputError(f"{fn}: expected one line a case; {extra.case[extra.case.duplicated()].tolist()[:5]} stand twice")
+    if extra.case.duplicated().any():
+        raise InputError(
+                f"{fn}: expected one line a case; {extra.case[extra.case.duplicated()].tolist()[:5]} stand twice")
     return df.merge(extra[cols], on='case', how='left')
 
 _few = 8   # channels of a case that need no declaration
@@ -39,16 +43,19 @@ _few = 8   # channels of a case that need no declaration
 def _matches(path, what, pattern):
     "(files, the folders of each that the pattern leaves open), hidden ones left out"
     if not isinstance(pattern, str) or not pattern.strip('. ') or Path(pattern).is_absolute() or len(pattern)>1000:
-        raise InputError(f"{what}: expected a pattern below {path}, such as 'images/*.nii.gz'; found {str(pattern)[:80]!r}")
+        raise InputError(
+                f"{what}: expected a pattern below {path}, such as 'images/*.nii.gz'; found {str(pattern)[:80]!r}")
     parts = Path(pattern).parts[:-1]
     wild = [glob.has_magic(o) for o in parts]
     def folders(fn):
         own = fn.relative_to(path).parts[:-1]
         if '**' not in parts: return tuple(o for o,w in zip(own, wild) if w)
-        return own[wild.index(True):len(own)-wild[::-1].index(True)]         # as many as `**` takes, without the named ones around them
+        # as many as `**` takes, without the named ones around them
+        return own[wild.index(True):len(own)-wild[::-1].index(True)]
     files = sorted(o for o in path.glob(pattern) if not o.name.startswith('.'))
     there = set(files)
-    files = [o for o in files if o.suffix.lower()!='.img' or o.with_suffix('.hdr') not in there]       # its voxels, of which the header is the name
+    # its voxels, of which the header is the name
+    files = [o for o in files if o.suffix.lower()!='.img' or o.with_suffix('.hdr') not in there]
     return files,[folders(o) for o in files]
 
 def _declared_channels(path):
@@ -62,14 +69,17 @@ def _some_files(fs, n=3): return ', '.join(map(str, fs[:n]))+(f' … ({len(fs)})
 
 def _image_groups(files, folders, masks, channels):
     "{(open folders, folder, name): files}: `case_0000`, `case_0001` … of one folder are one case, unless masks say that they are scans"
-    there,scans,res = {(o.parent, case_name(o)) for o in files},{(t, n[:-5]) for t,n in masks if re.fullmatch(r'.+_\d{4}', n)},{}
+    there,scans,res = {(o.parent, case_name(o)) for o in files},{(t, n[:-5]) for t,
+            n in masks if re.fullmatch(r'.+_\d{4}', n)},{}
     for o,t in zip(files, folders):
         n = case_name(o)
         m = re.fullmatch(r'(.+)_(\d{4})', n)
         if channels is not None: channel = m and channels>1
         elif not m or (t,n) in masks: channel = False
         elif (t,m[1]) in masks: channel = True
-        else: channel = (t,m[1]) not in scans and (o.parent, f'{m[1]}_0000') in there      # without a mask to tell, channels are numbered from 0000
+        else:
+            # without a mask to tell, channels are numbered from 0000
+            channel = (t,m[1]) not in scans and (o.parent, f'{m[1]}_0000') in there
         res.setdefault((t, o.parent, m[1] if channel else n), []).append(o)
     return res
 
@@ -79,11 +89,14 @@ def _check_groups(path, groups, channels):
     if any(len(fs)>most for fs in groups.values()) and channels is None: most = max(most, _declared_channels(path))
     for (_,_,n),fs in groups.items():
         if len({case_name(o) for o in fs})<len(fs) or len(fs)>1 and n in map(case_name, fs):
-            raise InputError(f"{path}: case {n!r} has several files, {_some_files(fs)}; expected one, or channels {n}_0000, {n}_0001 … Take one away, or give a pattern that matches one of them")
+            raise InputError(f"{path}: case {n!r} has several files, {_some_files(fs)}; expected one, or channels "
+                             f"{n}_0000, {n}_0001 … Take one away, or give a pattern that matches one of them")
         if channels is not None and len(fs)!=channels:
-            raise InputError(f"{path}: case {n!r} has {len(fs)} files, {_some_files(fs)}; expected {channels}, as channels= says. Complete the case, or correct channels=")
+            raise InputError(f"{path}: case {n!r} has {len(fs)} files, {_some_files(fs)}; expected {channels}, as "
+                             f"channels= says. Complete the case, or correct channels=")
         if len(fs)>most:
-            raise InputError(f"{path}: {len(fs)} files would be the channels of one case {n!r}: {_some_files(fs)}. If each is a scan of its own, say channels=1; if they are channels, say channels={len(fs)}")
+            raise InputError(f"{path}: {len(fs)} files would be the channels of one case {n!r}: {_some_files(fs)}. If "
+                             f"each is a scan of its own, say channels=1; if they are channels, say channels={len(fs)}")
 
 def _check_numbers(cases, images):
     "Raise `InputError` where of `cases`, (name, files) each, two have as many channels of other numbers, or a file without a number stands beside numbered ones"
@@ -92,7 +105,8 @@ def _check_numbers(cases, images):
         numbers = [case_name(o).removeprefix(n)[1:] or '0000' for o in fs]
         first,want = seen.setdefault(len(fs), (n, numbers))
         if numbers!=want:
-            raise InputError(f"{images}: case {n!r} has channel {', '.join(numbers)}, and case {first!r} has {', '.join(want)}; expected the same in all. "
+            raise InputError(f"{images}: case {n!r} has channel {', '.join(numbers)}, and case {first!r} has "
+                             f"{', '.join(want)}; expected the same in all. "
                              "Complete the case, or leave it out")
 
 def _case_keys(files):
@@ -100,8 +114,11 @@ def _case_keys(files):
     same = {}
     for (t,_,n),fs in files.items(): same.setdefault((t,n), []).append(fs)
     for (_,n),o in same.items():
-        if len(o)>1: raise InputError(f"several files are called {n!r}: {_some_files([fs[0] for fs in o])}; expected one a case. Take one away, or give patterns of images and masks that leave open "
-                                      "the same folders, such as images='*/images/*.nii.gz' and masks='*/labels/*.nii.gz', or tell the pairs in a DataFrame of your own")
+        if len(o)>1:
+            raise InputError(f"several files are called {n!r}: {_some_files([fs[0] for fs in o])}; expected one a "
+                             f"case. Take one away, or give patterns of images and masks that leave open "
+                                      "the same folders, such as images='*/images/*.nii.gz' and "
+                                      "masks='*/labels/*.nii.gz', or tell the pairs in a DataFrame of your own")
     return {k:o[0] for k,o in same.items()}
 
 def _by_folder(sides, patterns):
@@ -116,34 +133,47 @@ def scan_folder(
     path,                                # folder of the data set
     images:str='images/*.nii.gz',        # pattern of the images, below `path`
     masks:str|None='labels/*.nii.gz',    # pattern of the masks; None where there are none
-    channels:int|None=None               # files that make a case, `case_0000`, `case_0001` …; 1: each file is a case; default: found out, up to 8 or as many as a `dataset.json` names
+    # files that make a case, `case_0000`, `case_0001` …; 1: each file is a case; default: found out, up to 8 or as many
+    # as a `dataset.json` names
+    channels:int|None=None
 )->pd.DataFrame: # columns `case`, `image` (a whole path, or a list of them: channels), `mask`, and those of `cases.csv`
     "Pair images and masks by name; `case_0000`, `case_0001` … of one folder are the channels of `case`. Raises `FileNotFoundError` where nothing matches, `InputError` where nothing pairs or a name stands twice"
     path = Path(path).absolute()
-    if channels is not None and (isinstance(channels, bool) or not isinstance(channels, int) or channels<1): raise InputError(f"channels: expected a whole number from 1; found {channels!r}")
+    if channels is not None and (isinstance(channels, bool) or not isinstance(channels, int) or channels<1):
+        raise InputError(f"channels: expected a whole number from 1; found {channels!r}")
     masks = masks or None
     ims,im_in = _matches(path, 'images', images)
     ms,m_in = _matches(path, 'masks', masks) if masks is not None else ([],[])
     if not ims: raise MissingFileError(f"{path/images}: no image matches. Check `path` and `images=`")
-    if masks is not None and not ms: raise MissingFileError(f"{path/masks}: no mask matches. Check `masks=`, or say masks=None")
-    if ms and not set(im_in) & set(m_in): im_in,m_in = [()]*len(ims),[()]*len(ms)      # their folders say nothing of who belongs to whom
+    if masks is not None and not ms:
+        raise MissingFileError(f"{path/masks}: no mask matches. Check `masks=`, or say masks=None")
+    # their folders say nothing of who belongs to whom
+    if ms and not set(im_in) & set(m_in):
+        im_in,m_in = [()]*len(ims),[()]*len(ms)
     if both:=sorted(set(ims) & set(ms)):
-        raise InputError(f"{path}: {_some_files(both)} would be image and mask at once: images={images!r} and masks={masks!r} both match. "
+        raise InputError(f"{path}: {_some_files(both)} would be image and mask at once: images={images!r} and "
+                         f"masks={masks!r} both match. "
                          "Give patterns that tell them apart, such as 'images/*.nii.gz' and 'labels/*.nii.gz'")
     groups = _image_groups(ims, im_in, {(t,case_name(o)) for t,o in zip(m_in, ms)}, channels)
     _check_groups(path, groups, channels)
     _check_numbers([(n, fs) for (_,_,n),fs in groups.items()], images)
-    found,truth = _by_folder([_case_keys(groups), _case_keys({(t,i,case_name(o)):[o] for i,(t,o) in enumerate(zip(m_in, ms))})], (images, masks))
+    found,truth = _by_folder([_case_keys(groups),
+                              _case_keys({(t,i,case_name(o)):[o] for i,(t,o) in enumerate(zip(m_in, ms))})],
+                              (images, masks))
     keys = list(dict.fromkeys([*found, *truth]))
     if ms and not any(k in truth for k in found):
         names = ['/'.join([*t, n]) for t,n in (next(iter(found)), next(iter(truth)))]
-        raise InputError(f"{path}: no image has a mask of its name: {len(ims)} images such as {names[0]!r}, {len(ms)} masks such as {names[1]!r}. "
+        raise InputError(f"{path}: no image has a mask of its name: {len(ims)} images such as {names[0]!r}, {len(ms)} "
+                         f"masks such as {names[1]!r}. "
                          "Give both the same name, tell the pairs in a DataFrame of your own, or say masks=None")
     plain = len({n for _,n in keys})==len(keys) and all(n for _,n in keys)
     case = {(t,n):n if plain else '_'.join([*t, n] if n else t) for t,n in keys}
     if twice:=[c for c,k in Counter(case.values()).items() if k>1]:
-        raise InputError(f"{path}: several cases would be called {twice[0]!r}: {_some_files([o for k in keys if case[k]==twice[0] for o in found.get(k, truth.get(k))])}. Rename a folder or a file")
-    rows = [dict(case=case[k], image=_one_or_all(found[k]) if k in found else None, mask=first(truth.get(k, []))) for k in keys]
+        raise InputError(f"{path}: several cases would be called {twice[0]!r}: "
+                         f"{_some_files([o for k in keys if case[k]==twice[0] for o in found.get(k, truth.get(k))])}. "
+                         f"Rename a folder or a file")
+    rows = [dict(case=case[k], image=_one_or_all(found[k]) if k in found else None, mask=first(truth.get(k, [])))
+            for k in keys]
     df = pd.DataFrame(rows).sort_values('case', ignore_index=True).astype(object)
     if masks is None: df = df.drop(columns='mask')
     return _subjects(df, path)
@@ -152,29 +182,45 @@ def _decathlon_cases(info, path):
     "Rows, names of the labels and modalities of a Decathlon task; an image that is not there may be the `_0000`, `_0001` … of nnU-Net's first version"
     named = len(info.get('modality', {}))
     def images(p):
-        fs = [] if p.exists() else sorted(p.parent.glob(f'{glob.escape(case_name(p))}_[0-9][0-9][0-9][0-9]{"".join(p.suffixes[-2:])}'))
-        if len(fs)>(named or _few): raise InputError(f"{path/'dataset.json'}: case {case_name(p)!r} has {len(fs)} files, {_some_files(fs)}; expected {named or f'at most {_few}'} channels, as modality says. Correct the list, or remove what is too many")
+        fs = [] if p.exists() else sorted(
+                p.parent.glob(f'{glob.escape(case_name(p))}_[0-9][0-9][0-9][0-9]{"".join(p.suffixes[-2:])}'))
+        if len(fs)>(named or _few):
+            raise InputError(f"{path/'dataset.json'}: case {case_name(p)!r} has {len(fs)} files, {_some_files(fs)}; "
+                             f"expected {named or f'at most {_few}'} channels, as modality says. Correct the list, or "
+                             f"remove "
+                             f"what is too many")
         return _one_or_all(fs or [p])
     rows = [dict(case=case_name(o['image']), image=path/o['image'], mask=path/o['label']) for o in info['training']]
-    if out:=[r['case'] for r in rows if any('..' in (r[k].relative_to(path) if r[k].is_relative_to(path) else r[k]).parts for k in ('image','mask'))]:
+    if out:=[r['case'] for r in rows
+            if any('..' in (r[k].relative_to(path) if r[k].is_relative_to(path) else r[k]).parts
+            for k in ('image','mask'))]:
         raise FileError(f"{path/'dataset.json'}: {out[0]!r} leads out of the folder of the task. Correct the list")
     labels = {int(k):str(v) for k,v in info['labels'].items()}
-    codes = [labels[k] for k in sorted(labels)] if sorted(labels)==list(range(len(labels))) else {labels[k]:k for k in sorted(labels)}
-    if len(set(labels.values()))<len(labels): raise InputError(f"{path/'dataset.json'}: expected a name of its own for each label; found {labels}")
+    codes = [labels[k] for k in sorted(labels)] if sorted(labels)==list(range(len(labels))) else {labels[k]:k
+            for k in sorted(labels)}
+    if len(set(labels.values()))<len(labels):
+        raise InputError(f"{path/'dataset.json'}: expected a name of its own for each label; found {labels}")
     return [{**r, 'image':images(r['image'])} for r in rows],codes,list(info.get('modality', {}).values())
 
 def _nnunet_cases(info, path):
     "Rows, codes and channels of an nnU-Net data set: `imagesTr/case_0000.…` for each channel, `labelsTr/case.…`"
-    fn,end,channels = path/'dataset.json',str(info['file_ending']),[str(v) for _,v in sorted(info['channel_names'].items(), key=lambda o: int(o[0]))]
-    images,masks = {},{o.name.removesuffix(end):o for o in sorted((path/'labelsTr').iterdir()) if o.name.endswith(end) and not o.name.startswith('.')}
+    fn,end,channels = path/'dataset.json',str(info['file_ending']),[str(v) for _,
+            v in sorted(info['channel_names'].items(), key=lambda o: int(o[0]))]
+    images,masks = {},{o.name.removesuffix(end):o for o in sorted((path/'labelsTr').iterdir()) if o.name.endswith(end)
+            and not o.name.startswith('.')}
     for o in sorted((path/'imagesTr').iterdir()):
         if m:=re.fullmatch(rf'([^.].*)_\d{{4}}{re.escape(end)}', o.name): images.setdefault(m[1], []).append(o)
     if bad:=[k for k,fs in images.items() if len(fs)!=len(channels)]:
-        raise InputError(f"{fn}: case {bad[0]!r} has {len(images[bad[0]])} files in imagesTr; expected {len(channels)} channels, {channels}. Complete the case, or remove it")
+        raise InputError(f"{fn}: case {bad[0]!r} has {len(images[bad[0]])} files in imagesTr; expected {len(channels)} "
+                         f"channels, {channels}. Complete the case, or remove it")
     _check_numbers(images.items(), path/'imagesTr')
-    rows = [dict(case=k, image=_one_or_all(images.get(k) or [path/'imagesTr'/f'{k}_0000{end}']), mask=masks.get(k, path/'labelsTr'/f'{k}{end}')) for k in sorted({*images, *masks})]
-    if len(rows)<(n:=int(info.get('numTraining', 0))): warn(f"{path}: {n-len(rows)} of the {n} cases that dataset.json counts are not there")
-    if 'ignore' in info['labels']: warn(f"{fn}: the label 'ignore' ({info['labels']['ignore']}) is a structure like any other here: leave its cases out, or give it to the background by codes=")
+    rows = [dict(case=k, image=_one_or_all(images.get(k) or [path/'imagesTr'/f'{k}_0000{end}']),
+            mask=masks.get(k, path/'labelsTr'/f'{k}{end}')) for k in sorted({*images, *masks})]
+    if len(rows)<(n:=int(info.get('numTraining', 0))):
+        warn(f"{path}: {n-len(rows)} of the {n} cases that dataset.json counts are not there")
+    if 'ignore' in info['labels']:
+        warn(f"{fn}: the label 'ignore' ({info['labels']['ignore']}) is a structure like any other here: leave its "
+             f"cases out, or give it to the background by codes=")
     codes = {str(k):v for k,v in info['labels'].items()}
     return rows,list(codes) if list(codes.values())==list(range(len(codes))) else codes,channels
 
@@ -183,21 +229,29 @@ def _there(fs): return fs is not None and all(o.exists() for o in L(fs))
 
 def scan_decathlon(
     path, # folder with `dataset.json`
-)->pd.DataFrame: # columns `case`, `image`, `mask`, and those of `cases.csv`, whole paths; `df.attrs['codes']` holds the structures' names
+# columns `case`, `image`, `mask`, and those of `cases.csv`, whole paths; `df.attrs['codes']` holds the structures'
+# names
+)->pd.DataFrame:
     "The training cases of a Medical Segmentation Decathlon task, or of an nnU-Net data set. Raises `FileNotFoundError` where `dataset.json` is missing"
-    path = Path(path).absolute(); fn = path/'dataset.json'
-    if not fn.exists(): raise MissingFileError(f"{fn}: no such file. A Decathlon task has one; use scan_folder for other layouts")
+    path = Path(path).absolute()
+    fn = path/'dataset.json'
+    if not fn.exists():
+        raise MissingFileError(f"{fn}: no such file. A Decathlon task has one; use scan_folder for other layouts")
     with reading(fn, 'the dataset.json of a Decathlon task or of nnU-Net', 'Download it again'):
         info = json.loads(fn.read_text(encoding='utf-8-sig'))
-        kind = first(f for f,keys in ((_decathlon_cases, {'training','labels'}), (_nnunet_cases, {'channel_names','labels','file_ending'})) if keys<=set(info))
+        kind = first(f for f,keys in ((_decathlon_cases, {'training','labels'}),
+                (_nnunet_cases, {'channel_names','labels','file_ending'})) if keys<=set(info))
         if kind is None:
-            raise FileError(f"{fn}: expected the keys training and labels (Decathlon), or channel_names, labels and file_ending (nnU-Net); found {list(info)[:12]}. "
+            raise FileError(f"{fn}: expected the keys training and labels (Decathlon), or channel_names, labels and "
+                            f"file_ending (nnU-Net); found {list(info)[:12]}. "
                             "For another layout use scan_folder")
         rows,codes,modality = kind(info, path)
-    if twice:=[k for k,n in Counter(r['case'] for r in rows).items() if n>1]: raise InputError(f"{fn}: expected each case once; {twice[:5]} stand there more than once. Correct the list")
+    if twice:=[k for k,n in Counter(r['case'] for r in rows).items() if n>1]:
+        raise InputError(f"{fn}: expected each case once; {twice[:5]} stand there more than once. Correct the list")
     with reading(fn, 'names of files'): there = [r for r in rows if _there(r['image']) or _there(r['mask'])]
     if not there: raise MissingFileError(f"{path}: dataset.json lists {len(rows)} cases and none of their files exists")
-    if len(there)<len(rows): warn(f"{path}: {len(rows)-len(there)} of the {len(rows)} cases that dataset.json lists are not there")
+    if len(there)<len(rows):
+        warn(f"{path}: {len(rows)-len(there)} of the {len(rows)} cases that dataset.json lists are not there")
     for r in there: r.update({k:None for k in ('image','mask') if not _there(r[k])})
     df = _subjects(pd.DataFrame(there).astype(object), path)
     df.attrs.update(codes=codes, modality=modality)
@@ -213,7 +267,9 @@ def _code_values(name, v):
     "The values of one structure: an integer, or a list of them"
     many = isinstance(v, (list,tuple,set,frozenset,range,L,pd.Series)) or isinstance(v, np.ndarray) and v.ndim==1
     whole = [_whole_value(o) for o in (v if many else [v])]
-    if not whole or None in whole: raise InputError(f"codes: expected a whole number, or a list of them, as the value of {name!r}; found {str(v)[:80]}")
+    if not whole or None in whole:
+        raise InputError(
+                f"codes: expected a whole number, or a list of them, as the value of {name!r}; found {str(v)[:80]}")
     return whole if many else whole[0]
 
 def _refuse_shared(codes):
@@ -222,8 +278,10 @@ def _refuse_shared(codes):
     for name,v in codes.items():
         for o in set(L(v)):
             if o in seen:
-                raise InputError(f"codes: value {o} stands under {seen[o]!r} and under {name!r}; expected each value under one name, because a voxel "
-                                 "is of one structure here. Nested regions are not trained on: name the parts, and merge them after the prediction")
+                raise InputError(f"codes: value {o} stands under {seen[o]!r} and under {name!r}; expected each value "
+                                 f"under one name, because a voxel "
+                                 "is of one structure here. Nested regions are not trained on: name the parts, and "
+                                 "merge them after the prediction")
             seen[o] = name
 
 def _refuse_late_background(names, codes):
@@ -233,8 +291,12 @@ def _refuse_late_background(names, codes):
     if not k: return
     order = [names[k]]+names[:k]+names[k+1:]
     fix = {n:codes[n] for n in order} if isinstance(codes, dict) else order
-    raise InputError(f"codes: the background {names[k]!r} stands behind {names[0]!r}; expected it first, because the first name is never scored. "
-                     + (f"Write codes={fix}" if isinstance(codes, dict) else f"Where the file's values follow this order, say them: codes={{{names[k]!r}:{k}, {names[0]!r}:0, …}}"))
+    raise InputError(f"codes: the background {names[k]!r} stands behind {names[0]!r}; expected it first, because the "
+                     f"first name is never scored. "
+                     + (f"Write codes={fix}" if isinstance(codes, dict) else f"Where the file's values follow this "
+                                                                             f"order, say them: "
+                                                                             f"codes={{{names[k]!r}:{k}, "
+                                                                             f"{names[0]!r}:0, …}}"))
 
 def check_codes(
     codes # None, a list of names for the values 0, 1, 2 …, or a dict name → value or values in the file
@@ -244,8 +306,12 @@ def check_codes(
     if not isinstance(codes, dict) and not isinstance(codes, (list,tuple,np.ndarray,L,pd.Series,pd.Index)):
         raise ArgumentError(f"codes: expected a list of names, or a dict name → value(s); found {codes!r}")
     names = [str(o) for o in codes]
-    if not names: raise InputError("codes: expected at least the name of the background; found none. Leave codes out to take them from the data")
-    if twice:=[n for n,k in Counter(names).items() if k>1]: raise InputError(f"codes: expected a name of its own for each structure; {twice} stand there more than once in {names}")
+    if not names:
+        raise InputError("codes: expected at least the name of the background; found none. Leave codes out to take "
+                         "them from the data")
+    if twice:=[n for n,k in Counter(names).items() if k>1]:
+        raise InputError(
+                f"codes: expected a name of its own for each structure; {twice} stand there more than once in {names}")
     if not isinstance(codes, dict):
         _refuse_late_background(names, names)
         return names
@@ -262,7 +328,8 @@ def check_columns(
     names = df.columns if isinstance(df, pd.DataFrame) else df.index
     if not names.has_duplicates: return df
     twice = list(dict.fromkeys(names[names.duplicated()]))
-    raise InputError(f"the DataFrame has two columns {twice[0]!r}{f' (and {twice[1:]})' if twice[1:] else ''}; expected each name once. "
+    raise InputError(f"the DataFrame has two columns {twice[0]!r}{f' (and {twice[1:]})' if twice[1:] else ''}; "
+                     f"expected each name once. "
                      "Rename one, or drop it: df.loc[:, ~df.columns.duplicated()]")
 
 def marked_rows(
@@ -275,7 +342,8 @@ def marked_rows(
     for i,v in enumerate(df[col]):
         if not isinstance(v, (bool,np.bool_,int,float,np.number)) or v not in (0,1):
             case = df['case'].iloc[i] if 'case' in df else df.index[i]
-            raise InputError(f"case {case!r}: {col} is {v!r}; expected True or False, or 1 and 0, in every row. Fill it in; of a column of folds mark one: df.assign(is_valid=df[{col!r}]==0)")
+            raise InputError(f"case {case!r}: {col} is {v!r}; expected True or False, or 1 and 0, in every row. Fill "
+                             f"it in; of a column of folds mark one: df.assign(is_valid=df[{col!r}]==0)")
     return df[col].astype(bool).values
 
 # %% ../../nbs/data/02_cases.ipynb #dda1494c
@@ -288,15 +356,18 @@ def case_splitter(
 ):             # a splitter: items → (training, validation) indices
     "How the cases of a table are split. Raises `ColumnError`, `InputError`"
     if group_col is None and 'subject' in df: group_col = 'subject'
-    if group_col is not None and group_col not in df: raise ColumnError(f"group_col {group_col!r}: not in the DataFrame, which has {list(df)}")
+    if group_col is not None and group_col not in df:
+        raise ColumnError(f"group_col {group_col!r}: not in the DataFrame, which has {list(df)}")
     if valid_col is not None:
         v = marked_rows(df, valid_col)
         if v.all() or not v.any():
-            raise InputError(f"valid_col {valid_col!r}: expected some cases to train and some to validate; found {v.sum()} of {len(v)} marked")
+            raise InputError(f"valid_col {valid_col!r}: expected some cases to train and some to validate; found "
+                             f"{v.sum()} of {len(v)} marked")
         if group_col is not None:
             both = sorted(set(df[group_col][v].astype(str)) & set(df[group_col][~v].astype(str)))
             if both:
-                raise InputError(f"valid_col {valid_col!r} puts {group_col} {both[:5]} on both sides of the split ({len(both)} in all). Keep each on one side")
+                raise InputError(f"valid_col {valid_col!r} puts {group_col} {both[:5]} on both sides of the split "
+                                 f"({len(both)} in all). Keep each on one side")
         return lambda o: (L(np.flatnonzero(~v).tolist()), L(np.flatnonzero(v).tolist()))
     if not 0<valid_pct<1: raise InputError(f"valid_pct: expected a share between 0 and 1; found {valid_pct}")
     return GroupSplitter(df[group_col] if group_col is not None else range(len(df)), valid_pct, seed)
@@ -308,10 +379,12 @@ def group_values(
 ):             # Series of text, a row a case
     "The group of each row as text: of `group_col`, else `subject`, else each row its own"
     if group_col is None and 'subject' in df: group_col = 'subject'
-    if group_col is None: return pd.Series(np.arange(len(df)).astype(str) if 'case' not in df else df['case'].astype(str).values)
+    if group_col is None:
+        return pd.Series(np.arange(len(df)).astype(str) if 'case' not in df else df['case'].astype(str).values)
     if group_col not in df: raise ColumnError(f"group_col {group_col!r}: not in the DataFrame, which has {list(df)}")
     if (na:=df[group_col].isna()).any():
-        r = df[na].iloc[0]; raise InputError(f"case {r.get('case', r.name)!r} has no {group_col}. Fill the column")
+        r = df[na].iloc[0]
+        raise InputError(f"case {r.get('case', r.name)!r} has no {group_col}. Fill the column")
     return df[group_col].astype(str).reset_index(drop=True)
 
 # %% ../../nbs/data/02_cases.ipynb #db5b5fab
@@ -325,10 +398,13 @@ def warn_twins(
     for i,fs in enumerate(files):
         for f in fs if is_listy(fs) else [fs]:
             if (k:=_content(f)) is not None: seen.setdefault(k, []).append(i)
-    both = [(next(i for i in v if i in train), next(i for i in v if i not in train)) for v in seen.values() if {i in train for i in v}=={True,False}]
+    both = [(next(i for i in v if i in train), next(i for i in v if i not in train)) for v in seen.values()
+            if {i in train for i in v}=={True,False}]
     if both:
         a,b = (df.iloc[i].get('case', i) for i in both[0])
-        warn(f"{len(both)} images stand on both sides of the split, such as that of case {a!r} (training), which is that of case {b!r} (validation): the score will be of memory. Drop one of them, or give both one subject. find_leaks(df) looks deeper")
+        warn(f"{len(both)} images stand on both sides of the split, such as that of case {a!r} (training), which is "
+             f"that of case {b!r} (validation): the score will be of memory. Drop one of them, or give both one "
+             f"subject. find_leaks(df) looks deeper")
 
 # %% ../../nbs/data/02_cases.ipynb #ec8b1c0d
 def GroupSplitter(
@@ -338,16 +414,20 @@ def GroupSplitter(
 ):                      # function: items → (training indices, validation indices)
     "A splitter that never parts a group. Raises `ValueError` where there are fewer than two groups or a group is missing"
     groups = pd.Series(list(groups))
-    if (na:=groups.isna()).any(): raise InputError(f"GroupSplitter: {int(na.sum())} items have no group, the first is number {int(na.idxmax())}. Fill the column")
+    if (na:=groups.isna()).any():
+        raise InputError(f"GroupSplitter: {int(na.sum())} items have no group, the first is number {int(na.idxmax())}. "
+                         f"Fill the column")
     counts = groups.astype(str).value_counts().sort_index()
     if len(counts)<2:
-        raise InputError(f"GroupSplitter: expected at least two groups to split; found {len(counts)} ({counts.index.tolist()}) in {len(groups)} items. "
+        raise InputError(f"GroupSplitter: expected at least two groups to split; found {len(counts)} "
+                         f"({counts.index.tolist()}) in {len(groups)} items. "
                          "Give more subjects, or group_col with finer groups")
     order = np.random.default_rng(seed).permutation(len(counts))
     want,valid,n = valid_pct*len(groups),[],0
     for k in order[:-1]:
         if valid and n+counts.iloc[k]/2>want: break
-        valid.append(counts.index[k]); n += counts.iloc[k]
+        valid.append(counts.index[k])
+        n += counts.iloc[k]
     v = groups.astype(str).isin(valid).values
     def _inner(o):
         assert len(o)==len(v), f"GroupSplitter was made for {len(v)} items and got {len(o)}"
@@ -364,17 +444,24 @@ def group_folds(
     from sklearn.model_selection import GroupKFold
     groups = group_values(df, group_col)
     if n<2: raise InputError(f"folds: expected 2 or more; found {n}")
-    if groups.nunique()<n: raise InputError(f"folds: {n} folds need at least {n} groups; found {groups.nunique()} in {len(df)} cases. Ask for fewer folds")
+    if groups.nunique()<n:
+        raise InputError(f"folds: {n} folds need at least {n} groups; found {groups.nunique()} in {len(df)} cases. Ask "
+                         f"for fewer folds")
     order = np.lexsort([df['case'].astype(str) if 'case' in df else groups, groups])
     res = np.empty(len(df), int)
-    for k,(_,held) in enumerate(GroupKFold(n, shuffle=True, random_state=seed).split(order, groups=groups.values[order])): res[order[held]] = k
+    for k,(_,held) in enumerate(GroupKFold(n, shuffle=True, random_state=seed).split(order,
+            groups=groups.values[order])):
+        res[order[held]] = k
     return res
 
 def _content(fn):
     "What tells one content from another without unpacking it: of a .gz the checksum at its end, else size and the bytes at both ends; None where there is no such file"
     try:
         with open(fn, 'rb') as f:
-            n = f.seek(0, 2); f.seek(max(0, n-8)); end = f.read(8)
+            n = f.seek(0, 2)
+            f.seek(max(0, n-8))
+            end = f.read(8)
             if str(fn).lower().endswith('.gz'): return end
-            return n,*(hashlib.blake2b((f.seek(k), f.read(2**14))[1], digest_size=16).digest() for k in (0, n//2, max(0, n-2**14)))
+            return n,*(hashlib.blake2b((f.seek(k), f.read(2**14))[1], digest_size=16).digest()
+                       for k in (0, n//2, max(0, n-2**14)))
     except (OSError, ValueError, TypeError): return None

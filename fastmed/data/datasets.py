@@ -43,7 +43,8 @@ def smooth_field(
     knot,                       # Distance of control points, mm: the scale of the field
     seed=0,                     # int or `np.random.Generator`
     spacing=1.,                 # Voxel size, mm
-    fov=(160.,192.,160.),       # (3,) box that the control points cover, mm; the same box and seed give the same field at any spacing
+    # (3,) box that the control points cover, mm; the same box and seed give the same field at any spacing
+    fov=(160.,192.,160.),
     channels=1,                 # How many independent fields
 )->np.ndarray:                  # (channels,X,Y,Z) float32, mean 0, standard deviation about 1
     "Random cubic B-spline field around the centre of the grid. Source: Rueckert 1999, eq. 1"
@@ -55,7 +56,8 @@ def smooth_field(
 def _rotation(degrees):
     "(3,3) float64: turn about x, then y, then z"
     (a,b,c),(d,e,f) = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
-    return np.array([[c,-f,0],[f,c,0],[0,0,1]])@np.array([[b,0,e],[0,1,0],[-e,0,b]])@np.array([[1,0,0],[0,a,-d],[0,d,a]])
+    return np.array([[c,-f,0],[f,c,0],[0,0,1]])@np.array([[b,0,e],[0,1,0],[-e,0,b]])@np.array([[1,0,0],[0,a,-d],
+            [0,d,a]])
 
 def deformation(
     shape,                      # (3,) voxels
@@ -67,13 +69,17 @@ def deformation(
     scale=(1.07,1.18),          # Range of the overall scale, grid to atlas; each axis varies by 3 % besides
     min_jacobian=.2,            # The bending is weakened until the Jacobian is above this everywhere; at least 0
     fov=(160.,192.,160.),       # (3,) box that the control points cover, mm
-)->tuple:                       # (3,X,Y,Z) float32: where each voxel comes from, mm from the centre; (X,Y,Z) float32: Jacobian determinant
+# (3,X,Y,Z) float32: where each voxel comes from, mm from the centre; (X,Y,Z) float32: Jacobian determinant
+)->tuple:
     "Random smooth map that does not fold, with its exact Jacobian. Raises `ValueError` on settings that cannot be met. Source: Rueckert 1999"
-    if len(knots)!=len(sd): raise InputError(f'deformation: knots has {len(knots)} entries and sd {len(sd)}; give one sd for each distance of knots')
+    if len(knots)!=len(sd):
+        raise InputError(
+                f'deformation: knots has {len(knots)} entries and sd {len(sd)}; give one sd for each distance of knots')
     rng = np.random.default_rng(seed)
     A = (_rotation(rng.uniform(-rotate, rotate, 3))*(rng.uniform(*scale)*rng.uniform(.97, 1.03, 3))).astype(np.float32)
     if not 0 <= min_jacobian < np.linalg.det(A):
-        raise InputError(f'deformation: min_jacobian={min_jacobian} must be at least 0 and below {np.linalg.det(A):.2f}, the Jacobian with no bending at all; lower it')
+        raise InputError(f'deformation: min_jacobian={min_jacobian} must be at least 0 and below '
+                         f'{np.linalg.det(A):.2f}, the Jacobian with no bending at all; lower it')
     xs = _points(shape, spacing)
     u,du = np.zeros((3,*shape), np.float32), np.zeros((3,3,*shape), np.float32)
     for knot,amount in zip(knots, sd):
@@ -85,7 +91,9 @@ def deformation(
         (a,b,c),(d,e,f),(g,h,i) = A[:,:,None,None,None] + np.float32(w)*du
         return a*(e*i-f*h) - b*(d*i-f*g) + c*(d*h-e*g)
     w,jac = 1., det(1.)
-    while jac.min() <= min_jacobian: w *= .85; jac = det(w)
+    while jac.min() <= min_jacobian:
+        w *= .85
+        jac = det(w)
     grid = sum(A[:,d].reshape(3,1,1,1)*xs[d].reshape([-1 if k==d else 1 for k in range(3)]) for d in range(3))
     return (grid + np.float32(w)*u).astype(np.float32), jac
 
@@ -94,12 +102,18 @@ def _atlas(spacing):
     "Blurred to `spacing` mm: brain, grey, white, T1 (4,X,Y,Z) float32 in 0 to 1, at 1 mm RAS, and the voxel that is its centre"
     from scipy.ndimage import binary_dilation, gaussian_filter
     spec = importlib.util.find_spec('nilearn')    # Looked up and not imported: nilearn takes seconds to load
-    if spec is None: raise ExtraError('cohort makes its subjects from the brain atlas inside nilearn, which is not installed: pip install "fastmed[demo]"')
-    files = [Path(spec.origin).parent/'datasets'/'data'/f'mni_icbm152_{o}_tal_nlin_sym_09a_converted.nii.gz' for o in ('gm','wm','t1')]
+    if spec is None:
+        raise ExtraError('cohort makes its subjects from the brain atlas inside nilearn, which is not installed: pip '
+                         'install "fastmed[demo]"')
+    files = [Path(spec.origin).parent/'datasets'/'data'/f'mni_icbm152_{o}_tal_nlin_sym_09a_converted.nii.gz'
+            for o in ('gm','wm','t1')]
     for f in files:
-        if not f.is_file(): raise ExtraError(f'cohort needs the brain atlas file {f.name}, and the nilearn at {f.parents[2]} does not have it: pip install -U "fastmed[demo]"')
+        if not f.is_file():
+            raise ExtraError(f'cohort needs the brain atlas file {f.name}, and the nilearn at {f.parents[2]} does not '
+                             f'have it: pip install -U "fastmed[demo]"')
     box = (slice(13,184), slice(12,223), slice(0,170))
-    gm,wm,t1 = (np.pad(np.asarray(nib.load(f).dataobj)[box].astype(np.float32)/255, [(0,0),(0,0),(14,0)]) for f in files)
+    gm,wm,t1 = (np.pad(np.asarray(nib.load(f).dataobj)[box].astype(np.float32)/255, [(0,0),(0,0),(14,0)])
+                for f in files)
     ball = np.add.outer(np.add.outer(np.arange(-2,3)**2, np.arange(-2,3)**2), np.arange(-2,3)**2) <= 4
     brain = binary_dilation(t1>0, ball).astype(np.float32)
     sigma = max(.425*spacing, .6)
@@ -117,11 +131,13 @@ def _subject(atlas, centre, spacing, rng):
     brain,gm,wm,t1 = (map_coordinates(o, where, order=1) for o in atlas)
     p = np.stack([1-brain, np.clip(brain-gm-wm, 0, 1), gm, wm])
     score = np.log(p+.005)
-    score[1:] += .3*field(14, 3) + np.array([rng.uniform(0,.9), rng.uniform(-.3,.3), rng.uniform(-.2,.2)], dtype=np.float32).reshape(3,1,1,1)
+    score[1:] += .3*field(14, 3) + np.array([rng.uniform(0,.9), rng.uniform(-.3,.3), rng.uniform(-.2,.2)],
+                                            dtype=np.float32).reshape(3,1,1,1)
     lbl = score.argmax(0).astype(np.uint8)
 
     mix = np.stack([gaussian_filter((lbl==k).astype(np.float32), .55) for k in range(4)])
-    detail = sum((lbl==k)*np.clip(t1-t1[lbl==k].mean(), -.12, .12) for k in (2,3) if (lbl==k).any())    # Deep grey is brighter on T1 than the ribbon
+    # Deep grey is brighter on T1 than the ribbon
+    detail = sum((lbl==k)*np.clip(t1-t1[lbl==k].mean(), -.12, .12) for k in (2,3) if (lbl==k).any())
     tex = .05*field(9, 3)
     csf,grey = rng.uniform(.22,.42), rng.uniform(.7,.82)
     m1 = (.02, csf, grey, 1.)
@@ -149,7 +165,9 @@ def _place_structure(
     aff[:3,3] = -(np.array(arr.shape)-1)/2*spacing
     ornt = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt('RAS'), nib.orientations.axcodes2ornt(code))
     aff = aff@nib.orientations.inv_ornt_aff(ornt, arr.shape)
-    rot = np.eye(4); rot[:3,:3] = _rotation(tilt); rot[:3,3] = shift
+    rot = np.eye(4)
+    rot[:3,:3] = _rotation(tilt)
+    rot[:3,3] = shift
     return nib.orientations.apply_orientation(arr, ornt), rot@aff
 
 def _replace(fn, data):
@@ -159,7 +177,10 @@ def _replace(fn, data):
 def _save(fn, arr, affine, note):
     "Write a NIfTI whose bytes depend on its contents alone"
     img = nib.Nifti1Image(arr, affine)
-    img.set_sform(affine, 1); img.set_qform(affine, 1); img.header.set_xyzt_units('mm'); img.header['descrip'] = note
+    img.set_sform(affine, 1)
+    img.set_qform(affine, 1)
+    img.header.set_xyzt_units('mm')
+    img.header['descrip'] = note
     _replace(fn, gzip.compress(img.to_bytes(), 4, mtime=0))
 
 def _is_whole(fn, note):
@@ -168,9 +189,14 @@ def _is_whole(fn, note):
     try: hdr = nib.load(fn).header
     except Exception: return False                               # whatever a damaged header makes nibabel say
     found = bytes(hdr['descrip'].item()).decode(errors='replace').rstrip('\0')
-    if found!=note: raise InputError(f'{fn} is there already and says {found!r}, where this cohort would write {note!r}; give cohort another path, or delete the folder')
+    if found!=note:
+        raise InputError(f'{fn} is there already and says {found!r}, where this cohort would write {note!r}; give '
+                         f'cohort another path, or delete the folder')
     size = 352 + math.prod(hdr.get_data_shape())*hdr.get_data_dtype().itemsize
-    with open(fn,'rb') as f: f.seek(-4, os.SEEK_END); return int.from_bytes(f.read(4), 'little')==size    # gzip ends with the unpacked size
+    # gzip ends with the unpacked size
+    with open(fn,'rb') as f:
+        f.seek(-4, os.SEEK_END)
+        return int.from_bytes(f.read(4), 'little')==size
 
 # %% ../../nbs/data/01_datasets.ipynb #5c4ac614
 def cohort(
@@ -178,26 +204,33 @@ def cohort(
     n:int=24,         # Number of subjects
     seed:int=0,       # Case k depends on `seed`, `spacing` and k alone
     spacing:float=2., # Voxel size, mm, 1 to 8
-)->pd.DataFrame:      # `case, subject, image, image_t2, mask`: one row a subject, whole paths; the same with relative paths is in cases.csv
+# `case, subject, image, image_t2, mask`: one row a subject, whole paths; the same with relative paths is in cases.csv
+)->pd.DataFrame:
     """Subjects made from a real brain atlas: T1, T2 (X,Y,Z) int16 and exact labels uint8 (0 air, 1 CSF, 2 grey, 3 white). Finished cases are kept.
     Raises `ImportError` without nilearn, `ValueError` on bad arguments or on a folder made with others. Source: atlas Fonov 2011, bending Rueckert 1999"""
-    if not isinstance(n, (int,np.integer)) or n<1: raise InputError(f'cohort: n={n!r}, expected a whole number of subjects, at least 1')
-    if not isinstance(seed, (int,np.integer)) or seed<0: raise InputError(f'cohort: seed={seed!r}, expected a whole number, at least 0')
-    if not 1 <= spacing <= 8: raise InputError(f'cohort: spacing={spacing!r}, expected 1 to 8 mm (the atlas itself has 1 mm)')
+    if not isinstance(n, (int,np.integer)) or n<1:
+        raise InputError(f'cohort: n={n!r}, expected a whole number of subjects, at least 1')
+    if not isinstance(seed, (int,np.integer)) or seed<0:
+        raise InputError(f'cohort: seed={seed!r}, expected a whole number, at least 0')
+    if not 1 <= spacing <= 8:
+        raise InputError(f'cohort: spacing={spacing!r}, expected 1 to 8 mm (the atlas itself has 1 mm)')
     path,atlas,rows = Path(path).absolute(),None,[]
     for d in ('images','labels'): (path/d).mkdir(parents=True, exist_ok=True)
     for k in progress_bar(range(n), leave=False):
         case = f'sub-{k+1:02d}'
-        row = dict(case=case, subject=case, image=f'images/{case}_T1.nii.gz', image_t2=f'images/{case}_T2.nii.gz', mask=f'labels/{case}.nii.gz')
+        row = dict(case=case, subject=case, image=f'images/{case}_T1.nii.gz', image_t2=f'images/{case}_T2.nii.gz',
+                   mask=f'labels/{case}.nii.gz')
         rows.append(row)
-        fns,note = [path/row[o] for o in ('image','image_t2','mask')], f'fastmed cohort seed={seed} spacing={float(spacing):g} {case}'
+        fns,note = [path/row[o] for o in ('image','image_t2',
+                                          'mask')], f'fastmed cohort seed={seed} spacing={float(spacing):g} {case}'
         if all([_is_whole(f, note) for f in fns]): continue
         atlas = atlas or _atlas(spacing)
         rng = np.random.default_rng([int(seed), k])
         lbl,(t1,t2) = _subject(*atlas, spacing, rng)
         tilt = rng.uniform(-8, 8, 3)*(k%2)
         shift = rng.uniform(-30, 30, 3)
-        for f,arr in zip(fns, (t1,t2,lbl)): _save(f, *_place_structure(arr, spacing, ('RAS','LAS','PSR')[k%3], tilt, shift), note)
+        for f,arr in zip(fns, (t1,t2,lbl)):
+            _save(f, *_place_structure(arr, spacing, ('RAS','LAS','PSR')[k%3], tilt, shift), note)
     df = pd.DataFrame(rows)
     _replace(path/'cases.csv', df.to_csv(index=False, lineterminator='\n').encode())
     return df.assign(**{c: [str(path/o) for o in df[c]] for c in ('image','image_t2','mask')})
@@ -212,9 +245,11 @@ def sphere(
     "Ball (or disc) of known volume 4/3·π·r³. Raises `ValueError` when the axes do not agree in number"
     sp = np.array([spacing]*len(shape) if np.ndim(spacing)==0 else spacing, float)
     if sp.shape!=(len(shape),) or (center is not None and len(center)!=len(shape)):
-        raise InputError(f'sphere: shape {tuple(shape)}, center {center} and spacing {spacing} differ in their number of axes; give one of each an axis')
+        raise InputError(f'sphere: shape {tuple(shape)}, center {center} and spacing {spacing} differ in their number '
+                         f'of axes; give one of each an axis')
     c = (np.array(shape)-1)/2*sp if center is None else np.array(center, float)
-    d2 = sum(((np.arange(n)*s-o)**2).reshape([-1 if k==i else 1 for k in range(len(shape))]) for i,(n,s,o) in enumerate(zip(shape, sp, c)))
+    d2 = sum(((np.arange(n)*s-o)**2).reshape([-1 if k==i else 1 for k in range(len(shape))]) for i,
+             (n,s,o) in enumerate(zip(shape, sp, c)))
     return (d2 <= radius**2).astype(np.uint8)
 
 def sphere_dice(
@@ -233,16 +268,21 @@ def phantom(
     shape=(32,32,32),    # (3,) voxels
     affine=None,         # (4,4) voxel index → mm in RAS+; None: 1 mm, origin 0
     seed=0,              # Of the noise; the bodies are the same for every seed
-    radius=None,         # Of the large ball, mm; the small one has 0.45 of it; None: 0.27 of the shortest side of the grid
+    # Of the large ball, mm; the small one has 0.45 of it; None: 0.27 of the shortest side of the grid
+    radius=None,
     noise=.05,           # Standard deviation; the bodies have 1 and 2, the ground 0
 )->tuple:                # Image float32 and mask uint8 (0 ground, 1 large ball, 2 small ball), both `nib.Nifti1Image`
     "Two balls side by side in the world, on any grid: volumes 4/3·π·r³, the small one to the right, front and top. Raises `ValueError` when they do not fit or `affine` is none"
     affine = np.eye(4) if affine is None else np.array(affine, float)
-    if affine.shape!=(4,4) or abs(np.linalg.det(affine[:3,:3]))<1e-9: raise InputError(f'phantom: affine of shape {affine.shape} is no invertible (4,4) matrix; give one, such as np.diag([1,1,2,1])')
+    if affine.shape!=(4,4) or abs(np.linalg.det(affine[:3,:3]))<1e-9:
+        raise InputError(f'phantom: affine of shape {affine.shape} is no invertible (4,4) matrix; give one, such as '
+                         f'np.diag([1,1,2,1])')
     if len(shape)!=3: raise InputError(f'phantom: shape {tuple(shape)} has {len(shape)} axes; give three')
     side = np.array(shape)*np.linalg.norm(affine[:3,:3], axis=0)
     r = .27*side.min() if radius is None else float(radius)
-    if not 0 < 3.7*r <= side.min(): raise InputError(f'phantom: radius={r:g} mm does not fit a grid whose shortest side is {side.min():g} mm; give at most {side.min()/3.7:.3g}')
+    if not 0 < 3.7*r <= side.min():
+        raise InputError(f'phantom: radius={r:g} mm does not fit a grid whose shortest side is {side.min():g} mm; give '
+                         f'at most {side.min()/3.7:.3g}')
     c = affine[:3,:3]@((np.array(shape)-1)/2) + affine[:3,3]
     xyz = np.einsum('ij,j...->i...', affine[:3,:3], np.indices(shape)) + (affine[:3,3]-c).reshape(3,1,1,1)
     ball = lambda o, r: sum((xyz[i]-o[i])**2 for i in range(3)) <= r*r
@@ -267,9 +307,12 @@ class URLs(external.URLs):
     COLON          = f'{MSD}Task10_Colon.tar'
 
 _msd = (    # Name in `URLs`, and in lower case the folder in FASTMED_DATA; MD5 of the archive
-    ('BRAIN_TUMOUR','240a19d752f0d9e9101544901065d872'), ('HEART','06ee59366e1e5124267b774dbd654057'), ('LIVER','a90ec6c4aa7f6a3d087205e23d4e6397'),
-    ('HIPPOCAMPUS','9d24dba78a72977dbd1d2e110310f31b'), ('PROSTATE','35138f08b1efaef89d7424d2bcc928db'), ('LUNG','8afd997733c7fc0432f71255ba4e52dc'),
-    ('PANCREAS','4f7080cfca169fa8066d17ce6eb061e4'), ('HEPATIC_VESSEL','641d79e80ec66453921d997fbf12a29c'), ('SPLEEN','410d4a301da4e5b2f6f86ec3ddba524e'),
+    ('BRAIN_TUMOUR','240a19d752f0d9e9101544901065d872'), ('HEART','06ee59366e1e5124267b774dbd654057'),
+        ('LIVER','a90ec6c4aa7f6a3d087205e23d4e6397'),
+    ('HIPPOCAMPUS','9d24dba78a72977dbd1d2e110310f31b'), ('PROSTATE','35138f08b1efaef89d7424d2bcc928db'),
+        ('LUNG','8afd997733c7fc0432f71255ba4e52dc'),
+    ('PANCREAS','4f7080cfca169fa8066d17ce6eb061e4'), ('HEPATIC_VESSEL','641d79e80ec66453921d997fbf12a29c'),
+        ('SPLEEN','410d4a301da4e5b2f6f86ec3ddba524e'),
     ('COLON','bad7a188931dc2f6acf72b08eb6202d0'))
 
 def _known_url(url):
@@ -283,7 +326,8 @@ def _locked(fn):
     try: import fcntl
     except ImportError: fcntl = None
     fn.parent.mkdir(parents=True, exist_ok=True)
-    fd = os.open(fn, os.O_RDWR|os.O_CREAT|getattr(os, 'O_NOFOLLOW', 0), 0o666)     # a link that somebody planted is not followed
+    # a link that somebody planted is not followed
+    fd = os.open(fn, os.O_RDWR|os.O_CREAT|getattr(os, 'O_NOFOLLOW', 0), 0o666)
     try:
         if fcntl: fcntl.flock(fd, fcntl.LOCK_EX)
         yield
@@ -298,7 +342,9 @@ def _checksum(fn, expected):
 
 def _why(e):
     "What ended a download, in words"
-    if 'ContentTooShortError' in f'{type(e).__name__} {e}': return 'fewer bytes arrived than the server had promised'     # fastdownload does not know it by name
+    # fastdownload does not know it by name
+    if 'ContentTooShortError' in f'{type(e).__name__} {e}':
+        return 'fewer bytes arrived than the server had promised'
     if isinstance(e, EOFError): return 'the archive ends too early'
     return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
 
@@ -309,11 +355,18 @@ def _fetch(url, fn, expected):
         part = tmp/fn.name
         try: download_url(url, part, timeout=60)
         except Exception as e:
-            if getattr(e, 'errno', None) in [getattr(errno, k, -1) for k in ('ENOSPC','EDQUOT','EFBIG','EROFS')]: raise      # the disk's fault, not the network's
-            raise FileError(f'{url}: the download stopped ({_why(e)}). Nothing was kept; look at the connection and call untar_data again') from e
+            # the disk's fault, not the network's
+            if getattr(e, 'errno', None) in [getattr(errno, k, -1) for k in ('ENOSPC','EDQUOT','EFBIG','EROFS')]:
+                raise
+            raise FileError(f'{url}: the download stopped ({_why(e)}). Nothing was kept; look at the connection and '
+                            f'call untar_data again') from e
         found = _checksum(part, expected)
-        if not expected: warnings.warn(f'{url}: no checksum was given, so what arrived could not be verified. Next time pass checksum={found!r}')
-        elif found!=expected: raise InputError(f'{url}: expected checksum {expected}, found {found}. Nothing was unpacked; call untar_data again, or pass checksum= if the file was changed on purpose')
+        if not expected:
+            warnings.warn(f'{url}: no checksum was given, so what arrived could not be verified. Next time pass '
+                          f'checksum={found!r}')
+        elif found!=expected:
+            raise InputError(f'{url}: expected checksum {expected}, found {found}. Nothing was unpacked; call '
+                             f'untar_data again, or pass checksum= if the file was changed on purpose')
         return part.replace(fn)
 
 def _unpack_beside(arch, dest, url, note):
@@ -322,7 +375,9 @@ def _unpack_beside(arch, dest, url, note):
         tops = list(unpack_safely(arch, tmp/'all', url).iterdir())
         if not tops: raise InputError(f'{url}: the archive is empty; give the address of another')
         top = tops[0] if len(tops)==1 and tops[0].is_dir() else tmp/'all'
-        if (top/'.checksum').is_dir(): raise InputError(f'{url}: the archive holds a folder named .checksum, which is the name of our note beside the files; give the address of another')
+        if (top/'.checksum').is_dir():
+            raise InputError(f'{url}: the archive holds a folder named .checksum, which is the name of our note beside '
+                             f'the files; give the address of another')
         (top/'.checksum').write_text(note)
         if dest.exists(): dest.rename(tmp/'old')
         top.rename(dest)
@@ -341,10 +396,16 @@ def untar_data(
     "Download, verify, unpack; whole or absent. Raises `OSError` when the download stops, `ValueError` on a wrong checksum or an unsafe archive. Hands fastai's own URLs to fastai"
     folder,md5 = _known_url(url)
     if not (checksum or md5) and url in [v for o in external.URLs.__mro__ for v in vars(o).values()]:
-        try: return external.untar_data(url, archive=archive, data=data, c_key=c_key, force_download=force_download, base=base)
-        except Exception as e: raise FileError(f"{url}: could not be fetched ({_why(e)}). Check the address and the connection; force_download=True takes it anew") from e
+        try:
+            return external.untar_data(url, archive=archive, data=data, c_key=c_key, force_download=force_download,
+                                       base=base)
+        except Exception as e:
+            raise FileError(f"{url}: could not be fetched ({_why(e)}). Check the address and the connection; "
+                            f"force_download=True takes it anew") from e
     expected = (checksum or md5 or '').lower()
-    if expected and not re.fullmatch('[0-9a-f]{32}|[0-9a-f]{64}', expected): raise InputError(f'{url}: checksum={checksum!r} is neither MD5 (32 hexadecimal digits) nor SHA-256 (64); give one of them')
+    if expected and not re.fullmatch('[0-9a-f]{32}|[0-9a-f]{64}', expected):
+        raise InputError(f'{url}: checksum={checksum!r} is neither MD5 (32 hexadecimal digits) nor SHA-256 (64); give '
+                         f'one of them')
     name = Path(urlparse(url).path).name
     stem = re.sub(r'(\.tar)?\.(tar|tgz|gz|bz2|xz|zip)$', '', name)
     if not stem: raise InputError(f'{url}: the address names no file; give the address of an archive')
@@ -352,15 +413,20 @@ def untar_data(
         local = Path(os.environ['FASTMED_DATA']).expanduser().absolute()/folder
         if local.is_dir(): return local
     base = base or os.environ.get('FASTMED_HOME')
-    place = lambda given, key: Path(given or (Path(base)/key if base else external.fastai_path(key))).expanduser().absolute()
+    place = lambda given, key: Path(given
+                                    or (Path(base)/key if base else external.fastai_path(key))).expanduser().absolute()
     arch,dest = place(archive, 'archive')/name, place(data, c_key)/stem
     def there():
         if not dest.exists() or force_download: return False
         mark = dest/'.checksum'
-        if expected and mark.exists() and mark.read_text().split()[0]!=expected and len(mark.read_text().split()[0])==len(expected):
-            raise InputError(f'{url}: {dest} was unpacked from an archive with checksum {mark.read_text().split()[0]}, expected {expected}. Pass force_download=True to replace it, or data= for another folder')
+        if expected and mark.exists() and mark.read_text().split()[0]!=expected and len(
+                mark.read_text().split()[0])==len(expected):
+            raise InputError(f'{url}: {dest} was unpacked from an archive with checksum {mark.read_text().split()[0]}, '
+                             f'expected {expected}. Pass force_download=True to replace it, or data= for another folder')
         return True
-    for o in (arch.parent, dest.parent): sweep(o)                                  # what a process that was killed had begun
+    # what a process that was killed had begun
+    for o in (arch.parent, dest.parent):
+        sweep(o)
     if there(): return dest                                                        # a read-only folder will do
     with writing(dest), _locked(arch.with_name(name+'.lock')):
         dest.parent.mkdir(parents=True, exist_ok=True)

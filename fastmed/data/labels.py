@@ -21,10 +21,13 @@ def is_blank(
     v  # a value of a table
 ):     # whether it says nothing
     "Whether a cell is empty: None, NA, NaT, nan, or text of blanks"
-    return v is None or v is pd.NA or v is pd.NaT or (isinstance(v, str) and not v.strip()) or (isinstance(v, (float,np.floating)) and math.isnan(v))
+    return v is None or v is pd.NA or v is pd.NaT or (isinstance(v, str) and not v.strip()) or (isinstance(v,
+            (float,np.floating)) and math.isnan(v))
 
 # %% ../../nbs/data/10_labels.ipynb #54027ed1
-def _case(df, i): r = df.iloc[int(i)]; return r.get('case', r.name)
+def _case(df, i):
+    r = df.iloc[int(i)]
+    return r.get('case', r.name)
 def _many(v): return isinstance(v, (list,tuple,set,frozenset,np.ndarray,L))
 def _scalar(v): return v.item() if isinstance(v, np.generic) else v
 
@@ -32,17 +35,23 @@ def _y_kind(y_block):
     "'category', 'multi' or 'regression' of what a person gave as `y_block`, and the block itself where it is one"
     names = dict(category=CategoryBlock, multi=MultiCategoryBlock, regression=RegressionBlock)
     if isinstance(y_block, str):
-        if y_block not in names: raise InputError(f"y_block: expected 'category', 'multi', 'regression' or a TransformBlock; found {y_block!r}")
+        if y_block not in names:
+            raise InputError(
+                    f"y_block: expected 'category', 'multi', 'regression' or a TransformBlock; found {y_block!r}")
         return y_block,None
     if callable(y_block) and not isinstance(y_block, TransformBlock):
         k = first(k for k,v in names.items() if v is y_block)
         if k: return k,None
         y_block = y_block()
-    if not isinstance(y_block, TransformBlock): raise ArgumentError(f"y_block: expected 'category', 'multi', 'regression' or a TransformBlock; found {y_block!r}")
+    if not isinstance(y_block, TransformBlock):
+        raise ArgumentError(
+                f"y_block: expected 'category', 'multi', 'regression' or a TransformBlock; found {y_block!r}")
     tfms = [t if not isinstance(t, type) else t.__new__(t) for t in L(y_block.type_tfms)]
-    for k,c in (('multi',(MultiCategorize,EncodedMultiCategorize)), ('category',Categorize), ('regression',RegressionSetup)):
+    for k,c in (('multi',(MultiCategorize,EncodedMultiCategorize)), ('category',Categorize),
+            ('regression',RegressionSetup)):
         if any(isinstance(t, c) for t in tfms): return k,y_block
-    raise InputError("y_block: expected a block of fastai's, CategoryBlock, MultiCategoryBlock or RegressionBlock; found a TransformBlock without their transforms")
+    raise InputError("y_block: expected a block of fastai's, CategoryBlock, MultiCategoryBlock or RegressionBlock; "
+                     "found a TransformBlock without their transforms")
 
 def label_kind(
     df,               # one row a case
@@ -53,8 +62,13 @@ def label_kind(
     cols,few = L(label_col),10
     for c in cols:
         if c not in df: raise ColumnError(f"label_col {c!r}: not in the DataFrame, which has {list(df)}")
-        no = [i for i,v in enumerate(df[c]) if not _many(v) and is_blank(v) and not (label_delim and isinstance(v, str))]
-        if no: raise InputError(f"case {_case(df, no[0])!r} has no {c}{f' ({len(no)} cases have none)' if len(no)>1 else ''}. Fill it in, or leave the case out: df.dropna(subset=[{c!r}])")
+        no = [i for i,v in enumerate(df[c]) if not _many(v) and is_blank(v)
+              and not (label_delim and isinstance(v, str))]
+        if no:
+            raise InputError(f"case {_case(df, no[0])!r} has no "
+                             f"{c}{f' ({len(no)} cases have none)' if len(no)>1 else ''}. Fill it in, or leave the "
+                             f"case out: "
+                             f"df.dropna(subset=[{c!r}])")
     if len(cols)==1:
         v = df[cols[0]]
         if label_delim or any(_many(o) for o in v): return 'multi'
@@ -63,13 +77,15 @@ def label_kind(
             return 'category'
         return 'category' if pd.api.types.is_integer_dtype(v) and v.nunique()<=few else 'regression'
     if text:=[c for c in cols if not (pd.api.types.is_numeric_dtype(df[c]) or pd.api.types.is_bool_dtype(df[c]))]:
-        raise InputError(f"label_col {list(cols)}: expected columns of 0 and 1, or of numbers; found text in {text}. Give one column, or turn it into 0 and 1: df[{text[0]!r}]==…")
+        raise InputError(f"label_col {list(cols)}: expected columns of 0 and 1, or of numbers; found text in {text}. "
+                         f"Give one column, or turn it into 0 and 1: df[{text[0]!r}]==…")
     return 'multi' if all(df[c].isin([0,1]).all() for c in cols) else 'regression'
 
 # %% ../../nbs/data/10_labels.ipynb #94e384ca
 class TensorRegression(TensorBase):
     "The numbers (n,) that belong to a case, each in its own unit"
-    def show(self, ctx=None, **kwargs): return show_title(', '.join(f'{float(o):.4g}' for o in self.flatten()), ctx=ctx, **kwargs)
+    def show(self, ctx=None, **kwargs):
+        return show_title(', '.join(f'{float(o):.4g}' for o in self.flatten()), ctx=ctx, **kwargs)
 
 class LabelOf(DisplayedTransform):
     "The label of a row: its class, the list of its findings, or its numbers"
@@ -109,34 +125,53 @@ def label_block(
     group_col=None   # column of the subject, remembered for intervals over subjects; default 'subject' where it exists
 )->tuple:            # (`TransformBlock`, getter of the label, kind)
     "The block for these labels and what reads them. Raises `InputError` on a missing label, on one class alone, on a class that training lacks"
-    found = label_kind(df, label_col, label_delim); kind,block = (found,None) if y_block is None else _y_kind(y_block)
-    cols = label_col if isinstance(label_col, str) or not is_listy(label_col) else (list(label_col) if len(label_col)>1 else list(label_col)[0])
+    found = label_kind(df, label_col, label_delim)
+    kind,block = (found,None) if y_block is None else _y_kind(y_block)
+    cols = label_col if isinstance(label_col, str) or not is_listy(label_col) else (list(label_col) if len(label_col)>1
+            else list(label_col)[0])
     if kind=='category' and is_listy(cols): raise InputError(f"y_block='category': expected one column; found {cols}")
     get = LabelOf(cols, kind, label_delim, ifnone(group_col, 'subject' if 'subject' in df else None))
     rows = [get(r) for _,r in df.iterrows()] if kind!='regression' else []
     if kind=='regression':
         num = df[L(cols)].apply(pd.to_numeric, errors='coerce')
         if (bad:=~np.isfinite(num.astype(float))).any(axis=None):
-            i,c = np.argwhere(bad.values)[0]; raise InputError(f"case {_case(df, i)!r}: {num.columns[c]} is {df[num.columns[c]].iloc[i]!r}; expected a number, to be regressed")
+            i,c = np.argwhere(bad.values)[0]
+            raise InputError(f"case {_case(df, i)!r}: {num.columns[c]} is {df[num.columns[c]].iloc[i]!r}; expected a "
+                             f"number, to be regressed")
         if train is not None:
             for c in num:
-                if num[c].iloc[list(train)].nunique()<2: raise InputError(f"label_col {c!r}: all training cases have the same value, {num[c].iloc[0]:g}: there is nothing to learn")
-        if found=='regression' and y_block is None and all(num[c].isin([0,1]).all() for c in num): warn(f"label_col {cols!r} holds 0 and 1 as fractions and is regressed; say y_block='category' where they are classes")
-        return (TransformBlock(type_tfms=[TargetNumbers([str(c) for c in L(cols)])]) if block is None else block), get, kind
+                if num[c].iloc[list(train)].nunique()<2:
+                    raise InputError(f"label_col {c!r}: all training cases have the same value, {num[c].iloc[0]:g}: "
+                                     f"there is nothing to learn")
+        if found=='regression' and y_block is None and all(num[c].isin([0,1]).all() for c in num):
+            warn(f"label_col {cols!r} holds 0 and 1 as fractions and is regressed; say y_block='category' where they "
+                 f"are classes")
+        return (TransformBlock(type_tfms=[TargetNumbers([str(c) for c in L(cols)])]) if block is None
+                else block), get, kind
     if kind=='multi' and is_listy(cols):
-        if (odd:=[c for c in cols if not df[c].isin([0,1]).all()]): raise InputError(f"label_col {odd}: expected 0 and 1 alone, one column a finding")
+        if (odd:=[c for c in cols if not df[c].isin([0,1]).all()]):
+            raise InputError(f"label_col {odd}: expected 0 and 1 alone, one column a finding")
         return (MultiCategoryBlock(encoded=True, vocab=[str(c) for c in cols]) if block is None else block), get, kind
     each = rows if kind=='multi' else [[o] for o in rows]
     vocab = sorted({v for r in each for v in r}, key=lambda v: (isinstance(v, str), v))
-    if kind=='category' and isinstance(df[cols].dtype, pd.CategoricalDtype): vocab = [v for v in map(_scalar, df[cols].cat.categories) if v in vocab]    # in the order that was said
-    if len(vocab)<(2 if kind=='category' else 1): raise InputError(f"label_col {label_col!r}: expected {'two classes or more' if kind=='category' else 'at least one finding'}; found {vocab} in {len(df)} cases")
-    if kind=='category' and len(vocab)>max(4, len(df)//2): raise InputError(f"label_col {label_col!r}: {len(vocab)} classes in {len(df)} cases. Is it a name? Numbers are regressed with y_block='regression'")
+    # in the order that was said
+    if kind=='category' and isinstance(df[cols].dtype, pd.CategoricalDtype):
+        vocab = [v for v in map(_scalar, df[cols].cat.categories) if v in vocab]
+    if len(vocab)<(2 if kind=='category' else 1):
+        raise InputError(f"label_col {label_col!r}: expected "
+                         f"{'two classes or more' if kind=='category' else 'at least one finding'}; found {vocab} in "
+                         f"{len(df)} cases")
+    if kind=='category' and len(vocab)>max(4, len(df)//2):
+        raise InputError(f"label_col {label_col!r}: {len(vocab)} classes in {len(df)} cases. Is it a name? Numbers are "
+                         f"regressed with y_block='regression'")
     if train is not None:
         seen = {v for i in train for v in each[int(i)]}
         if lost:=[v for v in vocab if v not in seen]:
             i = next(i for i,r in enumerate(each) if lost[0] in r)
-            raise InputError(f"label_col {label_col!r}: no training case is {lost[0]!r}, which case {_case(df, i)!r} of validation is. Split otherwise (seed, valid_col), merge classes, or leave it out")
-    if block is None: block = CategoryBlock(vocab=vocab, sort=False) if kind=='category' else MultiCategoryBlock(vocab=vocab)
+            raise InputError(f"label_col {label_col!r}: no training case is {lost[0]!r}, which case {_case(df, i)!r} "
+                             f"of validation is. Split otherwise (seed, valid_col), merge classes, or leave it out")
+    if block is None:
+        block = CategoryBlock(vocab=vocab, sort=False) if kind=='category' else MultiCategoryBlock(vocab=vocab)
     return block,get,kind
 
 # %% ../../nbs/data/10_labels.ipynb #db6d8b76
@@ -144,11 +179,13 @@ def _indicators(df, cols, kind, label_delim=None):
     "(cases, k) of 0 and 1: what is to be balanced, one column for all cases among it"
     get = LabelOf(cols, kind, label_delim)
     if kind=='regression':
-        v = df[L(cols)[0]].astype(float); b = pd.qcut(v.rank(method='first'), min(5, len(v)), labels=False)
+        v = df[L(cols)[0]].astype(float)
+        b = pd.qcut(v.rank(method='first'), min(5, len(v)), labels=False)
         m = pd.get_dummies(b)
     elif kind=='multi' and is_listy(cols): m = df[list(cols)].astype(float)
     else:
-        rows = [L(get(r)) for _,r in df.iterrows()]; vocab = sorted({str(v) for r in rows for v in r})
+        rows = [L(get(r)) for _,r in df.iterrows()]
+        vocab = sorted({str(v) for r in rows for v in r})
         m = pd.DataFrame([[str(v) in {str(o) for o in r} for v in vocab] for r in rows])
     return np.c_[m.values.astype(float), np.ones(len(df))]
 
@@ -159,16 +196,25 @@ def StratifiedSplitter(
     seed:int=42         # of the draw
 ):                      # function: items → (training indices, validation indices)
     "A splitter that never parts a group and gives both sides the same share of each class, as nearly as that allows. Raises `InputError` on fewer than two groups"
-    g = pd.Series(list(groups)).astype(str); m = np.asarray(classes, dtype=float)
+    g = pd.Series(list(groups)).astype(str)
+    m = np.asarray(classes, dtype=float)
     names = np.unique(g)
-    if len(names)<2: raise InputError(f"expected at least two groups to split; found {names.tolist()} in {len(g)} items. Give more subjects, or group_col with finer groups")
+    if len(names)<2:
+        raise InputError(f"expected at least two groups to split; found {names.tolist()} in {len(g)} items. Give more "
+                         f"subjects, or group_col with finer groups")
     if not 0<valid_pct<1: raise InputError(f"valid_pct: expected a share between 0 and 1; found {valid_pct}")
-    k = np.searchsorted(names, g); sums = np.zeros((len(names), m.shape[1])); np.add.at(sums, k, m)
+    k = np.searchsorted(names, g)
+    sums = np.zeros((len(names), m.shape[1]))
+    np.add.at(sums, k, m)
     want,have,valid = valid_pct*sums.sum(0),np.zeros(m.shape[1]),[]
-    w = 1/np.maximum(want, 1e-9); w[-1] *= 2                              # a rare class weighs as much as a common one, the number of cases twice
+    # a rare class weighs as much as a common one, the number of cases twice
+    w = 1/np.maximum(want, 1e-9)
+    w[-1] *= 2
     order = np.random.default_rng(seed).permutation(len(names))
     for i in order:
-        if len(valid)<len(names)-1 and (np.abs(want-have-sums[i])*w).sum()<(np.abs(want-have)*w).sum()-1e-12: valid.append(i); have = have+sums[i]
+        if len(valid)<len(names)-1 and (np.abs(want-have-sums[i])*w).sum()<(np.abs(want-have)*w).sum()-1e-12:
+            valid.append(i)
+            have = have+sums[i]
     if not valid: valid = [min(order, key=lambda i: (np.abs(want-sums[i])*w).sum())]
     v = np.isin(k, valid)
     def _inner(o):
@@ -212,10 +258,12 @@ def whole_plan(
 )->Plan:                  # as of `suggest_plan`, `patch` being the grid of the whole scan, and `whole` True
     "The grid that every training scan fits on, and its spacing, each with its reason. Raises `InputError` on a size that is none"
     if heads is None: heads = [read_header(o) for o in all_files(df, image_col, path)]
-    base = suggest_plan(df, ndim, image_col, path, spacing=spacing, orientation=orientation, bs=bs, axis=axis, context=context, device=device, memory=memory, heads=heads)
+    base = suggest_plan(df, ndim, image_col, path, spacing=spacing, orientation=orientation, bs=bs, axis=axis,
+                        context=context, device=device, memory=memory, heads=heads)
     ax = [a for a in range(3) if ndim==3 or a!=base.axis]
     pre = Preprocess(base.spacing, orientation=orientation)
-    heads = list({(tuple(h['shape']), np.asarray(h['affine']).tobytes()):h for h in heads}.values())      # scans of one grid count once
+    # scans of one grid count once
+    heads = list({(tuple(h['shape']), np.asarray(h['affine']).tobytes()):h for h in heads}.values())
     def need(sp):
         p = Preprocess(sp, orientation=orientation)
         return np.max([p.grid(h['shape'], h['affine'])[0] for h in heads], 0)
@@ -226,7 +274,9 @@ def whole_plan(
     if size is None:
         f = 1.
         if auto:
-            while (p:=math.prod(-(-int(n[a])//8)*8 for a in ax))>room and f<16: f *= 1.05; n = need(tuple(s*(f if a in ax else 1) for a,s in enumerate(base.spacing)))
+            while (p:=math.prod(-(-int(n[a])//8)*8 for a in ax))>room and f<16:
+                f *= 1.05
+                n = need(tuple(s*(f if a in ax else 1) for a,s in enumerate(base.spacing)))
             sp = tuple(s*(f if a in ax else 1) for a,s in enumerate(base.spacing))
         full = [-(-int(n[a])//8)*8 if a in ax else 1 for a in range(3)]
         why['patch'] = 'voxels; holds the largest training scan, in multiples of 8'
@@ -234,24 +284,30 @@ def whole_plan(
     else:
         given = [size]*len(ax) if isinstance(size, (int,np.integer)) else list(size)
         if len(given)==3 and ndim==2: given = [given[a] for a in ax]
-        if len(given)!=len(ax) or any(isinstance(o, bool) or not isinstance(o, (int,np.integer)) or o<4 for o in given): raise InputError(f"size: expected {len(ax)} whole numbers of 4 or more; found {size!r}")
+        if len(given)!=len(ax) or any(isinstance(o, bool) or not isinstance(o, (int,np.integer)) or o<4 for o in given):
+            raise InputError(f"size: expected {len(ax)} whole numbers of 4 or more; found {size!r}")
         full = [1]*3
         for a,g in zip(ax, given): full[a] = int(g)
         why['patch'] = 'given'
         if auto:
             f = 1.
             for _ in range(200):
-                over = max(need(tuple(s*(f if a in ax else 1) for a,s in enumerate(base.spacing)))[a]/full[a] for a in ax)
+                over = max(need(tuple(s*(f if a in ax else 1) for a,s in enumerate(base.spacing)))[a]/full[a]
+                           for a in ax)
                 if over<=1: break
                 f *= max(over, 1.001) if over>1.02 else 1.005
             sp = tuple(s*(f if a in ax else 1) for a,s in enumerate(base.spacing))
             if f>1: why['spacing'] = f'mm; {f:.2f} times the median, so that the largest training scan fits the size'
     if samples_per_case=='auto':
-        samples_per_case = 1 if ndim==3 else max(1, min(16, math.ceil(64*bs_/max(1, len(df))))); why['samples_per_case'] = 'the whole scan once' if ndim==3 else 'slices of each case in an epoch'
-    elif isinstance(samples_per_case, bool) or not isinstance(samples_per_case, (int,np.integer)) or samples_per_case<1: raise InputError(f"samples_per_case: expected 'auto' or a whole number of 1 or more; found {samples_per_case!r}")
+        samples_per_case = 1 if ndim==3 else max(1, min(16, math.ceil(64*bs_/max(1, len(df)))))
+        why['samples_per_case'] = 'the whole scan once' if ndim==3 else 'slices of each case in an epoch'
+    elif isinstance(samples_per_case, bool) or not isinstance(samples_per_case, (int,np.integer)) or samples_per_case<1:
+        raise InputError(
+                f"samples_per_case: expected 'auto' or a whole number of 1 or more; found {samples_per_case!r}")
     why['bs'] = 'given' if bs is not None else 'scans of a batch'
     kept = patch_plan(tuple(full), sp, context, base.nf)
-    return Plan({**base, **kept, 'spacing':sp, 'bs':bs_, 'samples_per_case':samples_per_case, 'whole':True}, reasons=why)
+    return Plan({**base, **kept, 'spacing':sp, 'bs':bs_, 'samples_per_case':samples_per_case, 'whole':True},
+                 reasons=why)
 
 class WholeTransform(PatchTransform):
     "The whole scan on the grid of a plan: set in its middle, its edge going on, or made smaller where it is larger; in 2D one slice of it, whole"
@@ -266,7 +322,8 @@ class WholeTransform(PatchTransform):
         if m is not None: check_same_grid(x, m)
         draw = getattr(x, 'draw', None)
         at = self.place(x, draw, split_idx)
-        res = tuple(self.patch(fit_in(o, self.plan), at) if isinstance(o, (TensorVolume,TensorVolumeMask)) else o for o in xs)
+        res = tuple(self.patch(fit_in(o, self.plan), at) if isinstance(o, (TensorVolume,TensorVolumeMask)) else o
+                    for o in xs)
         return res if isinstance(b, (tuple,list)) else res[0]
 
     def place(self,
@@ -278,7 +335,8 @@ class WholeTransform(PatchTransform):
         n = fitted_shape(x.shape[-3:], self.plan)
         c = [-((p-s)//2) for s,p in zip(n, self.plan.patch)]
         if self.plan.ndim==2:
-            a = self.plan.axis; k = n[a]
+            a = self.plan.axis
+            k = n[a]
             if split_idx==0 and draw is not None: c[a] = int(np.random.default_rng(draw).integers(k))
             else: c[a] = min(k-1, int(k*((.5+(draw[-1] if draw is not None else 0)*.6180339887)%1)))
         return tuple(c)
@@ -290,7 +348,8 @@ def fitted_shape(
     "The shape of a scan where it had to be made smaller to fit, all axes by one factor; its own where it fits"
     ax = [a for a in range(3) if plan.ndim==3 or a!=plan.axis]
     f = max(1., *[shape[a]/plan.patch[a] for a in ax])
-    return tuple(int(n) for n in shape) if f==1 else tuple(max(1, min(plan.patch[a], int(round(n/f)))) if a in ax else int(n) for a,n in enumerate(shape))
+    return tuple(int(n) for n in shape) if f==1 else tuple(max(1, min(plan.patch[a], int(round(n/f)))) if a in ax
+                                                           else int(n) for a,n in enumerate(shape))
 
 def fit_in(
     t,   # `TensorVolume` or `TensorVolumeMask`, preprocessed
@@ -299,12 +358,16 @@ def fit_in(
     "A scan larger than the grid, made smaller: averaged where that is by two or more, else interpolated. Source of the edge rule: `F.interpolate`"
     to = fitted_shape(t.shape[-3:], plan)
     if to==tuple(t.shape[-3:]): return t
-    mask = isinstance(t, TensorVolumeMask); x = t.as_subclass(Tensor)
+    mask = isinstance(t, TensorVolumeMask)
+    x = t.as_subclass(Tensor)
     x = (x[None] if mask else x)[None].float()
     area = max(a/b for a,b in zip(t.shape[-3:], to))>=2
-    x = F.interpolate(x, to, mode='nearest') if mask else F.interpolate(x, to, mode='area') if area else F.interpolate(x, to, mode='trilinear', align_corners=False)
+    x = F.interpolate(x, to, mode='nearest') if mask else F.interpolate(x, to,
+            mode='area') if area else F.interpolate(x, to, mode='trilinear', align_corners=False)
     x = (x[0,0] if mask else x[0]).to(t.dtype)
-    s = np.array(t.shape[-3:])/np.array(to); aff = t.affine@np.diag([*s, 1]); aff[:3,3] = (t.affine@np.array([*((s-1)/2), 1]))[:3]
+    s = np.array(t.shape[-3:])/np.array(to)
+    aff = t.affine@np.diag([*s, 1])
+    aff[:3,3] = (t.affine@np.array([*((s-1)/2), 1]))[:3]
     return type(t)(x, **{**{k:v for k,v in t.__dict__.items() if k not in ('_affine','fg')}, 'affine':aff})
 
 # %% ../../nbs/data/10_labels.ipynb #20497cde
@@ -315,6 +378,7 @@ def get_labels(
     for tl in reversed(list(dls.train_ds.tls)):
         for f in getattr(tl.tfms, 'fs', []):
             if isinstance(f, TargetNumbers): return 'regression',list(f.vocab)
-            if isinstance(f, RegressionSetup): return 'regression',[f'target_{i}' for i in range(ifnone(f.c, 1))] if ifnone(f.c, 1)>1 else ['target']
+            if isinstance(f, RegressionSetup):
+                return 'regression',[f'target_{i}' for i in range(ifnone(f.c, 1))] if ifnone(f.c, 1)>1 else ['target']
             if isinstance(f, (MultiCategorize,EncodedMultiCategorize)): return 'multi',[_scalar(o) for o in f.vocab]
             if isinstance(f, Categorize): return 'category',[_scalar(o) for o in f.vocab]

@@ -16,23 +16,34 @@ import itertools
 # %% ../../nbs/data/16_leaks.ipynb #fee2ce32
 def _sketch(a, run=8, k=512):
     "(k,) the smallest hashes of all runs of neighbours along any axis, the same from either end; flat runs do not count"
-    best = np.zeros(0, np.uint64); P = np.cumprod(np.full(run, 0x9e3779b97f4a7c15, np.uint64))
+    best = np.zeros(0, np.uint64)
+    P = np.cumprod(np.full(run, 0x9e3779b97f4a7c15, np.uint64))
     for ax in range(3):
         if a.shape[ax]<run: continue
-        b = np.moveaxis(a, ax, -1); b = b.reshape(-1, b.shape[-1]); step = max(1, 500_000//b.shape[1])
+        b = np.moveaxis(a, ax, -1)
+        b = b.reshape(-1, b.shape[-1])
+        step = max(1, 500_000//b.shape[1])
         for i in range(0, len(b), step):
-            s = b[i:i+step]; h = mix_hash(np.ascontiguousarray(s).view(np.uint32).astype(np.uint64)); m = s.shape[1]-run+1
-            f = sum(h[:,j:j+m]*P[j] for j in range(run)); r = sum(h[:,j:j+m]*P[run-1-j] for j in range(run))
-            new = np.diff(s, axis=1)!=0; lively = sum(new[:,j:j+m].astype(np.int8) for j in range(run-1))>=run-3
-            v = mix_hash(np.minimum(f, r)[lively]); v = v[v<=best[-1]] if len(best)==k else v
+            s = b[i:i+step]
+            h = mix_hash(np.ascontiguousarray(s).view(np.uint32).astype(np.uint64))
+            m = s.shape[1]-run+1
+            f = sum(h[:,j:j+m]*P[j] for j in range(run))
+            r = sum(h[:,j:j+m]*P[run-1-j] for j in range(run))
+            new = np.diff(s, axis=1)!=0
+            lively = sum(new[:,j:j+m].astype(np.int8) for j in range(run-1))>=run-3
+            v = mix_hash(np.minimum(f, r)[lively])
+            v = v[v<=best[-1]] if len(best)==k else v
             best = np.unique(np.concatenate([best, np.partition(v, k)[:k*4] if len(v)>k*4 else v]))[:k]
     return best
 
 def _quantum(u):
     "Step of the lattice that all of the sorted values lie on, or nan"
     if not 8<=len(u)<=20_000: return np.nan
-    d = u.astype(float)-float(u[0]); q = np.diff(d).min()
-    for _ in range(3): k = np.round(d/q); q = float(d@k/(k@k))
+    d = u.astype(float)-float(u[0])
+    q = np.diff(d).min()
+    for _ in range(3):
+        k = np.round(d/q)
+        q = float(d@k/(k@k))
     return q if np.abs(d-k*q).max()<.02*q else np.nan
 
 def _thumb(a, spacing, box, n=20):
@@ -41,30 +52,52 @@ def _thumb(a, spacing, box, n=20):
     t,step = a,np.array(box)/(n-1)/np.array(spacing)                     # voxels between two samples
     t = gaussian_filter(t, np.where(np.array(t.shape)>1, np.maximum(.6*step, .5), 0), truncate=3)
     for i in range(3):
-        x = np.clip((t.shape[i]-1)/2+(np.arange(n)-(n-1)/2)*step[i], 0, t.shape[i]-1); lo = np.floor(x).astype(int); w = (x-lo).reshape([-1 if j==i else 1 for j in range(3)]).astype(np.float32)
+        x = np.clip((t.shape[i]-1)/2+(np.arange(n)-(n-1)/2)*step[i], 0, t.shape[i]-1)
+        lo = np.floor(x).astype(int)
+        w = (x-lo).reshape([-1 if j==i else 1 for j in range(3)]).astype(np.float32)
         t = np.take(t, lo, i)*(1-w)+np.take(t, np.minimum(lo+1, t.shape[i]-1), i)*w
-    t = t-t.mean(); return (t/max(np.abs(t).max(), 1e-30)).astype(np.float16)
+    t = t-t.mean()
+    return (t/max(np.abs(t).max(), 1e-30)).astype(np.float16)
 
 def _spectrum(a, n=24):
     "(3,12) logarithm of the power of twelve frequencies along each axis, of the middle of the scan: the median over its lines"
-    a = a[tuple(slice(max(0, (k-96)//2), (k+96)//2+1) for k in a.shape)]; res = np.zeros((3,n//2)); least = 1e-12*max(float(np.ptp(a)), 1e-30)**2
+    a = a[tuple(slice(max(0, (k-96)//2), (k+96)//2+1) for k in a.shape)]
+    res = np.zeros((3,n//2))
+    least = 1e-12*max(float(np.ptp(a)), 1e-30)**2
     for ax in range(3):
-        x = np.moveaxis(a, ax, -1); k = x.shape[-1]; m = min(n, k); x = x.reshape(-1, k)
+        x = np.moveaxis(a, ax, -1)
+        k = x.shape[-1]
+        m = min(n, k)
+        x = x.reshape(-1, k)
         if m<8: continue
-        x = x[::max(1, len(x)//2000)]; starts = range(0, k-m+1, n//2); p = np.zeros(n//2)
-        for i in starts: s = x[:,i:i+m]; p += np.median(np.abs(np.fft.rfft((s-s.mean(1, keepdims=True))*np.hanning(m+2)[1:-1], n))**2, 0)[1:]
+        x = x[::max(1, len(x)//2000)]
+        starts = range(0, k-m+1, n//2)
+        p = np.zeros(n//2)
+        for i in starts:
+            s = x[:,i:i+m]
+            p += np.median(np.abs(np.fft.rfft((s-s.mean(1, keepdims=True))*np.hanning(m+2)[1:-1], n))**2, 0)[1:]
         res[ax] = np.log(p/len(starts)+least)
     return res
 
 def _scan_print(a, spacing, box):
     "What two scans that are one have in common, in 25 kB at most: of one channel (X,Y,Z) float32 in RAS order"
-    a = a if np.isfinite(a).all() else np.nan_to_num(a, posinf=0, neginf=0); u,n = np.unique(a, return_counts=True)
+    a = a if np.isfinite(a).all() else np.nan_to_num(a, posinf=0, neginf=0)
+    u,n = np.unique(a, return_counts=True)
     if len(u)<3: return None
-    with np.errstate(over='ignore'): sketch = _sketch(a, 8 if len(u)>256 else 12)      # of few grey values a gentle slope of eight is common
-    c = np.cumsum(n)/a.size; q = u[np.searchsorted(c, (.05,.1,.25,.5,.75,.9,.95))].astype(float); scale = max(q[-1]-q[0], 1e-6*abs(q[-1]), 1e-30)
-    d = dict(sketch=sketch, quantum=_quantum(u), gaps=None, thumb=_thumb(a, spacing, box), like=np.r_[np.log(np.r_[np.maximum(q-float(u[0]), 0)+.01*scale, roughness_of(a, 1.)+1e-6*scale]), _spectrum(a).ravel()].astype(np.float32))
+    # of few grey values a gentle slope of eight is common
+    with np.errstate(over='ignore'):
+        sketch = _sketch(a, 8 if len(u)>256 else 12)
+    c = np.cumsum(n)/a.size
+    q = u[np.searchsorted(c, (.05,.1,.25,.5,.75,.9,.95))].astype(float)
+    scale = max(q[-1]-q[0], 1e-6*abs(q[-1]), 1e-30)
+    d = dict(sketch=sketch, quantum=_quantum(u), gaps=None, thumb=_thumb(a, spacing, box),
+             like=np.r_[np.log(np.r_[np.maximum(q-float(u[0]), 0)+.01*scale, roughness_of(a, 1.)+1e-6*scale]),
+                        _spectrum(a).ravel()].astype(np.float32))
     if d['quantum']>=1 and (u==np.round(u)).all():
-        k = np.round(u/d['quantum']).astype(int); lo,hi = k[np.searchsorted(c, (.02,.98))]; there = np.zeros(hi-lo+1, bool); there[k[(k>=lo)&(k<=hi)]-lo] = True
+        k = np.round(u/d['quantum']).astype(int)
+        lo,hi = k[np.searchsorted(c, (.02,.98))]
+        there = np.zeros(hi-lo+1, bool)
+        there[k[(k>=lo)&(k<=hi)]-lo] = True
         if 5<=(~there).sum()<=.6*len(there) and len(there)<=8192: d['gaps'] = int(lo),len(there),np.packbits(~there)
     return d
 
@@ -87,7 +120,9 @@ def _corr(A, B):
 
 def _rows(T):
     "Thumbnails as rows, centred and of length one"
-    x = T.reshape(len(T), -1).astype(np.float32); x -= x.mean(1, keepdims=True); return x/np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    x = T.reshape(len(T), -1).astype(np.float32)
+    x -= x.mean(1, keepdims=True)
+    return x/np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 def _usual(n, pairs):
     "(median, robust standard deviation) of what `pairs`, (rows, columns) → matrix, gives of two cases: of all, or of 2000 that lie evenly among more"
@@ -124,7 +159,8 @@ def _gap_overlaps(gaps, ids):
 
 def _same_gaps(P, few):
     "Pairs with the same gaps, where neither is one of a crowd: (i, j, number of common gaps)"
-    gaps = {i:(p['gaps'][0],np.unpackbits(p['gaps'][2])[:p['gaps'][1]]) for i,p in enumerate(P) if p['gaps'] is not None}
+    gaps = {i:(p['gaps'][0],np.unpackbits(p['gaps'][2])[:p['gaps'][1]]) for i,
+            p in enumerate(P) if p['gaps'] is not None}
     if len(gaps)<2: return []
     crowd = np.zeros(len(P), int)
     for i,j,_ in _gap_overlaps(gaps, list(gaps)): np.add.at(crowd, np.r_[i, j], 1)
@@ -140,7 +176,8 @@ def _same_pictures(P):
         R = _rows(A)
         same = _corr(R, R if i is j else _rows(B))
         flip = np.full_like(same, -1)
-        for ax in ((0,),(1,),(2,),(0,1),(0,2),(1,2),(0,1,2)): np.maximum(flip, _corr(R, _rows(np.flip(B, 1+np.array(ax)))), out=flip)
+        for ax in ((0,),(1,),(2,),(0,1),(0,2),(1,2),(0,1,2)):
+            np.maximum(flip, _corr(R, _rows(np.flip(B, 1+np.array(ax)))), out=flip)
         if n<=_sample_size: seen[k] = same,flip                                  # the same blocks again below
         return same,flip
     m,sd = _usual(n, lambda i, j: np.arctanh(np.maximum(*pictures(i, j))))
@@ -155,43 +192,68 @@ def _same_pictures(P):
 
 def _telling_quanta(P):
     "Which prints have a quantum that says something: no round number, and no power of two, which is the step of a floating-point format"
-    q = np.array([p['quantum'] for p in P]); two = 2.**np.round(np.log2(q)); return q,np.isfinite(q) & (np.abs(q/np.array([float(f'{o:.3g}') for o in q])-1)>1e-6) & (np.abs(q/two-1)>1e-6)
+    q = np.array([p['quantum'] for p in P])
+    two = 2.**np.round(np.log2(q))
+    return q,np.isfinite(q) & (np.abs(q/np.array([float(f'{o:.3g}') for o in q])-1)>1e-6) & (np.abs(q/two-1)>1e-6)
 
 def _prove(P, proof, who, of=''):
     "Add to `proof`, {(i,j): [reasons]}, what the prints of one channel show; `who`: the number of the case of each print"
-    n = len(P); few = max(2, min(4, n//3), n//20)
-    def prove(i, j, why): i,j = sorted((who[i],who[j])); proof.setdefault((i,j), []).append(of+why)
+    n = len(P)
+    few = max(2, min(4, n//3), n//20)
+    def prove(i, j, why):
+        i,j = sorted((who[i],who[j]))
+        proof.setdefault((i,j), []).append(of+why)
     big = [i for i,p in enumerate(P) if len(p['sketch'])>=256]
     if big:
-        case = np.repeat(big, [len(P[i]['sketch']) for i in big]); shared = Counter()
-        for g in _same_runs(np.concatenate([P[i]['sketch'] for i in big]), max(4, n//10)): shared.update(itertools.combinations(sorted(case[g].tolist()), 2))
+        case = np.repeat(big, [len(P[i]['sketch']) for i in big])
+        shared = Counter()
+        for g in _same_runs(np.concatenate([P[i]['sketch'] for i in big]), max(4, n//10)):
+            shared.update(itertools.combinations(sorted(case[g].tolist()), 2))
         for (i,j),k in shared.items():
             if k>=8: prove(i, j, f'shared pieces: {k} of {len(P[i]["sketch"])} sampled')
-    q,own = _telling_quanta(P); o = np.flatnonzero(own)[np.argsort(q[own])]
+    q,own = _telling_quanta(P)
+    o = np.flatnonzero(own)[np.argsort(q[own])]
     for g in np.split(o, np.flatnonzero(np.diff(np.log(q[o]))>1e-6)+1) if len(o) else []:
         if 1<len(g)<=few:
             for i,j in itertools.combinations(g.tolist(), 2): prove(i, j, f'same quantum {q[i]:.7g}')
     for i,j,k in _same_gaps(P, few): prove(i, j, f'same gaps: {k} grey values that never occur')
-    for i,j,c,mirrored in _same_pictures(P): prove(i, j, f"same picture{' mirrored' if mirrored else ''}: correlation {c:.4f}")
+    for i,j,c,mirrored in _same_pictures(P):
+        prove(i, j, f"same picture{' mirrored' if mirrored else ''}: correlation {c:.4f}")
 
 def _odds(F, pairs, shrink=.3):
     "A function (rows, columns) → logarithm of the odds that two rows of features are one scan, learnt from `pairs` that are: the two-covariance model, features standardised and clipped. Source: Ioffe 2006"
-    sd = F.std(0); X = np.clip(((F-F.mean(0))/np.maximum(sd, 1e-12))[:,sd>1e-9], -4, 4); i,j = np.array(pairs).T; D = X[i]-X[j]
+    sd = F.std(0)
+    X = np.clip(((F-F.mean(0))/np.maximum(sd, 1e-12))[:,sd>1e-9], -4, 4)
+    i,j = np.array(pairs).T
+    D = X[i]-X[j]
     def soft(S): return (1-shrink)*S+shrink*np.diag(np.diag(S))
-    W,S = soft(D.T@D/(2*len(D)))+1e-3*np.eye(X.shape[1]),soft(X.T@X/len(X)); w,V = np.linalg.eigh(S-W); B = (V*np.maximum(w, 1e-3))@V.T; S = B+W; k = len(S)
-    J = np.block([[S,B],[B,S]]); I,Is = np.linalg.inv(J),np.linalg.inv(S); q = -.5*np.einsum('ij,jk,ik->i', X, I[:k,:k]-Is, X)
+    W,S = soft(D.T@D/(2*len(D)))+1e-3*np.eye(X.shape[1]),soft(X.T@X/len(X))
+    w,V = np.linalg.eigh(S-W)
+    B = (V*np.maximum(w, 1e-3))@V.T
+    S = B+W
+    k = len(S)
+    J = np.block([[S,B],[B,S]])
+    I,Is = np.linalg.inv(J),np.linalg.inv(S)
+    q = -.5*np.einsum('ij,jk,ik->i', X, I[:k,:k]-Is, X)
     const = .5*(np.linalg.slogdet(J)[1]-2*np.linalg.slogdet(S)[1])
     return lambda i, j: q[i][:,None]+q[j][None]-X[i]@I[:k,k:]@X[j].T-const
 
 def _alike_scans(P, proof, sure=.9, ahead=2.):
     "{(i,j): reason} pairs of cases that are merely alike; `P`: the prints of all channels of each case, `proof`: what is proved already; `sure`: least probability, `ahead`: least lead where nothing teaches"
-    n = len(P); own = np.array([_telling_quanta(ps)[1].any() for ps in P]); free = np.flatnonzero(~own); res = {}
+    n = len(P)
+    own = np.array([_telling_quanta(ps)[1].any() for ps in P])
+    free = np.flatnonzero(~own)
+    res = {}
     if len(free)<10 or n<20: return res
     by = [[ps[c] for ps in P] for c in range(len(P[0]))]                  # by channel
     likes = [np.stack([p['like'] for p in ps]).astype(float) for ps in by]
     teach = [k for k,w in proof.items() if all('quantum' in o or 'gaps' in o for o in w)]
-    if len(teach)>=12: nearest,say = _learnt(by, likes, teach, free, sure),'alike, as the proved pairs of this set are: probability {:.3f}'
-    elif len(free)>=20: nearest,say = _nearest_pairs(by, likes, free, ahead),'alike, each the nearest of the other, {:.1f} standard deviations before the next'
+    if len(teach)>=12:
+        nearest,say = _learnt(by, likes, teach, free,
+                              sure),'alike, as the proved pairs of this set are: probability {:.3f}'
+    elif len(free)>=20:
+        nearest,say = _nearest_pairs(by, likes, free,
+                                     ahead),'alike, each the nearest of the other, {:.1f} standard deviations before the next'
     else: return res
     for i,j,v in nearest: res[int(free[i]),int(free[j])] = say.format(v)
     return res
@@ -219,7 +281,8 @@ def _learnt(by, likes, teach, free, sure):
         total[i] = np.exp(m-top[i][:,None]).sum(1)+n*np.exp(-top[i])         # one twin at most, as likely as none
     nn,best = np.empty(n, int),np.empty(n)
     for i in _case_blocks(n):
-        p = np.minimum(np.exp(M(i, every)-top[i][:,None])/total[i][:,None], (np.exp(M(every, i)-top[:,None])/total[:,None]).T)
+        p = np.minimum(np.exp(M(i, every)-top[i][:,None])/total[i][:,None],
+                       (np.exp(M(every, i)-top[:,None])/total[:,None]).T)
         nn[i] = p.argmax(1)
         best[i] = p[np.arange(len(i)),nn[i]]
     return [(i, j, best[i]) for i,j in enumerate(nn) if i<j and nn[j]==i and best[i]>sure]
@@ -242,7 +305,8 @@ def _nearest_pairs(by, likes, free, ahead):
             for x in X.T: d += (x[i][:,None]-x[j][None])**2
             return np.log(np.sqrt(d/max(1, X.shape[1]))+1e-3)
         return f
-    groups = [(1, [pictures(ps) for ps in by]), (-1, [distance(x[:,:13]) for x in likes]), (-1, [distance(x[:,13:]) for x in likes])]
+    groups = [(1, [pictures(ps) for ps in by]), (-1, [distance(x[:,:13]) for x in likes]),
+              (-1, [distance(x[:,13:]) for x in likes])]
     for sign,fs in groups: measures.append([(sign, f, *_usual(n, f)) for f in fs])
     def Z(i, j):
         z = sum(np.mean([sign*((f(i, j)-m)/sd) for sign,f,m,sd in fs], 0) for fs in measures)
@@ -254,21 +318,28 @@ def _nearest_pairs(by, likes, free, ahead):
         nn[i] = z.argmax(1)
         two = np.partition(z, -2, axis=1)[:,-2:]
         best[i],gap[i] = two[:,1],two[:,1]-two[:,0]
-    return [(i, j, min(gap[i], gap[j])) for i,j in enumerate(nn) if i<j and nn[j]==i and min(gap[i], gap[j])>ahead and best[i]>4]
+    return [(i, j, min(gap[i], gap[j])) for i,j in enumerate(nn) if i<j and nn[j]==i and min(gap[i], gap[j])>ahead
+            and best[i]>4]
 
 def _pairs(vox, likely=True, **kwargs):
     "Pairs of cases, {(i,j): [reasons]}: those that are proved to be one scan, and those that are merely alike"
-    proof = {}; there = [(i,c) for i,v in enumerate(vox) for c in v['channels'] if c and not c['constant']]
+    proof = {}
+    there = [(i,c) for i,v in enumerate(vox) for c in v['channels'] if c and not c['constant']]
     for t in repeated_hashes((c['bag'], i, c['hash']) for i,c in there):
         for (i,a),(j,b) in itertools.combinations(t, 2):
-            if i!=j: proof.setdefault((i,j), []).append('identical voxels' if a==b else 'the same voxels, mirrored or turned')
+            if i!=j:
+                proof.setdefault((i,j), []).append('identical voxels' if a==b
+                                                   else 'the same voxels, mirrored or turned')
     most = max((len(v['prints']) for v in vox), default=0)
     for c in range(most):
         who = [i for i,v in enumerate(vox) if len(v['prints'])>c and v['prints'][c]]
         if len(who)>1: _prove([vox[i]['prints'][c] for i in who], proof, who, f'channel {c}: ' if most>1 else '')
-    has = [i for i,v in enumerate(vox) if v['prints'] and all(v['prints'])]; k = min((len(vox[i]['prints']) for i in has), default=0); at = {i:p for p,i in enumerate(has)}
+    has = [i for i,v in enumerate(vox) if v['prints'] and all(v['prints'])]
+    k = min((len(vox[i]['prints']) for i in has), default=0)
+    at = {i:p for p,i in enumerate(has)}
     if not likely or not has: return proof,{}
-    like = _alike_scans([vox[i]['prints'][:k] for i in has], {(at[i],at[j]):w for (i,j),w in proof.items() if i in at and j in at}, **kwargs)
+    like = _alike_scans([vox[i]['prints'][:k] for i in has],
+                                {(at[i],at[j]):w for (i,j),w in proof.items() if i in at and j in at}, **kwargs)
     return proof,{(has[i],has[j]):[w] for (i,j),w in like.items() if (has[i],has[j]) not in proof}
 
 # %% ../../nbs/data/16_leaks.ipynb #c7e91758
@@ -283,14 +354,21 @@ def find_leaks(
 )->pd.DataFrame:          # case_a, case_b, evidence, sure ('proved' or 'likely'), with `split` also parted (bool)
     "Pairs of cases, of different subjects as far as these are known, that look like one scan. Raises `KeyError` where a column is missing, `ValueError` on an empty table"
     if not len(df): raise InputError("find_leaks: the table has no rows")
-    if split is not None and split not in df: raise ColumnError(f"split {split!r}: not in the DataFrame, which has {list(df)}")
-    names,(_,vox) = case_names(check_columns(df)),survey_cases(df, path, image_col, None, .05, memory_gb, workers, prints=_scan_print); proof,like = _pairs(vox, likely)
+    if split is not None and split not in df:
+        raise ColumnError(f"split {split!r}: not in the DataFrame, which has {list(df)}")
+    names,(_,vox) = case_names(check_columns(df)),survey_cases(df, path, image_col, None, .05, memory_gb, workers,
+                                                               prints=_scan_print)
+    proof,like = _pairs(vox, likely)
     sub = [None]*len(df) if 'subject' not in df else [str(o) if pd.notna(o) else None for o in df.subject]
-    rows = [dict(case_a=names[i], case_b=names[j], evidence='; '.join(dict.fromkeys(w)), sure=s, **({} if split is None else dict(parted=df[split].iloc[i]!=df[split].iloc[j])))
-            for s,d in (('proved',proof),('likely',like)) for (i,j),w in sorted(d.items()) if sub[i] is None or sub[i]!=sub[j]]
+    rows = [dict(case_a=names[i], case_b=names[j], evidence='; '.join(dict.fromkeys(w)), sure=s,
+                 **({} if split is None else dict(parted=df[split].iloc[i]!=df[split].iloc[j])))
+            for s,d in (('proved',proof),('likely',like)) for (i,j),w in sorted(d.items()) if sub[i] is None
+                                          or sub[i]!=sub[j]]
     res = pd.DataFrame(rows, columns=['case_a','case_b','evidence','sure']+([] if split is None else ['parted']))
     if split is not None and res.parted.any():
-        r = res[res.parted.astype(bool)]; warn(f"{split!r} parts {len(r)} pairs of cases that look like one scan, such as {r.case_a.iloc[0]} and {r.case_b.iloc[0]} ({r.evidence.iloc[0]}). Give both one subject, and split by it")
+        r = res[res.parted.astype(bool)]
+        warn(f"{split!r} parts {len(r)} pairs of cases that look like one scan, such as {r.case_a.iloc[0]} and "
+             f"{r.case_b.iloc[0]} ({r.evidence.iloc[0]}). Give both one subject, and split by it")
     return res
 
 # %% ../../nbs/data/16_leaks.ipynb #78917f79
@@ -299,15 +377,25 @@ def _shift_features(dfs, path, image_col, site_col, memory_gb, workers):
     rows,ys,subs,lost = [],[],[],0
     for y,df in enumerate(dfs):
         for k,(h,v) in enumerate(zip(*survey_cases(df, path, image_col, None, .05, memory_gb, workers))):
-            if not v['channels'] or None in v['channels']: lost += 1; continue
-            f = {('spacing',f'{a}, mm'):s for a,s in zip('xyz', h['spacing'])} | {('size',f'{a}, mm'):s*n for a,s,n in zip('xyz', h['spacing'], h['size'])}
+            if not v['channels'] or None in v['channels']:
+                lost += 1
+                continue
+            f = {('spacing',f'{a}, mm'):s for a,s in zip('xyz', h['spacing'])} | {('size',f'{a}, mm'):s*n for a,s,
+                    n in zip('xyz', h['spacing'], h['size'])}
             for c,o in enumerate(v['channels']):
                 of = f' of channel {c}' if len(v['channels'])>1 else ''
-                f.update({('intensity','log10 range'+of):o['level'], ('intensity','offset / range'+of):o['base'], **{('intensity',f'decile {d+1}{of}'):s for d,s in enumerate(o['shape'])},
-                          **{('intensity',f"{('roughness','curvature')[d//3]} along {'xyz'[d%3]}{of}"):s for d,s in enumerate(o['rough'])}})
+                f.update({('intensity','log10 range'+of):o['level'], ('intensity','offset / range'+of):o['base'],
+                        **{('intensity',f'decile {d+1}{of}'):s for d,s in enumerate(o['shape'])},
+                          **{('intensity',f"{('roughness','curvature')[d//3]} along {'xyz'[d%3]}{of}"):s for d,
+                        s in enumerate(o['rough'])}})
             if all(site_col in o for o in dfs): f[('site',f'is {df[site_col].iloc[k]}')] = 1.
-            rows.append(f); ys.append(y); subs.append(str(df.subject.iloc[k]) if 'subject' in df and pd.notna(df.subject.iloc[k]) else f'{y} {k}')
-    X = pd.DataFrame(rows); site = [c for c in X if c[0]=='site']; X[site] = X[site].fillna(0); X = X.fillna(X.median()).fillna(0).round(9)
+            rows.append(f)
+            ys.append(y)
+            subs.append(str(df.subject.iloc[k]) if 'subject' in df and pd.notna(df.subject.iloc[k]) else f'{y} {k}')
+    X = pd.DataFrame(rows)
+    site = [c for c in X if c[0]=='site']
+    X[site] = X[site].fillna(0)
+    X = X.fillna(X.median()).fillna(0).round(9)
     if len(X): X.columns = pd.MultiIndex.from_tuples(X.columns)
     return X,np.array(ys, dtype=int),pd.factorize(np.array(subs))[0],lost
 
@@ -316,16 +404,29 @@ def _shift(X, y, g, lost, n_boot, seed):
     from sklearn.ensemble import ExtraTreesClassifier
     from sklearn.model_selection import StratifiedGroupKFold
     least = min(len(set(g[y==k])) for k in (0,1))
-    if least<5: raise InputError(f"distribution_shift: expected at least five readable subjects in each set; found {(y==0).sum()} and {(y==1).sum()} cases, {least} subjects in the smaller, {lost} unreadable")
+    if least<5:
+        raise InputError(f"distribution_shift: expected at least five readable subjects in each set; found "
+                         f"{(y==0).sum()} and {(y==1).sum()} cases, {least} subjects in the smaller, {lost} unreadable")
     rng = np.random.default_rng(seed)
-    def draws(k): u,w = np.unique(g[y==k], return_inverse=True); return rng.multinomial(len(u), np.full(len(u), 1/len(u)), n_boot)[:,w]
-    wa,wb = draws(0),draws(1); folds = list(StratifiedGroupKFold(min(5, least), shuffle=True, random_state=seed).split(X, y, g)); res = {}
+    def draws(k):
+        u,w = np.unique(g[y==k], return_inverse=True)
+        return rng.multinomial(len(u), np.full(len(u), 1/len(u)), n_boot)[:,w]
+    wa,wb = draws(0),draws(1)
+    folds = list(StratifiedGroupKFold(min(5, least), shuffle=True, random_state=seed).split(X, y, g))
+    res = {}
     def wins(p): return (p[y==1][None]>p[y==0][:,None])+.5*(p[y==1][None]==p[y==0][:,None])
     for fam in ('all', *dict.fromkeys(X.columns.get_level_values(0))):
-        x = X.values if fam=='all' else X[fam].values; cols = X.columns if fam=='all' else X[[fam]].columns; p = np.zeros(len(y))
-        for tr,te in folds: p[te] = ExtraTreesClassifier(300, min_samples_leaf=2, class_weight='balanced', random_state=seed).fit(x[tr], y[tr]).predict_proba(x[te])[:,1]
-        M = wins(p.round(6)); boot = ((wa@M)*wb).sum(1)/(wa.sum(1)*wb.sum(1)); k = int(np.argmax([abs(wins(o).mean()-.5) for o in x.T]))
-        res[fam] = dict(auc=M.mean(), low=np.quantile(boot, .025), high=np.quantile(boot, .975), telling=' '.join(cols[k]), a=np.median(x[y==0,k]), b=np.median(x[y==1,k]))
+        x = X.values if fam=='all' else X[fam].values
+        cols = X.columns if fam=='all' else X[[fam]].columns
+        p = np.zeros(len(y))
+        for tr,te in folds:
+            p[te] = ExtraTreesClassifier(300, min_samples_leaf=2, class_weight='balanced', random_state=seed).fit(x[tr],
+                                         y[tr]).predict_proba(x[te])[:,1]
+        M = wins(p.round(6))
+        boot = ((wa@M)*wb).sum(1)/(wa.sum(1)*wb.sum(1))
+        k = int(np.argmax([abs(wins(o).mean()-.5) for o in x.T]))
+        res[fam] = dict(auc=M.mean(), low=np.quantile(boot, .025), high=np.quantile(boot, .975),
+                        telling=' '.join(cols[k]), a=np.median(x[y==0,k]), b=np.median(x[y==1,k]))
     return pd.DataFrame(res).T.rename_axis('family').infer_objects()
 
 # %% ../../nbs/data/16_leaks.ipynb #ef2d6fcc
@@ -339,7 +440,8 @@ def distribution_shift(
     seed:int=0,           # of the folds, the trees and the bootstrap
     memory_gb:float=None, # what all threads together may use; default: half of the machine
     workers:int=None      # threads; default: a thread a core, 8 at most
-)->pd.DataFrame:          # index 'all' and the families: auc, low, high (95 %), telling (the feature that tells most), a, b (its medians)
+# index 'all' and the families: auc, low, high (95 %), telling (the feature that tells most), a, b (its medians)
+)->pd.DataFrame:
     "Can a classifier (extremely randomised trees, Geurts 2006) tell two sets apart, and by what? Raises `ValueError` on fewer than five readable cases in a set"
     for n,df in (('df_a',df_a),('df_b',df_b)):
         if not len(df): raise InputError(f"distribution_shift: {n} has no rows")

@@ -44,7 +44,8 @@ class VolumeDataLoaders(DataLoaders):
         path='.',                  # stands before relative file names; also the Learner's path
         image_col='image',         # column of the images, or several: channels
         mask_col='auto',           # column of the masks; 'auto': 'mask', or none where there is a `label_col`
-        codes=None,                # structures: list of names, or dict name → value(s) in the file; default: from the data
+        # structures: list of names, or dict name → value(s) in the file; default: from the data
+        codes=None,
         group_col=None,            # column whose groups are never parted; default 'subject' where it exists
         valid_col=None,            # bool column: validation cases
         valid_pct=0.2,             # share of validation cases
@@ -62,48 +63,73 @@ class VolumeDataLoaders(DataLoaders):
         device=None,               # default: fastai's
         axis='auto',               # slices only: the array axis that is cut across
         context=0,                 # slices only: neighbours on each side, as channels
-        label_col=None,            # column of what the case is, or several: classes, findings or numbers; the item is then the whole scan
+        # column of what the case is, or several: classes, findings or numbers; the item is then the whole scan
+        label_col=None,
         y_block=None,              # 'category', 'multi', 'regression' or a block of fastai's; default: from the values
         label_delim=None,          # stands between the findings of a text
-        size=None,                 # with `label_col`: voxels of the whole scan; default: the largest training case, within the memory
+        # with `label_col`: voxels of the whole scan; default: the largest training case, within the memory
+        size=None,
         stratify=True,             # with `label_col`: each class alike on both sides
-        minutes=None,              # of training: the machine is measured, and the plan gives enough updates in this time, see `suggest_plan`
-        plan=None,                 # a `Plan` made before, such as that of another fold: its patch, batch, spacing, axis and context, and nothing is measured
+        # of training: the machine is measured, and the plan gives enough updates in this time, see `suggest_plan`
+        minutes=None,
+        # a `Plan` made before, such as that of another fold: its patch, batch, spacing, axis and context, and nothing
+        # is measured
+        plan=None,
     ):                             # these DataLoaders, every case preprocessed and kept
         "From a DataFrame with a row a case. Raises `KeyError` (a column), `ValueError` (a case, named, that cannot be used)"
         if not len(df): raise InputError("from_df: the DataFrame has no rows")
-        _check_plan(cls._ndim, label_col, plan, minutes, dict(patch=patch, bs=bs, samples_per_case=samples_per_case, spacing=spacing, axis=axis, context=context))
+        _check_plan(cls._ndim, label_col, plan, minutes, dict(patch=patch, bs=bs, samples_per_case=samples_per_case,
+                                                              spacing=spacing, axis=axis, context=context))
         df = check_columns(df).reset_index(drop=True)
-        odd = dict(y_block=y_block, label_delim=label_delim, size=size) if label_col is None else dict(patch=None if patch=='auto' else patch, foreground=None if foreground=='auto' else foreground)
-        if odd:=[k for k,v in odd.items() if v is not None]: raise InputError(f"{', '.join(odd)}: {'belongs to labels: say label_col=… too' if label_col is None else 'belongs to patches; with a label_col the item is the whole scan, of size=…'}")
+        odd = dict(y_block=y_block, label_delim=label_delim, size=size) if label_col is None else dict(patch=None
+                if patch=='auto' else patch, foreground=None if foreground=='auto' else foreground)
+        if odd:=[k for k,v in odd.items() if v is not None]:
+            raise InputError(f"{', '.join(odd)}: "
+                             f"{'belongs to labels: say label_col=… too' if label_col is None else 'belongs to patches; with a label_col the item is the whole scan, of size=…'}")
         if mask_col=='auto': mask_col = 'mask' if label_col is None else None
         foreground = 1/3 if foreground=='auto' else foreground
         if not 0<=foreground<=1: raise InputError(f"foreground: expected a share from 0 to 1; found {foreground}")
-        if cls._ndim==3 and (axis!='auto' or context): raise InputError("axis and context belong to slices: use SliceDataLoaders")
+        if cls._ndim==3 and (axis!='auto' or context):
+            raise InputError("axis and context belong to slices: use SliceDataLoaders")
         root = Path(path).absolute()                                        # whatever folder the process is in later
         images,masks = all_files(df, image_col, root),all_files(df, mask_col, root) if mask_col is not None else []
         for m in masks:
             if is_listy(m): raise InputError(f"mask_col {mask_col!r}: expected one file a case; found {m}")
         if label_col is None: splitter = case_splitter(df, group_col, valid_col, valid_pct, seed)
-        else: splitter = label_splitter(df, label_col, label_block(df, label_col, y_block, label_delim)[2], label_delim, group_col, valid_col, valid_pct, seed, stratify)
+        else:
+            splitter = label_splitter(df, label_col, label_block(df, label_col, y_block, label_delim)[2], label_delim,
+                                      group_col, valid_col, valid_pct, seed, stratify)
         train = list(splitter(range(len(df)))[0])
         warn_twins(df, images, train)
         labelled = () if label_col is None else label_block(df, label_col, y_block, label_delim, train, group_col)
         cache = Path(cache_dir() if cache is None else cache)
-        heads = [_check_headers(df.iloc[i], images[i], masks[i], cache) for i in range(len(df))] if masks else [_kept_header(o, cache) for o in images]
+        heads = [_check_headers(df.iloc[i], images[i], masks[i], cache)
+                 for i in range(len(df))] if masks else [_kept_header(o, cache) for o in images]
         for i,h in enumerate(heads):
             if h['channels']!=heads[0]['channels']:
                 a,b = [(r.get('case', r.name), heads[j]['channels']) for r,j in ((df.iloc[0],0), (df.iloc[i],i))]
-                raise InputError(f"case {b[0]!r} has {b[1]} channels, case {a[0]!r} has {a[1]}: expected the same number in every case. Leave channels out with image_col=[…], or the case")
+                raise InputError(f"case {b[0]!r} has {b[1]} channels, case {a[0]!r} has {a[1]}: expected the same "
+                                 f"number in every case. Leave channels out with image_col=[…], or the case")
         device = torch.device(ifnone(device, default_device()))
         kw = dict(axis=axis, context=context) if cls._ndim==2 else {}
-        kw.update(spacing=spacing, bs=bs, samples_per_case=samples_per_case, device=device, heads=[heads[i] for i in train])
+        kw.update(spacing=spacing, bs=bs, samples_per_case=samples_per_case, device=device,
+                  heads=[heads[i] for i in train])
         if plan is not None: plan = Plan(plan, reasons=getattr(plan, 'reasons', None))
-        else: plan = whole_plan(df.iloc[train], cls._ndim, image_col, path, size, **kw) if labelled else suggest_plan(df.iloc[train], cls._ndim, image_col, path, patch=patch, minutes=minutes, **kw)
-        need,left = plan.bs*int(np.prod([float(p) for p in plan.patch]))*(1+2*plan.get('context', 0))*(4*heads[0]['channels']+1),memory_left()
-        if need>left: raise ResourceError(f"patch: a batch of {plan.bs} patches of {'×'.join(map(str, plan.patch))} voxels takes {need/1e9:.3g} GB before a network has seen it, and {left/1e9:.3g} GB are free. Give a smaller patch= or bs=")
+        else:
+            plan = whole_plan(df.iloc[train], cls._ndim, image_col, path, size,
+                              **kw) if labelled else suggest_plan(df.iloc[train], cls._ndim, image_col, path,
+                    patch=patch, minutes=minutes, **kw)
+        need,left = plan.bs*int(np.prod([float(p) for p in plan.patch]))*(1+2*plan.get('context',
+                0))*(4*heads[0]['channels']+1),memory_left()
+        if need>left:
+            raise ResourceError(f"patch: a batch of {plan.bs} patches of {'×'.join(map(str, plan.patch))} voxels takes "
+                                f"{need/1e9:.3g} GB before a network has seen it, and {left/1e9:.3g} GB are free. Give "
+                                f"a smaller "
+                                f"patch= or bs=")
         pre = Preprocess(plan.spacing, normalize, plan.orientation, codes)
-        if codes is None and masks: codes = pre.codes = check_codes(df.attrs.get('codes')) or _codes_from(label_values(Store(pre, cache), masks))
+        if codes is None and masks:
+            codes = pre.codes = check_codes(df.attrs.get('codes')) or _codes_from(label_values(Store(pre, cache),
+                                                         masks))
         tr_im,tr_m = [images[i] for i in train],[masks[i] for i in train if masks]
         key = dict(files=[[kept_digest(f, cache) for f in L(o)] for o in tr_im+tr_m], pre=pre.to_dict())
         pre = Preprocess(**Store(pre, cache).cached('fit', key, lambda: pre.fit(tr_im, tr_m or None).to_dict()))
@@ -115,13 +141,21 @@ class VolumeDataLoaders(DataLoaders):
         bs = min(plan.bs, len(train)*plan.samples_per_case)
         im_block,mask_block = (VolumeBlock,VolumeMaskBlock) if cls._ndim==3 else (SliceBlock,SliceMaskBlock)
         blocks,get_y = [im_block(pre, cache)],[]
-        if masks: blocks.append(mask_block(None, pre, cache)); get_y.append(CaseFiles(mask_col, path))
-        if labelled: blocks.append(labelled[0]); get_y.append(labelled[1])
-        block = DataBlock(blocks=tuple(blocks), n_inp=1, get_x=CaseFiles(image_col, path), get_y=get_y, splitter=splitter,
-                          item_tfms=[WholeTransform(plan) if labelled else PatchTransform(plan, foreground), *L(item_tfms)], batch_tfms=batch_tfms)
+        if masks:
+            blocks.append(mask_block(None, pre, cache))
+            get_y.append(CaseFiles(mask_col, path))
+        if labelled:
+            blocks.append(labelled[0])
+            get_y.append(labelled[1])
+        block = DataBlock(blocks=tuple(blocks), n_inp=1, get_x=CaseFiles(image_col, path), get_y=get_y,
+                          splitter=splitter,
+                          item_tfms=[WholeTransform(plan) if labelled else PatchTransform(plan, foreground),
+                                     *L(item_tfms)], batch_tfms=batch_tfms)
         if num_workers is None: num_workers = 0 if device.type=='cpu' else min(8, defaults.cpus)
-        block.item_tfms = L(f for f in block.item_tfms if not isinstance(f, ToTensor))   # everything here is a tensor already
-        return cls.from_dblock(block, df, path=path, bs=bs, samples=plan.samples_per_case, val_samples=-(-plan.samples_per_case//4),
+        # everything here is a tensor already
+        block.item_tfms = L(f for f in block.item_tfms if not isinstance(f, ToTensor))
+        return cls.from_dblock(block, df, path=path, bs=bs, samples=plan.samples_per_case,
+                               val_samples=-(-plan.samples_per_case//4),
                                seed=seed, num_workers=num_workers, device=device)
 
     @classmethod
@@ -179,19 +213,27 @@ class SliceDataLoaders(VolumeDataLoaders):
 
 def _codes_from(values):
     if values!=list(range(len(values))):
-        raise InputError(f"The masks hold the values {values[:12]}{' …' if len(values)>12 else ''}: expected 0, 1, 2 … without a gap. "
+        raise InputError(f"The masks hold the values {values[:12]}{' …' if len(values)>12 else ''}: expected 0, 1, 2 … "
+                         f"without a gap. "
                          "Declare them: codes={'background':0, 'lesion':255}, or the list of names for 0,1,2…")
-    if len(values)<2: raise InputError("The masks hold nothing but background (0). Check that they are the right files, or declare codes=['background', …]")
+    if len(values)<2:
+        raise InputError("The masks hold nothing but background (0). Check that they are the right files, or declare "
+                         "codes=['background', …]")
     return ['background']+[str(v) for v in values[1:]]
 
 def _check_plan(ndim, label_col, plan, minutes, given):
     "Raises `InputError` where a plan or its minutes do not go together with the other arguments"
-    if label_col is not None and (minutes is not None or plan is not None): raise InputError(f"{'minutes' if plan is None else 'plan'}: belongs to patches; with a label_col the item is the whole scan, of size=…")
+    if label_col is not None and (minutes is not None or plan is not None):
+        raise InputError(f"{'minutes' if plan is None else 'plan'}: belongs to patches; with a label_col the item is "
+                         f"the whole scan, of size=…")
     if plan is None: return
     auto = dict(patch='auto', bs=None, samples_per_case='auto', spacing='auto', axis='auto', context=0, minutes=None)
     more = [k for k,v in dict(given, minutes=minutes).items() if type(v)!=type(auto[k]) or v!=auto[k]]
-    if more: raise InputError(f"plan: it says {', '.join(more)} already. Leave {'it' if len(more)==1 else 'them'} out, or change the plan")
-    lacks = [k for k in ('ndim','spacing','orientation','patch','strides','depth','nf','bs','samples_per_case') if k not in plan]
+    if more:
+        raise InputError(f"plan: it says {', '.join(more)} already. Leave {'it' if len(more)==1 else 'them'} out, or "
+                         f"change the plan")
+    lacks = [k for k in ('ndim','spacing','orientation','patch','strides','depth','nf','bs','samples_per_case')
+                         if k not in plan]
     if lacks: raise InputError(f"plan: expected what suggest_plan gives; {', '.join(lacks)} not found")
     if plan['ndim']!=ndim: raise InputError(f"plan: is of {plan['ndim']}D patches, and these DataLoaders are {ndim}D")
 
@@ -199,7 +241,9 @@ def _say_larger(df, heads, pre, plan):
     "Tell which scans have to be made smaller to lie on the plan's grid"
     grids = [pre.grid(h['shape'], h['affine'])[0] for h in heads]
     if big:=[i for i,n in enumerate(grids) if fitted_shape(n, plan)!=tuple(n)]:
-        warn(f"{len(big)} of {len(df)} cases are larger than the {'×'.join(map(str, plan.patch))} voxels of a whole scan, such as {df.iloc[big[0]].get('case', big[0])!r} ({'×'.join(map(str, grids[big[0]]))}): they are made smaller, not cropped. Say a larger size or spacing to keep their scale")
+        warn(f"{len(big)} of {len(df)} cases are larger than the {'×'.join(map(str, plan.patch))} voxels of a whole "
+             f"scan, such as {df.iloc[big[0]].get('case', big[0])!r} ({'×'.join(map(str, grids[big[0]]))}): "
+             f"they are made smaller, not cropped. Say a larger size or spacing to keep their scale")
 
 def _kept_header(fn, cache):
     "`read_header`, from the store where the files are those of the last time"
@@ -240,7 +284,8 @@ def show_labelled(
 ):            # the axes
     "Items with their labels; a wrong prediction is red"
     for s,o,c in zip(samples, outs, ctxs):
-        t = label_text(s[-1]); p = None if o is None else label_text(o[-1])
+        t = label_text(s[-1])
+        p = None if o is None else label_text(o[-1])
         s[0].show(ctx=c, mask=s[1] if len(s)>2 else None, **{'title':t if p is None else f'{t}\n{p}', **kwargs})
         if p is not None: c.title.set_color('black' if isinstance(o[-1], Tensor) else 'green' if p==t else 'red')
     return ctxs
@@ -259,25 +304,31 @@ def label_text(
 )->str: # on one line
     "A label in words"
     if isinstance(y, Tensor): return ', '.join(f'{float(o):.4g}' for o in y.flatten())
-    if isinstance(y, (tuple,list,L)): return ', '.join(f'{o:.4g}' if isinstance(o, float) else str(o) for o in y) or 'none'
+    if isinstance(y, (tuple,list,L)):
+        return ', '.join(f'{o:.4g}' if isinstance(o, float) else str(o) for o in y) or 'none'
     return str(y)
 
 @dispatch
-def show_batch(x:TensorVolume|TensorSlice, y:TensorVolumeMask|TensorSliceMask, samples, ctxs=None, max_n=8, nrows=None, ncols=None, figsize=None, **kwargs):
+def show_batch(x:TensorVolume|TensorSlice, y:TensorVolumeMask|TensorSliceMask, samples, ctxs=None, max_n=8, nrows=None,
+               ncols=None, figsize=None, **kwargs):
     "One picture an item: a plane of the patch with the contours of its mask; `kwargs` go to `show_plane`"
     return _show(samples, [None]*len(samples), _axes_of(ctxs, samples, max_n, nrows, ncols, figsize), max_n, **kwargs)
 
 @dispatch
-def show_results(x:TensorVolume|TensorSlice, y:TensorVolumeMask|TensorSliceMask, samples, outs, ctxs=None, max_n=8, nrows=None, ncols=None, figsize=None, **kwargs):
+def show_results(x:TensorVolume|TensorSlice, y:TensorVolumeMask|TensorSliceMask, samples, outs, ctxs=None, max_n=8,
+                 nrows=None, ncols=None, figsize=None, **kwargs):
     "One picture an item, truth solid and prediction dashed; `kwargs` go to `show_plane`"
     return _show(samples, [o[0] for o in outs], _axes_of(ctxs, samples, max_n, nrows, ncols, figsize), max_n, **kwargs)
 
 @dispatch
-def show_batch(x:TensorVolume|TensorSlice, y:TensorCategory|TensorMultiCategory|TensorRegression|tuple, samples, ctxs=None, max_n=8, nrows=None, ncols=None, figsize=None, **kwargs):
+def show_batch(x:TensorVolume|TensorSlice, y:TensorCategory|TensorMultiCategory|TensorRegression|tuple, samples,
+               ctxs=None, max_n=8, nrows=None, ncols=None, figsize=None, **kwargs):
     "One picture an item with its label above, and the contours of its mask where it has one"
-    return show_labelled(samples, [None]*len(samples), _axes_of(ctxs, samples, max_n, nrows, ncols, figsize), max_n, **kwargs)
+    return show_labelled(samples, [None]*len(samples), _axes_of(ctxs, samples, max_n, nrows, ncols, figsize), max_n,
+                         **kwargs)
 
 @dispatch
-def show_results(x:TensorVolume|TensorSlice, y:TensorCategory|TensorMultiCategory|TensorRegression|tuple, samples, outs, ctxs=None, max_n=8, nrows=None, ncols=None, figsize=None, **kwargs):
+def show_results(x:TensorVolume|TensorSlice, y:TensorCategory|TensorMultiCategory|TensorRegression|tuple, samples, outs,
+                 ctxs=None, max_n=8, nrows=None, ncols=None, figsize=None, **kwargs):
     "One picture an item, its label above and the prediction below it, green where they agree and red where not"
     return show_labelled(samples, outs, _axes_of(ctxs, samples, max_n, nrows, ncols, figsize), max_n, **kwargs)

@@ -42,7 +42,8 @@ def _faces(part, most=200):
     "Voxels (k,3) that have a neighbour outside of the structure, and their sides (k,): -x, +x, -y … in order; `most` of each at most"
     res,sides,padded = [],[],np.pad(part, 1)
     for side in range(6):
-        beside = tuple(slice(2*(side%2), n+2*(side%2)) if ax==side//2 else slice(1, n+1) for ax,n in enumerate(part.shape))
+        beside = tuple(slice(2*(side%2), n+2*(side%2)) if ax==side//2 else slice(1, n+1) for ax,
+                       n in enumerate(part.shape))
         idx = np.flatnonzero(part & ~padded[beside])
         idx = idx[::max(1, -(-len(idx)//most))]
         res.append(np.stack(np.unravel_index(idx, part.shape), 1))
@@ -78,10 +79,12 @@ def _profiles(a, part, box, scale):
     "(places, 6 directions, offsets) of one structure: `part` (bool) within `box` of `a`"
     points,sides = _faces(part)
     size = np.array(part.shape)+2*_reach
-    steps = np.array([size[1]*size[2], size[2], 1])                          # from voxel to voxel in what `_around` gives
+    # from voxel to voxel in what `_around` gives
+    steps = np.array([size[1]*size[2], size[2], 1])
     lines = ((points+_reach)@steps)[:,None]+(steps[sides//2]*(2*(sides%2)-1))[:,None]*_offsets
     res = {}
-    for flip in (None,0,1,2):                                                # the image is mirrored, not the mask: so its directions change places
+    # the image is mirrored, not the mask: so its directions change places
+    for flip in (None,0,1,2):
         view = _around(a if flip is None else np.flip(a, flip), box, scale)
         shifts = [(j, np.dot(o, steps)) for j,(_,o,f) in enumerate(_placements()) if f==flip]
         means = _side_means(view.ravel().take(lines[:,None]+np.array([o for _,o in shifts])[:,None]), sides)

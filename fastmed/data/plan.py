@@ -19,7 +19,8 @@ def _strides(size, spacing, axes, max_depth=6):
     "Per level below the top: 2 for an axis with at least 8 voxels left and a spacing under twice the finest, else 1"
     size,sp,res = np.array(size, float),np.array(spacing, float),[]
     while len(res)<max_depth-1:
-        s = [2 if a in axes and size[a]/2>=4 and sp[a]<=2*min(sp[b] for b in axes if size[b]/2>=4) else 1 for a in range(3)]
+        s = [2 if a in axes and size[a]/2>=4 and sp[a]<=2*min(sp[b] for b in axes if size[b]/2>=4) else 1
+             for a in range(3)]
         if max(s)==1: break
         size,sp = size/s, sp*s
         res.append(s)
@@ -39,11 +40,13 @@ def patch_plan(
 )->Plan:            # ndim, spacing, patch, strides, depth, nf; for slices axis and context
     "The plan of a patch that is given by hand. Raises `ValueError` on anything but three sizes, at most one of them 1"
     p = tuple(int(o) for o in patch)
-    if len(p)!=3 or min(p)<1 or p.count(1)>1: raise InputError(f"patch: expected three sizes, one of them 1 for slices; found {patch}")
+    if len(p)!=3 or min(p)<1 or p.count(1)>1:
+        raise InputError(f"patch: expected three sizes, one of them 1 for slices; found {patch}")
     ndim = 2 if 1 in p else 3
     axes = [a for a in range(3) if p[a]>1]
     strides = [tuple(s[a] for a in axes) for s in _dividing_strides(p, spacing or (1,1,1), axes)]
-    d = dict(ndim=ndim, spacing=spacing, patch=p, strides=strides, depth=len(strides)+1, nf=ifnone(nf, 16 if ndim==3 else 32))
+    d = dict(ndim=ndim, spacing=spacing, patch=p, strides=strides, depth=len(strides)+1,
+             nf=ifnone(nf, 16 if ndim==3 else 32))
     if ndim==2: d.update(axis=p.index(1), context=context)
     return Plan(d)
 
@@ -86,7 +89,8 @@ def has_bf16(
     "Whether a device computes in bfloat16, instead of imitating it"
     device = torch.device(device)
     if device.type=='cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type=='cpu': return any(getattr(torch.cpu, f, bool)() for f in ('_is_avx512_bf16_supported','_is_amx_tile_supported'))
+    if device.type=='cpu':
+        return any(getattr(torch.cpu, f, bool)() for f in ('_is_avx512_bf16_supported','_is_amx_tile_supported'))
     return False
 
 # %% ../../nbs/data/04_plan.ipynb #c272887c
@@ -153,18 +157,21 @@ def measure_machine(
     n_in:int=1,      # channels of the network's input
     device=None,     # torch device; default: fastai's
     seconds:float=.4 # that the measuring should take, about; each network does three updates at least
-)->dict:             # 'device', 'bf16', 'threads'; 'seconds': features, as text → seconds for 10⁹ operations, 'fast' and 'plain'
+# 'device', 'bf16', 'threads'; 'seconds': features, as text → seconds for 10⁹ operations, 'fast' and 'plain'
+)->dict:
     "How long this machine takes for the updates of networks of some widths: channels-last (in bfloat16 where it has that), and in plain float32"
     device = torch.device(ifnone(device, default_device()))
     size,bs = ({3:24, 2:64}[ndim],2) if device.type=='cpu' else ({3:96, 2:256}[ndim],{3:2, 2:16}[ndim])
-    probes = {(nf,how):_update_probe(ndim, nf, n_in, size, bs, how=='fast', device) for nf in sorted(map(int, nfs)) for how in ('fast','plain')}
+    probes = {(nf,how):_update_probe(ndim, nf, n_in, size, bs, how=='fast', device) for nf in sorted(map(int, nfs))
+            for how in ('fast','plain')}
     for f in probes.values(): seconds_of(f, device)                    # the first time is never the quickest
     best,rounds,t0 = {k:math.inf for k in probes},0,time.perf_counter()
     while rounds<3 or time.perf_counter()-t0<seconds:
         best = {k:min(best[k], seconds_of(f, device)) for k,f in probes.items()}
         rounds += 1
     res = {}
-    for (nf,how),s in best.items(): res.setdefault(str(nf), {})[how] = s/update_gflops((size,)*ndim, bs, nf, [(2,)*ndim], n_in)
+    for (nf,how),s in best.items():
+        res.setdefault(str(nf), {})[how] = s/update_gflops((size,)*ndim, bs, nf, [(2,)*ndim], n_in)
     return dict(device=device.type, bf16=has_bf16(device), threads=torch.get_num_threads(), seconds=res)
 
 # %% ../../nbs/data/04_plan.ipynb #a7b7680f
@@ -177,7 +184,8 @@ def update_seconds(
 )->float:         # seconds
     "How long an update of a plan takes on a machine that was measured; nothing is measured here"
     size = [p for p in plan.patch if plan.ndim==3 or p>1]
-    return .01 + update_gflops(size, plan.bs, plan.nf, plan.strides, n_in)*min(machine['seconds'][str(plan.nf)].values())
+    return .01 + update_gflops(size, plan.bs, plan.nf, plan.strides,
+            n_in)*min(machine['seconds'][str(plan.nf)].values())
 
 def updates_in(
     minutes:float, # of training and validation
@@ -225,9 +233,12 @@ def fit_plan(
     fast = rate['fast']<=1.1*rate['plain']
     why = dict(sizes[0].reasons)
     for k in ('patch','bs','nf'):
-        if p[k]!=sizes[0][k]: why[k] = f"{sizes[0][k]} fits the memory, but would give {counts[0]} updates in {minutes:g} minutes"
-    why.update(minutes='of training, given', updates='expected, of this machine' if counts[i]>=UPDATES else f'expected, of this machine: fewer than {UPDATES}, so give it more minutes',
-               fast=f"channels-last{' and bfloat16' if machine['bf16'] else ''} {'is' if fast else 'is not'} as fast: {1/rate['fast']:.0f} GFLOP/s, plain float32 {1/rate['plain']:.0f}", machine='measured')
+        if p[k]!=sizes[0][k]:
+            why[k] = f"{sizes[0][k]} fits the memory, but would give {counts[0]} updates in {minutes:g} minutes"
+    why.update(minutes='of training, given', updates='expected, of this machine' if counts[i]>=UPDATES
+               else f'expected, of this machine: fewer than {UPDATES}, so give it more minutes',
+               fast=f"channels-last{' and bfloat16' if machine['bf16'] else ''} {'is' if fast else 'is not'} as fast: "
+                    f"{1/rate['fast']:.0f} GFLOP/s, plain float32 {1/rate['plain']:.0f}", machine='measured')
     return Plan({**p, 'minutes':minutes, 'updates':counts[i], 'fast':fast, 'machine':machine}, reasons=why)
 
 # %% ../../nbs/data/04_plan.ipynb #f17f50a5
@@ -246,41 +257,54 @@ def suggest_plan(
     samples_per_case='auto', # patches drawn of each case in an epoch
     nf:int=None,          # features of the first level
     device=None,          # device that the budget is for
-    minutes:float=None,   # of training: the machine is measured, and what would give fewer than `UPDATES` is made smaller; None: memory alone decides
+    # of training: the machine is measured, and what would give fewer than `UPDATES` is made smaller; None: memory alone
+    # decides
+    minutes:float=None,
     machine:dict=None,    # with `minutes`: what `measure_machine` gave; None: it is measured now
     heads=None            # what `read_header` says of each case, where it was read already
 )->Plan:                  # spacing, axis, patch, strides, depth, nf, bs, samples_per_case, …, each with its reason
     "Spacing, patch, batch, depth and strides from the data, a memory budget and a time budget, each with its reason. Source of the idea: nnU-Net (Isensee 2021)"
-    if minutes is not None and not (isinstance(minutes, (int,float)) and 0<minutes<math.inf): raise InputError(f"minutes: expected a number above 0, or None; found {minutes!r}")
+    if minutes is not None and not (isinstance(minutes, (int,float)) and 0<minutes<math.inf):
+        raise InputError(f"minutes: expected a number above 0, or None; found {minutes!r}")
     fixed = [k for k,v in dict(patch=patch, bs=bs, nf=nf).items() if not (v is None or isinstance(v, str))]
     if ndim not in (2,3): raise InputError(f"ndim: expected 2 or 3; found {ndim}")
     for k,v,least in (('bs',bs,1), ('samples_per_case',samples_per_case,1), ('context',context,0)):
-        if not (v is None or v=='auto' or isinstance(v, (int,np.integer)) and v>=least): raise InputError(f"{k}: expected a whole number of {least} or more; found {v!r}")
+        if not (v is None or v=='auto' or isinstance(v, (int,np.integer)) and v>=least):
+            raise InputError(f"{k}: expected a whole number of {least} or more; found {v!r}")
     if axis not in ('auto',0,1,2): raise InputError(f"axis: expected array axis 0, 1 or 2, or 'auto'; found {axis!r}")
     device = torch.device(ifnone(device, default_device()))
     why = {}
-    mem = ifnone(memory, default_memory(device)); why['memory'] = 'given' if memory is not None else f'GiB for a training step on {device.type}'
+    mem = ifnone(memory, default_memory(device))
+    why['memory'] = 'given' if memory is not None else f'GiB for a training step on {device.type}'
     pre = Preprocess(spacing=spacing, orientation=orientation)
     if heads is None: heads = [read_header(o) for o in all_files(df, image_col, path)]
     oriented = [pre.oriented(h['shape'], h['affine']) for h in heads]
     if spacing=='auto':
-        pre.spacing = auto_spacing([spacing_of(a) for _,a in oriented]); why['spacing'] = f'mm; the median of {len(heads)} cases'
+        pre.spacing = auto_spacing([spacing_of(a) for _,a in oriented])
+        why['spacing'] = f'mm; the median of {len(heads)} cases'
     else: why['spacing'] = 'given' if spacing is not None else "each case keeps its own"
     grids = [pre.grid(h['shape'], h['affine']) for h in heads]
-    med = np.median([s for s,_ in grids], 0); sp = np.median([spacing_of(a) for _,a in grids], 0)
+    med = np.median([s for s,_ in grids], 0)
+    sp = np.median([spacing_of(a) for _,a in grids], 0)
     if ndim==2:
         thin = [a for a,p in enumerate(patch) if p==1] if is_listy(patch) and len(patch)==3 else []
         if len(thin)==1:
-            if axis not in ('auto', thin[0]): raise InputError(f"patch {tuple(patch)} is a slice across axis {thin[0]}, and axis={axis} was asked for. Leave one of them out")
+            if axis not in ('auto', thin[0]):
+                raise InputError(f"patch {tuple(patch)} is a slice across axis {thin[0]}, and axis={axis} was asked "
+                                 f"for. Leave one of them out")
             axis = thin[0]
         if axis=='auto':
             near = np.flatnonzero(sp>=.95*sp.max())
-            axis = int(next(a for a in near if med[a]*sp[a]<=1.1*min(med[b]*sp[b] for b in near)))   # the first of nearly equal sides
-            why['axis'] = f"across the {'coarsest spacing' if len(near)<3 else 'shortest side'}, so that a slice shows most"
+            # the first of nearly equal sides
+            axis = int(next(a for a in near if med[a]*sp[a]<=1.1*min(med[b]*sp[b] for b in near)))
+            why['axis'] = (
+                    f"across the {'coarsest spacing' if len(near)<3 else 'shortest side'}, so that a slice shows most")
         else: why['axis'] = 'given'
         axes = [a for a in range(3) if a!=axis]
     else: axis,axes = None,[0,1,2]
-    if nf is None: nf = 16 if ndim==3 and device.type=='cpu' else 32; why['nf'] = 'features of the first level'+(': 16 for volumes on a CPU' if nf==16 else '')
+    if nf is None:
+        nf = 16 if ndim==3 and device.type=='cpu' else 32
+        why['nf'] = 'features of the first level'+(': 16 for volumes on a CPU' if nf==16 else '')
     else: why['nf'] = 'given'
     def fits(p, b): return np.prod([p[a] for a in axes])*b*nf*BYTES<=mem*2**30
     if patch=='auto':
@@ -290,13 +314,16 @@ def suggest_plan(
             if q[0]==p: break
             p,st = q
         whole,shrunk = tuple(int(o) for o in med),tuple(p)<tuple(_whole_scan(med, sp, axes)[0])
-        why['patch'] = (f"voxels; the median case has {whole}, shrunk to the budget, rounded up to what the strides divide" if shrunk
+        why['patch'] = (
+                f"voxels; the median case has {whole}, shrunk to the budget, rounded up to what the strides divide"
+                if shrunk
                         else f"voxels; holds the median case {whole}")
     else:
         p = [1]*3
         given = list(patch) if is_listy(patch) else [patch]*len(axes)
         if len(given)==3 and ndim==2: given = [given[a] for a in axes]
-        if len(given)!=len(axes) or min(given)<1: raise InputError(f"patch: expected {len(axes)} sizes for ndim={ndim}; found {patch}")
+        if len(given)!=len(axes) or min(given)<1:
+            raise InputError(f"patch: expected {len(axes)} sizes for ndim={ndim}; found {patch}")
         for a,g_ in zip(axes, given): p[a] = int(g_)
         st = _dividing_strides(p, sp, axes)
         why['patch'] = 'given'
@@ -307,17 +334,21 @@ def suggest_plan(
     else: why['bs'] = 'given'
     auto_samples = samples_per_case=='auto'
     if auto_samples:
-        samples_per_case = _samples(bs, len(heads)); why['samples_per_case'] = 'at least 64 batches an epoch'
+        samples_per_case = _samples(bs, len(heads))
+        why['samples_per_case'] = 'at least 64 batches an epoch'
     else: why['samples_per_case'] = 'given'
     strides = [tuple(s[a] for a in axes) for s in st]
     why['strides'] = 'each axis is halved while 4 voxels are left and it is not over twice as coarse as the finest'
     why['depth'] = 'levels: one more than the strides'
     d = dict(ndim=ndim, spacing=pre.spacing, patch=tuple(p), strides=strides, depth=len(strides)+1, nf=nf, bs=bs,
              samples_per_case=samples_per_case, memory=mem, orientation=orientation)
-    if ndim==2: d.update(axis=axis, context=context); why['context'] = 'neighbouring slices on each side, as channels'
+    if ndim==2:
+        d.update(axis=axis, context=context)
+        why['context'] = 'neighbouring slices on each side, as channels'
     plan = Plan(d, reasons=why)
     if minutes is None: return plan
-    sizes = [Plan({**o, 'samples_per_case':_samples(o.bs, len(heads))}, reasons=why) if auto_samples else o for o in _smaller_plans(plan, sp, axes, fixed)]
+    sizes = [Plan({**o, 'samples_per_case':_samples(o.bs, len(heads))}, reasons=why) if auto_samples else o
+                   for o in _smaller_plans(plan, sp, axes, fixed)]
     n_in = heads[0]['channels']*(1+2*context if ndim==2 else 1)
     if machine is None: machine = measure_machine(ndim, {o.nf for o in sizes}, n_in, device)
     return fit_plan(sizes, minutes, machine, n_in)

@@ -25,13 +25,15 @@ def normalize_channel(
     if how=='none': return a
     if how=='zscore': return z(a, a.mean(dtype=np.float64), a.std(dtype=np.float64))
     if how in ('nonzero','mean'):
-        nz = a!=0; v = a[nz]
+        nz = a!=0
+        v = a[nz]
         if not len(v): return a
         r = z(a, v.mean(dtype=np.float64), v.std(dtype=np.float64))
         return np.where(nz, r, 0) if how=='nonzero' else r
     if how=='ct': return z(np.clip(a, stats['lo'], stats['hi']), stats['mean'], stats['std'])
     if how=='max':
-        m = np.abs(a).max(); return a/m if m>0 else a
+        m = np.abs(a).max()
+        return a/m if m>0 else a
     lo,hi = (a.min(),a.max()) if how=='minmax' else np.percentile(a, (1,99))
     return ((np.clip(a,lo,hi)-lo)/(hi-lo)).astype(np.float32) if hi>lo else a*0
 
@@ -42,19 +44,25 @@ class Preprocess:
         spacing=None,            # None: the case's own; (3,) or one number, mm; 'auto': fitted
         normalize='zscore',      # one of `NORMALIZATIONS`, a list of them (one a channel), or 'auto': fitted
         orientation='RAS',       # order of the axes inside the pipeline, or None: the file's own
-        codes=None,              # structures: list of names (class ids 0,1,…), or dict name → value or values in the file
+        # structures: list of names (class ids 0,1,…), or dict name → value or values in the file
+        codes=None,
         order='linear',          # images: 'linear' or 'cubic'
         mask_order='smooth',     # masks: 'smooth' (each label interpolated, the largest wins) or 'nearest'
         stats=None,              # intensity statistics of the training cases, one dict a channel; fitted
     ):
         for n in ([normalize] if isinstance(normalize, str) else normalize):
-            if n not in NORMALIZATIONS+('auto',): raise InputError(f"normalize: expected one of {', '.join(NORMALIZATIONS)} or 'auto'; found {str(n)[:80]!r}")
-        if order not in ('linear','cubic'): raise InputError(f"order: expected 'linear' or 'cubic'; found {str(order)[:80]!r}")
-        if mask_order not in ('smooth','nearest'): raise InputError(f"mask_order: expected 'smooth' or 'nearest'; found {str(mask_order)[:80]!r}")
+            if n not in NORMALIZATIONS+('auto',):
+                raise InputError(
+                        f"normalize: expected one of {', '.join(NORMALIZATIONS)} or 'auto'; found {str(n)[:80]!r}")
+        if order not in ('linear','cubic'):
+            raise InputError(f"order: expected 'linear' or 'cubic'; found {str(order)[:80]!r}")
+        if mask_order not in ('smooth','nearest'):
+            raise InputError(f"mask_order: expected 'smooth' or 'nearest'; found {str(mask_order)[:80]!r}")
         if isinstance(spacing, (int,float,np.number)): spacing = (spacing,)*3
         if spacing is not None and spacing!='auto':
             spacing = tuple(float(o) for o in spacing)
-            if len(spacing)!=3 or min(spacing)<=0: raise InputError(f"spacing: expected three sizes above 0, in mm; found {str(spacing)[:80]}")
+            if len(spacing)!=3 or min(spacing)<=0:
+                raise InputError(f"spacing: expected three sizes above 0, in mm; found {str(spacing)[:80]}")
         codes = check_codes(codes)
         store_attr('spacing,normalize,orientation,codes,order,mask_order,stats')
 
@@ -64,22 +72,30 @@ class Preprocess:
         mask = isinstance(t, TensorVolumeMask)
         if mask: t = self.to_ids(t)
         elif n:=int((~torch.isfinite(t.as_subclass(Tensor))).sum()):
-            raise InputError(f"{_tensor_name(t)}: {n} voxels are NaN or infinite. Repair the scan, or leave the case out")
+            raise InputError(
+                    f"{_tensor_name(t)}: {n} voxels are NaN or infinite. Repair the scan, or leave the case out")
         if self.orientation: t = to_orientation(t, self.orientation)
         if self.spacing is not None:
-            t = resample_to(t, *resampled_grid(t.shape[-3:], t.affine, self._mm()), self.mask_order if mask else self.order)
+            t = resample_to(t, *resampled_grid(t.shape[-3:], t.affine, self._mm()), self.mask_order if mask
+                            else self.order)
         if mask: return t
         hows = [self.normalize]*t.shape[0] if isinstance(self.normalize, str) else self.normalize
-        if len(hows)!=t.shape[0]: raise InputError(f"{_tensor_name(t)}: {len(hows)} normalisations for {t.shape[0]} channels. Give one, or one a channel")
-        if 'auto' in hows or ('ct' in hows and self.stats is None): raise InputError("This Preprocess is not fitted: call `fit` on the training cases first")
+        if len(hows)!=t.shape[0]:
+            raise InputError(f"{_tensor_name(t)}: {len(hows)} normalisations for {t.shape[0]} channels. Give one, or "
+                             f"one a channel")
+        if 'auto' in hows or ('ct' in hows and self.stats is None):
+            raise InputError("This Preprocess is not fitted: call `fit` on the training cases first")
         if self.stats is not None and len(self.stats)!=t.shape[0]:
-            raise InputError(f"{_tensor_name(t)}: expected {len(self.stats)} channels, as in training; found {t.shape[0]}")
+            raise InputError(
+                    f"{_tensor_name(t)}: expected {len(self.stats)} channels, as in training; found {t.shape[0]}")
         v,stats = t.as_subclass(Tensor).numpy(),self.stats or [None]*len(hows)
         try:
             with np.errstate(over='raise'): a = np.stack([normalize_channel(c, h, s) for c,h,s in zip(v, hows, stats)])
         except FloatingPointError as e:
-            raise InputError(f"{_tensor_name(t)}: its values, from {v.min():.3g} to {v.max():.3g}, are beyond 32 bits (3.4e38) once they are normalised. Repair the scan, or leave the case out") from e
-        return TensorVolume(torch.from_numpy(a), **{**{k:v for k,v in t.__dict__.items() if k!='_affine'}, 'affine':t.affine})
+            raise InputError(f"{_tensor_name(t)}: its values, from {v.min():.3g} to {v.max():.3g}, are beyond 32 bits "
+                             f"(3.4e38) once they are normalised. Repair the scan, or leave the case out") from e
+        return TensorVolume(torch.from_numpy(a), **{**{k:v for k,v in t.__dict__.items() if k!='_affine'},
+                                                    'affine':t.affine})
 
     # --- the way back
     def inverse(self,
@@ -101,7 +117,8 @@ class Preprocess:
     )->tuple:  # (shape, affine) with the pipeline's order of axes
         "A scan's grid after reorientation, before any change of spacing"
         if not self.orientation: return tuple(shape), np.asarray(affine)
-        tr = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.orientations.axcodes2ornt(self.orientation))
+        tr = nib.orientations.ornt_transform(nib.io_orientation(affine),
+                                             nib.orientations.axcodes2ornt(self.orientation))
         return tuple(int(shape[i]) for i in np.argsort(tr[:,0])), affine@nib.orientations.inv_ornt_aff(tr, shape)
 
     def grid(self,
@@ -113,7 +130,8 @@ class Preprocess:
         return (s,a) if self.spacing is None else resampled_grid(s, a, self._mm())
 
     def _mm(self):
-        if self.spacing=='auto': raise InputError("This Preprocess is not fitted: call `fit` on the training cases first")
+        if self.spacing=='auto':
+            raise InputError("This Preprocess is not fitted: call `fit` on the training cases first")
         return self.spacing
 
     # --- labels
@@ -131,7 +149,8 @@ class Preprocess:
         odd = [int(v) for v in found if int(v) not in table]
         if odd or (self.codes is None and len(found) and not _consecutive(found)):
             want = _short(sorted(table)) if self.codes is not None else 'to be 0, 1, 2 … without a gap'
-            raise InputError(f"{_tensor_name(mask)}: expected the mask's values {want}; found {_short(odd or found.tolist())}. "
+            raise InputError(
+                    f"{_tensor_name(mask)}: expected the mask's values {want}; found {_short(odd or found.tolist())}. "
                              "Declare them: codes=['background', …] for 0,1,2…, or codes={'background':0, 'lesion':255}")
         dt = np.uint8 if len(set(table.values()))<=256 else np.int16
         if any(k!=v for k,v in table.items()):
@@ -149,13 +168,16 @@ class Preprocess:
     ):              # self
         "Fill in every 'auto' and the statistics from training cases alone"
         if not len(images): raise InputError("Preprocess.fit: no training cases")
-        if self.spacing=='auto': self.spacing = auto_spacing([spacing_of(self.oriented(h['shape'], h['affine'])[1]) for h in map(read_header, images)])
+        if self.spacing=='auto':
+            self.spacing = auto_spacing([spacing_of(self.oriented(h['shape'], h['affine'])[1]) for h in map(read_header,
+                    images)])
         hows = L(self.normalize)
         if not ('auto' in hows or 'ct' in hows): return self
         pick = np.unique(np.linspace(0, len(images)-1, min(n, len(images))).round().astype(int))
         samples = [self._sample(images[i], masks[i] if masks is not None else None) for i in pick]
         if 'auto' in hows:
-            auto = [_auto_normalize(*zip(*[(o['zero'][c], o['all'][c]) for o in samples])) for c in range(len(samples[0]['all']))]
+            auto = [_auto_normalize(*zip(*[(o['zero'][c], o['all'][c]) for o in samples]))
+                    for c in range(len(samples[0]['all']))]
             self.normalize = [a if h=='auto' else h for a,h in zip(auto, hows*len(auto) if len(hows)==1 else hows)]
             if len(set(self.normalize))==1: self.normalize = self.normalize[0]
         if 'ct' in L(self.normalize):
@@ -164,11 +186,13 @@ class Preprocess:
                 v = np.concatenate([o['fg'][c] for o in samples])
                 if not len(v): v = np.concatenate([o['all'][c] for o in samples])
                 lo,hi = np.percentile(v, (.5,99.5))
-                self.stats.append(dict(lo=float(lo), hi=float(hi), mean=float(v.mean(dtype=np.float64)), std=float(v.std(dtype=np.float64))))
+                self.stats.append(dict(lo=float(lo), hi=float(hi), mean=float(v.mean(dtype=np.float64)),
+                                       std=float(v.std(dtype=np.float64))))
         return self
 
     def _sample(self, image, mask, k=20_000):
-        x = load_volume(image, reorient=True).as_subclass(Tensor).numpy(); x = x.reshape(len(x), -1)
+        x = load_volume(image, reorient=True).as_subclass(Tensor).numpy()
+        x = x.reshape(len(x), -1)
         rng = np.random.default_rng(0)
         i = rng.integers(x.shape[1], size=k)
         fg = x[:,:0]
@@ -178,16 +202,22 @@ class Preprocess:
         return dict(zero=(x==0).mean(1), all=x[:,i], fg=fg)
 
     # --- printing and keeping
-    def to_dict(self): return {k:getattr(self,k) for k in ('spacing','normalize','orientation','codes','order','mask_order','stats')}
+    def to_dict(self):
+        return {k:getattr(self,k) for k in ('spacing','normalize','orientation','codes','order','mask_order','stats')}
     def to_json(self): return json.dumps(self.to_dict(), sort_keys=False)
     @classmethod
     def from_json(cls,
         s:str         # what `to_json` wrote
     )->'Preprocess':  # equal to the one that wrote it
         "The Preprocess that `to_json` wrote. Raises `ValueError` naming a field that is unknown"
-        try: d = dict(json.loads(s)); odd = set(d)-set(cls().to_dict()); res = None if odd else cls(**d)
+        try:
+            d = dict(json.loads(s))
+            odd = set(d)-set(cls().to_dict())
+            res = None if odd else cls(**d)
         except FastmedError: raise
-        except (ValueError, TypeError, RecursionError, OverflowError) as e: raise InputError(f"Preprocess.from_json: expected what to_json wrote; found {str(e)[:200]}. Write it again") from e
+        except (ValueError, TypeError, RecursionError, OverflowError) as e:
+            raise InputError(
+                    f"Preprocess.from_json: expected what to_json wrote; found {str(e)[:200]}. Write it again") from e
         if odd: raise InputError(f"Preprocess.from_json: unknown fields {_short(sorted(odd))}")
         return res
     def __eq__(self, o): return isinstance(o, Preprocess) and self.to_json()==o.to_json()
@@ -197,14 +227,17 @@ class Preprocess:
         return 'Preprocess(' + ', '.join(f'{k}={v!r}' for k,v in d.items()) + ')'
 
 def _tensor_name(t): return (getattr(t, 'meta', None) or {}).get('fn', 'the tensor')
-def _short(o, n=12): s = str(list(o)[:n]); return f"{s[:300]}{' …' if len(o)>n or len(s)>300 else ''}"
+def _short(o, n=12):
+    s = str(list(o)[:n])
+    return f"{s[:300]}{' …' if len(o)>n or len(s)>300 else ''}"
 def _consecutive(found): return int(found.min())==0 and len(found)==int(found.max())+1
 
 def auto_spacing(
     spacings # list of (3,) mm, of the training cases in pipeline orientation
 )->tuple:    # (3,) mm
     "The median spacing; an axis over three times coarser than the others takes its 10th percentile: fine cases keep their detail. Source: Isensee 2021"
-    s = np.array(spacings); med = np.median(s, 0)
+    s = np.array(spacings)
+    med = np.median(s, 0)
     k = int(med.argmax())
     if med[k]>3*np.delete(med, k).max(): med[k] = max(np.percentile(s[:,k], 10), np.delete(med, k).max())
     return tuple(float(np.round(o, 4)) for o in med)
@@ -235,14 +268,21 @@ class Plan(dict):
         s:str  # what `to_json` wrote
     )->'Plan': # equal to the one that wrote it, with its reasons
         "The Plan that `to_json` wrote. Raises `InputError` on anything else"
-        try: d = json.loads(s); values,reasons = dict(d['values']),dict(d['reasons'])
-        except (ValueError, TypeError, KeyError, RecursionError) as e: raise InputError(f"Plan.from_json: expected what to_json wrote; found {str(s)[:80]!r}. Write it again") from e
+        try:
+            d = json.loads(s)
+            values,reasons = dict(d['values']),dict(d['reasons'])
+        except (ValueError, TypeError, KeyError, RecursionError) as e:
+            raise InputError(
+                    f"Plan.from_json: expected what to_json wrote; found {str(s)[:80]!r}. Write it again") from e
         for k in ('spacing','patch'):
             if isinstance(values.get(k), list): values[k] = tuple(values[k])
         if 'strides' in values: values['strides'] = [tuple(o) for o in values['strides']]
         return cls(values, reasons=reasons)
-    def __repr__(self): return '\n'.join(f"{k:<17}{str(v):<34}  {self.reasons.get(k,'')}".rstrip() for k,v in self.items())
-    def _repr_html_(self): return pd.DataFrame([dict(value=str(v), reason=self.reasons.get(k,'')) for k,v in self.items()], index=list(self)).to_html()
+    def __repr__(self):
+        return '\n'.join(f"{k:<17}{str(v):<34}  {self.reasons.get(k,'')}".rstrip() for k,v in self.items())
+    def _repr_html_(self):
+        return pd.DataFrame([dict(value=str(v), reason=self.reasons.get(k,'')) for k,v in self.items()],
+                index=list(self)).to_html()
 
 def _unpickled_plan(d, reasons): return Plan(d, reasons=reasons)
 
@@ -257,7 +297,8 @@ def case_files(
         if c not in row: raise ColumnError(f"column {c!r}: not in the DataFrame, which has {list(row.keys())}")
         for f in (row[c] if is_listy(row[c]) else [row[c]]):
             if f is None or f=='' or (isinstance(f, float) and math.isnan(f)):
-                raise InputError(f"case {row.get('case', getattr(row, 'name', '?'))!r}: no file in column {c!r}. Drop the row, or add the file")
+                raise InputError(f"case {row.get('case', getattr(row, 'name', '?'))!r}: no file in column {c!r}. Drop "
+                                 f"the row, or add the file")
             fs.append(str(Path(path)/f))
     return fs[0] if len(fs)==1 else fs
 

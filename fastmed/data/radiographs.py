@@ -34,37 +34,53 @@ class TensorRadiograph(TensorSlice):
         return ctx
 
 _picture_kinds = ('.png','.tif','.tiff','.jpg','.jpeg','.dcm','.dicom','.ima','')
-_tags = ('0028|0004','0028|1050','0028|1051','0028|1056')   # photometric interpretation; centre, width and function of the window
+# photometric interpretation; centre, width and function of the window
+_tags = ('0028|0004','0028|1050','0028|1051','0028|1056')
 
 def _read_picture(fn):
     "(array (h,w) or (h,w,c) of the file's values, its tags where it is DICOM, (row, column) spacing)"
     head = b''
     with open(fn, 'rb') as f: head = f.read(26)
     soft = head[:4]==b'\x89PNG' and len(head)==26 and head[25]==4         # grey with opacity, which ITK does not read
-    if soft and head[24]==16: raise InputError(f"{fn}: 16-bit grey with an alpha channel is not read. Save it without its alpha channel")
+    if soft and head[24]==16:
+        raise InputError(f"{fn}: 16-bit grey with an alpha channel is not read. Save it without its alpha channel")
     if fn.suffix.lower() in ('.jpg','.jpeg') or soft:
         from PIL import Image, ImageOps
         try:
             with Image.open(fn) as im: return np.asarray(ImageOps.exif_transpose(im)),{},(1.,1.)
-        except (OSError, ValueError, SyntaxError) as e: raise FileError(f"{fn}: not a readable picture ({e}). It may be cut off: copy it again") from e
+        except (OSError, ValueError, SyntaxError) as e:
+            raise FileError(f"{fn}: not a readable picture ({e}). It may be cut off: copy it again") from e
     import SimpleITK as sitk
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    r = sitk.ImageFileReader(); r.SetFileName(str(fn)); r.LoadPrivateTagsOff()
+    r = sitk.ImageFileReader()
+    r.SetFileName(str(fn))
+    r.LoadPrivateTagsOff()
     try:
         r.ReadImageInformation()
         tags = {k:r.GetMetaData(k).strip() for k in _tags if r.HasMetaDataKey(k)}
         shape = [n for n in r.GetSize()]
-        if len(shape)>2 and max(shape[2:])>1: raise InputError(f"{fn}: expected one picture; found {shape[2]} frames or pages. Save the one that is meant, or read it with load_volume")
+        if len(shape)>2 and max(shape[2:])>1:
+            raise InputError(f"{fn}: expected one picture; found {shape[2]} frames or pages. Save the one that is "
+                             f"meant, or read it with load_volume")
         exact = picture_pixels(fn) if '0028|0004' in tags else None
         if exact is not None: return exact,tags,(float(r.GetSpacing()[1]),float(r.GetSpacing()[0]))
-        if tags.get('0028|0004')=='MONOCHROME1':                           # GDCM would turn it about the middle of its bits, and the window is meant for the values before
+        # GDCM would turn it about the middle of its bits, and the window is meant for the values before
+        if tags.get('0028|0004')=='MONOCHROME1':
             with tempfile.TemporaryDirectory() as tmp:
-                f = Path(tmp)/'x.dcm'; f.write_bytes(fn.read_bytes().replace(b'MONOCHROME1', b'MONOCHROME2')); r.SetFileName(str(f)); r.ReadImageInformation()
-                if r.GetMetaData('0028|0004').strip()=='MONOCHROME1': raise InputError(f"{fn}: a negative (MONOCHROME1) whose header is packed is not read. Save it unpacked (explicit VR little endian)")
+                f = Path(tmp)/'x.dcm'
+                f.write_bytes(fn.read_bytes().replace(b'MONOCHROME1', b'MONOCHROME2'))
+                r.SetFileName(str(f))
+                r.ReadImageInformation()
+                if r.GetMetaData('0028|0004').strip()=='MONOCHROME1':
+                    raise InputError(f"{fn}: a negative (MONOCHROME1) whose header is packed is not read. Save it "
+                                     f"unpacked (explicit VR little endian)")
                 im = r.Execute()
         else: im = r.Execute()
-    except RuntimeError as e: raise FileError(f"{fn}: not a readable picture ({str(e).strip().splitlines()[-1]}). It may be cut off, or another kind of file") from e
-    a = sitk.GetArrayFromImage(im); sp = im.GetSpacing()
+    except RuntimeError as e:
+        raise FileError(f"{fn}: not a readable picture ({str(e).strip().splitlines()[-1]}). It may be cut off, or "
+                        f"another kind of file") from e
+    a = sitk.GetArrayFromImage(im)
+    sp = im.GetSpacing()
     while a.ndim>2+(im.GetNumberOfComponentsPerPixel()>1): a = a[0]
     return a,tags,(float(sp[1]),float(sp[0])) if '0028|0004' in tags else (1.,1.)
 
@@ -73,12 +89,16 @@ def _to_grey(a, fn, colour):
     if a.ndim==2: return a
     c = a.shape[-1]
     if c in (2,4):                                                       # with an opacity
-        if (a[...,-1]!=a[...,-1].max()).any(): raise InputError(f"{fn}: partly transparent; expected an opaque picture. Save it without its alpha channel")
-        a = a[...,:-1]; c -= 1
+        if (a[...,-1]!=a[...,-1].max()).any():
+            raise InputError(f"{fn}: partly transparent; expected an opaque picture. Save it without its alpha channel")
+        a = a[...,:-1]
+        c -= 1
     if c==1 or c==3 and (a[...,0]==a[...,1]).all() and (a[...,0]==a[...,2]).all(): return a[...,0]
     if c!=3: raise InputError(f"{fn}: expected a grey picture of one channel; found {c}")
     d = np.abs(a.astype(np.float32)-a.astype(np.float32).mean(-1, keepdims=True)).max()
-    if colour=='refuse': raise InputError(f"{fn}: expected a grey picture; found colour (channels differ by up to {d:.3g} about their mean). Say colour='grey' to take its brightness, or leave it out")
+    if colour=='refuse':
+        raise InputError(f"{fn}: expected a grey picture; found colour (channels differ by up to {d:.3g} about their "
+                         f"mean). Say colour='grey' to take its brightness, or leave it out")
     return a.astype(np.float32)@np.array([.299,.587,.114], np.float32)
 
 def _first(v):
@@ -90,8 +110,10 @@ def check_window(
 ):         # the same, the pair as floats
     "Raise `InputError` on a window that is none"
     if window is None or window=='full': return window
-    if not (is_listy(window) and len(window)==2 and all(isinstance(o, (int,float,np.number)) and np.isfinite(o) for o in window) and window[1]>0):
-        raise InputError(f"window: expected (centre, width) with a width above 0, None for the header's, or 'full'; found {window!r}")
+    if not (is_listy(window) and len(window)==2 and all(isinstance(o, (int,float,np.number)) and np.isfinite(o)
+                                                        for o in window) and window[1]>0):
+        raise InputError(f"window: expected (centre, width) with a width above 0, None for the header's, or 'full'; "
+                         f"found {window!r}")
     return tuple(float(o) for o in window)
 
 def _windowed(x, c, w, function, fn):
@@ -99,7 +121,8 @@ def _windowed(x, c, w, function, fn):
     if function=='SIGMOID': return 1/(1+np.exp(-4*(x-c)/w))
     if function=='LINEAR_EXACT': return np.clip((x-c)/w+.5, 0, 1)
     if function=='LINEAR': return np.clip((x-(c-.5))/(w-1)+.5 if w>1 else (x>c-.5).astype(np.float32), 0, 1)
-    raise InputError(f"{fn}: expected a VOILUTFunction LINEAR, LINEAR_EXACT or SIGMOID; found {function!r}. Say window=(centre, width), or 'full'")
+    raise InputError(f"{fn}: expected a VOILUTFunction LINEAR, LINEAR_EXACT or SIGMOID; found {function!r}. Say "
+                     f"window=(centre, width), or 'full'")
 
 def load_radiograph(
     fn,              # PNG, TIFF, JPEG or DICOM file
@@ -108,14 +131,22 @@ def load_radiograph(
 )->TensorRadiograph: # (1,H,W) float32; with a window 0 to 1, else the values of the file; `.aspect`, `.meta`
     "Read a radiograph; white is dense, whatever the file means by its numbers. Raises `MissingFileError`, `FileError` (unreadable), `InputError` (several frames, colour). Source: DICOM PS3.3, C.11.2"
     if colour not in ('refuse','grey'): raise InputError(f"colour: expected 'refuse' or 'grey'; found {colour!r}")
-    if not isinstance(fn, (str,os.PathLike)): raise ArgumentError(f"expected a picture's file; found {'None' if fn is None else f'a {type(fn).__name__}'}. A picture in memory is given as TensorRadiograph(tensor of (1,H,W))")
+    if not isinstance(fn, (str,os.PathLike)):
+        raise ArgumentError(f"expected a picture's file; found {'None' if fn is None else f'a {type(fn).__name__}'}. A "
+                            f"picture in memory is given as TensorRadiograph(tensor of (1,H,W))")
     window,fn = check_window(window),Path(fn)
-    if not fn.is_file(): raise MissingFileError(f"{fn}: no such file. Check the path, and `path=` which stands before relative names")
-    if fn.suffix.lower() not in _picture_kinds and not fn.suffix[1:].isdigit(): raise InputError(f"{fn}: expected {', '.join(k for k in _picture_kinds if k)}; found '{fn.suffix}'")
+    if not fn.is_file():
+        raise MissingFileError(f"{fn}: no such file. Check the path, and `path=` which stands before relative names")
+    if fn.suffix.lower() not in _picture_kinds and not fn.suffix[1:].isdigit():
+        raise InputError(f"{fn}: expected {', '.join(k for k in _picture_kinds if k)}; found '{fn.suffix}'")
     a,tags,sp = _read_picture(fn)
-    dtype = str(a.dtype); x = _to_grey(a, fn, colour).astype(np.float32)
-    if not x.size or not np.isfinite(x).all(): raise InputError(f"{fn}: {int((~np.isfinite(x)).sum())} of its {x.size} pixels are NaN or infinite. Repair it, or leave it out")
-    c,w = window if isinstance(window, tuple) else (None,None) if window=='full' else (_first(tags.get('0028|1050', '')), _first(tags.get('0028|1051', '')))
+    dtype = str(a.dtype)
+    x = _to_grey(a, fn, colour).astype(np.float32)
+    if not x.size or not np.isfinite(x).all():
+        raise InputError(f"{fn}: {int((~np.isfinite(x)).sum())} of its {x.size} pixels are NaN or infinite. Repair it, "
+                         f"or leave it out")
+    c,w = window if isinstance(window, tuple) else (None,
+            None) if window=='full' else (_first(tags.get('0028|1050', '')), _first(tags.get('0028|1051', '')))
     seen = c is not None and w is not None and w>0
     if seen: x = _windowed(x, c, w, 'LINEAR' if window else tags.get('0028|1056', '').strip() or 'LINEAR', fn)
     if tags.get('0028|0004')=='MONOCHROME1': x = 1-x if seen else x.max()+x.min()-x
@@ -132,8 +163,10 @@ class RadiographPrep:
         normalize='zscore',# 'zscore', 'percentile', 'minmax' or 'none', of each picture by itself
         colour='refuse'    # see `load_radiograph`
     ):
-        if isinstance(size, bool) or not isinstance(size, (int,np.integer)) or not 8<=size<=4096: raise InputError(f"size: expected a whole number from 8 to 4096, the side of the square; found {size!r}")
-        if normalize not in ('zscore','percentile','minmax','none'): raise InputError(f"normalize: expected 'zscore', 'percentile', 'minmax' or 'none'; found {normalize!r}")
+        if isinstance(size, bool) or not isinstance(size, (int,np.integer)) or not 8<=size<=4096:
+            raise InputError(f"size: expected a whole number from 8 to 4096, the side of the square; found {size!r}")
+        if normalize not in ('zscore','percentile','minmax','none'):
+            raise InputError(f"normalize: expected 'zscore', 'percentile', 'minmax' or 'none'; found {normalize!r}")
         if colour not in ('refuse','grey'): raise InputError(f"colour: expected 'refuse' or 'grey'; found {colour!r}")
         self.size,self.window,self.normalize,self.colour = int(size),check_window(window),normalize,colour
 
@@ -143,21 +176,32 @@ class RadiographPrep:
         "Bring a picture onto the square. Raises what `load_radiograph` raises, and `InputError` on a picture of one value"
         if not isinstance(t, Tensor): t = load_radiograph(t, self.window, self.colour)
         meta,x = getattr(t, 'meta', None) or {},t.as_subclass(Tensor).float()
-        if x.ndim!=3 or len(x)!=1: raise InputError(f"{meta.get('fn','the picture')}: expected (1,H,W); found {tuple(x.shape)}")
+        if x.ndim!=3 or len(x)!=1:
+            raise InputError(f"{meta.get('fn','the picture')}: expected (1,H,W); found {tuple(x.shape)}")
         lo,hi = x.min(),x.max()
-        if not hi>lo: raise InputError(f"{meta.get('fn','the picture')}: all of its pixels are {lo.item():g}: there is nothing in it. Leave it out")
-        if self.normalize!='none': x = (x-lo)/(hi-lo)                      # so that half precision holds what 16 bits held
-        h,w = x.shape[1]*getattr(t, 'aspect', 1.),float(x.shape[2]); f = self.size/max(h, w)
+        if not hi>lo:
+            raise InputError(f"{meta.get('fn','the picture')}: all of its pixels are {lo.item():g}: there is nothing "
+                             f"in it. Leave it out")
+        # so that half precision holds what 16 bits held
+        if self.normalize!='none':
+            x = (x-lo)/(hi-lo)
+        h,w = x.shape[1]*getattr(t, 'aspect', 1.),float(x.shape[2])
+        f = self.size/max(h, w)
         to = max(1, round(h*f)),max(1, round(w*f))
-        if to!=tuple(x.shape[1:]): x = F.interpolate(x[None], to, mode='bilinear', antialias=True, align_corners=False)[0]
-        if self.normalize=='percentile': a,b = np.percentile(x.numpy(), (1,99)); x = ((x-float(a))/max(float(b-a), 1e-6)).clamp(0,1)
+        if to!=tuple(x.shape[1:]):
+            x = F.interpolate(x[None], to, mode='bilinear', antialias=True, align_corners=False)[0]
+        if self.normalize=='percentile':
+            a,b = np.percentile(x.numpy(), (1,99))
+            x = ((x-float(a))/max(float(b-a), 1e-6)).clamp(0,1)
         if self.normalize=='zscore': x = (x-x.mean())/x.std().clamp(min=1e-6)
         top,left = (self.size-to[0])//2,(self.size-to[1])//2
         x = F.pad(x, (left, self.size-to[1]-left, top, self.size-to[0]-top), value=x.min().item())
         return TensorRadiograph(x.to(self.dtype).float(), meta=meta)
 
     @property
-    def dtype(self): return torch.float32 if self.normalize=='none' else torch.float16     # the file's own 16 bits do not fit into half precision
+    # the file's own 16 bits do not fit into half precision
+    def dtype(self):
+        return torch.float32 if self.normalize=='none' else torch.float16
 
     def to_dict(self): return {k:getattr(self, k) for k in ('size','window','normalize','colour')}
     def __repr__(self): return 'RadiographPrep(' + ', '.join(f'{k}={v!r}' for k,v in self.to_dict().items()) + ')'
@@ -177,7 +221,8 @@ class LoadRadiograph(DisplayedTransform):
         fn     # file
     )->Path:   # of the cache, there or not
         "Where a picture is kept once it was decoded: its name follows from the content of the file and the `RadiographPrep`. Raises `FileNotFoundError`"
-        return self.cache/'picture'/f'{digest_key(STORE_VERSION, kept_digest(fn, self.cache), str(self.prep.dtype), self.prep.to_dict())}.npy'
+        return (self.cache/'picture'
+                /f'{digest_key(STORE_VERSION, kept_digest(fn, self.cache), str(self.prep.dtype), self.prep.to_dict())}.npy')
     def add(self,
         fn     # file
     )->Path:   # of the cache
@@ -204,7 +249,9 @@ class LoadRadiograph(DisplayedTransform):
         facts = file_facts(fn) if Path(fn).is_file() else None
         if fn not in self._open or facts not in (None, self._open[fn][0]):
             e = None if facts is None else self.entry(fn)
-            if e is None or not e.exists(): return self.prep(fn)                  # a file of tomorrow is read, and not kept
+            # a file of tomorrow is read, and not kept
+            if e is None or not e.exists():
+                return self.prep(fn)
             if len(self._open)>20_000: self._open.clear()
             self._open[fn] = facts,np.load(e, mmap_mode='r')
         return TensorRadiograph(torch.from_numpy(self._open[fn][1].astype(np.float32)), meta=dict(fn=fn))
@@ -220,10 +267,12 @@ class ShiftTfm(Transform):
         if not 0<=max_shift<.5: raise InputError(f"max_shift: expected a share from 0 to under 0.5; found {max_shift}")
         self.max_shift = max_shift
     def encodes(self, x:TensorSlice):
-        n = len(x); h,w = x.shape[-2:]
+        n = len(x)
+        h,w = x.shape[-2:]
         dy,dx = [(((torch.rand(n)*2-1)*self.max_shift*s).round().long()) for s in (h,w)]
         iy,ix = [(torch.arange(s)+d[:,None]).clamp(0, s-1).to(x.device) for s,d in ((h,dy),(w,dx))]
-        r = x.as_subclass(Tensor)[torch.arange(n, device=x.device)[:,None,None], :, iy[:,:,None], ix[:,None,:]].permute(0,3,1,2)
+        r = x.as_subclass(Tensor)[torch.arange(n, device=x.device)[:,None,None], :, iy[:,:,None],
+                                  ix[:,None,:]].permute(0,3,1,2)
         return r.contiguous().as_subclass(type(x))
 
 class EraseTfm(Transform):
@@ -235,15 +284,21 @@ class EraseTfm(Transform):
         least=.1    # at least
     ):
         super().__init__(split_idx=0)
-        if not (0<=p<=1 and 0<least<=most<=1): raise InputError(f"EraseTfm: expected p from 0 to 1 and 0 < least ≤ most ≤ 1; found {p}, {least}, {most}")
+        if not (0<=p<=1 and 0<least<=most<=1):
+            raise InputError(f"EraseTfm: expected p from 0 to 1 and 0 < least ≤ most ≤ 1; found {p}, {least}, {most}")
         self.p,self.most,self.least = p,most,least
     def encodes(self, x:TensorSlice):
-        n = len(x); on = torch.rand(n)<self.p; spans = []
+        n = len(x)
+        on = torch.rand(n)<self.p
+        spans = []
         for s in x.shape[-2:]:
-            k = ((self.least+(self.most-self.least)*torch.rand(n))*s).round().clamp(min=1); a = (torch.rand(n)*(s-k)).round()
-            i = torch.arange(s)[None]; spans.append((i>=a[:,None]) & (i<(a+k)[:,None]))
+            k = ((self.least+(self.most-self.least)*torch.rand(n))*s).round().clamp(min=1)
+            a = (torch.rand(n)*(s-k)).round()
+            i = torch.arange(s)[None]
+            spans.append((i>=a[:,None]) & (i<(a+k)[:,None]))
         box = (spans[0][:,:,None] & spans[1][:,None,:] & on[:,None,None]).to(x.device)[:,None]
-        r = x.as_subclass(Tensor); return torch.where(box, r.mean((2,3), keepdim=True), r).as_subclass(type(x))
+        r = x.as_subclass(Tensor)
+        return torch.where(box, r.mean((2,3), keepdim=True), r).as_subclass(type(x))
 
 def radiograph_tfms(
     max_rotate=10.,      # degrees
@@ -258,10 +313,13 @@ def radiograph_tfms(
     xtra_tfms=None       # more batch transforms to append
 )->list:                 # for `batch_tfms`; they act on the training split
     "Batch augmentation for radiographs. Raises `InputError` on a value out of range"
-    its = [SpatialTfm(max_rotate=max_rotate, max_scale=max_scale, p_rotate=.75, p_scale=.75, flips=flips)] if max_rotate or max_scale or flips else []
+    its = [SpatialTfm(max_rotate=max_rotate, max_scale=max_scale, p_rotate=.75, p_scale=.75,
+                      flips=flips)] if max_rotate or max_scale or flips else []
     if max_shift: its.append(ShiftTfm(max_shift))
     if (max_contrast or max_brightness or max_gamma) and p_light:
-        its.append(IntensityTfm(max_contrast=max_contrast, p_contrast=p_light, max_brightness=max_brightness, p_brightness=p_light, max_gamma=max_gamma, p_gamma=p_light, p_blur=0., p_low_res=0., max_noise=.05, p_noise=.2))
+        its.append(IntensityTfm(max_contrast=max_contrast, p_contrast=p_light, max_brightness=max_brightness,
+                                p_brightness=p_light, max_gamma=max_gamma, p_gamma=p_light, p_blur=0., p_low_res=0.,
+                                max_noise=.05, p_noise=.2))
     if p_erase: its.append(EraseTfm(p_erase))
     return its+list(xtra_tfms or [])
 
@@ -317,23 +375,29 @@ class RadiographDataLoaders(DataLoaders):
     ):                       # these DataLoaders, every picture decoded once and kept
         "From a DataFrame with a row a picture. Raises `ColumnError`, `InputError` (a case, named), `FileError` (a file, named)"
         if not len(df): raise InputError("from_df: the DataFrame has no rows")
-        if isinstance(bs, bool) or not isinstance(bs, (int,np.integer)) or bs<1: raise InputError(f"bs: expected a whole number of 1 or more; found {bs!r}")
+        if isinstance(bs, bool) or not isinstance(bs, (int,np.integer)) or bs<1:
+            raise InputError(f"bs: expected a whole number of 1 or more; found {bs!r}")
         df = check_columns(df).reset_index(drop=True)
-        prep,cache,device = RadiographPrep(size, window, normalize, colour),Path(cache_dir() if cache is None else cache),torch.device(ifnone(device, default_device()))
+        prep,cache,device = RadiographPrep(size, window, normalize, colour),Path(cache_dir() if cache is None
+                else cache),torch.device(ifnone(device, default_device()))
         files = all_files(df, image_col, Path(path).absolute())
         for i,f in enumerate(files):
             if is_listy(f): raise InputError(f"image_col {image_col!r}: expected one file a picture; found {f}")
-            if not Path(f).is_file(): raise MissingFileError(f"case {df.iloc[i].get('case', i)!r}: {f}: no such file. Check the path, and `path=` which stands before relative names")
+            if not Path(f).is_file():
+                raise MissingFileError(f"case {df.iloc[i].get('case', i)!r}: {f}: no such file. Check the path, and "
+                                       f"`path=` which stands before relative names")
         kind = label_block(df, label_col, y_block, label_delim)[2]
         splitter = label_splitter(df, label_col, kind, label_delim, group_col, valid_col, valid_pct, seed, stratify)
         train = list(splitter(range(len(df)))[0])
         block,get_y,_ = label_block(df, label_col, y_block, label_delim, train, group_col)
         LoadRadiograph(prep, cache).build(files)
         if isinstance(batch_tfms, str):
-            if batch_tfms!='auto': raise InputError(f"batch_tfms: expected 'auto', a list or None; found {batch_tfms!r}")
+            if batch_tfms!='auto':
+                raise InputError(f"batch_tfms: expected 'auto', a list or None; found {batch_tfms!r}")
             batch_tfms = radiograph_tfms()
         if num_workers is None: num_workers = 0 if device.type=='cpu' else min(8, defaults.cpus)
-        db = DataBlock(blocks=(RadiographBlock(prep, cache), block), n_inp=1, get_x=CaseFiles(image_col, path), get_y=get_y, splitter=splitter, item_tfms=item_tfms, batch_tfms=batch_tfms)
+        db = DataBlock(blocks=(RadiographBlock(prep, cache), block), n_inp=1, get_x=CaseFiles(image_col, path),
+                       get_y=get_y, splitter=splitter, item_tfms=item_tfms, batch_tfms=batch_tfms)
         db.item_tfms = L(f for f in db.item_tfms if not isinstance(f, ToTensor))
         dls = db.dataloaders(df, path=path, bs=min(bs, len(train)), seed=seed, num_workers=num_workers, device=device)
         return cls(*dls.loaders, path=dls.path, device=dls.device)
@@ -350,14 +414,22 @@ class RadiographDataLoaders(DataLoaders):
     ):                     # these DataLoaders
         "From folders as fastai's `ImageDataLoaders.from_folder`: `path/train/<class>/…` and `path/valid/<class>/…`, or `path/<class>/…` with `valid_pct`. Raises `MissingFileError` where there is nothing"
         path = Path(path)
-        if odd:=[k for k in kwargs if k in ('image_col','label_col','group_col','valid_col','y_block','label_delim')]: raise ArgumentError(f"from_folder: {', '.join(odd)} belong to from_df; here the folder's name is the class, and groups= tells the subjects")
-        fs = [f for f in sorted(path.rglob('*')) if f.is_file() and not f.name.startswith('.') and f.suffix.lower() in _picture_kinds[:-1]]
+        if odd:=[k for k in kwargs if k in ('image_col','label_col','group_col','valid_col','y_block','label_delim')]:
+            raise ArgumentError(f"from_folder: {', '.join(odd)} belong to from_df; here the folder's name is the "
+                                f"class, and groups= tells the subjects")
+        fs = [f for f in sorted(path.rglob('*')) if f.is_file() and not f.name.startswith('.')
+                and f.suffix.lower() in _picture_kinds[:-1]]
         if not fs: raise MissingFileError(f"{path}: no picture ({', '.join(_picture_kinds[:-1])}) in it or below")
-        df = pd.DataFrame(dict(image=[str(f.relative_to(path)) for f in fs], label=[f.parent.name for f in fs], part=[f.relative_to(path).parts[0] for f in fs]))
+        df = pd.DataFrame(dict(image=[str(f.relative_to(path)) for f in fs], label=[f.parent.name for f in fs],
+                               part=[f.relative_to(path).parts[0] for f in fs]))
         if groups is not None: df['subject'] = [str(groups(f)) for f in fs]
         kw = dict(valid_pct=valid_pct) if valid_pct is not None else {}
         if valid_pct is None:
             for p in (train,valid):
-                if not (df.part==p).any(): raise MissingFileError(f"{path/p}: no pictures there. Name the folders with train= and valid=, or say valid_pct=0.2 to draw from all")
-            df = df[df.part.isin([train,valid])].reset_index(drop=True); df['is_valid'] = df.part==valid; kw['valid_col'] = 'is_valid'
+                if not (df.part==p).any():
+                    raise MissingFileError(f"{path/p}: no pictures there. Name the folders with train= and valid=, or "
+                                           f"say valid_pct=0.2 to draw from all")
+            df = df[df.part.isin([train,valid])].reset_index(drop=True)
+            df['is_valid'] = df.part==valid
+            kw['valid_col'] = 'is_valid'
         return cls.from_df(df.assign(case=df.image), **{'path':path.resolve(), **kw, **kwargs})

@@ -43,8 +43,10 @@ def _no_home(why):
     _private_folder(path)
     s = os.lstat(path)
     if not stat.S_ISDIR(s.st_mode) or hasattr(os, 'geteuid') and (s.st_uid!=user or s.st_mode&0o077):
-        raise FileError(f"{path}: expected a folder of yours that nobody else may enter, since {why}; found a link, or one of somebody else. Set FASTMED_CACHE to a folder of yours")
-    warn(f"{why}: preprocessed cases are kept in {path}, which the system may empty. Set FASTMED_CACHE to a folder that lasts")
+        raise FileError(f"{path}: expected a folder of yours that nobody else may enter, since {why}; found a link, or "
+                        f"one of somebody else. Set FASTMED_CACHE to a folder of yours")
+    warn(f"{why}: preprocessed cases are kept in {path}, which the system may empty. Set FASTMED_CACHE to a folder "
+         f"that lasts")
     return path
 
 def cache_dir()->Path: # a folder, perhaps not there yet
@@ -54,7 +56,9 @@ def cache_dir()->Path: # a folder, perhaps not there yet
     except RuntimeError: return _no_home('this user has no home')
     there = next(o for o in (path, *path.parents) if os.path.lexists(o))
     if not os.path.isdir(there) or not os.access(there, os.W_OK|os.X_OK): return _no_home(f'{there} cannot be written')
-    if there==path and os.name!='nt' and path.stat().st_mode&0o077: warn(f"{path}: holds preprocessed scans, and other users of this machine may look into it. Say: chmod 700 {path}")
+    if there==path and os.name!='nt' and path.stat().st_mode&0o077:
+        warn(f"{path}: holds preprocessed scans, and other users of this machine may look into it. Say: chmod 700 "
+             f"{path}")
     return path
 
 def each_in_threads(
@@ -78,7 +82,8 @@ class Store:
         path=None              # folder; default: `cache_dir()`
     ):
         self.preprocess,self.path,self._open = preprocess,Path(cache_dir() if path is None else path),{}
-        self._sealed = {}                                            # entries that were found whole, and what their files looked like
+        # entries that were found whole, and what their files looked like
+        self._sealed = {}
 
     def __getstate__(self): return {**self.__dict__, '_open':{}}     # open maps do not travel to workers
 
@@ -89,10 +94,13 @@ class Store:
         "Where the entry of a file is kept: its name follows from the content of the file and the `Preprocess`. Raises `FileNotFoundError`"
         d = self.preprocess.to_dict()
         drop = ('codes','mask_order') if kind=='image' else ('normalize','stats','order')
-        return self.path/kind/digest_key(STORE_VERSION, [kept_digest(o, self.path) for o in L(fn)], {k:v for k,v in d.items() if k not in drop})
+        return self.path/kind/digest_key(STORE_VERSION, [kept_digest(o, self.path) for o in L(fn)],
+                                         {k:v for k,v in d.items() if k not in drop})
 
     def _same(self, kind, fn, dest):
-        if self.entry(kind, fn)!=dest: raise FileError(f"{fn}: was written to while it was read. Call again once whoever writes there has finished")
+        if self.entry(kind, fn)!=dest:
+            raise FileError(
+                    f"{fn}: was written to while it was read. Call again once whoever writes there has finished")
 
     # --- writing
     def add_image(self,
@@ -101,7 +109,8 @@ class Store:
         "Preprocess and keep an image; nothing happens where the entry is there, whole. Raises what `load_volume` and the `Preprocess` raise"
         dest = self.entry('image', fn)
         if self.whole(dest): return dest
-        t = self.preprocess(load_volume(fn)); self._same('image', fn, dest)
+        t = self.preprocess(load_volume(fn))
+        self._same('image', fn, dest)
         return self._keep(dest, t)
 
     def add_mask(self,
@@ -110,17 +119,20 @@ class Store:
         "Preprocess and keep a mask, with the places of its foreground. Raises what `load_mask` and the `Preprocess` raise"
         dest = self.entry('mask', fn)
         if self.whole(dest): return dest
-        t = self.preprocess(load_mask(fn)); self._same('mask', fn, dest)
+        t = self.preprocess(load_mask(fn))
+        self._same('mask', fn, dest)
         return self._keep(dest, t, foreground_index(t.as_subclass(Tensor).numpy()))
 
     def _keep(self, dest, t, fg=None):
         "Write an entry and its seal, in place of one that is not whole"
         _private_folder(self.path)
-        with whole_folder(dest) as p:                              # where another process was faster, its entry is as good
+        # where another process was faster, its entry is as good
+        with whole_folder(dest) as p:
             np.save(p/'data.npy', t.as_subclass(Tensor).numpy())
             if fg is not None: np.savez(p/'fg.npz', **{str(k):v for k,v in fg.items()})
             affine = t.affine.tolist()
-            (p/'meta.json').write_text(json.dumps(dict(affine=affine, seal=_entry_seal(p, dest.name, affine, file_digest))))
+            (p/'meta.json').write_text(json.dumps(dict(affine=affine,
+             seal=_entry_seal(p, dest.name, affine, file_digest))))
             if dest.exists() and not self.whole(dest): shutil.rmtree(dest, ignore_errors=True)
         self._sealed[dest] = _stamps(dest)
         return dest
@@ -145,8 +157,10 @@ class Store:
     ):                   # self
         "Add all that is not there yet, in parallel, with a bar. An error names its file; what was finished stays"
         _private_folder(self.path)                                          # digests are kept from the first file on
-        jobs = [(self.add_image, o, self.entry('image', o)) for o in images] + [(self.add_mask, o, self.entry('mask', o)) for o in masks]
-        with ThreadPoolExecutor(ifnone(workers, min(8, defaults.cpus))) as ex: done = list(ex.map(self.whole, [e for *_,e in jobs]))
+        jobs = [(self.add_image, o, self.entry('image', o)) for o in images] + [(self.add_mask, o,
+                self.entry('mask', o)) for o in masks]
+        with ThreadPoolExecutor(ifnone(workers, min(8, defaults.cpus))) as ex:
+            done = list(ex.map(self.whole, [e for *_,e in jobs]))
         jobs = [o for o,d in zip(jobs, done) if not d]
         if not jobs: return self
         if bad:=[(o,e) for _,o,e in jobs if e.exists()]: _made_anew(*bad[0], len(bad))
@@ -158,8 +172,13 @@ class Store:
     def _read(self, dest, cls, fn, **kwargs):
         meta = json.loads((dest/'meta.json').read_text())
         a,aff = _mapped(dest/'data.npy'),np.array(meta['affine'], dtype=float)
-        if a.ndim!=(3 if cls is TensorVolumeMask else 4) or a.is_floating_point()==(cls is TensorVolumeMask) or aff.shape!=(4,4) or not np.isfinite(aff).all(): raise ValueError(f'{a.dtype} {a.shape} with an affine of {aff.shape}')
-        if any(v.ndim!=2 or v.shape[1]!=3 or v.dtype.kind!='i' or v.min(initial=0)<0 or (v>=a.shape).any() for v in kwargs.get('fg', {}).values()): raise ValueError('places of foreground outside the mask')
+        if a.ndim!=(3 if cls is TensorVolumeMask
+                    else 4) or a.is_floating_point()==(cls is TensorVolumeMask) or aff.shape!=(4,
+                4) or not np.isfinite(aff).all():
+            raise ValueError(f'{a.dtype} {a.shape} with an affine of {aff.shape}')
+        if any(v.ndim!=2 or v.shape[1]!=3 or v.dtype.kind!='i' or v.min(initial=0)<0 or (v>=a.shape).any()
+                for v in kwargs.get('fg', {}).values()):
+            raise ValueError('places of foreground outside the mask')
         return cls(a, affine=meta['affine'], meta=dict(fn=_file_names(fn)), **kwargs)
 
     def image(self,
@@ -178,7 +197,8 @@ class Store:
             return self._read(dest, TensorVolumeMask, fn, codes=self.preprocess.vocab, fg=fg)
         t = self._get('mask', fn, read)
         if t is None:
-            t = self.preprocess(load_mask(fn)); t.fg = foreground_index(t.as_subclass(Tensor).numpy())
+            t = self.preprocess(load_mask(fn))
+            t.fg = foreground_index(t.as_subclass(Tensor).numpy())
         return t
 
     def _get(self, kind, fn, read):
@@ -187,8 +207,12 @@ class Store:
         if k not in self._open or facts not in (None, self._open[k][0]):
             dest = self._there(kind, fn)
             if dest is None: return None
-            for old in list(self._open)[:len(self._open)-1999]: self._open.pop(old, None)      # those that were opened first
-            with reading(f"{fn}: its entry in the store, {dest}", 'what was written there', 'Remove that folder, and it is made anew'): self._open[k] = facts,read(dest)
+            # those that were opened first
+            for old in list(self._open)[:len(self._open)-1999]:
+                self._open.pop(old, None)
+            with reading(f"{fn}: its entry in the store, {dest}", 'what was written there',
+                         'Remove that folder, and it is made anew'):
+                self._open[k] = facts,read(dest)
         t = self._open[k][1]
         res = t.as_subclass(Tensor).view(t.shape).as_subclass(type(t))
         res.__dict__.update(t.__dict__)
@@ -200,7 +224,9 @@ class Store:
         if not e.exists() or self.whole(e): return e if e.exists() else None
         _made_anew(fn, e)
         try: return (self.add_image if kind=='image' else self.add_mask)(fn)
-        except FileError: return None                                 # the store cannot be written: made now, and not kept
+        except FileError:
+            # the store cannot be written: made now, and not kept
+            return None
 
     # --- facts that cost voxels to find
     def cached(self,
@@ -211,7 +237,9 @@ class Store:
         "Keep a computed fact beside the entries"
         dest = self.path/'facts'/f'{name}-{digest_key(STORE_VERSION, key)}.json'
         if dest.exists():
-            with contextlib.suppress(ValueError, OSError): return json.loads(dest.read_text())      # one that is not whole is found anew
+            # one that is not whole is found anew
+            with contextlib.suppress(ValueError, OSError):
+                return json.loads(dest.read_text())
         res = func()
         _private_folder(self.path)
         with whole_file(dest, lasting=False) as tmp: tmp.write_text(json.dumps(res))
@@ -223,7 +251,8 @@ def kept_digest(
 )->str:   # 32 letters
     "`file_digest`, kept in the store and taken again where size, times or inode say that the file was written to. Raises `FileNotFoundError`"
     facts = file_facts(fn)
-    recent = time.time_ns()-max((o[2] for o in facts[1]), default=0)<2e9    # a second write may still fall into the same tick of the clock
+    # a second write may still fall into the same tick of the clock
+    recent = time.time_ns()-max((o[2] for o in facts[1]), default=0)<2e9
     if not recent and Path(path).is_dir():                                  # who reads without a store makes none
         with contextlib.suppress(FileError): return Store(None, path).cached('digest', facts, lambda: file_digest(fn))
     return file_digest(fn)
@@ -231,10 +260,12 @@ def kept_digest(
 def _mapped(fn):
     "A `.npy` file as a tensor whose pages are read when touched and whose writes stay private. Unlike `np.memmap` it keeps no descriptor, of which a process has few. Raises `ValueError` on a file that is not whole"
     with open(fn, 'rb') as f:
-        read = {(1,0):np.lib.format.read_array_header_1_0, (2,0):np.lib.format.read_array_header_2_0}[np.lib.format.read_magic(f)]
+        read = {(1,0):np.lib.format.read_array_header_1_0,
+                (2,0):np.lib.format.read_array_header_2_0}[np.lib.format.read_magic(f)]
         (shape,turned,dtype),start,size = read(f),f.tell(),os.fstat(f.fileno()).st_size
     n = int(np.prod(shape))
-    if not n or dtype.kind not in 'iuf' or not dtype.isnative or start%dtype.itemsize or size!=start+n*dtype.itemsize: raise ValueError(f'{dtype} {shape} in {size} bytes')
+    if not n or dtype.kind not in 'iuf' or not dtype.isnative or start%dtype.itemsize or size!=start+n*dtype.itemsize:
+        raise ValueError(f'{dtype} {shape} in {size} bytes')
     whole = torch.UntypedStorage.from_file(str(fn), False, size)
     a = torch.empty(0, dtype=torch.from_numpy(np.empty(0, dtype)).dtype).set_(whole, start//dtype.itemsize, (n,))
     return a.view(shape[::-1]).permute(*range(len(shape)-1, -1, -1)) if turned else a.view(shape)
@@ -247,12 +278,14 @@ def _entry_seal(folder, name, affine, digest):
 def _stamps(folder):
     "What changes when somebody writes to an entry. Raises `FileNotFoundError` where a file of it is gone"
     sts = {o.name:o.stat() for o in os.scandir(folder)}
-    if missing:={'data.npy','meta.json'}-set(sts): raise FileNotFoundError(errno.ENOENT, 'a file of the entry is gone', str(folder/missing.pop()))
+    if missing:={'data.npy','meta.json'}-set(sts):
+        raise FileNotFoundError(errno.ENOENT, 'a file of the entry is gone', str(folder/missing.pop()))
     return {k:(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for k,s in sts.items()}
 
 def _made_anew(fn, dest, n=1):
     more = f' (and {n-1} more)' if n>1 else ''
-    warn(f"{_file_names(fn)}{more}: its entry in the store, {dest}, does not hold what was written there, and is made anew")
+    warn(f"{_file_names(fn)}{more}: its entry in the store, {dest}, does not hold what was written there, and is made "
+         f"anew")
 
 def _files_facts(fn):
     "The facts of one file or several; None where one is out of reach"
@@ -279,16 +312,20 @@ def label_values(
     masks        # mask files
 )->list:         # sorted values that occur in any of them
     "The values that masks hold, found once and kept"
-    def one(fn): return store.cached('labels', kept_digest(fn, store.path), lambda: np.unique(load_mask(fn).as_subclass(Tensor).numpy()).tolist())
+    def one(fn):
+        return store.cached('labels', kept_digest(fn, store.path),
+                            lambda: np.unique(load_mask(fn).as_subclass(Tensor).numpy()).tolist())
     with ThreadPoolExecutor(min(8, defaults.cpus)) as ex: return sorted(set().union(*ex.map(one, masks)))
 
 # %% ../../nbs/data/05_store.ipynb #5b0f2c11
 def _packed(o, names):
     "The same in JSON; of files and their names only which one it is. Raises `TypeError` on what has no place there"
     if isinstance(o, np.generic): o = o.item()
-    if isinstance(o, (str,Path)) and str(o) in names: return {'name' if isinstance(o, str) else 'file':names.index(str(o))}
+    if isinstance(o, (str,Path)) and str(o) in names:
+        return {'name' if isinstance(o, str) else 'file':names.index(str(o))}
     if o is None or isinstance(o, (bool,int,float,str)): return o
-    if isinstance(o, np.ndarray) and o.dtype.kind in 'biuf': return dict(array=base64.b64encode(o.tobytes()).decode(), dtype=o.dtype.str, shape=o.shape)
+    if isinstance(o, np.ndarray) and o.dtype.kind in 'biuf':
+        return dict(array=base64.b64encode(o.tobytes()).decode(), dtype=o.dtype.str, shape=o.shape)
     if isinstance(o, dict): return dict(dict=[[_packed(k, names),_packed(v, names)] for k,v in o.items()])
     if isinstance(o, tuple): return dict(tuple=[_packed(v, names) for v in o])
     if isinstance(o, list): return [_packed(v, names) for v in o]
@@ -333,7 +370,8 @@ def kept_found(
     with contextlib.suppress(FileError):
         found = _packed(res, names)
         _private_folder(path)
-        with whole_file(dest, lasting=False) as tmp: tmp.write_text(json.dumps(dict(seal=digest_key(dest.name, found), found=found)))
+        with whole_file(dest, lasting=False) as tmp:
+            tmp.write_text(json.dumps(dict(seal=digest_key(dest.name, found), found=found)))
     return res
 
 # %% ../../nbs/data/05_store.ipynb #0451fa75
@@ -376,6 +414,7 @@ def cut(
         if 0<=c and c+p<=t.shape[i]: t = t.narrow(i, c, p)
         else: over.append((i, c, p))
     if not over: return t
-    a = t.numpy()                                                # NumPy gathers small arrays several times faster than torch
+    # NumPy gathers small arrays several times faster than torch
+    a = t.numpy()
     for i,c,p in over: a = a.take(np.arange(c, c+p).clip(0, t.shape[i]-1), i)
     return torch.from_numpy(a)

@@ -39,7 +39,8 @@ def some_of(
     n=5  # how many are named
 ):       # text
     "The first values, and how many there are"
-    xs = list(xs); return ', '.join(map(str, xs[:n]))+(f' … ({len(xs)})' if len(xs)>n else '')
+    xs = list(xs)
+    return ', '.join(map(str, xs[:n]))+(f' … ({len(xs)})' if len(xs)>n else '')
 
 # %% ../../nbs/data/13_survey.ipynb #a13ffe79
 def repeated_hashes(
@@ -58,8 +59,12 @@ def _error_text(e, fn): return ' '.join(str(e).replace(f'{fn}: ', '').split())[:
 def _paths(o, path, who=''):
     "The files of one cell: none, one, or the channels of a case"
     if is_listy(o): return [p for c in o for p in _paths(c, path, who)]
-    if o is None or (not isinstance(o, os.PathLike) and np.isscalar(o) and pd.isna(o)) or (isinstance(o, str) and not o.strip()): return []
-    if not isinstance(o, (str, os.PathLike)): raise InputError(f"{who}expected a path, a list of paths (channels) or nothing; found {o!r} ({type(o).__name__})")
+    if o is None or (not isinstance(o, os.PathLike) and np.isscalar(o) and pd.isna(o)) or (isinstance(o, str)
+            and not o.strip()):
+        return []
+    if not isinstance(o, (str, os.PathLike)):
+        raise InputError(
+                f"{who}expected a path, a list of paths (channels) or nothing; found {o!r} ({type(o).__name__})")
     return [Path(path)/o]
 
 def _forms(fn, h, tol):
@@ -73,54 +78,79 @@ def _forms(fn, h, tol):
     mm = h['affine']@np.linalg.inv(im.affine)
     s,q = mm@s,mm@q
     if same_grid(h['shape'], s, h['shape'], q, max(tol, .1)): return []
-    return [problem_row('sform against qform', f"sform {describe_grid(h['shape'], s)}; qform {describe_grid(h['shape'], q)}", fn)]
+    return [problem_row('sform against qform',
+                        f"sform {describe_grid(h['shape'], s)}; qform {describe_grid(h['shape'], q)}", fn)]
 
 def _case_header(fn, tol):
     "What one header says, or None, and what is wrong with it"
     try: h = read_header(fn)
     except FileNotFoundError: return None,[problem_row('missing file', 'no such file', fn)]
     except Exception as e:
-        s = _error_text(e, fn); kinds = [k for k,p in (('singular affine','can be inverted'), ('gantry tilt','gantry was tilted'), ('missing slice','(is|are) missing')) if re.search(p, s)]
-        return None,[problem_row(k, s, fn) for k in kinds or ['too large' if isinstance(e, MemoryError) else 'no volume' if isinstance(e, ValueError) else 'unreadable']]
+        s = _error_text(e, fn)
+        kinds = [k for k,p in (('singular affine','can be inverted'), ('gantry tilt','gantry was tilted'),
+                ('missing slice','(is|are) missing')) if re.search(p, s)]
+        return (((None,
+                [problem_row(k, s, fn) for k in kinds or ['too large' if isinstance(e, MemoryError) else 'no volume'
+                                                          if isinstance(e, ValueError) else 'unreadable']])))
     out,cos = [],h['affine'][:3,:3]/h['spacing']
     skew = np.degrees(np.arcsin(min(1, np.abs(cos.T@cos-np.eye(3)).max())))
     if skew>.5: out.append(problem_row('skewed affine', f'axes {skew:.1f}° off the right angle', fn))
-    if h['unit']!='mm': out.append(problem_row('unit of length', f"{h['unit']}; read as voxels of {' × '.join(f'{o:.4g}' for o in h['spacing'])} mm", fn))
+    if h['unit']!='mm':
+        out.append(problem_row('unit of length',
+                               f"{h['unit']}; read as voxels of {' × '.join(f'{o:.4g}' for o in h['spacing'])} mm", fn))
     if str(fn).lower().endswith(('.nii','.nii.gz')):
         try: out += _forms(fn, h, tol)
-        except Exception as e: out.append(problem_row('sform against qform', f'one of them cannot be read ({_error_text(e, fn)})', fn))
+        except Exception as e:
+            out.append(problem_row('sform against qform', f'one of them cannot be read ({_error_text(e, fn)})', fn))
     return h,out
 
 def _ras(h):
     "(shape, affine) as they are after the axes are turned to RAS"
     o = nib.io_orientation(h['affine'])
-    return tuple(int(h['shape'][int(k)]) for k in np.argsort(o[:,0])),h['affine']@nib.orientations.inv_ornt_aff(o, h['shape'])
+    return tuple(int(h['shape'][int(k)]) for k in np.argsort(o[:,0])),h['affine']@nib.orientations.inv_ornt_aff(o,
+            h['shape'])
 
 def _unlike_grid(who, fn, h, ref, tol):
     "The finding that `h` lies on another grid than `ref`, or none"
     if same_grid(h['shape'], h['affine'], ref['shape'], ref['affine'], tol): return []
-    (s,a),(rs,ra) = _ras(h),_ras(ref); n = max(rs); sp,rsp = np.array(spacing_of(a)),np.array(spacing_of(ra))
-    k = ('turned' if same_grid(s, a, rs, ra, tol) else 'shape' if s!=rs else 'orientation' if h['orientation']!=ref['orientation'] else
-         'spacing' if np.abs(sp/rsp-1).max()*n>tol else 'direction' if np.abs(a[:3,:3]/sp-ra[:3,:3]/rsp).max()*n>tol else 'place')
-    return [problem_row(f'{who} {k}', describe_grid(h['shape'], h['affine']), fn, describe_grid(ref['shape'], ref['affine']))]
+    (s,a),(rs,ra) = _ras(h),_ras(ref)
+    n = max(rs)
+    sp,rsp = np.array(spacing_of(a)),np.array(spacing_of(ra))
+    k = ('turned' if same_grid(s, a, rs, ra, tol) else 'shape' if s!=rs else 'orientation'
+            if h['orientation']!=ref['orientation'] else
+         'spacing' if np.abs(sp/rsp-1).max()*n>tol else 'direction' if np.abs(a[:3,:3]/sp-ra[:3,:3]/rsp).max()*n>tol
+         else 'place')
+    return [problem_row(f'{who} {k}', describe_grid(h['shape'], h['affine']), fn,
+            describe_grid(ref['shape'], ref['affine']))]
 
 def _case_headers(case, tol, limit):
     "Headers of one case: its findings; of the image shape, spacing, orientation, channels; the files whose voxels can be read"
-    images,masks,want = case; out,hs = [],{}
+    images,masks,want = case
+    out,hs = [],{}
     for f in (*images, *masks):
-        if f not in hs: hs[f],o = _case_header(f, tol); out += o
-    good = [f for f in images if hs[f]]; ref = hs[good[0]] if good else None
+        if f not in hs:
+            hs[f],o = _case_header(f, tol)
+            out += o
+    good = [f for f in images if hs[f]]
+    ref = hs[good[0]] if good else None
     for f in good[1:]: out += _unlike_grid('channel', f, hs[f], ref, tol)
     m = masks[0] if masks and hs[masks[0]] else None
     if len(masks)>1: out.append(problem_row('mask channels', f'{len(masks)} files', masks[1]))
     if m and ref: out += _unlike_grid('mask', m, hs[m], ref, tol)
     if want and not images: out.append(problem_row('no image', 'none', masks[0] if masks else None))
     if want and not masks and want!='image': out.append(problem_row('no mask', 'none', images[0] if images else None))
-    big = [f for f in (*good, *([m] if m else [])) if 12*np.prod([float(o) for o in hs[f]['shape']])*(hs[f]['channels']+1)>limit]
-    out += [problem_row('too large', f"shape {hs[f]['shape']}, {hs[f]['channels']} channels", f, f'at most {limit/2**30:.3g} GB with room to work') for f in big]
+    big = [f for f in (*good, *([m] if m else [])) if 12*np.prod([float(o) for o in hs[f]['shape']])
+            *(hs[f]['channels']+1)>limit]
+    out += [problem_row('too large', f"shape {hs[f]['shape']}, {hs[f]['channels']} channels", f,
+                        f'at most {limit/2**30:.3g} GB with room to work') for f in big]
     h = ref or (hs[m] if m else None)
-    d = dict(findings=out, images=[f for f in good if f not in big], read=[f if hs[f] and f not in big else None for f in images], mask=m if m not in big else None, aligned=bool(m and ref) and not any(o['problem'].startswith('mask') and o['problem']!='mask turned' for o in out))
-    if h: s,a = _ras(h); d.update(size=s, spacing=spacing_of(a), orientation=h['orientation'], voxels=float(np.prod(s)))
+    d = dict(findings=out, images=[f for f in good if f not in big],
+            read=[f if hs[f] and f not in big else None for f in images], mask=m if m not in big else None,
+            aligned=bool(m and ref) and not any(o['problem'].startswith('mask') and o['problem']!='mask turned'
+                                                for o in out))
+    if h:
+        s,a = _ras(h)
+        d.update(size=s, spacing=spacing_of(a), orientation=h['orientation'], voxels=float(np.prod(s)))
     return {**d, 'channels':sum(hs[f]['channels'] for f in good) if good and len(good)==len(images) else None}
 
 # %% ../../nbs/data/13_survey.ipynb #cdcc6929
@@ -128,7 +158,10 @@ def mix_hash(
     x  # uint64 array
 ):
     "uint64 hash of each uint64"
-    with np.errstate(over='ignore'): x = (x^(x>>np.uint64(30)))*np.uint64(0xbf58476d1ce4e5b9); x = (x^(x>>np.uint64(27)))*np.uint64(0x94d049bb133111eb); return x^(x>>np.uint64(31))
+    with np.errstate(over='ignore'):
+        x = (x^(x>>np.uint64(30)))*np.uint64(0xbf58476d1ce4e5b9)
+        x = (x^(x>>np.uint64(27)))*np.uint64(0x94d049bb133111eb)
+        return x^(x>>np.uint64(31))
 
 # %% ../../nbs/data/13_survey.ipynb #830c71c2
 def roughness_of(
@@ -140,7 +173,8 @@ def roughness_of(
     a = a[tuple(slice(max(0, (n-96)//2), (n+96)//2+1) for n in a.shape)]
     for k in (1,2):
         for ax in range(3):
-            d = np.abs(np.diff(a, k, axis=ax)).ravel() if a.shape[ax]>k else np.zeros(1); res.append(np.minimum(d, np.quantile(d, .9)).mean()/scale)
+            d = np.abs(np.diff(a, k, axis=ax)).ravel() if a.shape[ax]>k else np.zeros(1)
+            res.append(np.minimum(d, np.quantile(d, .9)).mean()/scale)
     return np.array(res)
 
 # %% ../../nbs/data/13_survey.ipynb #79271686
@@ -154,22 +188,36 @@ def _voxel_hash(a): return hashlib.blake2b(a.data, digest_size=16, key=str(a.sha
 
 def _channel_numbers(a, lab=None):
     "Numbers of one channel (X,Y,Z) float32, in one piece, that tell scans apart; `lab`: class ids on the same grid"
-    x = a.reshape(-1); ok = np.isfinite(x); bad = int(x.size-ok.sum())
-    bag = (x.size, sum(int(mix_hash(x[k:k+2**18].view(np.uint32).astype(np.uint64)).sum()) for k in range(0, x.size, 2**18))%2**64)
-    d = dict(bad=bad, hash=_voxel_hash(a), bag=bag, constant=False, flat=False, distinct=0, level=np.nan, base=np.nan, shape=np.full(9, np.nan), rough=np.full(6, np.nan), means={})
+    x = a.reshape(-1)
+    ok = np.isfinite(x)
+    bad = int(x.size-ok.sum())
+    bag = (x.size, sum(int(mix_hash(x[k:k+2**18].view(np.uint32).astype(np.uint64)).sum()) for k in range(0, x.size,
+            2**18))%2**64)
+    d = dict(bad=bad, hash=_voxel_hash(a), bag=bag, constant=False, flat=False, distinct=0, level=np.nan, base=np.nan,
+             shape=np.full(9, np.nan), rough=np.full(6, np.nan), means={})
     if bad: x = x[ok]
     if not x.size: return d
-    step = max(1, x.size//500_000) | 1; s = x[::step]; lo,hi = float(x.min()),float(x.max())
+    step = max(1, x.size//500_000) | 1
+    s = x[::step]
+    lo,hi = float(x.min()),float(x.max())
     if lo==hi: return {**d, 'constant':True, 'value':lo}
-    u,n = np.unique(s[::1+len(s)//100_000], return_counts=True); k = n.argmax()
+    u,n = np.unique(s[::1+len(s)//100_000], return_counts=True)
+    k = n.argmax()
     fg = s[s!=u[k]] if n[k]>.1*n.sum() and n[k]<n.sum() else s                    # without the background
-    q = np.quantile(fg, _qs) if len(fg) else np.full(11, lo); w = np.quantile(s, (.005,.995)); scale = float(q[-1]-q[0])
-    if len(u)<64: d['bag'] = (d['hash'],)                                            # of few grey values the bag alone proves nothing
+    q = np.quantile(fg, _qs) if len(fg) else np.full(11, lo)
+    w = np.quantile(s, (.005,.995))
+    scale = float(q[-1]-q[0])
+    # of few grey values the bag alone proves nothing
+    if len(u)<64:
+        d['bag'] = (d['hash'],)
     d.update(distinct=len(u), flat=bool(w[1]-w[0]<=1e-3*max(abs(w[0]), abs(w[1]))), value=float(w[0]))
     if scale<=0: return d
-    d.update(level=float(np.log10(scale)), base=float(q[0]/scale), shape=(q[1:-1]-q[0])/scale, rough=roughness_of(np.where(np.isfinite(a), a, q[5]) if bad else a, scale))
+    d.update(level=float(np.log10(scale)), base=float(q[0]/scale), shape=(q[1:-1]-q[0])/scale,
+             rough=roughness_of(np.where(np.isfinite(a), a, q[5]) if bad else a, scale))
     if lab is not None and not bad:
-        l = lab.reshape(-1)[::step]; n = np.bincount(l); v = np.bincount(l, (s-q[0])/scale)/np.maximum(n, 1)
+        l = lab.reshape(-1)[::step]
+        n = np.bincount(l)
+        v = np.bincount(l, (s-q[0])/scale)/np.maximum(n, 1)
         d['means'] = {int(k):float(v[k]) for k in np.flatnonzero(n>=20) if k}
     return d
 
@@ -178,7 +226,10 @@ def _pieces(part, spacing, n):
     from scipy.ndimage import find_objects, label
     lab,m = label(part, np.ones((3,3,3)))
     if m<2: return [(n, 0.)]
-    size = np.bincount(lab.ravel())[1:]; box = np.array([[(s.start,s.stop-1) for s in b] for b in find_objects(lab)]); big = np.argsort(-size, kind='stable')[:20]; main = box[big[0]]
+    size = np.bincount(lab.ravel())[1:]
+    box = np.array([[(s.start,s.stop-1) for s in b] for b in find_objects(lab)])
+    big = np.argsort(-size, kind='stable')[:20]
+    main = box[big[0]]
     gap = np.maximum(0, np.maximum(box[big,:,0]-main[:,1], main[:,0]-box[big,:,1]))*spacing
     return [(int(size[i]), float(g)) for i,g in zip(big, np.linalg.norm(gap, axis=1))]
 
@@ -191,14 +242,19 @@ def _mask_numbers(fn):
     if a.dtype.kind=='f':
         ok = np.isfinite(a)
         if not ok.all() or np.abs(a-np.round(a)).max()>1e-3:
-            out.append(problem_row('label not whole', some_of(odd_labels(a)), fn)); a = np.where(ok, a, 0)
+            out.append(problem_row('label not whole', some_of(odd_labels(a)), fn))
+            a = np.where(ok, a, 0)
         a = np.round(a)
     if a.min()<0 or a.max()>65535: return None,dict(values=[int(o) for o in np.unique(a)][:99]),out
-    a = _turn(a.astype(np.int32), aff); n = np.bincount(a.ravel()); vals = np.flatnonzero(n); spacing = np.array(spacing_of(aff))[np.argsort(nib.io_orientation(aff)[:,0])]
+    a = _turn(a.astype(np.int32), aff)
+    n = np.bincount(a.ravel())
+    vals = np.flatnonzero(n)
+    spacing = np.array(spacing_of(aff))[np.argsort(nib.io_orientation(aff)[:,0])]
     d = dict(values=vals.tolist(), hash=_voxel_hash(a) if vals.any() else None, volume={}, pieces={}, border=[])
     for k,b in enumerate(find_objects(a), 1):
         if b is None: continue
-        d['volume'][k] = float(n[k]*np.prod(spacing)); d['pieces'][k] = _pieces(a[b]==k, spacing, int(n[k]))
+        d['volume'][k] = float(n[k]*np.prod(spacing))
+        d['pieces'][k] = _pieces(a[b]==k, spacing, int(n[k]))
         if any((s.start==0 or s.stop==l) and l>1 for s,l in zip(b, a.shape)): d['border'].append(k)
     return a,d,out
 
@@ -206,24 +262,35 @@ def _case_voxels(h, prints=None, fit=None):
     "Every voxel of one case, read once: numbers of the channels (None for one that cannot be read) and of the mask, findings; `prints`: what else to keep of each channel; `fit`: of the first and the mask"
     d,lab = dict(channels=[], mask={}, findings=[], prints=[]),None
     if h['mask']:
-        try: lab,d['mask'],o = _mask_numbers(h['mask']); d['findings'] += o
+        try:
+            lab,d['mask'],o = _mask_numbers(h['mask'])
+            d['findings'] += o
         except Exception as e: d['findings'].append(problem_row('unreadable', _error_text(e, h['mask']), h['mask']))
     for fn in h['read']:
         try: t = None if fn is None else load_volume(fn)
-        except Exception as e: t = None; d['findings'].append(problem_row('unreadable', _error_text(e, fn), fn))
-        if t is None: d['channels'].append(None); d['prints'].append(None); continue
+        except Exception as e:
+            t = None
+            d['findings'].append(problem_row('unreadable', _error_text(e, fn), fn))
+        if t is None:
+            d['channels'].append(None)
+            d['prints'].append(None)
+            continue
         aff,t = t.affine,t.as_subclass(Tensor).numpy()
         for a in t:
             a = _turn(a, aff)
-            d['channels'].append({**_channel_numbers(a, lab if h['aligned'] and lab is not None and lab.shape==a.shape else None), 'file':fn})
+            d['channels'].append({**_channel_numbers(a, lab if h['aligned'] and lab is not None and lab.shape==a.shape
+                                  else None), 'file':fn})
             c = d['channels'][-1]
-            if fit and len(d['channels'])==1 and h['aligned'] and lab is not None and lab.shape==a.shape and not (c['bad'] or c['constant']):
+            if fit and len(d['channels'])==1 and h['aligned'] and lab is not None and lab.shape==a.shape and not (
+                    c['bad'] or c['constant']):
                 d['fit'] = fit(a, lab)
             if prints: d['prints'].append(prints(a, h['spacing']))
     for c in filter(None, d['channels']):
         if c['bad']: d['findings'].append(problem_row('NaN or Inf', f"{c['bad']} voxels", c['file']))
         if c['constant']: d['findings'].append(problem_row('constant', f"every voxel is {c['value']:g}", c['file']))
-        elif c['flat']: d['findings'].append(problem_row('nearly constant', f"99 % of the voxels are about {c['value']:.6g}", c['file']))
+        elif c['flat']:
+            d['findings'].append(problem_row('nearly constant', f"99 % of the voxels are about {c['value']:.6g}",
+                    c['file']))
     return d
 
 # %% ../../nbs/data/13_survey.ipynb #3385e69a
@@ -233,13 +300,15 @@ def _no_failure(d): return not any(o['problem'] in _failures for o in d['finding
 
 def _kept_headers(case, tol, limit, cache):
     "`_case_headers`, from the store where the files are those of the last time"
-    return kept_found('headers', [*case[0], *case[1]], cache, [len(case[0]), case[2], tol, limit], lambda: _case_headers(case, tol, limit), _no_failure)
+    return kept_found('headers', [*case[0], *case[1]], cache, [len(case[0]), case[2], tol, limit],
+                      lambda: _case_headers(case, tol, limit), _no_failure)
 
 def _kept_voxels(h, prints, fit, cache):
     "`_case_voxels`, likewise"
     files = [*filter(None, h['read']), *([h['mask']] if h['mask'] else [])]
     key = [len(h['read']), bool(h['mask']), h['aligned'], fit and fit.__name__]
-    return kept_found('voxels', files, cache if files and None not in h['read'] else None, key, lambda: _case_voxels(h, prints, fit), _no_failure)
+    return kept_found('voxels', files, cache if files and None not in h['read'] else None, key,
+            lambda: _case_voxels(h, prints, fit), _no_failure)
 
 # %% ../../nbs/data/13_survey.ipynb #3385e69b
 def survey_cases(
@@ -258,16 +327,21 @@ def survey_cases(
     path = Path(path).absolute()
     for c in L(image_col):
         if c not in check_columns(df): raise ColumnError(f"image_col {c!r}: not in the DataFrame, which has {list(df)}")
-    if memory_gb is not None and not memory_gb>0: raise InputError(f"memory_gb: expected a positive number; found {memory_gb}")
+    if memory_gb is not None and not memory_gb>0:
+        raise InputError(f"memory_gb: expected a positive number; found {memory_gb}")
     try: ram = os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')
     except (AttributeError, ValueError, OSError): ram = 8*2**30
     limit,masked,names = memory_gb*2**30 if memory_gb else ram/2,mask_col in df,case_names(df)
-    cases = [(_paths([df[c].iloc[i] for c in L(image_col)], path, f'case {n}: '), _paths(df[mask_col].iloc[i], path, f'case {n}: ') if masked else [], True if masked else 'image') for i,n in enumerate(names)]
+    cases = [(_paths([df[c].iloc[i] for c in L(image_col)], path, f'case {n}: '),
+              _paths(df[mask_col].iloc[i], path, f'case {n}: ') if masked else [], True if masked else 'image') for i,
+              n in enumerate(names)]
     def each(f, xs, k):
         with ThreadPoolExecutor(max(1, k)) as ex: return list(progress_bar(ex.map(f, xs), total=len(xs), leave=False))
     k = min(8, os.cpu_count() or 1) if workers is None else workers
     cache = None if prints else cache
     heads = each(lambda c: _kept_headers(c, tol, limit, cache), cases, k)
     most = max([h['voxels']*(1+(h['channels'] or 1)/10) for h in heads if h['images'] or h['mask']], default=0)
-    if prints: prints = partial(prints, box=np.median([np.array(h['size'])*h['spacing'] for h in heads if h['images']] or [(1.,)*3], axis=0))
+    if prints:
+        prints = partial(prints, box=np.median([np.array(h['size'])*h['spacing'] for h in heads if h['images']]
+                or [(1.,)*3], axis=0))
     return heads,each(lambda h: _kept_voxels(h, prints, fit, cache), heads, min(k, int(limit//max(1, 40*most))))

@@ -33,12 +33,14 @@ def _teaches(*classes):
 
 def _check_batch(t, x):
     if x.ndim!=4:
-        raise ArgumentError(f"{type(t).__name__} works on whole batches: give it in batch_tfms, not in item_tfms; found one item {tuple(x.shape)}")
+        raise ArgumentError(f"{type(t).__name__} works on whole batches: give it in batch_tfms, not in item_tfms; "
+                            f"found one item {tuple(x.shape)}")
 
 def _check_size(t, x):
     size = t.size if t.size is None or isinstance(t.size, (tuple,list)) else (t.size, t.size)
     if size is not None and tuple(size)!=tuple(x.shape[-2:]):
-        raise ArgumentError(f"{type(t).__name__}: size={t.size!r} is not that of the items, {tuple(x.shape[-2:])}. The network predicts at the size that the DataLoaders "
+        raise ArgumentError(f"{type(t).__name__}: size={t.size!r} is not that of the items, {tuple(x.shape[-2:])}. The "
+                            f"network predicts at the size that the DataLoaders "
                             "were made for: leave size out here, and say patch= (slices) or size= (radiographs) there")
 
 def _as_shown(t, x):
@@ -60,7 +62,8 @@ def _moved_batch(t, x, kind, mode):
         mat[:,0,1] *= (w/h)**2
         mat[:,1,0] *= (h/w)**2
     coords = partial(compose_tfms, tfms=t.coord_fs) if len(t.coord_fs) else None
-    return _put_back(kind.affine_coord(rows.as_subclass(Tensor).as_subclass(kind), mat, coords, None, mode, t.pad_mode, t.align_corners), rows, x)
+    return _put_back(kind.affine_coord(rows.as_subclass(Tensor).as_subclass(kind), mat, coords, None, mode, t.pad_mode,
+                                       t.align_corners), rows, x)
 
 @_teaches(AffineCoordTfm)
 def _move_image(self, x:TensorSlice):
@@ -79,10 +82,13 @@ def _cropped(t, x, kind, mode):
 def _crop_image(self, x:TensorSlice):
     _check_batch(self, x)
     _check_size(self, x)
-    if self.valid_scale!=1: raise ArgumentError(f"RandomResizedCropGPU: valid_scale={self.valid_scale} would crop at validation what a prediction sees whole; leave it at 1")
+    if self.valid_scale!=1:
+        raise ArgumentError(f"RandomResizedCropGPU: valid_scale={self.valid_scale} would crop at validation what a "
+                            f"prediction sees whole; leave it at 1")
     h,w = x.shape[-2:]
     if not self.ratio[0]<=w/h<=self.ratio[1]:
-        raise ArgumentError(f"RandomResizedCropGPU: at validation ratio={self.ratio} would cut items of {h} by {w}, which a prediction sees whole; say a ratio= that holds {w/h:.3g}")
+        raise ArgumentError(f"RandomResizedCropGPU: at validation ratio={self.ratio} would cut items of {h} by {w}, "
+                            f"which a prediction sees whole; say a ratio= that holds {w/h:.3g}")
     return _cropped(self, x, TensorImage, self.mode)
 
 @_teaches(RandomResizedCropGPU)
@@ -93,11 +99,13 @@ def _crop_mask(self, x:TensorSliceMask): return _cropped(self, x, TensorMask, se
 @_teaches(LightingTfm)
 def _light(self, x:TensorSlice):
     _check_batch(self, x)
-    if any(isinstance(f, type(Saturation().fs[0])) for f in self.fs): raise ArgumentError("Saturation acts on colours; slices and radiographs are grey. Leave it out")
+    if any(isinstance(f, type(Saturation().fs[0])) for f in self.fs):
+        raise ArgumentError("Saturation acts on colours; slices and radiographs are grey. Leave it out")
     t = x.as_subclass(Tensor)
     lo,hi = t.amin((1,2,3), keepdim=True),t.amax((1,2,3), keepdim=True)
     span = (hi-lo).clamp(min=1e-8)
-    return _put_back(self.space_fn(((t-lo)/span).as_subclass(TensorImage), partial(compose_tfms, tfms=self.fs)).as_subclass(Tensor)*span+lo, x, x)
+    return _put_back(self.space_fn(((t-lo)/span).as_subclass(TensorImage),
+                                   partial(compose_tfms, tfms=self.fs)).as_subclass(Tensor)*span+lo, x, x)
 
 @_teaches(RandomErasing)
 def _erase(self, x:TensorSlice):
@@ -117,7 +125,9 @@ def acts(
 )->bool: # False where `t` has an `encodes`, and none for anything in `x`
     "Whether a transform does something with an item"
     calls = [c.__dict__['__call__'] for c in type(t).__mro__ if '__call__' in c.__dict__]
-    if not isinstance(t, Transform) or not hasattr(t, 'encodes') or calls[0] not in [c.__dict__['__call__'] for c in (Transform, RandTransform, ItemTransform)]: return True
+    if not isinstance(t, Transform) or not hasattr(t, 'encodes') or calls[0] not in [c.__dict__['__call__']
+            for c in (Transform, RandTransform, ItemTransform)]:
+        return True
     method = isinstance(t.encodes, MethodType)              # else made of a function, which has no self
     f,first = (t.encodes._f,(t,)) if method else (t.encodes,())
     def takes(o):
@@ -128,11 +138,17 @@ def acts(
 
 def _transform_advice(t, x):
     name,first = type(t).__name__,_leaves(x)[0]
-    if name=='Normalize': return "Every case is normalised already when it is read: say normalize= where the DataLoaders are made"
-    if name in _resizing: return "The size of an item is that of patch= (slices, volumes) or size= (radiographs), where the DataLoaders are made: a scan is predicted at it too"
+    if name=='Normalize':
+        return "Every case is normalised already when it is read: say normalize= where the DataLoaders are made"
+    if name in _resizing:
+        return ("The size of an item is that of patch= (slices, volumes) or size= (radiographs), where the DataLoaders "
+                "are made: a scan is predicted at it too")
     if name=='Hue': return "Slices and radiographs are grey: leave it out"
-    if isinstance(first, TensorVolume): return "fastai's transforms know pictures of two dimensions. For volumes there are volume_tfms() for batch_tfms and TorchIOTransform for item_tfms"
-    return ("Of fastai's, Rotate, Zoom, Warp, Flip, Dihedral, RandomResizedCropGPU, Brightness, Contrast and RandomErasing work, in batch_tfms; "
+    if isinstance(first, TensorVolume):
+        return ("fastai's transforms know pictures of two dimensions. For volumes there are volume_tfms() for "
+                "batch_tfms and TorchIOTransform for item_tfms")
+    return ("Of fastai's, Rotate, Zoom, Warp, Flip, Dihedral, RandomResizedCropGPU, Brightness, Contrast and "
+            "RandomErasing work, in batch_tfms; "
             "of ours volume_tfms() or radiograph_tfms() there, and TorchIOTransform in item_tfms")
 
 class MaskIds(Transform):
@@ -161,5 +177,6 @@ class ActingPipeline(Pipeline):
         ours = any(isinstance(x, TensorMed) for x in _leaves(o))
         if ours and not isinstance(t, (ToTensor,IntToFloatTensor,MaskIds)) and not acts(t, o):
             found = ', '.join(type(x).__name__ for x in _leaves(o))
-            raise ArgumentError(f"{type(t).__name__ if t.name.startswith(type(t).__name__) else t.name} would change nothing: it knows none of {found}. {_transform_advice(t, o)}")
+            raise ArgumentError(f"{type(t).__name__ if t.name.startswith(type(t).__name__) else t.name} would change "
+                                f"nothing: it knows none of {found}. {_transform_advice(t, o)}")
         self.known.append(t)

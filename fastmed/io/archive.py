@@ -13,17 +13,25 @@ from pathlib import Path
 import bz2, contextlib, gzip, lzma, os, re, shutil, stat, tarfile, unicodedata, zipfile
 
 # %% ../../nbs/io/02_archive.ipynb #71e0c129
-_files,_free,_times,_chunk = 100_000,10**9,100,2**20         # members; bytes that any archive may unpack to, and besides how many times its own size
+# members; bytes that any archive may unpack to, and besides how many times its own size
+_files,_free,_times,_chunk = 100_000,10**9,100,2**20
 
-def _refuse_archive(name, what): raise InputError(f'{name}: the archive holds {what}. Only plain files and folders inside it are accepted; nothing was unpacked, do not trust this archive')
+def _refuse_archive(name, what):
+    raise InputError(f'{name}: the archive holds {what}. Only plain files and folders inside it are accepted; nothing '
+                     f'was unpacked, do not trust this archive')
 
 def _member_parts(member):
     "The parts of a member's name. Raises `ValueError` saying what is wrong with it"
     parts = [o for o in re.split(r'[/\\]', member) if o not in ('','.')]
-    if '..' in parts or member[:1] in ('/','\\') or re.match('[A-Za-z]:', member): raise ValueError('a name that leads out of the folder')
+    if '..' in parts or member[:1] in ('/','\\') or re.match('[A-Za-z]:', member):
+        raise ValueError('a name that leads out of the folder')
     if any(not c.isprintable() for c in member): raise ValueError('a name with control characters')
-    if len(parts)>50 or len(member.encode('utf-8', 'surrogateescape'))>2000 or any(len(o.encode('utf-8', 'surrogateescape'))>200 for o in parts): raise ValueError('a name that is too long')
-    if os.name=='nt' and any(re.search(r'[:*?"<>|]|[. ]$', o) or re.fullmatch(r'(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?', o) for o in parts): raise ValueError('a name that Windows does not take')
+    if len(parts)>50 or len(member.encode('utf-8', 'surrogateescape'))>2000 or any(len(o.encode('utf-8',
+            'surrogateescape'))>200 for o in parts):
+        raise ValueError('a name that is too long')
+    if os.name=='nt' and any(re.search(r'[:*?"<>|]|[. ]$', o)
+            or re.fullmatch(r'(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?', o) for o in parts):
+        raise ValueError('a name that Windows does not take')
     return tuple(parts)
 
 class _Names:
@@ -35,7 +43,8 @@ class _Names:
             if self.seen.setdefault(key[:i], True) is False: raise ValueError('a file and a folder of one name')
         was = self.seen.get(key)
         if was is None: self.seen[key] = folder
-        elif not (folder and was): raise ValueError('two members of one name, or of names that differ in capitals alone')
+        elif not (folder and was):
+            raise ValueError('two members of one name, or of names that differ in capitals alone')
 
 # %% ../../nbs/io/02_archive.ipynb #b9e011fe
 class _Bounded:
@@ -54,16 +63,23 @@ def _open_archive(arch, name):
     with contextlib.ExitStack() as on:
         with reading(name, 'an archive'):
             with contextlib.suppress(tarfile.ReadError, EOFError):
-                f = on.enter_context((gzip.open if b[:2]==b'\x1f\x8b' else bz2.open if b[:3]==b'BZh' else lzma.open if b==b'\xfd7zXZ\0' else open)(arch, 'rb'))
+                f = on.enter_context((gzip.open if b[:2]==b'\x1f\x8b' else bz2.open if b[:3]==b'BZh' else lzma.open
+                        if b==b'\xfd7zXZ\0' else open)(arch, 'rb'))
                 t = on.enter_context(tarfile.open(fileobj=_Bounded(f), mode='r:'))
                 def members():
-                    for m in t: yield m.name, m.size, 'folder' if m.isdir() else 'file' if m.type in (tarfile.REGTYPE,tarfile.AREGTYPE,tarfile.CONTTYPE) and not m.sparse else 'a link or a device', m
-                    for _ in range(_free//_chunk):                       # the checksum of what is packed stands behind the last member
+                    for m in t:
+                        yield m.name, m.size, 'folder' if m.isdir() else 'file' if m.type in (tarfile.REGTYPE,
+                                tarfile.AREGTYPE,tarfile.CONTTYPE) and not m.sparse else 'a link or a device', m
+                    # the checksum of what is packed stands behind the last member
+                    for _ in range(_free//_chunk):
                         if not f.read(_chunk): break
                 yield members,t.extractfile
                 return
-        if b[:4]==b'PK\3\4' and not zipfile.is_zipfile(arch): raise FileError(f'{name}: expected a whole zip archive; found its beginning alone, without the list of its files at the end. The archive is truncated: download it again')
-        if not zipfile.is_zipfile(arch): raise InputError(f'{name}: the file is neither tar nor zip; give the address of an archive')
+        if b[:4]==b'PK\3\4' and not zipfile.is_zipfile(arch):
+            raise FileError(f'{name}: expected a whole zip archive; found its beginning alone, without the list of its '
+                            f'files at the end. The archive is truncated: download it again')
+        if not zipfile.is_zipfile(arch):
+            raise InputError(f'{name}: the file is neither tar nor zip; give the address of an archive')
         with reading(name, 'a zip archive'): z = on.enter_context(zipfile.ZipFile(arch))
         def members():
             for m in z.infolist():
@@ -96,11 +112,15 @@ def unpack_safely(
                 if parts: todo.append((parts, size, kind, m))
                 if len(todo)>_files: _refuse_archive(name, f'more than {_files:,} files')
         there = next(p for p in (dest, *dest.parents) if p.exists())
-        if total>(free := shutil.disk_usage(there).free): raise ResourceError(f'{name}: unpacks to {total/1e9:.3g} GB, and the disk of {there} has {free/1e9:.3g} GB free. Make room, or unpack elsewhere')
+        if total>(free := shutil.disk_usage(there).free):
+            raise ResourceError(f'{name}: unpacks to {total/1e9:.3g} GB, and the disk of {there} has {free/1e9:.3g} GB '
+                                f'free. Make room, or unpack elsewhere')
         dest.mkdir(parents=True, exist_ok=True)
         for parts,size,kind,m in progress_bar(todo, leave=False) if len(todo)>200 else todo:
             p = dest.joinpath(*parts)
-            if kind=='folder': p.mkdir(parents=True, exist_ok=True); continue
+            if kind=='folder':
+                p.mkdir(parents=True, exist_ok=True)
+                continue
             p.parent.mkdir(parents=True, exist_ok=True)
             left = size
             with contextlib.ExitStack() as on:
@@ -111,5 +131,8 @@ def unpack_safely(
                     left -= len(b)
                     if left<0 or not b: break
                     out.write(b)
-            if left: raise FileError(f'{name}: {"/".join(parts)} should have {size:,} bytes and has {"more" if left<0 else f"{size-left:,}"}. The archive is truncated or damaged: download it again')
+            if left:
+                raise FileError(f'{name}: {"/".join(parts)} should have {size:,} bytes and has '
+                                f'{"more" if left<0 else f"{size-left:,}"}. The archive is truncated or damaged: '
+                                f'download it again')
     return dest

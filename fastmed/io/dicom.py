@@ -21,7 +21,9 @@ def _grouped(xs, key):
     for o in xs: res.setdefault(key(o), []).append(o)
     return res
 
-def _frame_names(fs, k=3): return ', '.join(f'{o.file.name}' + (f' frame {o.frame+1}' if o.frame else '') for o in fs[:k]) + (f' … ({len(fs)})' if len(fs)>k else '')
+def _frame_names(fs, k=3):
+    return ', '.join(f'{o.file.name}' + (f' frame {o.frame+1}' if o.frame else '')
+            for o in fs[:k]) + (f' … ({len(fs)})' if len(fs)>k else '')
 
 def _plane_name(axes):
     if axes is None: return 'unknown'
@@ -33,7 +35,9 @@ def _alike_frames(fs):
     res = []
     for o in fs:
         for g in res:
-            if g[0].size==o.size and _close(g[0].px, o.px, rtol=1e-3) and _close(g[0].axes, o.axes, atol=2e-3): g.append(o); break
+            if g[0].size==o.size and _close(g[0].px, o.px, rtol=1e-3) and _close(g[0].axes, o.axes, atol=2e-3):
+                g.append(o)
+                break
         else: res.append([o])
     return sorted(res, key=len, reverse=True)
 
@@ -53,24 +57,34 @@ class DicomSeries:
         self.key,self.modality,self.description = short_hash(*info['group'][:2]),info['modality'],info['description']
         self.seg,self.photometric,self.fault = info['seg'],info['photometric'],info.get('fault', '')
         whole = all(o.position and o.axes for o in frames) and len(_alike_frames(frames))==1
-        self.frames = sorted(frames, key=lambda o: (_frame_place(o) if whole else 0, o.number or 0, str(o.file), o.frame))
+        self.frames = sorted(frames, key=lambda o: (_frame_place(o) if whole else 0, o.number or 0, str(o.file),
+                                                    o.frame))
 
     @property
     def files(self): return list(dict.fromkeys(o.file for o in self.frames))                    # paths, in order
     @property
-    def path(self): return self.files[0] if len(self.files)==1 else Path(os.path.commonpath([o.parent for o in self.files]))  # the file, or the folder of all
+    # the file, or the folder of all
+    def path(self):
+        return self.files[0] if len(self.files)==1 else Path(os.path.commonpath([o.parent for o in self.files]))
     @property
-    def picture(self): return len(self.frames)==1 and self.frames[0].colour                     # a single colour image, which is no volume
+    # a single colour image, which is no volume
+    def picture(self):
+        return len(self.frames)==1 and self.frames[0].colour
     def __len__(self): return len(self.frames)
-    def __str__(self): return ' '.join(filter(None, [self.modality, self.description and repr(self.description), self.part, f"{len(self)} image{'s'*(len(self)>1)}", f'[{self.key}]']))
+    def __str__(self):
+        return ' '.join(filter(None, [self.modality, self.description and repr(self.description), self.part,
+                                      f"{len(self)} image{'s'*(len(self)>1)}", f'[{self.key}]']))
     def __repr__(self): return f'DicomSeries({self})'
     def __fspath__(self):
-        if not self.alone: raise InputError(f"{self.path}: {self} is not all that lies there, so its path does not name it. Write it into a file of its own: load_volume(series).save('case.nii.gz')")
+        if not self.alone:
+            raise InputError(f"{self.path}: {self} is not all that lies there, so its path does not name it. Write it "
+                             f"into a file of its own: load_volume(series).save('case.nii.gz')")
         return str(self.path.resolve())
 
     def split(self):
         "The parts that may be volumes, largest first: by size and orientation, then by the attribute that leaves one image a position"
-        info = dict(group=('','') , modality=self.modality, description=self.description, seg=self.seg, photometric=self.photometric, fault=self.fault)
+        info = dict(group=('','') , modality=self.modality, description=self.description, seg=self.seg,
+                           photometric=self.photometric, fault=self.fault)
         res = []
         for fs in (gs:=_alike_frames(self.frames)):
             where = f"{_plane_name(fs[0].axes)} {fs[0].size[0]}×{fs[0].size[1]}" if len(gs)>1 else ''
@@ -78,16 +92,22 @@ class DicomSeries:
             parts = {'':fs}
             if all(o.position and o.axes for o in fs) and max(Counter(map(_frame_place, fs)).values())>1:
                 once = lambda d: len(d)>1 and all(max(Counter(map(_frame_place, g)).values())==1 for g in d.values())
-                tries = [_grouped(fs, lambda o: f'{k} {o.tags[i]}') for i,k in enumerate(PARTING_TAGS)] + [_grouped(fs, lambda o: ', '.join(f'{PARTING_TAGS[i]} {o.tags[i]}' for i,v in enumerate(zip(*[p.tags for p in fs])) if len(set(v))>1))]
+                tries = [_grouped(fs, lambda o: f'{k} {o.tags[i]}') for i,
+                        k in enumerate(PARTING_TAGS)] + [_grouped(fs,
+                        lambda o: ', '.join(f'{PARTING_TAGS[i]} {o.tags[i]}' for i,
+                                            v in enumerate(zip(*[p.tags for p in fs])) if len(set(v))>1))]
                 parts = next((d for d in tries if once(d)), None)
                 if parts is None and len(set(Counter(map(_frame_place, fs)).values()))>1:
                     parts = {'':fs}                            # whose turn a missing image was, nobody knows
                 elif parts is None:
-                    rank = {id(o):i for g in _grouped(sorted(fs, key=lambda o: (o.number or 0, o.file, o.frame)), _frame_place).values() for i,o in enumerate(g)}
+                    rank = {id(o):i for g in _grouped(sorted(fs, key=lambda o: (o.number or 0, o.file, o.frame)),
+                                                      _frame_place).values() for i,o in enumerate(g)}
                     parts = _grouped(fs, lambda o: f'turn {rank[id(o)]+1}')
                 elif all(len({o.tags[-1] for o in g})==1 for g in parts.values()) and len({o.tags[-1] for o in fs})>1:
-                    parts = {k if 'ImageType' in k else f'{k}, ImageType {g[0].tags[-1]}':g for k,g in parts.items()}   # magnitude, phase, field map: what it shows
-            elif len(fs)>1 and not all(o.position for o in fs): parts = {o.file.name+(f' frame {o.frame+1}' if o.frame else ''):[o] for o in fs}
+                    # magnitude, phase, field map: what it shows
+                    parts = {k if 'ImageType' in k else f'{k}, ImageType {g[0].tags[-1]}':g for k,g in parts.items()}
+            elif len(fs)>1 and not all(o.position for o in fs):
+                parts = {o.file.name+(f' frame {o.frame+1}' if o.frame else ''):[o] for o in fs}
             res += [(g, ' '.join(filter(None, [self.part, where, k]))) for k,g in parts.items()]
         if len(res)==1: return [self]
         names,seen = Counter(k for _,k in res),Counter()
@@ -104,16 +124,27 @@ def series_grid(
     regrid=False  # as of `load_volume`
 ):
     "How the frames stack, with `shape` and `affine` of the volume, and by how many columns and rows each image moves in it"
-    if not isinstance(regrid, (bool,np.bool_)) and not (isinstance(regrid, (int,float)) and 0<regrid<np.inf): raise ArgumentError(f"regrid: expected True, False or a distance of slices in mm; found {regrid!r}")
-    st = stack_frames(s); size,n = np.array(s.frames[0].size),len(s)
+    if not isinstance(regrid, (bool,np.bool_)) and not (isinstance(regrid, (int,float)) and 0<regrid<np.inf):
+        raise ArgumentError(f"regrid: expected True, False or a distance of slices in mm; found {regrid!r}")
+    st = stack_frames(s)
+    size,n = np.array(s.frames[0].size),len(s)
     off,st.move,st.regrid = np.zeros(2),np.zeros((n,2)),False
     if st.faults and not regrid:
-        raise InputError(f"{s.path} ({s}): {'; '.join(st.faults)}. Or resample it knowingly: load_volume(series, regrid=True) makes equal distances and an upright box, linearly")
+        raise InputError(f"{s.path} ({s}): {'; '.join(st.faults)}. Or resample it knowingly: load_volume(series, "
+                         f"regrid=True) makes equal distances and an upright box, linearly")
     if regrid and n>1 and (st.faults or regrid is not True):
-        T = st.t[-1]-st.t[0]; n = max(2, int(round(T/(float(np.median(np.diff(st.t))) if regrid is True else regrid)))+1)
-        sh = np.round(st.shift/st.px, 3); off = np.floor(sh.min(0)); size = size+(np.ceil(sh.max(0))-off).astype(int); st.move,st.gap,st.regrid = sh-off,T/(n-1),True
-    st.shape = (*(int(o) for o in size), n); st.affine = _affine(st, st.origin+(off*st.px)@st.axes, st.gap)
-    if not all(1e-6<o<1e6 for o in (*st.px, st.gap)): raise InputError(f"{s.path} ({s}): expected voxels of a size in mm; found {'×'.join(f'{o:.4g}' for o in (*st.px, st.gap))}. Repair PixelSpacing or SliceThickness, or export the series again")
+        T = st.t[-1]-st.t[0]
+        n = max(2, int(round(T/(float(np.median(np.diff(st.t))) if regrid is True else regrid)))+1)
+        sh = np.round(st.shift/st.px, 3)
+        off = np.floor(sh.min(0))
+        size = size+(np.ceil(sh.max(0))-off).astype(int)
+        st.move,st.gap,st.regrid = sh-off,T/(n-1),True
+    st.shape = (*(int(o) for o in size), n)
+    st.affine = _affine(st, st.origin+(off*st.px)@st.axes, st.gap)
+    if not all(1e-6<o<1e6 for o in (*st.px, st.gap)):
+        raise InputError(f"{s.path} ({s}): expected voxels of a size in mm; found "
+                         f"{'×'.join(f'{o:.4g}' for o in (*st.px, st.gap))}. Repair PixelSpacing or SliceThickness, or "
+                         f"export the series again")
     return st
 
 # %% ../../nbs/io/05_dicom.ipynb #7253edc6
@@ -123,43 +154,78 @@ def stack_frames(
     "The frames in order, and how they stack: `faults` are those that regridding mends. Raises `InputError` for the others"
     fs,who = s.frames,f'{s.path} ({s})'
     if s.fault: raise InputError(f"{who}: {s.fault}")
-    if s.seg: raise InputError(f"{who}: a DICOM segmentation, and no image. load_dicom_seg(fn, series) reads it onto the grid of its series")
+    if s.seg:
+        raise InputError(f"{who}: a DICOM segmentation, and no image. load_dicom_seg(fn, series) reads it onto the "
+                         f"grid of its series")
     gs = _alike_frames(fs)
     if len(sizes:={o.size for o in fs})>1:
-        raise InputError(f"{who}: no volume: its {len(fs)} images have {len(sizes)} sizes: {'; '.join(f'{k[0]}×{k[1]}: {_frame_names(v)}' for k,v in _grouped(fs, lambda o: o.size).items())}. {_parting(s)}")
-    bare = {'position (ImagePositionPatient)':[o for o in fs if not o.position], 'orientation (ImageOrientationPatient)':[o for o in fs if not o.axes]}
+        raise InputError(f"{who}: no volume: its {len(fs)} images have {len(sizes)} sizes: "
+                         f"{'; '.join(f'{k[0]}×{k[1]}: {_frame_names(v)}' for k,v in _grouped(fs, lambda o: o.size).items())}. "
+                         f"{_parting(s)}")
+    bare = {'position (ImagePositionPatient)':[o for o in fs if not o.position],
+            'orientation (ImageOrientationPatient)':[o for o in fs if not o.axes]}
     for tag,bad in bare.items() if len(fs)>1 else ():
-        if bad: raise InputError(f"{who}: no volume: {len(bad)} of its {len(fs)} images carry no {tag}: {_frame_names(bad)}. "
+        if bad:
+            raise InputError(
+                    f"{who}: no volume: {len(bad)} of its {len(fs)} images carry no {tag}: {_frame_names(bad)}. "
                                  "They are pages, radiographs or a film; load them one by one")
     _check_pixel_sizes(s, who)
     _check_made_alike(fs, who)
     if len(gs)>1:
-        raise InputError(f"{who}: no volume: its slices are not parallel: {'; '.join(f'{_plane_name(g[0].axes)}: {_frame_names(g)}' for g in gs[:4])}. A localizer or a reformat lies among them. {_parting(s)}")
-    if len(fs)>1 and any(o.colour for o in fs): raise InputError(f"{who}: no volume: {sum(o.colour for o in fs)} of its {len(fs)} images are in colour. They are pages or a film; load them one by one")
-    o = fs[0]; px = np.array(o.px or (1.,1.)); ax = np.array(o.axes or (1.,0,0,0,1,0)).reshape(2,3); ax /= np.linalg.norm(ax, axis=1, keepdims=True); normal = np.cross(*ax)
+        raise InputError(f"{who}: no volume: its slices are not parallel: "
+                         f"{'; '.join(f'{_plane_name(g[0].axes)}: {_frame_names(g)}' for g in gs[:4])}. A localizer or "
+                         f"a "
+                         f"reformat lies among them. {_parting(s)}")
+    if len(fs)>1 and any(o.colour for o in fs):
+        raise InputError(f"{who}: no volume: {sum(o.colour for o in fs)} of its {len(fs)} images are in colour. They "
+                         f"are pages or a film; load them one by one")
+    o = fs[0]
+    px = np.array(o.px or (1.,1.))
+    ax = np.array(o.axes or (1.,0,0,0,1,0)).reshape(2,3)
+    ax /= np.linalg.norm(ax, axis=1, keepdims=True)
+    normal = np.cross(*ax)
     pos = np.array([p.position or (0,0,0) for p in fs], dtype=float)
-    st = SimpleNamespace(frames=fs, axes=ax, normal=normal, px=px, origin=pos[0], t=pos@normal, shift=(pos-pos[0])@ax.T, gap=o.thickness, tilt=0., faults=[])
+    st = SimpleNamespace(frames=fs, axes=ax, normal=normal, px=px, origin=pos[0], t=pos@normal, shift=(pos-pos[0])@ax.T,
+                         gap=o.thickness, tilt=0., faults=[])
     if len(fs)==1: return st
-    gaps = np.diff(st.t); med = float(np.median(gaps))
+    gaps = np.diff(st.t)
+    med = float(np.median(gaps))
     same = gaps<(.015 if gaps.max()>.1 else 1e-4)
     if same.any():
         i,n = int(same.argmax()),int(same.sum())
-        if fs[i].sop==fs[i+1].sop: raise InputError(f"{who}: {_frame_names([fs[i]])} and {_frame_names([fs[i+1]])} are one image under two names. Take the copies away ({n} of them)")
-        what = '; '.join(f"{k} ({', '.join(dict.fromkeys(v))})"[:120] for k,v in zip(PARTING_TAGS, zip(*[p.tags for p in fs])) if len(set(v))>1)
-        raise InputError(f"{who}: expected one image a position; found {n} more, as {_frame_names([fs[i]])} and {_frame_names([fs[i+1]])} at one position; "
-                         f"they differ in {what or 'nothing that the header tells'}. Several acquisitions (echoes, b-values, time points) are several volumes. {_parting(s)}")
-    T = st.t[-1]-st.t[0]; st.gap = T/(len(fs)-1); side = np.abs(st.shift).max(); st.tilt = float(np.degrees(np.arctan(np.linalg.norm(st.shift[-1])/T)))
+        if fs[i].sop==fs[i+1].sop:
+            raise InputError(f"{who}: {_frame_names([fs[i]])} and {_frame_names([fs[i+1]])} are one image under two "
+                             f"names. Take the copies away ({n} of them)")
+        what = '; '.join(f"{k} ({', '.join(dict.fromkeys(v))})"[:120] for k,
+                         v in zip(PARTING_TAGS, zip(*[p.tags for p in fs])) if len(set(v))>1)
+        raise InputError(f"{who}: expected one image a position; found {n} more, as {_frame_names([fs[i]])} and "
+                         f"{_frame_names([fs[i+1]])} at one position; "
+                         f"they differ in {what or 'nothing that the header tells'}. Several acquisitions (echoes, "
+                         f"b-values, time points) are several volumes. {_parting(s)}")
+    T = st.t[-1]-st.t[0]
+    st.gap = T/(len(fs)-1)
+    side = np.abs(st.shift).max()
+    st.tilt = float(np.degrees(np.arctan(np.linalg.norm(st.shift[-1])/T)))
     if side>px.max() or st.tilt>.5 and side>.05*px.min():
         off = np.abs(st.shift-np.outer((st.t-st.t[0])/T, st.shift[-1])).max()
-        st.faults.append(f"the gantry was tilted by {st.tilt:.1f}°, so its slices do not stack into an upright box" if off<=px.max() else f"its slices are shifted sideways against each other, by up to {side:.1f} mm")
+        st.faults.append(f"the gantry was tilted by {st.tilt:.1f}°, so its slices do not stack into an upright box"
+                         if off<=px.max()
+                         else f"its slices are shifted sideways against each other, by up to {side:.1f} mm")
     if np.abs(st.t-st.t[0]-st.gap*np.arange(len(fs))).max()>.02*st.gap+.01:
-        k = gaps/med; r = np.round(k)
-        def name(i): return f'image {fs[i].number} ({fs[i].file.name})' if fs[i].number and len(s.files)>1 else f'frame {fs[i].frame+1}' if len(s.files)==1 else fs[i].file.name
+        k = gaps/med
+        r = np.round(k)
+        def name(i):
+            return f'image {fs[i].number} ({fs[i].file.name})' if fs[i].number and len(
+                    s.files)>1 else f'frame {fs[i].frame+1}' if len(s.files)==1 else fs[i].file.name
         if r.min()>=1 and r.max()>1 and np.abs(k-r).max()<.05:
-            at = [f"{', '.join(f'{st.t[i]+med*j:.1f}' for j in range(1, int(min(r[i], 6))))}{' …' if r[i]>6 else ''} mm, between {name(i)} and {name(i+1)}" for i in np.flatnonzero(r>1)]
+            at = [f"{', '.join(f'{st.t[i]+med*j:.1f}' for j in range(1, int(min(r[i], 6))))}{' …' if r[i]>6 else ''} "
+                  f"mm, between {name(i)} and {name(i+1)}" for i in np.flatnonzero(r>1)]
             n = int((r-1).sum())
-            st.faults.append(f"expected a slice every {med:.2f} mm; {n} {'is' if n==1 else 'are'} missing, at {'; at '.join(at[:4])}{' …' if len(at)>4 else ''}: find {'it' if n==1 else 'them'}")
-        else: st.faults.append(f"expected slices at equal distances; found gaps from {gaps.min():.2f} to {gaps.max():.2f} mm")
+            st.faults.append(f"expected a slice every {med:.2f} mm; {n} {'is' if n==1 else 'are'} missing, at "
+                             f"{'; at '.join(at[:4])}{' …' if len(at)>4 else ''}: find {'it' if n==1 else 'them'}")
+        else:
+            st.faults.append(
+                    f"expected slices at equal distances; found gaps from {gaps.min():.2f} to {gaps.max():.2f} mm")
     return st
 
 # %% ../../nbs/io/05_dicom.ipynb #638b607c
@@ -173,22 +239,32 @@ def _parting(s):
 def _check_made_alike(fs, who):
     "Raise `InputError` where images lie in other frames of reference, or their numbers mean something else"
     parts = _grouped(fs, lambda o: o.made)
-    odd = [k for k,v in zip(MADE_TAGS, zip(*parts)) if len(set(v)-{''})>1]     # one that is missing is named where it is needed
+    # one that is missing is named where it is needed
+    odd = [k for k,v in zip(MADE_TAGS, zip(*parts)) if len(set(v)-{''})>1]
     if not odd: return
     files = '; '.join(_frame_names(v) for v in list(parts.values())[:4])
-    raise InputError(f"{who}: no volume: its {len(fs)} images differ in {', '.join(odd)}: {files}. Export each kind as a series of its own")
+    raise InputError(f"{who}: no volume: its {len(fs)} images differ in {', '.join(odd)}: {files}. Export each kind as "
+                     f"a series of its own")
 
 def _check_pixel_sizes(s, who):
     "Raise `InputError` where a size in mm would have to be guessed, or differs. A radiograph or page without a position may have none"
     fs = s.frames
     bare = [o for o in fs if not o.px and not o.colour and (o.position or s.modality in ('CT','MR','PT','NM'))]
-    if bare: raise InputError(f"{who}: expected the size of its pixels in mm; {len(bare)} of its {len(fs)} images carry no PixelSpacing (0028,0030) of two numbers above 0: {_frame_names(bare)}. Add it, or export the series again")
+    if bare:
+        raise InputError(f"{who}: expected the size of its pixels in mm; {len(bare)} of its {len(fs)} images carry no "
+                         f"PixelSpacing (0028,0030) of two numbers above 0: {_frame_names(bare)}. Add it, or export "
+                         f"the "
+                         f"series again")
     sizes = _grouped(fs, lambda o: o.px and tuple(float(f'{v:.3g}') for v in o.px))
-    if len(fs)>1 and not all(_close(o.px, fs[0].px, rtol=1e-3) for o in fs): raise InputError(f"{who}: no volume: its pixels are of several sizes: {'; '.join(f'{k} mm: {_frame_names(v)}' for k,v in sizes.items())}. {_parting(s)}")
+    if len(fs)>1 and not all(_close(o.px, fs[0].px, rtol=1e-3) for o in fs):
+        raise InputError(f"{who}: no volume: its pixels are of several sizes: "
+                         f"{'; '.join(f'{k} mm: {_frame_names(v)}' for k,v in sizes.items())}. {_parting(s)}")
 
 def _affine(st, origin, gap):
     "(4,4) voxel index → mm in RAS+; DICOM counts left and posterior as positive"
-    aff = np.eye(4); aff[:3,:3] = np.stack([*st.axes, st.normal], 1)*[*st.px, gap]; aff[:3,3] = origin
+    aff = np.eye(4)
+    aff[:3,:3] = np.stack([*st.axes, st.normal], 1)*[*st.px, gap]
+    aff[:3,3] = origin
     return np.diag([-1,-1,1,1.])@aff
 
 # %% ../../nbs/io/05_dicom.ipynb #7fb0eaa0
@@ -198,10 +274,13 @@ def _frame_images(fs):
     for o in fs:
         if o.file not in there:
             with reading(o.file): there[o.file] = file_pixels(o.file)
-        a,physical = there[o.file]; left[o.file] -= 1
+        a,physical = there[o.file]
+        left[o.file] -= 1
         if not left[o.file]: del there[o.file]
         image = tile_of(a[0], o.frame, o.tiles) if o.tiles else a[o.frame] if o.frame<len(a) else None
-        if image is None or image.shape!=o.size[::-1]: raise FileError(f"{o.file}: expected {o.size[0]}×{o.size[1]} pixels; found {a.shape}. The file changed since its header was read, or is damaged")
+        if image is None or image.shape!=o.size[::-1]:
+            raise FileError(f"{o.file}: expected {o.size[0]}×{o.size[1]} pixels; found {a.shape}. The file changed "
+                            f"since its header was read, or is damaged")
         yield np.asarray(image if physical else image*np.float64(o.slope)+o.inter, dtype=np.float32).T
 
 # %% ../../nbs/io/05_dicom.ipynb #2fa91425
@@ -210,7 +289,9 @@ def load_series(
     regrid=False  # as of `load_volume`
 ):
     "((1,X,Y,Z) float32, affine, meta) of a series or part"
-    g = series_grid(s, regrid); ims = _frame_images(g.frames); out = None
+    g = series_grid(s, regrid)
+    ims = _frame_images(g.frames)
+    out = None
     check_size(s.path, g.shape, 0)
     pad = g.frames[0].padding
     if not g.regrid:
@@ -218,10 +299,14 @@ def load_series(
             if out is None: out = np.empty(g.shape, np.float32)
             out[...,k] = a
     else:
-        t = g.t-g.t[0]; moved = (_moved_rows(_moved_rows(a, x, g.shape[0], 0), y, g.shape[1], 1) for a,(x,y) in zip(ims, g.move))
-        i,lo,hi = 0,next(moved),next(moved); out = np.empty(g.shape, np.float32)
+        t = g.t-g.t[0]
+        moved = (_moved_rows(_moved_rows(a, x, g.shape[0], 0), y, g.shape[1], 1) for a,(x,y) in zip(ims, g.move))
+        i,lo,hi = 0,next(moved),next(moved)
+        out = np.empty(g.shape, np.float32)
         for k,z in enumerate(np.linspace(0, t[-1], g.shape[2])):
-            while z>t[i+1]+1e-6 and i+2<len(t): i += 1; lo,hi = hi,next(moved)
+            while z>t[i+1]+1e-6 and i+2<len(t):
+                i += 1
+                lo,hi = hi,next(moved)
             f = float(np.clip((z-t[i])/(t[i+1]-t[i]), 0, 1))
             out[...,k] = lo if f<1e-6 else hi if f>1-1e-6 else _blend(lo, hi, f)
         np.nan_to_num(out, copy=False, nan=pad if pad is not None else np.nanmin(out))
@@ -233,10 +318,14 @@ def load_series(
 # %% ../../nbs/io/05_dicom.ipynb #d86becf5
 def _moved_rows(a, d, n, axis):
     "`a` moved by `d`≥0 voxels along `axis` into `n` of them, linearly; nan where nothing is"
-    a = np.moveaxis(a, axis, 0); k = int(np.floor(d+1e-6)); f = max(0., d-k); res = np.full((n, *a.shape[1:]), np.nan, np.float32)
+    a = np.moveaxis(a, axis, 0)
+    k = int(np.floor(d+1e-6))
+    f = max(0., d-k)
+    res = np.full((n, *a.shape[1:]), np.nan, np.float32)
     res[k:k+len(a)] = a
     if f>1e-3 and k+1+len(a)<=n:
-        b = np.full_like(res, np.nan); b[k+1:k+1+len(a)] = a
+        b = np.full_like(res, np.nan)
+        b[k+1:k+1+len(a)] = a
         res = _blend(res, b, f)
     return np.moveaxis(res, 0, axis)
 
@@ -248,7 +337,9 @@ def _scan(files, bar=False):
     heads,no,blind,bad = [],0,{},{}
     for f in progress_bar(files, leave=False) if bar and len(files)>=200 else files:
         try: h = file_frames(f)
-        except FileError as e: bad[str(f)] = str(e).removeprefix(f'{f}: '); continue
+        except FileError as e:
+            bad[str(f)] = str(e).removeprefix(f'{f}: ')
+            continue
         if h is None: no += 1
         elif isinstance(h, str): blind[str(f)] = h
         else: heads.append(h)
@@ -257,41 +348,58 @@ def _scan(files, bar=False):
 def _none(no, blind, bad=()):
     "What was found instead of images, in words"
     kinds = ', '.join(f'{n} {k}' for k,n in Counter(blind.values()).items())
-    return f"{no} {'is' if no==1 else 'are'} no DICOM, {len(blind)} hold{'s'*(len(blind)==1)} no image{f' ({kinds})' if kinds else ''}" + (f', {len(bad)} cannot be read' if bad else '')
+    return (f"{no} {'is' if no==1 else 'are'} no DICOM, {len(blind)} hold{'s'*(len(blind)==1)} no "
+            f"image{f' ({kinds})' if kinds else ''}" + (f', {len(bad)} cannot be read' if bad else ''))
 
 def _series_of(heads, alone=True):
     "Series of those heads, as (facts, `DicomSeries`), in the order of their first file"
     own = {k:len({h[0]['group'] for h in v})==1 for k,v in _grouped(heads, lambda h: h[1][0].file.parent).items()}
     for hs in _grouped(heads, lambda h: h[0]['group']).values():
-        fs = [o for h in hs for o in h[1]]; dirs = {o.file.parent for o in fs}
-        info = {**hs[0][0], 'seg':any(h[0]['seg'] for h in hs), 'fault':next((h[0]['fault'] for h in hs if h[0]['fault']), '')}
+        fs = [o for h in hs for o in h[1]]
+        dirs = {o.file.parent for o in fs}
+        info = {**hs[0][0], 'seg':any(h[0]['seg'] for h in hs),
+                'fault':next((h[0]['fault'] for h in hs if h[0]['fault']), '')}
         yield info,DicomSeries(fs, info, len(hs)==1 or alone and len(dirs)==1 and own[next(iter(dirs))])
 
 def scan_dicom(
     path,                    # folder, with all below it; a DICOMDIR; or one file
     strip_identity:bool=True # False: patient's id, name and birth date become columns
-)->pd.DataFrame: # a row a series: series, key, subject, modality, description, plane, slices, shape, spacing (mm), orientation, problem, folder; what was passed over stands in `attrs`, by `kinds` what holds no image
+# a row a series: series, key, subject, modality, description, plane, slices, shape, spacing (mm), orientation, problem,
+# folder; what was passed over stands in `attrs`, by `kinds` what holds no image
+)->pd.DataFrame:
     "The DICOM series of a tree, from headers alone and without the patients' identity. Files that cannot be read are named in a warning. Raises `FileNotFoundError`; `OSError` where there is no DICOM image"
     path = Path(path)
     if not path.exists(): raise MissingFileError(f"{path}: no such file or folder")
     root = path.parent if path.name.upper()=='DICOMDIR' or path.is_file() else path
     files = [path] if path.is_file() and path.name.upper()!='DICOMDIR' else list(files_below(root))
     heads,no,blind,bad = _scan(files, bar=True)
-    if bad: warn(f"{path}: {len(bad)} {'file' if len(bad)==1 else 'files'} cannot be read: " + '; '.join(f'{Path(k).name}: {v}' for k,v in list(bad.items())[:5])+(' …' if len(bad)>5 else ''))
-    if not heads: raise FileError(f"{path}: no DICOM image found in {len(files)} files: {_none(no, blind, bad)}. Check the path")
+    if bad:
+        warn(f"{path}: {len(bad)} {'file' if len(bad)==1 else 'files'} cannot be read: "
+                + '; '.join(f'{Path(k).name}: {v}' for k,v in list(bad.items())[:5])+(' …' if len(bad)>5 else ''))
+    if not heads:
+        raise FileError(f"{path}: no DICOM image found in {len(files)} files: {_none(no, blind, bad)}. Check the path")
     rows,who = [],{}
     for info,s in _series_of(heads):
-        row = dict(series=s, key=s.key, subject=f"s{who.setdefault(tuple(info['subject']), len(who)+1)}", modality=s.modality, description=s.description, plane=', '.join(dict.fromkeys(_plane_name(g[0].axes) for g in _alike_frames(s.frames))), slices=len(s))
-        row.update(shape=None, spacing=None, orientation='', problem='', folder=os.path.relpath(s.path if s.path.is_dir() else s.path.parent, root))
+        row = dict(series=s, key=s.key, subject=f"s{who.setdefault(tuple(info['subject']), len(who)+1)}",
+                   modality=s.modality, description=s.description,
+                   plane=', '.join(dict.fromkeys(_plane_name(g[0].axes) for g in _alike_frames(s.frames))),
+                   slices=len(s))
+        row.update(shape=None, spacing=None, orientation='', problem='',
+                   folder=os.path.relpath(s.path if s.path.is_dir() else s.path.parent, root))
         try:
-            st = stack_frames(s); row.update(shape=(*s.frames[0].size, len(s)), spacing=tuple(round(float(o), 4) for o in (*st.px, np.median(np.diff(st.t)) if len(s)>1 else st.gap)), orientation=orientation_of(_affine(st, st.origin, st.gap)) if s.frames[0].axes else '')
+            st = stack_frames(s)
+            row.update(shape=(*s.frames[0].size, len(s)),
+                       spacing=tuple(round(float(o), 4) for o in (*st.px, np.median(np.diff(st.t)) if len(s)>1
+                       else st.gap)), orientation=orientation_of(_affine(st, st.origin, st.gap)) if s.frames[0].axes
+                       else '')
             series_grid(s)
         except InputError as e: row['problem'] = str(e).removeprefix(f'{s.path} ({s}): ')
         if not strip_identity: row.update(zip(('patient_id','patient_name','birth_date'), info['ids']))
         rows.append(row)
     df = pd.DataFrame(rows)
     df = df[[*[o for o in df if o not in ('problem','folder')], 'problem', 'folder']]
-    df.attrs.update(files=len(files), no_dicom=no, no_image=len(blind), kinds=dict(Counter(blind.values())), unreadable=bad)
+    df.attrs.update(files=len(files), no_dicom=no, no_image=len(blind), kinds=dict(Counter(blind.values())),
+                    unreadable=bad)
     return df
 
 def dicom_series(
@@ -303,13 +411,18 @@ def dicom_series(
     if not path.exists(): raise MissingFileError(f"{path}: no such file or folder")
     files = [path] if path.is_file() else list(files_below(path, deep=False))
     heads,no,blind,bad = _scan(files)
-    if bad: raise FileError(f"{path}: {len(bad)} of its files cannot be read: "+'; '.join(f'{Path(k).name}: {v}' for k,v in list(bad.items())[:3]) if path.is_dir() else f"{path}: {bad[str(path)]}")
+    if bad:
+        raise FileError(f"{path}: {len(bad)} of its files cannot be read: "+'; '.join(f'{Path(k).name}: {v}' for k,
+                        v in list(bad.items())[:3]) if path.is_dir() else f"{path}: {bad[str(path)]}")
     if not heads:
         below = path.is_dir() and any(o.is_dir() for o in path.iterdir())
-        raise FileError(f"{path}: no DICOM series found in this {'folder' if path.is_dir() else 'file'} ({len(files)} files: {_none(no, blind)})" + ('. It holds folders: scan_dicom(path) lists the series below it' if below else ''))
+        raise FileError(f"{path}: no DICOM series found in this {'folder' if path.is_dir() else 'file'} ({len(files)} "
+                        f"files: {_none(no, blind)})" + ('. It holds folders: scan_dicom(path) lists the series below it' if below else ''))
     ss = [s for _,s in _series_of(heads)]
     if len(ss)>1:
-        raise InputError(f"{path}: expected one DICOM series, found {len(ss)}: {'; '.join(map(str, ss[:6]))}{' …' if len(ss)>6 else ''}. Take one: load_volume(scan_dicom(path).series[0]); or put each into a folder of its own")
+        raise InputError(f"{path}: expected one DICOM series, found {len(ss)}: "
+                         f"{'; '.join(map(str, ss[:6]))}{' …' if len(ss)>6 else ''}. Take one: "
+                         f"load_volume(scan_dicom(path).series[0]); or put each into a folder of its own")
     return ss[0]
 
 def is_dicom(
@@ -318,5 +431,6 @@ def is_dicom(
     "Whether a file is DICOM, by its first bytes"
     with contextlib.suppress(OSError):
         with open(fn, 'rb') as f: b = f.read(132)
-        return b[128:]==b'DICM' or Path(fn).suffix.lower() in ('.dcm','.dicom','.ima','') and b[:2] in (b'\x08\0', b'\x02\0', b'\0\x08')
+        return b[128:]==b'DICM' or Path(fn).suffix.lower() in ('.dcm','.dicom','.ima','') and b[:2] in (b'\x08\0',
+                b'\x02\0', b'\0\x08')
     return False

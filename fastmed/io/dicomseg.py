@@ -17,46 +17,63 @@ import warnings, nibabel as nib
 
 # %% ../../nbs/io/06_dicomseg.ipynb #2fe5ab39
 def _extra():
-    try: import highdicom; return highdicom
-    except ImportError as e: raise ExtraError("Writing DICOM segmentations needs highdicom: pip install 'fastmed[dicom]'") from e
+    try:
+        import highdicom
+        return highdicom
+    except ImportError as e:
+        raise ExtraError("Writing DICOM segmentations needs highdicom: pip install 'fastmed[dicom]'") from e
 
 def _on(g, mask, who):
     "(X,Y,Z) array of the mask in the axes of the grid `g`. Raises `InputError` where it lies elsewhere"
     a,T = to_cpu(mask).as_subclass(Tensor).numpy(),np.linalg.inv(g.affine)@mask.affine
     ornt = nib.io_orientation(T)
-    if not np.isnan(ornt).any(): a = nib.apply_orientation(a, ornt); T = T@nib.orientations.inv_ornt_aff(ornt, mask.shape)
+    if not np.isnan(ornt).any():
+        a = nib.apply_orientation(a, ornt)
+        T = T@nib.orientations.inv_ornt_aff(ornt, mask.shape)
     corners = np.array([[*c,1] for c in np.ndindex(2,2,2)])*[*(np.array(a.shape)-1),1]
     if a.shape==g.shape and np.abs(corners@(T-np.eye(4)).T).max()<=.05: return np.ascontiguousarray(a)
-    def show(shape, aff): return f"shape {tuple(shape)}, spacing {tuple(round(o, 3) for o in spacing_of(aff))} mm, orientation {orientation_of(aff)}, origin {tuple(np.round(aff[:3,3], 1).tolist())}"
-    raise InputError(f"The mask does not lie on the grid of its series:\n  mask {(getattr(mask, 'meta', None) or {}).get('fn', '')}: {show(mask.shape, mask.affine)}\n  {who}: {show(g.shape, g.affine)}\n"
-                     "Predict on load_volume(series), or resample the mask onto it first: resample_to(mask, image.shape[1:], image.affine)")
+    def show(shape, aff):
+        return (f"shape {tuple(shape)}, spacing {tuple(round(o, 3) for o in spacing_of(aff))} mm, orientation "
+                f"{orientation_of(aff)}, origin {tuple(np.round(aff[:3,3], 1).tolist())}")
+    raise InputError(f"The mask does not lie on the grid of its series:\n  mask "
+                     f"{(getattr(mask, 'meta', None) or {}).get('fn', '')}: {show(mask.shape, mask.affine)}\n  {who}: "
+                     f"{show(g.shape, g.affine)}\n"
+                     "Predict on load_volume(series), or resample the mask onto it first: resample_to(mask, "
+                     "image.shape[1:], image.affine)")
 
 def _planes(mask, s):
     "(n, rows, columns) of the mask for the frames of a series in order; of a mask on a regridded box the nearest voxels"
-    if not s.frames[0].position: raise InputError(f"{s.path} ({s}): an image without a position in the patient; a DICOM segmentation needs one")
+    if not s.frames[0].position:
+        raise InputError(f"{s.path} ({s}): an image without a position in the patient; a DICOM segmentation needs one")
     grids,err = ([] if stack_frames(s).faults else [False])+[True, *spacing_of(mask.affine)],None
     for g in (series_grid(s, o) for o in grids):
-        try: a = _on(g, mask, f'series {s.path}'); break
+        try:
+            a = _on(g, mask, f'series {s.path}')
+            break
         except InputError as e: err = ifnone(err, e)
     else: raise err
-    at = zip(g.t-g.t[0], np.round(g.move).astype(int)); w,h = s.frames[0].size
+    at = zip(g.t-g.t[0], np.round(g.move).astype(int))
+    w,h = s.frames[0].size
     return np.stack([a[x:x+w, y:y+h, int(round(t/g.gap))].T for t,(x,y) in at])
 
 def _heads(s):
     "{file: header} of a series that a segmentation can refer to. Raises `InputError`"
     import pydicom
     if any(o.tiles for o in s.frames):
-        raise InputError(f"{s.path} ({s}): a mosaic, whose slices are no images of their own that a segmentation could refer to. Save the mask as NIfTI: save_volume(mask, 'mask.nii.gz')")
+        raise InputError(f"{s.path} ({s}): a mosaic, whose slices are no images of their own that a segmentation could "
+                         f"refer to. Save the mask as NIfTI: save_volume(mask, 'mask.nii.gz')")
     heads = {f:pydicom.dcmread(f, stop_before_pixels=True, force=True) for f in s.files}
     if any(not o.get('FrameOfReferenceUID') for o in heads.values()):
-        raise InputError(f"{s.path} ({s}): its images name no frame of reference (FrameOfReferenceUID), so no segmentation can be placed on them")
+        raise InputError(f"{s.path} ({s}): its images name no frame of reference (FrameOfReferenceUID), so no "
+                         f"segmentation can be placed on them")
     return heads
 
 def _measures(o, head):
     "Where frame `o` of a series lies and how large its pixels are, as elements of a header"
     import pydicom
     def number(v): return pydicom.valuerep.DSfloat(float(v), auto_format=True)
-    groups = [*(head.get('PerFrameFunctionalGroupsSequence') or [])[o.frame:o.frame+1], *(head.get('SharedFunctionalGroupsSequence') or [])]
+    groups = [*(head.get('PerFrameFunctionalGroupsSequence') or [])[o.frame:o.frame+1],
+            *(head.get('SharedFunctionalGroupsSequence') or [])]
     said = [d.get('PixelMeasuresSequence')[0] for d in groups if d.get('PixelMeasuresSequence')]+[head]
     res = pydicom.Dataset()
     for k in ('SliceThickness','SpacingBetweenSlices'):
@@ -66,8 +83,10 @@ def _measures(o, head):
     res.ImagePositionPatient,res.ImageOrientationPatient = [number(v) for v in o.position],[number(v) for v in o.axes]
     return res
 
-_kept = ('SOPClassUID','SOPInstanceUID','StudyInstanceUID','SeriesInstanceUID','FrameOfReferenceUID','Modality','Rows','Columns')
-_emptied = ('PatientName','PatientID','PatientBirthDate','PatientSex','AccessionNumber','StudyID','StudyDate','StudyTime','ReferringPhysicianName')
+_kept = ('SOPClassUID','SOPInstanceUID','StudyInstanceUID','SeriesInstanceUID','FrameOfReferenceUID','Modality','Rows',
+         'Columns')
+_emptied = ('PatientName','PatientID','PatientBirthDate','PatientSex','AccessionNumber','StudyID','StudyDate',
+            'StudyTime','ReferringPhysicianName')
 
 def _source_header(head, strip_identity):
     "The header of an image as far as a segmentation takes it over: without identity, what names it among others and nothing else"
@@ -88,17 +107,21 @@ def _source_headers(s, heads, strip_identity):
     if not is_multiframe_image(heads[s.frames[0].file]):
         res = [_source_header(heads[o.file], strip_identity) for o in s.frames]
         for d,o in zip(res, s.frames):
-            d.update(_measures(o, heads[o.file])); d.ImageOrientationPatient = first.ImageOrientationPatient
+            d.update(_measures(o, heads[o.file]))
+            d.ImageOrientationPatient = first.ImageOrientationPatient
         return res
-    res,shared,orientation,frames = _source_header(heads[s.frames[0].file], strip_identity),pydicom.Dataset(),pydicom.Dataset(),[]
+    res,shared,orientation,frames = _source_header(heads[s.frames[0].file],
+                                                   strip_identity),pydicom.Dataset(),pydicom.Dataset(),[]
     orientation.ImageOrientationPatient = first.ImageOrientationPatient
     for o in s.frames:
         frame,place = pydicom.Dataset(),pydicom.Dataset()
         place.ImagePositionPatient = _measures(o, heads[o.file]).ImagePositionPatient
-        frame.PlanePositionSequence = [place]; frames.append(frame)
+        frame.PlanePositionSequence = [place]
+        frames.append(frame)
     for k in ('ImagePositionPatient','ImageOrientationPatient'): delattr(first, k)
     shared.PixelMeasuresSequence,shared.PlaneOrientationSequence = [first],[orientation]
-    res.SharedFunctionalGroupsSequence,res.PerFrameFunctionalGroupsSequence,res.NumberOfFrames = [shared],frames,len(frames)
+    res.SharedFunctionalGroupsSequence,res.PerFrameFunctionalGroupsSequence,res.NumberOfFrames = [shared],frames,len(
+            frames)
     return [res]
 
 def _refer(seg, s, heads):
@@ -107,18 +130,22 @@ def _refer(seg, s, heads):
     def reference(head, item):
         item.ReferencedSOPClassUID,item.ReferencedSOPInstanceUID = head.SOPClassUID,head.SOPInstanceUID
         return item
-    derivations = [d for frame in seg.PerFrameFunctionalGroupsSequence for d in frame.get('DerivationImageSequence', [])]
-    items = {id(item):item for d in derivations for item in d.SourceImageSequence}     # frames of several structures share them
+    derivations = [d for frame in seg.PerFrameFunctionalGroupsSequence for d in frame.get('DerivationImageSequence',
+            [])]
+    # frames of several structures share them
+    items = {id(item):item for d in derivations for item in d.SourceImageSequence}
     for item in items.values():
         o = s.frames[int(item.ReferencedFrameNumber)-1]
         reference(heads[o.file], item).ReferencedFrameNumber = o.frame+1
     seg.SourceImageSequence = [reference(h, pydicom.Dataset()) for h in heads.values()]
-    seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence = [reference(h, pydicom.Dataset()) for h in heads.values()]
+    seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence = [reference(h, pydicom.Dataset())
+            for h in heads.values()]
 
 def _without_identity(seg):
     "Say what was done, and take out when: a segmentation made on the day of the scan tells the day of the scan"
     import pydicom
-    for k in ('InstanceCreationDate','InstanceCreationTime','SeriesDate','SeriesTime','TimezoneOffsetFromUTC'): seg.pop(k, None)
+    for k in ('InstanceCreationDate','InstanceCreationTime','SeriesDate','SeriesTime','TimezoneOffsetFromUTC'):
+        seg.pop(k, None)
     for d in seg.get('ContributingEquipmentSequence', []): d.pop('ContributionDateTime', None)
     seg.ContentDate,seg.ContentTime,seg.PatientIdentityRemoved = '19000101','000000','YES'
     seg.DeidentificationMethod = 'fastmed: nothing of the images but their UIDs and geometry'
@@ -126,7 +153,8 @@ def _without_identity(seg):
         d = pydicom.Dataset()
         d.CodeValue,d.CodingSchemeDesignator,d.CodeMeaning = value,'DCM',meaning
         return d
-    seg.DeidentificationMethodCodeSequence = [code('113100', 'Basic Application Confidentiality Profile'), code('113110', 'Retain UIDs Option')]
+    seg.DeidentificationMethodCodeSequence = [code('113100', 'Basic Application Confidentiality Profile'),
+            code('113110', 'Retain UIDs Option')]
 
 def save_dicom_seg(
     mask,                     # `TensorVolumeMask` (X,Y,Z) on the grid of the series, with its affine
@@ -139,22 +167,40 @@ def save_dicom_seg(
     "Write a mask as a DICOM segmentation of its series, whole or not at all. Raises `ValueError` where it lies on another grid or holds a class without a name; `ImportError` without highdicom"
     hd = _extra()
     from pydicom.sr.coding import Code
-    if getattr(mask, 'affine', None) is None or mask.ndim!=3: raise InputError(f"save_dicom_seg({fn}): expected a TensorVolumeMask (X,Y,Z) with its affine; found {type(mask).__name__} {tuple(getattr(mask, 'shape', ()))}")
-    s = dicom_series(series); a = _planes(mask, s); top = int(a.max())
-    if a.min()<0 or a.dtype.kind=='f' and (a!=np.round(a)).any(): raise InputError(f"save_dicom_seg({fn}): expected class ids, whole numbers from 0; found {a.min():g} to {a.max():g}")
-    codes = list(ifnone(codes, ifnone(getattr(mask, 'codes', None), ['background', *(f'structure {i}' for i in range(1, max(top,1)+1))])))
+    if getattr(mask, 'affine', None) is None or mask.ndim!=3:
+        raise InputError(f"save_dicom_seg({fn}): expected a TensorVolumeMask (X,Y,Z) with its affine; found "
+                         f"{type(mask).__name__} {tuple(getattr(mask, 'shape', ()))}")
+    s = dicom_series(series)
+    a = _planes(mask, s)
+    top = int(a.max())
+    if a.min()<0 or a.dtype.kind=='f' and (a!=np.round(a)).any():
+        raise InputError(
+                f"save_dicom_seg({fn}): expected class ids, whole numbers from 0; found {a.min():g} to {a.max():g}")
+    codes = list(ifnone(codes,
+            ifnone(getattr(mask, 'codes', None), ['background', *(f'structure {i}' for i in range(1, max(top,1)+1))])))
     if bad:=[i for i,c in enumerate(codes) if i and not str(c).strip()]:
-        raise InputError(f"save_dicom_seg({fn}): expected a name for each structure; found {codes[bad[0]]!r} for class {bad[0]} in {codes}")
-    if top>=len(codes) or len(codes)<2: raise InputError(f"save_dicom_seg({fn}): the mask holds class {top}, and codes names {len(codes)}: {codes}. codes[0] is the background")
+        raise InputError(f"save_dicom_seg({fn}): expected a name for each structure; found {codes[bad[0]]!r} for class "
+                         f"{bad[0]} in {codes}")
+    if top>=len(codes) or len(codes)<2:
+        raise InputError(f"save_dicom_seg({fn}): the mask holds class {top}, and codes names {len(codes)}: {codes}. "
+                         f"codes[0] is the background")
     check_not_source(fn, {o.file for o in s.frames})
-    heads = _heads(s); src = _source_headers(s, heads, strip_identity)
+    heads = _heads(s)
+    src = _source_headers(s, heads, strip_identity)
     alg = hd.AlgorithmIdentificationSequence(model[:64], Code('123110', 'DCM', 'Artificial Intelligence'), __version__)
-    segs = [hd.seg.SegmentDescription(i, str(c)[:64], Code('123037004', 'SCT', 'Anatomical Structure'), Code(f'class{i}', '99FASTMED', str(c)[:64]), 'AUTOMATIC', alg) for i,c in enumerate(codes) if i]
+    segs = [hd.seg.SegmentDescription(i, str(c)[:64], Code('123037004', 'SCT', 'Anatomical Structure'),
+                                      Code(f'class{i}', '99FASTMED', str(c)[:64]), 'AUTOMATIC', alg) for i,
+                                      c in enumerate(codes) if i]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        try: seg = hd.seg.Segmentation(src, a.astype(np.uint8 if len(codes)<=256 else np.uint16), 'BINARY', segs, hd.UID(), 900, hd.UID(), 1, 'fastmed', model[:64], __version__, '0', content_description='Segmentation by fastmed', series_description='Segmentation',
+        try:
+            seg = hd.seg.Segmentation(src, a.astype(np.uint8 if len(codes)<=256 else np.uint16), 'BINARY', segs,
+                                      hd.UID(), 900, hd.UID(), 1, 'fastmed', model[:64], __version__, '0',
+                                      content_description='Segmentation by fastmed', series_description='Segmentation',
                                        omit_empty_frames=bool(a.any()))
-        except (ValueError, TypeError, AttributeError, KeyError) as e: raise InputError(f"{s.path} ({s}): highdicom makes no segmentation of it ({type(e).__name__}: {e})") from (None if strip_identity else e)
+        except (ValueError, TypeError, AttributeError, KeyError) as e:
+            raise InputError(f"{s.path} ({s}): highdicom makes no segmentation of it ({type(e).__name__}: {e})") from (
+                    None if strip_identity else e)
         seg.SpecificCharacterSet = 'ISO_IR 192'                # names of structures in any script
         if 'PerFrameFunctionalGroupsSequence' in src[0]: _refer(seg, s, heads)
         if strip_identity: _without_identity(seg)
@@ -165,11 +211,13 @@ def save_dicom_seg(
 def _place_in(s, f, fn):
     "Which frame of the series the frame `f` of a segmentation lies on. Raises `InputError`"
     near = s.frames[int(np.argmin([np.linalg.norm(np.subtract(o.position, f.position)) for o in s.frames]))]
-    axes = np.reshape(near.axes, (2,3)); scale = np.array([*near.px, max(near.thickness, .1)])
+    axes = np.reshape(near.axes, (2,3))
+    scale = np.array([*near.px, max(near.thickness, .1)])
     def corner(o, x, y): return np.add(o.position, np.array(o.axes[:3])*o.px[0]*x+np.array(o.axes[3:])*o.px[1]*y)
     for x,y in ((0,0),(f.size[0]-1,0),(0,f.size[1]-1)):
         off = np.stack([*axes, np.cross(*axes)])@(corner(f, x, y)-corner(near, x, y))/scale
-        if f.size!=near.size or np.abs(off).max()>.05: raise InputError(f"{fn}: frame {f.frame+1} does not lie on a slice of {s.path} ({s})")
+        if f.size!=near.size or np.abs(off).max()>.05:
+            raise InputError(f"{fn}: frame {f.frame+1} does not lie on a slice of {s.path} ({s})")
     return s.frames.index(near)
 
 def _boxed(planes, g):
@@ -184,19 +232,31 @@ def _boxed(planes, g):
 def load_dicom_seg(
     fn,          # DICOM segmentation
     series,      # the `DicomSeries`, folder or multi-frame file that it belongs to
-    regrid=False # as in `load_volume(series, regrid=…)`: onto the upright box of a tilted or irregular series, by the nearest slice and pixel
+    # as in `load_volume(series, regrid=…)`: onto the upright box of a tilted or irregular series, by the nearest slice
+    # and pixel
+    regrid=False
 )->TensorVolumeMask: # (X,Y,Z) class ids on the grid of the series; `codes` holds the labels of the segments
     "Read a DICOM segmentation onto the grid of its series, each frame by its own position. Raises `ValueError` where a frame lies elsewhere or segments overlap; `OSError`"
     import pydicom
-    s = dicom_series(series); g = series_grid(s, regrid); h = file_frames(fn)
+    s = dicom_series(series)
+    g = series_grid(s, regrid)
+    h = file_frames(fn)
     if not h or isinstance(h, str) or not h[0]['seg']: raise InputError(f"{fn}: no DICOM segmentation")
     ds = pydicom.dcmread(fn)
-    if ds.SegmentationType=='FRACTIONAL': raise InputError(f"{fn}: a fractional segmentation; expected a binary one or a label map")
-    planes = np.zeros((len(s), *s.frames[0].size), np.int32); a,_ = file_pixels(fn)
+    if ds.SegmentationType=='FRACTIONAL':
+        raise InputError(f"{fn}: a fractional segmentation; expected a binary one or a label map")
+    planes = np.zeros((len(s), *s.frames[0].size), np.int32)
+    a,_ = file_pixels(fn)
     for f,p,d in zip(h[1], ds.PerFrameFunctionalGroupsSequence, a):
         k = _place_in(s, f, fn)
-        n = d.T.astype(np.int32)*(1 if ds.SegmentationType=='LABELMAP' else int((p.get('SegmentIdentificationSequence') or ds.SharedFunctionalGroupsSequence[0].SegmentIdentificationSequence)[0].ReferencedSegmentNumber))
-        if (planes[k][n>0]>0).any(): raise InputError(f"{fn}: its segments overlap, which a mask of class ids cannot say")
+        n = d.T.astype(np.int32)*(1 if ds.SegmentationType=='LABELMAP'
+                else int((p.get('SegmentIdentificationSequence')
+                                or ds.SharedFunctionalGroupsSequence[0].SegmentIdentificationSequence)[
+                0].ReferencedSegmentNumber))
+        if (planes[k][n>0]>0).any():
+            raise InputError(f"{fn}: its segments overlap, which a mask of class ids cannot say")
         planes[k][n>0] = n[n>0]
     names = {int(o.SegmentNumber):str(o.SegmentLabel) for o in ds.SegmentSequence}
-    return TensorVolumeMask(torch.from_numpy(_boxed(planes, g)), affine=g.affine, codes=[names.get(i, 'background' if i==0 else f'structure {i}') for i in range(max(names)+1)], meta=dict(fn=str(fn), dtype='DICOM'))
+    return TensorVolumeMask(torch.from_numpy(_boxed(planes, g)), affine=g.affine,
+            codes=[names.get(i, 'background' if i==0 else f'structure {i}') for i in range(max(names)+1)],
+            meta=dict(fn=str(fn), dtype='DICOM'))

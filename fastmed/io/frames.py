@@ -60,20 +60,32 @@ def _refuse_tiles(why): raise InputError(f"no volume: its slices lie as tiles in
 
 def _checked_tiles(ds, count, normal, counted):
     "(rows, columns) of a tile. Raises `InputError` where the header does not hold what places the tiles"
-    if not count: _refuse_tiles('a Siemens mosaic, and the header does not tell how many: NumberOfImagesInMosaic is missing in the CSA header (0029,1010)')
-    if normal is None: _refuse_tiles('a Siemens mosaic, and the header does not tell their order: SliceNormalVector is missing in the CSA header (0029,1010)')
-    if counted and counted!=count: _refuse_tiles(f'a Siemens mosaic whose header disagrees: {count} tiles in the CSA header (0029,1010), {counted} in (0019,100A)')
-    missing = [k for k in ('ImagePositionPatient','ImageOrientationPatient','PixelSpacing','SpacingBetweenSlices') if not ds.get(k)]
+    if not count:
+        _refuse_tiles('a Siemens mosaic, and the header does not tell how many: NumberOfImagesInMosaic is missing in '
+                      'the CSA header (0029,1010)')
+    if normal is None:
+        _refuse_tiles('a Siemens mosaic, and the header does not tell their order: SliceNormalVector is missing in the '
+                      'CSA header (0029,1010)')
+    if counted and counted!=count:
+        _refuse_tiles(f'a Siemens mosaic whose header disagrees: {count} tiles in the CSA header (0029,1010), '
+                      f'{counted} in (0019,100A)')
+    missing = [k for k in ('ImagePositionPatient','ImageOrientationPatient','PixelSpacing','SpacingBetweenSlices')
+                           if not ds.get(k)]
     if missing: _refuse_tiles(f'a Siemens mosaic, and the header does not place them: {", ".join(missing)} is missing')
     across = math.ceil(math.sqrt(count))
-    if ds.Rows%across or ds.Columns%across: _refuse_tiles(f'a Siemens mosaic of {count}, and {ds.Columns}×{ds.Rows} pixels are not {across}×{across} equal tiles')
+    if ds.Rows%across or ds.Columns%across:
+        _refuse_tiles(
+                f'a Siemens mosaic of {count}, and {ds.Columns}×{ds.Rows} pixels are not {across}×{across} equal tiles')
     return ds.Rows//across,ds.Columns//across
 
 def tiling(
     ds # the whole header of an image
-)->Tiling: # tiles in a row, (columns, rows) of a tile, and the position of the first pixel of each (mm, as DICOM counts); None where the image is no mosaic
+# tiles in a row, (columns, rows) of a tile, and the position of the first pixel of each (mm, as DICOM counts); None
+# where the image is no mosaic
+)->Tiling:
     "How a Siemens mosaic is tiled. Raises `InputError` where its header does not tell, and on grids of United Imaging. Source: nibabel, `dicom_mosaic`"
-    if _whole_count(_private_element(ds, 'Image Private Header', 0x0065, 0x50))>1: _refuse_tiles('a grid of United Imaging, which is not read')
+    if _whole_count(_private_element(ds, 'Image Private Header', 0x0065, 0x50))>1:
+        _refuse_tiles('a grid of United Imaging, which is not read')
     count,normal = _csa(ds)
     counted = _whole_count(_private_element(ds, 'SIEMENS MR HEADER', 0x0019, 0x0a))
     named = 'MOSAIC' in np.atleast_1d(ds.get('ImageType') or [])
@@ -83,10 +95,13 @@ def tiling(
     across = ds.Rows//rows
     axes = np.array(ds.ImageOrientationPatient, dtype=float).reshape(2, 3)
     along = np.cross(*axes)
-    if abs(abs(along@normal)-1)>1e-3: _refuse_tiles('a Siemens mosaic whose header disagrees: SliceNormalVector is not the normal of ImageOrientationPatient')
+    if abs(abs(along@normal)-1)>1e-3:
+        _refuse_tiles('a Siemens mosaic whose header disagrees: SliceNormalVector is not the normal of '
+                      'ImageOrientationPatient')
     step = along*np.sign(along@normal)*float(ds.SpacingBetweenSlices)
     down,right = (float(o) for o in ds.PixelSpacing)
-    first = np.array(ds.ImagePositionPatient, dtype=float)+axes[0]*right*(ds.Columns-columns)/2+axes[1]*down*(ds.Rows-rows)/2
+    first = np.array(ds.ImagePositionPatient,
+                     dtype=float)+axes[0]*right*(ds.Columns-columns)/2+axes[1]*down*(ds.Rows-rows)/2
     return Tiling(across, (int(columns), int(rows)), [tuple((first+k*step).tolist()) for k in range(count)])
 
 def tile_of(
@@ -108,7 +123,9 @@ def modality_lut(
     "Stored values through the modality LUT. Raises `FileError` where the table is not whole. Source: DICOM PS3.3, C.11.1"
     item = ds.ModalityLUTSequence[0]
     try: count,start,bits = (int(o) for o in item.LUTDescriptor)
-    except (AttributeError, TypeError, ValueError): raise FileError(f"{fn}: its modality LUT (0028,3000) has no LUTDescriptor of three numbers. Export it again") from None
+    except (AttributeError, TypeError, ValueError):
+        raise FileError(
+                f"{fn}: its modality LUT (0028,3000) has no LUTDescriptor of three numbers. Export it again") from None
     count = count or 2**16
     if a.dtype.kind=='i' and start>=2**15: start -= 2**16
     table = item.get('LUTData')
@@ -116,7 +133,9 @@ def modality_lut(
         order = '<' if ds.original_encoding[1] in (True, None) else '>'
         table = np.frombuffer(table, np.uint8 if bits<=8 and len(table)<2*count else f'{order}u2')
     table = np.atleast_1d(np.array([] if table is None else table, dtype=np.float32))
-    if len(table)<count: raise FileError(f"{fn}: its modality LUT (0028,3000) promises {count} values and holds {len(table)}. Export it again")
+    if len(table)<count:
+        raise FileError(
+                f"{fn}: its modality LUT (0028,3000) promises {count} values and holds {len(table)}. Export it again")
     return table[np.clip(a.astype(np.int64)-start, 0, count-1)]
 
 # %% ../../nbs/io/04_frames.ipynb #cd8d1bf6
@@ -144,11 +163,14 @@ def _check_pixel_elements(ds, fn):
     if missing:
         from pydicom.datadict import tag_for_keyword
         names = ', '.join(f'{k} ({t>>16:04X},{t&0xffff:04X})' for k in missing for t in [tag_for_keyword(k)])
-        raise FileError(f"{fn}: the header lacks {names}, without which its pixels cannot be read. Add what is missing, or export it again")
+        raise FileError(f"{fn}: the header lacks {names}, without which its pixels cannot be read. Add what is "
+                        f"missing, or export it again")
     sizes = [int(ds.get(k) or 1) for k in ('NumberOfFrames','Rows','Columns','SamplesPerPixel')]
     bits,stored = int(ds.get('BitsAllocated') or 0),int(ds.get('BitsStored') or 0)
     with reading(fn): check_size(fn, sizes, -(-(bits or 32)//8))
-    if bits and not 0<=stored<=bits: raise FileError(f"{fn}: the header promises {stored} bits in each {bits}. The file is damaged: export or copy it again")
+    if bits and not 0<=stored<=bits:
+        raise FileError(
+                f"{fn}: the header promises {stored} bits in each {bits}. The file is damaged: export or copy it again")
     return sizes,bits
 
 def _by_gdcm(ds, fn):
@@ -164,7 +186,8 @@ def _undecoded(ds, fn):
     if package: advice = f'The file is truncated or damaged, or a decoder is missing: pip install pylibjpeg {package}'
     elif 'RLE' in syntax.name: advice = 'The file is truncated or damaged: export or copy it again'
     else: advice = 'The file is truncated or damaged, or a film: export it uncompressed (Explicit VR Little Endian)'
-    raise FileError(f"{fn}: its pixels cannot be decoded; they are compressed as {syntax.name} ({syntax}). {advice}") from None
+    raise FileError(
+            f"{fn}: its pixels cannot be decoded; they are compressed as {syntax.name} ({syntax}). {advice}") from None
 
 # %% ../../nbs/io/04_frames.ipynb #3c089810
 def decoded(
@@ -184,7 +207,8 @@ def decoded(
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             a = ds.pixel_array
-    except MemoryError: raise ResourceError(f"{fn}: its {sizes[0]} frames of {ds.Columns}×{ds.Rows} do not fit into memory") from None
+    except MemoryError:
+        raise ResourceError(f"{fn}: its {sizes[0]} frames of {ds.Columns}×{ds.Rows} do not fit into memory") from None
     except Exception as e:
         if not syntax.is_compressed and not odd or syntax.is_deflated: _cut(ds, fn, f' ({type(e).__name__})')
         a = _by_gdcm(ds, fn)
@@ -208,7 +232,8 @@ def picture_pixels(
     packed = colour and ds.file_meta.get('TransferSyntaxUID')==RLELossless
     if not packed and not ds.get('ModalityLUTSequence'): return None
     if packed and ds.get('PhotometricInterpretation')!='RGB':
-        raise FileError(f"{fn}: colour of {ds.BitsAllocated} bits as {ds.get('PhotometricInterpretation')}, packed by run lengths, is not read. Export it unpacked, as RGB")
+        raise FileError(f"{fn}: colour of {ds.BitsAllocated} bits as {ds.get('PhotometricInterpretation')}, packed by "
+                        f"run lengths, is not read. Export it unpacked, as RGB")
     ds = pydicom.dcmread(fn)
     if not packed: return decoded(ds, fn)[0][0]
     with reading(fn): return ds.pixel_array
@@ -238,14 +263,28 @@ def slice_normal(
     return n/np.linalg.norm(n)
 
 # %% ../../nbs/io/04_frames.ipynb #83810ec6
-_head_tags = ('SOPClassUID','SOPInstanceUID','StudyInstanceUID','SeriesInstanceUID','Modality','SeriesDescription','SeriesNumber','InstanceNumber','Rows','Columns','NumberOfFrames','SamplesPerPixel','PixelRepresentation','PhotometricInterpretation',
-              'ImagePositionPatient','ImageOrientationPatient','PixelSpacing','ImagerPixelSpacing','NominalScannedPixelSpacing','ImagePlanePixelSpacing','SliceThickness','SpacingBetweenSlices','GridFrameOffsetVector','RescaleSlope','RescaleIntercept','DoseGridScaling',
-              'PixelPaddingValue','SharedFunctionalGroupsSequence','PerFrameFunctionalGroupsSequence','ModalityLUTSequence',(0x0019,0x100a),(0x0065,0x1050),'PatientID','PatientName','PatientBirthDate','FrameOfReferenceUID','Units')
-MADE_TAGS = ('FrameOfReferenceUID','Modality','PhotometricInterpretation','Units')  # in which the images of a volume agree
-PARTING_TAGS = ('TemporalPositionIdentifier','EchoTime','DiffusionBValue','DiffusionGradientOrientation','TriggerTime','AcquisitionNumber','ImageType')  # what tells two acquisitions of one place from each other
-_pixel_tags = ('SOPClassUID','Rows','Columns','NumberOfFrames','SamplesPerPixel','PhotometricInterpretation','PlanarConfiguration','BitsAllocated','BitsStored','HighBit','PixelRepresentation','ModalityLUTSequence','ExtendedOffsetTable','ExtendedOffsetTableLengths',
+_head_tags = ('SOPClassUID','SOPInstanceUID','StudyInstanceUID','SeriesInstanceUID','Modality','SeriesDescription',
+              'SeriesNumber','InstanceNumber','Rows','Columns','NumberOfFrames','SamplesPerPixel','PixelRepresentation',
+              'PhotometricInterpretation',
+              'ImagePositionPatient','ImageOrientationPatient','PixelSpacing','ImagerPixelSpacing',
+              'NominalScannedPixelSpacing','ImagePlanePixelSpacing','SliceThickness','SpacingBetweenSlices',
+              'GridFrameOffsetVector','RescaleSlope','RescaleIntercept','DoseGridScaling',
+              'PixelPaddingValue','SharedFunctionalGroupsSequence','PerFrameFunctionalGroupsSequence',
+              'ModalityLUTSequence',(0x0019,0x100a),(0x0065,0x1050),'PatientID','PatientName','PatientBirthDate',
+              'FrameOfReferenceUID','Units')
+# in which the images of a volume agree
+MADE_TAGS = ('FrameOfReferenceUID','Modality','PhotometricInterpretation','Units')
+# what tells two acquisitions of one place from each other
+PARTING_TAGS = ('TemporalPositionIdentifier','EchoTime','DiffusionBValue','DiffusionGradientOrientation','TriggerTime',
+                'AcquisitionNumber','ImageType')
+_pixel_tags = ('SOPClassUID','Rows','Columns','NumberOfFrames','SamplesPerPixel','PhotometricInterpretation',
+               'PlanarConfiguration','BitsAllocated','BitsStored','HighBit','PixelRepresentation','ModalityLUTSequence',
+               'ExtendedOffsetTable','ExtendedOffsetTableLengths',
                'PixelData','FloatPixelData','DoubleFloatPixelData')
-_Frame = namedtuple('_Frame', 'file frame number position axes px thickness size slope inter padding sop colour tags tiles made', defaults=(0,()))  # tiles: of a mosaic, how many in a row
+# tiles: of a mosaic, how many in a row
+_Frame = namedtuple('_Frame',
+                    'file frame number position axes px thickness size slope inter padding sop colour tags tiles made',
+                    defaults=(0,()))
 
 def short_hash(
     *s   # texts
@@ -266,14 +305,16 @@ def _read(fn, tags, pixels=False):
     try: ds = pydicom.dcmread(fn, stop_before_pixels=not pixels, specific_tags=list(tags), force=bare)
     except Exception as e:
         if bare: return None
-        raise FileError(f"{fn}: begins as DICOM and cannot be read ({type(e).__name__}). It is truncated or damaged: export or copy it again") from None
+        raise FileError(f"{fn}: begins as DICOM and cannot be read ({type(e).__name__}). It is truncated or damaged: "
+                        f"export or copy it again") from None
     return None if bare and 'SOPClassUID' not in ds else ds
 
 def _element_text(ds, name):
     "An element of text, as it stands in the file: pydicom's checks, which put the value into a warning, are left out"
     e = ds.get_item(name)
     v = '' if e is None or e.value is None else e.value
-    return (v.decode('latin-1') if isinstance(v, bytes) else v if isinstance(v, str) else '\\'.join(map(str, v)) if is_iter(v) else str(v)).strip(' \0')
+    return (v.decode('latin-1') if isinstance(v, bytes) else v if isinstance(v, str) else '\\'.join(map(str, v))
+            if is_iter(v) else str(v)).strip(' \0')
 
 def _nums(s, n):
     try: v = tuple(float(o) for o in s.split('\\'))
@@ -283,39 +324,76 @@ def _nums(s, n):
 def _frames(ds, fn):
     if not ds.get('Rows') or not ds.get('Columns'):
         kind = ds.file_meta.get('MediaStorageSOPClassUID') or ds.get('SOPClassUID')
-        if kind is None or 'Image Storage' in kind.name: raise FileError(f"{fn}: says that it is an image and names no rows and columns. It is truncated: export or copy it again")
+        if kind is None or 'Image Storage' in kind.name:
+            raise FileError(f"{fn}: says that it is an image and names no rows and columns. It is truncated: export or "
+                            f"copy it again")
         return str(kind.name)
-    n,per,shared = int(_element_text(ds, 'NumberOfFrames') or 1),ds.get('PerFrameFunctionalGroupsSequence') or [],first(ds.get('SharedFunctionalGroupsSequence') or [])
-    if per and len(per)!=n or not 0<n<=fn.stat().st_size: raise FileError(f"{fn}: promises {n} frames and describes {len(per)}. It is truncated or damaged: export or copy it again")
-    ids,desc = [_element_text(ds, o) for o in ('PatientID','PatientName','PatientBirthDate')],str(ds.get('SeriesDescription') or '').strip()
+    n,per,shared = int(_element_text(ds, 'NumberOfFrames')
+            or 1),ds.get('PerFrameFunctionalGroupsSequence') or [],first(ds.get('SharedFunctionalGroupsSequence') or [])
+    if per and len(per)!=n or not 0<n<=fn.stat().st_size:
+        raise FileError(f"{fn}: promises {n} frames and describes {len(per)}. It is truncated or damaged: export or "
+                        f"copy it again")
+    ids,desc = [_element_text(ds, o) for o in ('PatientID','PatientName',
+            'PatientBirthDate')],str(ds.get('SeriesDescription') or '').strip()
     for o in [*ids, *re.split(r'[\^= ]+', ids[1])]:
-        if len(o)>2: desc = re.sub(re.escape(o), '…', desc, flags=re.I)        # some write the patient into the description
-    study,photo,dose = _element_text(ds, 'StudyInstanceUID'),_element_text(ds, 'PhotometricInterpretation'),_element_text(ds, 'Modality')=='RTDOSE'
-    info = dict(group=(study, _element_text(ds, 'SeriesInstanceUID') or _element_text(ds, 'SeriesNumber'), *ids), subject=ids[:1] if ids[0] else ids[1:] if any(ids) else [study], ids=ids, modality=_element_text(ds, 'Modality'), description=desc,
-                photometric=photo, fault='', seg=_element_text(ds, 'SOPClassUID').startswith('1.2.840.10008.5.1.4.1.1.66.'))
-    def item(f, seq): return next((o.get(seq)[0] for o in (per[f] if per else None, shared) if o is not None and o.get(seq)), None)
-    def text(f, seq, *names): return next((v for d in (item(f, seq), ds) if d is not None for v in (_element_text(d, o) for o in names) if v), '')
+        # some write the patient into the description
+        if len(o)>2:
+            desc = re.sub(re.escape(o), '…', desc, flags=re.I)
+    study,photo,dose = _element_text(ds, 'StudyInstanceUID'),_element_text(ds,
+            'PhotometricInterpretation'),_element_text(ds, 'Modality')=='RTDOSE'
+    info = dict(group=(study, _element_text(ds, 'SeriesInstanceUID') or _element_text(ds, 'SeriesNumber'), *ids),
+            subject=ids[:1] if ids[0] else ids[1:] if any(ids) else [study], ids=ids,
+            modality=_element_text(ds, 'Modality'), description=desc,
+                photometric=photo, fault='',
+            seg=_element_text(ds, 'SOPClassUID').startswith('1.2.840.10008.5.1.4.1.1.66.'))
+    def item(f, seq):
+        return next((o.get(seq)[0] for o in (per[f] if per else None, shared) if o is not None and o.get(seq)), None)
+    def text(f, seq, *names):
+        return next((v for d in (item(f, seq), ds) if d is not None for v in (_element_text(d, o) for o in names) if v),
+                    '')
     def tag(f, seq, name, old):
         d = item(f, seq)
-        if d is not None and seq.startswith('MRDiffusionS') and name not in d: d = first(d.get('DiffusionGradientDirectionSequence') or [])
-        v = d.get(name, '') if d is not None else ds.get(old, '') if old.startswith('Diffusion') else _element_text(ds, old)
+        if d is not None and seq.startswith('MRDiffusionS') and name not in d:
+            d = first(d.get('DiffusionGradientDirectionSequence') or [])
+        v = d.get(name, '') if d is not None else ds.get(old, '') if old.startswith('Diffusion') else _element_text(ds,
+                old)
         return str([round(o, 3) for o in v]) if is_iter(v) and not isinstance(v, str) else str(v)
-    num = _nums(_element_text(ds, 'InstanceNumber'), 1); pad = ds.get('PixelPaddingValue')
-    offs = np.array([float(o) for o in _element_text(ds, 'GridFrameOffsetVector').split('\\') if o] or np.arange(n)*float(_element_text(ds, 'SpacingBetweenSlices') or 0)); fs = []
+    num = _nums(_element_text(ds, 'InstanceNumber'), 1)
+    pad = ds.get('PixelPaddingValue')
+    offs = np.array([float(o) for o in _element_text(ds, 'GridFrameOffsetVector').split('\\') if o]
+            or np.arange(n)*float(_element_text(ds, 'SpacingBetweenSlices') or 0))
+    fs = []
     for f in range(n):
-        pos,axes = _nums(text(f, 'PlanePositionSequence', 'ImagePositionPatient'), 3),_nums(text(f, 'PlaneOrientationSequence', 'ImageOrientationPatient'), 6)
+        pos,axes = _nums(text(f, 'PlanePositionSequence', 'ImagePositionPatient'),
+                3),_nums(text(f, 'PlaneOrientationSequence', 'ImageOrientationPatient'), 6)
         if axes and not (np.linalg.norm(np.cross(axes[:3], axes[3:]))>.5 and abs(np.dot(axes[:3], axes[3:]))<2e-3):
-            raise FileError(f"{fn}: expected rows and columns at right angles; found ImageOrientationPatient {axes}. Repair the header or export it again")
-        if n>1 and not per and pos and axes: pos = tuple((np.array(pos)+slice_normal(axes)*(offs[f]-offs[0])).tolist()) if len(offs)==n and offs.any() else None
-        px = _nums(text(f, 'PixelMeasuresSequence', 'PixelSpacing', 'ImagerPixelSpacing', 'NominalScannedPixelSpacing', 'ImagePlanePixelSpacing'), 2)
-        thick = next((o[0] for o in (_nums(text(f, 'PixelMeasuresSequence', k), 1) for k in ('SpacingBetweenSlices','SliceThickness')) if o and o[0]>1e-3), 1.)
-        slope,inter = (_nums(text(f, 'PixelValueTransformationSequence', k) or d, 1) for k,d in (('DoseGridScaling' if dose else 'RescaleSlope', '1'), ('RescaleIntercept', '0')))
-        if not slope or not inter or not slope[0]: raise FileError(f"{fn}: its RescaleSlope or RescaleIntercept is no number, or the slope is nought. Repair the header or export it again")
-        tags = (tag(f, 'FrameContentSequence', 'TemporalPositionIndex', PARTING_TAGS[0]), tag(f, 'MREchoSequence', 'EffectiveEchoTime', PARTING_TAGS[1]), tag(f, 'MRDiffusionSequence', 'DiffusionBValue', PARTING_TAGS[2]),
-                tag(f, 'MRDiffusionSequence', 'DiffusionGradientOrientation', PARTING_TAGS[3]), tag(f, 'CardiacSynchronizationSequence', 'NominalCardiacTriggerDelayTime', PARTING_TAGS[4]), tag(f, 'FrameContentSequence', 'FrameAcquisitionNumber', PARTING_TAGS[5]),
+            raise FileError(f"{fn}: expected rows and columns at right angles; found ImageOrientationPatient {axes}. "
+                            f"Repair the header or export it again")
+        if n>1 and not per and pos and axes:
+            pos = tuple((np.array(pos)+slice_normal(axes)*(offs[f]-offs[0])).tolist()) if len(
+                    offs)==n and offs.any() else None
+        px = _nums(text(f, 'PixelMeasuresSequence', 'PixelSpacing', 'ImagerPixelSpacing', 'NominalScannedPixelSpacing',
+                        'ImagePlanePixelSpacing'), 2)
+        thick = next((o[0] for o in (_nums(text(f, 'PixelMeasuresSequence', k), 1) for k in ('SpacingBetweenSlices',
+                'SliceThickness')) if o and o[0]>1e-3), 1.)
+        slope,inter = (_nums(text(f, 'PixelValueTransformationSequence', k) or d, 1) for k,
+                d in (('DoseGridScaling' if dose else 'RescaleSlope', '1'), ('RescaleIntercept', '0')))
+        if not slope or not inter or not slope[0]:
+            raise FileError(f"{fn}: its RescaleSlope or RescaleIntercept is no number, or the slope is nought. Repair "
+                            f"the header or export it again")
+        tags = (tag(f, 'FrameContentSequence', 'TemporalPositionIndex', PARTING_TAGS[0]),
+                tag(f, 'MREchoSequence', 'EffectiveEchoTime', PARTING_TAGS[1]),
+                tag(f, 'MRDiffusionSequence', 'DiffusionBValue', PARTING_TAGS[2]),
+                tag(f, 'MRDiffusionSequence', 'DiffusionGradientOrientation', PARTING_TAGS[3]),
+                tag(f, 'CardiacSynchronizationSequence', 'NominalCardiacTriggerDelayTime', PARTING_TAGS[4]),
+                tag(f, 'FrameContentSequence', 'FrameAcquisitionNumber', PARTING_TAGS[5]),
                 ' '.join(text(f, 'MRImageFrameTypeSequence', 'FrameType', 'ImageType').split('\\')[2:]))
-        fs.append(_Frame(fn, f, f+1 if n>1 else int(num[0]) if num else None, pos, axes, px[::-1] if px and min(px)>0 else None, thick, (int(ds.Columns), int(ds.Rows)), slope[0], inter[0],
-                         pad*slope[0]+inter[0] if isinstance(pad, (int,float)) and not ds.get('ModalityLUTSequence') else None, short_hash(_element_text(ds, 'SOPInstanceUID'), str(f)), int(ds.get('SamplesPerPixel') or 1)>1 or photo.startswith('PALETTE'), tags, made=tuple(_element_text(ds, k) for k in MADE_TAGS)))
+        fs.append(_Frame(fn, f, f+1 if n>1 else int(num[0]) if num else None, pos, axes, px[::-1] if px and min(px)>0
+                         else None, thick, (int(ds.Columns), int(ds.Rows)), slope[0], inter[0],
+                         pad*slope[0]+inter[0] if isinstance(pad, (int,float)) and not ds.get('ModalityLUTSequence')
+                else None, short_hash(_element_text(ds, 'SOPInstanceUID'), str(f)),
+                int(ds.get('SamplesPerPixel') or 1)>1 or photo.startswith('PALETTE'), tags,
+                made=tuple(_element_text(ds, k) for k in MADE_TAGS)))
     if n==1 and may_be_tiled(ds):
         import pydicom
         try: fs = _untiled(fs[0], tiling(pydicom.dcmread(fn, stop_before_pixels=True, force=True)))
@@ -325,7 +403,8 @@ def _frames(ds, fn):
 def _untiled(o, t):
     "The slices of a mosaic as frames of its file, the first frame given"
     if t is None: return [o]
-    return [o._replace(frame=k, number=k+1, position=p, size=t.size, sop=short_hash(o.sop, str(k)), tiles=t.across) for k,p in enumerate(t.positions)]
+    return [o._replace(frame=k, number=k+1, position=p, size=t.size, sop=short_hash(o.sop, str(k)), tiles=t.across)
+            for k,p in enumerate(t.positions)]
 
 # %% ../../nbs/io/04_frames.ipynb #cb008853
 def file_frames(
@@ -336,7 +415,9 @@ def file_frames(
     if ds is None: return None
     try: return _frames(ds, Path(fn))
     except FastmedError: raise
-    except Exception as e: raise FileError(f"{fn}: its DICOM header cannot be read ({type(e).__name__}). It is damaged: export or copy it again") from None
+    except Exception as e:
+        raise FileError(
+                f"{fn}: its DICOM header cannot be read ({type(e).__name__}). It is damaged: export or copy it again") from None
 
 # %% ../../nbs/io/04_frames.ipynb #18187993
 def file_pixels(

@@ -24,10 +24,14 @@ def _control_groups():
     except OSError: return
     for _,what,path in groups:
         if what=='': at,names,key = Path('/sys/fs/cgroup'),('memory.max','memory.current'),'inactive_file'
-        elif 'memory' in what.split(','): at,names,key = Path('/sys/fs/cgroup/memory'),('memory.limit_in_bytes','memory.usage_in_bytes'),'total_inactive_file'
+        elif 'memory' in what.split(','):
+            at,names,key = Path('/sys/fs/cgroup/memory'),('memory.limit_in_bytes',
+                                                          'memory.usage_in_bytes'),'total_inactive_file'
         else: continue
-        for part in ['', *([] if '..' in path else path.strip('/').split('/'))]:            # a limit holds for all groups below it
-            at = at/part; yield *(at/o for o in names),at/'memory.stat',key
+        # a limit holds for all groups below it
+        for part in ['', *([] if '..' in path else path.strip('/').split('/'))]:
+            at = at/part
+            yield *(at/o for o in names),at/'memory.stat',key
 
 def memory_left(
     unknown:float=8*2**30 # where the system does not say
@@ -57,7 +61,8 @@ def check_plain(
     try: mode = os.stat(fn).st_mode
     except (OSError, ValueError, TypeError): return
     kinds = {stat.S_IFIFO:'a named pipe', stat.S_IFSOCK:'a socket', stat.S_IFCHR:'a device', stat.S_IFBLK:'a device'}
-    if kind:=kinds.get(stat.S_IFMT(mode)): raise FileError(f"{fn}: expected a file; found {kind}, which is never read. Take it out of the folder")
+    if kind:=kinds.get(stat.S_IFMT(mode)):
+        raise FileError(f"{fn}: expected a file; found {kind}, which is never read. Take it out of the folder")
 
 @contextlib.contextmanager
 def reading(
@@ -69,18 +74,32 @@ def reading(
     check_plain(fn)
     try: yield
     except FastmedError: raise
-    except FileNotFoundError as e: raise MissingFileError(f"{fn}: no such file{f' as {e.filename}, which belongs to it' if e.filename and Path(str(e.filename)).name!=Path(fn).name else ''}. Check the path") from e
+    except FileNotFoundError as e:
+        raise MissingFileError(f"{fn}: no such "
+                               f"file{f' as {e.filename}, which belongs to it' if e.filename and Path(str(e.filename)).name!=Path(fn).name else ''}. "
+                               f"Check the path") from e
     except OSError as e:
-        if e.errno not in (errno.EMFILE,errno.ENFILE): raise FileError(f"{fn}: expected {what}; found {_error_line(e)}. {mend}") from e
-        raise ResourceError(f"{fn}: could not be opened, because {'this process' if e.errno==errno.EMFILE else 'this computer'} has as many files open as it may. Close some, take fewer workers, or raise the limit: ulimit -n 4096") from e
-    except FloatingPointError as e: raise InputError(f"{fn}: holds values beyond what 32 bits can keep (3.4e38), so they would become infinite. Scale them, or repair the file") from e
-    except MemoryError as e: raise ResourceError(f"{fn}: does not fit into the memory that is left ({memory_left()/1e9:.3g} GB). Crop or resample it, or use a machine with more") from e
+        if e.errno not in (errno.EMFILE,errno.ENFILE):
+            raise FileError(f"{fn}: expected {what}; found {_error_line(e)}. {mend}") from e
+        raise ResourceError(f"{fn}: could not be opened, because "
+                            f"{'this process' if e.errno==errno.EMFILE else 'this computer'} has as many files open as "
+                            f"it may. "
+                            f"Close some, take fewer workers, or raise the limit: ulimit -n 4096") from e
+    except FloatingPointError as e:
+        raise InputError(f"{fn}: holds values beyond what 32 bits can keep (3.4e38), so they would become infinite. "
+                         f"Scale them, or repair the file") from e
+    except MemoryError as e:
+        raise ResourceError(f"{fn}: does not fit into the memory that is left ({memory_left()/1e9:.3g} GB). Crop or "
+                            f"resample it, or use a machine with more") from e
     except Exception as e:
-        if isinstance(e, RuntimeError) and re.search('allocat|bad_alloc|out of memory', str(e), re.I): raise ResourceError(f"{fn}: does not fit into the memory that is left ({memory_left()/1e9:.3g} GB): {_error_line(e)}. Crop or resample it, or use a machine with more") from e
+        if isinstance(e, RuntimeError) and re.search('allocat|bad_alloc|out of memory', str(e), re.I):
+            raise ResourceError(f"{fn}: does not fit into the memory that is left ({memory_left()/1e9:.3g} GB): "
+                                f"{_error_line(e)}. Crop or resample it, or use a machine with more") from e
         raise FileError(f"{fn}: expected {what}; found {_error_line(e)}. {mend}") from e
 
 # %% ../../nbs/io/01_guard.ipynb #bcccb259
-_deflate = 1040                                              # times that deflate packs at most: 258 bytes in two bits, and a little for the block
+# times that deflate packs at most: 258 bytes in two bits, and a little for the block
+_deflate = 1040
 
 def _gb(n): return f'{n/1e9:.3g} GB' if n>=1e6 else f'{n:,} bytes'
 
@@ -93,11 +112,17 @@ def check_size(
     room:bool=True     # whether the memory must hold it too
 ):
     "Refuse, before it is allocated, an array that the file cannot hold (`FileError`) or that the memory cannot (`ResourceError`)"
-    shape = tuple(int(o) for o in shape); n = math.prod(shape)
+    shape = tuple(int(o) for o in shape)
+    n = math.prod(shape)
     if holds is not None and n*itemsize>holds:
-        raise FileError(f"{fn}: the header promises {shape} voxels, {_gb(n*itemsize)}, but they cannot be read: the file holds at most {_gb(max(0, holds))}. The file is truncated, or its header is wrong: download or export it again")
+        raise FileError(f"{fn}: the header promises {shape} voxels, {_gb(n*itemsize)}, but they cannot be read: the "
+                        f"file holds at most {_gb(max(0, holds))}. The file is truncated, or its header is wrong: "
+                        f"download "
+                        f"or export it again")
     need,left = n*(itemsize+extra),memory_left()
-    if room and need>left: raise ResourceError(f"{fn}: {shape} voxels need {_gb(need)} of memory to be read; {_gb(left)} are left. Crop or resample the scan, or use a machine with more memory")
+    if room and need>left:
+        raise ResourceError(f"{fn}: {shape} voxels need {_gb(need)} of memory to be read; {_gb(left)} are left. Crop "
+                            f"or resample the scan, or use a machine with more memory")
 
 def unpacked(
     fn,            # file
@@ -105,15 +130,21 @@ def unpacked(
     start:int=0    # where the packed bytes begin
 )->int:            # what the file holds unpacked: exactly where that matters, else an upper bound
     "How much a gzip or zlib stream holds; counted, without keeping anything, where the claim is odd"
-    size = os.path.getsize(fn)-start; most = size*_deflate
+    size = os.path.getsize(fn)-start
+    most = size*_deflate
     if at_least>most or at_least<=max(2**26, 50*size): return most
     n = 0
     with reading(fn), open(fn, 'rb') as f:
-        f.seek(start); d = zlib.decompressobj(47)             # 47: gzip or zlib, whichever it is
+        # 47: gzip or zlib, whichever it is
+        f.seek(start)
+        d = zlib.decompressobj(47)
         while n<at_least and (b := f.read(2**16)):
             while b and n<at_least:
-                n += len(d.decompress(b, 2**20)); b = d.unconsumed_tail
-                if d.eof: b = d.unused_data; d = zlib.decompressobj(47)
+                n += len(d.decompress(b, 2**20))
+                b = d.unconsumed_tail
+                if d.eof:
+                    b = d.unused_data
+                    d = zlib.decompressobj(47)
     return n
 
 def check_stream(
@@ -123,52 +154,68 @@ def check_stream(
     length:int=None  # packed bytes that it may take; default: to the end of the file
 ):
     "Unpack a gzip or zlib stream without keeping it, so that its own checksum is compared; a library in C may hand out what was never there. Raises `FileError`"
-    length = os.path.getsize(fn)-start if length is None else length; n,d = 0,zlib.decompressobj(47)
+    length = os.path.getsize(fn)-start if length is None else length
+    n,d = 0,zlib.decompressobj(47)
     with reading(fn, 'packed voxels that are whole'), open(fn, 'rb') as f:
         f.seek(start)
         while not d.eof and (b := f.read(min(2**16, length))):
             length -= len(b)
-            while b and not d.eof: n += len(d.decompress(b, 2**20)); b = d.unconsumed_tail
+            while b and not d.eof:
+                n += len(d.decompress(b, 2**20))
+                b = d.unconsumed_tail
         if not d.eof: raise ValueError(f'{n:,} bytes, and then the end of the stream is missing')
         if n<need: raise ValueError(f'{n:,} bytes where {need:,} were promised')
 
 # %% ../../nbs/io/01_guard.ipynb #b4e7b99b
-def _bad(fn, what): raise FileError(f"{fn}: {what}. Its header is damaged, or of a kind that is not read: export it again, for instance as .nii.gz")
+def _bad(fn, what):
+    raise FileError(f"{fn}: {what}. Its header is damaged, or of a kind that is not read: export it again, for "
+                    f"instance as .nii.gz")
 
 def _text_head(fn, end, most=2**20):
     "(text of the header, bytes from its end on) of a file whose header ends with the bytes that `end` matches"
     with open(fn, 'rb') as f: b = f.read(most)
     m = re.search(end, b)
     t = (b[:m.end()] if m else b).decode('latin-1')
-    if not m and len(b)==most or any(len(l)>2**14 for l in t.split('\n')) or '\0' in t: _bad(fn, 'expected a short header of text')
+    if not m and len(b)==most or any(len(l)>2**14 for l in t.split('\n')) or '\0' in t:
+        _bad(fn, 'expected a short header of text')
     return t,(m.end() if m else len(b)),m is not None
 
 def _ints(s, n, lo, hi, fn, key):
     v = s.split()
-    if len(v)!=n or not all(re.fullmatch(r'[+-]?\d{1,18}', o) and lo<=int(o)<=hi for o in v): _bad(fn, f'{key}: expected {n} whole number{"s"*(n>1)} from {lo} to {hi}; found {s[:60]!r}')
+    if len(v)!=n or not all(re.fullmatch(r'[+-]?\d{1,18}', o) and lo<=int(o)<=hi for o in v):
+        _bad(fn, f'{key}: expected {n} whole number{"s"*(n>1)} from {lo} to {hi}; found {s[:60]!r}')
     return [int(o) for o in v]
 
 def _header_floats(s, n, fn, key, odd=False):
     try: v = [float(o) for o in s.split()]
     except ValueError: v = []
-    if len(v)!=n or not odd and not all(math.isfinite(o) and abs(o)<1e12 for o in v) or len(s)>40*n+40: _bad(fn, f'{key}: expected {n} number{"s"*(n>1)}; found {s[:60]!r}')
+    if len(v)!=n or not odd and not all(math.isfinite(o) and abs(o)<1e12 for o in v) or len(s)>40*n+40:
+        _bad(fn, f'{key}: expected {n} number{"s"*(n>1)}; found {s[:60]!r}')
     return v
 
 def _beside(fn, name, key):
     "A plain file in the folder of `fn`"
     name = name.removeprefix('./')
-    if not re.fullmatch(r'[^/\\%\0]{1,200}', name) or name in ('.','..') or len(name.split())>1 and not (Path(fn).parent/name).is_file(): _bad(fn, f'{key}: expected the name of one file beside it; found {name[:60]!r}')
+    if not re.fullmatch(r'[^/\\%\0]{1,200}', name) or name in ('.',
+                                                               '..') or len(name.split())>1 and not (Path(fn).parent
+                                                               /name).is_file():
+        _bad(fn, f'{key}: expected the name of one file beside it; found {name[:60]!r}')
     p = Path(fn).parent/name
-    if not p.is_file(): raise MissingFileError(f"{fn}: its voxels are said to lie in {name!r}, and there is no such file beside it. Copy both, or correct the name")
+    if not p.is_file():
+        raise MissingFileError(f"{fn}: its voxels are said to lie in {name!r}, and there is no such file beside it. "
+                               f"Copy both, or correct the name")
     return p
 
-def _meta_types(): return dict(MET_CHAR=1, MET_UCHAR=1, MET_SHORT=2, MET_USHORT=2, MET_INT=4, MET_UINT=4, MET_LONG=4, MET_ULONG=4, MET_LONG_LONG=8, MET_ULONG_LONG=8, MET_FLOAT=4, MET_DOUBLE=8)
+def _meta_types():
+    return dict(MET_CHAR=1, MET_UCHAR=1, MET_SHORT=2, MET_USHORT=2, MET_INT=4, MET_UINT=4, MET_LONG=4, MET_ULONG=4,
+                MET_LONG_LONG=8, MET_ULONG_LONG=8, MET_FLOAT=4, MET_DOUBLE=8)
 
 def _check_unit(units, fn):
     "Refuse lengths in another unit than mm: the reader takes the numbers as they stand"
     for u in units:
         if re.fullmatch(r'[cdknu]?m|\W*[\xb5\u03bc]m|micron\w*|(?!milli)\w*met(er|re)s?|in|inch(es)?', u.strip(), re.I):
-            raise InputError(f"{fn}: its lengths are in {u.strip()!r}; expected mm, the only unit that is read of this format. Scale its spacing and origin to mm, and save it again")
+            raise InputError(f"{fn}: its lengths are in {u.strip()!r}; expected mm, the only unit that is read of this "
+                             f"format. Scale its spacing and origin to mm, and save it again")
 
 def _check_mha(fn, voxels):
     t,start,whole = _text_head(fn, rb'(?m)^ElementDataFile *= *[^\n]*(\n|\Z)')
@@ -176,29 +223,39 @@ def _check_mha(fn, voxels):
     for l in t.splitlines():
         k,_,v = (o.strip() for o in l.partition('='))
         if not l.strip(): continue
-        if not _ or not re.fullmatch(r'[\w .\-:()]{1,80}', k): _bad(fn, f'expected lines of the form name = value; found {l[:60]!r}')
+        if not _ or not re.fullmatch(r'[\w .\-:()]{1,80}', k):
+            _bad(fn, f'expected lines of the form name = value; found {l[:60]!r}')
         if k in d and k!='Comment': _bad(fn, f'{k} stands there twice')
         d[k] = v
-    if not whole or d.get('ObjectType', 'Image')!='Image': _bad(fn, 'expected a MetaImage with ElementDataFile as the last line of its header')
-    if missing:=[k for k in ('NDims','DimSize','ElementType','ElementDataFile') if k not in d]: _bad(fn, f'{missing[0]} is missing')
+    if not whole or d.get('ObjectType', 'Image')!='Image':
+        _bad(fn, 'expected a MetaImage with ElementDataFile as the last line of its header')
+    if missing:=[k for k in ('NDims','DimSize','ElementType','ElementDataFile') if k not in d]:
+        _bad(fn, f'{missing[0]} is missing')
     n, = _ints(d['NDims'], 1, 2, 4, fn, 'NDims')
-    shape = _ints(d['DimSize'], n, 1, 2**31-1, fn, 'DimSize'); ch, = _ints(d.get('ElementNumberOfChannels', '1'), 1, 1, 1024, fn, 'ElementNumberOfChannels')
-    if d['ElementType'] not in (types:=_meta_types()): _bad(fn, f"ElementType: expected one of {', '.join(types)}; found {d['ElementType'][:60]!r}")
+    shape = _ints(d['DimSize'], n, 1, 2**31-1, fn, 'DimSize')
+    ch, = _ints(d.get('ElementNumberOfChannels', '1'), 1, 1, 1024, fn, 'ElementNumberOfChannels')
+    if d['ElementType'] not in (types:=_meta_types()):
+        _bad(fn, f"ElementType: expected one of {', '.join(types)}; found {d['ElementType'][:60]!r}")
     for k in ('ElementSpacing','ElementSize','Offset','Position','Origin','CenterOfRotation'):
         if k in d: _header_floats(d[k], n, fn, k)
     for k in ('TransformMatrix','Rotation','Orientation'):
         if k in d: _header_floats(d[k], n*n, fn, k)
     for k in ('BinaryData','CompressedData','BinaryDataByteOrderMSB','ElementByteOrderMSB'):
-        if k in d and d[k].lower() not in ('true','false','t','f','1','0'): _bad(fn, f'{k}: expected True or False; found {d[k][:60]!r}')
+        if k in d and d[k].lower() not in ('true','false','t','f','1','0'):
+            _bad(fn, f'{k}: expected True or False; found {d[k][:60]!r}')
     def yes(k, default): return d.get(k, default)[0] in 'Tt1'
     if not yes('BinaryData', 'True'): _bad(fn, 'voxels as text (BinaryData = False) are not read')
     for k in ('ElementMin','ElementMax','ElementToIntensityFunctionSlope','ElementToIntensityFunctionOffset'):
         if k in d: _header_floats(d[k], 1, fn, k)
     _check_unit([d.get('DistanceUnits', 'mm')], fn)
-    if 'AnatomicalOrientation' in d and not re.fullmatch(r'[RLAPSI?]{1,4}', d['AnatomicalOrientation']): _bad(fn, f"AnatomicalOrientation: expected letters such as RAI; found {d['AnatomicalOrientation'][:60]!r}")
-    local = d['ElementDataFile'].lower()=='local'; p = Path(fn) if local else _beside(fn, d['ElementDataFile'], 'ElementDataFile')
+    if 'AnatomicalOrientation' in d and not re.fullmatch(r'[RLAPSI?]{1,4}', d['AnatomicalOrientation']):
+        _bad(fn, f"AnatomicalOrientation: expected letters such as RAI; found {d['AnatomicalOrientation'][:60]!r}")
+    local = d['ElementDataFile'].lower()=='local'
+    p = Path(fn) if local else _beside(fn, d['ElementDataFile'], 'ElementDataFile')
     start,size,item = start if local else 0,p.stat().st_size,types[d['ElementType']]
-    if 'HeaderSize' in d: skip, = _ints(d['HeaderSize'], 1, -1, size, fn, 'HeaderSize'); start += max(0, skip)
+    if 'HeaderSize' in d:
+        skip, = _ints(d['HeaderSize'], 1, -1, size, fn, 'HeaderSize')
+        start += max(0, skip)
     need = math.prod(shape)*ch*item
     if packed:=yes('CompressedData', 'False'):
         length, = _ints(d.get('CompressedDataSize', ''), 1, 1, size-start, fn, 'CompressedDataSize')
@@ -207,55 +264,84 @@ def _check_mha(fn, voxels):
     if packed and voxels: check_stream(p, need, start, length)
 
 def _nrrd_types():
-    names = {1:'signed char|int8|int8_t|uchar|unsigned char|uint8|uint8_t', 2:'short|short int|signed short|signed short int|int16|int16_t|ushort|unsigned short|unsigned short int|uint16|uint16_t',
-             4:'int|signed int|int32|int32_t|uint|unsigned int|uint32|uint32_t|float', 8:'longlong|long long|long long int|signed long long|signed long long int|int64|int64_t|ulonglong|unsigned long long|unsigned long long int|uint64|uint64_t|double'}
+    names = {1:'signed char|int8|int8_t|uchar|unsigned char|uint8|uint8_t', 2:'short|short int|signed short|signed '
+                                                                              'short int|int16|int16_t|ushort|unsigned '
+                                                                              'short|unsigned short int|uint16|uint16_t',
+             4:'int|signed int|int32|int32_t|uint|unsigned int|uint32|uint32_t|float', 8:'longlong|long long|long long '
+                                                                                         'int|signed long long|signed '
+                                                                                         'long long '
+                                                                                         'int|int64|int64_t|ulonglong|unsigned long long|unsigned '
+                                                                                         'long long '
+                                                                                         'int|uint64|uint64_t|double'}
     return {o:k for k,v in names.items() for o in v.split('|')}
 
 def _check_nrrd(fn, voxels):
-    t,start,whole = _text_head(fn, rb'\n\r?\n'); ls = t.split('\n')
-    if not re.fullmatch(r'NRRD000[1-5]\r?', ls[0]): _bad(fn, f'expected a NRRD file, which begins with NRRD0004 or the like; found {ls[0][:20]!r}')
+    t,start,whole = _text_head(fn, rb'\n\r?\n')
+    ls = t.split('\n')
+    if not re.fullmatch(r'NRRD000[1-5]\r?', ls[0]):
+        _bad(fn, f'expected a NRRD file, which begins with NRRD0004 or the like; found {ls[0][:20]!r}')
     d = {}
     for l in (o.rstrip('\r') for o in ls[1:]):
         if not l.strip() or l.startswith('#') or re.match(r'[^:]*:=', l): continue
-        k,c,v = l.partition(': '); k = re.sub(r'\s', '', k.lower().rstrip(':')); k = {'datafile':'data file','lineskip':'line skip','byteskip':'byte skip','blocksize':'block size','spacedimension':'space dimension','spacedirections':'space directions','spaceorigin':'space origin','axismins':'axis mins','axismaxs':'axis maxs','centerings':'centers','measurementframe':'measurement frame'}.get(k, k)
-        if not re.fullmatch(r'[\w ]{1,40}', k) or ':' not in l: _bad(fn, f'expected lines of the form field: value; found {l[:60]!r}')
+        k,c,v = l.partition(': ')
+        k = re.sub(r'\s', '', k.lower().rstrip(':'))
+        k = {'datafile':'data file','lineskip':'line skip','byteskip':'byte skip','blocksize':'block size',
+             'spacedimension':'space dimension','spacedirections':'space directions','spaceorigin':'space origin',
+             'axismins':'axis mins','axismaxs':'axis maxs','centerings':'centers',
+             'measurementframe':'measurement frame'}.get(k, k)
+        if not re.fullmatch(r'[\w ]{1,40}', k) or ':' not in l:
+            _bad(fn, f'expected lines of the form field: value; found {l[:60]!r}')
         if k in d: _bad(fn, f'{k} stands there twice')
         d[k] = v.strip()
     if missing:=[k for k in ('dimension','type','sizes','encoding') if k not in d]: _bad(fn, f'{missing[0]} is missing')
-    n, = _ints(d['dimension'], 1, 1, 5, fn, 'dimension'); shape = _ints(d['sizes'], n, 1, 2**31-1, fn, 'sizes')
+    n, = _ints(d['dimension'], 1, 1, 5, fn, 'dimension')
+    shape = _ints(d['sizes'], n, 1, 2**31-1, fn, 'sizes')
     item = _nrrd_types().get(d['type'].lower())
     if item is None: _bad(fn, f"type: expected a whole number or float type; found {d['type'][:60]!r}")
     enc = d['encoding'].lower()
-    if enc not in ('raw','gzip','gz','ascii','text','txt','hex'): _bad(fn, f"encoding: expected raw, gzip, ascii or hex; found {d['encoding'][:60]!r}")
-    if 'endian' in d and d['endian'].lower() not in ('little','big') or 'endian' not in d and item>1 and enc in ('raw','gzip','gz','hex'): _bad(fn, f"endian: expected little or big; found {d.get('endian', 'nothing')[:60]!r}")
+    if enc not in ('raw','gzip','gz','ascii','text','txt','hex'):
+        _bad(fn, f"encoding: expected raw, gzip, ascii or hex; found {d['encoding'][:60]!r}")
+    if 'endian' in d and d['endian'].lower() not in ('little','big') or 'endian' not in d and item>1 and enc in ('raw',
+            'gzip','gz','hex'):
+        _bad(fn, f"endian: expected little or big; found {d.get('endian', 'nothing')[:60]!r}")
     for k in ('spacings','thicknesses','axis mins','axis maxs'):
         if k in d: _header_floats(d[k], n, fn, k, odd=True)
     def vectors(s, key, count, m):
         vs = re.findall(r'none|\([^()]*\)', s)
-        if len(vs)!=count or ' '.join(vs).replace(' ', '')!=s.replace(' ', '') or len(s)>2000: _bad(fn, f'{key}: expected {count} vector{"s"*(count>1)} such as (1,0,0); found {s[:60]!r}')
+        if len(vs)!=count or ' '.join(vs).replace(' ', '')!=s.replace(' ', '') or len(s)>2000:
+            _bad(fn, f'{key}: expected {count} vector{"s"*(count>1)} such as (1,0,0); found {s[:60]!r}')
         for v in vs:
             if v!='none': _header_floats(' '.join(v[1:-1].split(',')), m, fn, key)
         return vs
-    m = {'3D-right-handed':3,'3D-left-handed':3,'3D-right-handed-time':4,'3D-left-handed-time':4}.get(d.get('space')) or (4 if d.get('space', '').lower().endswith(('-time','t')) and d['space'].upper()!='LPST' or d.get('space', '').upper() in ('RAST','LAST','LPST') else 3)
+    m = {'3D-right-handed':3,'3D-left-handed':3,'3D-right-handed-time':4,
+            '3D-left-handed-time':4}.get(d.get('space')) or (4 if d.get('space', '').lower().endswith(('-time','t'))
+            and d['space'].upper()!='LPST' or d.get('space', '').upper() in ('RAST','LAST','LPST') else 3)
     if 'space dimension' in d: m, = _ints(d['space dimension'], 1, 1, 4, fn, 'space dimension')
-    if 'space' in d and not re.fullmatch(r'[A-Za-z0-9\-]{3,60}', d['space']): _bad(fn, f"space: expected a name such as left-posterior-superior; found {d['space'][:60]!r}")
-    if ('space directions' in d or 'space origin' in d) and not ('space' in d or 'space dimension' in d): _bad(fn, 'space directions without a space')
+    if 'space' in d and not re.fullmatch(r'[A-Za-z0-9\-]{3,60}', d['space']):
+        _bad(fn, f"space: expected a name such as left-posterior-superior; found {d['space'][:60]!r}")
+    if ('space directions' in d or 'space origin' in d) and not ('space' in d or 'space dimension' in d):
+        _bad(fn, 'space directions without a space')
     if 'space directions' in d: vectors(d['space directions'], 'space directions', n, m)
     if 'space origin' in d: vectors(d['space origin'], 'space origin', 1, m)
     if 'measurement frame' in d: vectors(d['measurement frame'], 'measurement frame', m, m)
     for k in ('kinds','centers'):
-        if k in d and not (len(d[k].split())==n and re.fullmatch(r'[\w\-? ]{1,400}', d[k])): _bad(fn, f'{k}: expected {n} words; found {d[k][:60]!r}')
+        if k in d and not (len(d[k].split())==n and re.fullmatch(r'[\w\-? ]{1,400}', d[k])):
+            _bad(fn, f'{k}: expected {n} words; found {d[k][:60]!r}')
     for k in ('spaceunits','units'):
         if k in d: _check_unit(re.findall(r'"([^"]{0,40})"', d[k].encode('latin-1').decode(errors='replace')), fn)
     for k in ('old min','old max','min','max','sample units','oldmin','oldmax'):
         if k in d and len(d[k])>60: _bad(fn, f'{k}: expected a short value; found {d[k][:60]!r}')
-    local = 'data file' not in d; p = Path(fn) if local else _beside(fn, d['data file'], 'data file')
+    local = 'data file' not in d
+    p = Path(fn) if local else _beside(fn, d['data file'], 'data file')
     if local and not whole: _bad(fn, 'its header does not end')
     start,size = start if local else 0,p.stat().st_size
-    line, = _ints(d.get('line skip', '0'), 1, 0, 1000, fn, 'line skip'); skip, = _ints(d.get('byte skip', '0'), 1, -1 if enc=='raw' else 0, size, fn, 'byte skip')
-    count = math.prod(shape); left = max(0, size-start-max(0, skip))
+    line, = _ints(d.get('line skip', '0'), 1, 0, 1000, fn, 'line skip')
+    skip, = _ints(d.get('byte skip', '0'), 1, -1 if enc=='raw' else 0, size, fn, 'byte skip')
+    count = math.prod(shape)
+    left = max(0, size-start-max(0, skip))
     if skip==-1: left = size-start
-    holds = dict(raw=left, hex=left//2, gzip=unpacked(p, count*item, start) if not (skip or line) and enc in ('gzip','gz') else left*_deflate).get('gzip' if enc=='gz' else enc, (left+1)//2*item)
+    holds = dict(raw=left, hex=left//2, gzip=unpacked(p, count*item, start) if not (skip or line)
+            and enc in ('gzip','gz') else left*_deflate).get('gzip' if enc=='gz' else enc, (left+1)//2*item)
     check_size(fn, shape, item, holds, room=voxels)
     if voxels and enc in ('gzip','gz') and not (skip or line): check_stream(p, count*item, start)
 
@@ -267,32 +353,51 @@ def _check_tiff(fn, voxels):
     with open(fn, 'rb') as f:
         def read(at, n):
             if at<0 or n<0 or at+n>size: _bad(fn, 'a table of its directory lies beyond the end of the file')
-            f.seek(at); return f.read(n)
-        h = read(0, min(16, size)); o = {b'II':'<', b'MM':'>'}.get(h[:2]); kind = struct.unpack(o+'H', h[2:4])[0] if o and len(h)>=8 else 0
-        if kind not in (42,43) or kind==43 and (len(h)<16 or h[4:8]!=struct.pack(o+'HH', 8, 0)): _bad(fn, 'expected a TIFF file')
-        big = kind==43; at, = struct.unpack(o+'Q', h[8:16]) if big else struct.unpack(o+'I', h[4:8]); seen,kinds,total,held = set(),set(),0,0
+            f.seek(at)
+            return f.read(n)
+        h = read(0, min(16, size))
+        o = {b'II':'<', b'MM':'>'}.get(h[:2])
+        kind = struct.unpack(o+'H', h[2:4])[0] if o and len(h)>=8 else 0
+        if kind not in (42,43) or kind==43 and (len(h)<16 or h[4:8]!=struct.pack(o+'HH', 8, 0)):
+            _bad(fn, 'expected a TIFF file')
+        big = kind==43
+        at, = struct.unpack(o+'Q', h[8:16]) if big else struct.unpack(o+'I', h[4:8])
+        seen,kinds,total,held = set(),set(),0,0
         while at:
             if at in seen or len(seen)>100_000: _bad(fn, 'its pages follow each other in a circle')
-            seen.add(at); n, = struct.unpack(o+('Q' if big else 'H'), read(at, 8 if big else 2)); w = 20 if big else 12
+            seen.add(at)
+            n, = struct.unpack(o+('Q' if big else 'H'), read(at, 8 if big else 2))
+            w = 20 if big else 12
             if not 0<n<=4096: _bad(fn, f'expected at most 4,096 entries in a directory; found {n}')
-            b = read(at+(8 if big else 2), n*w+(8 if big else 4)); e = {}
+            b = read(at+(8 if big else 2), n*w+(8 if big else 4))
+            e = {}
             for i in range(n):
-                tag,typ,count = struct.unpack_from(o+('HHQ' if big else 'HHI'), b, i*w); s = _tiff_sizes[typ] if typ<len(_tiff_sizes) else 0
+                tag,typ,count = struct.unpack_from(o+('HHQ' if big else 'HHI'), b, i*w)
+                s = _tiff_sizes[typ] if typ<len(_tiff_sizes) else 0
                 if not s: continue                            # an unknown type: passed over, as TIFF 6 asks
-                if count*s>size or tag in e: _bad(fn, f'its tag {tag} '+('stands there twice' if tag in e else f'promises {count:,} values'))
-                v = b[i*w+(12 if big else 8):(i+1)*w] if count*s<=(8 if big else 4) else read(*struct.unpack_from(o+('Q' if big else 'I'), b, i*w+(12 if big else 8)), count*s)
+                if count*s>size or tag in e:
+                    _bad(fn, f'its tag {tag} '+('stands there twice' if tag in e else f'promises {count:,} values'))
+                v = b[i*w+(12 if big else 8):(i+1)*w] if count*s<=(8 if big
+                        else 4) else read(*struct.unpack_from(o+('Q' if big else 'I'), b, i*w+(12 if big else 8)),
+                        count*s)
                 f_ = {1:'B',3:'H',4:'I',16:'Q'}.get(typ)
                 e[tag] = struct.unpack(f'{o}{count}{f_}', v[:count*s]) if f_ else ()
             def one(tag, default, lo, hi, all=False):
                 v = e.get(tag) or (default,)
-                if not (isinstance(v[0], int) and all or len(v)==1) or not set(v)<=set(v[:1]) or not lo<=v[0]<=hi: _bad(fn, f'its tag {tag}: expected {"equal numbers" if all else "a number"} from {lo} to {hi}; found {str(v)[:60]}')
+                if not (isinstance(v[0], int) and all or len(v)==1) or not set(v)<=set(v[:1]) or not lo<=v[0]<=hi:
+                    _bad(fn, f'its tag {tag}: expected {"equal numbers" if all else "a number"} from {lo} to {hi}; '
+                             f'found {str(v)[:60]}')
                 return v[0]
-            W,H,B,S,C = one(256, 0, 1, 2**31-1),one(257, 0, 1, 2**31-1),one(258, 1, 1, 64, all=True),one(277, 1, 1, 1024),one(259, 1, 1, 65535)
-            kinds.add(one(254, 0, 0, 2))                      # a page, a small copy of one, a page of several: ITK counts them by this and trusts its count
+            W,H,B,S,C = one(256, 0, 1, 2**31-1),one(257, 0, 1, 2**31-1),one(258, 1, 1, 64, all=True),one(277, 1, 1,
+                    1024),one(259, 1, 1, 65535)
+            # a page, a small copy of one, a page of several: ITK counts them by this and trusts its count
+            kinds.add(one(254, 0, 0, 2))
             if one(339, 1, 1, 6, all=True)>3: _bad(fn, 'complex or undefined voxels are not read')
-            if len(e.get(258, ()))>1 and len(e[258])!=S: _bad(fn, f'its tag 258: expected {S} numbers; found {len(e[258])}')
+            if len(e.get(258, ()))>1 and len(e[258])!=S:
+                _bad(fn, f'its tag 258: expected {S} numbers; found {len(e[258])}')
             for a_,b_ in ((273,279),(324,325)):
-                if a_ in e and len(e[a_])!=len(e.get(b_, e[a_])): _bad(fn, f'its tags {a_} and {b_} disagree in their numbers')
+                if a_ in e and len(e[a_])!=len(e.get(b_, e[a_])):
+                    _bad(fn, f'its tags {a_} and {b_} disagree in their numbers')
             if not (e.get(273) or e.get(324)): _bad(fn, 'it says nowhere where its voxels lie')
             if 324 in e and not (e.get(322) and e.get(323)): _bad(fn, 'its tiles have no size')
             across = S if one(284, 1, 1, 2)==2 else 1
@@ -300,10 +405,12 @@ def _check_tiff(fn, voxels):
             else: want = -(-H//min(H, one(278, 2**32-1, 1, 2**32-1)))*across
             offs,cnts = e.get(324) or e.get(273),e.get(325) or e.get(279) or ()
             if len(offs)!=want: _bad(fn, f'expected {want} strips or tiles; found {len(offs)}')
-            if any(a_+b_>size for a_,b_ in zip(offs, cnts)) or max(offs)>=size: _bad(fn, 'a strip or tile lies beyond the end of the file: it is truncated')
+            if any(a_+b_>size for a_,b_ in zip(offs, cnts)) or max(offs)>=size:
+                _bad(fn, 'a strip or tile lies beyond the end of the file: it is truncated')
             if voxels and C in (8,32946):
                 for a_,b_ in zip(offs, cnts): check_stream(fn, 0, a_, b_)
-            total += -(-W*B*S//8)*H; held += (sum(cnts) if cnts else size)*{1:1, 32773:64}.get(C, 4096)
+            total += -(-W*B*S//8)*H
+            held += (sum(cnts) if cnts else size)*{1:1, 32773:64}.get(C, 4096)
             at, = struct.unpack(o+('Q' if big else 'I'), b[n*w:n*w+(8 if big else 4)])
     if len(kinds-{1})!=1: _bad(fn, 'its pages are of several kinds (tag 254)' if kinds-{1} else 'it has no page')
     check_size(fn, (total,), 1, held, room=voxels)
@@ -313,22 +420,27 @@ def _check_png(fn, voxels):
     with open(fn, 'rb') as f: b = f.read(33)
     if len(b)<33 or b[:16]!=b'\x89PNG\r\n\x1a\n\0\0\0\rIHDR': _bad(fn, 'expected a PNG file')
     w,h,bits,colour = struct.unpack('>IIBB', b[16:26])
-    if not (0<w<2**31 and 0<h<2**31) or bits not in {0:(1,2,4,8,16), 2:(8,16), 3:(1,2,4,8), 4:(8,16), 6:(8,16)}.get(colour, ()): _bad(fn, f'expected a picture; found {w} × {h} pixels of {bits} bits, kind {colour}')
+    if not (0<w<2**31 and 0<h<2**31) or bits not in {0:(1,2,4,8,16), 2:(8,16), 3:(1,2,4,8), 4:(8,16),
+                                                     6:(8,16)}.get(colour, ()):
+        _bad(fn, f'expected a picture; found {w} × {h} pixels of {bits} bits, kind {colour}')
     row = -(-w*bits*{0:1,2:3,3:1,4:2,6:4}[colour]//8)
     check_size(fn, (row, h), 1, os.path.getsize(fn)*_deflate, room=voxels)
 
 def _check_jpeg(fn, voxels):
     "Beginning and end of a JPEG, which has no checksum"
     with open(fn, 'rb') as f:
-        b = f.read(3); f.seek(max(0, os.path.getsize(fn)-64))
-        if b!=b'\xff\xd8\xff' or not f.read().rstrip(b'\0\r\n ').endswith(b'\xff\xd9'): _bad(fn, 'expected a whole JPEG file')
+        b = f.read(3)
+        f.seek(max(0, os.path.getsize(fn)-64))
+        if b!=b'\xff\xd8\xff' or not f.read().rstrip(b'\0\r\n ').endswith(b'\xff\xd9'):
+            _bad(fn, 'expected a whole JPEG file')
 
 def _check_bmp(fn, voxels):
     "The size of a BMP, and whether its pixels are there"
     with open(fn, 'rb') as f: b = f.read(54)
     if len(b)<54 or b[:2]!=b'BM': _bad(fn, 'expected a BMP file')
     at,size,w,h,planes,bits,packed = struct.unpack('<IIiiHHI', b[10:34])
-    if size<40 or not (0<w<2**20 and 0<abs(h)<2**20) or planes!=1 or bits not in (8,24,32) or packed or at<54: _bad(fn, 'expected an uncompressed BMP of 8, 24 or 32 bits')
+    if size<40 or not (0<w<2**20 and 0<abs(h)<2**20) or planes!=1 or bits not in (8,24,32) or packed or at<54:
+        _bad(fn, 'expected an uncompressed BMP of 8, 24 or 32 bits')
     check_size(fn, (-(-w*bits//32)*4, abs(h)), 1, os.path.getsize(fn)-at, room=voxels)
 
 def check_header(
@@ -336,6 +448,8 @@ def check_header(
     voxels:bool=False # whether the voxels are read next: then packed ones are unpacked once, for their checksum
 ):
     "Read the header strictly before a library does. Raises `FileError` (damaged, truncated, or of a kind that is not read), `ResourceError` (larger than the memory), `MissingFileError` (voxels that lie elsewhere)"
-    f = {'.mha':_check_mha, '.mhd':_check_mha, '.nrrd':_check_nrrd, '.nhdr':_check_nrrd, '.tif':_check_tiff, '.tiff':_check_tiff, '.png':_check_png, '.jpg':_check_jpeg, '.jpeg':_check_jpeg, '.bmp':_check_bmp}.get(Path(fn).suffix.lower())
+    f = {'.mha':_check_mha, '.mhd':_check_mha, '.nrrd':_check_nrrd, '.nhdr':_check_nrrd, '.tif':_check_tiff,
+         '.tiff':_check_tiff, '.png':_check_png, '.jpg':_check_jpeg, '.jpeg':_check_jpeg,
+         '.bmp':_check_bmp}.get(Path(fn).suffix.lower())
     if f is not None:
         with reading(fn): f(fn, voxels)

@@ -26,10 +26,13 @@ def open_nifti(
     with reading(image_label(fn), 'a readable NIfTI file'):
         im = fn if isinstance(fn, SpatialImage) else nib.load(fn)
         if isinstance(im, nib.Cifti2Image):
-            raise InputError(f"{fn}: expected a volume of voxels; found CIFTI, values by vertex and grey-matter voxel. Take the NIfTI volume "
+            raise InputError(f"{fn}: expected a volume of voxels; found CIFTI, values by vertex and grey-matter voxel. "
+                             f"Take the NIfTI volume "
                              "that it was made from, or write its volume part: wb_command -cifti-separate")
         im.affine, im.get_data_dtype(), im.shape
-    if im.affine is None: raise InputError(f"{image_label(fn)}: expected an affine; found none, so its place is unknown. Give one: nib.Nifti1Image(data, affine)")
+    if im.affine is None:
+        raise InputError(f"{image_label(fn)}: expected an affine; found none, so its place is unknown. Give one: "
+                         f"nib.Nifti1Image(data, affine)")
     return im
 
 # %% ../../nbs/io/03_nifti.ipynb #a1108e03
@@ -41,7 +44,9 @@ def spatial_shape(
     shape = list(shape)
     while len(shape)>3 and shape[-1]==1: shape.pop()
     if len(shape)==5 and shape[3]==1: shape.pop(3)
-    if len(shape)>4: raise InputError(f"{fn}: expected at most 4 axes (X,Y,Z,channels); found shape {tuple(shape)}. Split the file, one scan each")
+    if len(shape)>4:
+        raise InputError(f"{fn}: expected at most 4 axes (X,Y,Z,channels); found shape {tuple(shape)}. Split the file, "
+                         f"one scan each")
     if not shape or min(shape)<1: raise InputError(f"{fn}: the image has no voxels (shape {tuple(shape)})")
     ch = shape[3] if len(shape)==4 else 1
     return tuple((shape[:3]+[1,1])[:3]), ch
@@ -52,9 +57,13 @@ def checked_affine(
 ):       # (4,4) float64
     "Raises `InputError` on an affine that cannot be inverted"
     aff = np.asarray(aff, dtype=np.float64)
-    with np.errstate(all='ignore'): n = np.linalg.norm(aff[:3,:3], axis=0); ok = np.isfinite(aff).all() and 1e-6<n.min() and n.max()<1e6 and np.abs(aff[:3,3]).max()<1e9 and abs(np.linalg.det(aff[:3,:3]/n))>1e-5
+    with np.errstate(all='ignore'):
+        n = np.linalg.norm(aff[:3,:3], axis=0)
+        ok = np.isfinite(aff).all() and 1e-6<n.min() and n.max()<1e6 and np.abs(aff[:3,
+                3]).max()<1e9 and abs(np.linalg.det(aff[:3,:3]/n))>1e-5
     if not ok:
-        raise InputError(f"{fn}: expected an affine that can be inverted; found\n{aff[:3]}\nRepair the header (sform/qform) before use")
+        raise InputError(f"{fn}: expected an affine that can be inverted; found\n{aff[:3]}\nRepair the header "
+                         f"(sform/qform) before use")
     return aff
 
 # %% ../../nbs/io/03_nifti.ipynb #a1108e02
@@ -85,7 +94,9 @@ def affine_mm(
 def header_forms(
     im,    # image of nibabel's
     shape  # (3,) voxels
-)->dict:   # unit, and where both can be read sform, qform (4,4) and their codes, in that unit; shape and affine (mm) of their grid. None for other formats
+# unit, and where both can be read sform, qform (4,4) and their codes, in that unit; shape and affine (mm) of their
+# grid. None for other formats
+)->dict:
     "What a NIfTI header says of the place of its voxels"
     h = im.header
     if not isinstance(h, nib.Nifti1Header): return None
@@ -94,7 +105,8 @@ def header_forms(
     except (ValueError, HeaderDataError): return unit
     codes = [int(h['sform_code']), int(h['qform_code'])]
     if any(c and not abs(np.linalg.det(o[:3,:3]))>0 for c,o in zip(codes, forms.values())): return unit
-    return {**unit, 'codes':codes, 'shape':[int(o) for o in shape], 'affine':affine_mm(im).tolist(), **{k:v.tolist() for k,v in forms.items()}}
+    return {**unit, 'codes':codes, 'shape':[int(o) for o in shape], 'affine':affine_mm(im).tolist(),
+            **{k:v.tolist() for k,v in forms.items()}}
 
 def turned_forms(
     forms, # dict of `header_forms`
@@ -103,7 +115,8 @@ def turned_forms(
 )->dict:   # of the same kind
     "The same header after its axes were permuted and flipped; where neither form counts they cannot say it, and the unit is left"
     if not any(forms.get('codes', ())): return dict(unit=forms['unit'])
-    return {**forms, 'shape':[int(o) for o in shape], **{k:(np.array(forms[k])@turn).tolist() for k in ('affine','sform','qform')}}
+    return {**forms, 'shape':[int(o) for o in shape],
+            **{k:(np.array(forms[k])@turn).tolist() for k in ('affine','sform','qform')}}
 
 def _same_place(forms, shape, affine):
     "Whether these forms belong to this grid, up to rounding"
@@ -132,7 +145,9 @@ def nifti_image(
 @contextlib.contextmanager
 def _to_the_end(im, fn, gz):
     "The image with its packed file opened once; afterwards the rest is read, because gzip knows at the end alone whether a byte was changed or is missing"
-    if not gz or len({str(o.filename) for o in im.file_map.values()})>1: yield im; return
+    if not gz or len({str(o.filename) for o in im.file_map.values()})>1:
+        yield im
+        return
     from nibabel.fileholders import FileHolder
     with gzip.open(fn) as f:
         yield type(im).from_file_map({k:FileHolder(fileobj=f) for k in im.file_map})
@@ -147,10 +162,12 @@ def nifti_voxels(
     dtype # of the array, or None
 ):
     "The voxels of nibabel's image as physical values; a file is held against its size and read to its end"
-    def values(im): return np.asanyarray(im.dataobj) if dtype is None else im.get_fdata(dtype=dtype, caching='unchanged')
+    def values(im):
+        return np.asanyarray(im.dataobj) if dtype is None else im.get_fdata(dtype=dtype, caching='unchanged')
     if isinstance(fn, SpatialImage):
         with reading(image_label(fn)): return values(im)
-    item,gz = im.get_data_dtype().itemsize,scan_suffix(fn).endswith('gz'); need = int(np.prod([int(o) for o in im.shape], dtype=object))*item
+    item,gz = im.get_data_dtype().itemsize,scan_suffix(fn).endswith('gz')
+    need = int(np.prod([int(o) for o in im.shape], dtype=object))*item
     own = Path(im.file_map['image'].filename)                           # of a pair, the .img
     with reading(fn): check_size(fn, im.shape, item, unpacked(own, need) if gz else own.stat().st_size)
     with reading(fn, f'{im.shape} voxels, as the header promises'), _to_the_end(im, own, gz) as im: return values(im)

@@ -24,9 +24,11 @@ def _files_of(fn):
     fn = _exists(fn)
     if fn.is_dir(): return sorted(o for o in fn.iterdir() if o.is_file())
     beside = []
-    if fn.suffix.lower() in ('.hdr','.img'): beside = [fn.with_suffix({'.hdr':'.img', '.img':'.hdr'}[fn.suffix.lower()])]
+    if fn.suffix.lower() in ('.hdr','.img'):
+        beside = [fn.with_suffix({'.hdr':'.img', '.img':'.hdr'}[fn.suffix.lower()])]
     if fn.suffix.lower() in ('.mhd','.mha','.nhdr','.nrrd'):
-        with open(fn, 'rb') as f: names = re.findall(rb'(?im)^(?:ElementDataFile *=|data ?file:)[ \t]*([^\r\n]+)', f.read(2**16))
+        with open(fn, 'rb') as f:
+            names = re.findall(rb'(?im)^(?:ElementDataFile *=|data ?file:)[ \t]*([^\r\n]+)', f.read(2**16))
         beside = [fn.parent/os.fsdecode(o.strip()) for o in names]
     return [fn, *(o for o in beside if o.is_file())]
 
@@ -39,8 +41,10 @@ def file_facts(
 
 def _spots(f, size):
     "Where to read a file: of a .gz, whose end holds a checksum of the rest, head, middle and tail; of any other all"
-    head = f.read(4); spot = 2**16
-    one_sum = len(head)==4 and head[:2]==b'\x1f\x8b' and not head[3]&4    # in blocks, as bgzip packs, each has a sum of its own
+    head = f.read(4)
+    spot = 2**16
+    # in blocks, as bgzip packs, each has a sum of its own
+    one_sum = len(head)==4 and head[:2]==b'\x1f\x8b' and not head[3]&4
     return [(o, spot) for o in (0, max(0, size-spot)//2, max(0, size-spot))] if one_sum and size>3*spot else [(0, size)]
 
 def file_digest(
@@ -49,7 +53,8 @@ def file_digest(
     "What tells one content from another, wherever it lies and whenever it was written. Raises `FileNotFoundError`"
     h = hashlib.blake2b(digest_size=16)
     for p in _files_of(fn):
-        size = p.stat().st_size; h.update(f'{scan_suffix(p)} {size} '.encode())
+        size = p.stat().st_size
+        h.update(f'{scan_suffix(p)} {size} '.encode())
         with open(p, 'rb') as f:
             for at,n in _spots(f, size):
                 f.seek(at)
@@ -61,18 +66,23 @@ def _series(fn):
     if isinstance(fn, DicomSeries): return fn
     if isinstance(fn, SpatialImage): return None
     fn = _exists(fn)
-    return dicom_series(fn) if fn.is_dir() or scan_suffix(fn) in ('.dcm','.dicom','.ima') or scan_suffix(fn) not in NIFTI_SUFFIXES and is_dicom(fn) else None
+    return dicom_series(fn) if fn.is_dir() or scan_suffix(fn) in ('.dcm','.dicom',
+            '.ima') or scan_suffix(fn) not in NIFTI_SUFFIXES and is_dicom(fn) else None
 
 def _is_nibabel(fn): return isinstance(fn, SpatialImage) or scan_suffix(_exists(fn)) in NIFTI_SUFFIXES
 
 def _exists(fn):
     if not isinstance(fn, (str,os.PathLike)):
         what = f"{type(fn).__name__} of shape {tuple(fn.shape)}" if hasattr(fn, 'shape') else repr(fn)[:80]
-        hint = ". An array does not know its place: wrap it, nib.Nifti1Image(array, affine)" if hasattr(fn, 'shape') else ""
-        raise ArgumentError(f"expected an image file, a DICOM folder, an image of nibabel's, or a list of them; found {what}{hint}")
+        hint = ". An array does not know its place: wrap it, nib.Nifti1Image(array, affine)" if hasattr(fn,
+                'shape') else ""
+        raise ArgumentError(
+                f"expected an image file, a DICOM folder, an image of nibabel's, or a list of them; found {what}{hint}")
     fn = Path(fn)
     if not fn.exists():
-        if fn.is_symlink(): raise MissingFileError(f"{fn}: is a link to {os.readlink(fn)}, which is not there. Take it out, or restore that file")
+        if fn.is_symlink():
+            raise MissingFileError(
+                    f"{fn}: is a link to {os.readlink(fn)}, which is not there. Take it out, or restore that file")
         raise MissingFileError(f"{fn}: no such file. Check the path, and `path=` which stands before relative names")
     check_plain(fn)
     return fn
@@ -85,34 +95,50 @@ def read_header(
         hs = [read_header(o) for o in fn]
         return {**hs[0], 'channels': sum(h['channels'] for h in hs)}
     s,unit = _series(fn),'mm'
-    if s is not None and not s.picture: g = series_grid(s); shape,ch,aff,dtype = g.shape,1,g.affine,'DICOM'
+    if s is not None and not s.picture:
+        g = series_grid(s)
+        shape,ch,aff,dtype = g.shape,1,g.affine,'DICOM'
     elif _is_nibabel(fn:=s.path if s is not None else fn):
         im = open_nifti(fn)
         shape,ch = spatial_shape(im.shape, image_label(fn))
         aff,dtype,unit = checked_affine(affine_mm(im), image_label(fn)), im.get_data_dtype(), length_unit(im)[0]
     else:
         r,_,name = _sitk_reader(fn, s is not None)
-        shape,_ = spatial_shape(r.GetSize(), fn); ch = r.GetNumberOfComponents()*(r.GetSize()[3] if r.GetDimension()>3 else 1)
+        shape,_ = spatial_shape(r.GetSize(), fn)
+        ch = r.GetNumberOfComponents()*(r.GetSize()[3] if r.GetDimension()>3 else 1)
         aff,dtype = _sitk_affine(r.GetSpacing(), r.GetOrigin(), r.GetDirection(), fn), name
-    return dict(shape=shape, channels=ch, affine=aff, spacing=spacing_of(aff), orientation=orientation_of(aff), dtype=str(dtype), unit=unit)
+    return dict(shape=shape, channels=ch, affine=aff, spacing=spacing_of(aff), orientation=orientation_of(aff),
+                dtype=str(dtype), unit=unit)
 
 # %% ../../nbs/io/07_volumes.ipynb #15c828a4
 def _sitk_reader(fn, picture=False, voxels=False):
     "A reader that knows its file, (shape, channels), and the name of the pixel type. The format follows from the name alone: no other of SimpleITK's many readers gets to see the bytes"
     import SimpleITK as sitk
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    kind = 'GDCMImageIO' if picture else {'.nrrd':'NrrdImageIO', '.nhdr':'NrrdImageIO', '.mha':'MetaImageIO', '.mhd':'MetaImageIO', '.png':'PNGImageIO', '.tif':'TIFFImageIO', '.tiff':'TIFFImageIO', '.jpg':'JPEGImageIO', '.jpeg':'JPEGImageIO', '.bmp':'BMPImageIO'}.get(scan_suffix(fn))
-    if kind is None: raise FileError(f"{fn}: expected .nii, .nii.gz, .hdr, .img, .nrrd, .nhdr, .mha, .mhd, .png, .tif, .jpg, .bmp or DICOM; found '{scan_suffix(fn)}', which is not read. Convert it first")
+    kind = 'GDCMImageIO' if picture else {'.nrrd':'NrrdImageIO', '.nhdr':'NrrdImageIO', '.mha':'MetaImageIO',
+                                          '.mhd':'MetaImageIO', '.png':'PNGImageIO', '.tif':'TIFFImageIO',
+                                          '.tiff':'TIFFImageIO', '.jpg':'JPEGImageIO', '.jpeg':'JPEGImageIO',
+                                          '.bmp':'BMPImageIO'}.get(scan_suffix(fn))
+    if kind is None:
+        raise FileError(f"{fn}: expected .nii, .nii.gz, .hdr, .img, .nrrd, .nhdr, .mha, .mhd, .png, .tif, .jpg, .bmp "
+                        f"or DICOM; found '{scan_suffix(fn)}', which is not read. Convert it first")
     check_header(fn, voxels)
-    r = sitk.ImageFileReader(); r.SetImageIO(kind); r.SetFileName(str(fn))
-    with reading(fn): r.ReadImageInformation(); name = sitk.GetPixelIDValueAsString(r.GetPixelID()); bits = re.search(r'(\d+)-bit', name)
-    if 'complex' in name or not bits: raise InputError(f"{fn}: {name} voxels are not read; save the scan as one grey channel a file")
+    r = sitk.ImageFileReader()
+    r.SetImageIO(kind)
+    r.SetFileName(str(fn))
+    with reading(fn):
+        r.ReadImageInformation()
+        name = sitk.GetPixelIDValueAsString(r.GetPixelID())
+        bits = re.search(r'(\d+)-bit', name)
+    if 'complex' in name or not bits:
+        raise InputError(f"{fn}: {name} voxels are not read; save the scan as one grey channel a file")
     shape = (*r.GetSize(), r.GetNumberOfComponents())
     if voxels: check_size(fn, shape, int(bits[1])//8)
     return r,shape,name
 
 def _sitk_affine(spacing, origin, direction, fn):
-    n = min(len(spacing), 3); m = len(spacing)
+    n = min(len(spacing), 3)
+    m = len(spacing)
     aff = np.eye(4)
     aff[:n,:n] = np.array(direction).reshape(m,m)[:n,:n] @ np.diag(spacing[:n])
     aff[:n,3] = origin[:n]
@@ -149,10 +175,12 @@ def load_array(
         im = open_nifti(fn)
         shape,ch = spatial_shape(im.shape, image_label(fn))
         if im.get_data_dtype().fields is not None or im.get_data_dtype().kind=='c':
-            raise InputError(f"{image_label(fn)}: colour or complex voxels ({im.get_data_dtype()}) are not read; save the scan as one grey channel a file")
+            raise InputError(f"{image_label(fn)}: colour or complex voxels ({im.get_data_dtype()}) are not read; save "
+                             f"the scan as one grey channel a file")
         a = nifti_voxels(im, fn, dtype).reshape(*shape, ch)
         forms = header_forms(im, shape)
-        return np.moveaxis(a, -1, 0), checked_affine(affine_mm(im), image_label(fn)), dict(dtype=str(im.get_data_dtype()), **({} if forms is None else {'header':forms}))
+        return np.moveaxis(a, -1, 0), checked_affine(affine_mm(im),
+                image_label(fn)), dict(dtype=str(im.get_data_dtype()), **({} if forms is None else {'header':forms}))
     r,_,name = _sitk_reader(fn, s is not None, True)
     exact = picture_pixels(fn) if s is not None else None
     if exact is not None:
@@ -175,7 +203,8 @@ def unlike_grids(
 ):         # text
     "What is said where image and mask do not lie on one grid"
     return (f"do not lie on one grid:\n  {image}\n  {mask}\n"
-            "If they show the same anatomy, resample the mask first: resample_to(load_mask(mask), image.shape[1:], image.affine).save(…)")
+            "If they show the same anatomy, resample the mask first: resample_to(load_mask(mask), image.shape[1:], "
+            "image.affine).save(…)")
 
 # %% ../../nbs/io/07_volumes.ipynb #0f28912b
 def same_grid(
@@ -202,29 +231,38 @@ def check_same_grid(
     raise InputError(f"Image and mask {unlike_grids(s(x), s(m))}")
 
 def load_volume(
-    fn,                  # image file, DICOM folder, `DicomSeries`, image of nibabel's, or a list of them: the channels of one case
+    # image file, DICOM folder, `DicomSeries`, image of nibabel's, or a list of them: the channels of one case
+    fn,
     reorient:bool=False, # bring the axes to RAS+ order; otherwise the file's own order stays
-    regrid=False         # DICOM only: True resamples irregular distances and a tilted gantry to an upright box; mm: with slices at this distance
+    # DICOM only: True resamples irregular distances and a tilted gantry to an upright box; mm: with slices at this
+    # distance
+    regrid=False
 )->TensorVolume:         # (C,X,Y,Z) float32, physical values; `.affine`, `.spacing` (mm), `.meta`
     "Read a scan. Raises `FileNotFoundError`; `OSError` (unreadable or truncated); `ValueError` (no volume, or channels on different grids)"
-    if is_listy(fn) and not len(fn): raise InputError("load_volume: expected a file or a list of files; found an empty list")
+    if is_listy(fn) and not len(fn):
+        raise InputError("load_volume: expected a file or a list of files; found an empty list")
     if is_listy(fn) and len(fn)>1:
         ts = [load_volume(o, regrid=regrid) for o in fn]
         for f,t in zip(fn[1:], ts[1:]):
             if not same_grid(ts[0].shape[1:], ts[0].affine, t.shape[1:], t.affine):
-                raise InputError(f"Channels of one case must lie on one grid:\n  {fn[0]}: {describe_grid(ts[0].shape[1:], ts[0].affine)}\n"
+                raise InputError(f"Channels of one case must lie on one grid:\n  {fn[0]}: "
+                                 f"{describe_grid(ts[0].shape[1:], ts[0].affine)}\n"
                                  f"  {f}: {describe_grid(t.shape[1:], t.affine)}\nResample the second onto the first")
-        res = TensorVolume(torch.cat([t.as_subclass(Tensor) for t in ts]), affine=ts[0].affine, meta={**ts[0].meta, 'fn':[str(image_label(o)) for o in fn]})
+        res = TensorVolume(torch.cat([t.as_subclass(Tensor) for t in ts]), affine=ts[0].affine,
+                meta={**ts[0].meta, 'fn':[str(image_label(o)) for o in fn]})
     else:
         fn = fn[0] if is_listy(fn) else fn
         s = _series(fn)
         if s is not None and not s.picture: a,aff,meta = load_series(s, regrid)
-        elif regrid is not False: raise ArgumentError(f"{fn}: regrid={regrid!r} is for DICOM series; other files have a regular grid. Use resampled_grid and resample_to")
+        elif regrid is not False:
+            raise ArgumentError(f"{fn}: regrid={regrid!r} is for DICOM series; other files have a regular grid. Use "
+                                f"resampled_grid and resample_to")
         else:
             with reading(image_label(fn)), np.errstate(over='raise'):
                 a,aff,meta = load_array(fn, np.float32)
                 a = np.ascontiguousarray(a, dtype=np.float32)
-        res = TensorVolume(torch.from_numpy(np.ascontiguousarray(a, dtype=np.float32)), affine=aff, meta=dict(fn=str(s.path if s is not None else image_label(fn)), **meta))
+        res = TensorVolume(torch.from_numpy(np.ascontiguousarray(a, dtype=np.float32)), affine=aff,
+                           meta=dict(fn=str(s.path if s is not None else image_label(fn)), **meta))
     return to_orientation(res) if reorient else res
 
 def load_mask(
@@ -235,15 +273,19 @@ def load_mask(
     a,aff,meta = load_array(fn)
     fn = image_label(fn)
     if a.shape[0]!=1:
-        raise InputError(f"{fn}: expected a mask of one channel (X,Y,Z); found {a.shape[0]} channels. Merge one-hot channels into one file of class ids")
+        raise InputError(f"{fn}: expected a mask of one channel (X,Y,Z); found {a.shape[0]} channels. Merge one-hot "
+                         f"channels into one file of class ids")
     a = a[0]
     if a.dtype.kind=='f':
         if not np.isfinite(a).all() or np.abs(a-np.round(a)).max()>1e-3:
             raise InputError(f"{fn}: expected whole numbers in a mask; found {odd_labels(a)}. "
                              "It may be a probability map, or was resampled with interpolation")
         a = np.round(a)
-    if not -2**31<=a.min()<=a.max()<2**31: raise InputError(f"{fn}: expected class ids; found values from {a.min():.6g} to {a.max():.6g}. It may be an image, or its scale in the header is wrong")
-    res = TensorVolumeMask(torch.from_numpy(np.ascontiguousarray(a.astype(np.int32))), affine=aff, meta=dict(fn=str(fn), **meta))
+    if not -2**31<=a.min()<=a.max()<2**31:
+        raise InputError(f"{fn}: expected class ids; found values from {a.min():.6g} to {a.max():.6g}. It may be an "
+                         f"image, or its scale in the header is wrong")
+    res = TensorVolumeMask(torch.from_numpy(np.ascontiguousarray(a.astype(np.int32))), affine=aff,
+                           meta=dict(fn=str(fn), **meta))
     return to_orientation(res) if reorient else res
 
 # %% ../../nbs/io/07_volumes.ipynb #e2d16916
@@ -263,7 +305,8 @@ def to_orientation(
     r = r.permute(*range(c), *[c+int(i) for i in perm]).contiguous()
     turn = nib.orientations.inv_ornt_aff(tr, t.shape[c:])
     kept = {k:v for k,v in t.__dict__.items() if k!='_affine'}
-    if (kept.get('meta') or {}).get('header'): kept['meta'] = {**kept['meta'], 'header':turned_forms(kept['meta']['header'], turn, r.shape[c:])}
+    if (kept.get('meta') or {}).get('header'):
+        kept['meta'] = {**kept['meta'], 'header':turned_forms(kept['meta']['header'], turn, r.shape[c:])}
     return type(t)(r, **{**kept, 'affine':t.affine @ turn})
 
 # %% ../../nbs/io/07_volumes.ipynb #3f5a9bf9
@@ -273,11 +316,14 @@ def resampled_grid(
     spacing # (3,) mm wanted
 )->tuple:   # (shape, affine) of the same box in voxels of that size
     "The grid of another voxel size over the same physical box; an axis whose spacing agrees to 0.1 % stays as it is"
-    old = np.array(spacing_of(affine)); new = np.array(spacing, dtype=float); n = np.array(shape)
+    old = np.array(spacing_of(affine))
+    new = np.array(spacing, dtype=float)
+    n = np.array(shape)
     new = np.where(np.abs(new-old)/old<1e-3, old, new)
     m = np.clip(np.round(n*old/new-1e-6), 1, 2**40).astype(int)
     start = (n*old-m*new)/2/old + new/old/2 - .5               # first new voxel, in old voxel units
-    T = np.diag([*(new/old), 1.]); T[:3,3] = np.where(new==old, 0, start)
+    T = np.diag([*(new/old), 1.])
+    T[:3,3] = np.where(new==old, 0, start)
     return tuple(int(o) for o in m), np.asarray(affine)@T
 
 def _resample(a, T, size, order, first=(0,0,0)):
@@ -286,7 +332,9 @@ def _resample(a, T, size, order, first=(0,0,0)):
     scale,shift = np.diag(T)[:3],T[:3,3]
     if order=='cubic' and min(a.shape)<4: order = 'linear'      # a cubic spline needs four voxels
     r = sitk.ResampleImageFilter()
-    r.SetSize([int(o) for o in size]); r.SetOutputSpacing(scale.tolist()); r.SetOutputOrigin(shift.tolist())
+    r.SetSize([int(o) for o in size])
+    r.SetOutputSpacing(scale.tolist())
+    r.SetOutputOrigin(shift.tolist())
     r.SetInterpolator(dict(nearest=sitk.sitkNearestNeighbor, linear=sitk.sitkLinear, cubic=sitk.sitkBSpline)[order])
     r.SetUseNearestNeighborExtrapolator(True)
     im = sitk.GetImageFromArray(np.ascontiguousarray(a.transpose(2,1,0)))
@@ -304,7 +352,8 @@ def _label_boxes(a):
 
 def _resample_labels(a, T, size):
     "Resample class ids by interpolating each label's own indicator and taking the largest: smooth borders, no value that was not there"
-    out = np.zeros(size, a.dtype); best = np.full(size, 0, np.float32)
+    out = np.zeros(size, a.dtype)
+    best = np.full(size, 0, np.float32)
     scale,shift = np.diag(T)[:3],T[:3,3]
     for v,box in _label_boxes(a):
         lo,hi,near = np.zeros(3, int),np.array(size),(slice(None),)*3        # of the background all
@@ -312,20 +361,23 @@ def _resample_labels(a, T, size):
             start,stop = np.array([(s.start,s.stop) for s in box]).T
             lo = np.clip(np.floor((start-1-shift)/scale).astype(int), 0, size)
             hi = np.clip(np.ceil((stop-shift)/scale).astype(int)+1, 0, size)
-            near = tuple(slice(max(0, i-2), j+2) for i,j in zip(start, stop))  # beyond it the indicator is 0 as at its rim
+            # beyond it the indicator is 0 as at its rim
+            near = tuple(slice(max(0, i-2), j+2) for i,j in zip(start, stop))
         if (hi<=lo).any(): continue
         sl = tuple(slice(i,j) for i,j in zip(lo,hi))
         T_ = T.copy()
         T_[:3,3] = shift+lo*scale
         p = _resample((a[near]==v).astype(np.float32), T_, hi-lo, 'linear', [o.start or 0 for o in near])
         win = p>best[sl]
-        out[sl][win] = v; best[sl][win] = p[win]
+        out[sl][win] = v
+        best[sl][win] = p[win]
     return out
 
 def resample_to(
     t,                 # `TensorVolume` or `TensorVolumeMask` with its affine
     shape,             # (3,) voxels wanted
-    affine,            # (4,4) voxel index → mm wanted; its axes may be permuted and flipped, not turned, against those of `t`
+    # (4,4) voxel index → mm wanted; its axes may be permuted and flipped, not turned, against those of `t`
+    affine,
     order:str='linear' # 'linear', 'cubic' or 'nearest' for images; 'smooth' or 'nearest' for masks
 ):                     # same type on the wanted grid
     "Resample onto a grid with parallel axes (SimpleITK). Raises `ValueError` where the axes are not parallel"
@@ -334,13 +386,15 @@ def resample_to(
     if tuple(shape)==tuple(t.shape[-3:]) and np.allclose(T, np.eye(4), atol=1e-5): return t
     off = T[:3,:3]-np.diag(np.diag(T[:3,:3]))
     if np.abs(off*np.array(shape)).max()>.05:
-        raise InputError(f"resample_to: expected parallel grids; the axes of {orientation_of(t.affine)} and {orientation_of(affine)} are turned against each other")
+        raise InputError(f"resample_to: expected parallel grids; the axes of {orientation_of(t.affine)} and "
+                         f"{orientation_of(affine)} are turned against each other")
     check_size((getattr(t, 'meta', None) or {}).get('fn', 'resample_to'), (*t.shape[:-3], *shape), 4)
     a = t.as_subclass(Tensor).numpy()
     if isinstance(t, TensorVolumeMask):
         r = _resample_labels(a, T, tuple(shape)) if order in ('smooth','linear') else _resample(a, T, shape, 'nearest')
     else: r = np.stack([_resample(c, T, shape, order) for c in a])
-    return type(t)(torch.from_numpy(np.ascontiguousarray(r)), **{**{k:v for k,v in t.__dict__.items() if k!='_affine'}, 'affine':affine})
+    return type(t)(torch.from_numpy(np.ascontiguousarray(r)), **{**{k:v for k,v in t.__dict__.items() if k!='_affine'},
+            'affine':affine})
 
 # %% ../../nbs/io/07_volumes.ipynb #7f7db8b8
 def save_volume(
@@ -351,12 +405,16 @@ def save_volume(
 )->Path:        # `fn`
     "Write a volume with its affine, whole or not at all. Raises `ValueError` where the affine is missing or the suffix unknown, `OSError` where the disk refuses"
     fn = Path(fn)
-    if getattr(t, 'affine', None) is None: raise InputError(f"save_volume({fn}): the tensor has no affine, so its place is unknown. Set `t.affine` first")
+    if getattr(t, 'affine', None) is None:
+        raise InputError(f"save_volume({fn}): the tensor has no affine, so its place is unknown. Set `t.affine` first")
     a = to_cpu(t).as_subclass(Tensor).detach()
     mask = isinstance(t, TensorVolumeMask)
-    if a.ndim not in (3,4): raise InputError(f"save_volume({fn}): expected (C,X,Y,Z) or (X,Y,Z); found shape {tuple(a.shape)}")
+    if a.ndim not in (3,4):
+        raise InputError(f"save_volume({fn}): expected (C,X,Y,Z) or (X,Y,Z); found shape {tuple(a.shape)}")
     a = a.float().numpy() if not mask else a.numpy()
-    if dtype is None: dtype = np.float32 if not mask else np.result_type(*[np.min_scalar_type(int(o)) for o in (a.min(), a.max())]) if a.size else np.uint8
+    if dtype is None:
+        dtype = np.float32 if not mask else np.result_type(*[np.min_scalar_type(int(o))
+                                                             for o in (a.min(), a.max())]) if a.size else np.uint8
     if np.dtype(dtype)==np.uint64 or np.dtype(dtype)==np.int64: dtype = np.int32
     a = a.astype(dtype)
     if a.ndim==4: a = a[0] if a.shape[0]==1 else np.moveaxis(a, 0, -1)
@@ -373,11 +431,16 @@ def save_volume(
             else: im = sitk.GetImageFromArray(a.transpose(2,1,0))
             lps = np.diag([-1,-1,1,1.]) @ t.affine
             sp = np.array(spacing_of(lps))
-            im.SetSpacing(sp.tolist()); im.SetOrigin(lps[:3,3].tolist()); im.SetDirection((lps[:3,:3]/sp).ravel().tolist())
+            im.SetSpacing(sp.tolist())
+            im.SetOrigin(lps[:3,3].tolist())
+            im.SetDirection((lps[:3,:3]/sp).ravel().tolist())
             if sfx=='.png': im = im[:,:,0]
             sitk.WriteImage(im, str(tmp), True)
             back = sitk.ReadImage(str(tmp))
-            if not np.array_equal(sitk.GetArrayViewFromImage(back), sitk.GetArrayViewFromImage(im), equal_nan=a.dtype.kind=='f'): raise OSError('the file does not hold what was written')      # on a full disk NRRD ends short without a word
+            # on a full disk NRRD ends short without a word
+            if not np.array_equal(sitk.GetArrayViewFromImage(back), sitk.GetArrayViewFromImage(im),
+                                  equal_nan=a.dtype.kind=='f'):
+                raise OSError('the file does not hold what was written')
         else: raise InputError(f"{fn}: expected .nii, .nii.gz, .nrrd, .mha or .png; found '{sfx}'")
     return fn
 

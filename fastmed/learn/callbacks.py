@@ -75,7 +75,8 @@ def is_fit(
 )->bool:   # False in `lr_find`, `validate` and `get_preds`
     "Whether the events that a Learner calls now are those of a fit"
     sought = hasattr(learn, 'lr_finder') or hasattr(learn, 'gather_preds')
-    return not sought and not learn.lock.locked()                   # fastai holds the lock while it validates or predicts outside of a fit
+    # fastai holds the lock while it validates or predicts outside of a fit
+    return not sought and not learn.lock.locked()
 
 class FitCallback(Callback):
     "A callback that sees fits alone"
@@ -96,7 +97,8 @@ def one_process(
     fix   # what to do instead
 ):
     "Raises `InputError` where several processes train"
-    if num_distrib()>1: raise InputError(f"{name}: works in one process, and {num_distrib()} train here. Leave it out, and {fix}")
+    if num_distrib()>1:
+        raise InputError(f"{name}: works in one process, and {num_distrib()} train here. Leave it out, and {fix}")
 
 def same_everywhere(
     x:float, # of this process
@@ -116,35 +118,46 @@ def batch_cases(
     "The cases of a batch"
     idxs,bs = getattr(dl, '_DataLoader__idxs', None),getattr(dl, 'bs', None)
     if not idxs or not bs: return []
-    rows = case_rows(dl.dataset.items)                             # items of a `PatchDL` are patches: a case comes again after all others
+    # items of a `PatchDL` are patches: a case comes again after all others
+    rows = case_rows(dl.dataset.items)
     return [str(rows[k%len(rows)][0]) for k in list(idxs)[i*bs:(i+1)*bs]]
 
 def _odd_items(learn):
     "Numbers of the items of a batch whose input, prediction or loss alone is not finite; all where that does not tell them apart"
     n = len(learn.xb[0])
-    def odd(tensors): return sorted({j for t in tensors if t.is_floating_point() and len(t)==n for j in range(n) if not t[j].isfinite().all()})
+    def odd(tensors):
+        return sorted({j for t in tensors if t.is_floating_point() and len(t)==n for j in range(n)
+                       if not t[j].isfinite().all()})
     def loss_of(j):
         def one(t): return t[j:j+1]
         with torch.no_grad(): return learn.loss_func(apply(one, learn.pred), *apply(one, tuple(learn.yb)))
-    for seen in (lambda: odd(learn.xb), lambda: odd(L(learn.pred)), lambda: [j for j in range(n) if not loss_of(j).isfinite().all()]):
-        with contextlib.suppress(Exception):                       # a loss that takes whole batches, or a prediction of another kind
+    for seen in (lambda: odd(learn.xb), lambda: odd(L(learn.pred)),
+                 lambda: [j for j in range(n) if not loss_of(j).isfinite().all()]):
+        # a loss that takes whole batches, or a prediction of another kind
+        with contextlib.suppress(Exception):
             if 0<len(res:=seen())<n: return res
     return list(range(n))
 
 def _where(learn, i, items=None):
     "A batch in words: its epoch, its number, its cases"
     names = []
-    with contextlib.suppress(Exception): names = batch_cases(learn.dl, i)             # what is wrong is said in any case
+    # what is wrong is said in any case
+    with contextlib.suppress(Exception):
+        names = batch_cases(learn.dl, i)
     if items and len(items)<len(names): names = [names[j] for j in items]
     names = list(dict.fromkeys(names))
     some = ', '.join(names[:8])+(f' and {len(names)-8} more' if len(names)>8 else '')
-    return f"epoch {learn.epoch}, batch {i} (both counted from 0)"+(f", {'case' if len(names)==1 else 'one of the cases'} {some}" if names else '')
+    return f"epoch {learn.epoch}, batch {i} (both counted from 0)"+(
+            f", {'case' if len(names)==1 else 'one of the cases'} {some}" if names else '')
 
 def _remedy(learn):
     "What to try against a training that diverges"
-    short = any(type(getattr(h, '__self__', None)).__name__=='FastForward' for h in get_model(learn.model)._forward_pre_hooks.values())
-    plain = ', or train in plain float32 (without to_fp16)' if hasattr(learn, 'mixed_precision') else ', or train in plain float32 (fast=False)' if short else ''
-    return f"Lower the rate ({learn.opt.hypers[-1]['lr']:.3g} now), look at the case (check_dataset names what is wrong with it){plain}"
+    short = any(type(getattr(h, '__self__', None)).__name__=='FastForward'
+                for h in get_model(learn.model)._forward_pre_hooks.values())
+    plain = ', or train in plain float32 (without to_fp16)' if hasattr(learn,
+            'mixed_precision') else ', or train in plain float32 (fast=False)' if short else ''
+    return (f"Lower the rate ({learn.opt.hypers[-1]['lr']:.3g} now), look at the case (check_dataset names what is "
+            f"wrong with it){plain}")
 
 class FiniteCallback(FitCallback):
     "Stop a fit whose loss or weights are no longer numbers, before anything is learnt from it. Raises `InputError` naming epoch, batch and case; every fit of a `VolumeLearner` has one"
@@ -156,8 +169,12 @@ class FiniteCallback(FitCallback):
         if not self.training or not len(self.yb) or self.loss_grad.isfinite().all(): return
         i,odd = self.iter,odd_weights(self.model)
         loss = f"the loss is {float(self.loss_grad.detach().float().mean()):g}"
-        if not odd: self._stop(f"{_where(self.learn, i, _odd_items(self.learn))}: {loss}. Training was stopped before anything was learnt from it, and the weights are as they were. {_remedy(self.learn)}")
-        if not i: self._stop(f"{_where(self.learn, i)}: {loss}, because weights such as {odd[0]} were not finite before. Load an earlier state, or make the Learner anew")
+        if not odd:
+            self._stop(f"{_where(self.learn, i, _odd_items(self.learn))}: {loss}. Training was stopped before anything "
+                       f"was learnt from it, and the weights are as they were. {_remedy(self.learn)}")
+        if not i:
+            self._stop(f"{_where(self.learn, i)}: {loss}, because weights such as {odd[0]} were not finite before. "
+                       f"Load an earlier state, or make the Learner anew")
         self._stop(self._spoilt(i-1, odd))
 
     def after_train(self): self.check_weights()
@@ -166,7 +183,8 @@ class FiniteCallback(FitCallback):
         if odd:=odd_weights(self.model): self._stop(self._spoilt(getattr(self, 'iter', 0), odd))
 
     def _spoilt(self, i, odd):
-        return (f"{_where(self.learn, i)}: its update left weights that are NaN or infinite, such as {odd[0]}. Training was stopped. "
+        return (f"{_where(self.learn, i)}: its update left weights that are NaN or infinite, such as {odd[0]}. "
+                f"Training was stopped. "
                 f"Load an earlier state, or make the Learner anew. {_remedy(self.learn)}")
 
     def _stop(self, text):
@@ -181,10 +199,12 @@ class RememberCallback(Callback):
     order = -5
     def before_fit(self):
         if hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds'): return
-        new = {str(c):str(r.get('subject', c)) if isinstance(r, pd.Series) else str(c) for c,r in case_rows(self.dls.train_ds.items)}
+        new = {str(c):str(r.get('subject', c)) if isinstance(r, pd.Series) else str(c) for c,
+                                r in case_rows(self.dls.train_ds.items)}
         self.learn.seen = {**getattr(self.learn, 'seen', {}), **new}
 
-    def after_fit(self):                                             # fastai's recorder forgets them with the next `get_preds` or `validate`
+    # fastai's recorder forgets them with the next `get_preds` or `validate`
+    def after_fit(self):
         r = getattr(self.learn, 'recorder', None)
         if r is None or hasattr(self.learn, 'lr_finder') or not len(r.losses) or not len(r.values): return
         self.learn.history = [*getattr(self.learn, 'history', []), epoch_table(r)]
@@ -193,8 +213,10 @@ def epoch_table(
     recorder   # fastai's `Recorder`
 )->pd.DataFrame: # index epoch from 1, a column a loss or metric
     "What was recorded of a training, by epoch"
-    names = [n for n in recorder.metric_names if n not in ('epoch','time')]; v = [[float('nan') if o is None else float(o) for o in r] for r in recorder.values]
-    return pd.DataFrame([o+[float('nan')]*(len(names)-len(o)) for o in v], columns=names, index=pd.RangeIndex(1, len(v)+1, name='epoch'))
+    names = [n for n in recorder.metric_names if n not in ('epoch','time')]
+    v = [[float('nan') if o is None else float(o) for o in r] for r in recorder.values]
+    return pd.DataFrame([o+[float('nan')]*(len(names)-len(o)) for o in v], columns=names,
+            index=pd.RangeIndex(1, len(v)+1, name='epoch'))
 
 # %% ../../nbs/learn/02_callbacks.ipynb #b4867abf
 class DiceCallback(Callback):
@@ -224,7 +246,9 @@ class DiceCallback(Callback):
         r = getattr(self.learn, 'recorder', None)
         if r is None: return
         old = list(r.metric_names)
-        if odd:=[o for o in names if o in old]: raise InputError(f"DiceCallback: the table has a column {odd[0]!r} already, of another DiceCallback or a metric. Take it away first: learn.remove_cb(DiceCallback)")
+        if odd:=[o for o in names if o in old]:
+            raise InputError(f"DiceCallback: the table has a column {odd[0]!r} already, of another DiceCallback or a "
+                             f"metric. Take it away first: learn.remove_cb(DiceCallback)")
         at = len(old)-1 if r.add_time else len(old)
         r.metric_names = L(old[:at]+names+old[at:])
 
@@ -265,7 +289,9 @@ class DeepSupervisionLoss(Module):
         if not isinstance(pred, (list,tuple)): return self.loss(pred, targ)
         ws = [.5**i for i in range(len(pred))]
         t = targ.as_subclass(Tensor)
-        def at(p): return t if t.shape[1:]==p.shape[2:] else F.interpolate(t[:,None].float(), p.shape[2:], mode='nearest')[:,0].to(t.dtype)
+        def at(p):
+            return t if t.shape[1:]==p.shape[2:] else F.interpolate(t[:,None].float(), p.shape[2:], mode='nearest')[:,
+                    0].to(t.dtype)
         return sum(w*self.loss(p, at(p)) for w,p in zip(ws, pred))/sum(ws)
     @property
     def reduction(self): return self.loss.reduction
@@ -287,13 +313,16 @@ class PictureCallback(Callback):
     def after_epoch(self):
         if hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds') or (self.epoch+1)%self.every: return
         import matplotlib.pyplot as plt
-        dl = self.dls.valid; b = dl.one_batch()
-        model = self.learn.model; was = model.training
+        dl = self.dls.valid
+        b = dl.one_batch()
+        model = self.learn.model
+        was = model.training
         model.eval()
         with torch.no_grad(): out = model(b[0].as_subclass(Tensor))
         model.train(was)
         dec = self.learn.loss_func.decodes(self.learn.loss_func.activation(out))
-        typed = [TensorMed(o).as_subclass(type(t)) for o,t in zip(tuplify(dec), b[1:])]       # a mask, or a mask and a label
+        # a mask, or a mask and a label
+        typed = [TensorMed(o).as_subclass(type(t)) for o,t in zip(tuplify(dec), b[1:])]
         dl.show_results(b, typed if len(typed)>1 else typed[0], max_n=self.n)
         fn = self.learn.path/self.path/f'epoch_{self.epoch:03d}.png'
         with whole_file(fn) as tmp: plt.savefig(tmp, dpi=80)
@@ -302,22 +331,27 @@ class PictureCallback(Callback):
 # %% ../../nbs/learn/02_callbacks.ipynb #d1be81e4
 class TensorBoardVolumes(Callback):
     "Log losses, rates, every column of the training table by its name, and overlays of whole validation scans. Raises `ExtraError` without TensorBoard"
-    order = 61                                       # after the Recorder, which writes the row of the epoch; before `BudgetCallback`, which cancels the batch
+    # after the Recorder, which writes the row of the epoch; before `BudgetCallback`, which cancels the batch
+    order = 61
     def __init__(self,
         log_dir='runs', # folder of the runs; TensorBoard is started on it
         run=None,       # name of this run; default: the network's
         n:int=2,        # validation scans that are drawn, the first ones; 0: none
         every:int=1     # epochs between two drawings; the last is always drawn
     ):
-        if n<0 or every<1: raise InputError(f"TensorBoardVolumes: expected n of 0 or more and every of 1 or more; found n={n}, every={every}")
+        if n<0 or every<1:
+            raise InputError(
+                    f"TensorBoardVolumes: expected n of 0 or more and every of 1 or more; found n={n}, every={every}")
         self.log_dir,self.run_name,self.n,self.every = log_dir,run,n,every
         self.writer = None
 
     def before_train(self):                          # not `before_fit`, which `validate` calls too
         if self.writer is not None or hasattr(self.learn, 'lr_finder'): return
         try: from torch.utils.tensorboard import SummaryWriter
-        except ImportError as e: raise ExtraError("TensorBoardVolumes needs TensorBoard: pip install 'fastmed[track]'") from e
-        self.writer,self.step = SummaryWriter(str(Path(self.log_dir)/ifnone(self.run_name, type(self.model).__name__))),0
+        except ImportError as e:
+            raise ExtraError("TensorBoardVolumes needs TensorBoard: pip install 'fastmed[track]'") from e
+        self.writer,self.step = SummaryWriter(str(Path(self.log_dir)/ifnone(self.run_name,
+                type(self.model).__name__))),0
         self.drawn = None
 
     def after_batch(self):
@@ -337,9 +371,12 @@ class TensorBoardVolumes(Callback):
         im = case_columns(self.dls)[0]
         for name,r,pred,truth,e in predicted_cases(self.learn, self.dls.valid_ds.items[:self.n]):
             if e: continue                                            # the table of `evaluate` names it
-            fig = plot_volume(to_orientation(load_volume(im(r))), to_orientation(truth), pred=to_orientation(pred), title=f'{name}: truth solid, prediction dashed')
-            self.writer.add_image(f'scan/{name}', np.array(Image.open(BytesIO(figure_png(fig))).convert('RGB')), self.epoch+1, dataformats='HWC')
-        self.writer.flush(); self.drawn = self.epoch
+            fig = plot_volume(to_orientation(load_volume(im(r))), to_orientation(truth), pred=to_orientation(pred),
+                              title=f'{name}: truth solid, prediction dashed')
+            self.writer.add_image(f'scan/{name}', np.array(Image.open(BytesIO(figure_png(fig))).convert('RGB')),
+                                  self.epoch+1, dataformats='HWC')
+        self.writer.flush()
+        self.drawn = self.epoch
 
     def after_fit(self):
         if self.writer is not None:

@@ -29,21 +29,25 @@ from fastai.basics import *
 import json
 
 # %% ../../nbs/learn/12_casefiles.ipynb #802e445d
-def _case_arch(arch, ndim): return arch if arch in ('small_resnet','shape_net','UNet') or isinstance(arch, str) and is_encoder(arch, ndim) else None
+def _case_arch(arch, ndim):
+    return arch if arch in ('small_resnet','shape_net','UNet') or isinstance(arch, str) and is_encoder(arch,
+                            ndim) else None
 
 def case_plan(
     dls     # DataLoaders with labels
 )->Plan:    # of whole scans, or of a picture
     "The plan of these DataLoaders; of radiographs one that says the same"
     prep = get_prep(dls)
-    return Plan(ndim=2, patch=(prep.size,prep.size,1), axis=2, context=0, whole=True, spacing=None) if prep else get_plan(dls)
+    return Plan(ndim=2, patch=(prep.size,prep.size,1), axis=2, context=0, whole=True,
+                spacing=None) if prep else get_plan(dls)
 
 def plan_of(
     meta    # of a model file
 )->Plan:    # with its reasons
     "The plan, and why it is so. Raises `InputError`"
     why = meta.get('reasons', {})
-    if not isinstance(why, dict) or not all(isinstance(v, str) for v in why.values()): raise InputError(f"expected reasons in words; found {str(why)[:80]}")
+    if not isinstance(why, dict) or not all(isinstance(v, str) for v in why.values()):
+        raise InputError(f"expected reasons in words; found {str(why)[:80]}")
     return Plan(from_plain(meta['plan']), reasons=why)
 
 def own_args(
@@ -57,18 +61,36 @@ def case_meta(
     learn   # `CaseLearner`
 )->dict:    # network, plan, preprocess or picture, labels, columns, looks: plain values
     "What a model file says of a classifier, besides its training. Raises `InputError` on what it cannot hold"
-    dls,plan = learn.dls,case_plan(learn.dls); model = get_model(learn.model); model = getattr(model, '_orig_mod', model); masks = isinstance(model, MultiTaskNet)
-    name = None if getattr(learn, 'own_arch', False) else _case_arch(getattr(learn, 'arch', None), plan.ndim); own = name is None
+    dls,plan = learn.dls,case_plan(learn.dls)
+    model = get_model(learn.model)
+    model = getattr(model, '_orig_mod', model)
+    masks = isinstance(model, MultiTaskNet)
+    name = None if getattr(learn, 'own_arch', False) else _case_arch(getattr(learn, 'arch', None), plan.ndim)
+    own = name is None
     arch = name or getattr(learn, 'arch', None) or f'{type(model).__module__}.{type(model).__qualname__}'
     get = find_transform(dls.train_ds.tls[-1].tfms, LabelOf)
-    if get is None: raise InputError("save_model: these DataLoaders do not say how a label is read from a row; make them by from_df, or keep the Learner with learn.export")
-    task,vocab = get_labels(dls); prep = get_prep(dls); sp = find_transform(dls.train.after_batch, SpatialTfm)
-    cols = [getattr(find_transform(tl.tfms, CaseFiles), 'cols', d) for tl,d in zip(dls.train_ds.tls[:1+masks], ('image','mask'))]
-    net = dict(arch=arch, args=own_args(learn) if own else to_plain({k:v for k,v in learn.arch_args.items() if k!='pretrained'}, 'the network'), patch=to_plain(tuple(learn.arch_patch), 'patch'), n_in=int(learn.n_in), n_out=int(learn.n_out), **({'own':True} if own else {}),
-               fast=any(isinstance(getattr(h, '__self__', None), FastForward) for h in model._forward_pre_hooks.values()), head=dict(masks=len(get_preprocess(dls).vocab) if masks else 0, unscale=hasattr(model, 'unscale')))
-    return dict(network=net, plan=to_plain(dict(plan), 'the plan'), reasons={k:str(v) for k,v in plan.reasons.items()}, picture=to_plain(prep.to_dict(), 'the picture') if prep else None, preprocess=None if prep else json.loads(get_preprocess(dls).to_json()),
-                labels=to_plain(dict(task=task, vocab=vocab, cols=get.cols, delim=get.label_delim, group=get.group), 'the labels'), columns=to_plain(tuple(list(L(c)) if is_listy(c) else c for c in cols), 'columns'),
-                looks=None if sp is None else to_plain({k:getattr(sp, k) for k in sp._args}, 'the looks'), seed=int(getattr(dls.valid, 'seed', 42)))
+    if get is None:
+        raise InputError("save_model: these DataLoaders do not say how a label is read from a row; make them by "
+                         "from_df, or keep the Learner with learn.export")
+    task,vocab = get_labels(dls)
+    prep = get_prep(dls)
+    sp = find_transform(dls.train.after_batch, SpatialTfm)
+    cols = [getattr(find_transform(tl.tfms, CaseFiles), 'cols', d) for tl,
+            d in zip(dls.train_ds.tls[:1+masks], ('image','mask'))]
+    net = dict(arch=arch, args=own_args(learn) if own
+            else to_plain({k:v for k,v in learn.arch_args.items() if k!='pretrained'}, 'the network'),
+            patch=to_plain(tuple(learn.arch_patch), 'patch'), n_in=int(learn.n_in), n_out=int(learn.n_out),
+            **({'own':True} if own else {}),
+               fast=any(isinstance(getattr(h, '__self__', None), FastForward)
+            for h in model._forward_pre_hooks.values()), head=dict(masks=len(get_preprocess(dls).vocab) if masks else 0,
+            unscale=hasattr(model, 'unscale')))
+    return dict(network=net, plan=to_plain(dict(plan), 'the plan'), reasons={k:str(v) for k,v in plan.reasons.items()},
+            picture=to_plain(prep.to_dict(), 'the picture') if prep else None, preprocess=None if prep
+                             else json.loads(get_preprocess(dls).to_json()),
+                labels=to_plain(dict(task=task, vocab=vocab, cols=get.cols, delim=get.label_delim, group=get.group),
+            'the labels'), columns=to_plain(tuple(list(L(c)) if is_listy(c) else c for c in cols), 'columns'),
+                looks=None if sp is None else to_plain({k:getattr(sp, k) for k in sp._args}, 'the looks'),
+            seed=int(getattr(dls.valid, 'seed', 42)))
 
 def build_case(
     net:dict,   # of `case_meta`
@@ -78,11 +100,15 @@ def build_case(
     ndim:int    # 2 or 3
 )->nn.Module:   # weights drawn at random
     "The network that a file names. Raises `InputError` on one that is not known"
-    if _case_arch(net['arch'], ndim) is None: raise InputError(f"expected a network that gives one answer a case, by name; found {net['arch']!r}")
+    if _case_arch(net['arch'], ndim) is None:
+        raise InputError(f"expected a network that gives one answer a case, by name; found {net['arch']!r}")
     args,patch,head = {k:v for k,v in args.items() if k!='pretrained'},tuple(patch),net['head']
-    model = MultiTaskNet(create_model('UNet', n_in, head['masks'], ndim=ndim, patch=patch, **args), net['n_out']) if head['masks'] else create_classifier(net['arch'], n_in, net['n_out'], ndim, patch, **args)
+    model = MultiTaskNet(create_model('UNet', n_in, head['masks'], ndim=ndim, patch=patch, **args),
+            net['n_out']) if head['masks'] else create_classifier(net['arch'], n_in, net['n_out'], ndim, patch, **args)
     if head['unscale']: add_unscale(model, torch.zeros(net['n_out']), torch.ones(net['n_out']))
-    if not hasattr(type(model), 'size'): model.size = patch                 # a network of any size is asked at the size of its training
+    # a network of any size is asked at the size of its training
+    if not hasattr(type(model), 'size'):
+        model.size = patch
     return model
 
 def case_loaders(
@@ -90,23 +116,36 @@ def case_loaders(
     device  # torch device
 ):          # DataLoaders without data
     "How a scan or picture is read, cut and labelled, from what the file says"
-    plan,lab,cols = plan_of(meta),from_plain(meta['labels']),from_plain(meta['columns']); task,vocab = lab['task'],lab['vocab']
-    if task not in ('category','multi','regression') or not vocab: raise InputError(f"expected labels of a known kind; found {task!r} of {vocab!r}")
-    masks = meta['network']['head']['masks']; lists = [list(L(lab['cols'])), *map(L, cols)]
+    plan,lab,cols = plan_of(meta),from_plain(meta['labels']),from_plain(meta['columns'])
+    task,vocab = lab['task'],lab['vocab']
+    if task not in ('category','multi','regression') or not vocab:
+        raise InputError(f"expected labels of a known kind; found {task!r} of {vocab!r}")
+    masks = meta['network']['head']['masks']
+    lists = [list(L(lab['cols'])), *map(L, cols)]
     df = pd.DataFrame({c:[] for l in lists for c in l})
     if meta['picture']: load,kind = LoadRadiograph(RadiographPrep(**from_plain(meta['picture']))),TensorRadiograph
-    else: pre = Preprocess.from_json(json.dumps(meta['preprocess'])); load,kind = LoadVolume(pre),TensorVolume
+    else:
+        pre = Preprocess.from_json(json.dumps(meta['preprocess']))
+        load,kind = LoadVolume(pre),TensorVolume
     get = LabelOf(lab['cols'], task, lab['delim'], lab['group'])
-    ys = [TargetNumbers(vocab)] if task=='regression' else [Categorize(vocab=vocab, sort=False)] if task=='category' else [EncodedMultiCategorize(vocab)] if is_listy(lab['cols']) else [MultiCategorize(vocab=vocab), OneHotEncode(len(vocab))]
+    ys = [TargetNumbers(vocab)] if task=='regression' else [Categorize(vocab=vocab,
+            sort=False)] if task=='category' else [EncodedMultiCategorize(vocab)] if is_listy(lab['cols']) else [
+            MultiCategorize(vocab=vocab), OneHotEncode(len(vocab))]
     ykind = dict(category=TensorCategory, multi=TensorMultiCategory, regression=TensorRegression)[task]
-    tls = [TfmdLists(df, [CaseFiles(cols[0], None), load], splits=[[],[]], types=[CaseFiles.input_types, (str,Path,list), kind])]
-    if masks: tls.append(TfmdLists(df, [CaseFiles(cols[1], None), LoadMask(pre)], splits=[[],[]], types=[CaseFiles.input_types, (str,Path,list), TensorVolumeMask]))
+    tls = [TfmdLists(df, [CaseFiles(cols[0], None), load], splits=[[],[]],
+                     types=[CaseFiles.input_types, (str,Path,list), kind])]
+    if masks:
+        tls.append(TfmdLists(df, [CaseFiles(cols[1], None), LoadMask(pre)], splits=[[],[]],
+                             types=[CaseFiles.input_types, (str,Path,list), TensorVolumeMask]))
     tls.append(TfmdLists(df, [get, *ys], splits=[[],[]], types=[LabelOf.input_types, *[object]*(len(ys)-1), ykind]))
-    looks = from_plain(meta['looks']); after = [] if looks is None else [SpatialTfm(**looks)]
+    looks = from_plain(meta['looks'])
+    after = [] if looks is None else [SpatialTfm(**looks)]
     ds = Datasets(tls=tls, n_inp=1)
-    dl = PatchDL(ds.subset(0), bs=plan.get('bs', 16), seed=meta['seed'], device=device, after_item=[] if meta['picture'] else [WholeTransform(plan)], after_batch=after)
+    dl = PatchDL(ds.subset(0), bs=plan.get('bs', 16), seed=meta['seed'], device=device,
+            after_item=[] if meta['picture'] else [WholeTransform(plan)], after_batch=after)
     flat = plan.ndim==2 and not meta['picture']
-    dl._n_inp,dl._types = 1,{tuple:[TensorSlice if flat else kind, *([TensorSliceMask if flat else TensorVolumeMask] if masks else []), ykind]}
+    dl._n_inp,dl._types = 1,{tuple:[TensorSlice if flat else kind,
+                                    *([TensorSliceMask if flat else TensorVolumeMask] if masks else []), ykind]}
     cls = RadiographDataLoaders if meta['picture'] else VolumeDataLoaders if plan.ndim==3 else SliceDataLoaders
     return cls(dl, dl.new(ds.subset(1)), path='.', device=device)
 
@@ -117,11 +156,17 @@ def case_learner(
     network   # plan → network with its weights
 )->CaseLearner: # ready to answer
     "The Learner that a file describes. Raises `InputError`, `KeyError` on what does not fit"
-    dls,net = case_loaders(meta, device),meta['network']; task,vocab = get_labels(dls); plan = case_plan(dls)
+    dls,net = case_loaders(meta, device),meta['network']
+    task,vocab = get_labels(dls)
+    plan = case_plan(dls)
     if net['n_out']!=len(vocab): raise InputError(f"expected {len(vocab)} outputs, one a label; found {net['n_out']}")
-    model = network(plan).to(device).eval(); masks = isinstance(model, MultiTaskNet)
+    model = network(plan).to(device).eval()
+    masks = isinstance(model, MultiTaskNet)
     loss = LabelLoss(task, sd=model.unscale.sd.clone() if hasattr(model, 'unscale') else None)
     if masks: loss = MultiTaskLoss(DiceCELoss(batch=plan.ndim==2), loss)
-    learn = cls(dls, model, loss_func=loss, metrics=(dice_metrics(get_preprocess(dls).vocab) if masks else [])+label_metrics(task, vocab), splitter=param_splitter, lr=2e-3, wd=1e-2, train_bn=False, cbs=[RememberCallback()])
-    learn.arch,learn.arch_args,learn.arch_patch,learn.n_in,learn.n_out,learn.pretrained = net['arch'],from_plain(net['args']),tuple(from_plain(net['patch'])),net['n_in'],net['n_out'],True
+    learn = cls(dls, model, loss_func=loss,
+                metrics=(dice_metrics(get_preprocess(dls).vocab) if masks else [])+label_metrics(task, vocab),
+                splitter=param_splitter, lr=2e-3, wd=1e-2, train_bn=False, cbs=[RememberCallback()])
+    learn.arch,learn.arch_args,learn.arch_patch,learn.n_in,learn.n_out,learn.pretrained = net['arch'],from_plain(
+            net['args']),tuple(from_plain(net['patch'])),net['n_in'],net['n_out'],True
     return learn

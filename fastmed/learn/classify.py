@@ -40,11 +40,15 @@ class CaseEvaluation(pd.DataFrame):
     def _constructor(self): return CaseEvaluation
     def arrays(self): # (targets, predictions, subjects) of the cases that could be read
         "Targets (n,) class ids or (n,k), predictions (n,k) probabilities or numbers, and subjects (n,)"
-        df = self[self.status=='ok']; one = len(self.vocab)==1
-        if self.task=='regression': cols = [('target','pred')] if one else [(f'target_{v}',f'pred_{v}') for v in self.vocab]; t,p = [df[[c[i] for c in cols]].to_numpy(float) for i in (0,1)]
+        df = self[self.status=='ok']
+        one = len(self.vocab)==1
+        if self.task=='regression':
+            cols = [('target','pred')] if one else [(f'target_{v}',f'pred_{v}') for v in self.vocab]
+            t,p = [df[[c[i] for c in cols]].to_numpy(float) for i in (0,1)]
         else:
             p = df[[f'prob_{v}' for v in self.vocab]].to_numpy(float)
-            t = df.target.map({v:i for i,v in enumerate(self.vocab)}).to_numpy(float) if self.task=='category' else df[[f'target_{v}' for v in self.vocab]].to_numpy(float)
+            t = df.target.map({v:i for i,v in enumerate(self.vocab)}).to_numpy(float) if self.task=='category' else df[
+                    [f'target_{v}' for v in self.vocab]].to_numpy(float)
         return t,p,df.subject.to_numpy()
     def summary(self,
         level=.95,   # of the interval
@@ -55,7 +59,8 @@ class CaseEvaluation(pd.DataFrame):
         "Every score with its interval over subjects. Cases that could not be read are counted as failed"
         t,p,g = self.arrays()
         if not len(t): raise InputError("summary: no case could be read")
-        return scores_interval(self.task, self.vocab, t, p, g, ifnone(point, self.point), level, n_boot, seed).assign(failed=len(self)-len(t))
+        return scores_interval(self.task, self.vocab, t, p, g, ifnone(point, self.point), level, n_boot,
+                               seed).assign(failed=len(self)-len(t))
 
 def _tta_draws(sp, n, size, k):
     "What the `k`-th look changes, the same for every case, whatever other threads draw"
@@ -66,7 +71,9 @@ class _Look(Callback):
     order = 12
     def __init__(self, sp, k): self.sp,self.k = sp,k
     def before_batch(self):
-        x = self.xb[0]; kind = TensorVolume if x.ndim==5 else TensorSlice; one = _tta_draws(self.sp, 1, tuple(x.shape[2:]), self.k)
+        x = self.xb[0]
+        kind = TensorVolume if x.ndim==5 else TensorSlice
+        one = _tta_draws(self.sp, 1, tuple(x.shape[2:]), self.k)
         p = {a:None if v is None else v.repeat(len(x), *(1,)*(v.ndim-1)) for a,v in one.items()}
         self.learn.xb = (self.sp.apply(x.as_subclass(kind), p).as_subclass(Tensor),)
 
@@ -88,15 +95,26 @@ class CaseLearner(VolumeLearner, EncoderMixin):
         pre,wt = get_preprocess(self.dls),find_transform(self.dls.train.after_item, PatchTransform)
         fn = item if isinstance(item, (TensorVolume,str,Path,list)) else self._file(item)
         t = fn if isinstance(fn, TensorVolume) else load_volume(fn)
-        if t.affine is None: raise InputError("predict: the tensor has no affine, so its place is unknown. Set `t.affine` first")
+        if t.affine is None:
+            raise InputError("predict: the tensor has no affine, so its place is unknown. Set `t.affine` first")
         n_in = getattr(self, 'n_in', None)
-        if n_in is not None and t.shape[0]!=n_in: raise InputError(f"{(getattr(t, 'meta', None) or {}).get('fn','the tensor')}: the model was trained on {n_in} channel{'s'*(n_in>1)}; found {t.shape[0]}. Give as many, in the order of training")
+        if n_in is not None and t.shape[0]!=n_in:
+            raise InputError(f"{(getattr(t, 'meta', None) or {}).get('fn','the tensor')}: the model was trained on "
+                             f"{n_in} channel{'s'*(n_in>1)}; found {t.shape[0]}. Give as many, in the order of training")
         x = pre(t)
-        if fitted_shape(x.shape[-3:], wt.plan)!=tuple(x.shape[-3:]): warn(f"{(getattr(t, 'meta', None) or {}).get('fn','the scan')}: {'×'.join(map(str, x.shape[-3:]))} voxels are more than the {'×'.join(map(str, wt.plan.patch))} of training: it is made smaller, not cropped")
-        x = fit_in(x, wt.plan); c = list(wt.place(x))
+        if fitted_shape(x.shape[-3:], wt.plan)!=tuple(x.shape[-3:]):
+            warn(f"{(getattr(t, 'meta', None) or {}).get('fn','the scan')}: {'×'.join(map(str, x.shape[-3:]))} voxels "
+                 f"are more than the {'×'.join(map(str, wt.plan.patch))} of training: it is made smaller, not "
+                 f"cropped")
+        x = fit_in(x, wt.plan)
+        c = list(wt.place(x))
         if wt.plan.ndim==3: return wt.patch(x, c).as_subclass(Tensor)[None]
-        a = wt.plan.axis; n = x.shape[a+1]; res = []
-        for i in np.unique(np.linspace(0, n-1, min(n, 32)).round().astype(int)): c[a] = int(i); res.append(wt.patch(x, c).as_subclass(Tensor))
+        a = wt.plan.axis
+        n = x.shape[a+1]
+        res = []
+        for i in np.unique(np.linspace(0, n-1, min(n, 32)).round().astype(int)):
+            c[a] = int(i)
+            res.append(wt.patch(x, c).as_subclass(Tensor))
         return torch.stack(res)
 
     def ready_loss(self,
@@ -113,10 +131,14 @@ class CaseLearner(VolumeLearner, EncoderMixin):
 
     def case_answer(self,
         item,            # as of `case_input`
-        tta=False        # looks to average: a number of small turns and scales of training, the plain one among them, True: 8; or by name, see `tta_views`
+        # looks to average: a number of small turns and scales of training, the plain one among them, True: 8; or by
+        # name, see `tta_views`
+        tta=False
     )->Tensor:           # (n_out,) probabilities, or numbers; of slices the mean
         "The answer for one case. Raises what `case_input` raises"
-        x = self.case_input(item); model = self.model; d = next(model.parameters()).device
+        x = self.case_input(item)
+        model = self.model
+        d = next(model.parameters()).device
         act = getattr(self.loss_func, 'label', self.loss_func)
         ps = []
         with torch.no_grad(), evaluating(model):
@@ -126,17 +148,22 @@ class CaseLearner(VolumeLearner, EncoderMixin):
         return torch.stack(ps).mean(0)
 
     def _looks(self, x, tta):
-        if isinstance(tta, (str,list,tuple,TTA)): yield from batch_looks(self, x, tta); return
+        if isinstance(tta, (str,list,tuple,TTA)):
+            yield from batch_looks(self, x, tta)
+            return
         yield x
         if sp:=self._spatial(tta):
             kind = TensorVolume if x.ndim==5 else TensorSlice
             for k in range(1, (8 if tta is True else int(tta))):
                 one = _tta_draws(sp, 1, tuple(x.shape[2:]), k)
-                yield sp.apply(x.as_subclass(kind), {a:None if v is None else v.repeat(len(x), *(1,)*(v.ndim-1)) for a,v in one.items()}).as_subclass(Tensor)
+                yield sp.apply(x.as_subclass(kind), {a:None if v is None else v.repeat(len(x), *(1,)*(v.ndim-1)) for a,
+                                                     v in one.items()}).as_subclass(Tensor)
 
     def _spatial(self, tta):
         if tta is False or tta is None or isinstance(tta, (str,list,tuple,TTA)): return None
-        if tta is not True and (isinstance(tta, float) or not isinstance(tta, (int,np.integer)) or tta<1): raise InputError(f"tta: expected False, True, a number of looks, names of `tta_views` or a TTA; found {tta!r}")
+        if tta is not True and (isinstance(tta, float) or not isinstance(tta, (int,np.integer)) or tta<1):
+            raise InputError(
+                    f"tta: expected False, True, a number of looks, names of `tta_views` or a TTA; found {tta!r}")
         return first(f for f in getattr(self.dls.train.after_batch, 'fs', L()) if isinstance(f, SpatialTfm))
 
     def predict(self,
@@ -144,10 +171,12 @@ class CaseLearner(VolumeLearner, EncoderMixin):
         rm_type_tfms=None,     # as in fastai; refused, since whole files are read
         with_input:bool=False, # give the input too
         tta=False              # as of `case_answer`
-    )->tuple:                  # decoded answer, answer as a tensor, probabilities (n,) or numbers; before them the input, when asked
+    # decoded answer, answer as a tensor, probabilities (n,) or numbers; before them the input, when asked
+    )->tuple:
         "fastai's `predict` for a file. Raises `FileError`, `InputError` naming the file"
         if rm_type_tfms is not None: raise ArgumentError("predict reads whole files: rm_type_tfms does not apply")
-        p = self.case_answer(item, tta); task,vocab = self.task,self.label_vocab
+        p = self.case_answer(item, tta)
+        task,vocab = self.task,self.label_vocab
         dec = getattr(self.loss_func, 'label', self.loss_func).decodes(p[None])[0]
         if task=='category': res = (str(vocab[int(dec)]), TensorCategory(dec), p)
         elif task=='multi': res = (MultiCategory([v for v,o in zip(vocab, dec) if o]), TensorMultiCategory(dec), p)
@@ -156,31 +185,44 @@ class CaseLearner(VolumeLearner, EncoderMixin):
 
     def evaluate(self,
         df=None,            # one row a case; default: the validation cases
-        point=.5,           # for sensitivity and specificity: a threshold, 'youden', ('sensitivity', .9), see `choose_point`
+        # for sensitivity and specificity: a threshold, 'youden', ('sensitivity', .9), see `choose_point`
+        point=.5,
         tta=False           # as of `case_answer`
     )->CaseEvaluation:      # case, subject, target, pred, prob_<class>…, status
         "Ask for every case, and set the answer beside the truth. A case that cannot be read has its error in `status`; the others go on. Raises the error where none can be read"
         if df is None: df = self.dls.valid_ds.items
-        if not isinstance(df, pd.DataFrame): raise ArgumentError(f"evaluate: expected a DataFrame, one row a case; found {type(df).__name__}")
+        if not isinstance(df, pd.DataFrame):
+            raise ArgumentError(f"evaluate: expected a DataFrame, one row a case; found {type(df).__name__}")
         if not len(df): raise InputError("evaluate: no cases. A loaded Learner holds no data: give it a DataFrame")
-        get = find_transform(self.dls.train_ds.tls[-1].tfms, LabelOf); task,vocab = get_labels(self.dls)
-        if get is None: raise InputError("evaluate: these DataLoaders do not say how a label is read from a row; make them by from_df")
+        get = find_transform(self.dls.train_ds.tls[-1].tfms, LabelOf)
+        task,vocab = get_labels(self.dls)
+        if get is None:
+            raise InputError(
+                    "evaluate: these DataLoaders do not say how a label is read from a row; make them by from_df")
         choose_point([0,1], [0.,1.], point)
         for c in L(get.cols):
-            if c not in df: raise ColumnError(f"evaluate: no column {c!r}, which holds the labels; the DataFrame has {list(df)}")
+            if c not in df:
+                raise ColumnError(f"evaluate: no column {c!r}, which holds the labels; the DataFrame has {list(df)}")
         rows,errs = [],[]
         for name,r in progress_bar(case_rows(df), leave=False):
-            g = getattr(get, 'group', None); row = dict(case=name, subject=str(r[g]) if g and g in r else str(r.get('subject', name)))
+            g = getattr(get, 'group', None)
+            row = dict(case=name, subject=str(r[g]) if g and g in r else str(r.get('subject', name)))
             try:
-                if any(is_blank(r[c]) for c in L(get.cols)) and get.label_delim is None: raise InputError(f"case {name!r} has no {get.cols}")
+                if any(is_blank(r[c]) for c in L(get.cols)) and get.label_delim is None:
+                    raise InputError(f"case {name!r} has no {get.cols}")
                 y = get(r)
-                if task=='category' and y not in vocab: raise InputError(f"case {name!r}: {get.cols} is {y!r}; expected one of {vocab}")
+                if task=='category' and y not in vocab:
+                    raise InputError(f"case {name!r}: {get.cols} is {y!r}; expected one of {vocab}")
                 p = [float(o) for o in self.case_answer(r, tta)]
-                if not all(map(math.isfinite, p)): raise InputError(f"case {name!r}: the network answers NaN or infinity")
+                if not all(map(math.isfinite, p)):
+                    raise InputError(f"case {name!r}: the network answers NaN or infinity")
                 rows.append({**row, **_answer_row(task, vocab, y, p), 'status':'ok'})
-            except (OSError, ValueError) as e: rows.append({**row, 'status':f'error: {e}'}); errs.append(e)
+            except (OSError, ValueError) as e:
+                rows.append({**row, 'status':f'error: {e}'})
+                errs.append(e)
         if len(errs)==len(rows): raise errs[0]
-        res = CaseEvaluation(rows); res = res[[c for c in res if c!='status']+['status']]
+        res = CaseEvaluation(rows)
+        res = res[[c for c in res if c!='status']+['status']]
         res.task,res.vocab,res.point = task,vocab,point
         return res
 
@@ -201,7 +243,9 @@ class CaseLearner(VolumeLearner, EncoderMixin):
     def _for_masks(self, what):
         "A Learner beside this one, with the same network but for its labels"
         model = self.model
-        if not isinstance(model, MultiTaskNet): raise InputError(f"{what}: this Learner was trained on labels alone and gives no masks; use predict or evaluate. Masks and labels: from_df(mask_col=…, label_col=…)")
+        if not isinstance(model, MultiTaskNet):
+            raise InputError(f"{what}: this Learner was trained on labels alone and gives no masks; use predict or "
+                             f"evaluate. Masks and labels: from_df(mask_col=…, label_col=…)")
         res = copy(self)
         res.model,res.n_out = model.net,model.net.n_out
         return res
@@ -212,17 +256,25 @@ class CaseLearner(VolumeLearner, EncoderMixin):
         tta=False              # as of `case_answer`
     )->pd.DataFrame:           # case, file, pred, prob_<class>…, status
         "The answer for every file of a folder. A file that cannot be read is named in `status`; the others go on. Raises `MissingFileError` where nothing matches"
-        fs = sorted(o for o in Path(src).glob(images) if not o.name.startswith('.')); task,vocab = get_labels(self.dls); rows = []
+        fs = sorted(o for o in Path(src).glob(images) if not o.name.startswith('.'))
+        task,vocab = get_labels(self.dls)
+        rows = []
         if not fs: raise MissingFileError(f"{Path(src)/images}: no file matches. Check `src` and `images=`")
         for f in progress_bar(fs, leave=False):
-            try: rows.append({'case':f.name, 'file':str(f), **{k:v for k,v in _answer_row(task, vocab, None, [float(o) for o in self.case_answer(f, tta)]).items() if not k.startswith('target')}, 'status':'ok'})
+            try:
+                rows.append({'case':f.name, 'file':str(f),
+                             **{k:v for k,
+                             v in _answer_row(task, vocab, None, [float(o) for o in self.case_answer(f, tta)]).items()
+                             if not k.startswith('target')}, 'status':'ok'})
             except (OSError, ValueError) as e: rows.append(dict(case=f.name, file=str(f), status=f'error: {e}'))
         return pd.DataFrame(rows)
 
     def tta(self,
         ds_idx:int=1, # of the DataLoaders: 1 is validation
         dl=None,      # DataLoader to go over instead
-        n=8,          # looks: the plain one, and small turns and scales of training; or by name, see `tta_views`, as always where masks are predicted too
+        # looks: the plain one, and small turns and scales of training; or by name, see `tta_views`, as always where
+        # masks are predicted too
+        n=8,
         item_tfms=None,  # as in fastai; refused, since the looks are those of training
         batch_tfms=None, # as in fastai; refused
         beta='mean',     # as of `mix_looks`
@@ -232,12 +284,16 @@ class CaseLearner(VolumeLearner, EncoderMixin):
         "Predictions mixed over several looks. Raises `InputError` on a number of looks that is none"
         refuse_tfms(item_tfms, batch_tfms, **kwargs)
         sp = self._spatial(n)
-        if dl is None: dl = self.dls[ds_idx].new(shuffle=False, drop_last=False, random=False) if isinstance(self.dls[ds_idx], PatchDL) else self.dls[ds_idx]
+        if dl is None:
+            dl = self.dls[ds_idx].new(shuffle=False, drop_last=False, random=False) if isinstance(self.dls[ds_idx],
+                    PatchDL) else self.dls[ds_idx]
         if isinstance(self.model, MultiTaskNet): n = self._mask_looks(n)
-        if n is True and isinstance(self.model, MultiTaskNet) or isinstance(n, (str,list,tuple,TTA)): return tta_preds(self, dl, n, None, beta, use_max, **kwargs)
+        if n is True and isinstance(self.model, MultiTaskNet) or isinstance(n, (str,list,tuple,TTA)):
+            return tta_preds(self, dl, n, None, beta, use_max, **kwargs)
         ps = []
         for k in range((8 if n is True else int(n)) if sp is not None else 1):
-            with chance_kept(next(self.model.parameters()).device, dl): p,t = self.get_preds(dl=dl, cbs=_Look(sp, k) if k else None, **kwargs)
+            with chance_kept(next(self.model.parameters()).device, dl):
+                p,t = self.get_preds(dl=dl, cbs=_Look(sp, k) if k else None, **kwargs)
             ps.append(p)
         return mix_looks(ps[0], ((p,torch.ones(())) for p in ps[1:]), beta, use_max),t
 
@@ -245,7 +301,8 @@ class CaseLearner(VolumeLearner, EncoderMixin):
         "The looks that can be undone on a mask: those asked for by name, else the default ones"
         if isinstance(n, (str,list,tuple,TTA)): return n
         if n is True or n==8: return True
-        raise InputError(f"tta: where masks are predicted too, every look is undone: name them, as in 'flips' or TTA(flips=(0,)); found {n!r}")
+        raise InputError(f"tta: where masks are predicted too, every look is undone: name them, as in 'flips' or "
+                         f"TTA(flips=(0,)); found {n!r}")
 
     def show_worst(self,
         n:int=6,      # cases
@@ -254,26 +311,39 @@ class CaseLearner(VolumeLearner, EncoderMixin):
         **kwargs      # to the picture of each
     ):
         "The cases that the Learner is most wrong about"
-        df = self.dls.valid_ds.items if df is None else df; res = self.evaluate(df) if results is None else results
-        ok = res[res.status=='ok']; t,p,_ = res.arrays()
+        df = self.dls.valid_ds.items if df is None else df
+        res = self.evaluate(df) if results is None else results
+        ok = res[res.status=='ok']
+        t,p,_ = res.arrays()
         err = 1-p[np.arange(len(t)),t.astype(int)] if res.task=='category' else np.abs(t-p).mean(1)
         by = dict(case_rows(df))
         for i,ax in zip(np.argsort(-err, kind='stable')[:n], axes_grid(min(n, len(err)))):
-            r = ok.iloc[i]; x = self.case_input(by[r.case]); x = x[len(x)//2]
-            said = f"{r.target} → {r.pred}" if 'target' in r else ', '.join(f"{v} {r[f'target_{v}']:.4g} → {r[f'pred_{v}']:.4g}" for v in res.vocab)
-            (TensorVolume(x, affine=np.diag([*(get_plan(self.dls).spacing or (1,1,1)),1])) if x.ndim==4 else x.as_subclass(TensorRadiograph if get_prep(self.dls) else TensorSlice)).show(ctx=ax, title=f"{r.case}: {said if 'target' not in r or not isinstance(r.target, float) else f'{r.target:.4g} → {r.pred:.4g}'}", **kwargs)
+            r = ok.iloc[i]
+            x = self.case_input(by[r.case])
+            x = x[len(x)//2]
+            said = f"{r.target} → {r.pred}" if 'target' in r else ', '.join(
+                    f"{v} {r[f'target_{v}']:.4g} → {r[f'pred_{v}']:.4g}" for v in res.vocab)
+            (TensorVolume(x, affine=np.diag([*(get_plan(self.dls).spacing or (1,1,1)),1])) if x.ndim==4
+                    else x.as_subclass(TensorRadiograph if get_prep(self.dls) else TensorSlice)).show(ctx=ax,
+                    title=f"{r.case}: "
+                          f"{said if 'target' not in r or not isinstance(r.target, float) else f'{r.target:.4g} → {r.pred:.4g}'}", **kwargs)
 
 def _answer_row(task, vocab, y, p):
     "The columns of one case"
-    if task=='category': return {'target':y, 'pred':vocab[int(np.argmax(p))], **{f'prob_{v}':o for v,o in zip(vocab, p)}}
+    if task=='category':
+        return {'target':y, 'pred':vocab[int(np.argmax(p))], **{f'prob_{v}':o for v,o in zip(vocab, p)}}
     if task=='multi':
-        hot = [] if y is None else y if len(y)==len(vocab) and all(isinstance(o, float) for o in y) else [float(v in y) for v in vocab]
-        return {**{f'target_{v}':int(o) for v,o in zip(vocab, hot)}, **{f'pred_{v}':int(o>.5) for v,o in zip(vocab, p)}, **{f'prob_{v}':o for v,o in zip(vocab, p)}}
+        hot = [] if y is None else y if len(y)==len(vocab) and all(isinstance(o, float) for o in y) else [float(v in y)
+                for v in vocab]
+        return {**{f'target_{v}':int(o) for v,o in zip(vocab, hot)}, **{f'pred_{v}':int(o>.5) for v,o in zip(vocab, p)},
+                **{f'prob_{v}':o for v,o in zip(vocab, p)}}
     if len(vocab)==1: return {'target':None if y is None else y[0], 'pred':p[0]}
-    return {**({} if y is None else {f'target_{v}':o for v,o in zip(vocab, y)}), **{f'pred_{v}':o for v,o in zip(vocab, p)}}
+    return {**({} if y is None else {f'target_{v}':o for v,o in zip(vocab, y)}),
+            **{f'pred_{v}':o for v,o in zip(vocab, p)}}
 
 @dispatch
-def plot_top_losses(x:TensorVolume|TensorSlice, y:TensorCategory|TensorMultiCategory|TensorRegression|tuple, samples, outs, raws, losses, nrows=None, ncols=None, figsize=None, **kwargs):
+def plot_top_losses(x:TensorVolume|TensorSlice, y:TensorCategory|TensorMultiCategory|TensorRegression|tuple, samples,
+                    outs, raws, losses, nrows=None, ncols=None, figsize=None, **kwargs):
     "The items with the largest losses, the label above and the prediction below"
     axs = show_labelled(samples, outs, axes_grid(len(samples), nrows, ncols, figsize), len(samples), **kwargs)
     for a,l in zip(axs, losses): a.set_title(f'{a.get_title()}\nloss {float(l):.3f}', fontsize=8)
@@ -290,12 +360,16 @@ def _label_loss(dls, task, vocab, weight, label_smoothing, pos_weight, loss):
     t = train_targets(dls)
     if task=='category':
         if pos_weight is not None: raise InputError("pos_weight belongs to several findings; for classes say weight=")
-        return LabelLoss(task, class_weights(weight, vocab, [int((t==i).sum()) for i in range(len(vocab))]), label_smoothing)
+        return LabelLoss(task, class_weights(weight, vocab, [int((t==i).sum()) for i in range(len(vocab))]),
+                         label_smoothing)
     if task=='multi':
-        if isinstance(pos_weight, str) and pos_weight=='balanced': pos_weight = ((len(t)-t.sum(0))/t.sum(0).clamp(min=1))
+        if isinstance(pos_weight, str) and pos_weight=='balanced':
+            pos_weight = ((len(t)-t.sum(0))/t.sum(0).clamp(min=1))
         elif isinstance(pos_weight, (int,float)): pos_weight = [float(pos_weight)]*len(vocab)
-        return LabelLoss(task, class_weights(weight, vocab, [1]*len(vocab)), label_smoothing, class_weights(pos_weight, vocab, None) if pos_weight is not None else None)
-    if label_smoothing or pos_weight is not None: raise InputError("label_smoothing and pos_weight belong to classes; these labels are numbers")
+        return LabelLoss(task, class_weights(weight, vocab, [1]*len(vocab)), label_smoothing,
+                         class_weights(pos_weight, vocab, None) if pos_weight is not None else None)
+    if label_smoothing or pos_weight is not None:
+        raise InputError("label_smoothing and pos_weight belong to classes; these labels are numbers")
     return LabelLoss(task, class_weights(weight, vocab, [1]*len(vocab)), sd=t.std(0).clamp(min=1e-8), loss=loss)
 
 def _loss_of(loss_func, task, masks):
@@ -304,12 +378,16 @@ def _loss_of(loss_func, task, masks):
     if isinstance(loss_func, MultiTaskLoss):
         loss_func.label = as_loss(loss_func.label, task)
         return loss_func
-    if hasattr(loss_func, 'activation') and hasattr(loss_func, 'decodes') and not hasattr(loss_func, 'func'): return loss_func
-    raise InputError("loss_func: masks and labels need a loss of both. Say loss_func=MultiTaskLoss(DiceCELoss(), nn.CrossEntropyLoss()), or leave it out")
+    if hasattr(loss_func, 'activation') and hasattr(loss_func, 'decodes') and not hasattr(loss_func, 'func'):
+        return loss_func
+    raise InputError("loss_func: masks and labels need a loss of both. Say loss_func=MultiTaskLoss(DiceCELoss(), "
+                     "nn.CrossEntropyLoss()), or leave it out")
 
 def classifier_learner(
     dls,                # `VolumeDataLoaders`, `SliceDataLoaders` or `RadiographDataLoaders` with labels
-    arch='resnet18',    # name, see `create_classifier`; or a callable `(n_in, n_out)`; with masks a U-Net, whatever stands here but 'UNet' is refused
+    # name, see `create_classifier`; or a callable `(n_in, n_out)`; with masks a U-Net, whatever stands here but 'UNet'
+    # is refused
+    arch='resnet18',
     ndim:int=None,      # 2 or 3; default: what `dls` holds
     loss_func=None,     # default: `LabelLoss`
     metrics=None,       # default: `label_metrics`
@@ -324,33 +402,51 @@ def classifier_learner(
 )->CaseLearner:         # ready to train
     "A Learner for what a case is: outputs, loss and metrics follow from the labels. Raises `InputError` where `dls` holds none, `ArgumentError` on an argument that nobody takes"
     labels = get_labels(dls)
-    if labels is None: raise InputError("classifier_learner: these DataLoaders hold no labels: say from_df(label_col=…). For masks there are unet3d_learner and unet2d_learner")
+    if labels is None:
+        raise InputError("classifier_learner: these DataLoaders hold no labels: say from_df(label_col=…). For masks "
+                         "there are unet3d_learner and unet2d_learner")
     check_one_input(dls, 'classifier_learner')
-    task,vocab = labels; prep = get_prep(dls); plan = None if prep else get_plan(dls)
-    if plan is not None and find_transform(dls.train.after_item, WholeTransform) is None: raise InputError("classifier_learner: these DataLoaders cut patches, and a label belongs to the whole scan. Say VolumeDataLoaders.from_df(df, label_col=…), "
-                                                                    "or item_tfms=WholeTransform(whole_plan(df)) in the DataBlock")
+    task,vocab = labels
+    prep = get_prep(dls)
+    plan = None if prep else get_plan(dls)
+    if plan is not None and find_transform(dls.train.after_item, WholeTransform) is None:
+        raise InputError("classifier_learner: these DataLoaders cut patches, and a label belongs to the whole scan. "
+                         "Say VolumeDataLoaders.from_df(df, label_col=…), "
+                                                                    "or item_tfms=WholeTransform(whole_plan(df)) in "
+                                                                    "the DataBlock")
     have = 2 if prep else plan.ndim
-    if ndim is not None and ndim!=have: raise InputError(f"ndim={ndim}: these DataLoaders give {'volumes' if have==3 else 'pictures of two axes'}. Leave ndim out, or use {'SliceDataLoaders' if have==3 else 'VolumeDataLoaders'}")
+    if ndim is not None and ndim!=have:
+        raise InputError(f"ndim={ndim}: these DataLoaders give {'volumes' if have==3 else 'pictures of two axes'}. "
+                         f"Leave ndim out, or use {'SliceDataLoaders' if have==3 else 'VolumeDataLoaders'}")
     n_channels = dls.train_ds[0][0].shape[0] if not prep else 1
     n_in = n_channels*(1+2*plan.get('context', 0)) if plan is not None and have==2 else n_channels
     lk = {k:kwargs.pop(k) for k in list(kwargs) if k in LEARNER_ARGS}
     patch = (prep.size,)*2 if prep else tuple(p for a,p in enumerate(plan.patch) if have==3 or a!=plan.axis)
     masks = prep is None and any(find_transform(tl.tfms, LoadMask) for tl in dls.train_ds.tls)
     if masks:
-        if arch not in ('resnet18','UNet') and arch is not UNet: raise InputError(f"arch={arch!r}: with masks and labels together the network is a U-Net; leave arch out")
+        if arch not in ('resnet18','UNet') and arch is not UNet:
+            raise InputError(f"arch={arch!r}: with masks and labels together the network is a U-Net; leave arch out")
         pre,kwargs,arch = get_preprocess(dls),unet_args(plan, kwargs),'UNet'
-        if kwargs.get('deep_supervision'): raise InputError("deep_supervision is not offered with masks and labels together")
+        if kwargs.get('deep_supervision'):
+            raise InputError("deep_supervision is not offered with masks and labels together")
         model = MultiTaskNet(create_model('UNet', n_in, len(pre.vocab), ndim=have, patch=patch, **kwargs), len(vocab))
         if pretrained: print(load_weights(model, pretrained))
     else: model = create_classifier(arch, n_in, len(vocab), have, patch, pretrained, **kwargs)
     if fast: model = make_fast(model)
-    if task=='regression': t = train_targets(dls); model = add_unscale(model, t.mean(0), t.std(0).clamp(min=1e-8))
-    own = _label_loss(dls, task, vocab, weight, label_smoothing, pos_weight, loss) if loss_func is None or masks else None
-    if own is not None and loss_func is None: loss_func = MultiTaskLoss(DiceCELoss(batch=have==2), own) if masks else own
-    elif any(o is not None for o in (weight, pos_weight)) or label_smoothing: raise InputError("weight, label_smoothing and pos_weight belong to the default loss: give them to your loss_func, or leave it out")
+    if task=='regression':
+        t = train_targets(dls)
+        model = add_unscale(model, t.mean(0), t.std(0).clamp(min=1e-8))
+    own = _label_loss(dls, task, vocab, weight, label_smoothing, pos_weight,
+                      loss) if loss_func is None or masks else None
+    if own is not None and loss_func is None:
+        loss_func = MultiTaskLoss(DiceCELoss(batch=have==2), own) if masks else own
+    elif any(o is not None for o in (weight, pos_weight)) or label_smoothing:
+        raise InputError("weight, label_smoothing and pos_weight belong to the default loss: give them to your "
+                         "loss_func, or leave it out")
     loss_func = _loss_of(loss_func, task, masks)
     if metrics is None: metrics = ([*dice_metrics(pre.vocab)] if masks else [])+label_metrics(task, vocab, point)
-    lk = {'lr':2e-3, 'wd':1e-2, 'train_bn':False, 'splitter':param_splitter, **lk, 'cbs':L(lk.get('cbs'))+[RememberCallback(),FrozenNorms()]}
+    lk = {'lr':2e-3, 'wd':1e-2, 'train_bn':False, 'splitter':param_splitter, **lk,
+            'cbs':L(lk.get('cbs'))+[RememberCallback(),FrozenNorms()]}
     learn = CaseLearner(dls, model, loss_func=loss_func, metrics=metrics, **lk)
     learn.n_in,learn.n_out,learn.pretrained = n_channels,len(vocab),bool(pretrained)
     said = lambda o: f"{o.__module__}.{getattr(o, '__qualname__', type(o).__qualname__)}" if callable(o) else o
@@ -366,5 +462,7 @@ def regression_learner(
 )->CaseLearner:      # ready to train
     "`classifier_learner` under the name of what it does to numbers. Raises `InputError` where the labels are classes"
     labels = get_labels(dls)
-    if labels is not None and labels[0]!='regression': raise InputError("regression_learner: these labels are classes; say from_df(y_block='regression') where they are numbers, or use classifier_learner")
+    if labels is not None and labels[0]!='regression':
+        raise InputError("regression_learner: these labels are classes; say from_df(y_block='regression') where they "
+                         "are numbers, or use classifier_learner")
     return classifier_learner(dls, arch, loss=loss, **kwargs)

@@ -32,43 +32,61 @@ def trusted_learner(
     say='trust=True'  # how one says so
 ):                    # Learner
     "The Learner of a pickle, opened only for who trusts its sender. Raises `InputError`"
-    if not trust: raise UnopenedError(f"{fn}: is not a .safetensors file, and a pickle runs whatever its sender put into it. Only where you trust the sender, say {say}; save_model(load_learner(…), 'model.safetensors') makes a file that runs nothing")
+    if not trust:
+        raise UnopenedError(f"{fn}: is not a .safetensors file, and a pickle runs whatever its sender put into it. "
+                            f"Only where you trust the sender, say {say}; save_model(load_learner(…), "
+                            f"'model.safetensors') "
+                            f"makes a file that runs nothing")
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')                              # fastai's, of what was said above
         try: return load_learner(fn)
-        except Exception as e: raise InputError(f"{fn}: not an exported Learner ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})") from e
+        except Exception as e:
+            raise InputError(
+                    f"{fn}: not an exported Learner ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})") from e
 
 # %% ../../nbs/learn/11_ensemble.ipynb #4a28808f
-_lent = ('loss_func','opt_func','lr','wd','cbs','pretrained','arch','arch_args')       # of the first member, for who asks
+# of the first member, for who asks
+_lent = ('loss_func','opt_func','lr','wd','cbs','pretrained','arch','arch_args')
 
 def _opened_sources(o):
     "Learners and files, with folders opened"
     if not isinstance(o, (str,Path)): return [o]
     p = Path(o)
     if not p.is_dir(): return [p]
-    for pats in (('model.safetensors',),('model.pkl',),('*.safetensors',),('*.pkl',),('*/model.safetensors',),('*/model.pkl',)):
+    for pats in (('model.safetensors',),('model.pkl',),('*.safetensors',),('*.pkl',),('*/model.safetensors',),
+            ('*/model.pkl',)):
         if fs:=sorted(f for pat in pats for f in p.glob(pat)): return fs
-    raise MissingFileError(f"{p}: no model in this folder. Expected *.safetensors in it, or folders of finished runs with model.safetensors; or, with trust=True, *.pkl")
+    raise MissingFileError(f"{p}: no model in this folder. Expected *.safetensors in it, or folders of finished runs "
+                           f"with model.safetensors; or, with trust=True, *.pkl")
 
 def _about(learn, name):
     "What must agree among members, and what may differ"
-    if not hasattr(learn, 'predict_volume') or not hasattr(learn, 'dls'): raise InputError(f"Ensemble: {name}: a {type(learn).__name__} is no Learner of fastmed. Make it by unet3d_learner or its like")
-    case = hasattr(learn, 'case_answer'); prep = get_prep(learn.dls) if case else None
+    if not hasattr(learn, 'predict_volume') or not hasattr(learn, 'dls'):
+        raise InputError(f"Ensemble: {name}: a {type(learn).__name__} is no Learner of fastmed. Make it by "
+                         f"unet3d_learner or its like")
+    case = hasattr(learn, 'case_answer')
+    prep = get_prep(learn.dls) if case else None
     pre,plan = prep or get_preprocess(learn.dls),None if prep else get_plan(learn.dls)
-    kind = 'radiographs' if prep else f"{'slices' if plan.ndim==2 else 'volumes'}, patch {'×'.join(map(str, plan.patch))}, spacing {plan.spacing}"
-    return AttrDict(name=name, kind=kind, pre=pre, plan=plan, task=learn.task if case else 'segmentation', structures=None if case else pre.vocab, classes=list(learn.label_vocab) if case else None,
-                    channels=getattr(learn, 'n_in', None), post=tuple(getattr(learn, 'post', None) or ()), bytes=sum(p.numel()*p.element_size() for p in learn.model.state_dict().values()))
+    kind = ('radiographs' if prep else f"{'slices' if plan.ndim==2 else 'volumes'}, patch "
+                                       f"{'×'.join(map(str, plan.patch))}, spacing {plan.spacing}")
+    return AttrDict(name=name, kind=kind, pre=pre, plan=plan, task=learn.task if case else 'segmentation',
+                    structures=None if case else pre.vocab, classes=list(learn.label_vocab) if case else None,
+                    channels=getattr(learn, 'n_in', None), post=tuple(getattr(learn, 'post', None) or ()),
+            bytes=sum(p.numel()*p.element_size() for p in learn.model.state_dict().values()))
 
 class _Together(nn.Module):
     "The networks of several Learners as one module, for who counts parameters or operations"
-    def __init__(self, models): super().__init__(); self.models = nn.ModuleList(models)
+    def __init__(self, models):
+        super().__init__()
+        self.models = nn.ModuleList(models)
     def forward(self, x): return [m(x) for m in self.models]
 
 class Ensemble:
     "Several Learners that answer together: the mean of their probabilities. Raises `ValueError` where structures or channels differ, `OSError` where a file is missing"
     def __init__(self,
         members,         # Learners and files or folders of such, in a list; or one folder
-        lazy:bool=False, # read a member from its file each time and forget it: the weights of one on the device at a time
+        # read a member from its file each time and forget it: the weights of one on the device at a time
+        lazy:bool=False,
         post=None,       # post-processing wherever none is named; default: that of the members
         device=None,     # where the networks of files go; default: fastai's
         arch=None,       # as of `load_model`, for files whose network has no name
@@ -77,35 +95,52 @@ class Ensemble:
         self.device,self.lazy,self.arch,self.trust = torch.device(ifnone(device, default_device())),lazy,arch,trust
         self.sources = [s for o in (members if is_listy(members) else [members]) for s in _opened_sources(o)]
         if not self.sources: raise InputError("Ensemble: expected one member or more; found none")
-        if lazy and (odd:=[o for o in self.sources if not isinstance(o, Path)]): raise InputError(f"Ensemble: lazy=True reads members from files; found a {type(odd[0]).__name__}. Export it first, or leave lazy out")
-        self.names = [o.parent.name if isinstance(o, Path) and o.stem=='model' else f'member {i}' for i,o in enumerate(self.sources)]
+        if lazy and (odd:=[o for o in self.sources if not isinstance(o, Path)]):
+            raise InputError(f"Ensemble: lazy=True reads members from files; found a {type(odd[0]).__name__}. Export "
+                             f"it first, or leave lazy out")
+        self.names = [o.parent.name if isinstance(o, Path) and o.stem=='model' else f'member {i}' for i,
+                      o in enumerate(self.sources)]
         self.kept,self.about,self.seen,self.filed = [],[],{},[]
         for o,name in zip(self.sources, self.names):
             learn = self._read(o) if isinstance(o, Path) else o
-            self.about.append(_about(learn, name)); self.seen.update(getattr(learn, 'seen', {}))
+            self.about.append(_about(learn, name))
+            self.seen.update(getattr(learn, 'seen', {}))
             if not self.kept: self.dls,self.lent = learn.dls,{k:getattr(learn, k) for k in _lent if hasattr(learn, k)}
             if lazy:
-                for c in getattr(learn, 'cbs', ()): c.learn = None           # lent, and the network would stay with them
-            self.kept.append(None if lazy else learn); self.filed.append(WeightFile(learn.model) if isinstance(o, Path) and not lazy else None)
+                # lent, and the network would stay with them
+                for c in getattr(learn, 'cbs', ()):
+                    c.learn = None
+            self.kept.append(None if lazy else learn)
+            self.filed.append(WeightFile(learn.model) if isinstance(o, Path) and not lazy else None)
             del learn
         a0 = self.about[0]
         for a in self.about[1:]:
             for what in ('task','structures','classes','channels'):
-                if a0[what]!=a[what]: raise InputError(f"Ensemble: {a0.name} has the {what} {a0[what]}, {a.name} has {a[what]}. All members must answer the same question")
-            if post is None and a.post!=a0.post: raise InputError(f"Ensemble: {a0.name} post-processes by {a0.post}, {a.name} by {a.post}. Say post= for all; () for none")
+                if a0[what]!=a[what]:
+                    raise InputError(f"Ensemble: {a0.name} has the {what} {a0[what]}, {a.name} has {a[what]}. All "
+                                     f"members must answer the same question")
+            if post is None and a.post!=a0.post:
+                raise InputError(f"Ensemble: {a0.name} post-processes by {a0.post}, {a.name} by {a.post}. Say post= "
+                                 f"for all; () for none")
         self.n_in,self.task,self.post = a0.channels,a0.task,tuple(L(a0.post if post is None else post))
         if self.task!='segmentation':
-            if self.post: raise InputError(f"Ensemble: post-processing belongs to masks; these members answer for cases. Leave post={self.post} out")
+            if self.post:
+                raise InputError(f"Ensemble: post-processing belongs to masks; these members answer for cases. Leave "
+                                 f"post={self.post} out")
             self.__class__ = CaseEnsemble
 
     def _read(self, fn):
         "A Learner from a file, once the one before is gone, and what reading it took given back"
-        release_memory(self.lazy); learn = self._open(fn); release_memory(self.lazy)
+        release_memory(self.lazy)
+        learn = self._open(fn)
+        release_memory(self.lazy)
         return learn
 
     def _open(self, fn):
         if not fn.is_file(): raise MissingFileError(f"{fn}: no such model file")
-        if fn.suffix!='.pkl' and (f:=getattr(self, '_read_'+fn.suffix[1:], None)) is not None: return f(fn)      # of `modelfile` and `onnx`
+        # of `modelfile` and `onnx`
+        if fn.suffix!='.pkl' and (f:=getattr(self, '_read_'+fn.suffix[1:], None)) is not None:
+            return f(fn)
         learn = trusted_learner(fn, self.trust)
         if hasattr(learn, 'model'): learn.model.to(self.device)
         return learn
@@ -124,32 +159,45 @@ class Ensemble:
     def n_out(self): return len(self.vocab)
     def __repr__(self):
         rows = [f"  {f.name}: {f.kind}" for f in self.about]
-        return f"Ensemble of {len(self)}{', read as needed' if self.lazy else ''}: {sum(f.bytes for f in self.about)/1e6:.2f} MB → {', '.join(map(str, self.vocab[self.task=='segmentation':]))}\n"+'\n'.join(rows)
+        return (f"Ensemble of {len(self)}{', read as needed' if self.lazy else ''}: "
+                f"{sum(f.bytes for f in self.about)/1e6:.2f} MB → "
+                f"{', '.join(map(str, self.vocab[self.task=='segmentation':]))}\n"+'\n'.join(rows))
 
     # --- the answer
     def _mean(self, box, overlap, tta, axes, progress, spread):
         "Every member's probabilities of a scan in one `RunningMean`; and the Preprocess and affine of its grid, None where it is the scan's own"
-        t = box.pop(); shape,affine = tuple(t.shape[1:]),t.affine
+        t = box.pop()
+        shape,affine = tuple(t.shape[1:]),t.affine
         grids = [f.pre.grid(shape, affine) for f in self.about]
         common,alike = all(same_grid(*grids[0], *g) for g in grids), all(f.pre==self.about[0].pre for f in self.about)
-        ways = [1 if axes is None or f.plan.ndim==3 and any(g.plan.ndim==2 for g in self.about) else len(slicing_axes(axes, f.plan)) for f in self.about]
+        ways = [1 if axes is None or f.plan.ndim==3 and any(g.plan.ndim==2 for g in self.about)
+                else len(slicing_axes(axes, f.plan)) for f in self.about]
         most = max(f.bytes for f in self.about)
-        plan = self.about[0].plan; main = 0 if not common else plan.axis if plan.ndim==2 else int(np.argmax(grids[0][0]))      # as of `slide_window`
-        m = RunningMean(len(self.vocab), grids[0][0] if common else shape, (sum(ways) if common else len(self))*spread, most, main)
+        # as of `slide_window`
+        plan = self.about[0].plan
+        main = 0 if not common else plan.axis if plan.ndim==2 else int(np.argmax(grids[0][0]))
+        m = RunningMean(len(self.vocab), grids[0][0] if common else shape, (sum(ways) if common else len(self))*spread,
+                        most, main)
         x = self.about[0].pre(t) if alike else None
         if alike: del t
         for i,(f,n,g) in enumerate(zip(self.about, ways, grids)):
-            release_memory(False); learn = self[i]
+            release_memory(False)
+            learn = self[i]
             if not alike: x = f.pre(t)
             own = m if common else RunningMean(len(self.vocab), g[0], most=most)
             def sink(p, axis, first, stop, own=own, n=n):
                 if first==0: own.member(1/n)                              # of each direction
                 own.add(p, axis, first, stop)
-            lab,_ = predict_grid(learn, x, overlap, tta, progress=progress, axes=axes if f.plan.ndim==2 or not any(h.plan.ndim==2 for h in self.about) else None, sink=sink)
+            lab,_ = predict_grid(learn, x, overlap, tta, progress=progress, axes=axes if f.plan.ndim==2
+                                 or not any(h.plan.ndim==2 for h in self.about) else None, sink=sink)
             if common and m.tie is None: m.decides(lab.as_subclass(Tensor))
             if not common:
-                q = RunningMean(len(self.vocab), shape, most=most); m.member()
-                for c in range(len(q.p)): q.p[c] = maps_back(own.p[c:c+1], f.pre, x.affine, shape, affine)[0]; own.release(); q.release()
+                q = RunningMean(len(self.vocab), shape, most=most)
+                m.member()
+                for c in range(len(q.p)):
+                    q.p[c] = maps_back(own.p[c:c+1], f.pre, x.affine, shape, affine)[0]
+                    own.release()
+                    q.release()
                 for (at,),p in q.planes(): m.add(p, 0, at.start, min(at.stop, shape[0]))
             grid_affine = x.affine
             if self.filed[i] is not None: self.filed[i].rest()
@@ -162,17 +210,22 @@ class Ensemble:
         mask = TensorVolumeMask(lab, affine=grid_affine, codes=self.vocab, meta=meta)
         if pre is not None: mask = pre.inverse(mask, shape, affine)
         plans,axis = [f.plan for f in self.about],None
-        if all(p.ndim==2 and p.axis==plans[0].axis for p in plans): axis = own_axis(self.about[0].pre, affine, plans[0].axis)
-        mask = apply_post(mask, self.post if post is None else post, axis); mask.meta = meta
+        if all(p.ndim==2 and p.axis==plans[0].axis for p in plans):
+            axis = own_axis(self.about[0].pre, affine, plans[0].axis)
+        mask = apply_post(mask, self.post if post is None else post, axis)
+        mask.meta = meta
         return mask
 
     def _answer_together(self, box, overlap, tta, proba, post, axes, progress):
         "What `predict_case` asks"
-        t = box[0]; shape,affine,meta = tuple(t.shape[1:]),t.affine,getattr(t, 'meta', {}) or {}; del t
+        t = box[0]
+        shape,affine,meta = tuple(t.shape[1:]),t.affine,getattr(t, 'meta', {}) or {}
+        del t
         m,on = self._mean(box, overlap, tta, axes, progress, False)
         mask = self._finish(m.labels(), on, shape, affine, meta, post)
         if not proba: return mask
-        p = torch.cat([maps_back(m.p[c:c+1].half(), on[0], on[1], shape, affine) for c in range(len(m.p))]) if on[0] is not None else m.p.clone()
+        p = torch.cat([maps_back(m.p[c:c+1].half(), on[0], on[1], shape, affine) for c in range(len(m.p))]) if on[
+                0] is not None else m.p.clone()
         return mask,TensorVolume(p, affine=affine, meta=meta)
 
     def predict_volume(self,
@@ -180,9 +233,12 @@ class Ensemble:
         overlap:float=.5, # share of a window that its neighbour covers too
         tta=False,        # test-time augmentation of each member, see `tta_views`
         proba:bool=False, # give the mean probabilities too
-        post=None,        # a name of `POSTS` such as 'keep_largest', a function, or a list of them, once, on the common answer
-        axes=None,        # 'all', or the array axes of the RAS scan that slice models slice across; default: that of training
-        regrid=False      # DICOM series alone, as in `load_volume`: True puts a tilted or irregular one on an upright box
+        # a name of `POSTS` such as 'keep_largest', a function, or a list of them, once, on the common answer
+        post=None,
+        # 'all', or the array axes of the RAS scan that slice models slice across; default: that of training
+        axes=None,
+        # DICOM series alone, as in `load_volume`: True puts a tilted or irregular one on an upright box
+        regrid=False
     ):                    # `TensorVolumeMask` on the scan's own grid; with `proba` also a `TensorVolume` (n,X,Y,Z)
         "Segment a scan by the mean of all members: the mask has its shape, affine and orientation. Raises `OSError` or `ValueError` naming the file"
         return predict_case(self, fn, overlap, tta, proba, post, axes, regrid=regrid)
@@ -198,9 +254,12 @@ class Ensemble:
     )->Uncertainty:       # mask, entropy, mutual_info, disagreement (1,X,Y,Z), and `table`
         "Segment a scan and say where the members disagree, on its own grid. Raises `OSError` or `ValueError` naming the file"
         t = fn if isinstance(fn, TensorVolume) else load_volume(fn)
-        if t.affine is None or self.n_in not in (None, len(t)): return predict_case(self, t)          # says what is wrong
+        # says what is wrong
+        if t.affine is None or self.n_in not in (None, len(t)):
+            return predict_case(self, t)
         shape,affine,meta = tuple(t.shape[1:]),t.affine,getattr(t, 'meta', {}) or {}
-        box = [t]; del t
+        box = [t]
+        del t
         m,on = self._mean(box, overlap, tta, axes, False, True)
         lab,maps,table = uncertainty_maps(m, self.vocab)
         if on[0] is not None: maps = maps_back(maps, on[0], on[1], shape, affine)
@@ -221,19 +280,29 @@ class Ensemble:
         for name,r in case_rows(df):
             key = dict(case=name, **({'subject':str(r.subject)} if isinstance(r, pd.Series) and 'subject' in r else {}))
             try:
-                u = self.uncertainty(im(r), **kwargs); t = u.table.set_index('structure')
-                rows += [{**key, **s, **t.loc[s['structure']].to_dict()} for s in case_scores(u.mask, case_truth(pre, ms(r), u.mask), self.vocab, u.mask.spacing, tolerance)]
-            except (OSError, ValueError) as e: errs.append(e); rows += [{**key, **s} for s in failed_scores(self.vocab, e)]
+                u = self.uncertainty(im(r), **kwargs)
+                t = u.table.set_index('structure')
+                rows += [{**key, **s, **t.loc[s['structure']].to_dict()} for s in case_scores(u.mask,
+                                                case_truth(pre, ms(r), u.mask), self.vocab, u.mask.spacing, tolerance)]
+            except (OSError, ValueError) as e:
+                errs.append(e)
+                rows += [{**key, **s} for s in failed_scores(self.vocab, e)]
         if rows and len(errs)*(len(self.vocab)-1)==len(rows): raise errs[0]
         return UncertainEvaluation(rows)
 
     def _unseen(self, df):
         "The cases to be judged on; those of the first member that none has seen, where none are given"
         if df is None:
-            df = self.dls.valid_ds.items; seen = set(self.saw(df)) if len(df) else ()
-            df = df[[str(c) not in seen for c,_ in case_rows(df)]] if isinstance(df, pd.DataFrame) else [o for c,o in case_rows(df) if str(c) not in seen]
-            if not len(df): raise InputError("evaluate: there are no validation cases that no member has seen. Give a DataFrame of such")
-        elif odd:=self.saw(df): warn(f"evaluate: {len(odd)} of {len(df)} cases were seen by a member in training (by case or by subject), such as {odd[:5]}. Their scores are too good")
+            df = self.dls.valid_ds.items
+            seen = set(self.saw(df)) if len(df) else ()
+            df = df[[str(c) not in seen for c,_ in case_rows(df)]] if isinstance(df, pd.DataFrame) else [o for c,
+                    o in case_rows(df) if str(c) not in seen]
+            if not len(df):
+                raise InputError(
+                        "evaluate: there are no validation cases that no member has seen. Give a DataFrame of such")
+        elif odd:=self.saw(df):
+            warn(f"evaluate: {len(odd)} of {len(df)} cases were seen by a member in training (by case or by subject), "
+                 f"such as {odd[:5]}. Their scores are too good")
         return df
 
     def get_preds(self,
@@ -241,7 +310,9 @@ class Ensemble:
         dl=None       # DataLoader to go over instead
     )->tuple:         # predictions, targets
         "fastai's `get_preds`, averaged over the members. Raises `ValueError` where they do not prepare a batch alike"
-        if odd:=[a for a in self.about[1:] if a.pre!=self.about[0].pre or a.kind!=self.about[0].kind]: raise InputError(f"get_preds: {odd[0].name} prepares its items otherwise than {self.about[0].name}, so they cannot share a batch. Use predict, which reads the file for each")
+        if odd:=[a for a in self.about[1:] if a.pre!=self.about[0].pre or a.kind!=self.about[0].kind]:
+            raise InputError(f"get_preds: {odd[0].name} prepares its items otherwise than {self.about[0].name}, so "
+                             f"they cannot share a batch. Use predict, which reads the file for each")
         dl,total = self.dls[ds_idx] if dl is None else dl,None
         for i,l in enumerate(self):
             with chance_kept(self.device, dl): p,t = l.get_preds(dl=dl)               # all members see the same patches
@@ -275,18 +346,25 @@ class UncertainCases(CaseEvaluation):
     )->pd.DataFrame: # index measure: rho, rho_low, rho_high, auc, auc_low, auc_high, n, n_worst
         "Does uncertainty find the cases that are wrong? By the probability of the truth, or, of numbers, by the error. Raises `ValueError` on fewer than five cases"
         t,p,g = self.arrays()
-        good = -np.abs(t-p).mean(1) if self.task=='regression' else p[np.arange(len(t)),t.astype(int)] if self.task=='category' else np.where(t>.5, p, 1-p).mean(1)
-        return finds_worst(good, self[self.status=='ok'][[c for c in ('entropy','mutual_info','disagreement','spread') if c in self]], g, **kwargs)
+        good = -np.abs(t-p).mean(1) if self.task=='regression' else p[np.arange(len(t)),
+                t.astype(int)] if self.task=='category' else np.where(t>.5, p, 1-p).mean(1)
+        return finds_worst(good,
+                self[self.status=='ok'][[c for c in ('entropy','mutual_info','disagreement','spread') if c in self]], g,
+                                                     **kwargs)
 
 def case_uncertainty(
     each:Tensor, # (members,n) probabilities, or numbers
     task:str     # 'category', 'multi' or 'regression'
-)->dict:         # entropy, mutual_info (nats) and disagreement (share of members that answer otherwise); of numbers spread, their standard deviation
+# entropy, mutual_info (nats) and disagreement (share of members that answer otherwise); of numbers spread, their
+# standard deviation
+)->dict:
     "How far the members are apart on one case; the mean over several findings or numbers"
     if task=='regression': return dict(spread=float(each.std(0, correction=0).mean()))
-    q = each.T[None] if task=='category' else torch.stack([each.T, 1-each.T], 1)          # (questions, classes, members)
+    # (questions, classes, members)
+    q = each.T[None] if task=='category' else torch.stack([each.T, 1-each.T], 1)
     h,hs = torch.stack([entropy(o.mean(1)) for o in q]).mean(),torch.stack([entropy(o).mean() for o in q]).mean()
-    return dict(entropy=float(h), mutual_info=max(0., float(h-hs)), disagreement=float((q.argmax(1)!=q.mean(2).argmax(1)[:,None]).float().mean()))
+    return dict(entropy=float(h), mutual_info=max(0., float(h-hs)),
+                disagreement=float((q.argmax(1)!=q.mean(2).argmax(1)[:,None]).float().mean()))
 
 class CaseEnsemble(Ensemble):
     "Several `CaseLearner`s that answer together; what `Ensemble` becomes when its members are such"
@@ -303,7 +381,8 @@ class CaseEnsemble(Ensemble):
         tta=False # as of `CaseLearner.case_answer`
     )->Tensor:    # (n_out,) mean probabilities, or numbers
         "The answer for one case. Raises what a member raises"
-        each = [l.case_answer(item, tta) for l in self]; m = each[0]
+        each = [l.case_answer(item, tta) for l in self]
+        m = each[0]
         for i,p in enumerate(each[1:], 2): m = m+(p-m)/i
         if self.heard is not None and torch.isfinite(m).all(): self.heard.append(torch.stack(each))
         return m
@@ -327,13 +406,18 @@ class CaseEnsemble(Ensemble):
         df=None,                # one row a case; default: the validation cases of the first member that none has seen
         point=.5,               # as of `CaseLearner.evaluate`
         tta=False,              # as of `case_answer`
-        uncertainty:bool=False  # add entropy, mutual_info and disagreement, or the spread of numbers: then `finds_worst()`
+        # add entropy, mutual_info and disagreement, or the spread of numbers: then `finds_worst()`
+        uncertainty:bool=False
     )->CaseEvaluation:          # case, subject, target, pred, prob_<class>…, status
         "As `CaseLearner.evaluate`; warns where a member was trained on one of the cases"
         df = self._unseen(df)
-        try: self.heard = [] if uncertainty else None; res = CaseLearner.evaluate(self, df, point, tta); heard = self.heard
+        try:
+            self.heard = [] if uncertainty else None
+            res = CaseLearner.evaluate(self, df, point, tta)
+            heard = self.heard
         finally: self.heard = None
         if not uncertainty: return res
-        u = UncertainCases(res.join(pd.DataFrame([case_uncertainty(o, self.task) for o in heard], index=res.index[res.status=='ok'])))
+        u = UncertainCases(res.join(pd.DataFrame([case_uncertainty(o, self.task) for o in heard],
+                index=res.index[res.status=='ok'])))
         u.task,u.vocab,u.point = res.task,res.vocab,res.point
         return u

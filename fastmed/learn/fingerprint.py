@@ -25,14 +25,18 @@ import hashlib, inspect, os, re
 def _words(o, depth=0):
     "What an object is, in words that are the same in another process"
     if o is None or isinstance(o, (bool,int,str,torch.dtype)): return str(o)
-    if isinstance(o, (float,np.floating)): return f'{o:.6g}'                             # the last digits are those of a machine
+    # the last digits are those of a machine
+    if isinstance(o, (float,np.floating)):
+        return f'{o:.6g}'
     if isinstance(o, (Tensor,np.ndarray)):
         t = torch.as_tensor(o).detach().cpu().as_subclass(Tensor)
-        return _words(t.tolist()) if t.numel()<=16 else f"{'×'.join(map(str, t.shape))} numbers, sum {content_sum([t])[:8]}"
+        return _words(
+                t.tolist()) if t.numel()<=16 else f"{'×'.join(map(str, t.shape))} numbers, sum {content_sum([t])[:8]}"
     if depth>5: return type(o).__qualname__
     if isinstance(o, dict): return '{'+', '.join(f'{k}: {_words(v, depth+1)}' for k,v in o.items())+'}'
     if isinstance(o, (list,tuple,set,L)): return '('+', '.join(_words(v, depth+1) for v in o)+')'
-    if isinstance(o, partial): return f"{_words(o.func, depth+1)}{_words(list(o.args), depth+1)}{_words(o.keywords, depth+1)}"
+    if isinstance(o, partial):
+        return f"{_words(o.func, depth+1)}{_words(list(o.args), depth+1)}{_words(o.keywords, depth+1)}"
     if isinstance(o, type) or not hasattr(o, '__dict__'): return getattr(o, '__qualname__', type(o).__qualname__)
     if callable(o) and hasattr(o, '__code__'): return _function_words(o)
     own = {k:v for k,v in vars(o).items() if not k.startswith('_') and k not in ('learn','training')}
@@ -58,13 +62,15 @@ def rate_words(
     learn # Learner, in its fit
 )->dict:  # name → words
     "Rate, momentum and what else the optimizer is told, in words: as a number, or by its course where it is scheduled"
-    res = {k:_words(vs[0] if len(set(vs))==1 else vs) for k in learn.opt.hypers[0] for vs in [[h[k] for h in learn.opt.hypers]]}
+    res = {k:_words(vs[0] if len(set(vs))==1 else vs) for k in learn.opt.hypers[0]
+           for vs in [[h[k] for h in learn.opt.hypers]]}
     for c in learn.cbs:
         if not isinstance(c, ParamScheduler): continue
         for k,f in c.scheds.items():
             course = [np.atleast_1d(np.asarray(f(p), dtype=float)) for p in np.linspace(0, 1, 41)]
             last = [float(v[-1]) for v in course]
-            res[k] = f"{last[0]:.6g} → {max(last, key=lambda v: abs(v-last[0])):.6g} → {last[-1]:.6g} (course {hashlib.sha256(_words(course).encode()).hexdigest()[:8]})"
+            res[k] = (f"{last[0]:.6g} → {max(last, key=lambda v: abs(v-last[0])):.6g} → {last[-1]:.6g} (course "
+                      f"{hashlib.sha256(_words(course).encode()).hexdigest()[:8]})")
     return res
 
 # %% ../../nbs/learn/04_fingerprint.ipynb #e73f5701
@@ -81,23 +87,30 @@ def _case_facts(ds):
     "[name, what stands behind it] of each case of a side; those that say nothing of themselves have their name alone"
     rows,facts = case_rows(ds.items),[]
     for tl in ds.tls:
-        try: facts.append([_fact(tl, o) for _,o in rows] if rows and _fact(tl, rows[0][1]) is not None else ['']*len(rows))
-        except Exception: facts.append(['']*len(rows))               # whatever cannot be read says so when it is trained on
+        try:
+            facts.append([_fact(tl, o) for _,o in rows] if rows and _fact(tl, rows[0][1]) is not None
+                    else ['']*len(rows))
+        except Exception:
+            # whatever cannot be read says so when it is trained on
+            facts.append(['']*len(rows))
     return [[str(name), *f] for (name,_),*f in zip(rows, *facts)]
 
 def split_facts(
     dls # DataLoaders
 )->dict: # side → a list a case: its name, and what stands behind it
     "The cases of training and validation"
-    return {what:_case_facts(ds) for what,ds in zip(('training cases','validation cases'), (dl.dataset for dl in dls.loaders)) if hasattr(ds, 'tls')}
+    return {what:_case_facts(ds) for what,
+            ds in zip(('training cases','validation cases'), (dl.dataset for dl in dls.loaders)) if hasattr(ds, 'tls')}
 
 def data_words(
     dls # DataLoaders
 )->dict: # setting → words
     "Patch, spacing and preprocessing in words"
     res = {}
-    with suppress(InputError): res.update({k:v for k,v in get_plan(dls).items() if k in ('ndim','patch','axis','context')})
-    with suppress(InputError): res.update({f'preprocessing, {k}':v for k,v in ifnone(get_prep(dls), get_preprocess(dls)).to_dict().items()})
+    with suppress(InputError):
+        res.update({k:v for k,v in get_plan(dls).items() if k in ('ndim','patch','axis','context')})
+    with suppress(InputError):
+        res.update({f'preprocessing, {k}':v for k,v in ifnone(get_prep(dls), get_preprocess(dls)).to_dict().items()})
     return {k:_words(v) for k,v in res.items()}
 
 def _network_words(model):
@@ -113,16 +126,20 @@ def _transform_words(f):
 def _transforms(dl):
     "What happens to a case and to a batch before the network sees it"
     steps = {'item transforms':'after_item', 'batch transforms':'after_batch'}
-    return {k:', '.join(map(_transform_words, getattr(getattr(dl, v, None), 'fs', ()))) or 'none' for k,v in steps.items()}
+    return {k:', '.join(map(_transform_words, getattr(getattr(dl, v, None), 'fs', ()))) or 'none' for k,
+            v in steps.items()}
 
 def fit_words(
     learn # Learner, in its fit
 )->dict:  # setting → words
     "What a fit was told, in words"
     model,opt = get_model(learn.model),learn.opt_func
-    res = dict(epochs=learn.n_epoch, batches=len(learn.dls.train), batch=learn.dls.train.bs, tensors={k:tuple(v.shape) for k,v in model.state_dict().items()}, frozen=getattr(learn.opt, 'frozen_idx', 0),
+    res = dict(epochs=learn.n_epoch, batches=len(learn.dls.train), batch=learn.dls.train.bs,
+            tensors={k:tuple(v.shape) for k,v in model.state_dict().items()},
+            frozen=getattr(learn.opt, 'frozen_idx', 0),
                network=_network_words(model), metrics=[o.name for o in learn.metrics], **_transforms(learn.dls.train),
-               loss=learn.loss_func, optimizer=[type(o).__qualname__ for o in (opt, opt.opt)] if isinstance(opt, OptimWrapper) else opt)
+               loss=learn.loss_func, optimizer=[type(o).__qualname__ for o in (opt, opt.opt)]
+               if isinstance(opt, OptimWrapper) else opt)
     for c in learn.cbs:
         if isinstance(c, BudgetCallback): res['budget'] = f'{c.amount:g} {c.unit}'
         if isinstance(c, GradientAccumulation): res['gradients of'] = f'{c.n_acc} items'
@@ -134,7 +151,8 @@ def fit_words(
 def _case_changes(was, now):
     "How two lists of cases differ, in words"
     a,b = [{o[0]:o[1:] for o in s} for s in (was, now)]
-    parts = {'no longer there':[k for k in a if k not in b], 'new':[k for k in b if k not in a], 'other contents':[k for k in b if k in a and a[k]!=b[k]]}
+    parts = {'no longer there':[k for k in a if k not in b], 'new':[k for k in b if k not in a],
+             'other contents':[k for k in b if k in a and a[k]!=b[k]]}
     told = [f"{k}: {', '.join(v[:3])}{f' and {len(v)-3} more' if len(v)>3 else ''}" for k,v in parts.items() if v]
     return f"{len(was)} then, {len(now)} now ({'; '.join(told) or 'in another order'})"
 
@@ -145,7 +163,8 @@ def fit_changes(
     "Each setting that differs between two fits, as it was then and as it is now"
     a,b = was['settings'],now['settings']
     res = [f"{k}: {_differences(a.get(k, 'none'), b.get(k, 'none'))}" for k in {**a, **b} if a.get(k)!=b.get(k)]
-    return res+[f"{k}: {_case_changes(was['cases'].get(k, []), now['cases'].get(k, []))}" for k in now['cases'] if was['cases'].get(k)!=now['cases'][k]]
+    return res+[f"{k}: {_case_changes(was['cases'].get(k, []), now['cases'].get(k, []))}" for k in now['cases']
+            if was['cases'].get(k)!=now['cases'][k]]
 
 def _differences(a, b, most=200):
     "Two texts, long ones from shortly before they differ"
@@ -161,7 +180,8 @@ def salt_of(
     "What the fingerprints of names are salted with: a digest of the weights, so that the same Learner gives the same file"
     h = hashlib.sha256()
     for v in model.state_dict().values():
-        if isinstance(v, Tensor) and v.numel(): h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        if isinstance(v, Tensor) and v.numel():
+            h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return h.hexdigest()[:16]
 
 def is_sealed(
@@ -177,7 +197,8 @@ def seal_of(
     "A fingerprint as it stands in `learn.seen`"
     return f'sealed:{salt}:{digest}'
 
-def _name_seal(salt, kind, name): return seal_of(salt, hashlib.sha256(f'{salt}{kind}\0{name}'.encode()).hexdigest()[:16])
+def _name_seal(salt, kind, name):
+    return seal_of(salt, hashlib.sha256(f'{salt}{kind}\0{name}'.encode()).hexdigest()[:16])
 def _salts(names): return sorted({o.split(':')[1] for o in names if is_sealed(o)})
 
 def sealed_names(
@@ -185,10 +206,12 @@ def sealed_names(
     salt:str   # of those that are names
 )->dict:       # case → subject, fingerprints alone
     "What `learn.seen` becomes where it leaves the machine"
-    known = {*seen, *seen.values()}; salts = _salts(known)
+    known = {*seen, *seen.values()}
+    salts = _salts(known)
     def seal(kind, name):
         if not name or is_sealed(name): return name
-        return first(o for o in (_name_seal(s, kind, name) for s in salts) if o in known) or _name_seal(salt, kind, name)
+        return first(o for o in (_name_seal(s, kind, name) for s in salts) if o in known) or _name_seal(salt, kind,
+                name)
     return {seal('case', c):seal('subject', s) for c,s in seen.items()}
 
 def was_seen(
@@ -199,7 +222,9 @@ def was_seen(
     cases,subjects = set(seen),set(seen.values())
     salts = _salts(cases|subjects)
     def known(kind, name, among): return name in among or any(_name_seal(s, kind, name) in among for s in salts)
-    def seen_row(c, r): return known('case', c, cases) or isinstance(r, pd.Series) and 'subject' in r and known('subject', str(r.subject), subjects)
+    def seen_row(c, r):
+        return known('case', c, cases) or isinstance(r, pd.Series) and 'subject' in r and known('subject',
+                str(r.subject), subjects)
     return [str(c) for c,r in case_rows(df) if seen_row(str(c), r)]
 
 # %% ../../nbs/learn/04_fingerprint.ipynb #f1a9e002
@@ -224,10 +249,12 @@ def check_kept(
     "Raise `FileError` where a training that was stopped would be lost, or where what stands at its names is no file"
     for fn in (kept, plan):
         if os.path.lexists(fn) and (fn.is_symlink() or not fn.is_file()):
-            raise FileError(f"{fn}: expected a file, which keeps a training that was stopped; found a link, a folder or a pipe. "
+            raise FileError(f"{fn}: expected a file, which keeps a training that was stopped; found a link, a folder "
+                            f"or a pipe. "
                             "Take it away, or give another --out")
     if kept.exists() and not resume and not overwrite:
-        raise FileError(f"{kept}: keeps a training of {out.name} that was stopped. Nothing was changed. Go on with it by --resume, "
+        raise FileError(f"{kept}: keeps a training of {out.name} that was stopped. Nothing was changed. Go on with it "
+                        f"by --resume, "
                         "or remove it and begin anew by --overwrite")
 
 def check_still_free(

@@ -60,7 +60,8 @@ class FastForward:
         x = args[0]
         fmt = {4:torch.channels_last, 5:torch.channels_last_3d}.get(x.ndim)
         c = torch.autocast(x.device.type, torch.bfloat16) if has_bf16(x.device) else contextlib.nullcontext()
-        c.__enter__(); self.entered.stack.append(c)
+        c.__enter__()
+        self.entered.stack.append(c)
         return (x.contiguous(memory_format=fmt) if fmt else x, *args[1:])
     def after(self, m, args, out):
         self.entered.stack.pop().__exit__(None, None, None)
@@ -73,9 +74,11 @@ class FloatWhereShort:
     def __init__(self): self.entered = _Entered()
     def before(self, m, args):
         x = args[0]
-        short = x.device.type=='cpu' and torch.is_autocast_enabled('cpu') and any(n<k for n,k in zip(x.shape[2:], m.kernel_size))
+        short = x.device.type=='cpu' and torch.is_autocast_enabled('cpu') and any(n<k for n,
+                k in zip(x.shape[2:], m.kernel_size))
         c = torch.autocast('cpu', enabled=False) if short else contextlib.nullcontext()
-        c.__enter__(); self.entered.stack.append(c)
+        c.__enter__()
+        self.entered.stack.append(c)
         return (x.float(), *args[1:]) if short else None
     def after(self, m, args, out): self.entered.stack.pop().__exit__(None, None, None)
     def __getstate__(self): return {}
@@ -85,17 +88,20 @@ def make_fast(
     model:nn.Module # 2D or 3D network
 )->nn.Module:       # the same module, hooked
     "Attach `FastForward` to a model and lay its weights out channels-last"
-    if any(isinstance(getattr(h, '__self__', None), FastForward) for h in model._forward_pre_hooks.values()): return model
+    if any(isinstance(getattr(h, '__self__', None), FastForward) for h in model._forward_pre_hooks.values()):
+        return model
     f = FastForward()
     model.register_forward_pre_hook(f.before)
     model.register_forward_hook(f.after, always_call=True)
     g = FloatWhereShort()
     for m in model.modules():
         if isinstance(m, (nn.Conv2d,nn.Conv3d)):
-            m.register_forward_pre_hook(g.before); m.register_forward_hook(g.after, always_call=True)
+            m.register_forward_pre_hook(g.before)
+            m.register_forward_hook(g.after, always_call=True)
         if isinstance(getattr(m, 'vae_down', None), nn.Module): m.vae_down.register_forward_hook(plain_layout)
     for p in model.parameters():
-        if p.ndim in (4,5): p.data = p.data.contiguous(memory_format=torch.channels_last_3d if p.ndim==5 else torch.channels_last)
+        if p.ndim in (4,5):
+            p.data = p.data.contiguous(memory_format=torch.channels_last_3d if p.ndim==5 else torch.channels_last)
     return model
 
 # %% ../../nbs/learn/06_learner.ipynb #cf44dd3f
@@ -106,29 +112,34 @@ def check_known(
 ):
     "Raises `ArgumentError` on an argument that nobody takes"
     known = ('overlap','tta','post','axes',*more)
-    if odd:=sorted(set(kwargs)-set(known)): raise ArgumentError(f"{what}: unknown arguments {odd}; known are {', '.join(known)}")
+    if odd:=sorted(set(kwargs)-set(known)):
+        raise ArgumentError(f"{what}: unknown arguments {odd}; known are {', '.join(known)}")
 
 # %% ../../nbs/learn/06_learner.ipynb #ddf64577
 def _maker(learn, kwargs):
     "What a prediction follows from, the scan left out, as a hash; None where a function takes part, whose name does not tell what it does"
-    h = hashlib.sha256(f"{__version__} {torch.__version__} {sorted(kwargs.items(), key=str)} {getattr(learn, 'post', None)}".encode())
+    h = hashlib.sha256(
+            f"{__version__} {torch.__version__} {sorted(kwargs.items(), key=str)} {getattr(learn, 'post', None)}".encode())
     if any(callable(p) for p in [*L(kwargs.get('post')), *L(getattr(learn, 'post', None))]): return None
     for l in learn if hasattr(learn, '_answer_together') else [learn]:
         h.update(f"{l.model} {dict(get_plan(l.dls))} {get_preprocess(l.dls).to_json()}".encode())
-        for v in l.model.state_dict().values(): h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        for v in l.model.state_dict().values():
+            h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return h.hexdigest()
 
 def _follow_codes(learn, old, new):
     "Metrics named after the codes of DataLoaders take the names of those that replace them. Raises `InputError` where the network was made for another number of codes or labels"
     a,b = [(get_labels(o) or (None,()))[1] for o in (old,new)]
     if a and b and len(a)!=len(b) and getattr(learn, 'n_out', None)==len(a):
-        raise InputError(f"learn.dls: the network was made for {len(a)} labels, {list(a)}; these DataLoaders hold {len(b)}, {list(b)}. Make a new Learner")
+        raise InputError(f"learn.dls: the network was made for {len(a)} labels, {list(a)}; these DataLoaders hold "
+                         f"{len(b)}, {list(b)}. Make a new Learner")
     try: a,b = [get_preprocess(o).vocab for o in (old,new)]
     except InputError: return                                     # no masks: radiographs
     if not a or not b or list(a)==list(b): return
     if len(a)!=len(b):
         if getattr(learn, 'n_out', None)!=len(a): return
-        raise InputError(f"learn.dls: the network was made for {len(a)} codes, {list(a)}; these DataLoaders hold {len(b)}, {list(b)}. Make a new Learner")
+        raise InputError(f"learn.dls: the network was made for {len(a)} codes, {list(a)}; these DataLoaders hold "
+                         f"{len(b)}, {list(b)}. Make a new Learner")
     was,now = metric_names(a),metric_names(b)
     for m in learn.metrics:
         k = getattr(m, 'structure_index', None)
@@ -143,14 +154,16 @@ class Evaluation(pd.DataFrame):
     )->pd.DataFrame:     # mean, sd, median, worst, n, failed, empty
         "A line a structure and one for all. Cases that could not be predicted count as failed"
         df = pd.DataFrame(self)
-        res = summarise(df[~df.status.str.startswith('error')], score) if (~df.status.str.startswith('error')).any() else pd.DataFrame()
+        res = summarise(df[~df.status.str.startswith('error')],
+                score) if (~df.status.str.startswith('error')).any() else pd.DataFrame()
         bad = df[df.status.str.startswith('error')].case.nunique()
         if bad and len(res): res.loc[:, ['n','failed']] += bad
         return res
 
 class VolumeLearner(EncoderMixin, Learner):
     "A `Learner` on patches that answers for whole scans, in their own space"
-    def fit(self, *args, **kwargs):                  # fastai's; a lack of memory is told in its own words, and a loss that is no number stops it
+    # fastai's; a lack of memory is told in its own words, and a loss that is no number stops it
+    def fit(self, *args, **kwargs):
         self.loss_func = self.ready_loss(self.loss_func)
         self.ready_mixing(kwargs.get('cbs', args[3] if len(args)>3 else None))
         with memory_explained(self), self.added_cbs(FiniteCallback()): return super().fit(*args, **kwargs)
@@ -177,8 +190,10 @@ class VolumeLearner(EncoderMixin, Learner):
         tta=False,        # test-time augmentation: True, names, axes to flip or a `TTA`, see `tta_views`
         proba:bool=False, # give probabilities too
         post=None,        # a name of `POSTS` such as 'keep_largest', a function, or a list of them
-        axes=None,        # slice models: 'all', or the array axes of the RAS scan to slice across and average; default: that of training
-        regrid=False      # DICOM series alone, as in `load_volume`: True puts a tilted or irregular one on an upright box
+        # slice models: 'all', or the array axes of the RAS scan to slice across and average; default: that of training
+        axes=None,
+        # DICOM series alone, as in `load_volume`: True puts a tilted or irregular one on an upright box
+        regrid=False
     ):                    # `TensorVolumeMask` on the scan's own grid; with `proba` also a `TensorVolume` (n,X,Y,Z)
         "Segment a scan: the mask has its shape, affine and orientation. Raises `OSError` or `ValueError` naming the file"
         return predict_case(self, fn, overlap, tta, proba, post, axes, regrid=regrid)
@@ -199,29 +214,39 @@ class VolumeLearner(EncoderMixin, Learner):
         src,                       # folder of images
         dst,                       # folder for the masks, made where it is missing
         images:str='*.nii.gz',     # pattern; `case_0000`, `case_0001` … are channels
-        overwrite:bool=False,      # predict all anew, and replace files in `dst` that fastmed did not write or that were changed since; never a source
+        # predict all anew, and replace files in `dst` that fastmed did not write or that were changed since; never a
+        # source
+        overwrite:bool=False,
         channels=None,             # files that make a case; see `scan_folder`
         **kwargs                   # of `predict_volume`, `proba` left out
     )->pd.DataFrame:               # case, mask, status
         "Segment every scan of a folder into `dst/<case>.nii.gz`; stopped and called again, it goes on. A scan that cannot be predicted is named in `status`; the others go on. Raises `OSError` where `dst` cannot be written or holds what would be lost"
-        if kwargs.get('proba'): raise InputError("predict_folder writes masks; use predict_volume(fn, proba=True) for probabilities")
-        if 'again' in kwargs: raise ArgumentError("predict_folder: again= is not known. Say overwrite=True, which predicts all anew")
+        if kwargs.get('proba'):
+            raise InputError("predict_folder writes masks; use predict_volume(fn, proba=True) for probabilities")
+        if 'again' in kwargs:
+            raise ArgumentError("predict_folder: again= is not known. Say overwrite=True, which predicts all anew")
         check_known('predict_folder', kwargs, 'regrid')
         dst,rows = Path(dst),[]
         df,maker = scan_folder(src, images, masks=None, channels=channels),_maker(self, kwargs)
         sources,first_out = [o for files in df.image for o in L(files)],dst/f'{df.case[0]}.nii.gz'
         check_free([dst/f'{c}.nii.gz' for c in df.case], sources, overwrite)
-        with writing(first_out), beside(first_out): pass                 # a disk that refuses says so before the first prediction
+        # a disk that refuses says so before the first prediction
+        with writing(first_out), beside(first_out):
+            pass
         for _,r in progress_bar(list(df.iterrows())):
             out = dst/f'{r.case}.nii.gz'
             try:
-                with writing(out), contextlib.suppress(FileNotFoundError): os.lstat(out)         # a name that is too long says so now
-                key = hashlib.sha256(repr([maker, *[file_digest(o) for o in L(r.image)]]).encode()).hexdigest()[:32] if maker else '-'
+                # a name that is too long says so now
+                with writing(out), contextlib.suppress(FileNotFoundError):
+                    os.lstat(out)
+                key = hashlib.sha256(repr([maker, *[file_digest(o) for o in L(r.image)]]).encode()).hexdigest()[
+                        :32] if maker else '-'
                 m = None
                 if overwrite or not maker or prediction_key(out)!=key:
                     m = self.predict_volume(r.image, **kwargs)
                     check_free([out], sources, overwrite)
-            except (OSError, ValueError, MemoryError) as e: rows.append(dict(case=r.case, mask=None, status=f'error: {e}'))
+            except (OSError, ValueError, MemoryError) as e:
+                rows.append(dict(case=r.case, mask=None, status=f'error: {e}'))
             else:
                 if m is not None: save_prediction(m, out, key)
                 rows.append(dict(case=r.case, mask=str(out), status='ok'))
@@ -239,7 +264,8 @@ class VolumeLearner(EncoderMixin, Learner):
         codes,rows,errs = get_preprocess(self.dls).vocab,[],[]
         for name,_,pred,truth,e in predicted_cases(self, df, True, **kwargs):
             if e: errs.append(e)
-            rows += [dict(case=name, **s) for s in (failed_scores(codes, e) if e else case_scores(pred, truth, codes, pred.spacing, tolerance))]
+            rows += [dict(case=name, **s) for s in (failed_scores(codes, e) if e else case_scores(pred, truth, codes,
+                    pred.spacing, tolerance))]
         if len(errs)==len(df): raise errs[0]
         return Evaluation(rows)
 
@@ -256,7 +282,8 @@ class VolumeLearner(EncoderMixin, Learner):
         pre,(im,ms) = get_preprocess(self.dls),case_columns(self.dls)
         by = dict(case_rows(df))
         for c in names:
-            t = load_volume(im(by[c])); pred = predict_case(self, t, progress=False)
+            t = load_volume(im(by[c]))
+            pred = predict_case(self, t, progress=False)
             truth = case_truth(pre, ms(by[c]), pred)
             d = pd.DataFrame(results).query('case==@c').set_index('structure').dice
             title = f"{c}: "+', '.join(f'{k} {v:.3f}' for k,v in d.items())
@@ -267,10 +294,13 @@ class VolumeLearner(EncoderMixin, Learner):
         **kwargs # of fastai's `save_model`
     )->Path:     # the file
         "fastai's `save`, whole or not at all. Raises `InputError` where weights are not finite"
-        with writing(self.path/self.model_dir/str(file)): fn = Path(join_path_file(file, self.path/self.model_dir, ext='.pth'))
+        with writing(self.path/self.model_dir/str(file)):
+            fn = Path(join_path_file(file, self.path/self.model_dir, ext='.pth'))
         if rank_distrib(): return fn                              # of several processes the first one writes
         check_finite(self.model, fn, getattr(self, 'opt', None) if kwargs.get('with_opt', True) else None)
-        with whole_file(fn) as tmp: save_model(tmp, getattr(self.model, '_orig_mod', self.model), getattr(self, 'opt', None), **kwargs)    # of a compiled network, as of a plain one
+        # of a compiled network, as of a plain one
+        with whole_file(fn) as tmp:
+            save_model(tmp, getattr(self.model, '_orig_mod', self.model), getattr(self, 'opt', None), **kwargs)
         return fn
 
     def export(self,
@@ -286,7 +316,8 @@ class VolumeLearner(EncoderMixin, Learner):
         try:
             with evaluating(self.model), whole_file(Path(path)/fname) as tmp: super().export(tmp.resolve(), **kwargs)
         finally:
-            self.dls = dls; self.opt = ifnone(self.opt, opt)
+            self.dls = dls
+            self.opt = ifnone(self.opt, opt)
             if names: self.seen = names
 
     def fit_for(self,
@@ -295,7 +326,8 @@ class VolumeLearner(EncoderMixin, Learner):
         **kwargs           # of `fit_one_cycle`
     ):
         "One-cycle training that ends after `minutes`; it says before how many updates that will be. The schedule follows the share of time, so two runs are not bit-identical. Raises `ValueError` on 0"
-        self.fit_one_cycle(1_000_000, lr_max, cbs=L(kwargs.pop('cbs', None))+L(PaceCallback(minutes), BudgetCallback(minutes)), **kwargs)
+        self.fit_one_cycle(1_000_000, lr_max, cbs=L(kwargs.pop('cbs', None))+L(PaceCallback(minutes),
+                                                               BudgetCallback(minutes)), **kwargs)
 
     def tta(self,
         ds_idx:int=1,    # of the DataLoaders: 1 is validation
@@ -303,7 +335,8 @@ class VolumeLearner(EncoderMixin, Learner):
         n:int=None,      # views besides the plain one; default: all of `tta`
         item_tfms=None,  # as in fastai; refused, since a random transform cannot be undone
         batch_tfms=None, # as in fastai; refused
-        beta='mean',     # 'mean': the plain view is one of them; its share, fastai's is 0.25; None: give (mean of the others, plain)
+        # 'mean': the plain view is one of them; its share, fastai's is 0.25; None: give (mean of the others, plain)
+        beta='mean',
         use_max=False,   # the largest of all views instead of a mean
         tta=True,        # see `tta_views`
         **kwargs         # of `get_preds`
@@ -318,12 +351,15 @@ class VolumeLearner(EncoderMixin, Learner):
         super().__setattr__(k, v)
 
 @dispatch
-def plot_top_losses(x:TensorVolume|TensorSlice, y:TensorVolumeMask|TensorSliceMask, samples, outs, raws, losses, nrows=None, ncols=None, figsize=None, **kwargs):
+def plot_top_losses(x:TensorVolume|TensorSlice, y:TensorVolumeMask|TensorSliceMask, samples, outs, raws, losses,
+                    nrows=None, ncols=None, figsize=None, **kwargs):
     "The patches with the largest losses, truth solid and prediction dashed"
-    for s,o,l,ax in zip(samples, outs, losses, axes_grid(len(samples), nrows, ncols, figsize)): show_plane(s[0], s[1], pred=o[0], ctx=ax, title=f'loss {float(l):.3f}', **kwargs)
+    for s,o,l,ax in zip(samples, outs, losses, axes_grid(len(samples), nrows, ncols, figsize)):
+        show_plane(s[0], s[1], pred=o[0], ctx=ax, title=f'loss {float(l):.3f}', **kwargs)
 
 # %% ../../nbs/learn/06_learner.ipynb #e3eff9c0
-LEARNER_ARGS = tuple(k for k in inspect.signature(Learner.__init__).parameters if k not in ('self','dls','model','loss_func','metrics'))
+LEARNER_ARGS = tuple(k for k in inspect.signature(Learner.__init__).parameters if k not in ('self','dls','model',
+        'loss_func','metrics'))
 
 # %% ../../nbs/learn/06_learner.ipynb #e45813bf
 def unet_args(
@@ -336,14 +372,20 @@ def unet_args(
 
 def _unet_learner(ndim, dls, arch, loss_func, metrics, pretrained, fast, n_out, kwargs):
     plan,pre = get_plan(dls),get_preprocess(dls)
-    if get_labels(dls) is not None: raise InputError(f"unet{ndim}d_learner: these DataLoaders hold labels of cases: use classifier_learner, which learns the mask too where there is one")
+    if get_labels(dls) is not None:
+        raise InputError(f"unet{ndim}d_learner: these DataLoaders hold labels of cases: use classifier_learner, which "
+                         f"learns the mask too where there is one")
     check_one_input(dls, f'unet{ndim}d_learner')
-    if plan.ndim!=ndim: raise InputError(f"unet{ndim}d_learner: these DataLoaders give {'slices' if plan.ndim==2 else 'volumes'}: use unet{plan.ndim}d_learner")
-    if pre.vocab is None: raise InputError("unet_learner: the masks have no codes. Say VolumeMaskBlock(codes), or from_df(codes=…)")
+    if plan.ndim!=ndim:
+        raise InputError(f"unet{ndim}d_learner: these DataLoaders give {'slices' if plan.ndim==2 else 'volumes'}: use "
+                         f"unet{plan.ndim}d_learner")
+    if pre.vocab is None:
+        raise InputError("unet_learner: the masks have no codes. Say VolumeMaskBlock(codes), or from_df(codes=…)")
     n_channels = dls.train_ds[0][0].shape[0]
     n_in = n_channels*(1+2*plan.get('context', 0) if ndim==2 else 1)
     n_out = ifnone(n_out, len(pre.vocab))
-    if n_out==1 and len(pre.vocab)!=2: raise InputError(f"n_out=1 is a sigmoid for one structure; the masks have {len(pre.vocab)-1}")
+    if n_out==1 and len(pre.vocab)!=2:
+        raise InputError(f"n_out=1 is a sigmoid for one structure; the masks have {len(pre.vocab)-1}")
     lk = {k:kwargs.pop(k) for k in list(kwargs) if k in LEARNER_ARGS}
     patch = tuple(p for p in plan.patch if ndim==3 or p>1)
     if arch is UNet or arch=='UNet': kwargs = unet_args(plan, kwargs)
@@ -351,24 +393,33 @@ def _unet_learner(ndim, dls, arch, loss_func, metrics, pretrained, fast, n_out, 
     model,report = create_network(arch, n_in, n_out, ndim=ndim, patch=patch, pretrained=pretrained, **kwargs)
     if report: print(report)
     if ifnone(fast, plan.get('fast', True)): model = make_fast(model)
-    loss_func = as_loss(ifnone(loss_func, DiceCELoss(batch=ndim==2)), 'mask', n_out)          # most slices lack a structure: Dice of one says little, so slices sum over the batch
+    # most slices lack a structure: Dice of one says little, so slices sum over the batch
+    loss_func = as_loss(ifnone(loss_func, DiceCELoss(batch=ndim==2)), 'mask', n_out)
     if getattr(model, 'deep_supervision', False): loss_func = DeepSupervisionLoss(loss_func)
-    lk = {'lr':3e-3, 'wd':1e-2, 'train_bn':False, 'splitter':param_splitter, **lk, 'cbs':L(lk.get('cbs'))+[GradientClip(12.), RememberCallback(), FrozenNorms(), MemoryCallback()]}
+    lk = {'lr':3e-3, 'wd':1e-2, 'train_bn':False, 'splitter':param_splitter, **lk,
+            'cbs':L(lk.get('cbs'))+[GradientClip(12.), RememberCallback(), FrozenNorms(), MemoryCallback()]}
     learn = VolumeLearner(dls, model, loss_func=loss_func, metrics=ifnone(metrics, dice_metrics(pre.vocab)), **lk)
     learn.n_in,learn.n_out,learn.pretrained = n_channels,n_out,bool(pretrained)
     said = lambda o: f"{o.__module__}.{getattr(o, '__qualname__', type(o).__qualname__)}" if callable(o) else o
-    learn.arch,learn.arch_args,learn.arch_patch = said(arch),{k:said(v) for k,v in kwargs.items()},patch      # in words: `save_model` builds it anew from these
+    # in words: `save_model` builds it anew from these
+    learn.arch,learn.arch_args,learn.arch_patch = said(arch),{k:said(v) for k,v in kwargs.items()},patch
     return learn
 
 def unet3d_learner(
     dls,               # `VolumeDataLoaders`, or DataLoaders with a `VolumeBlock` and a `PatchTransform`
-    arch=UNet,         # ours, any callable `(n_in, n_out)`, a MONAI network by name, or an encoder's name such as 'resnet34': see `encoder_names`
+    # ours, any callable `(n_in, n_out)`, a MONAI network by name, or an encoder's name such as 'resnet34': see
+    # `encoder_names`
+    arch=UNet,
     loss_func=None,    # default: `DiceCELoss()`
     metrics=None,      # default: `dice_metrics(codes)`
     pretrained=None,   # file of weights to start from; True: timm's, for an encoder of timm's
-    fast:bool=None,    # channels-last and bfloat16 where the machine has it; False: plain float32; default: as the plan found quicker, else True
+    # channels-last and bfloat16 where the machine has it; False: plain float32; default: as the plan found quicker,
+    # else True
+    fast:bool=None,
     n_out:int=None,    # channels of the logits; default: the number of codes; 1: a sigmoid for one structure
-    **kwargs           # of the network (`nf`, `depth`; `as_rgb`, `levels` of encoders; …) and of `Learner` (`lr`, `cbs`, `opt_func`, …), by name
+    # of the network (`nf`, `depth`; `as_rgb`, `levels` of encoders; …) and of `Learner` (`lr`, `cbs`, `opt_func`, …),
+    # by name
+    **kwargs
 )->VolumeLearner:      # ready to train
     "A 3D U-Net Learner: inputs, outputs, loss and metrics follow from `dls`. Raises `TypeError` on an argument that nobody takes"
     return _unet_learner(3, dls, arch, loss_func, metrics, pretrained, fast, n_out, kwargs)
@@ -376,11 +427,15 @@ def unet3d_learner(
 @delegates(unet3d_learner, keep=True)
 def unet2d_learner(
     dls,               # `SliceDataLoaders`, or DataLoaders with a `SliceBlock` and a `PatchTransform`
-    arch=UNet,         # ours, any callable `(n_in, n_out)`, a MONAI network by name, or an encoder's name such as 'resnet34': see `encoder_names`
+    # ours, any callable `(n_in, n_out)`, a MONAI network by name, or an encoder's name such as 'resnet34': see
+    # `encoder_names`
+    arch=UNet,
     loss_func=None,    # default: `DiceCELoss(batch=True)`, its Dice summed over the batch, as nnU-Net does in 2D
     metrics=None,      # default: `dice_metrics(codes)`
     pretrained=None,   # file of weights to start from; True: timm's, for an encoder of timm's
-    fast:bool=None,    # channels-last and bfloat16 where the machine has it; False: plain float32; default: as the plan found quicker, else True
+    # channels-last and bfloat16 where the machine has it; False: plain float32; default: as the plan found quicker,
+    # else True
+    fast:bool=None,
     n_out:int=None,    # channels of the logits; default: the number of codes; 1: a sigmoid for one structure
     **kwargs           # as of `unet3d_learner`
 )->VolumeLearner:      # ready to train

@@ -27,10 +27,12 @@ class SegLoss(nn.Module):
         thresh:float=.5         # Of a sigmoid's decision
     ):
         super().__init__()
-        if reduction not in ('mean','none'): raise InputError(f"reduction: expected 'mean' or 'none', found {reduction!r}")
+        if reduction not in ('mean','none'):
+            raise InputError(f"reduction: expected 'mean' or 'none', found {reduction!r}")
         weight = None if weight is None else torch.as_tensor(weight, dtype=torch.float32)
         if weight is not None and (weight.ndim!=1 or (weight<0).any() or not weight.sum()>0):
-            raise InputError(f"weight: expected one number a class, none negative and not all zero, found {weight.tolist()}")
+            raise InputError(
+                    f"weight: expected one number a class, none negative and not all zero, found {weight.tolist()}")
         self.register_buffer('weight', weight)
         self.ignore_index,self.reduction,self.thresh = ignore_index,reduction,thresh
 
@@ -54,20 +56,28 @@ class SegLoss(nn.Module):
     def _prepare(self, pred, targ):
         name = type(self).__name__
         if isinstance(pred, (list,tuple)):
-            raise ArgumentError(f"{name}: found {len(pred)} predictions (deep supervision?), expected one tensor; wrap the loss in DeepSupervisionLoss")
+            raise ArgumentError(f"{name}: found {len(pred)} predictions (deep supervision?), expected one tensor; wrap "
+                                f"the loss in DeepSupervisionLoss")
         pred,targ = (o.as_subclass(Tensor) for o in (pred,targ))
         if pred.ndim<3 or targ.shape!=(len(pred),*pred.shape[2:]):
             want = (len(pred),*pred.shape[2:])
-            raise InputError(f"{name}: prediction (B,C,*S) is {tuple(pred.shape)}, so the target must be {want}, found {tuple(targ.shape)}")
-        if targ.is_floating_point(): raise ArgumentError(f"{name}: expected class ids (integer or bool), found {targ.dtype}")
+            raise InputError(f"{name}: prediction (B,C,*S) is {tuple(pred.shape)}, so the target must be {want}, found "
+                             f"{tuple(targ.shape)}")
+        if targ.is_floating_point():
+            raise ArgumentError(f"{name}: expected class ids (integer or bool), found {targ.dtype}")
         z,t,C = pred.flatten(2),targ.flatten(1),max(pred.shape[1], 2)
-        if self.weight is not None and len(self.weight)!=C: raise InputError(f"{name}: {len(self.weight)} class weights for {C} classes")
+        if self.weight is not None and len(self.weight)!=C:
+            raise InputError(f"{name}: {len(self.weight)} class weights for {C} classes")
         keep = None if self.ignore_index is None else t!=self.ignore_index
         if keep is not None: t = t.masked_fill(~keep, 0)
-        if not t.is_cuda and t.dtype!=torch.bool and t.numel() and (t.amax()>=C or t.amin()<0): # on a GPU the look would wait for the device
-            raise InputError(f"{name}: labels {t.unique().tolist()[-4:]} found, expected 0 to {C-1}; map them by their codes, or give `ignore_index`")
+        # on a GPU the look would wait for the device
+        if not t.is_cuda and t.dtype!=torch.bool and t.numel() and (t.amax()>=C or t.amin()<0):
+            raise InputError(f"{name}: labels {t.unique().tolist()[-4:]} found, expected 0 to {C-1}; map them by their "
+                             f"codes, or give `ignore_index`")
         if z.dtype!=torch.float64: z = z.float()
-        logp = torch.stack([F.logsigmoid(-z[:,0]), F.logsigmoid(z[:,0])], 1) if z.shape[1]==1 else F.logsigmoid(z) if self.normalization=='sigmoid' else z.log_softmax(1)
+        logp = torch.stack([F.logsigmoid(-z[:,0]), F.logsigmoid(z[:,0])],
+                           1) if z.shape[1]==1 else F.logsigmoid(z) if self.normalization=='sigmoid' else z.log_softmax(
+                1)
         t = t.long()
         oh = t[:,None]==torch.arange(C, device=t.device)[None,:,None]
         return logp,(oh if keep is None else oh & keep[:,None]),t,keep
@@ -85,7 +95,8 @@ class SegLoss(nn.Module):
     def decodes(self, x:Tensor)->Tensor: # (B,C,*S) probabilities to (B,*S) class ids
         "The likeliest class, or what lies above `thresh` where there is one channel."
         return (x[:,0]>self.thresh).long() if x.shape[1]==1 else x.argmax(1)
-    def extra_repr(self): return ', '.join(f'{k}={v}' for k,v in vars(self).items() if not k.startswith('_') and k!='training')
+    def extra_repr(self):
+        return ', '.join(f'{k}={v}' for k,v in vars(self).items() if not k.startswith('_') and k!='training')
 
 # %% ../../nbs/learn/01_losses.ipynb #3546fc6e
 def _overlap(logp, oh, keep):
@@ -108,7 +119,8 @@ class TverskyLoss(SegLoss):
         thresh:float=.5               # Of a sigmoid's decision
     ):
         super().__init__(weight, ignore_index, reduction, thresh)
-        if min(alpha,beta)<0 or smooth<0: raise InputError(f"alpha, beta and smooth: expected 0 or more, found {alpha}, {beta}, {smooth}")
+        if min(alpha,beta)<0 or smooth<0:
+            raise InputError(f"alpha, beta and smooth: expected 0 or more, found {alpha}, {beta}, {smooth}")
         self.alpha,self.beta,self.smooth,self.batch,self.include_background = alpha,beta,smooth,batch,include_background
 
     def items(self, logp, oh, t, keep): return self._ratio(*_overlap(logp, oh, keep))
@@ -133,10 +145,13 @@ class DiceLoss(TverskyLoss):
         ignore_index:int=None,        # Voxels of this label count nowhere
         reduction:str='mean',         # 'mean' over items, or 'none' for (B,)
         thresh:float=.5,              # Of a sigmoid's decision
-        normalization:str='softmax'   # Of several channels: 'softmax', the classes share each voxel; 'sigmoid', each class for itself
+        # Of several channels: 'softmax', the classes share each voxel; 'sigmoid', each class for itself
+        normalization:str='softmax'
     ):
         super().__init__(.5, .5, smooth, batch, include_background, weight, ignore_index, reduction, thresh)
-        if normalization not in ('softmax','sigmoid'): raise InputError(f"normalization: expected 'softmax' or 'sigmoid', found {normalization!r}. A network of fastmed gives logits, so there is no 'none'")
+        if normalization not in ('softmax','sigmoid'):
+            raise InputError(f"normalization: expected 'softmax' or 'sigmoid', found {normalization!r}. A network of "
+                             f"fastmed gives logits, so there is no 'none'")
         self.normalization = normalization
 
 # %% ../../nbs/learn/01_losses.ipynb #3d004152
@@ -173,7 +188,8 @@ class FocalLoss(SegLoss):
         self.gamma = gamma
     def items(self, logp, oh, t, keep):
         lt = logp.gather(1, t[:,None])[:,0]
-        return self._voxels(-lt if self.gamma==0 else -lt*(-lt.expm1()).clamp_min(1e-12)**self.gamma, t, keep) # expm1: 1-p, exact near 1
+        # expm1: 1-p, exact near 1
+        return self._voxels(-lt if self.gamma==0 else -lt*(-lt.expm1()).clamp_min(1e-12)**self.gamma, t, keep)
 
 # %% ../../nbs/learn/01_losses.ipynb #5d0b7c11
 _flat_loss = BaseLoss.__call__
@@ -186,14 +202,17 @@ def __call__(self:BaseLoss,
 ):           # the loss
     "fastai's, and of volumes too: prediction and mask are rows of voxels in one order"
     volumes = isinstance(inp, Tensor) and inp.ndim==5 and targ.ndim==4 and self.axis==1
-    return _flat_loss(self, inp.flatten(2), targ.flatten(1), **kwargs) if volumes else _flat_loss(self, inp, targ, **kwargs)
+    return _flat_loss(self, inp.flatten(2), targ.flatten(1), **kwargs) if volumes else _flat_loss(self, inp, targ,
+            **kwargs)
 
 # %% ../../nbs/learn/01_losses.ipynb #00cca3d3
 _loss_kinds = (('classes', ('CrossEntropyLoss','cross_entropy')),
           ('yes or no', ('BCEWithLogitsLoss','binary_cross_entropy_with_logits','MultiLabelSoftMarginLoss')),
-          ('numbers', ('MSELoss','L1Loss','SmoothL1Loss','HuberLoss','mse_loss','l1_loss','smooth_l1_loss','huber_loss')),
+          ('numbers', ('MSELoss','L1Loss','SmoothL1Loss','HuberLoss','mse_loss','l1_loss','smooth_l1_loss',
+                       'huber_loss')),
           ('probabilities', ('NLLLoss','nll_loss','BCELoss','binary_cross_entropy')))
-_wants = (('mask','classes','nn.CrossEntropyLoss()'), ('category','classes','nn.CrossEntropyLoss()'), ('multi','yes or no','nn.BCEWithLogitsLoss()'), ('regression','numbers','nn.MSELoss()'))
+_wants = (('mask','classes','nn.CrossEntropyLoss()'), ('category','classes','nn.CrossEntropyLoss()'),
+        ('multi','yes or no','nn.BCEWithLogitsLoss()'), ('regression','numbers','nn.MSELoss()'))
 
 def _loss_kind(loss):
     "What a loss of torch's compares, fastai's wrapper taken off; None of any other"
@@ -208,7 +227,9 @@ def _loss_name(loss):
     return getattr(inner, '__name__', type(inner).__name__)
 
 def _decides(loss): return hasattr(loss, 'activation') and hasattr(loss, 'decodes')
-def _is_fastais(loss): return type(loss).__module__=='fastai.losses'     # some of them decide along the last axis, which is none of classes in a mask
+# some of them decide along the last axis, which is none of classes in a mask
+def _is_fastais(loss):
+    return type(loss).__module__=='fastai.losses'
 
 class PlainLoss(nn.Module):
     "A loss of torch's, or a function, with the `activation`, the `decodes` and the targets that a Learner asks for"
@@ -236,7 +257,9 @@ class PlainLoss(nn.Module):
         if hasattr(self.loss, 'reduction'): self.loss.reduction = v
         else: self._reduction = v
 
-    def _decides(self): return _decides(self.loss) and _loss_kind(self.loss)!='yes or no' and not (self.task=='mask' and _is_fastais(self.loss))
+    def _decides(self):
+        return _decides(self.loss) and _loss_kind(self.loss)!='yes or no' and not (self.task=='mask'
+                and _is_fastais(self.loss))
     def activation(self, x:Tensor)->Tensor: # (B,C,*S) or (B,C) logits to probabilities; numbers stay
         "That of the loss; else sigmoid of findings and of one channel, softmax of classes"
         if self._decides(): return self.loss.activation(x)
@@ -259,11 +282,16 @@ def as_loss(
     wanted,better = next((k,s) for t,k,s in _wants if t==task)
     if task=='mask' and n_out==1: wanted,better = 'yes or no','nn.BCEWithLogitsLoss()'
     if kind not in (None, wanted):
-        held = dict(mask='masks of class ids', category='classes', multi='findings, yes or no', regression='numbers')[task]
-        raise InputError(f"loss_func: {name} compares {kind}; these targets are {held}. Say loss_func={better}, or leave it out")
+        held = dict(mask='masks of class ids', category='classes', multi='findings, yes or no',
+                    regression='numbers')[task]
+        raise InputError(
+                f"loss_func: {name} compares {kind}; these targets are {held}. Say loss_func={better}, or leave it out")
     flat = hasattr(loss, 'func') and wanted=='classes'
-    if task=='mask' and flat and getattr(loss, 'axis', 1)!=1: raise InputError(f"loss_func: {name} looks for the classes along axis {loss.axis}; in a mask they are axis 1. Say {name}(axis=1)")
-    return PlainLoss(loss, task) if task=='mask' and (hasattr(loss, 'func') or _is_fastais(loss)) or not _decides(loss) else loss
+    if task=='mask' and flat and getattr(loss, 'axis', 1)!=1:
+        raise InputError(f"loss_func: {name} looks for the classes along axis {loss.axis}; in a mask they are axis 1. "
+                         f"Say {name}(axis=1)")
+    return PlainLoss(loss, task) if task=='mask' and (hasattr(loss, 'func')
+                                                              or _is_fastais(loss)) or not _decides(loss) else loss
 
 # %% ../../nbs/learn/01_losses.ipynb #1a7c3e90
 @patch
@@ -318,10 +346,17 @@ def check_mixing(
     if not mixers: return
     name,cut = type(mixers[0]).__name__,any(isinstance(c, CutMix) for c in mixers)
     targets = learn.dls.train_ds[0][learn.dls.n_inp:]
-    if len(targets)!=1: raise InputError(f"{name} mixes one target; these DataLoaders hold {len(targets)}, masks and labels. Leave it out, or train on one of them")
-    if learn.dls.train.bs<2: raise InputError(f"{name} mixes the items of a batch, and bs is 1. Say bs=2 or more where the DataLoaders are made")
-    if cut and _of_volumes(learn.dls): raise InputError(f"{name} cuts rectangles out of pictures of two axes; these are volumes. Say MixUp()")
-    if isinstance(targets[0], (TensorVolumeMask,TensorSliceMask)): learn.loss_func.y_int = not cut   # MixUp mixes two losses, CutMix two masks
+    if len(targets)!=1:
+        raise InputError(f"{name} mixes one target; these DataLoaders hold {len(targets)}, masks and labels. Leave it "
+                         f"out, or train on one of them")
+    if learn.dls.train.bs<2:
+        raise InputError(
+                f"{name} mixes the items of a batch, and bs is 1. Say bs=2 or more where the DataLoaders are made")
+    if cut and _of_volumes(learn.dls):
+        raise InputError(f"{name} cuts rectangles out of pictures of two axes; these are volumes. Say MixUp()")
+    # MixUp mixes two losses, CutMix two masks
+    if isinstance(targets[0], (TensorVolumeMask,TensorSliceMask)):
+        learn.loss_func.y_int = not cut
 
 # %% ../../nbs/learn/01_losses.ipynb #b1bb8d6c
 def class_weights(
@@ -332,13 +367,17 @@ def class_weights(
     "Weights of the classes. 'balanced' gives each class the same sum. Raises `InputError`"
     if weight is None: return None
     if isinstance(weight, str):
-        if weight!='balanced': raise InputError(f"weight: expected 'balanced', one number a class or a dict; found {weight!r}")
+        if weight!='balanced':
+            raise InputError(f"weight: expected 'balanced', one number a class or a dict; found {weight!r}")
         return torch.tensor([sum(counts)/(len(counts)*max(1, c)) for c in counts], dtype=torch.float32)
     if isinstance(weight, dict):
-        if set(weight)!=set(vocab): raise InputError(f"weight: expected a number for each of {list(vocab)}; found {weight}")
+        if set(weight)!=set(vocab):
+            raise InputError(f"weight: expected a number for each of {list(vocab)}; found {weight}")
         weight = [weight[v] for v in vocab]
     w = torch.as_tensor(weight, dtype=torch.float32).flatten()
-    if len(w)!=len(vocab) or (w<0).any() or not w.sum()>0: raise InputError(f"weight: expected {len(vocab)} numbers, one a class, none negative and not all zero; found {w.tolist()}")
+    if len(w)!=len(vocab) or (w<0).any() or not w.sum()>0:
+        raise InputError(f"weight: expected {len(vocab)} numbers, one a class, none negative and not all zero; found "
+                         f"{w.tolist()}")
     return w
 
 class LabelLoss(nn.Module):
@@ -353,19 +392,27 @@ class LabelLoss(nn.Module):
         reduction='mean'    # 'mean', or 'none' for (B,)
     ):
         super().__init__()
-        if task not in ('category','multi','regression'): raise InputError(f"task: expected 'category', 'multi' or 'regression'; found {task!r}")
+        if task not in ('category','multi','regression'):
+            raise InputError(f"task: expected 'category', 'multi' or 'regression'; found {task!r}")
         if loss not in ('huber','mse','l1'): raise InputError(f"loss: expected 'huber', 'mse' or 'l1'; found {loss!r}")
-        if not 0<=label_smoothing<1: raise InputError(f"label_smoothing: expected a share from 0 to under 1; found {label_smoothing}")
-        self.task,self.label_smoothing,self.loss,self.reduction,self.y_int = task,label_smoothing,loss,reduction,task=='category'
-        for k,v in dict(weight=weight, pos_weight=pos_weight, sd=sd).items(): self.register_buffer(k, None if v is None else torch.as_tensor(v, dtype=torch.float32))
+        if not 0<=label_smoothing<1:
+            raise InputError(f"label_smoothing: expected a share from 0 to under 1; found {label_smoothing}")
+        self.task,self.label_smoothing,self.loss,self.reduction,self.y_int = (task,label_smoothing,loss,reduction,
+                task=='category')
+        for k,v in dict(weight=weight, pos_weight=pos_weight, sd=sd).items():
+            self.register_buffer(k, None if v is None else torch.as_tensor(v, dtype=torch.float32))
     def forward(self, pred, targ):
         p,t = pred.as_subclass(Tensor).float(),targ.as_subclass(Tensor)
         if self.task=='category':
-            if p.ndim!=2 or t.shape!=p.shape[:1]: raise InputError(f"LabelLoss: expected (B,C) and (B,); found {tuple(p.shape)} and {tuple(t.shape)}")
-            return F.cross_entropy(p, t.long(), self.weight, label_smoothing=self.label_smoothing, reduction=self.reduction)
+            if p.ndim!=2 or t.shape!=p.shape[:1]:
+                raise InputError(f"LabelLoss: expected (B,C) and (B,); found {tuple(p.shape)} and {tuple(t.shape)}")
+            return F.cross_entropy(p, t.long(), self.weight, label_smoothing=self.label_smoothing,
+                                   reduction=self.reduction)
         t = t.float()
         if t.ndim==1: t = t[:,None]
-        if p.shape!=t.shape: raise InputError(f"LabelLoss: predictions are {tuple(p.shape)} and targets {tuple(t.shape)}; expected the same")
+        if p.shape!=t.shape:
+            raise InputError(
+                    f"LabelLoss: predictions are {tuple(p.shape)} and targets {tuple(t.shape)}; expected the same")
         if self.task=='multi':
             t = t*(1-self.label_smoothing)+.5*self.label_smoothing
             l = F.binary_cross_entropy_with_logits(p, t, pos_weight=self.pos_weight, reduction='none')
@@ -375,7 +422,9 @@ class LabelLoss(nn.Module):
         if self.weight is not None: l = l*self.weight
         l = l.mean(1)
         return l.mean() if self.reduction=='mean' else l
-    def activation(self, x): return x.float() if self.task=='regression' else x.float().softmax(-1) if self.task=='category' else x.float().sigmoid()
+    def activation(self, x):
+        return x.float() if self.task=='regression' else x.float().softmax(
+                -1) if self.task=='category' else x.float().sigmoid()
     def decodes(self, x): return x if self.task=='regression' else x.argmax(-1) if self.task=='category' else x>.5
     def extra_repr(self): return f'{self.task}, label_smoothing={self.label_smoothing}'
 

@@ -40,7 +40,8 @@ import contextlib, hashlib, inspect, io, itertools, json, math, tempfile
 # %% ../../nbs/learn/13_modelfile.ipynb #77ec1bb0
 _most,_voxels = 10_000,2**27       # the largest number in a network's arguments; voxels of a patch
 _modules = 10_000                  # modules and tensors of a network
-_acts = ('ReLU','LeakyReLU','ELU','GELU','SiLU','Mish','ReLU6','SELU','CELU','PReLU','Hardswish','Softplus','Tanh','Identity')
+_acts = ('ReLU','LeakyReLU','ELU','GELU','SiLU','Mish','ReLU6','SELU','CELU','PReLU','Hardswish','Softplus','Tanh',
+         'Identity')
 
 # %% ../../nbs/learn/13_modelfile.ipynb #3deffa38
 def model_channels(
@@ -48,7 +49,8 @@ def model_channels(
     plan  # `Plan`
 ):        # input channels
     "Channels of the network: a slice comes with its neighbours"
-    return net['n_in']*(1+2*plan.get('context', 0) if plan.ndim==2 else 1)     # of the network: a slice comes with its neighbours
+    # of the network: a slice comes with its neighbours
+    return net['n_in']*(1+2*plan.get('context', 0) if plan.ndim==2 else 1)
 
 # %% ../../nbs/learn/13_modelfile.ipynb #7b95e867
 def _name_of(arch):
@@ -56,48 +58,64 @@ def _name_of(arch):
     if arch in model_names(): return arch
     mod,_,name = str(arch).rpartition('.')
     if mod=='fastmed.models.unet': return name if name in ('UNet','unet_cicek') else None
-    if mod.startswith('monai.networks.nets'): return next((o for o in ('monai.'+name, name) if o in model_names()), None)
+    if mod.startswith('monai.networks.nets'):
+        return next((o for o in ('monai.'+name, name) if o in model_names()), None)
     return arch if is_encoder(arch) else None
 
 def _build(net, plan, most=math.inf, modules=_modules):
     "The network of `net`, with weights drawn at random; at most `most` elements in at most so many modules"
-    case = 'head' in net; encoder = net['arch'] not in model_names()
-    if encoder and not case and not is_encoder(net['arch'], plan.ndim): raise InputError(f"expected a network among {', '.join(model_names())}, or an encoder of timm's or MONAI's; found {net['arch']!r}")
+    case = 'head' in net
+    encoder = net['arch'] not in model_names()
+    if encoder and not case and not is_encoder(net['arch'], plan.ndim):
+        raise InputError(f"expected a network among {', '.join(model_names())}, or an encoder of timm's or MONAI's; "
+                         f"found {net['arch']!r}")
     args,patch = from_plain(net['args']),from_plain(net['patch'])
-    if any(abs(n)>_most for n in numbers_of([args, patch, net['n_in'], net['n_out'], list(plan.patch), plan.get('context', 0)])) or math.prod(plan.patch)>_voxels:
-        raise InputError(f"expected numbers up to {_most} and patches up to {_voxels} voxels; found {args}, patch {tuple(plan.patch)}")
+    if any(abs(n)>_most for n in numbers_of([args, patch, net['n_in'], net['n_out'], list(plan.patch),
+            plan.get('context', 0)])) or math.prod(plan.patch)>_voxels:
+        raise InputError(f"expected numbers up to {_most} and patches up to {_voxels} voxels; found {args}, patch "
+                         f"{tuple(plan.patch)}")
     args.pop('pretrained', None)                                        # the weights are here: nothing is fetched
     if net['arch']=='UNet' and 'act' in args:
         name = str(args['act']).removeprefix('torch.nn.modules.activation.')
-        if name not in _acts: raise InputError(f"expected act to be one of torch.nn's {', '.join(_acts)}; found {args['act']!r}")
+        if name not in _acts:
+            raise InputError(f"expected act to be one of torch.nn's {', '.join(_acts)}; found {args['act']!r}")
         args['act'] = getattr(nn, name)
-    if encoder: most += 2**27 if 'vgg' in net['arch'] else 2**23            # layers that timm makes and takes away again: a classifier
+    # layers that timm makes and takes away again: a classifier
+    if encoder:
+        most += 2**27 if 'vgg' in net['arch'] else 2**23
     try:
         with torch.random.fork_rng(devices=[]), few_modules(modules), Budget(most), TrialBudget(most):
             if case: return build_case(net, args, patch, model_channels(net, plan), plan.ndim)
-            return create_network(net['arch'], model_channels(net, plan), net['n_out'], ndim=plan.ndim, patch=patch, **args)[0]
+            return create_network(net['arch'], model_channels(net, plan), net['n_out'], ndim=plan.ndim, patch=patch,
+                    **args)[0]
     except TooLarge as e: raise InputError("the network that it names is larger than its weights") from e
 
 def _own(arch, net, plan):
     "The network that `arch` of `load_model` gives for a file. Raises `ArgumentError`, and what `arch` raises"
     model = arch
     if not isinstance(arch, nn.Module):
-        if not callable(arch): raise ArgumentError(f"arch: expected a function that gives the network, or the network; found {arch!r}")
+        if not callable(arch):
+            raise ArgumentError(f"arch: expected a function that gives the network, or the network; found {arch!r}")
         try: ps = inspect.signature(arch).parameters.values()
         except (ValueError, TypeError): ps = ()
         asks = any(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY,p.POSITIONAL_OR_KEYWORD) for p in ps)
         make = create_classifier if 'head' in net else create_model
-        model = make(arch, model_channels(net, plan), net['n_out'], ndim=plan.ndim, patch=from_plain(net['patch']), **from_plain(net['args'])) if asks else arch()
-    if not isinstance(model, nn.Module): raise ArgumentError(f"arch: expected it to give a network, a torch.nn.Module; found {type(model).__name__}")
-    if net.get('head', {}).get('unscale') and not hasattr(model, 'unscale'): add_unscale(model, torch.zeros(net['n_out']), torch.ones(net['n_out']))
+        model = make(arch, model_channels(net, plan), net['n_out'], ndim=plan.ndim, patch=from_plain(net['patch']),
+                **from_plain(net['args'])) if asks else arch()
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"arch: expected it to give a network, a torch.nn.Module; found {type(model).__name__}")
+    if net.get('head', {}).get('unscale') and not hasattr(model, 'unscale'):
+        add_unscale(model, torch.zeros(net['n_out']), torch.ones(net['n_out']))
     return model
 
 def _expect_fit(model, got):
     "Raise `InputError` naming tensors of `got`, name → (shape, type), that are missing, too many, or of another shape or type"
     own = {k:(tuple(v.shape),v.dtype) for k,v in model.state_dict().items()}
     if own==got: return
-    odd = [f"{k}: {own.get(k, 'no such tensor')} expected, {got.get(k, 'nothing')} found" for k in sorted(own.keys()|got.keys()) if own.get(k)!=got.get(k)]
-    raise InputError(f"the weights do not fit the network; {'; '.join(odd[:3])}{f' (and {len(odd)-3} more)' if len(odd)>3 else ''}")
+    odd = [f"{k}: {own.get(k, 'no such tensor')} expected, {got.get(k, 'nothing')} found"
+           for k in sorted(own.keys()|got.keys()) if own.get(k)!=got.get(k)]
+    raise InputError(f"the weights do not fit the network; "
+                     f"{'; '.join(odd[:3])}{f' (and {len(odd)-3} more)' if len(odd)>3 else ''}")
 
 def _fill_tensors(model, tensors):
     "Put `tensors` into `model`. Raises as `_expect_fit`"
@@ -114,17 +132,24 @@ class SavedLearner(VolumeLearner):
         return was_seen(getattr(self, 'seen', {}), df)
 
     def _told(self, answers, how):
-        f = self.facts; channels = f"{self.n_in} channel{'s'*(self.n_in>1)}"
-        return (f"{self.arch}, {sum(p.numel() for p in self.model.parameters()):,} parameters: {channels}, {answers}\n{how}\n"
-                f"trained on {f['cases']} cases of {f['subjects']} subjects, by fastmed {f['fastmed']}; scores: {json.dumps(f.get('evaluation') or f.get('metrics') or 'none kept')}")
+        f = self.facts
+        channels = f"{self.n_in} channel{'s'*(self.n_in>1)}"
+        return (f"{self.arch}, {sum(p.numel() for p in self.model.parameters()):,} parameters: {channels}, "
+                f"{answers}\n{how}\n"
+                f"trained on {f['cases']} cases of {f['subjects']} subjects, by fastmed {f['fastmed']}; scores: "
+                f"{json.dumps(f.get('evaluation') or f.get('metrics') or 'none kept')}")
 
     def __repr__(self):
-        pre = get_preprocess(self.dls); patch,names = tuple(get_plan(self.dls).patch),', '.join(map(str, pre.vocab[1:]))
+        pre = get_preprocess(self.dls)
+        patch,names = tuple(get_plan(self.dls).patch),', '.join(map(str, pre.vocab[1:]))
         return self._told(f"patch {patch} → {names}", f"{pre}\npost-processing: {', '.join(self.post) or 'none'}")
 
 class SavedCaseLearner(SavedLearner, CaseLearner):
     "A `CaseLearner` out of a model file, with the `facts` of its training"
-    def __repr__(self): return self._told(f"{'×'.join(map(str, self.arch_patch))} → {self.task} of {', '.join(map(str, self.label_vocab))}", getattr(self.dls, 'prep', None) or get_preprocess(self.dls))
+    def __repr__(self):
+        return self._told(
+                f"{'×'.join(map(str, self.arch_patch))} → {self.task} of {', '.join(map(str, self.label_vocab))}",
+                getattr(self.dls, 'prep', None) or get_preprocess(self.dls))
 
 def _empty_dls(meta, plan, pre, device):
     "DataLoaders without data that know how a scan is read, cut and flipped"
@@ -133,7 +158,8 @@ def _empty_dls(meta, plan, pre, device):
     tls = [TfmdLists(df, [CaseFiles(c, None), load], splits=[[],[]], types=[CaseFiles.input_types, (str,Path,list), t])
            for c,load,t in ((im, LoadVolume(pre), TensorVolume), (ms, LoadMask(pre), TensorVolumeMask))]
     ds = Datasets(tls=tls)
-    dl = PatchDL(ds.subset(0), bs=plan.get('bs', 4), seed=meta['seed'], device=device, after_item=[PatchTransform(plan, meta['foreground'])],
+    dl = PatchDL(ds.subset(0), bs=plan.get('bs', 4), seed=meta['seed'], device=device,
+            after_item=[PatchTransform(plan, meta['foreground'])],
                  after_batch=[SpatialTfm(max_rotate=0., max_scale=0., flips=from_plain(meta['flips']))])
     dl._n_inp,dl._types = 1,{tuple:[TensorVolume,TensorVolumeMask] if plan.ndim==3 else [TensorSlice,TensorSliceMask]}
     return (VolumeDataLoaders if plan.ndim==3 else SliceDataLoaders)(dl, dl.new(ds.subset(1)), path='.', device=device)
@@ -143,18 +169,25 @@ def _remembered(training):
     seen = training['seen']
     if seen is None: return {}
     cases,subjects = seen['case'],seen['subject']
-    if not all(isinstance(o, str) for o in (*cases,*subjects)) or len(subjects)>len(cases): raise InputError(f"expected fingerprints; found {str(seen)[:80]}")
-    cases,subjects = [[o if is_sealed(o) else seal_of('', o) for o in v] for v in (cases,subjects)]       # formats 1 and 2 had no salt
+    if not all(isinstance(o, str) for o in (*cases,*subjects)) or len(subjects)>len(cases):
+        raise InputError(f"expected fingerprints; found {str(seen)[:80]}")
+    # formats 1 and 2 had no salt
+    cases,subjects = [[o if is_sealed(o) else seal_of('', o) for o in v] for v in (cases,subjects)]
     return dict(itertools.zip_longest(cases, subjects, fillvalue=''))
 
 def _expect_masks(meta, plan, pre):
     "Raise `InputError` where the metadata of a network for masks say what cannot be"
     net,flips = meta['network'],from_plain(meta['flips'])
-    if plan.ndim not in (2,3) or len(plan.patch)!=3 or min(plan.patch)<1: raise InputError(f"expected a plan of slices or volumes; found {dict(plan)}")
-    if net['n_out']!=len(pre.vocab) and not (net['n_out']==1 and len(pre.vocab)==2): raise InputError(f"expected {len(pre.vocab)} outputs, one a code; found {net['n_out']}")
-    if odd:=[o for o in from_plain(meta['post']) if o not in POSTS]: raise InputError(f"expected post-processing among {', '.join(POSTS)}; found {odd}")
-    if not (isinstance(meta['foreground'], Real) and isinstance(meta['seed'], int) and all(f in range(plan.ndim) for f in flips)):
-        raise InputError(f"expected a share, a seed and axes to flip; found {meta['foreground']!r}, {meta['seed']!r}, {flips!r}")
+    if plan.ndim not in (2,3) or len(plan.patch)!=3 or min(plan.patch)<1:
+        raise InputError(f"expected a plan of slices or volumes; found {dict(plan)}")
+    if net['n_out']!=len(pre.vocab) and not (net['n_out']==1 and len(pre.vocab)==2):
+        raise InputError(f"expected {len(pre.vocab)} outputs, one a code; found {net['n_out']}")
+    if odd:=[o for o in from_plain(meta['post']) if o not in POSTS]:
+        raise InputError(f"expected post-processing among {', '.join(POSTS)}; found {odd}")
+    if not (isinstance(meta['foreground'], Real) and isinstance(meta['seed'], int)
+            and all(f in range(plan.ndim) for f in flips)):
+        raise InputError(
+                f"expected a share, a seed and axes to flip; found {meta['foreground']!r}, {meta['seed']!r}, {flips!r}")
 
 def _learner(meta, device, network):
     "The Learner that the metadata describe; `network(plan)` gives its model"
@@ -163,10 +196,14 @@ def _learner(meta, device, network):
         learn = case_learner(SavedCaseLearner, meta, device, network)
         learn.post = ()
     else:
-        pre = Preprocess.from_json(json.dumps(meta['preprocess'])); _expect_masks(meta, plan, pre)
-        learn = SavedLearner(_empty_dls(meta, plan, pre, device), network(plan).to(device).eval(), loss_func=DeepSupervisionLoss(DiceCELoss(batch=plan.ndim==2)), metrics=dice_metrics(pre.vocab), splitter=param_splitter,
+        pre = Preprocess.from_json(json.dumps(meta['preprocess']))
+        _expect_masks(meta, plan, pre)
+        learn = SavedLearner(_empty_dls(meta, plan, pre, device), network(plan).to(device).eval(),
+                             loss_func=DeepSupervisionLoss(DiceCELoss(batch=plan.ndim==2)),
+                             metrics=dice_metrics(pre.vocab), splitter=param_splitter,
                              lr=3e-3, wd=1e-2, train_bn=False, cbs=[RememberCallback(),FrozenNorms(),MemoryCallback()])
-        learn.arch,learn.arch_args,learn.arch_patch,learn.n_in,learn.n_out = net['arch'],from_plain(net['args']),from_plain(net['patch']),net['n_in'],net['n_out']
+        learn.arch,learn.arch_args,learn.arch_patch,learn.n_in,learn.n_out = net['arch'],from_plain(
+                net['args']),from_plain(net['patch']),net['n_in'],net['n_out']
         learn.post,learn.pretrained = tuple(from_plain(meta['post'])),True
     learn.facts,learn.seen,learn.own_arch = meta['training'],seen,net.get('own', False)
     return learn
@@ -181,20 +218,32 @@ def model_meta(
     "Everything but the weights, as plain values. Raises `ValueError` on what cannot be kept"
     if isinstance(learn, CaseLearner):
         if post: raise InputError("save_model: post-processing belongs to masks; this Learner answers for cases")
-        return dict(sha256=NO_DIGEST, format=FORMAT_VERSION, **case_meta(learn), post=[], training=_training_facts(learn, evaluation, seen))
-    name = None if getattr(learn, 'own_arch', False) else _name_of(getattr(learn, 'arch', None)); own = name is None
+        return dict(sha256=NO_DIGEST, format=FORMAT_VERSION, **case_meta(learn), post=[],
+                    training=_training_facts(learn, evaluation, seen))
+    name = None if getattr(learn, 'own_arch', False) else _name_of(getattr(learn, 'arch', None))
+    own = name is None
     plan,pre = get_plan(learn.dls),get_preprocess(learn.dls)
     post = getattr(learn, 'post', ()) if post is None else post
-    if odd:=[o for o in L(post) if o not in POSTS]: raise InputError(f"save_model: expected post-processing by name, among {', '.join(POSTS)}; found {odd[0]!r}. A function cannot be kept in the file: apply it to what predict_volume gives")
+    if odd:=[o for o in L(post) if o not in POSTS]:
+        raise InputError(f"save_model: expected post-processing by name, among {', '.join(POSTS)}; found {odd[0]!r}. A "
+                         f"function cannot be kept in the file: apply it to what predict_volume gives")
     sp = first(f for f in getattr(learn.dls.train.after_batch, 'fs', L()) if isinstance(f, SpatialTfm))
     pt = first(f for f in learn.dls.train.after_item.fs if isinstance(f, PatchTransform))
-    cols = [getattr(first(f for f in tl.tfms.fs if isinstance(f, CaseFiles)), 'cols', d) for tl,d in zip(learn.dls.train_ds.tls, ('image','mask'))]
-    net = dict(arch=ifnone(name, _describe(learn)), args=own_args(learn) if own else to_plain({k:v for k,v in learn.arch_args.items() if k!='pretrained'}, 'the network'),
-               patch=to_plain(getattr(learn, 'arch_patch', tuple(n for n in plan.patch if plan.ndim==3 or n>1)), 'patch'), n_in=int(getattr(learn, 'n_in', None) or learn.dls.train_ds[0][0].shape[0]),
-               n_out=int(getattr(learn, 'n_out', len(pre.vocab))), fast=any(isinstance(getattr(h, '__self__', None), FastForward) for h in _uncompiled(learn.model)._forward_pre_hooks.values()), **({'own':True} if own else {}))
-    return dict(sha256=NO_DIGEST, format=FORMAT_VERSION, network=net, plan=to_plain(dict(plan), 'the plan'), reasons={k:str(v) for k,v in plan.reasons.items()}, preprocess=json.loads(pre.to_json()),
-                columns=to_plain(tuple(list(L(c)) if is_listy(c) else c for c in cols), 'columns'), seed=int(getattr(learn.dls.valid, 'seed', 42)), foreground=to_plain(pt.foreground, 'foreground'),
-                flips=to_plain(tuple(sp.flips) if sp is not None else (), 'flips'), post=list(L(post)), training=_training_facts(learn, evaluation, seen))
+    cols = [getattr(first(f for f in tl.tfms.fs if isinstance(f, CaseFiles)), 'cols', d) for tl,
+            d in zip(learn.dls.train_ds.tls, ('image','mask'))]
+    net = dict(arch=ifnone(name, _describe(learn)), args=own_args(learn) if own
+            else to_plain({k:v for k,v in learn.arch_args.items() if k!='pretrained'}, 'the network'),
+               patch=to_plain(getattr(learn, 'arch_patch', tuple(n for n in plan.patch if plan.ndim==3 or n>1)),
+            'patch'), n_in=int(getattr(learn, 'n_in', None) or learn.dls.train_ds[0][0].shape[0]),
+               n_out=int(getattr(learn, 'n_out', len(pre.vocab))),
+            fast=any(isinstance(getattr(h, '__self__', None), FastForward)
+            for h in _uncompiled(learn.model)._forward_pre_hooks.values()), **({'own':True} if own else {}))
+    return dict(sha256=NO_DIGEST, format=FORMAT_VERSION, network=net, plan=to_plain(dict(plan), 'the plan'),
+            reasons={k:str(v) for k,v in plan.reasons.items()}, preprocess=json.loads(pre.to_json()),
+                columns=to_plain(tuple(list(L(c)) if is_listy(c) else c for c in cols), 'columns'),
+            seed=int(getattr(learn.dls.valid, 'seed', 42)), foreground=to_plain(pt.foreground, 'foreground'),
+                flips=to_plain(tuple(sp.flips) if sp is not None else (), 'flips'), post=list(L(post)),
+                               training=_training_facts(learn, evaluation, seen))
 
 # %% ../../nbs/learn/13_modelfile.ipynb #5387f613
 def rebuilt_model(
@@ -203,13 +252,17 @@ def rebuilt_model(
 ):
     "The network of `meta` with the weights of `learn`, plain float32 on the CPU; of one without a name a copy"
     state = _uncompiled(learn.model).state_dict()
-    if odd:=[k for k,v in state.items() if not isinstance(v, Tensor)]: raise InputError(f"save_model: the network keeps {odd[0]}, which is no tensor; keep the Learner with learn.export, which is a pickle")
+    if odd:=[k for k,v in state.items() if not isinstance(v, Tensor)]:
+        raise InputError(f"save_model: the network keeps {odd[0]}, which is no tensor; keep the Learner with "
+                         f"learn.export, which is a pickle")
     tensors = {k:v.detach().cpu().contiguous().clone() for k,v in state.items()}
     plan = plan_of(meta)
     if meta['network'].get('own'): return _plain_copy(learn.model),tensors,plan
     model = _build(meta['network'], plan)
     try: _fill_tensors(model, tensors)
-    except ValueError as e: raise InputError(f"save_model: the network was changed after the Learner was made: {e}. Make it by its arguments, or keep it with learn.export") from e
+    except ValueError as e:
+        raise InputError(f"save_model: the network was changed after the Learner was made: {e}. Make it by its "
+                         f"arguments, or keep it with learn.export") from e
     return model,tensors,plan
 
 # %% ../../nbs/learn/13_modelfile.ipynb #b1fe687b
@@ -220,26 +273,37 @@ def _training_facts(learn, evaluation, seen=True):
     old,names = getattr(learn, 'facts', None) or {},getattr(learn, 'seen', {})
     sealed = sealed_names(names, salt_of(learn.model))
     cases,subjects = sorted(sealed),sorted({o for o in sealed.values() if o})
-    res = dict(fastmed=__version__, torch=torch.__version__, cases=len(cases), subjects=len(subjects), data=hashlib.sha256(json.dumps([cases,subjects]).encode()).hexdigest(), seen=dict(case=cases, subject=subjects) if seen else None)
+    res = dict(fastmed=__version__, torch=torch.__version__, cases=len(cases), subjects=len(subjects),
+               data=hashlib.sha256(json.dumps([cases,subjects]).encode()).hexdigest(),
+               seen=dict(case=cases, subject=subjects) if seen else None)
     own = str(getattr(getattr(get_model(learn.model), 'encoder', None), 'name', ''))
-    if type(get_model(learn.model)).__name__=='MonaiNet' or own.startswith('MONAI'): import monai; res['monai'] = monai.__version__
-    if own.startswith('timm'): import timm; res['timm'] = timm.__version__
+    if type(get_model(learn.model)).__name__=='MonaiNet' or own.startswith('MONAI'):
+        import monai
+        res['monai'] = monai.__version__
+    if own.startswith('timm'):
+        import timm
+        res['timm'] = timm.__version__
     rec = getattr(learn, 'recorder', None)
     if rec is not None and len(getattr(rec, 'values', [])):
-        res['metrics'] = {k:_finite_number(v) for k,v in zip(rec.metric_names[1:], rec.values[-1]) if isinstance(v, Real)}
+        res['metrics'] = {k:_finite_number(v) for k,v in zip(rec.metric_names[1:], rec.values[-1])
+            if isinstance(v, Real)}
     elif 'metrics' in old: res['metrics'] = old['metrics']
-    if evaluation is not None: res['evaluation'] = {f"{k} {r['of']}" if 'of' in r else str(k):{c:_finite_number(v) for c,v in r.items() if isinstance(v, Real)} for k,r in evaluation.summary().iterrows()}
+    if evaluation is not None:
+        res['evaluation'] = {f"{k} {r['of']}" if 'of' in r else str(k):{c:_finite_number(v) for c,
+                             v in r.items() if isinstance(v, Real)} for k,r in evaluation.summary().iterrows()}
     elif 'evaluation' in old and all(map(is_sealed, names)): res['evaluation'] = old['evaluation']
     return res
 
 def _describe(learn):
     "A network in words, for one that has no name"
-    return getattr(learn, 'arch', None) or f'{type(get_model(learn.model)).__module__}.{type(get_model(learn.model)).__qualname__}'
+    return getattr(learn, 'arch',
+                   None) or f'{type(get_model(learn.model)).__module__}.{type(get_model(learn.model)).__qualname__}'
 
 def _uncompiled(model):
     "The network itself, without `torch.compile` or a wrapper of several devices"
     model = get_model(model)
-    return copy(getattr(model, '_orig_mod', model))       # a copy of a module shares its weights, and leaves behind what was compiled in place
+    # a copy of a module shares its weights, and leaves behind what was compiled in place
+    return copy(getattr(model, '_orig_mod', model))
 
 def _plain_copy(model):
     "A copy of a network on the CPU, in evaluation, without what `make_fast` hung on it"
@@ -247,13 +311,15 @@ def _plain_copy(model):
     for m in model.modules():
         for hooks in (m._forward_pre_hooks, m._forward_hooks):
             for k,h in list(hooks.items()):
-                if h is plain_layout or isinstance(getattr(h, '__self__', None), (FastForward,FloatWhereShort)): hooks.pop(k)
+                if h is plain_layout or isinstance(getattr(h, '__self__', None), (FastForward,FloatWhereShort)):
+                    hooks.pop(k)
     return model
 
 def _tried(model, plan, meta):
     "`trial_answer` of a network that is saved or opened"
     net = meta['network']
-    return trial_answer(model, plan, model_channels(net, plan), from_plain(net['patch'])) if net.get('own') else trial_answer(model, plan)
+    return trial_answer(model, plan, model_channels(net, plan),
+            from_plain(net['patch'])) if net.get('own') else trial_answer(model, plan)
 
 def _checked(b, learn, fn, size, n_in, arch):
     "Open a file from its bytes, and hold its answers against the Learner's. Raises `InputError`"
@@ -263,12 +329,17 @@ def _checked(b, learn, fn, size, n_in, arch):
     x = trial_noise(n_in, size, masks=getattr(again.model, 'masks', False)).to(d)
     y,z = model_answer(_uncompiled(learn.model), x),model_answer(again.model, x)
     if not (torch.equal(y, z) if d.type=='cpu' else same_answer(y, z, 1e-2)):
-        raise InputError(f"save_model({fn}): the network answers otherwise than one built from its name and arguments: it was changed after the Learner was made. Make it by its arguments, or keep it with learn.export")
+        raise InputError(f"save_model({fn}): the network answers otherwise than one built from its name and arguments: "
+                         f"it was changed after the Learner was made. Make it by its arguments, or keep it with "
+                         f"learn.export")
 
 def save_model(
-    learn,           # Learner made by `unet3d_learner`, `unet2d_learner` or `classifier_learner`; or an `Ensemble` of such
+    # Learner made by `unet3d_learner`, `unet2d_learner` or `classifier_learner`; or an `Ensemble` of such
+    learn,
     fn,              # file, such as 'model.safetensors'
-    post=None,       # post-processing that belongs to the model: names of `POSTS`, applied wherever none is named; default: `learn.post`, where there is one
+    # post-processing that belongs to the model: names of `POSTS`, applied wherever none is named; default:
+    # `learn.post`, where there is one
+    post=None,
     evaluation=None, # `Evaluation` whose summary is kept; the last line of the training log always is
     seen:bool=True   # keep salted fingerprints of the training cases, by which `saw` knows them; False: leave them out
 )->Path:             # `fn`
@@ -277,12 +348,17 @@ def save_model(
     if isinstance(learn, Ensemble): return learn._pack(fn, post, evaluation, seen)
     check_finite(learn.model, fn)
     meta = model_meta(learn, post, evaluation, seen)
-    net = meta['network']; own = net.get('own')
+    net = meta['network']
+    own = net.get('own')
     model,tensors,plan = rebuilt_model(learn, meta)
     size,echo = _tried(model, plan, meta)
     meta['echo'] = finite_answer(echo, fn)
-    if own: warn(f"save_model: {net['arch']} is no network that is known by name: its weights are kept, and load_model(fn, arch=make) must be told how it is built")
-    elif not echo: warn(f"save_model: a trial of {net['arch']} takes more memory than load_model gives it; it will ask for load_model(fn, arch=make)")
+    if own:
+        warn(f"save_model: {net['arch']} is no network that is known by name: its weights are kept, and load_model(fn, "
+             f"arch=make) must be told how it is built")
+    elif not echo:
+        warn(f"save_model: a trial of {net['arch']} takes more memory than load_model gives it; it will ask for "
+             f"load_model(fn, arch=make)")
     b = seal_file(save(tensors, {'fastmed':json_text(meta)}))
     _checked(b, learn, fn, size, model_channels(net, plan), model if own or not echo else None)
     with whole_file(fn) as tmp: tmp.write_bytes(b)
@@ -299,35 +375,50 @@ def opened_learner(
     try: return _learner(meta, device, network)
     except ImportError: raise                                # an extra that is missing
     except UnopenedError as e: raise UnopenedError(f"{fn}: {e}") from e
-    except Exception as e:                                   # whatever a network makes of arguments that somebody made up
-        raise InputError(f"{fn}: not a model that can be opened: {f'{e} is missing' if isinstance(e, KeyError) else str(e)[:1000] or type(e).__name__}. Save it again from its Learner") from e
+    # whatever a network makes of arguments that somebody made up
+    except Exception as e:
+        raise InputError(f"{fn}: not a model that can be opened: "
+                         f"{f'{e} is missing' if isinstance(e, KeyError) else str(e)[:1000] or type(e).__name__}. Save "
+                         f"it "
+                         f"again from its Learner") from e
 
 # %% ../../nbs/learn/13_modelfile.ipynb #77f96079
 def _check_room(src):
     "Raise `ResourceError` where the weights that a file declares, and the network, are larger than the memory"
     need,left = 2*(src.size-src.body),memory_left(math.inf)
-    if need>left: raise ResourceError(f"{src.fn}: its weights need {need/1e9:.3g} GB of memory to be opened; {left/1e9:.3g} GB are left. Use a machine with more memory")
+    if need>left:
+        raise ResourceError(f"{src.fn}: its weights need {need/1e9:.3g} GB of memory to be opened; {left/1e9:.3g} GB "
+                            f"are left. Use a machine with more memory")
 
 def _expect_echo(meta, echo, own):
     "Raise `InputError` where a network answers otherwise than when it was saved, or cannot be tried"
     made = ', '.join(f'{k} {meta["training"][k]}' for k in ('fastmed','torch','monai','timm') if k in meta['training'])
     was,name = meta['echo'],meta['network']['arch']
-    if not echo and not own: raise UnopenedError(f"a trial of {name} on a small window takes more memory than a file is given. Where you trust it, say how the network is built: load_model(fn, arch=make)")
-    if not was and meta['format']<3: return                  # those wrote none of a network that they found too large to try
-    if not same_answer(was, echo, 1e-3): raise InputError(f"{name} answers otherwise than it did when it was saved. {'Give the arch that it was saved with' if own else f'Install the versions that it was saved with ({made})'}")
+    if not echo and not own:
+        raise UnopenedError(f"a trial of {name} on a small window takes more memory than a file is given. Where you "
+                            f"trust it, say how the network is built: load_model(fn, arch=make)")
+    # those wrote none of a network that they found too large to try
+    if not was and meta['format']<3:
+        return
+    if not same_answer(was, echo, 1e-3):
+        raise InputError(f"{name} answers otherwise than it did when it was saved. "
+                         f"{'Give the arch that it was saved with' if own else f'Install the versions that it was saved with ({made})'}")
 
 def _load_bytes(src, device, arch=None):
     "The Learner of a model file. Raises as `load_model`"
     meta,fn,net = src.meta,src.fn,src.meta.get('network')
     if isinstance(net, dict) and net.get('own') and arch is None:
-        raise UnopenedError(f"{fn}: its network, {str(net.get('arch'))[:200]}, is known by no name, so the file does not say how it is built. Say load_model(fn, arch=make), where make() gives that network")
+        raise UnopenedError(f"{fn}: its network, {str(net.get('arch'))[:200]}, is known by no name, so the file does "
+                            f"not say how it is built. Say load_model(fn, arch=make), where make() gives that network")
     _check_room(src)
     def network(plan):
         numel,count = sum(math.prod(s) for s,_ in src.shapes().values()),len(src.declared)
         model = _build(net, plan, 2*numel+2**22, min(_modules, 20*count+500)) if arch is None else _own(arch, net, plan)
         _expect_fit(model, src.shapes())
         model.load_state_dict({k:src.tensor(k) for k in src.declared})
-        with evaluating(model): _expect_echo(meta, _tried(_plain_copy(model) if arch is not None else model, plan, meta)[1], arch is not None)
+        with evaluating(model):
+            _expect_echo(meta, _tried(_plain_copy(model) if arch is not None else model, plan, meta)[1],
+                         arch is not None)
         return make_fast(model) if net['fast'] else model
     return opened_learner(meta, fn, device, network)
 
@@ -336,18 +427,23 @@ def _refused(fn):
     "Whatever goes wrong inside is said of the file"
     try: yield
     except (FastmedError, OSError, ImportError): raise
-    except Exception as e: raise InputError(f"{fn}: not a model file that can be read ({type(e).__name__}: {str(e)[:200]}). {SAVE_AGAIN}") from e
+    except Exception as e:
+        raise InputError(
+                f"{fn}: not a model file that can be read ({type(e).__name__}: {str(e)[:200]}). {SAVE_AGAIN}") from e
 
 def load_model(
     fn,          # file of `save_model`
     device=None, # where the network goes; default: fastai's
-    arch=None    # of a network without a name: a function that gives it, the class or function that its Learner was made with, or the network itself
+    # of a network without a name: a function that gives it, the class or function that its Learner was made with, or
+    # the network itself
+    arch=None
 )->SavedLearner: # with `predict_volume`, `predict_folder`, `evaluate`, `facts`, `saw`; or the `Ensemble` that was saved
     "Open a model file; nothing in it is run. Raises `OSError` where it is not there, `ValueError` where it is changed, cut off, foreign, too new, or names a network that is not known"
     if not Path(fn).is_file(): raise MissingFileError(f"{fn}: no such model file")
     with open(fn, 'rb') as f, _refused(fn):
         src = ModelFile(f, fn)
-        return (_unpack_ensemble if 'members' in src.meta else _load_bytes)(src, torch.device(ifnone(device, default_device())), arch)
+        return (_unpack_ensemble if 'members' in src.meta else _load_bytes)(src,
+                torch.device(ifnone(device, default_device())), arch)
 
 # %% ../../nbs/learn/13_modelfile.ipynb #f4494156
 @patch
@@ -355,11 +451,19 @@ def _pack(self:Ensemble, fn, post=None, evaluation=None, seen=True):
     "The model files of all members in one. Raises as `save_model` does"
     from safetensors.torch import save
     post = self.post if post is None else tuple(L(post))
-    if odd:=[o for o in post if o not in POSTS]: raise InputError(f"save_model: expected post-processing by name, among {', '.join(POSTS)}; found {odd[0]!r}. A function cannot be kept in the file: apply it to what predict_volume gives")
-    def part(l, d): return torch.frombuffer(bytearray(save_model(l, Path(d)/'member.safetensors', seen=seen).read_bytes()), dtype=torch.uint8)
+    if odd:=[o for o in post if o not in POSTS]:
+        raise InputError(f"save_model: expected post-processing by name, among {', '.join(POSTS)}; found {odd[0]!r}. A "
+                         f"function cannot be kept in the file: apply it to what predict_volume gives")
+    def part(l, d):
+        return torch.frombuffer(bytearray(save_model(l, Path(d)/'member.safetensors', seen=seen).read_bytes()),
+                                                     dtype=torch.uint8)
     with tempfile.TemporaryDirectory() as d: parts = {f'{i:03}':part(l, d) for i,l in enumerate(self)}
-    told = {} if evaluation is None else {'evaluation':{str(k):{c:_finite_number(v) for c,v in r.items() if isinstance(v, Real)} for k,r in evaluation.summary().iterrows()}}
-    b = seal_file(save(parts, {'fastmed':json_text(dict(sha256=NO_DIGEST, format=FORMAT_VERSION, members=len(parts), post=list(post), training={'fastmed':__version__, **told}))}))
+    told = {} if evaluation is None else {'evaluation':{str(k):{c:_finite_number(v) for c,
+                                          v in r.items() if isinstance(v, Real)} for k,
+                                          r in evaluation.summary().iterrows()}}
+    b = seal_file(save(parts,
+            {'fastmed':json_text(dict(sha256=NO_DIGEST, format=FORMAT_VERSION, members=len(parts), post=list(post),
+            training={'fastmed':__version__, **told}))}))
     with whole_file(fn) as tmp: tmp.write_bytes(b)
     return Path(fn)
 
@@ -368,9 +472,13 @@ def _unpack_ensemble(src, device, arch=None):
     meta,fn,parts = src.meta,src.fn,src.declared
     keys = [f'{i:03}' for i in range(len(parts))]
     rows = all(t==torch.uint8 and len(s)==1 for t,s,_,_ in parts.values())
-    if not parts or meta['members']!=len(parts) or sorted(parts)!=keys or not rows or not isinstance(meta.get('post'), list) or any(o not in POSTS for o in meta['post']):
-        raise InputError(f"{fn}: expected an ensemble of {str(meta['members'])[:20]} model files; found {sorted(parts)[:5]} and post-processing {str(meta.get('post'))[:80]}. {SAVE_AGAIN}")
-    def member(k): t,s,a,b = parts[k]; return _load_bytes(ModelFile(src.f, f'{fn}, member {int(k)}', src.at+src.body+a, b-a), device, arch)
+    if not parts or meta['members']!=len(parts) or sorted(parts)!=keys or not rows or not isinstance(meta.get('post'),
+            list) or any(o not in POSTS for o in meta['post']):
+        raise InputError(f"{fn}: expected an ensemble of {str(meta['members'])[:20]} model files; found "
+                         f"{sorted(parts)[:5]} and post-processing {str(meta.get('post'))[:80]}. {SAVE_AGAIN}")
+    def member(k):
+        t,s,a,b = parts[k]
+        return _load_bytes(ModelFile(src.f, f'{fn}, member {int(k)}', src.at+src.body+a, b-a), device, arch)
     ens = Ensemble([member(k) for k in keys], post=tuple(meta['post']), device=device)
     ens.facts,ens.filed = meta.get('training'),[WeightFile(l.model) for l in ens]
     return ens

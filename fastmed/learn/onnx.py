@@ -29,16 +29,23 @@ class _OnnxNet(nn.Module):
     def __init__(self, b, n_in, size):
         super().__init__()
         import onnxruntime as ort
-        o = ort.SessionOptions(); o.intra_op_num_threads,o.log_severity_level = torch.get_num_threads(),3
+        o = ort.SessionOptions()
+        o.intra_op_num_threads,o.log_severity_level = torch.get_num_threads(),3
         self.sha256 = hashlib.sha256(b).hexdigest()
-        self.run,self.n_in,self.size,self.divisor = ort.InferenceSession(b, o, providers=['CPUExecutionProvider']),n_in,size,size
+        self.run,self.n_in,self.size,self.divisor = ort.InferenceSession(b, o,
+                providers=['CPUExecutionProvider']),n_in,size,size
         self.register_parameter('place', nn.Parameter(torch.zeros(()), requires_grad=False))
     def forward(self, x):
-        if tuple(x.shape[1:])!=(self.n_in,*self.size): raise InputError(f"this ONNX file takes windows of {(self.n_in,*self.size)}; found {tuple(x.shape[1:])}. Export it with that patch, or use the model file")
+        if tuple(x.shape[1:])!=(self.n_in,*self.size):
+            raise InputError(f"this ONNX file takes windows of {(self.n_in,*self.size)}; found {tuple(x.shape[1:])}. "
+                             f"Export it with that patch, or use the model file")
         return torch.from_numpy(self.run.run(None, {'x':x.cpu().numpy()})[0]).to(x.device)
     def extra_repr(self): return self.sha256
 
-def _size(model, plan): return tuple(getattr(model, 'size', None) or [-(-n//d)*d for n,d in zip((n for n in plan.patch if plan.ndim==3 or n>1), model_divisor(model))])
+def _size(model, plan):
+    return tuple(getattr(model, 'size', None)
+                         or [-(-n//d)*d for n,d in zip((n for n in plan.patch if plan.ndim==3 or n>1),
+                                                       model_divisor(model))])
 
 def export_onnx(
     learn,          # `VolumeLearner` made by `unet3d_learner` or `unet2d_learner`
@@ -49,23 +56,36 @@ def export_onnx(
 )->Path:            # `fn`
     "The network as ONNX (float32, one window size, any batch) with the metadata of `save_model`. Raises `ValueError` as `save_model`, and where ONNX Runtime answers otherwise; `ImportError` without onnx"
     try: import onnx, onnxscript
-    except ImportError as e: raise ExtraError("export_onnx needs onnx and onnxscript: pip install 'fastmed[onnx]'") from e
-    if isinstance(learn, CaseLearner): raise InputError("export_onnx: offered for networks of masks; keep a classifier with save_model")
+    except ImportError as e:
+        raise ExtraError("export_onnx needs onnx and onnxscript: pip install 'fastmed[onnx]'") from e
+    if isinstance(learn, CaseLearner):
+        raise InputError("export_onnx: offered for networks of masks; keep a classifier with save_model")
     check_finite(learn.model, fn)
     meta = model_meta(learn, post, evaluation, seen)
-    if meta['network'].get('own'): raise InputError(f"export_onnx: expected a network that is known by name; found {meta['network']['arch']}. Keep it with save_model")
-    model,_,plan = rebuilt_model(learn, meta); model.eval()
+    if meta['network'].get('own'):
+        raise InputError(f"export_onnx: expected a network that is known by name; found {meta['network']['arch']}. "
+                         f"Keep it with save_model")
+    model,_,plan = rebuilt_model(learn, meta)
+    model.eval()
     model.size = size = _size(model, plan)
-    x = trial_noise(model.n_in, size, 2, getattr(model, 'masks', False)); meta.update(echo=finite_answer(trial_answer(model, plan)[1], fn), window=list(size))
+    x = trial_noise(model.n_in, size, 2, getattr(model, 'masks', False))
+    meta.update(echo=finite_answer(trial_answer(model, plan)[1], fn), window=list(size))
     with whole_file(fn) as tmp:
-        torch.onnx.export(model, (x,), str(tmp), input_names=['x'], output_names=['logits'], dynamic_shapes=({0:torch.export.Dim('batch', min=1)},), dynamo=True, external_data=False, verbose=False)
-        m = onnx.load(str(tmp)); onnx.helper.set_model_props(m, {'fastmed':json_text(meta)})
-        b = seal_file(m.SerializeToString()); tmp.write_bytes(b)
+        torch.onnx.export(model, (x,), str(tmp), input_names=['x'], output_names=['logits'],
+                dynamic_shapes=({0:torch.export.Dim('batch', min=1)},), dynamo=True, external_data=False, verbose=False)
+        m = onnx.load(str(tmp))
+        onnx.helper.set_model_props(m, {'fastmed':json_text(meta)})
+        b = seal_file(m.SerializeToString())
+        tmp.write_bytes(b)
         try: net = _OnnxNet(b, model.n_in, size)
-        except ImportError: warn("export_onnx: onnxruntime is not installed, so its answers were not compared with PyTorch's"); net = None
+        except ImportError:
+            warn("export_onnx: onnxruntime is not installed, so its answers were not compared with PyTorch's")
+            net = None
         if net is not None:
             for z in (x, x[:1], 2*torch.cat([x,x[:1]])):
-                if not same_answer(model_answer(model, z), net(z), 1e-3): raise InputError(f"export_onnx({fn}): ONNX Runtime answers otherwise than PyTorch for {meta['network']['arch']}. Ship it by save_model instead")
+                if not same_answer(model_answer(model, z), net(z), 1e-3):
+                    raise InputError(f"export_onnx({fn}): ONNX Runtime answers otherwise than PyTorch for "
+                                     f"{meta['network']['arch']}. Ship it by save_model instead")
     return Path(fn)
 
 def load_onnx(
@@ -73,17 +93,29 @@ def load_onnx(
 )->SavedLearner: # its network runs in ONNX Runtime, on the CPU
     "Predict whole scans from an ONNX file. Raises `OSError` where it is not there, `ValueError` where it is changed, cut off or foreign, `ImportError` without onnxruntime"
     if not Path(fn).is_file(): raise MissingFileError(f"{fn}: no such model file")
-    b = Path(fn).read_bytes(); i = b.rfind(b'{"sha256": "sha256:')
-    if i<0: raise InputError(f"{fn}: expected a file of export_onnx; found {len(b):,} bytes without its metadata. It may be cut off, or another kind of file. {SAVE_AGAIN}")
-    try: end = json.JSONDecoder().raw_decode(b[i:].decode('latin-1'))[1]          # a byte a letter; the text itself is ASCII
-    except (ValueError, RecursionError) as e: raise InputError(f"{fn}: expected metadata in JSON; found {type(e).__name__}. {SAVE_AGAIN}") from e
+    b = Path(fn).read_bytes()
+    i = b.rfind(b'{"sha256": "sha256:')
+    if i<0:
+        raise InputError(f"{fn}: expected a file of export_onnx; found {len(b):,} bytes without its metadata. It may "
+                         f"be cut off, or another kind of file. {SAVE_AGAIN}")
+    # a byte a letter; the text itself is ASCII
+    try:
+        end = json.JSONDecoder().raw_decode(b[i:].decode('latin-1'))[1]
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{fn}: expected metadata in JSON; found {type(e).__name__}. {SAVE_AGAIN}") from e
     meta = meta_of(b[i:i+end].decode('latin-1'), fn)
     check_sum(_Bytes(b), b.rfind(meta['sha256'].encode()), meta, fn)
     def network(plan):
-        try: net = _OnnxNet(b, model_channels(meta['network'], plan), tuple(meta['window'])); echo = trial_answer(net, plan)[1]
+        try:
+            net = _OnnxNet(b, model_channels(meta['network'], plan), tuple(meta['window']))
+            echo = trial_answer(net, plan)[1]
         except ImportError as e: raise ExtraError("load_onnx needs onnxruntime: pip install 'fastmed[onnx]'") from e
-        except Exception as e: raise InputError(f"ONNX Runtime does not take it ({str(e).splitlines()[0] if str(e) else type(e).__name__})") from e
-        if not same_answer(meta['echo'], echo, 1e-3): raise InputError(f"this ONNX Runtime answers otherwise than PyTorch {meta['training']['torch']} did. Try another version of it, or export again")
+        except Exception as e:
+            raise InputError(
+                    f"ONNX Runtime does not take it ({str(e).splitlines()[0] if str(e) else type(e).__name__})") from e
+        if not same_answer(meta['echo'], echo, 1e-3):
+            raise InputError(f"this ONNX Runtime answers otherwise than PyTorch {meta['training']['torch']} did. Try "
+                             f"another version of it, or export again")
         return net
     return opened_learner(meta, fn, torch.device('cpu'), network)
 

@@ -34,7 +34,8 @@ def step_seconds(
 )->tuple: # (seconds that a batch takes to load, seconds that an update takes beside it)
     "Time a batch and its update; the Learner is as before. Optimizer and callbacks are not counted"
     model,device = learn.model,next(learn.model.parameters()).device
-    short = contextlib.nullcontext() if getattr(learn, 'mixed_precision', None) is None else torch.autocast(device.type, torch.float16)
+    short = contextlib.nullcontext() if getattr(learn, 'mixed_precision', None) is None else torch.autocast(device.type,
+                                                torch.float16)
     own = [p for p in model.parameters() if p.requires_grad]
     with chance_kept(device), model_kept(model):
         dl = learn.dls.train.new(num_workers=0)                      # draws its own seed
@@ -93,7 +94,9 @@ class PaceCallback(Callback):
         try: n = updates_of(self.learn, self.minutes)
         except Exception: return
         if self.learn.logger is not noop: print(f"about {n} updates in {self.minutes:g} minutes")
-        if n<100: warn(f"{self.minutes:g} minutes give about {n} updates on this machine, too few to learn much. Say from_df(…, minutes={self.minutes:g}) for a plan that fits the time, or train longer")
+        if n<100:
+            warn(f"{self.minutes:g} minutes give about {n} updates on this machine, too few to learn much. Say "
+                 f"from_df(…, minutes={self.minutes:g}) for a plan that fits the time, or train longer")
 
 # %% ../../nbs/learn/03_pace.ipynb #2b68e2c5
 class _BudgetBar:
@@ -103,7 +106,9 @@ class _BudgetBar:
     def update(self, val):
         main = self.bar.main_bar
         main.total,main.comment = 100,self.budget.where()
-        if main.last_v is None: main.update(0)                        # a fit that goes on does not begin there, the bar's clock does
+        # a fit that goes on does not begin there, the bar's clock does
+        if main.last_v is None:
+            main.update(0)
         main.update(min(99, round(100*self.budget._share())))         # at 100 the bar would close itself
     def add_child(self, child):
         self.bar.add_child(child)
@@ -121,10 +126,12 @@ class BudgetCallback(UpdateCallback):
         given = {k:v for k,v in dict(minutes=minutes, updates=updates, voxels=voxels).items() if v is not None}
         if len(given)!=1: raise InputError(f"BudgetCallback: expected one of minutes, updates, voxels; found {given}")
         (self.unit,self.amount), = given.items()
-        if not isinstance(self.amount, (int,float,np.number)) or not self.amount>0: raise InputError(f"{self.unit}: expected a number of more than 0; found {self.amount!r}")
+        if not isinstance(self.amount, (int,float,np.number)) or not self.amount>0:
+            raise InputError(f"{self.unit}: expected a number of more than 0; found {self.amount!r}")
     def before_fit(self):
         if other:=first(c for c in self.learn.cbs if isinstance(c, BudgetCallback) and c is not self):
-            raise InputError(f"BudgetCallback: a fit has one budget, which its schedule follows; here are {self.amount:g} {self.unit} and {other.amount:g} {other.unit}. "
+            raise InputError(f"BudgetCallback: a fit has one budget, which its schedule follows; here are "
+                             f"{self.amount:g} {self.unit} and {other.amount:g} {other.unit}. "
                              "Leave one out; learn.remove_cb(BudgetCallback) takes away that of the Learner")
         self.t0,self.valid_s,self.spent,self.late,self.updates = time.perf_counter(),0.,0,False,0
         progress = getattr(self.learn, 'progress', None)
@@ -132,33 +139,42 @@ class BudgetCallback(UpdateCallback):
     def where(self)->str: # such as '0.4 of 2 minutes, 37 updates'
         "How much of the budget is spent, in words"
         if self.unit=='updates': return f'{self.updates} of {self.amount:g} updates'
-        spent = f'{min(self.amount, (time.perf_counter()-self.t0)/60):.{1 if self.amount>=1 else 2}f}' if self.unit=='minutes' else f'{self.spent:.3g}'
+        spent = (f'{min(self.amount, (time.perf_counter()-self.t0)/60):.{1 if self.amount>=1 else 2}f}'
+                 if self.unit=='minutes' else f'{self.spent:.3g}')
         return f"{spent} of {self.amount:g} {self.unit}, {self.updates} updates"
     def _share(self):
         if self.unit!='minutes': return min(1., self.spent/self.amount)
         total = self.amount*60
-        return same_everywhere(min(1., (time.perf_counter()-self.t0)/max(total-self.valid_s, total/10)), self.dls.device)
+        return same_everywhere(min(1., (time.perf_counter()-self.t0)/max(total-self.valid_s, total/10)),
+                               self.dls.device)
     def before_train(self): self.learn.pct_train = self._share()
     def after_update(self):
         self.updates += 1
         if self.unit=='updates': self.spent += 1
     def after_batch(self):
         if not self.training: return
-        if self.unit=='voxels': self.spent += patch_voxels(self.xb[0])*max(1, num_distrib())     # each process has a share of the batch, and they are alike
+        # each process has a share of the batch, and they are alike
+        if self.unit=='voxels':
+            self.spent += patch_voxels(self.xb[0])*max(1, num_distrib())
         self.learn.pct_train = self._share()
         progress = getattr(self.learn, 'progress', None)
         if isinstance(getattr(progress, 'mbar', None), _BudgetBar):
             progress.mbar.update(None)
             progress.pbar.prefix = f'{self.where()} :'
-        if self.learn.pct_train>=1: self.late = True; raise CancelTrainException()
+        if self.learn.pct_train>=1:
+            self.late = True
+            raise CancelTrainException()
     def after_cancel_train(self):
-        if self.late: self.recorder.cancel_train = False         # the epoch was cut short, its training loss still counts
+        # the epoch was cut short, its training loss still counts
+        if self.late:
+            self.recorder.cancel_train = False
     def after_train(self): self.v0 = time.perf_counter()
     def after_epoch(self):
         now = time.perf_counter()
         self.valid_s = max(self.valid_s, now-self.v0)
         if self.late:
-            vars(self.dls.train).pop('it', None)                 # of the epoch that was cut short; no generator goes into a pickle
+            # of the epoch that was cut short; no generator goes into a pickle
+            vars(self.dls.train).pop('it', None)
             raise CancelFitException()
 
 def patch_voxels(
@@ -184,7 +200,9 @@ def peak_memory(
     if torch.device(device).type=='cuda': return float(torch.cuda.max_memory_allocated(device))
     try: return 1024.*int(re.search(r'VmHWM:\s*(\d+)', Path('/proc/self/status').read_text())[1])
     except (OSError,TypeError): pass
-    try: import resource; return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform=='darwin' else 1024))
+    try:
+        import resource
+        return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform=='darwin' else 1024))
     except ImportError: return float('nan')
 
 class CostCallback(UpdateCallback):
@@ -192,14 +210,19 @@ class CostCallback(UpdateCallback):
     order,run_valid = 61,True        # after everything that is paid for, before `BudgetCallback` ends the epoch
     clocks = ('t0',)                 # moved on where a fit is resumed
     def __init__(self): self.rows = []
-    def before_fit(self): self.rows,self.now = [],self._zero(); reset_peak(self.dls.device)
+    def before_fit(self):
+        self.rows,self.now = [],self._zero()
+        reset_peak(self.dls.device)
     def _zero(self): return dict(train_s=0., valid_s=0., updates=0, voxels=0, peak_mb=float('nan'))
     def _clock(self):
         if torch.device(self.dls.device).type=='cuda': torch.cuda.synchronize()
         return time.perf_counter()
     def before_epoch(self): self.now = self._zero()
     def before_train(self): self.t0 = self._clock()
-    def after_train(self): t = self._clock(); self.now['train_s'] += t-self.t0; self.t0 = t
+    def after_train(self):
+        t = self._clock()
+        self.now['train_s'] += t-self.t0
+        self.t0 = t
     def after_validate(self): self.now['valid_s'] += self._clock()-self.t0
     def after_update(self): self.now['updates'] += 1
     def after_batch(self):
@@ -210,10 +233,12 @@ class CostCallback(UpdateCallback):
     @property
     def total(self):
         e = self.epochs
-        return dict(epochs=len(e), train_s=float(e.train_s.sum()), valid_s=float(e.valid_s.sum()), updates=int(e.updates.sum()), voxels=int(e.voxels.sum()), peak_mb=float(e.peak_mb.max()))
+        return dict(epochs=len(e), train_s=float(e.train_s.sum()), valid_s=float(e.valid_s.sum()),
+                    updates=int(e.updates.sum()), voxels=int(e.voxels.sum()), peak_mb=float(e.peak_mb.max()))
 
 # %% ../../nbs/learn/03_pace.ipynb #7f8c2b1a
-PLANNED = ('minutes','patch','bs','samples_per_case','spacing','axis','context') # arguments of `from_df` that a plan holds
+# arguments of `from_df` that a plan holds
+PLANNED = ('minutes','patch','bs','samples_per_case','spacing','axis','context')
 
 def shared_plan(
     fn,      # file that keeps the plan

@@ -49,8 +49,10 @@ def to_plain(
     if isinstance(o, Real) and math.isfinite(o): return float(o)
     if isinstance(o, tuple): return {'tuple':[to_plain(v, what) for v in o]}
     if isinstance(o, (list,L)): return [to_plain(v, what) for v in o]
-    if isinstance(o, dict) and all(isinstance(k, str) for k in o): return {'dict':{k:to_plain(v, what) for k,v in o.items()}}
-    raise InputError(f"save_model: {what} holds {o!r} ({type(o).__name__}); expected numbers, names, and lists or dicts of them. Give it as such, or keep the Learner with learn.export")
+    if isinstance(o, dict) and all(isinstance(k, str) for k in o):
+        return {'dict':{k:to_plain(v, what) for k,v in o.items()}}
+    raise InputError(f"save_model: {what} holds {o!r} ({type(o).__name__}); expected numbers, names, and lists or "
+                     f"dicts of them. Give it as such, or keep the Learner with learn.export")
 
 # %% ../../nbs/learn/09_plain.ipynb #c36a412b
 @contextlib.contextmanager
@@ -64,14 +66,16 @@ def few_modules(
         left -= 1
         if left<0: raise InputError(f"the network that it names has more than {most:,} modules")
     module = torch.nn.modules.module
-    handles = [f(count) for f in (module.register_module_module_registration_hook, module.register_module_parameter_registration_hook)]
+    handles = [f(count) for f in (module.register_module_module_registration_hook,
+                                  module.register_module_parameter_registration_hook)]
     try: yield
     finally:
         for h in handles: h.remove()
 
 class Budget(TorchFunctionMode):
     "Raise `ValueError` before more than `most` elements are made"
-    makers = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange, torch.linspace, torch.eye, torch.tensor)
+    makers = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange, torch.linspace,
+              torch.eye, torch.tensor)
     def __init__(self,
         most # elements that may be made
     ):
@@ -86,7 +90,8 @@ class Budget(TorchFunctionMode):
 
 class TooLarge(InputError): "A network that takes more memory than a trial of it may"
 
-class UnopenedError(InputError): "A model that is opened only for who says more: that a pickle is trusted, or how a network without a name is built"
+class UnopenedError(InputError):
+    "A model that is opened only for who says more: that a pickle is trusted, or how a network without a name is built"
 
 class TrialBudget(TorchDispatchMode):
     "Raise `TooLarge` before results that are held at a time have more than `most` elements"
@@ -108,14 +113,19 @@ class TrialBudget(TorchDispatchMode):
         return res
     def _gone(self, n): self.held -= n
     def _check(self, n):
-        if self.held+n>self.most: raise TooLarge(f"the network that it names holds more than {self.most:,} numbers at a time for a small window")
+        if self.held+n>self.most:
+            raise TooLarge(
+                    f"the network that it names holds more than {self.most:,} numbers at a time for a small window")
     def _expect(self, func, args, kwargs):
         "Ask for the size of the result where nothing is computed"
         def shape(t): return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device='meta')
         if 'device' in kwargs: kwargs = {**kwargs, 'device':torch.device('meta')}
         try: res = func(*tree_map_only(torch.Tensor, shape, args), **tree_map_only(torch.Tensor, shape, kwargs))
-        except (RuntimeError, NotImplementedError, TypeError): return                  # of few operations the size follows from the values
-        if not func.is_view: self._check(max((t.numel() for t in tree_flatten(res)[0] if isinstance(t, torch.Tensor)), default=0))
+        except (RuntimeError, NotImplementedError, TypeError):
+            # of few operations the size follows from the values
+            return
+        if not func.is_view:
+            self._check(max((t.numel() for t in tree_flatten(res)[0] if isinstance(t, torch.Tensor)), default=0))
 
 # %% ../../nbs/learn/09_plain.ipynb #a1108b03
 _most_held = 2**28      # numbers that a trial of a network may hold at a time
@@ -126,7 +136,8 @@ def _windows(model, plan, patch):
     if patch: return [tuple(patch)]
     sides,d = [n for n in plan.patch if plan.ndim==3 or n>1],model_divisor(model)
     wanted = getattr(model, 'size', None) or [min(-(-n//k)*k, 2*k if k>1 else 8) for n,k in zip(sides, d)]
-    return list(dict.fromkeys(tuple(max(k, -(-n//f//k)*k) for n,k in zip(wanted, d)) if f>1 else tuple(wanted) for f in (1,2,4,8,16)))
+    return list(dict.fromkeys(tuple(max(k, -(-n//f//k)*k) for n,k in zip(wanted, d)) if f>1 else tuple(wanted)
+                              for f in (1,2,4,8,16)))
 
 # %% ../../nbs/learn/09_plain.ipynb #e12b2b8f
 def model_answer(
@@ -166,12 +177,14 @@ def trial_answer(
     patch=None  # size, or None
 ):
     "The size of a window of noise, and 64 logits of it in float32 on the CPU; None and none where that would take much memory"
-    n_in,most = ifnone(n_in, getattr(model, 'n_in', 1)),_most_held+16*sum(v.numel() for v in model.state_dict().values())
+    n_in,most = ifnone(n_in, getattr(model, 'n_in', 1)),_most_held+16*sum(v.numel()
+                                     for v in model.state_dict().values())
     with TrialBudget(most): sizes = _windows(model, plan, patch)
     for size in sizes:
         if math.prod(size)>2**22 or n_in*math.prod(size)>_most_held: continue
         try:
-            with TrialBudget(most): y = model_answer(model, trial_noise(n_in, size, masks=getattr(model, 'masks', False))).flatten()
+            with TrialBudget(most):
+                y = model_answer(model, trial_noise(n_in, size, masks=getattr(model, 'masks', False))).flatten()
         except TooLarge: continue
         except Exception:
             if size==sizes[0]: raise
@@ -185,14 +198,17 @@ def finite_answer(
     fn    # file, for the error
 ):        # `echo`
     "Raises `InputError` on an answer that is not finite"
-    if not all(map(math.isfinite, echo)): raise InputError(f"{fn}: the network answers NaN or infinity: its training has diverged. Load an earlier state, or train with a lower rate")
+    if not all(map(math.isfinite, echo)):
+        raise InputError(f"{fn}: the network answers NaN or infinity: its training has diverged. Load an earlier "
+                         f"state, or train with a lower rate")
     return echo
 
 # %% ../../nbs/learn/09_plain.ipynb #d7a94ded
 SAVE_AGAIN = "Save or copy the file again"
 
 # %% ../../nbs/learn/09_plain.ipynb #320094ea
-FORMAT_VERSION,NO_DIGEST,_most_header = 3,'sha256:'+'0'*64,2**23        # the newest format; room for the sum; bytes of a header
+# the newest format; room for the sum; bytes of a header
+FORMAT_VERSION,NO_DIGEST,_most_header = 3,'sha256:'+'0'*64,2**23
 
 # %% ../../nbs/learn/09_plain.ipynb #84e55160
 def check_sum(
@@ -202,12 +218,15 @@ def check_sum(
     fn    # the file, for the error
 ):
     "Raise `InputError` where the SHA-256 of a file, its own sum at byte `i` left blank, is not what it says. A piece at a time, whatever its size"
-    if i<0 or len(meta['sha256'])!=len(NO_DIGEST): raise InputError(f"{fn}: expected a SHA-256; found {meta['sha256'][:80]!r}. {SAVE_AGAIN}")
+    if i<0 or len(meta['sha256'])!=len(NO_DIGEST):
+        raise InputError(f"{fn}: expected a SHA-256; found {meta['sha256'][:80]!r}. {SAVE_AGAIN}")
     h = hashlib.sha256()
     for a,b,then in ((0, i, NO_DIGEST.encode()), (i+len(NO_DIGEST), src.size, b'')):
         for at in range(a, b, 2**20): h.update(src.read(at, min(2**20, b-at)))
         h.update(then)
-    if 'sha256:'+h.hexdigest()!=meta['sha256']: raise InputError(f"{fn}: expected {meta['sha256']}; found sha256:{h.hexdigest()}: its bytes were changed. {SAVE_AGAIN}")
+    if 'sha256:'+h.hexdigest()!=meta['sha256']:
+        raise InputError(
+                f"{fn}: expected {meta['sha256']}; found sha256:{h.hexdigest()}: its bytes were changed. {SAVE_AGAIN}")
 
 # %% ../../nbs/learn/09_plain.ipynb #3bd03346
 def json_text(
@@ -223,9 +242,13 @@ def meta_of(
 ):
     "The metadata of a file, and whether they are of a version that is known here. Raises `InputError`"
     try: meta = json.loads(text, parse_constant=_no_number)
-    except (ValueError, RecursionError) as e: raise InputError(f"{fn}: expected metadata in JSON; found {type(e).__name__}. {SAVE_AGAIN}") from e
-    if not isinstance(meta, dict) or type(meta.get('format')) is not int or not isinstance(meta.get('sha256'), str): raise InputError(f"{fn}: expected metadata with a format and a sum; found {str(meta)[:80]}. {SAVE_AGAIN}")
-    if meta['format']>FORMAT_VERSION: raise InputError(f"{fn}: expected format {FORMAT_VERSION}, which fastmed {__version__} knows; found {str(meta['format'])[:20]}. Install a newer fastmed")
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{fn}: expected metadata in JSON; found {type(e).__name__}. {SAVE_AGAIN}") from e
+    if not isinstance(meta, dict) or type(meta.get('format')) is not int or not isinstance(meta.get('sha256'), str):
+        raise InputError(f"{fn}: expected metadata with a format and a sum; found {str(meta)[:80]}. {SAVE_AGAIN}")
+    if meta['format']>FORMAT_VERSION:
+        raise InputError(f"{fn}: expected format {FORMAT_VERSION}, which fastmed {__version__} knows; found "
+                         f"{str(meta['format'])[:20]}. Install a newer fastmed")
     return meta
 
 # %% ../../nbs/learn/09_plain.ipynb #4b4d8474
@@ -237,7 +260,8 @@ def seal_file(
     return b[:i+7]+hashlib.sha256(b).hexdigest().encode()+b[i+len(NO_DIGEST):]
 
 # %% ../../nbs/learn/09_plain.ipynb #0f11e002
-_kinds = (('F64',torch.float64),('F32',torch.float32),('F16',torch.float16),('BF16',torch.bfloat16),('I64',torch.int64),('I32',torch.int32),('I16',torch.int16),('I8',torch.int8),('U8',torch.uint8),('BOOL',torch.bool))
+_kinds = (('F64',torch.float64),('F32',torch.float32),('F16',torch.float16),('BF16',torch.bfloat16),('I64',torch.int64),
+        ('I32',torch.int32),('I16',torch.int16),('I8',torch.int8),('U8',torch.uint8),('BOOL',torch.bool))
 
 def _declared(head):
     "name → (type, shape, first byte, last byte) of the tensors of a header, which lie in a row and are as large as they say; and where they end. Raises all sorts of errors"
@@ -260,16 +284,28 @@ class ModelFile:
         size=None # bytes; default: up to the end of `f`
     ):
         self.f,self.fn,self.at,self.size = f,fn,at,f.seek(0, 2)-at if size is None else size
-        start = self.read(0, 10); n = int.from_bytes(start[:8], 'little')
-        if start[8:9]!=b'{' and (start[:2]==b'PK' or start[:1]==b'\x80'): raise InputError(f"{fn}: expected a model file; found a pickle. load_learner opens an exported Learner, and runs what is in it: only where you trust its sender")
-        bad = f"{fn}: expected a safetensors file; found {self.size} bytes that are none. It may be cut off or another kind of file. {SAVE_AGAIN}"
+        start = self.read(0, 10)
+        n = int.from_bytes(start[:8], 'little')
+        if start[8:9]!=b'{' and (start[:2]==b'PK' or start[:1]==b'\x80'):
+            raise InputError(f"{fn}: expected a model file; found a pickle. load_learner opens an exported Learner, "
+                             f"and runs what is in it: only where you trust its sender")
+        bad = (f"{fn}: expected a safetensors file; found {self.size} bytes that are none. It may be cut off or "
+               f"another kind of file. {SAVE_AGAIN}")
         if len(start)<10 or n>_most_header or 8+n>self.size: raise InputError(bad)
-        try: head = json.loads(self.read(8, n)); self.declared,end = _declared(head)
-        except (ValueError, RecursionError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as e: raise InputError(bad) from e
+        try:
+            head = json.loads(self.read(8, n))
+            self.declared,end = _declared(head)
+        except (ValueError, RecursionError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as e:
+            raise InputError(bad) from e
         self.body = 8+n
-        if self.body+end!=self.size: raise InputError(f"{fn}: expected {self.body+end:,} bytes; found {self.size:,}: the file is cut off or longer than it was. {SAVE_AGAIN}")
-        text = (head.get('__metadata__') or {}).get('fastmed') if isinstance(head.get('__metadata__'), (dict,type(None))) else None
-        if not isinstance(text, str): raise InputError(f"{fn}: expected a file of save_model; found safetensors without its metadata. For bare weights there is unet3d_learner(dls, pretrained=…)")
+        if self.body+end!=self.size:
+            raise InputError(f"{fn}: expected {self.body+end:,} bytes; found {self.size:,}: the file is cut off or "
+                             f"longer than it was. {SAVE_AGAIN}")
+        text = (head.get('__metadata__') or {}).get('fastmed') if isinstance(head.get('__metadata__'),
+                (dict,type(None))) else None
+        if not isinstance(text, str):
+            raise InputError(f"{fn}: expected a file of save_model; found safetensors without its metadata. For bare "
+                             f"weights there is unet3d_learner(dls, pretrained=…)")
         self.meta = meta_of(text, fn)
         check_sum(self, self.read(0, self.body).rfind(self.meta['sha256'].encode()), self.meta, fn)
 
@@ -281,4 +317,5 @@ class ModelFile:
 
     def tensor(self, k):
         dtype,shape,a,b = self.declared[k]
-        return torch.frombuffer(bytearray(self.read(self.body+a, b-a)), dtype=dtype).reshape(shape) if b>a else torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(bytearray(self.read(self.body+a, b-a)),
+                                dtype=dtype).reshape(shape) if b>a else torch.empty(shape, dtype=dtype)

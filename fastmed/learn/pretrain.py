@@ -28,12 +28,14 @@ def bend_intensity(
     g=None       # `torch.Generator` on the CPU
 )->Tensor:       # the same shape
     "Grey values through a random curve that rises or falls (Bézier, ends fixed): the shapes stay, the contrast changes. Source: Zhou 2021"
-    dims = tuple(range(2, x.ndim)); res = x.clone()
+    dims = tuple(range(2, x.ndim))
+    res = x.clone()
     lo,hi = x.amin(dims, keepdim=True),x.amax(dims, keepdim=True)
     t = torch.linspace(0, 1, 256)[:,None]
     basis = torch.cat([(1-t)**3, 3*(1-t)**2*t, 3*(1-t)*t**2, t**3], 1)                 # (256,4)
     for b in range(len(x)):
-        p = _rand(g, 2, 2); ends = torch.tensor([[0.,0.],[1.,1.]])
+        p = _rand(g, 2, 2)
+        ends = torch.tensor([[0.,0.],[1.,1.]])
         xs,ys = (basis @ torch.stack([ends[0], p[0], p[1], ends[1]])).T
         xs,ys = xs.cummax(0).values,(ys if _rand(g, 1)<.5 else 1-ys)
         xs,ys = xs.to(x.device),ys.to(x.device)
@@ -45,14 +47,18 @@ def bend_intensity(
 
 def _hidden_blocks(x, size):
     "(B,C,*S) cut to whole blocks, as (B,C,n blocks,voxels of a block), and how to put them back"
-    S = x.shape[2:]; n = [s//k for s,k in zip(S, size)]; d = len(S)
+    S = x.shape[2:]
+    n = [s//k for s,k in zip(S, size)]
+    d = len(S)
     crop = (slice(None),)*2 + tuple(slice(0, a*k) for a,k in zip(n, size))
     perm = [0,1]+[2+2*i for i in range(d)]+[3+2*i for i in range(d)]
-    y = x[crop].reshape(*x.shape[:2], *[v for a,k in zip(n, size) for v in (a,k)]).permute(perm).reshape(*x.shape[:2], math.prod(n), math.prod(size))
+    y = x[crop].reshape(*x.shape[:2], *[v for a,k in zip(n, size) for v in (a,k)]).permute(perm).reshape(*x.shape[:2],
+            math.prod(n), math.prod(size))
     back = [0,1]+[v for i in range(d) for v in (2+i, 2+d+i)]
     def put(y):
         res = x.clone()
-        res[crop] = y.reshape(*x.shape[:2], *n, *size).permute(back).reshape(*x.shape[:2], *[a*k for a,k in zip(n, size)])
+        res[crop] = y.reshape(*x.shape[:2], *n, *size).permute(back).reshape(*x.shape[:2],
+                *[a*k for a,k in zip(n, size)])
         return res
     return y,put
 
@@ -77,7 +83,8 @@ def paint_boxes(
     "Boxes of a fifth to a half of each side hold one random grey value (in-painting); one time in three the boxes stay and the rest goes (out-painting). Source: Zhou 2021"
     res,S = x.clone(),x.shape[2:]
     for b in range(len(x)):
-        out = bool(_rand(g, 1)<1/3); keep = torch.zeros(S, dtype=torch.bool)
+        out = bool(_rand(g, 1)<1/3)
+        keep = torch.zeros(S, dtype=torch.bool)
         for _ in range(n):
             size = [max(1, int(s*(.2+.3*float(_rand(g, 1))))) for s in S]
             at = [int(float(_rand(g, 1))*(s-k+1)) for s,k in zip(S, size)]
@@ -125,7 +132,8 @@ class RestoredShare(Metric):
     def reset(self): self.err = self.was = 0.
     def accumulate(self, learn):
         y = learn.y
-        self.err += float((learn.pred.detach().float()-y).square().sum()); self.was += float((learn.xb[0]-y).square().sum())
+        self.err += float((learn.pred.detach().float()-y).square().sum())
+        self.was += float((learn.xb[0]-y).square().sum())
     @property
     def value(self): return 1-self.err/self.was if self.was else None
     @property
@@ -141,17 +149,23 @@ class RestorationLearner(VolumeLearner):
         "Rows of items: as it is, damaged, repaired"
         import matplotlib.pyplot as plt
         x = to_cpu(ifnone(dl, self.dls.valid).one_batch()[0]).as_subclass(Tensor)[:n]
-        cb = first(c for c in self.cbs if isinstance(c, RestorationCallback)); g = torch.Generator().manual_seed(seed)
+        cb = first(c for c in self.cbs if isinstance(c, RestorationCallback))
+        g = torch.Generator().manual_seed(seed)
         y = x
         for f in cb.damage[-2:]: y = f(y, g)
         with torch.no_grad(): out = y+to_cpu(self.model.eval()(y.to(next(self.model.parameters()).device))).float()
         fig,axs = plt.subplots(len(x), 3, figsize=(6.6, 2.2*len(x)), squeeze=False)
         for b,row in enumerate(axs):
             for ax,t,name in zip(row, (x,y,out), ('as it is','damaged','repaired')):
-                p,o = (t[b,0],'upper') if get_prep(self.dls) else ((t[b,0] if t.ndim==4 else t[b,0,...,t.shape[-1]//2]).T,'lower')   # a radiograph's rows come from the top
-                ax.imshow(p, cmap='gray', origin=o, vmin=float(x[b].min()), vmax=float(x[b].max())); ax.set_axis_off()
+                # a radiograph's rows come from the top
+                p,o = (t[b,0],
+                        'upper') if get_prep(self.dls) else ((t[b,0] if t.ndim==4 else t[b,0,...,t.shape[-1]//2]).T,
+                                                             'lower')
+                ax.imshow(p, cmap='gray', origin=o, vmin=float(x[b].min()), vmax=float(x[b].max()))
+                ax.set_axis_off()
                 if b==0: ax.set_title(name, fontsize=9)
-        fig.tight_layout(); return fig
+        fig.tight_layout()
+        return fig
     def ready_loss(self,
         loss_func # of (repaired, image)
     ):            # the same: images are compared, whatever masks the DataLoaders hold
@@ -162,12 +176,16 @@ class RestorationLearner(VolumeLearner):
     ):
         "Raise `InputError` on fastai's `MixUp` and `CutMix`: the target is the image itself"
         for c in mixing_callbacks(self, cbs):
-            raise InputError(f"{type(c).__name__} mixes targets, and here the target of an image is the image itself. Leave it out; damage= says what is done to images")
-    def _no(self, *args, **kwargs): raise InputError("a restoration Learner repairs patches and knows no structures: give its weights to unet3d_learner, unet2d_learner or classifier_learner first")
+            raise InputError(f"{type(c).__name__} mixes targets, and here the target of an image is the image itself. "
+                             f"Leave it out; damage= says what is done to images")
+    def _no(self, *args, **kwargs):
+        raise InputError("a restoration Learner repairs patches and knows no structures: give its weights to "
+                         "unet3d_learner, unet2d_learner or classifier_learner first")
     predict_volume = predict_folder = predict = evaluate = show_worst = tta = _no
 
 def restoration_learner(
-    dls,               # DataLoaders of volumes, slices or radiographs; masks and labels are not looked at, and need not be there
+    # DataLoaders of volumes, slices or radiographs; masks and labels are not looked at, and need not be there
+    dls,
     arch=UNet,         # ours, any callable `(n_in, n_out)`, or a network by name, as for `unet3d_learner`
     damage=(bend_intensity, shuffle_local, paint_boxes, mask_patches), # functions `(x, generator) → x`
     p:float=.5,        # chance of each kind of damage in a batch
@@ -180,11 +198,16 @@ def restoration_learner(
     n,size = x.shape[1],tuple(x.shape[2:])
     lk = {k:kwargs.pop(k) for k in list(kwargs) if k in LEARNER_ARGS}
     if arch in (UNet,'UNet'):
-        try: kwargs = unet_args(get_plan(dls), kwargs)                       # so that the weights fit the U-Net that follows
-        except InputError: kwargs = {'depth':max(2, min(5, *(int(math.log2(s&-s))+1 for s in size))), **kwargs}     # no plan: by the size
+        # so that the weights fit the U-Net that follows
+        try:
+            kwargs = unet_args(get_plan(dls), kwargs)
+        except InputError:
+            # no plan: by the size
+            kwargs = {'depth':max(2, min(5, *(int(math.log2(s&-s))+1 for s in size))), **kwargs}
     model = create_network(arch, n, n, ndim=len(size), patch=size, **kwargs)[0]
     if fast: model = make_fast(model)
-    lk = {'lr':1e-3, 'wd':1e-2, 'splitter':param_splitter, **lk, 'cbs':L(lk.get('cbs'))+[GradientClip(12.), RestorationCallback(damage, p)]}
+    lk = {'lr':1e-3, 'wd':1e-2, 'splitter':param_splitter, **lk,
+            'cbs':L(lk.get('cbs'))+[GradientClip(12.), RestorationCallback(damage, p)]}
     learn = RestorationLearner(dls, model, loss_func=ifnone(loss_func, MSELossFlat()), metrics=RestoredShare(), **lk)
     learn.n_in = learn.n_out = n
     return learn

@@ -21,7 +21,8 @@ def _chance(dls):
     "The state of every source of chance, in types that load without pickle"
     n = np.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return dict(torch=torch.get_rng_state(), cuda=cuda, python=random.getstate(), dls=[dl.rng.getstate() for dl in dls.loaders],
+    return dict(torch=torch.get_rng_state(), cuda=cuda, python=random.getstate(),
+                dls=[dl.rng.getstate() for dl in dls.loaders],
                 numpy=[n[0], torch.from_numpy(n[1].astype(np.int64)), *n[2:]])
 
 def _as_tuple(o): return tuple(map(_as_tuple, o)) if isinstance(o, (list,tuple)) else o
@@ -51,8 +52,10 @@ def _is_plain(o):
 
 def _counted(o): return {k:v for k,v in o.__dict__.items() if k not in ('learn','_state') and _is_plain(v)}
 def _marks(o): return {k:pickle.dumps(_plain_types(v)) for k,v in _counted(o).items()}
-def _has_state(o): return isinstance(o, nn.Module) or hasattr(type(o), 'state_dict') and hasattr(type(o), 'load_state_dict')
-def _is_log(o): return isinstance(o, io.TextIOWrapper) and not o.closed and o.writable() and isinstance(o.name, (str,Path))
+def _has_state(o):
+    return isinstance(o, nn.Module) or hasattr(type(o), 'state_dict') and hasattr(type(o), 'load_state_dict')
+def _is_log(o):
+    return isinstance(o, io.TextIOWrapper) and not o.closed and o.writable() and isinstance(o.name, (str,Path))
 
 def _on_gpu(o):
     if isinstance(o, dict): return any(map(_on_gpu, o.values()))
@@ -74,15 +77,18 @@ def _state_of(
     marks=None # what `_marks` gave when the fit began
 )->dict:       # by attribute: `values`, and which of them lie on a GPU; `states`, `logs`; `ages` of clocks, s
     "What a callback has counted since the fit began"
-    clocks,settings,now = getattr(type(o), 'clocks', ()),inspect.signature(type(o).__init__).parameters,time.perf_counter()
+    clocks,settings,now = getattr(type(o), 'clocks',
+                                  ()),inspect.signature(type(o).__init__).parameters,time.perf_counter()
     attrs = {k:v for k,v in o.__dict__.items() if k not in ('learn','_state')}
     def counts(k, v):
         changed = pickle.dumps(_plain_types(v))!=(marks or {}).get(k)
         return changed or isinstance(v, (list,dict,L)) and k not in settings
     values = {k:v for k,v in _counted(o).items() if k not in clocks and counts(k, v)}
     states = {k:_plain_types(v.state_dict()) for k,v in attrs.items() if _has_state(v)}
-    return dict(values=values, gpu=[k for k,v in values.items() if _on_gpu(v)], states={k:v for k,v in states.items() if _is_plain(v)},
-                logs={k:_read_log(v) for k,v in attrs.items() if _is_log(v)}, ages={k:now-attrs[k] for k in clocks if k in attrs})
+    return dict(values=values, gpu=[k for k,v in values.items() if _on_gpu(v)],
+                states={k:v for k,v in states.items() if _is_plain(v)},
+                logs={k:_read_log(v) for k,v in attrs.items() if _is_log(v)},
+                ages={k:now-attrs[k] for k in clocks if k in attrs})
 
 def _set_state(
     o,       # callback, or metric
@@ -94,7 +100,9 @@ def _set_state(
     settings = inspect.signature(type(o).__init__).parameters
     for k,v in s['values'].items():
         if k in ('learn','_state') or callable(getattr(o, k, None)): raise ValueError(f'{type(o).__name__}.{k}')
-        if k in settings and isinstance(v, str): continue            # where a callback writes is said by its caller, not by a file
+        # where a callback writes is said by its caller, not by a file
+        if k in settings and isinstance(v, str):
+            continue
         if k in s['gpu']: v = to_device(v, device)
         setattr(o, k, L(v) if isinstance(o.__dict__.get(k), L) else v)
     for k,v in s['states'].items():
@@ -117,7 +125,9 @@ class _DoneBatches(GetAttr):
                 left -= 1
                 if not left: self.cb.go_on()          # before the next batch is drawn
             else: yield b
-        if left: raise InputError(f"{self.cb.fn}: of this epoch {self.cb.skip} batches were done, and the data give {left} less now. Call the fit as it was, or remove the file to start anew")
+        if left:
+            raise InputError(f"{self.cb.fn}: of this epoch {self.cb.skip} batches were done, and the data give {left} "
+                             f"less now. Call the fit as it was, or remove the file to start anew")
 
 # %% ../../nbs/learn/05_resume.ipynb #b72b2e60
 def _named(learn):
@@ -129,7 +139,8 @@ def _named(learn):
         seen[name] += 1
         yield f'{name} {seen[name]}', c
 
-def _gradients(learn): return [None if p.grad is None else p.grad if p.grad.any() else 0 for p in get_model(learn.model).parameters()]
+def _gradients(learn):
+    return [None if p.grad is None else p.grad if p.grad.any() else 0 for p in get_model(learn.model).parameters()]
 
 def _set_gradients(learn, grads):
     for p,g in zip(get_model(learn.model).parameters(), grads):
@@ -148,7 +159,8 @@ def _counters(r):
 
 def _recorded(r):
     "What the recorder holds"
-    return dict(lrs=r.lrs, losses=r.losses, values=r.values, iters=r.iters, smooth=[r.smooth_loss.count, r.smooth_loss.val], metrics=[_state_of(o) for o in _counters(r)])
+    return dict(lrs=r.lrs, losses=r.losses, values=r.values, iters=r.iters,
+                smooth=[r.smooth_loss.count, r.smooth_loss.val], metrics=[_state_of(o) for o in _counters(r)])
 
 def _set_recorded(r, s, *where):
     r.lrs,r.losses,r.iters,r.values = s['lrs'],s['losses'],s['iters'],L(map(L, s['values']))
@@ -163,13 +175,18 @@ class ResumeCallback(FitCallback):
     def __init__(self,
         path='resume.pth', # file, below `learn.path`
         every:int=None,    # batches between two saves; default: at the end of each epoch
-        keep:bool=False    # leave the file when the fit is done, so that nothing is lost before you have saved the model: the same call then trains no further. You remove it
+        # leave the file when the fit is done, so that nothing is lost before you have saved the model: the same call
+        # then trains no further. You remove it
+        keep:bool=False
     ):
         if every is not None and every<1: raise InputError(f"ResumeCallback: every must be 1 or more; found {every}")
         self.file,self.every,self.keep = path,every,keep
-        self.earlier,self.end = [],None                  # fits of this training that are done, and a sum of the weights after the last
+        # fits of this training that are done, and a sum of the weights after the last
+        self.earlier,self.end = [],None
 
-    def __getstate__(self): return {**{k:v for k,v in self.__dict__.items() if k in ('file','every','keep','learn')}, 'earlier':[], 'end':None}
+    def __getstate__(self):
+        return {**{k:v for k,v in self.__dict__.items() if k in ('file','every','keep','learn')}, 'earlier':[],
+                'end':None}
 
 # %% ../../nbs/learn/05_resume.ipynb #c2fd1471
 _magic,_no_sum = b'fastmed ResumeCallback 2\n',b'0'*64     # at the start of the file, then the sum of what follows
@@ -180,8 +197,10 @@ def _digest(f):
     while b:=f.read(2**22): h.update(b)
     return h.hexdigest().encode()
 
-_fields = (('terms',dict),('train_iter',int),('pct_train',(int,float)),('recorder',dict),('callbacks',dict),('earlier',list),('done',bool),('epoch',int),('batch',int),
-           ('now',dict),('start',dict),('model',dict),('opt',dict),('gradients',list),('scaler',(dict,type(None))))      # of a state
+_fields = (('terms',dict),('train_iter',int),('pct_train',(int,float)),('recorder',dict),('callbacks',dict),
+        ('earlier',list),('done',bool),('epoch',int),('batch',int),
+           # of a state
+           ('now',dict),('start',dict),('model',dict),('opt',dict),('gradients',list),('scaler',(dict,type(None))))
 
 @contextmanager
 def _of_state(fn):
@@ -189,7 +208,8 @@ def _of_state(fn):
     try: yield
     except (FastmedError, torch.OutOfMemoryError): raise
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as e:
-        raise InputError(f"{fn}: does not hold what a fit left there ({type(e).__name__}: {' '.join(str(e).split())[:200]}). Remove it to start anew") from e
+        raise InputError(f"{fn}: does not hold what a fit left there ({type(e).__name__}: "
+                         f"{' '.join(str(e).split())[:200]}). Remove it to start anew") from e
 
 def _write_state(fn, state):
     "A state with its checksum, whole or not at all"
@@ -206,14 +226,23 @@ def _read_state(fn):
     anew = "Remove it to start anew"
     with open(fn, 'rb') as f:
         start,told = f.read(len(_magic)),f.read(len(_no_sum))
-        if start[:2]==b'PK': raise InputError(f"{fn}: was written by an earlier version of fastmed (0.1.0, without a checksum), which this one does not read. End that fit with it, or remove the file to start anew")
-        if start[:-2]==_magic[:-2] and start!=_magic: raise InputError(f"{fn}: was written by another version of fastmed (format {start[-2:].decode('latin1').strip()}; this one, {__version__}, reads 2). End that fit with it, or remove the file to start anew")
+        if start[:2]==b'PK':
+            raise InputError(f"{fn}: was written by an earlier version of fastmed (0.1.0, without a checksum), which "
+                             f"this one does not read. End that fit with it, or remove the file to start anew")
+        if start[:-2]==_magic[:-2] and start!=_magic:
+            raise InputError(f"{fn}: was written by another version of fastmed (format "
+                             f"{start[-2:].decode('latin1').strip()}; this one, {__version__}, reads 2). End that fit "
+                             f"with it, "
+                             f"or remove the file to start anew")
         if start!=_magic: raise InputError(f"{fn}: not a file of ResumeCallback, or not whole. {anew}")
-        if _digest(f)!=told: raise InputError(f"{fn}: not whole: its bytes are not those that were written. {anew}, or take a copy of it")
+        if _digest(f)!=told:
+            raise InputError(
+                    f"{fn}: not whole: its bytes are not those that were written. {anew}, or take a copy of it")
         f.seek(len(_magic+_no_sum))
         try: s = torch.load(io.BytesIO(f.read()), map_location='cpu', weights_only=True)
         except Exception as e: raise InputError(f"{fn}: not whole ({type(e).__name__}). {anew}") from e
-    odd = ['everything'] if not isinstance(s, dict) else [k for k,t in _fields if not isinstance(s.get(k), t)] or [k for k in ('epoch','batch','train_iter') if s[k]<0]
+    odd = ['everything'] if not isinstance(s, dict) else [k for k,t in _fields if not isinstance(s.get(k), t)] or [k
+            for k in ('epoch','batch','train_iter') if s[k]<0]
     if odd: raise InputError(f"{fn}: does not hold what a fit left there ({odd[0]}). {anew}")
     return s
 
@@ -225,19 +254,24 @@ def _chosen(self:ResumeCallback, s):
     if s['done'] and k==n+1 and not fit_changes(s['terms'], self.earlier[-1]['terms']): return None
     if not fit_changes(s['terms'], self.terms): return s
     odd = fit_changes((s['earlier'][k] if k<n else s)['terms'], self.terms)
-    raise InputError(f"{self.fn}: is of another fit ({'; '.join(odd)}). Call the fit as it was, or remove the file to start anew")
+    raise InputError(f"{self.fn}: is of another fit ({'; '.join(odd)}). Call the fit as it was, or remove the file to "
+                     f"start anew")
 
 @patch
 def before_fit(self:ResumeCallback):
     "Take up the state that is there"
     self.was,self.past,self.skip,self.done,self.began = None,None,0,False,time.perf_counter()
-    one_process('ResumeCallback', 'keep the weights by SaveModelCallback(every_epoch=True, with_opt=True)')     # it would keep the chance of one of them
+    # it would keep the chance of one of them
+    one_process('ResumeCallback', 'keep the weights by SaveModelCallback(every_epoch=True, with_opt=True)')
     self.fn = self.learn.path/self.file
     sweep(self.fn.parent)                            # a state that a kill cut short
     self.marks = {k:_marks(c) for k,c in _named(self.learn)}
-    self.terms = dict(settings={**fit_words(self.learn), **data_words(self.dls), **rate_words(self.learn)}, cases=split_facts(self.dls))
+    self.terms = dict(settings={**fit_words(self.learn), **data_words(self.dls), **rate_words(self.learn)},
+                      cases=split_facts(self.dls))
     model = get_model(self.learn.model)
-    if self.end!=content_sum(model.state_dict().values()): self.earlier = []          # another network, or weights from elsewhere: another training
+    # another network, or weights from elsewhere: another training
+    if self.end!=content_sum(model.state_dict().values()):
+        self.earlier = []
     s = _read_state(self.fn) if self.fn.exists() else None
     with _of_state(self.fn):
         found = self._chosen(s) if s else None
@@ -278,7 +312,8 @@ def go_on(self:ResumeCallback):
         _set_chance({**s['now'], 'dls':[]} if self.skip else s['now'], self.dls)
     b = getattr(self.learn, 'budget', None)
     if getattr(b, 'unit', '')=='minutes' and not s['done']:
-        print(f"goes on with {max(0, b.amount-(time.perf_counter()-b.t0)/60):.1f} of {b.amount:g} minutes; a fit by the clock is not bit-identical")
+        print(f"goes on with {max(0, b.amount-(time.perf_counter()-b.t0)/60):.1f} of {b.amount:g} minutes; a fit by "
+              f"the clock is not bit-identical")
     self.was,self.skip = None,0
 
 @patch
@@ -295,7 +330,8 @@ def _pass_over(self:ResumeCallback):
     "A fit that was done, before the one that was stopped"
     with _of_state(self.fn): self._recall(self.past)
     for k in self.past['hypers'][0]: self.opt.set_hyper(k, [h[k] for h in self.past['hypers']])
-    if self.learn.logger is not noop: print(f"{self.fn}: this fit was done, and is passed over; the network is that of the later fit that was stopped")
+    if self.learn.logger is not noop:
+        print(f"{self.fn}: this fit was done, and is passed over; the network is that of the later fit that was stopped")
     raise CancelFitException()
 
 @patch
@@ -331,7 +367,8 @@ def before_batch(self:ResumeCallback):
 @patch
 def after_batch(self:ResumeCallback):
     "Save between two epochs"
-    if self.every and self.training and not self.skip and (self.iter+1)%self.every==0: self._save(self.epoch, self.iter+1)
+    if self.every and self.training and not self.skip and (self.iter+1)%self.every==0:
+        self._save(self.epoch, self.iter+1)
 
 @patch
 def after_epoch(self:ResumeCallback):
@@ -344,17 +381,22 @@ def after_epoch(self:ResumeCallback):
 @patch
 def after_fit(self:ResumeCallback):
     "Done: the file goes, or says so"
-    if getattr(getattr(self.learn, 'finite', None), 'stopped', False): return          # it diverged: the last good state stays
+    # it diverged: the last good state stays
+    if getattr(getattr(self.learn, 'finite', None), 'stopped', False):
+        return
     if not self.past:
         if not self.keep: self.fn.unlink(missing_ok=True)
         elif not self.done: self._save(self.epoch+1, 0, True)
-    self.earlier = [*self.earlier, self.past or _plain_types({**self._record(), 'hypers':[dict(h) for h in self.opt.hypers]})]
+    self.earlier = (
+            (([*self.earlier, self.past or _plain_types({**self._record(), 'hypers':[dict(h) for h in self.opt.hypers]})])))
     self.end = content_sum(get_model(self.learn.model).state_dict().values())
 
 @patch
 def _record(self:ResumeCallback):
     "Which fit it is, and what callbacks and recorder hold"
-    return dict(terms=self.terms, train_iter=self.learn.train_iter, pct_train=self.learn.pct_train, recorder=_recorded(self.learn.recorder), callbacks={k:_state_of(c, self.marks.get(k)) for k,c in _named(self.learn)})
+    return dict(terms=self.terms, train_iter=self.learn.train_iter, pct_train=self.learn.pct_train,
+                recorder=_recorded(self.learn.recorder), callbacks={k:_state_of(c, self.marks.get(k)) for k,
+            c in _named(self.learn)})
 
 @patch
 def _check(self:ResumeCallback):
@@ -362,12 +404,16 @@ def _check(self:ResumeCallback):
     if hasattr(self.learn, 'finite'): self.learn.finite.check_weights()
     check_finite(self.learn.model, self.fn, self.opt)
     waiting = [p.grad for p in self.learn.model.parameters() if p.grad is not None]
-    if getattr(self.learn, 'scaler', None) is None and not all(g.isfinite().all() for g in waiting): raise InputError(f"{self.fn}: not written, because gradients that wait for their update are NaN or infinite: the training has diverged. What was saved before is as it was. Train at a lower rate")
+    if getattr(self.learn, 'scaler', None) is None and not all(g.isfinite().all() for g in waiting):
+        raise InputError(f"{self.fn}: not written, because gradients that wait for their update are NaN or infinite: "
+                         f"the training has diverged. What was saved before is as it was. Train at a lower rate")
 
 @patch
 def _save(self:ResumeCallback, epoch, batch, done=False):
     self._check()
     now,scaler = _chance(self.dls),getattr(self.learn, 'scaler', None)
-    s = dict(self._record(), earlier=self.earlier, done=done, epoch=epoch, batch=batch, now=now, start=self.start if batch else now,
-             model=get_model(self.learn.model).state_dict(), opt=self.opt.state_dict(), gradients=_gradients(self.learn), scaler=None if scaler is None else scaler.state_dict())
+    s = dict(self._record(), earlier=self.earlier, done=done, epoch=epoch, batch=batch, now=now,
+             start=self.start if batch else now,
+             model=get_model(self.learn.model).state_dict(), opt=self.opt.state_dict(),
+             gradients=_gradients(self.learn), scaler=None if scaler is None else scaler.state_dict())
     _write_state(self.fn, _plain_types(s))

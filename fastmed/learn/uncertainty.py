@@ -27,7 +27,8 @@ def _pages(n):
     "A file of `n` bytes without a name, mapped into memory; None where the disk has no room for it"
     try:
         with tempfile.TemporaryFile() as f:
-            os.posix_fallocate(f.fileno(), 0, n) if hasattr(os, 'posix_fallocate') else f.truncate(n)      # or a full disk would end the process later
+            # or a full disk would end the process later
+            os.posix_fallocate(f.fileno(), 0, n) if hasattr(os, 'posix_fallocate') else f.truncate(n)
             return mmap.mmap(f.fileno(), 0)
     except OSError: return None
 
@@ -38,12 +39,15 @@ class WeightFile:
         model:nn.Module # changed in place; weights on a GPU stay where they are
     ):
         def dense(t): return t.numel()==1+sum((n-1)*s for n,s in zip(t.shape, t.stride()))
-        ts = [t for t in (*model.parameters(), *model.buffers()) if t.device.type=='cpu' and t.numel() and dense(t)]; sizes = [-(-t.numel()*t.element_size()//64)*64 for t in ts]
+        ts = [t for t in (*model.parameters(), *model.buffers()) if t.device.type=='cpu' and t.numel() and dense(t)]
+        sizes = [-(-t.numel()*t.element_size()//64)*64 for t in ts]
         if not ts or (pages:=_pages(sum(sizes))) is None: return
         self.pages = pages
         with torch.no_grad():
             for t,at in zip(ts, itertools.accumulate(sizes, initial=0)):
-                new = torch.frombuffer(pages, dtype=t.dtype, count=t.numel(), offset=at).as_strided(t.shape, t.stride()); new.copy_(t); t.data = new
+                new = torch.frombuffer(pages, dtype=t.dtype, count=t.numel(), offset=at).as_strided(t.shape, t.stride())
+                new.copy_(t)
+                t.data = new
         self.rest()
     def rest(self):
         "Give the pages back to the system, until they are asked for again"
@@ -61,21 +65,26 @@ class RunningMean:
     ):
         self.filed,self.main = np.prod(shape)*(4*n+(4+votes)*(votes>0))>most,main
         self.p = self._array((n,*shape), np.float32)
-        self.h,self.votes = (self._array(tuple(shape), np.float32),self._array((votes,*shape), np.uint8 if n<=256 else np.int16)) if votes else (None,None)
+        self.h,self.votes = (self._array(tuple(shape), np.float32),
+                             self._array((votes,*shape), np.uint8 if n<=256 else np.int16)) if votes else (None,None)
         self.k,self.total,self.tie = -1,0.,None
 
     def _array(self, shape, dtype):
-        lead = len(shape)-3; sh = [*shape[:lead], shape[lead+self.main], *[o for a,o in enumerate(shape[lead:]) if a!=self.main]]
+        lead = len(shape)-3
+        sh = [*shape[:lead], shape[lead+self.main], *[o for a,o in enumerate(shape[lead:]) if a!=self.main]]
         m = _pages(int(np.prod(sh))*np.dtype(dtype).itemsize) if self.filed else None
         if m is None: return torch.zeros(sh, dtype=getattr(torch, np.dtype(dtype).name)).movedim(lead, lead+self.main)
-        t = torch.from_numpy(np.frombuffer(m, dtype).reshape(sh)).movedim(lead, lead+self.main); t.pages = m
+        t = torch.from_numpy(np.frombuffer(m, dtype).reshape(sh)).movedim(lead, lead+self.main)
+        t.pages = m
         return t
 
     def member(self,
         weight:float=1. # of the member, against the others
     ):
         "What is added from here on is of the next member"
-        self.k += 1; self.total += weight; self.share = weight/self.total
+        self.k += 1
+        self.total += weight
+        self.share = weight/self.total
 
     def add(self,
         p:Tensor,  # (n,k,*rest) float32, probabilities of planes
@@ -86,11 +95,17 @@ class RunningMean:
         "Planes of the present member"
         p,n = p.movedim(1, axis+1),self.p.shape[self.main+1]
         for i in range(0, n, self.few) if axis!=self.main else (None,):
-            at = [slice(first,stop) if a==axis else slice(None) for a in range(3)]; q = p
-            if i is not None: at[self.main] = slice(i,i+self.few); q = p.narrow(self.main+1, i, min(self.few, n-i))
-            at = tuple(at); a = self.p[(slice(None),*at)]; a.add_((q-a).mul_(self.share))
+            at = [slice(first,stop) if a==axis else slice(None) for a in range(3)]
+            q = p
+            if i is not None:
+                at[self.main] = slice(i,i+self.few)
+                q = p.narrow(self.main+1, i, min(self.few, n-i))
+            at = tuple(at)
+            a = self.p[(slice(None),*at)]
+            a.add_((q-a).mul_(self.share))
             if self.h is not None:
-                h = self.h[at]; h.add_((entropy(q)-h).mul_(self.share))
+                h = self.h[at]
+                h.add_((entropy(q)-h).mul_(self.share))
                 self.votes[(self.k,*at)] = q.max(0)[1].to(self.votes.dtype)
             self.release()
 
@@ -122,7 +137,9 @@ class RunningMean:
         res = torch.zeros(self.p.shape[1:], dtype=torch.uint8 if len(self.p)<=256 else torch.int16)
         for at,p in self.planes():
             best,where = p.max(0)
-            if self.tie is not None: t = self.tie[at].long(); where = torch.where(p.gather(0, t[None])[0]==best, t, where)
+            if self.tie is not None:
+                t = self.tie[at].long()
+                where = torch.where(p.gather(0, t[None])[0]==best, t, where)
             res[at] = where.to(res.dtype)
         return res
 
@@ -138,20 +155,28 @@ def uncertainty_maps(
     codes  # names, background first
 ):
     "The maps of a `RunningMean`, (3,X,Y,Z), and a row a structure"
-    lab,n = m.labels(),len(codes); maps = torch.zeros(3, *lab.shape)
+    lab,n = m.labels(),len(codes)
+    maps = torch.zeros(3, *lab.shape)
     for at,p in m.planes():
-        maps[(0,*at)] = entropy(p); maps[(1,*at)] = (maps[(0,*at)]-m.h[at]).clamp_min(0)
+        maps[(0,*at)] = entropy(p)
+        maps[(1,*at)] = (maps[(0,*at)]-m.h[at]).clamp_min(0)
         maps[(2,*at)] = (m.votes[(slice(None),*at)]!=lab[at]).float().mean(0)
-    v = m.votes.flatten(1).long(); K = len(v)
+    v = m.votes.flatten(1).long()
+    K = len(v)
     size = torch.stack([torch.bincount(o, minlength=n) for o in v]).double()
     dice = []
     for a in range(K):
-        for b in range(a): both = torch.bincount(v[a][v[a]==v[b]], minlength=n).double(); dice.append(torch.where(size[a]+size[b]>0, 2*both/(size[a]+size[b]).clamp_min(1), 1.))
+        for b in range(a):
+            both = torch.bincount(v[a][v[a]==v[b]], minlength=n).double()
+            dice.append(torch.where(size[a]+size[b]>0, 2*both/(size[a]+size[b]).clamp_min(1), 1.))
     rows = []
     for k,s in enumerate(codes[1:], 1):
-        where = (m.votes==k).any(0) if size[:,k].any() else None; mean = float(size[:,k].mean())
-        rows.append(dict(structure=s, entropy=float(maps[0][where].mean()) if where is not None else 0., mutual_info=float(maps[1][where].mean()) if where is not None else 0.,
-                         disagreement=1-float(torch.stack(dice)[:,k].mean()) if dice else 0., volume_cv=float(size[:,k].std(correction=0))/mean if mean else 0.))
+        where = (m.votes==k).any(0) if size[:,k].any() else None
+        mean = float(size[:,k].mean())
+        rows.append(dict(structure=s, entropy=float(maps[0][where].mean()) if where is not None else 0.,
+                         mutual_info=float(maps[1][where].mean()) if where is not None else 0.,
+                         disagreement=1-float(torch.stack(dice)[:,k].mean()) if dice else 0.,
+                         volume_cv=float(size[:,k].std(correction=0))/mean if mean else 0.))
     return lab,maps,pd.DataFrame(rows)
 
 # %% ../../nbs/learn/10_uncertainty.ipynb #43e63b1c
@@ -159,7 +184,9 @@ MEASURES = ('entropy','mutual_info','disagreement','volume_cv')
 
 class Uncertainty(AttrDict):
     "What several models say of one scan: `mask`, the maps `entropy`, `mutual_info` and `disagreement` on its own grid, and `table`, a row a structure"
-    def __repr__(self): return f"Uncertainty of {(self.mask.meta or {}).get('fn', 'a scan')}\n{self.table.round(4).to_string(index=False)}"
+    def __repr__(self):
+        return (f"Uncertainty of "
+                f"{(self.mask.meta or {}).get('fn', 'a scan')}\n{self.table.round(4).to_string(index=False)}")
     def show(self,
         t,                     # `TensorVolume` of the scan, on the grid of the mask
         truth=None,            # `TensorVolumeMask`, drawn solid; the answer is dashed
@@ -172,12 +199,17 @@ class Uncertainty(AttrDict):
         "A map over the anatomy"
         import matplotlib.pyplot as plt
         u,t,m,truth = [None if o is None else to_orientation(o) for o in (self[measure],t,self.mask,truth)]
-        v = u[0].as_subclass(Tensor); top = float(v.max()) or 1.
+        v = u[0].as_subclass(Tensor)
+        top = float(v.max()) or 1.
         if index is None: index = int(v.sum([a for a in range(3) if a!=axis]).argmax())
         ctx = show_plane(t, truth, axis, index, ctx, pred=m)
-        a = v.select(axis, index).numpy(); rest = [i for i in range(3) if i!=axis]; sp = t.spacing
-        im = ctx.imshow(a.T, origin='lower', cmap='inferno', alpha=np.clip(2*a.T/top, 0, .8), vmin=0, vmax=top, aspect=sp[rest[1]]/sp[rest[0]], interpolation='nearest')
-        plt.colorbar(im, ax=ctx, fraction=.046*a.shape[1]*sp[rest[1]]/a.shape[0]/sp[rest[0]], pad=.02, label={'disagreement':'share of members'}.get(measure, 'nats'))
+        a = v.select(axis, index).numpy()
+        rest = [i for i in range(3) if i!=axis]
+        sp = t.spacing
+        im = ctx.imshow(a.T, origin='lower', cmap='inferno', alpha=np.clip(2*a.T/top, 0, .8), vmin=0, vmax=top,
+                        aspect=sp[rest[1]]/sp[rest[0]], interpolation='nearest')
+        plt.colorbar(im, ax=ctx, fraction=.046*a.shape[1]*sp[rest[1]]/a.shape[0]/sp[rest[0]], pad=.02,
+                label={'disagreement':'share of members'}.get(measure, 'nats'))
         ctx.set_title(f"{measure.replace('_',' ')}, {'xyz'[axis]} = {index}" if title is None else title, fontsize=8)
         return ctx
 
@@ -200,9 +232,12 @@ def bootstrap_statistic(
     seed:int=0        # of the draws
 )->tuple:             # (low, high); draws in which `f` is nan are left out
     "Percentile interval of any statistic, whole groups drawn with replacement. Source: Davison 1997, 3.8"
-    k,m = group_numbers(groups, n, 'bootstrap_statistic'); rng = np.random.default_rng(seed)
-    order = np.argsort(k, kind='stable'); rows = np.split(order, np.cumsum(np.bincount(k, minlength=m))[:-1])
-    v = np.array([f(np.concatenate([rows[i] for i in rng.integers(m, size=m)])) for _ in range(n_boot)]); v = v[np.isfinite(v)]
+    k,m = group_numbers(groups, n, 'bootstrap_statistic')
+    rng = np.random.default_rng(seed)
+    order = np.argsort(k, kind='stable')
+    rows = np.split(order, np.cumsum(np.bincount(k, minlength=m))[:-1])
+    v = np.array([f(np.concatenate([rows[i] for i in rng.integers(m, size=m)])) for _ in range(n_boot)])
+    v = v[np.isfinite(v)]
     return tuple(float(o) for o in np.quantile(v, [(1-level)/2, (1+level)/2])) if len(v) and m>1 else (float('nan'),)*2
 
 def finds_worst(
@@ -216,9 +251,11 @@ def finds_worst(
 )->pd.DataFrame:      # index measure: rho, rho_low, rho_high, auc, auc_low, auc_high, n, n_worst
     "Does uncertainty find the cases with a low score? Rank correlation with the score, and the AUC for being among the worst. Raises `ValueError` on fewer than five cases"
     if not 0<worst<1: raise InputError(f"worst: expected a share between 0 and 1; found {worst}")
-    d = np.asarray(score, dtype=float); n = len(d)
+    d = np.asarray(score, dtype=float)
+    n = len(d)
     if n<5: raise InputError(f"finds_worst: expected five cases or more; found {n}")
-    bad,rows = np.zeros(n, bool),{}; bad[np.argsort(d, kind='stable')[:max(1, round(worst*n))]] = True
+    bad,rows = np.zeros(n, bool),{}
+    bad[np.argsort(d, kind='stable')[:max(1, round(worst*n))]] = True
     for k in measures:
         v = np.asarray(measures[k], dtype=float)
         for s,f in (('rho', lambda i: rank_correlation(v[i], d[i])), ('auc', lambda i: roc_auc(bad[i], v[i]))):
@@ -233,11 +270,14 @@ class UncertainEvaluation(Evaluation):
         structure:str='all' # one of them, or the mean of all
     )->pd.DataFrame:        # index case: dice, the measures, and subject where it is known
         "A row a case. Failed structures have Dice 0; those that are absent from truth and answer are left out"
-        df = pd.DataFrame(self); df = df[~df.status.str.startswith('error')]
-        if structure!='all' and structure not in set(df.structure): raise InputError(f"structure: expected 'all' or one of {sorted(set(df.structure))}; found {structure!r}")
+        df = pd.DataFrame(self)
+        df = df[~df.status.str.startswith('error')]
+        if structure!='all' and structure not in set(df.structure):
+            raise InputError(f"structure: expected 'all' or one of {sorted(set(df.structure))}; found {structure!r}")
         if structure!='all': df = df[df.structure==structure]
         df = df.assign(dice=df.dice.mask(df.status.isin(['missed','false positive']), 0.))
-        g = df[df.status!='empty'].groupby('case', sort=False); res = g[['dice',*MEASURES]].mean()
+        g = df[df.status!='empty'].groupby('case', sort=False)
+        res = g[['dice',*MEASURES]].mean()
         return res.assign(subject=g.subject.first()) if 'subject' in df else res
 
     def finds_worst(self,
@@ -245,7 +285,8 @@ class UncertainEvaluation(Evaluation):
         **kwargs            # of `finds_worst`: worst, level, n_boot, seed
     )->pd.DataFrame:        # index measure: rho, rho_low, rho_high, auc, auc_low, auc_high, n, n_worst
         "Does uncertainty find the cases with low Dice? Raises `ValueError` on fewer than five cases"
-        c = self.cases(structure); return finds_worst(c.dice, c[list(MEASURES)], c.subject.values if 'subject' in c else None, **kwargs)
+        c = self.cases(structure)
+        return finds_worst(c.dice, c[list(MEASURES)], c.subject.values if 'subject' in c else None, **kwargs)
 
     def plot(self,
         measures=MEASURES[1:3], # which
@@ -254,11 +295,18 @@ class UncertainEvaluation(Evaluation):
     ):                          # matplotlib figure
         "Each case: Dice against its uncertainty, the worst in red"
         import matplotlib.pyplot as plt
-        c,t = self.cases(structure),self.finds_worst(structure, worst=worst); ms = L(measures)
+        c,t = self.cases(structure),self.finds_worst(structure, worst=worst)
+        ms = L(measures)
         fig,axs = plt.subplots(1, len(ms), figsize=(3.6*len(ms), 3), squeeze=False, sharey=True)
         cut = np.sort(c.dice.values, kind='stable')[int(t.n_worst.iloc[0])-1]
         for k,ax in zip(ms, axs[0]):
-            for w,col in ((c.dice>cut,'C0'),(c.dice<=cut,'C3')): ax.plot(c[k][w], c.dice[w], 'o', ms=3.5, color=col, alpha=.8)
-            r = t.loc[k]; ax.set_title(f"rank correlation {r.rho:.2f} [{r.rho_low:.2f}, {r.rho_high:.2f}]\nAUC {r.auc:.2f} [{r.auc_low:.2f}, {r.auc_high:.2f}]", fontsize=8)
-            ax.set(xlabel={'disagreement':'1 − Dice between members','volume_cv':'volume, sd over mean'}.get(k, k.replace('_',' ')+', nats'))
-        axs[0,0].set_ylabel('Dice of a case'); fig.tight_layout(); return fig
+            for w,col in ((c.dice>cut,'C0'),(c.dice<=cut,'C3')):
+                ax.plot(c[k][w], c.dice[w], 'o', ms=3.5, color=col, alpha=.8)
+            r = t.loc[k]
+            ax.set_title(f"rank correlation {r.rho:.2f} [{r.rho_low:.2f}, {r.rho_high:.2f}]\nAUC {r.auc:.2f} "
+                         f"[{r.auc_low:.2f}, {r.auc_high:.2f}]", fontsize=8)
+            ax.set(xlabel={'disagreement':'1 − Dice between members','volume_cv':'volume, sd over mean'}.get(k,
+                    k.replace('_',' ')+', nats'))
+        axs[0,0].set_ylabel('Dice of a case')
+        fig.tight_layout()
+        return fig

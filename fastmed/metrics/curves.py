@@ -47,7 +47,8 @@ def bootstrap_counts(
 )->np.ndarray:          # (n_boot,n) how often each case was drawn
     "Draw whole groups with replacement. Raises `InputError` on a missing group. Source: Davison 1997, 3.8"
     k,m = group_numbers(groups, n, 'bootstrap_counts')
-    if m<1 or n_boot<1: raise InputError(f"bootstrap_counts: expected at least one case and one draw; found {n} and {n_boot}")
+    if m<1 or n_boot<1:
+        raise InputError(f"bootstrap_counts: expected at least one case and one draw; found {n} and {n_boot}")
     return np.random.default_rng(seed).multinomial(m, np.full(m, 1/m), size=n_boot)[:,k]
 
 def estimate(
@@ -66,7 +67,8 @@ def estimate(
     if n_groups<2: lo = hi = np.full_like(v, np.nan)
     else:
         step = max(1, int(5e6//n))
-        b = np.concatenate([stat(bootstrap_counts(n, groups, min(step, n_boot-i), (seed,i)).astype(float)) for i in range(0, n_boot, step)])
+        b = np.concatenate([stat(bootstrap_counts(n, groups, min(step, n_boot-i), (seed,i)).astype(float))
+                            for i in range(0, n_boot, step)])
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', RuntimeWarning)              # a column that is nan in every draw stays nan
             lo,hi = np.nanquantile(b, [(1-level)/2, (1+level)/2], axis=0)
@@ -78,16 +80,21 @@ def estimate(
 def _binary(y, p, what, groups=None):
     "Targets as bool, scores as float, groups; checked"
     y,p = np.asarray(y),np.asarray(p, dtype=float)
-    if y.shape!=p.shape or y.ndim!=1: raise InputError(f"{what}: expected one target and one score a case; found shapes {y.shape} and {p.shape}")
+    if y.shape!=p.shape or y.ndim!=1:
+        raise InputError(f"{what}: expected one target and one score a case; found shapes {y.shape} and {p.shape}")
     if not len(y): raise InputError(f"{what}: no cases")
-    if odd:=sorted(set(np.unique(y).tolist())-{0,1}): raise InputError(f"{what}: targets must be 0 or 1; found {odd[:5]}. Compare with the class that is meant first")
-    if (bad:=~np.isfinite(p)).any(): raise InputError(f"{what}: {int(bad.sum())} scores are not finite, the first is number {int(bad.argmax())}. Did the training diverge?")
+    if odd:=sorted(set(np.unique(y).tolist())-{0,1}):
+        raise InputError(f"{what}: targets must be 0 or 1; found {odd[:5]}. Compare with the class that is meant first")
+    if (bad:=~np.isfinite(p)).any():
+        raise InputError(f"{what}: {int(bad.sum())} scores are not finite, the first is number {int(bad.argmax())}. "
+                         f"Did the training diverge?")
     group_numbers(groups, len(y), what)
     return y.astype(bool),p
 
 def _sums(s, *ws):
     "Weights (B,n) summed over equal scores, scores ascending"
-    o = np.argsort(s, kind='stable'); at = np.flatnonzero(np.r_[True, np.diff(s[o])>0])
+    o = np.argsort(s, kind='stable')
+    at = np.flatnonzero(np.r_[True, np.diff(s[o])>0])
     return [np.add.reduceat(w[:,o], at, axis=1) for w in ws]
 
 def auc_stat(
@@ -136,14 +143,19 @@ class Curve(AttrDict):
         import matplotlib.pyplot as plt
         if ax is None: ax = plt.subplots(figsize=(4,4))[1]
         roc = self.kind=='roc'
-        ax.plot(self.x, self.y, color=color, lw=1.6, drawstyle='default' if roc else 'steps-post', label=f"{label+': ' if label else ''}{'AUC' if roc else 'AP'} {self.area:.2f} [{self.area.low:.2f}, {self.area.high:.2f}]")
+        ax.plot(self.x, self.y, color=color, lw=1.6, drawstyle='default' if roc else 'steps-post',
+                label=f"{label+': ' if label else ''}{'AUC' if roc else 'AP'} {self.area:.2f} [{self.area.low:.2f}, "
+                      f"{self.area.high:.2f}]")
         ax.fill_between(self.grid, self.low, self.high, color=color, alpha=.18, lw=0)
         ax.plot([0,1], [0,1] if roc else [self.prevalence]*2, color='grey', ls=':', lw=1)
         if point is not None:
             xy = (1-point.specificity, point.sensitivity) if roc else (point.sensitivity, point.ppv)
-            what = f"at {point.threshold:.2f}: " + (f"sensitivity {point.sensitivity:.2f}, specificity {point.specificity:.2f}" if roc else f"recall {point.sensitivity:.2f}, precision {point.ppv:.2f}")
+            what = f"at {point.threshold:.2f}: " + (
+                    f"sensitivity {point.sensitivity:.2f}, specificity {point.specificity:.2f}" if roc
+                    else f"recall {point.sensitivity:.2f}, precision {point.ppv:.2f}")
             ax.plot(*xy, 'o', color=color, mec='k', ms=7, label=what)
-        ax.set(xlim=(-.02,1.02), ylim=(-.02,1.02), aspect='equal', xlabel='1 − specificity' if roc else 'recall (sensitivity)', ylabel='sensitivity' if roc else 'precision (positive predictive value)')
+        ax.set(xlim=(-.02,1.02), ylim=(-.02,1.02), aspect='equal', xlabel='1 − specificity' if roc
+               else 'recall (sensitivity)', ylabel='sensitivity' if roc else 'precision (positive predictive value)')
         ax.legend(fontsize=7, loc='lower right' if roc else 'lower left', framealpha=.9)
         return ax
 
@@ -159,24 +171,31 @@ def score_curve(
     "ROC or precision–recall curve (scikit-learn's) with a band from the bootstrap over subjects. Raises `InputError` where a class is missing. Sources: Fawcett 2006, Davis 2006"
     from sklearn.metrics import roc_curve, precision_recall_curve
     area = area_under(y, score, groups, kind, n_boot=n_boot, level=level, seed=seed)
-    y,s = _binary(y, score, 'score_curve'); n = len(y)
-    if y.all() or not y.any(): raise InputError(f"score_curve: all {n} cases are {int(y[0])}; a curve needs both classes")
+    y,s = _binary(y, score, 'score_curve')
+    n = len(y)
+    if y.all() or not y.any():
+        raise InputError(f"score_curve: all {n} cases are {int(y[0])}; a curve needs both classes")
     if kind=='roc': x,v,t = roc_curve(y, s, drop_intermediate=False)
     else: v,x,t = precision_recall_curve(y, s)
     grid = np.linspace(0, 1, 101)
     def f(w):
         p,q = (a[:,::-1].cumsum(1) for a in _sums(s, w*y, w*~y))
         tpr,fpr,ppv = safe_ratio(p, p[:,-1:]),safe_ratio(q, q[:,-1:]),safe_ratio(p, p+q)
-        if kind=='roc': return np.stack([np.interp(grid, np.r_[0,a], np.r_[0,b]) if np.isfinite(a[-1]+b[-1]) else np.full(101, np.nan) for a,b in zip(fpr, tpr)])
+        if kind=='roc':
+            return np.stack([np.interp(grid, np.r_[0,a], np.r_[0,b]) if np.isfinite(a[-1]+b[-1])
+                             else np.full(101, np.nan) for a,b in zip(fpr, tpr)])
         at = [np.minimum(np.searchsorted(np.round(a, 12), np.round(np.maximum(grid, 1e-9), 12)), len(a)-1) for a in tpr]
         return np.stack([b[i] for b,i in zip(ppv, at)])
     e = estimate(f, n, groups, n_boot, level, seed)
-    return Curve(kind=kind, x=x, y=v, threshold=t, grid=grid, low=np.array([o.low for o in e]), high=np.array([o.high for o in e]), area=area, prevalence=float(y.mean()), n=n, positives=int(y.sum()))
+    return Curve(kind=kind, x=x, y=v, threshold=t, grid=grid, low=np.array([o.low for o in e]),
+                 high=np.array([o.high for o in e]), area=area, prevalence=float(y.mean()), n=n, positives=int(y.sum()))
 
 # %% ../../nbs/metrics/04_curves.ipynb #357e9903
 class OperatingPoint(AttrDict):
     "`threshold`, and there `sensitivity`, `specificity`, `ppv`, `npv` (each an `Estimate`), `n`, `positives`, and the `rule`"
-    def __str__(self): return f"at {self.threshold:.3g} ({self.rule}): " + ', '.join(f"{k} {self[k]}" for k in ('sensitivity','specificity','ppv','npv')) + f"; {self.positives} of {self.n} positive"
+    def __str__(self):
+        return f"at {self.threshold:.3g} ({self.rule}): " + ', '.join(f"{k} {self[k]}"
+                for k in ('sensitivity','specificity','ppv','npv')) + f"; {self.positives} of {self.n} positive"
     def __repr__(self): return f'OperatingPoint {self}'
 
 def operating_point(
@@ -187,13 +206,20 @@ def operating_point(
     **kwargs            # of `estimate`: n_boot, level, seed
 )->OperatingPoint:      # sensitivity, specificity, ppv, npv with intervals
     "What a threshold does: a case is positive from it upwards. Raises `InputError` on an unknown rule, or where a rule lacks a class. Source: Youden 1950"
-    y,s = _binary(y, score, 'operating_point', groups); t = choose_point(y, s, rule); hit = s>=t
-    if np.isnan(t): raise InputError(f"operating_point: all {len(y)} cases are {int(y[0])}; {rule!r} needs both classes. Give a threshold")
-    how = 'given' if not isinstance(rule, (str,tuple,list)) else "Youden's index" if rule=='youden' else f'{rule[0]} at least {rule[1]:g}'
+    y,s = _binary(y, score, 'operating_point', groups)
+    t = choose_point(y, s, rule)
+    hit = s>=t
+    if np.isnan(t):
+        raise InputError(
+                f"operating_point: all {len(y)} cases are {int(y[0])}; {rule!r} needs both classes. Give a threshold")
+    how = 'given' if not isinstance(rule,
+                                    (str,tuple,
+                                     list)) else "Youden's index" if rule=='youden' else f'{rule[0]} at least {rule[1]:g}'
     def f(w):
         tp,fn,tn,fp = ((w*m).sum(1) for m in (y&hit, y&~hit, ~y&~hit, ~y&hit))
         return np.stack([safe_ratio(tp, tp+fn), safe_ratio(tn, tn+fp), safe_ratio(tp, tp+fp), safe_ratio(tn, tn+fn)], 1)
-    return OperatingPoint(threshold=t, **dict(zip(('sensitivity','specificity','ppv','npv'), estimate(f, len(y), groups, **kwargs))), n=len(y), positives=int(y.sum()), rule=how)
+    return ((
+            ((OperatingPoint(threshold=t, **dict(zip(('sensitivity','specificity','ppv','npv'), estimate(f, len(y), groups, **kwargs))), n=len(y), positives=int(y.sum()), rule=how)))))
 
 # %% ../../nbs/metrics/04_curves.ipynb #c746dd85
 class Calibration(AttrDict):
@@ -208,32 +234,47 @@ class Calibration(AttrDict):
         t = self.table[self.table.n>0]
         ax.plot([0,1], [0,1], color='grey', ls=':', lw=1)
         ax.vlines(t.predicted, t.observed_low, t.observed_high, color='C0', lw=1.2, alpha=.7)
-        ax.plot(t.predicted, t.observed, 'o-', color='C0', ms=5, label=f"{label+': ' if label else ''}ECE {self.ece:.3f} [{self.ece.low:.3f}, {self.ece.high:.3f}]\nBrier {self.brier:.3f}")
-        h = self.table; ax.bar(h.low, .22*h.n/max(1, h.n.max()), h.high-h.low, align='edge', color='grey', alpha=.35, lw=0)
-        ax.text(.99, .01, f'grey: cases in each bin, at most {h.n.max()}', ha='right', va='bottom', fontsize=7, transform=ax.transAxes)
-        ax.set(xlim=(-.02,1.02), ylim=(-.02,1.02), aspect='equal', xlabel='predicted probability', ylabel='observed share'); ax.legend(fontsize=7, loc='upper left')
+        ax.plot(t.predicted, t.observed, 'o-', color='C0', ms=5, label=f"{label+': ' if label else ''}ECE "
+                                                                       f"{self.ece:.3f} [{self.ece.low:.3f}, "
+                                                                       f"{self.ece.high:.3f}]\nBrier {self.brier:.3f}")
+        h = self.table
+        ax.bar(h.low, .22*h.n/max(1, h.n.max()), h.high-h.low, align='edge', color='grey', alpha=.35, lw=0)
+        ax.text(.99, .01, f'grey: cases in each bin, at most {h.n.max()}', ha='right', va='bottom', fontsize=7,
+                transform=ax.transAxes)
+        ax.set(xlim=(-.02,1.02), ylim=(-.02,1.02), aspect='equal', xlabel='predicted probability',
+               ylabel='observed share')
+        ax.legend(fontsize=7, loc='upper left')
         return ax
 
 def calibration(
     y,                  # (n,) targets, 0 or 1
     proba,              # (n,) probability of 1
     groups=None,        # (n,) subject of each case
-    bins=10,            # how many of equal width, or their edges from 0 to 1; a value on an edge belongs to the bin above
+    # how many of equal width, or their edges from 0 to 1; a value on an edge belongs to the bin above
+    bins=10,
     **kwargs            # of `estimate`: n_boot, level, seed
 )->Calibration:         # with `plot`
     "Reliability of probabilities. Raises `InputError` on values outside 0 to 1. Sources: Naeini 2015, Guo 2017, Brier 1950"
     y,p = _binary(y, proba, 'calibration', groups)
-    if p.min()<0 or p.max()>1: raise InputError(f"calibration: expected probabilities from 0 to 1; found {p.min():.3g} to {p.max():.3g}. Apply a sigmoid or softmax first")
+    if p.min()<0 or p.max()>1:
+        raise InputError(f"calibration: expected probabilities from 0 to 1; found {p.min():.3g} to {p.max():.3g}. "
+                         f"Apply a sigmoid or softmax first")
     edges = np.linspace(0, 1, bins+1) if isinstance(bins, int) else np.asarray(bins, dtype=float)
-    if len(edges)<2 or edges[0]!=0 or edges[-1]!=1 or (np.diff(edges)<=0).any(): raise InputError(f"bins: expected a number of 1 or more, or rising edges from 0 to 1; found {bins}")
-    k = np.clip(np.searchsorted(edges, p, side='right')-1, 0, len(edges)-2); one = np.eye(len(edges)-1)[k]
-    def per(w): n = w@one; return n,safe_ratio((w*p)@one, n),safe_ratio((w*y)@one, n)
+    if len(edges)<2 or edges[0]!=0 or edges[-1]!=1 or (np.diff(edges)<=0).any():
+        raise InputError(f"bins: expected a number of 1 or more, or rising edges from 0 to 1; found {bins}")
+    k = np.clip(np.searchsorted(edges, p, side='right')-1, 0, len(edges)-2)
+    one = np.eye(len(edges)-1)[k]
+    def per(w):
+        n = w@one
+        return n,safe_ratio((w*p)@one, n),safe_ratio((w*y)@one, n)
     def f(w):
         n,a,b = per(w)
-        return np.concatenate([b, (np.nan_to_num(np.abs(a-b))*n).sum(1, keepdims=True)/n.sum(1, keepdims=True), (w*(p-y)**2).sum(1, keepdims=True)/w.sum(1, keepdims=True)], 1)
+        return np.concatenate([b, (np.nan_to_num(np.abs(a-b))*n).sum(1, keepdims=True)/n.sum(1, keepdims=True),
+                               (w*(p-y)**2).sum(1, keepdims=True)/w.sum(1, keepdims=True)], 1)
     *obs,ece,brier = estimate(f, len(y), groups, **kwargs)
     n,a,b = (o[0] for o in per(np.ones((1,len(y)))))
-    t = pd.DataFrame(dict(low=edges[:-1], high=edges[1:], n=n.astype(int), predicted=a, observed=b, observed_low=[o.low for o in obs], observed_high=[o.high for o in obs]))
+    t = pd.DataFrame(dict(low=edges[:-1], high=edges[1:], n=n.astype(int), predicted=a, observed=b,
+                          observed_low=[o.low for o in obs], observed_high=[o.high for o in obs]))
     return Calibration(table=t, ece=ece, brier=brier, mce=float(np.nanmax(np.abs(a-b))))
 
 # %% ../../nbs/metrics/04_curves.ipynb #129a26de
@@ -242,36 +283,55 @@ def agreement(
     pred,               # (n,) predicted, same unit
     groups=None,        # (n,) subject of each case
     **kwargs            # of `estimate`: n_boot, level, seed
-)->AttrDict:            # mae, rmse, r2, bias, sd, limit_low, limit_high: each an `Estimate`; r2 is nan where `y` does not vary
+# mae, rmse, r2, bias, sd, limit_low, limit_high: each an `Estimate`; r2 is nan where `y` does not vary
+)->AttrDict:
     "How far predictions lie from measurements, with intervals over subjects. Raises `InputError` on values not finite. Source: Bland 1986"
     y,p = np.asarray(y, dtype=float),np.asarray(pred, dtype=float)
-    if y.shape!=p.shape or y.ndim!=1 or not len(y): raise InputError(f"agreement: expected one target and one prediction a case; found shapes {y.shape} and {p.shape}")
-    if (bad:=~np.isfinite(y+p)).any(): raise InputError(f"agreement: {int(bad.sum())} cases are not finite, the first is number {int(bad.argmax())}")
-    d = p-y; names = ('mae','rmse','r2','bias','sd','limit_low','limit_high'); y0 = y-y.mean()
+    if y.shape!=p.shape or y.ndim!=1 or not len(y):
+        raise InputError(
+                f"agreement: expected one target and one prediction a case; found shapes {y.shape} and {p.shape}")
+    if (bad:=~np.isfinite(y+p)).any():
+        raise InputError(f"agreement: {int(bad.sum())} cases are not finite, the first is number {int(bad.argmax())}")
+    d = p-y
+    names = ('mae','rmse','r2','bias','sd','limit_low','limit_high')
+    y0 = y-y.mean()
     def f(w):
-        n = w.sum(1); m = lambda v: w@v/n
-        mse,bias = m(d**2),m(d); sd = np.sqrt(np.maximum(safe_ratio((mse-bias**2)*n, n-1), 0))
-        return np.stack([m(np.abs(d)), np.sqrt(mse), 1-safe_ratio(mse, m(y0**2)-m(y0)**2), bias, sd, bias-1.96*sd, bias+1.96*sd], 1)
+        n = w.sum(1)
+        m = lambda v: w@v/n
+        mse,bias = m(d**2),m(d)
+        sd = np.sqrt(np.maximum(safe_ratio((mse-bias**2)*n, n-1), 0))
+        return np.stack([m(np.abs(d)), np.sqrt(mse), 1-safe_ratio(mse, m(y0**2)-m(y0)**2), bias, sd, bias-1.96*sd,
+                         bias+1.96*sd], 1)
     return AttrDict(zip(names, estimate(f, len(y), groups, **kwargs)))
 
 # %% ../../nbs/metrics/04_curves.ipynb #289db427
 def bands(
     values,       # (n,) a column: names or numbers
-    bins=None     # edges such as [40, 60], open on both sides; a number of quantile bands; None: quartiles of more than 10 numbers, else each value
+    # edges such as [40, 60], open on both sides; a number of quantile bands; None: quartiles of more than 10 numbers,
+    # else each value
+    bins=None
 )->pd.Categorical:# (n,) levels in order; '(missing)' where there is no value
     "Levels of a column for subgroups. Raises `InputError` on bins for what is no number"
-    v = pd.Series(list(values)); num = pd.api.types.is_numeric_dtype(v) and not pd.api.types.is_bool_dtype(v)
-    if not num and bins is not None: raise InputError(f"bins: the column holds {v.dropna().iloc[0]!r}, no number. Leave bins out")
+    v = pd.Series(list(values))
+    num = pd.api.types.is_numeric_dtype(v) and not pd.api.types.is_bool_dtype(v)
+    if not num and bins is not None:
+        raise InputError(f"bins: the column holds {v.dropna().iloc[0]!r}, no number. Leave bins out")
     if num and bins is None and v.nunique()>10: bins = 4
     def put(o): return f'{o:.4g}'
     if not num or bins is None:
-        names = sorted(v.dropna().unique()); show = (lambda o: put(o) if num else str(o)); c = v.map(show, na_action='ignore'); names = list(dict.fromkeys(map(show, names)))
+        names = sorted(v.dropna().unique())
+        show = (lambda o: put(o) if num else str(o))
+        c = v.map(show, na_action='ignore')
+        names = list(dict.fromkeys(map(show, names)))
     else:
-        e = np.unique(v.dropna().quantile(np.linspace(0, 1, int(bins)+1)[1:-1])) if isinstance(bins, (int,np.integer)) else np.asarray(bins, dtype=float)
-        if not len(e) or (np.diff(e)<=0).any(): raise InputError(f"bins: expected rising edges, or a number of bands of 2 or more; found {bins}")
+        e = np.unique(v.dropna().quantile(np.linspace(0, 1, int(bins)+1)[1:-1])) if isinstance(bins,
+                (int,np.integer)) else np.asarray(bins, dtype=float)
+        if not len(e) or (np.diff(e)<=0).any():
+            raise InputError(f"bins: expected rising edges, or a number of bands of 2 or more; found {bins}")
         names = [f'<{put(e[0])}', *[f'{put(a)}–<{put(b)}' for a,b in zip(e[:-1], e[1:])], f'≥{put(e[-1])}']
         c = pd.Series(np.array(names, dtype=object)[np.searchsorted(e, v.fillna(0), side='right')]).where(v.notna())
-    return pd.Categorical(c.astype(object).where(v.notna().values, '(missing)'), categories=names+['(missing)']*bool(v.isna().any()), ordered=True)
+    return pd.Categorical(c.astype(object).where(v.notna().values, '(missing)'),
+            categories=names+['(missing)']*bool(v.isna().any()), ordered=True)
 
 def _note(y):
     "What is wrong with a subgroup of 0/1 targets"
@@ -286,11 +346,15 @@ def score_by(
     groups=None,        # (n,) subject of each case
     threshold=.5,       # for sensitivity and specificity
     **kwargs            # of `estimate`: n_boot, level, seed
-)->pd.DataFrame:        # a row a level and one for all: n, subjects, positive, prevalence, auc, low, high, sensitivity, specificity, note
+# a row a level and one for all: n, subjects, positive, prevalence, auc, low, high, sensitivity, specificity, note
+)->pd.DataFrame:
     "A classifier by subgroup. Every subgroup stays, however small: `note` says what cannot be said of it. Raises `InputError` on unlike lengths"
     y,s = _binary(y, score, 'score_by', groups)
-    return _by(levels, len(y), groups, lambda i,g: (lambda a,o: dict(positive=int(y[i].sum()), prevalence=float(y[i].mean()), auc=float(a), low=a.low, high=a.high,
-        sensitivity=float(o.sensitivity), specificity=float(o.specificity), note=_note(y[i])))(area_under(y[i], s[i], g, **kwargs), operating_point(y[i], s[i], float(threshold), g, n_boot=1)))
+    return _by(levels, len(y), groups,
+               lambda i,g: (lambda a,o: dict(positive=int(y[i].sum()), prevalence=float(y[i].mean()), auc=float(a),
+                                             low=a.low, high=a.high,
+        sensitivity=float(o.sensitivity), specificity=float(o.specificity), note=_note(y[i])))(area_under(y[i], s[i], g,
+            **kwargs), operating_point(y[i], s[i], float(threshold), g, n_boot=1)))
 
 def error_by(
     levels,             # (n,) subgroup of each case
@@ -298,45 +362,69 @@ def error_by(
     pred,               # (n,) predicted
     groups=None,        # (n,) subject of each case
     **kwargs            # of `estimate`: n_boot, level, seed
-)->pd.DataFrame:        # a row a level and one for all: n, subjects, mean (of the target), mae, low, high, bias, bias_low, bias_high, r2, note
+# a row a level and one for all: n, subjects, mean (of the target), mae, low, high, bias, bias_low, bias_high, r2, note
+)->pd.DataFrame:
     "A regression by subgroup: is it off more, or to one side, for some? R² within a narrow band is low for want of spread"
     y,p = np.asarray(y, dtype=float),np.asarray(pred, dtype=float)
-    return _by(levels, len(y), groups, lambda i,g: (lambda r: dict(mean=y[i].mean(), mae=float(r.mae), low=r.mae.low, high=r.mae.high, bias=float(r.bias), bias_low=r.bias.low, bias_high=r.bias.high,
+    return _by(levels, len(y), groups,
+               lambda i,g: (lambda r: dict(mean=y[i].mean(), mae=float(r.mae), low=r.mae.low, high=r.mae.high,
+                                           bias=float(r.bias), bias_low=r.bias.low, bias_high=r.bias.high,
         r2=float(r.r2), note=f'few: {i.sum()} cases' if i.sum()<10 else ''))(agreement(y[i], p[i], g, **kwargs)))
 
 def _by(levels, n, groups, f):
     lv = levels if isinstance(levels, pd.Categorical) else bands(levels)
     if len(lv)!=n: raise InputError(f"subgroups: {n} cases and {len(lv)} levels; expected one level a case")
-    g = None if groups is None else np.asarray(list(groups), dtype=object); rows = {}
+    g = None if groups is None else np.asarray(list(groups), dtype=object)
+    rows = {}
     for k in [*lv.categories, None]:
         i = np.ones(n, bool) if k is None else np.asarray(lv==k)
         if not i.any(): continue
         gi = None if g is None else g[i]
-        rows['all' if k is None else k] = dict(n=int(i.sum()), subjects=group_numbers(gi, int(i.sum()), 'subgroups')[1], **f(i, gi))
+        rows['all' if k is None else k] = dict(n=int(i.sum()), subjects=group_numbers(gi, int(i.sum()), 'subgroups')[1],
+                **f(i, gi))
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('level')
 
 # %% ../../nbs/metrics/04_curves.ipynb #74e986e8
 class Confounding(AttrDict):
     "`counts` (target × level), `within` (a row a level), `areas` (a row an AUC: value, low, high, pairs), `gap` (pooled minus within, `Estimate`); names `target`, `confounder`"
     def __str__(self):
-        a = self.areas.auc; q = f"{self.target} against {self.confounder}: pooled AUC {a['pooled']:.3f}, within levels {a['within levels']:.3f} (difference {self.gap:+.3f} [{self.gap.low:+.3f}, {self.gap.high:+.3f}]); {self.confounder} alone {a['confounder alone']:.3f}"
+        a = self.areas.auc
+        q = (f"{self.target} against {self.confounder}: pooled AUC {a['pooled']:.3f}, within levels "
+             f"{a['within levels']:.3f} (difference {self.gap:+.3f} [{self.gap.low:+.3f}, "
+             f"{self.gap.high:+.3f}]); {self.confounder} alone {a['confounder alone']:.3f}")
         if not len(r:=a.iloc[4:]): return q
-        k = (r-.5).abs().idxmax(); return q+f"; {k.removeprefix('score for ').removesuffix(', negatives')} is told among the negatives with {r[k]:.3f}"
+        k = (r-.5).abs().idxmax()
+        return (q+f"; {k.removeprefix('score for ').removesuffix(', negatives')} is told among the negatives with "
+                  f"{r[k]:.3f}")
     def __repr__(self): return f'Confounding: {self}'
     def plot(self): # matplotlib figure
         "Counts, the AUC within each level, and the pooled AUC beside the stratified one"
         import matplotlib.pyplot as plt
-        fig,axs = plt.subplots(1, 2, figsize=(9,.45*max(4, len(self.areas), len(self.counts.columns))+1.3), width_ratios=(1,1.6))
-        ax,c = axs[0],self.counts; share = c/c.sum()
-        ax.barh(range(len(c.columns)), share.iloc[1], color='C3', alpha=.75); ax.barh(range(len(c.columns)), share.iloc[0], left=share.iloc[1], color='lightgrey')
-        ax.set_yticks(range(len(c.columns)), [str(o) for o in c.columns]); ax.invert_yaxis(); ax.set(xlim=(0,1), xlabel=f'share of {self.target} (red)', title=f'{self.target} by {self.confounder}')
-        for i,k in enumerate(c.columns): ax.text(.97, i, f'{c[k].iloc[1]} of {c[k].sum()}', ha='right', va='center', fontsize=8)
-        ax,rows = axs[1],[(k, r.auc, r.low, r.high, 'C0') for k,r in self.areas.iterrows()]+[(f'{self.confounder} = {k}', r.auc, r.low, r.high, 'C2') for k,r in self.within.iterrows()]
+        fig,axs = plt.subplots(1, 2, figsize=(9,.45*max(4, len(self.areas), len(self.counts.columns))+1.3),
+                               width_ratios=(1,1.6))
+        ax,c = axs[0],self.counts
+        share = c/c.sum()
+        ax.barh(range(len(c.columns)), share.iloc[1], color='C3', alpha=.75)
+        ax.barh(range(len(c.columns)), share.iloc[0], left=share.iloc[1], color='lightgrey')
+        ax.set_yticks(range(len(c.columns)), [str(o) for o in c.columns])
+        ax.invert_yaxis()
+        ax.set(xlim=(0,1), xlabel=f'share of {self.target} (red)', title=f'{self.target} by {self.confounder}')
+        for i,k in enumerate(c.columns):
+            ax.text(.97, i, f'{c[k].iloc[1]} of {c[k].sum()}', ha='right', va='center', fontsize=8)
+        ax,rows = axs[1],[(k, r.auc, r.low, r.high, 'C0') for k,
+                r in self.areas.iterrows()]+[(f'{self.confounder} = {k}', r.auc, r.low, r.high, 'C2') for k,
+                                              r in self.within.iterrows()]
         for i,(k,v,lo,hi,col) in enumerate(rows):
-            if np.isfinite(v): ax.plot([lo,hi], [i,i], color=col, lw=2); ax.plot(v, i, 'o', color=col)
+            if np.isfinite(v):
+                ax.plot([lo,hi], [i,i], color=col, lw=2)
+                ax.plot(v, i, 'o', color=col)
             else: ax.text(.5, i, ' not defined', va='center', fontsize=8, color=col)
-        ax.axvline(.5, color='grey', ls=':', lw=1); ax.set_yticks(range(len(rows)), [o[0] for o in rows], fontsize=8); ax.invert_yaxis(); ax.set(xlabel='AUC with its interval', title='blue: over all; green: within one level')
-        fig.tight_layout(); return fig
+        ax.axvline(.5, color='grey', ls=':', lw=1)
+        ax.set_yticks(range(len(rows)), [o[0] for o in rows], fontsize=8)
+        ax.invert_yaxis()
+        ax.set(xlabel='AUC with its interval', title='blue: over all; green: within one level')
+        fig.tight_layout()
+        return fig
 
 def confounding(
     y,                  # (n,) targets, 0 or 1
@@ -349,26 +437,37 @@ def confounding(
 )->Confounding:         # with `plot`; prints itself as a sentence
     "How much of an AUC is there because a third thing goes with the target? Raises `InputError` where one class is missing. Source: Janes 2008"
     y,s = _binary(y, score, 'confounding', groups)
-    if y.all() or not y.any(): raise InputError(f"confounding: all {len(y)} cases are {int(y[0])}; both classes are needed")
+    if y.all() or not y.any():
+        raise InputError(f"confounding: all {len(y)} cases are {int(y[0])}; both classes are needed")
     lv = confounder if isinstance(confounder, pd.Categorical) else bands(confounder, bins)
     if len(lv)!=len(y): raise InputError(f"confounding: {len(y)} cases and {len(lv)} levels; expected one a case")
-    lv = lv.remove_unused_categories(); k,cats = lv.codes.astype(int),list(lv.categories)
+    lv = lv.remove_unused_categories()
+    k,cats = lv.codes.astype(int),list(lv.categories)
     strata = [(auc_stat(y[k==j], s[k==j]), k==j) for j in range(len(cats))]
     whole,alone = auc_stat(y, s),auc_stat(y, np.array([y[k==j].mean() for j in range(len(cats))])[k])
     def f(w):
-        pairs = np.stack([(w*(y&m)).sum(1)*(w*(~y&m)).sum(1) for _,m in strata], 1); total = (w*y).sum(1)*(w*~y).sum(1)
+        pairs = np.stack([(w*(y&m)).sum(1)*(w*(~y&m)).sum(1) for _,m in strata], 1)
+        total = (w*y).sum(1)*(w*~y).sum(1)
         a = np.stack([np.nan_to_num(g(w[:,m])) for g,m in strata], 1)
-        inn,p = (pairs*a).sum(1),whole(w); q = pairs.sum(1); within = safe_ratio(inn, q)
+        inn,p = (pairs*a).sum(1),whole(w)
+        q = pairs.sum(1)
+        within = safe_ratio(inn, q)
         return np.stack([p, within, safe_ratio(p*total-inn, total-q), alone(w), p-within], 1)
     pooled,within,between,own,gap = estimate(f, len(y), groups, **kwargs)
-    q = sum(int((y&m).sum())*int((~y&m).sum()) for _,m in strata); total = int(y.sum())*int((~y).sum())
+    q = sum(int((y&m).sum())*int((~y&m).sum()) for _,m in strata)
+    total = int(y.sum())*int((~y).sum())
     area = lambda e,pairs: dict(auc=float(e), low=e.low, high=e.high, pairs=pairs)
-    areas = {'pooled':area(pooled, total), 'within levels':area(within, q), 'between levels':area(between, total-q), 'confounder alone':area(own, total)}
+    areas = {'pooled':area(pooled, total), 'within levels':area(within, q), 'between levels':area(between, total-q),
+             'confounder alone':area(own, total)}
     neg,gs = ~y,None if groups is None else np.asarray(list(groups), dtype=object)
-    for j in range(len(cats)) if len(cats)>2 else [int(np.argmax([y[k==j].mean() for j in range(len(cats))]))]:   # of two levels the one with more positives, of more each against the rest
+    # of two levels the one with more positives, of more each against the rest
+    for j in range(len(cats)) if len(cats)>2 else [int(np.argmax([y[k==j].mean() for j in range(len(cats))]))]:
         z = (k==j)[neg]
         if z.any() and not z.all():
             e = area_under(z.astype(int), s[neg], None if gs is None else gs[neg], **kwargs)
             areas[f'score for {cats[j]}, negatives'] = area(e, int(z.sum())*int((~z).sum()))
-    counts = pd.crosstab(y.astype(int), np.asarray(lv.astype(object))).reindex(index=[0,1], columns=cats, fill_value=0).rename_axis(index=names[0], columns=names[1])
-    return Confounding(target=names[0], confounder=names[1], counts=counts, within=score_by(lv, y.astype(int), s, groups, **kwargs).drop('all')[['n','subjects','positive','prevalence','auc','low','high','note']], areas=pd.DataFrame(areas).T, gap=gap)
+    counts = pd.crosstab(y.astype(int), np.asarray(lv.astype(object))).reindex(index=[0,1], columns=cats,
+            fill_value=0).rename_axis(index=names[0], columns=names[1])
+    return Confounding(target=names[0], confounder=names[1], counts=counts,
+            within=score_by(lv, y.astype(int), s, groups, **kwargs).drop('all')[['n','subjects','positive','prevalence',
+            'auc','low','high','note']], areas=pd.DataFrame(areas).T, gap=gap)

@@ -22,7 +22,8 @@ def _bool(m, name, fn):
     if m.dtype==bool: return m
     b = m!=0
     if not ((m==1)==b).all():
-        raise InputError(f"{fn}: {name} holds the values {np.unique(m)[:6].tolist()}; expected one structure, as bool or 0 and 1. "
+        raise InputError(f"{fn}: {name} holds the values {np.unique(m)[:6].tolist()}; expected one structure, as bool "
+                         f"or 0 and 1. "
                          "Pass `mask==k`, or use `case_scores`")
     return b
 
@@ -33,7 +34,8 @@ def _both_masks(pred, targ, fn):
 
 def _mm(spacing, ndim, fn):
     sp = tuple(float(s) for s in spacing)
-    if len(sp)!=ndim or not all(np.isfinite(s) and s>0 for s in sp): raise InputError(f"{fn}: expected {ndim} positive spacings in mm, found {sp}")
+    if len(sp)!=ndim or not all(np.isfinite(s) and s>0 for s in sp):
+        raise InputError(f"{fn}: expected {ndim} positive spacings in mm, found {sp}")
     return sp
 
 def dice_score(
@@ -41,7 +43,8 @@ def dice_score(
     targ,   # Same grid as `pred`
 )->float:   # 0 to 1; nan where both masks are empty, 0 where one is
     "Twice the shared volume over the sum of both. Raises `ValueError` on unlike shapes or several labels. Source: Dice 1945."
-    p,t = _both_masks(pred, targ, 'dice_score'); n = int(p.sum())+int(t.sum())
+    p,t = _both_masks(pred, targ, 'dice_score')
+    n = int(p.sum())+int(t.sum())
     return 2*int((p&t).sum())/n if n else float('nan')
 
 def volume_mm3(
@@ -57,14 +60,17 @@ def mask_surface(
     m,      # (X,Y,Z) bool
 )->np.ndarray: # (X,Y,Z) bool
     "The voxels of `m` with a face neighbour outside; the border of the image counts as outside"
-    q = np.pad(m, 1); inner = m.copy(); mid = slice(1,-1)
+    q = np.pad(m, 1)
+    inner = m.copy()
+    mid = slice(1,-1)
     for a in range(m.ndim):
         for s in (slice(0,-2), slice(2,None)): inner &= q[tuple(s if i==a else mid for i in range(m.ndim))]
     return m & ~inner
 
 def _crop(p, t):
     "Both masks within the box that holds them"
-    u = p|t; box = []
+    u = p|t
+    box = []
     for a in range(u.ndim):
         i = np.flatnonzero(u.any(tuple(j for j in range(u.ndim) if j!=a)))
         box.append(slice(i[0], i[-1]+1))
@@ -76,8 +82,11 @@ def surface_distances(
     spacing:tuple, # (3,) voxel size, mm
 )->tuple:          # distances of pred's surface voxels to targ's surface, and of targ's to pred's, mm
     "Both directed sets of surface distances. Raises `ValueError` on an empty mask, unlike shapes or several labels."
-    p,t = _both_masks(pred, targ, 'surface_distances'); sp = _mm(spacing, p.ndim, 'surface_distances')
-    if not p.any() or not t.any(): raise InputError(f"surface_distances: {'pred' if not p.any() else 'targ'} is empty; a distance to nothing is not defined")
+    p,t = _both_masks(pred, targ, 'surface_distances')
+    sp = _mm(spacing, p.ndim, 'surface_distances')
+    if not p.any() or not t.any():
+        raise InputError(f"surface_distances: {'pred' if not p.any() else 'targ'} is empty; a distance to nothing is "
+                         f"not defined")
     p,t = [mask_surface(m) for m in _crop(p, t)]      # nothing outside the box is nearer than what is in it
     return _surface_distances(p, t, sp), _surface_distances(t, p, sp)
 
@@ -89,7 +98,9 @@ def _surface_distances(a, b, sp):
     return cKDTree(np.argwhere(b)*np.array(sp)).query(np.argwhere(a)*np.array(sp))[0]
 
 def _hd95(dp, dt): return float(max(np.percentile(dp, 95), np.percentile(dt, 95)))
-def _nsd(dp, dt, tolerance): return float(sum((d<=tolerance+1e-6).sum() for d in (dp,dt))/(len(dp)+len(dt)))   # a nanometre for rounding
+# a nanometre for rounding
+def _nsd(dp, dt, tolerance):
+    return float(sum((d<=tolerance+1e-6).sum() for d in (dp,dt))/(len(dp)+len(dt)))
 
 def _empty_score(p, t, one):
     "nan where both are empty, `one` where one is, None where none is"
@@ -101,7 +112,8 @@ def hausdorff95(
     spacing:tuple, # (3,) voxel size, mm
 )->float:          # mm; nan where both masks are empty, inf where one is
     "The larger of the two directed 95th percentiles of surface distance. Raises `ValueError` on unlike shapes or several labels. Source: Huttenlocher 1993."
-    p,t = _both_masks(pred, targ, 'hausdorff95'); _mm(spacing, p.ndim, 'hausdorff95')
+    p,t = _both_masks(pred, targ, 'hausdorff95')
+    _mm(spacing, p.ndim, 'hausdorff95')
     e = _empty_score(p, t, float('inf'))
     return e if e is not None else _hd95(*surface_distances(p, t, spacing))
 
@@ -112,7 +124,8 @@ def surface_dice(
     tolerance:float=1., # mm
 )->float:               # 0 to 1; nan where both masks are empty, 0 where one is
     "Share of both surfaces that lies within `tolerance` of the other. Raises `ValueError` on unlike shapes or several labels. Source: Nikolov 2018."
-    p,t = _both_masks(pred, targ, 'surface_dice'); _mm(spacing, p.ndim, 'surface_dice')
+    p,t = _both_masks(pred, targ, 'surface_dice')
+    _mm(spacing, p.ndim, 'surface_dice')
     if not tolerance>=0: raise InputError(f"surface_dice: expected a tolerance of 0 mm or more, found {tolerance}")
     e = _empty_score(p, t, 0.)
     return e if e is not None else _nsd(*surface_distances(p, t, spacing), tolerance)
@@ -130,25 +143,31 @@ def case_scores(
     "Scores of every foreground structure of one case. Raises `ValueError` on unlike shapes and on class ids that `codes` has no name for."
     from scipy.ndimage import find_objects
     p,t = [np.asarray(m.detach().cpu().as_subclass(Tensor) if isinstance(m, Tensor) else m) for m in (pred,targ)]
-    if p.shape!=t.shape: raise InputError(f"case_scores: pred has shape {p.shape} and targ {t.shape}; expected the same grid")
+    if p.shape!=t.shape:
+        raise InputError(f"case_scores: pred has shape {p.shape} and targ {t.shape}; expected the same grid")
     sp,codes = _mm(spacing, p.ndim, 'case_scores'),list(codes)
     if ignore_index is not None: p,t = [np.where(t==ignore_index, 0, m) for m in (p,t)]
     boxes = []
     for name,m in (('pred',p),('targ',t)):
         if m.size and not (m.min()>=0 and m.max()<len(codes) and (m.dtype.kind in 'biu' or (m==np.round(m)).all())):
-            raise InputError(f"case_scores: {name} holds the values {np.unique(m)[:8].tolist()}; expected class ids from 0 to {len(codes)-1} for {codes}")
+            raise InputError(f"case_scores: {name} holds the values {np.unique(m)[:8].tolist()}; expected class ids "
+                             f"from 0 to {len(codes)-1} for {codes}")
         boxes.append(find_objects(m.astype(np.int32), len(codes)-1))
-    rows,vox = [],float(np.prod(sp)); nan = float('nan')
+    rows,vox = [],float(np.prod(sp))
+    nan = float('nan')
     for k,s in enumerate(codes[1:], 1):
         found = [b[k-1] for b in boxes if b[k-1] is not None]
         row = dict(structure=s, dice=nan, hd95=nan, nsd=nan, volume_mm3=0., target_mm3=0., status='empty')
         if found:
             box = tuple(slice(min(a.start for a in ax), max(a.stop for a in ax)) for ax in zip(*found))
-            pk,tk = p[box]==k,t[box]==k; np_,nt = int(pk.sum()),int(tk.sum())
+            pk,tk = p[box]==k,t[box]==k
+            np_,nt = int(pk.sum()),int(tk.sum())
             row.update(dice=2*int((pk&tk).sum())/(np_+nt), volume_mm3=np_*vox, target_mm3=nt*vox,
                        status='ok' if np_ and nt else 'missed' if nt else 'false positive')
             if distances:
-                if np_ and nt: d = surface_distances(pk, tk, sp); row.update(hd95=_hd95(*d), nsd=_nsd(*d, tolerance))
+                if np_ and nt:
+                    d = surface_distances(pk, tk, sp)
+                    row.update(hd95=_hd95(*d), nsd=_nsd(*d, tolerance))
                 else: row.update(hd95=float('inf'), nsd=0.)
         rows.append(row)
     return rows
@@ -168,22 +187,32 @@ def slice_consistency(
     axis:int,   # array axis that is sliced across
     truth=None, # the same grid; where it is given, its own numbers are taken away
     codes=None  # names of the structures, background first; default: those of the mask, else its class ids
-)->pd.DataFrame:# a row a structure: overlap (-1 to 1), strays (pieces), area_jump (share of the mean area); nan where it is empty
+# a row a structure: overlap (-1 to 1), strays (pieces), area_jump (share of the mean area); nan where it is empty
+)->pd.DataFrame:
     "How well neighbouring slices fit each other. Raises `ValueError` on another shape of `truth` or an axis that there is not"
     from scipy.ndimage import label
-    m,t = [None if o is None else np.asarray(o.detach().cpu().as_subclass(Tensor) if isinstance(o, Tensor) else o) for o in (mask,truth)]
-    if not -m.ndim<=axis<m.ndim: raise InputError(f"slice_consistency: expected an axis of 0 to {m.ndim-1}; found {axis}")
-    if t is not None and t.shape!=m.shape: raise InputError(f"slice_consistency: the mask has shape {m.shape}, the truth {t.shape}; expected the same grid")
-    codes = list(codes or getattr(mask, 'codes', None) or range(1+max(int(o.max(initial=0)) for o in (m,t) if o is not None)))
+    m,t = [None if o is None else np.asarray(o.detach().cpu().as_subclass(Tensor) if isinstance(o, Tensor) else o)
+           for o in (mask,truth)]
+    if not -m.ndim<=axis<m.ndim:
+        raise InputError(f"slice_consistency: expected an axis of 0 to {m.ndim-1}; found {axis}")
+    if t is not None and t.shape!=m.shape:
+        raise InputError(
+                f"slice_consistency: the mask has shape {m.shape}, the truth {t.shape}; expected the same grid")
+    codes = list(codes or getattr(mask, 'codes', None)
+                                  or range(1+max(int(o.max(initial=0)) for o in (m,t) if o is not None)))
     def numbers(o):
-        o = np.moveaxis(o, axis, 0); area = o.reshape(len(o), -1).sum(1); on = np.flatnonzero(area)
+        o = np.moveaxis(o, axis, 0)
+        area = o.reshape(len(o), -1).sum(1)
+        on = np.flatnonzero(area)
         if not len(on): return dict(overlap=np.nan, strays=np.nan, area_jump=np.nan)
         o,area = o[on[0]:on[-1]+1],area[on[0]:on[-1]+1].astype(float)
         both = (o[1:]&o[:-1]).reshape(len(o)-1, -1).sum(1) if len(o)>1 else np.zeros(0)
         pair = area[1:]+area[:-1]
-        return dict(overlap=float((2*both/np.maximum(pair, 1))[pair>0].mean()) if len(pair) else np.nan, strays=float(label(o, np.ones((3,)*o.ndim))[1]-1),
+        return dict(overlap=float((2*both/np.maximum(pair, 1))[pair>0].mean()) if len(pair) else np.nan,
+                    strays=float(label(o, np.ones((3,)*o.ndim))[1]-1),
                     area_jump=float(np.abs(np.diff(area)).mean()/area.mean()) if len(pair) else np.nan)
-    rows = {str(s):pd.Series(numbers(m==k)) - (0 if t is None else pd.Series(numbers(t==k))) for k,s in enumerate(codes) if k}
+    rows = {str(s):pd.Series(numbers(m==k)) - (0 if t is None else pd.Series(numbers(t==k))) for k,
+            s in enumerate(codes) if k}
     return pd.DataFrame(rows).T.rename_axis('structure')
 
 # %% ../../nbs/metrics/01_masks.ipynb #bdc8ebb1
@@ -193,18 +222,23 @@ def summarise(
 )->pd.DataFrame:      # a line a structure, and one for all that counts cases: mean, sd, median, worst, n, failed, empty
     "Mean, sd, median and worst of one score, with the failed and the empty cases counted. Raises `ValueError` on an unknown score."
     df = pd.DataFrame(rows)
-    if score not in ('dice','nsd','hd95'): raise InputError(f"summarise: expected score 'dice', 'nsd' or 'hd95', found {score!r}")
+    if score not in ('dice','nsd','hd95'):
+        raise InputError(f"summarise: expected score 'dice', 'nsd' or 'hd95', found {score!r}")
     if miss:=[c for c in ('structure','status',score) if c not in df]:
-        raise InputError(f"summarise: the rows lack {miss}; expected what `case_scores` gives, found {list(df.columns)}")
+        raise InputError(
+                f"summarise: the rows lack {miss}; expected what `case_scores` gives, found {list(df.columns)}")
     def line(v, st):
         v = v[np.isfinite(v)]
-        return dict(mean=v.mean(), sd=v.std(), median=v.median(), worst=v.max() if score=='hd95' else v.min(), n=len(st),
+        return dict(mean=v.mean(), sd=v.std(), median=v.median(), worst=v.max() if score=='hd95' else v.min(),
+                    n=len(st),
                     failed=int(st.isin(['missed','false positive']).sum()), empty=int((st=='empty').sum()))
     res = {s:line(g[score].astype(float), g.status) for s,g in df.groupby('structure', sort=False)}
-    per = df.assign(v=df[score].astype(float).replace(np.inf, np.nan)).groupby('case', sort=False).v.mean() if 'case' in df else df[score].astype(float)
+    per = df.assign(v=df[score].astype(float).replace(np.inf, np.nan)).groupby('case',
+            sort=False).v.mean() if 'case' in df else df[score].astype(float)
     bad = df.status.isin(['missed','false positive'])
     by = df.case if 'case' in df else df.index
-    res['all'] = {**line(per, df.status), 'n':len(per), 'failed':int(bad.groupby(by).any().sum()), 'empty':int((df.status=='empty').groupby(by).all().sum())}
+    res['all'] = {**line(per, df.status), 'n':len(per), 'failed':int(bad.groupby(by).any().sum()),
+            'empty':int((df.status=='empty').groupby(by).all().sum())}
     return pd.DataFrame.from_dict(res, orient='index').rename_axis('structure')
 
 # %% ../../nbs/metrics/01_masks.ipynb #0e85b383
@@ -213,7 +247,9 @@ def _class_ids(p):
     if p.shape[1]==1: return (p[:,0]>0).int()
     if not p.is_contiguous(): return p.argmax(1)
     best,lab = p[:,0],torch.zeros_like(p[:,0], dtype=torch.int32)
-    for k in range(1, p.shape[1]): lab.masked_fill_(p[:,k]>best, k); best = torch.maximum(best, p[:,k])
+    for k in range(1, p.shape[1]):
+        lab.masked_fill_(p[:,k]>best, k)
+        best = torch.maximum(best, p[:,k])
     return lab
 
 class DiceCounts:
@@ -235,13 +271,17 @@ class DiceCounts:
         pred,targ = pred.detach().as_subclass(Tensor),targ.detach().as_subclass(Tensor)
         if targ.ndim==pred.ndim and targ.shape[1]==1: targ = targ[:,0]
         if pred.shape[2:]!=targ.shape[1:] or len(pred)!=len(targ):
-            raise InputError(f"DiceScore: predictions are {tuple(pred.shape)} and masks {tuple(targ.shape)}; expected (B,C,*S) and (B,*S) on one grid")
+            raise InputError(f"DiceScore: predictions are {tuple(pred.shape)} and masks {tuple(targ.shape)}; expected "
+                             f"(B,C,*S) and (B,*S) on one grid")
         C = max(2, pred.shape[1])
         lab,targ = gather(_class_ids(pred)).flatten(),gather(targ).flatten()
-        if self.ignore_index is not None: keep = targ!=self.ignore_index; lab,targ = lab[keep],targ[keep]
+        if self.ignore_index is not None:
+            keep = targ!=self.ignore_index
+            lab,targ = lab[keep],targ[keep]
         if len(targ) and (targ.min()<0 or targ.max()>=C):
             odd = [v for v in targ.unique().tolist() if not 0<=v<C][:6]
-            raise InputError(f"DiceScore: masks hold the class ids {odd}; expected 0 to {C-1}, the channels of the network. "
+            raise InputError(
+                    f"DiceScore: masks hold the class ids {odd}; expected 0 to {C-1}, the channels of the network. "
                              "Set ignore_index, or map the labels by codes")
         c = torch.bincount(targ.int()*C+lab, minlength=C*C).view(C,C)
         self.conf = c if self.conf is None else self.conf+c
@@ -250,7 +290,8 @@ class DiceCounts:
     @property
     def dice(self): # (C,) float64, nan where a structure never occurs; None before the first batch
         if self.conf is None: return None
-        c = self.conf.double().cpu(); return 2*c.diag()/(c.sum(0)+c.sum(1))
+        c = self.conf.double().cpu()
+        return 2*c.diag()/(c.sum(0)+c.sum(1))
 
 class DiceScore(Metric):
     "Dice of one structure over all validation patches together, or the mean of the structures that occur"
@@ -261,22 +302,27 @@ class DiceScore(Metric):
         ignore_index:int=None     # class id in the masks that counts for nothing
     ):
         if counts is not None and ignore_index not in (None, counts.ignore_index):
-            raise InputError(f"DiceScore: ignore_index={ignore_index} differs from that of counts, {counts.ignore_index}")
+            raise InputError(
+                    f"DiceScore: ignore_index={ignore_index} differs from that of counts, {counts.ignore_index}")
         self.structure_index,self._name,self.seen = structure_index,name,0
         self.counts = DiceCounts(ignore_index) if counts is None else counts
     @property
     def name(self): return self._name or ('dice' if self.structure_index is None else f'dice_{self.structure_index}')
-    def reset(self): self.seen = 0; self.counts.reset()
+    def reset(self):
+        self.seen = 0
+        self.counts.reset()
     def accumulate(self, learn):
         self.seen += 1
-        if self.seen>self.counts.n: self.counts.add(learn.pred, learn.yb[0], learn.to_detach if num_distrib()>1 else noop)
+        if self.seen>self.counts.n:
+            self.counts.add(learn.pred, learn.yb[0], learn.to_detach if num_distrib()>1 else noop)
     @property
     def value(self): # 0 to 1, or nan
         d = self.counts.dice
         if d is None: return float('nan')
         if self.structure_index is None: return d[1:].nanmean().item()
         if not 0<=self.structure_index<len(d):
-            raise InputError(f"{self.name}: structure {self.structure_index} was asked for; the network has classes 0 to {len(d)-1}")
+            raise InputError(f"{self.name}: structure {self.structure_index} was asked for; the network has classes 0 "
+                             f"to {len(d)-1}")
         return d[self.structure_index].item()
 
 def metric_names(
@@ -294,5 +340,6 @@ def dice_metrics(
     ignore_index:int=None  # class id in the masks that counts for nothing
 )->list:                   # `DiceScore` a foreground structure and a last one, `dice`, their mean
     "One Dice column a structure, and the mean of those that occur; they share one count of each batch"
-    c = DiceCounts(ignore_index); names = metric_names(codes)
+    c = DiceCounts(ignore_index)
+    names = metric_names(codes)
     return [DiceScore(k, n, c) for k,n in enumerate(names, 1)] + [DiceScore(None, 'dice', c)]

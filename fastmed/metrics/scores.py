@@ -16,12 +16,16 @@ from fastai.learner import Metric
 from fastai.torch_core import noop, num_distrib
 
 # %% ../../nbs/metrics/03_scores.ipynb #e2e39f38
-def _arr(v): return (v.detach().cpu().as_subclass(Tensor).float().numpy() if isinstance(v, Tensor) else np.asarray(v)).astype(float)
+def _arr(v):
+    return (v.detach().cpu().as_subclass(Tensor).float().numpy() if isinstance(v, Tensor)
+            else np.asarray(v)).astype(float)
 
 def _two(targ, score, what):
     t,s = _arr(targ),_arr(score)
-    if t.shape!=s.shape or t.ndim!=1: raise InputError(f"{what}: expected as many scores as targets, (n,); found {t.shape} and {s.shape}")
-    if not np.isin(t, (0,1)).all(): raise InputError(f"{what}: targets hold {np.unique(t)[:6].tolist()}; expected 0 and 1")
+    if t.shape!=s.shape or t.ndim!=1:
+        raise InputError(f"{what}: expected as many scores as targets, (n,); found {t.shape} and {s.shape}")
+    if not np.isin(t, (0,1)).all():
+        raise InputError(f"{what}: targets hold {np.unique(t)[:6].tolist()}; expected 0 and 1")
     if not np.isfinite(s).all(): raise InputError(f"{what}: {int((~np.isfinite(s)).sum())} scores are NaN or infinite")
     return t.astype(bool),s
 
@@ -30,7 +34,9 @@ def roc_auc(
     score,  # (n,) higher where 1 is likelier
 )->float:   # 0 to 1; nan where one class is missing
     "Share of pairs of a positive and a negative case that stand in the right order, ties counted half. Raises `InputError`. Source: Hanley 1982"
-    t,s = _two(targ, score, 'roc_auc'); n = int(t.sum()); m = len(t)-n
+    t,s = _two(targ, score, 'roc_auc')
+    n = int(t.sum())
+    m = len(t)-n
     if not n or not m: return float('nan')
     u,k,c = np.unique(s, return_inverse=True, return_counts=True)
     rank = (np.cumsum(c)-(c-1)/2)[k]
@@ -43,26 +49,33 @@ def average_precision(
     "Precision averaged over the steps of recall, cases of one score together. Raises `InputError`. Source: Davis 2006"
     t,s = _two(targ, score, 'average_precision')
     if not t.any(): return float('nan')
-    o = np.argsort(-s, kind='stable'); t,s = t[o],s[o]
+    o = np.argsort(-s, kind='stable')
+    t,s = t[o],s[o]
     last = np.r_[s[1:]!=s[:-1], True]
-    tp = np.cumsum(t)[last]; n = np.flatnonzero(last)+1
+    tp = np.cumsum(t)[last]
+    n = np.flatnonzero(last)+1
     return float((np.diff(np.r_[0,tp])*tp/n).sum()/tp[-1])
 
 def choose_point(
     targ,        # (n,) 0 or 1
     score,       # (n,) probability of 1
-    point=.5     # a threshold; 'youden'; or ('sensitivity', .9), ('specificity', .9): the threshold that just reaches it
+    # a threshold; 'youden'; or ('sensitivity', .9), ('specificity', .9): the threshold that just reaches it
+    point=.5
 )->float:        # a case is called positive where its score is at least this
     "The threshold at which cases are called positive. A point that is chosen on the cases that it is then judged on flatters: choose it on others. Raises `InputError`. Source: Youden 1950"
     if isinstance(point, (int,float,np.number)) and not isinstance(point, bool): return float(point)
     t,s = _two(targ, score, 'choose_point')
-    if point!='youden' and not (isinstance(point, (tuple,list)) and len(point)==2 and point[0] in ('sensitivity','specificity') and 0<=point[1]<=1):
-        raise InputError(f"point: expected a threshold, 'youden', ('sensitivity', share) or ('specificity', share); found {point!r}")
+    if point!='youden' and not (isinstance(point, (tuple,list)) and len(point)==2 and point[0] in ('sensitivity',
+            'specificity') and 0<=point[1]<=1):
+        raise InputError(f"point: expected a threshold, 'youden', ('sensitivity', share) or ('specificity', share); "
+                         f"found {point!r}")
     if t.all() or not t.any(): return float('nan')
     th = np.r_[np.unique(s), np.inf]
-    sens = np.array([(s[t]>=h).mean() for h in th]); spec = np.array([(s[~t]<h).mean() for h in th])
+    sens = np.array([(s[t]>=h).mean() for h in th])
+    spec = np.array([(s[~t]<h).mean() for h in th])
     if isinstance(point, str): return float(th[int(np.argmax(sens+spec))])
-    return float(th[np.flatnonzero(sens>=point[1]-1e-12)[-1]] if point[0]=='sensitivity' else th[np.flatnonzero(spec>=point[1]-1e-12)[0]])
+    return float(th[np.flatnonzero(sens>=point[1]-1e-12)[-1]] if point[0]=='sensitivity'
+                 else th[np.flatnonzero(spec>=point[1]-1e-12)[0]])
 
 def sensitivity_specificity(
     targ,      # (n,) 0 or 1
@@ -70,7 +83,8 @@ def sensitivity_specificity(
     point=.5   # as of `choose_point`
 )->tuple:      # (share of the positive cases that are called so, share of the negative ones); nan where there are none
     "Both rates at a chosen point. Raises `InputError`"
-    t,s = _two(targ, score, 'sensitivity_specificity'); h = choose_point(t, s, point)
+    t,s = _two(targ, score, 'sensitivity_specificity')
+    h = choose_point(t, s, point)
     return float((s[t]>=h).mean()) if t.any() else float('nan'), float((s[~t]<h).mean()) if (~t).any() else float('nan')
 
 # %% ../../nbs/metrics/03_scores.ipynb #2fb7aa09
@@ -80,7 +94,9 @@ def balanced_accuracy(
 )->float:   # 0 to 1
     "The mean over the classes that occur of the share of their cases that are found. Raises `InputError`"
     t,p = _arr(targ),_arr(pred)
-    if t.shape!=p.shape or t.ndim!=1: raise InputError(f"balanced_accuracy: expected as many predictions as targets, (n,); found {t.shape} and {p.shape}")
+    if t.shape!=p.shape or t.ndim!=1:
+        raise InputError(
+                f"balanced_accuracy: expected as many predictions as targets, (n,); found {t.shape} and {p.shape}")
     return float(np.mean([(p[t==c]==c).mean() for c in np.unique(t)])) if len(t) else float('nan')
 
 def mean_abs_error(
@@ -95,7 +111,8 @@ def r_squared(
     pred    # (n,)
 )->float:   # 1 is perfect, 0 as good as the mean, below that worse; nan where all targets are alike
     "Share of the variance that is explained"
-    t,p = _arr(targ),_arr(pred); v = ((t-t.mean())**2).sum()
+    t,p = _arr(targ),_arr(pred)
+    v = ((t-t.mean())**2).sum()
     return float(1-((t-p)**2).sum()/v) if v>0 else float('nan')
 
 def _over(f, t, P, **kw):
@@ -113,24 +130,39 @@ def label_scores(
     "Every score of a task. Of two classes the second is the positive one; of more, each against the rest, averaged. Raises `InputError`"
     t,p = _arr(targ),_arr(pred)
     if task!='category' and t.ndim==1: t = t[:,None]             # of fastai's RegressionBlock
-    if len(t)!=len(p) or p.ndim!=2 or p.shape[1]!=len(vocab): raise InputError(f"label_scores: expected targets and (n,{len(vocab)}) predictions; found {t.shape} and {p.shape}")
+    if len(t)!=len(p) or p.ndim!=2 or p.shape[1]!=len(vocab):
+        raise InputError(
+                f"label_scores: expected targets and (n,{len(vocab)}) predictions; found {t.shape} and {p.shape}")
     if task=='category':
-        ids = p.argmax(1); res = {('accuracy','all'):float((ids==t).mean()), ('balanced_accuracy','all'):balanced_accuracy(t, ids)}
+        ids = p.argmax(1)
+        res = {('accuracy','all'):float((ids==t).mean()), ('balanced_accuracy','all'):balanced_accuracy(t, ids)}
         if len(vocab)==2:
-            y = (t==1).astype(float); se,sp = sensitivity_specificity(y, p[:,1], point); of = str(vocab[1])
-            return {**res, ('roc_auc',of):roc_auc(y, p[:,1]), ('average_precision',of):average_precision(y, p[:,1]), ('sensitivity',of):se, ('specificity',of):sp}
+            y = (t==1).astype(float)
+            se,sp = sensitivity_specificity(y, p[:,1], point)
+            of = str(vocab[1])
+            return {**res, ('roc_auc',of):roc_auc(y, p[:,1]), ('average_precision',of):average_precision(y, p[:,1]),
+                    ('sensitivity',of):se, ('specificity',of):sp}
         hot = np.eye(len(vocab))[ids]
-        return {**res, ('roc_auc','mean'):float(_over(roc_auc, t, p)), ('average_precision','mean'):float(_over(average_precision, t, p)),
-                **dict(zip((('sensitivity','mean'),('specificity','mean')), map(float, np.broadcast_to(_over(sensitivity_specificity, t, hot), (2,)))))}
+        return {**res, ('roc_auc','mean'):float(_over(roc_auc, t, p)),
+                ('average_precision','mean'):float(_over(average_precision, t, p)),
+                **dict(zip((('sensitivity','mean'),('specificity','mean')),
+                                                    map(float, np.broadcast_to(_over(sensitivity_specificity, t, hot),
+                (2,)))))}
     res = {}
     for i,v in enumerate(map(str, vocab)):
         if task=='multi':
             se,sp = sensitivity_specificity(t[:,i], p[:,i], point)
-            res.update({('roc_auc',v):roc_auc(t[:,i], p[:,i]), ('average_precision',v):average_precision(t[:,i], p[:,i]), ('sensitivity',v):se, ('specificity',v):sp, ('accuracy',v):float(((p[:,i]>=.5)==t[:,i]).mean()), ('balanced_accuracy',v):balanced_accuracy(t[:,i], p[:,i]>=.5)})
-        else: res.update({('mae',v):mean_abs_error(t[:,i], p[:,i]), ('r2',v):r_squared(t[:,i], p[:,i]), ('bias',v):float((p[:,i]-t[:,i]).mean())})
+            res.update({('roc_auc',v):roc_auc(t[:,i], p[:,i]), ('average_precision',v):average_precision(t[:,i],
+                    p[:,i]), ('sensitivity',v):se, ('specificity',v):sp,
+                    ('accuracy',v):float(((p[:,i]>=.5)==t[:,i]).mean()),
+                    ('balanced_accuracy',v):balanced_accuracy(t[:,i], p[:,i]>=.5)})
+        else:
+            res.update({('mae',v):mean_abs_error(t[:,i], p[:,i]), ('r2',v):r_squared(t[:,i], p[:,i]),
+                    ('bias',v):float((p[:,i]-t[:,i]).mean())})
     if len(vocab)>1 and task=='multi':
         for k in ('roc_auc','average_precision','sensitivity','specificity','accuracy','balanced_accuracy'):
-            v = [x for (a,_),x in res.items() if a==k and math.isfinite(x)]; res[k,'mean'] = float(np.mean(v)) if v else float('nan')
+            v = [x for (a,_),x in res.items() if a==k and math.isfinite(x)]
+            res[k,'mean'] = float(np.mean(v)) if v else float('nan')
     return res
 
 # %% ../../nbs/metrics/03_scores.ipynb #76f84902
@@ -152,15 +184,18 @@ def scores_interval(
     if not len(t): raise InputError("scores_interval: expected at least one case")
     k,n = group_numbers(groups, len(t), 'scores_interval')
     if task=='category' and len(vocab)==2: point = choose_point((t==1).astype(float), p[:,1], point)
-    value = label_scores(task, vocab, t, p, point); rows = [np.flatnonzero(k==i) for i in range(n)]
+    value = label_scores(task, vocab, t, p, point)
+    rows = [np.flatnonzero(k==i) for i in range(n)]
     rng,draws = np.random.default_rng(seed),{o:[] for o in value}
     for _ in range(n_boot if n>1 else 0):
         i = np.concatenate([rows[j] for j in rng.integers(n, size=n)])
         for o,v in label_scores(task, vocab, t[i], p[i], point).items(): draws[o].append(v)
     def ends(o):
-        v = np.array(draws[o]); v = v[np.isfinite(v)]
+        v = np.array(draws[o])
+        v = v[np.isfinite(v)]
         return np.quantile(v, [(1-level)/2, (1+level)/2]) if len(v) and math.isfinite(value[o]) else (float('nan'),)*2
-    return pd.DataFrame([dict(score=s, of=of, value=v, low=float(ends((s,of))[0]), high=float(ends((s,of))[1]), n=len(t), subjects=n) for (s,of),v in value.items()]).set_index('score')
+    return pd.DataFrame([dict(score=s, of=of, value=v, low=float(ends((s,of))[0]), high=float(ends((s,of))[1]),
+            n=len(t), subjects=n) for (s,of),v in value.items()]).set_index('score')
 
 # %% ../../nbs/metrics/03_scores.ipynb #e1eabdfe
 class CaseAnswers:
@@ -172,7 +207,8 @@ class CaseAnswers:
     ):
         "Keep one batch"
         p = learn.pred[-1] if isinstance(learn.pred, (tuple,list)) else learn.pred
-        act = getattr(learn.loss_func, 'label', learn.loss_func); act = getattr(act, 'activation', None)
+        act = getattr(learn.loss_func, 'label', learn.loss_func)
+        act = getattr(act, 'activation', None)
         p = p.detach().as_subclass(Tensor).float()
         gather = learn.to_detach if num_distrib()>1 else noop        # of all processes that train together
         self.preds.append(gather(p if act is None else act(p)).cpu())
@@ -187,13 +223,17 @@ class CaseAnswers:
         "Every score of what was collected"
         if not self.preds: return {}
         key = (task, tuple(map(str, vocab)), str(point))
-        if key not in self.scores: self.scores = {**self.scores, key:label_scores(task, vocab, torch.cat(self.targs), torch.cat(self.preds), point)}
+        if key not in self.scores:
+            self.scores = {**self.scores, key:label_scores(task, vocab, torch.cat(self.targs), torch.cat(self.preds),
+                                                           point)}
         return self.scores[key]
 
 class CaseScore(Metric):
     "A score of `label_scores` as a fastai metric: over all validation cases together"
     def __init__(self,
-        score,        # 'roc_auc', 'accuracy', 'balanced_accuracy', 'average_precision', 'sensitivity', 'specificity', 'mae', 'r2', 'bias'
+        # 'roc_auc', 'accuracy', 'balanced_accuracy', 'average_precision', 'sensitivity', 'specificity', 'mae', 'r2',
+        # 'bias'
+        score,
         task,         # 'category', 'multi' or 'regression'
         vocab,        # names of the classes, findings or targets
         of=None,      # which of them; None: the positive class, the mean, or the only one
@@ -203,10 +243,13 @@ class CaseScore(Metric):
         self.score,self.task,self.vocab,self.of,self.point,self.seen = score,task,list(vocab),of,point,0
         self.answers = CaseAnswers() if answers is None else answers
         known = {k for k,_ in label_scores(task, self.vocab, *_no_answer(task, len(self.vocab)))}
-        if score not in known: raise InputError(f"score: expected {', '.join(sorted(known))} for {task}; found {score!r}")
+        if score not in known:
+            raise InputError(f"score: expected {', '.join(sorted(known))} for {task}; found {score!r}")
     @property
     def name(self): return self.score if self.of is None else f'{self.score}_{self.of}'
-    def reset(self): self.seen = 0; self.answers.reset()
+    def reset(self):
+        self.seen = 0
+        self.answers.reset()
     def accumulate(self, learn):
         self.seen += 1
         if self.seen>self.answers.n: self.answers.add(learn)
@@ -216,7 +259,8 @@ class CaseScore(Metric):
         if not d: return float('nan')
         return d.get(str(self.of), float('nan')) if self.of is not None else d.get('mean', next(iter(d.values())))
 
-def _no_answer(task, k): return (np.zeros(1), np.ones((1,k))/k) if task=='category' else (np.zeros((1,k)), np.zeros((1,k)))
+def _no_answer(task, k):
+    return (np.zeros(1), np.ones((1,k))/k) if task=='category' else (np.zeros((1,k)), np.zeros((1,k)))
 
 def label_metrics(
     task,     # 'category', 'multi' or 'regression'
@@ -224,6 +268,7 @@ def label_metrics(
     point=.5  # as of `choose_point`
 )->list:      # `CaseScore`s that share what they collect
     "The metrics that suit a task: of several findings their means, of several targets each error"
-    a = CaseAnswers(); f = lambda s,of=None: CaseScore(s, task, vocab, of, point, a)
+    a = CaseAnswers()
+    f = lambda s,of=None: CaseScore(s, task, vocab, of, point, a)
     if task=='regression': return [f('mae'), f('r2')] if len(vocab)==1 else [f('mae', v) for v in vocab]
     return [f(s) for s in ('accuracy','balanced_accuracy','roc_auc','average_precision','sensitivity','specificity')]

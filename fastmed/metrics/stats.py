@@ -20,8 +20,10 @@ def group_numbers(
     if groups is None: return np.arange(n),n
     g = pd.Series(list(groups))
     if len(g)!=n: raise InputError(f"{what}: {n} scores and {len(g)} groups; expected one group a case")
-    if g.isna().any(): raise InputError(f"{what}: case number {int(g.isna().idxmax())} has no group. Fill it in, or leave groups out")
-    k,u = pd.factorize(g.astype(str)); return k,len(u)
+    if g.isna().any():
+        raise InputError(f"{what}: case number {int(g.isna().idxmax())} has no group. Fill it in, or leave groups out")
+    k,u = pd.factorize(g.astype(str))
+    return k,len(u)
 
 # %% ../../nbs/metrics/02_stats.ipynb #04409efa
 def bootstrap_means(
@@ -35,7 +37,8 @@ def bootstrap_means(
     k,n = group_numbers(groups, len(x), 'bootstrap_means')
     if n<1: raise InputError("bootstrap_means: expected at least one case")
     if n_boot<1: raise InputError(f"n_boot: expected 1 or more; found {n_boot}")
-    sums = np.zeros((n,*x.shape[1:])); np.add.at(sums, k, x)
+    sums = np.zeros((n,*x.shape[1:]))
+    np.add.at(sums, k, x)
     size = np.bincount(k, minlength=n)
     rng,res = np.random.default_rng(seed),[]
     for i in range(0, n_boot, 1000):
@@ -52,7 +55,8 @@ def mean_interval(
     seed:int=0         # of the draws
 )->tuple:              # (low, high); nan where there is one group or none
     "Percentile interval of a mean, with groups as the unit of chance. Raises `ValueError` on a missing group"
-    x = np.asarray(x, dtype=float); keep = np.isfinite(x)
+    x = np.asarray(x, dtype=float)
+    keep = np.isfinite(x)
     g = None if groups is None else np.asarray(groups, dtype=object)[keep]
     if keep.sum()<2 or (g is not None and len(set(map(str,g)))<2): return (float('nan'),)*2
     return tuple(float(o) for o in np.quantile(bootstrap_means(x[keep], g, n_boot, seed), [(1-level)/2, (1+level)/2]))
@@ -63,8 +67,10 @@ class PairedComparison(AttrDict):
     @property
     def ci(self): return self.low, self.high
     def __str__(self):
-        q = f"mean difference {self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}], p = {self.p:.2g}; {self.win} won, {self.tie} tied, {self.loss} lost ({self.n} cases of {self.subjects} subjects)"
-        if self.equivalent is not None: q += f"; {'equivalent' if self.equivalent else 'not shown to be equivalent'} within ±{self.equal_within:g}"
+        q = (f"mean difference {self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}], p = {self.p:.2g}; {self.win} won, "
+             f"{self.tie} tied, {self.loss} lost ({self.n} cases of {self.subjects} subjects)")
+        if self.equivalent is not None:
+            q += f"; {'equivalent' if self.equivalent else 'not shown to be equivalent'} within ±{self.equal_within:g}"
         return q
     def __repr__(self): return f'PairedComparison: {self}'
 
@@ -72,8 +78,10 @@ def holm(
     ps # p values; nan stays nan
 )->np.ndarray: # p values, corrected for their number
     "Holm's step-down correction for several tests. Source: Holm 1979"
-    ps = np.asarray(ps, dtype=float); res = np.full_like(ps, np.nan)
-    known = np.flatnonzero(np.isfinite(ps)); order = known[np.argsort(ps[known], kind='stable')]
+    ps = np.asarray(ps, dtype=float)
+    res = np.full_like(ps, np.nan)
+    known = np.flatnonzero(np.isfinite(ps))
+    order = known[np.argsort(ps[known], kind='stable')]
     res[order] = np.minimum(1, np.maximum.accumulate(ps[order]*np.arange(len(order), 0, -1)))
     return res
 
@@ -91,29 +99,48 @@ def paired_comparison(
 ):                      # `PairedComparison`; of DataFrames a DataFrame, a row a structure, with Holm's `p_holm`
     "Is `a` higher than `b`, case by case? Raises `ValueError` on unlike cases and where one side alone is nan. Sources: Wilcoxon 1945, Davison 1997, Schuirmann 1987"
     if isinstance(a, pd.DataFrame):
-        if not isinstance(b, pd.DataFrame) or set(a)!=set(b): raise InputError(f"paired_comparison: unlike columns, {list(a)} and {list(b) if isinstance(b, pd.DataFrame) else type(b).__name__}")
-        res = pd.DataFrame([paired_comparison(a[c], b[c], groups, n_boot, seed, equal_within) for c in a], index=pd.Index(a.columns, name='structure'))
+        if not isinstance(b, pd.DataFrame) or set(a)!=set(b):
+            raise InputError(f"paired_comparison: unlike columns, {list(a)} and "
+                             f"{list(b) if isinstance(b, pd.DataFrame) else type(b).__name__}")
+        res = pd.DataFrame([paired_comparison(a[c], b[c], groups, n_boot, seed, equal_within) for c in a],
+                index=pd.Index(a.columns, name='structure'))
         return res.assign(p_holm=holm(res.p))
     if isinstance(a, pd.Series) and isinstance(b, pd.Series):
-        if a.index.has_duplicates or b.index.has_duplicates: raise InputError("paired_comparison: a case stands twice in the index of a or b. Average it first")
+        if a.index.has_duplicates or b.index.has_duplicates:
+            raise InputError("paired_comparison: a case stands twice in the index of a or b. Average it first")
         odd = sorted(map(str, a.index.symmetric_difference(b.index)))
-        if odd: raise InputError(f"paired_comparison: {len(odd)} cases stand on one side alone: {odd[:5]}. Give the same cases to both")
+        if odd:
+            raise InputError(f"paired_comparison: {len(odd)} cases stand on one side alone: {odd[:5]}. Give the same "
+                             f"cases to both")
         b = b.reindex(a.index)
-        if isinstance(groups, pd.Series) and not groups.index.equals(a.index): groups = groups[~groups.index.duplicated()].reindex(a.index)
+        if isinstance(groups, pd.Series) and not groups.index.equals(a.index):
+            groups = groups[~groups.index.duplicated()].reindex(a.index)
     a,b = np.asarray(a, dtype=float),np.asarray(b, dtype=float)
-    if a.shape!=b.shape or a.ndim!=1: raise InputError(f"paired_comparison: expected two rows of scores of the same cases; found shapes {a.shape} and {b.shape}")
-    if equal_within is not None and not equal_within>0: raise InputError(f"equal_within: expected a difference above 0; found {equal_within}")
+    if a.shape!=b.shape or a.ndim!=1:
+        raise InputError(f"paired_comparison: expected two rows of scores of the same cases; found shapes {a.shape} "
+                         f"and {b.shape}")
+    if equal_within is not None and not equal_within>0:
+        raise InputError(f"equal_within: expected a difference above 0; found {equal_within}")
     k,_ = group_numbers(groups, len(a), 'paired_comparison')
     one = np.isfinite(a)!=np.isfinite(b)
-    if one.any(): raise InputError(f"paired_comparison: {int(one.sum())} cases have a score on one side alone, the first is number {int(one.argmax())}. Say what it stands for: an empty structure, a failure")
-    keep = np.isfinite(a); d = (a-b)[keep]; k = pd.factorize(k[keep])[0]; n = len(d)
+    if one.any():
+        raise InputError(f"paired_comparison: {int(one.sum())} cases have a score on one side alone, the first is "
+                         f"number {int(one.argmax())}. Say what it stands for: an empty structure, a failure")
+    keep = np.isfinite(a)
+    d = (a-b)[keep]
+    k = pd.factorize(k[keep])[0]
+    n = len(d)
     if not n: raise InputError("paired_comparison: no case has a score on both sides")
     subj = np.bincount(k, d)/np.bincount(k)
-    res = PairedComparison(n=n, subjects=len(subj), mean=float(d.mean()), median=float(np.median(d)), low=float('nan'), high=float('nan'), se=float('nan'), p=_wilcoxon(subj),
-                           win=int((d>0).sum()), tie=int((d==0).sum()), loss=int((d<0).sum()), detectable=float('nan'), left_out=int((~keep).sum()), equal_within=equal_within, equivalent=None)
+    res = PairedComparison(n=n, subjects=len(subj), mean=float(d.mean()), median=float(np.median(d)), low=float('nan'),
+            high=float('nan'), se=float('nan'), p=_wilcoxon(subj),
+                           win=int((d>0).sum()), tie=int((d==0).sum()), loss=int((d<0).sum()), detectable=float('nan'),
+            left_out=int((~keep).sum()), equal_within=equal_within, equivalent=None)
     if len(subj)>1:
         m = bootstrap_means(d, k, n_boot, seed)
         res['low'],res['high'] = (float(o) for o in np.quantile(m, (.025,.975)))
         res.update(se=float(m.std()), detectable=float((1.959964+.841621)*m.std()))
-        if equal_within is not None: lo,hi = np.quantile(m, (.05,.95)); res['equivalent'] = bool(-equal_within<lo and hi<equal_within)
+        if equal_within is not None:
+            lo,hi = np.quantile(m, (.05,.95))
+            res['equivalent'] = bool(-equal_within<lo and hi<equal_within)
     return res

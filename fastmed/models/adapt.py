@@ -27,7 +27,8 @@ def pads_same(
     m  # module
 ):     # whether it pads as TensorFlow does
     "Whether a convolution works its padding out from the size of its input"
-    return 'Same' in type(m).__name__ and getattr(m, 'same_pad', True)          # padding worked out from the size, as TensorFlow does
+    # padding worked out from the size, as TensorFlow does
+    return 'Same' in type(m).__name__ and getattr(m, 'same_pad', True)
 
 # %% ../../nbs/models/03_adapt.ipynb #f6fa5db8
 def standardized_weight(
@@ -36,7 +37,8 @@ def standardized_weight(
     "What a weight-standardising convolution of timm uses: its weights as they act, or None for a plain one"
     if 'StdConv' not in type(conv).__name__: return None
     gain = (conv.gain*conv.scale).view(-1) if hasattr(conv, 'gain') else None
-    return F.batch_norm(conv.weight.reshape(1, conv.out_channels, -1), None, None, weight=gain, training=True, momentum=0., eps=conv.eps).reshape_as(conv.weight)
+    return F.batch_norm(conv.weight.reshape(1, conv.out_channels, -1), None, None, weight=gain, training=True,
+                        momentum=0., eps=conv.eps).reshape_as(conv.weight)
 
 # %% ../../nbs/models/03_adapt.ipynb #6ece5b90
 _adapted_convs = (nn.Conv2d,nn.Conv3d)
@@ -46,7 +48,8 @@ def _plain_conv(conv):
     cls = nn.Conv2d
     if pads_same(conv): from timm.layers import Conv2dSame as cls
     kw = dict(padding=conv.padding, padding_mode=conv.padding_mode) if cls is nn.Conv2d else {}
-    new = cls(conv.in_channels, conv.out_channels, conv.kernel_size, stride=conv.stride, dilation=conv.dilation, groups=conv.groups, bias=conv.bias is not None, **kw)
+    new = cls(conv.in_channels, conv.out_channels, conv.kernel_size, stride=conv.stride, dilation=conv.dilation,
+              groups=conv.groups, bias=conv.bias is not None, **kw)
     new.weight = nn.Parameter(standardized_weight(conv).detach().clone())
     if conv.bias is not None: new.bias = nn.Parameter(conv.bias.detach().clone())
     return new.train(conv.training)
@@ -75,25 +78,37 @@ def _put(model, name, new):
 def adapt_input(
     model:nn.Module, # 2D or 3D network; changed in place
     n_in:int,        # channels that it is to take
-    scale=None       # a factor for each channel that it took: what an input must be multiplied by to be as in its training
+    # a factor for each channel that it took: what an input must be multiplied by to be as in its training
+    scale=None
 )->nn.Module:        # the same network (a new one where it is itself the convolution)
     "Make a network take `n_in` channels. Raises `InputError` naming a first convolution that is in groups, rearranges the image, or is not there"
-    if not isinstance(n_in, Integral) or n_in<1: raise InputError(f"adapt_input: expected n_in to be a positive int, found {n_in!r}")
+    if not isinstance(n_in, Integral) or n_in<1:
+        raise InputError(f"adapt_input: expected n_in to be a positive int, found {n_in!r}")
     names = first_convs(model)
-    if not names: raise InputError(f"adapt_input: {type(model).__name__} has no convolution that the image enters; give it images of the channels that it was made for")
+    if not names:
+        raise InputError(f"adapt_input: {type(model).__name__} has no convolution that the image enters; give it "
+                         f"images of the channels that it was made for")
     k = model.get_submodule(names[0]).in_channels
     for name in names:
         conv = model.get_submodule(name)
-        if conv.groups!=1: raise InputError(f"adapt_input: {name} of {type(model).__name__} is a convolution in {conv.groups} groups; its channels cannot be summed")
-        if conv.in_channels!=k: raise InputError(f"adapt_input: the first convolutions {', '.join(names)} take {k} and {conv.in_channels} channels; expected the same")
+        if conv.groups!=1:
+            raise InputError(f"adapt_input: {name} of {type(model).__name__} is a convolution in {conv.groups} groups; "
+                             f"its channels cannot be summed")
+        if conv.in_channels!=k:
+            raise InputError(f"adapt_input: the first convolutions {', '.join(names)} take {k} and {conv.in_channels} "
+                             f"channels; expected the same")
         if k%3==0 and k>3 and any('SpaceToDepth' in type(m).__name__ for m in model.modules()):
-            raise InputError(f"adapt_input: {type(model).__name__} rearranges the image into {k} channels before {name}; expected a network whose first convolution takes the image")
-        if getattr(conv, 'std', False): raise InputError(f"adapt_input: {name} is inflated and standardises its weights; adapt the 2D network, then inflate it")
+            raise InputError(f"adapt_input: {type(model).__name__} rearranges the image into {k} channels before "
+                             f"{name}; expected a network whose first convolution takes the image")
+        if getattr(conv, 'std', False):
+            raise InputError(f"adapt_input: {name} is inflated and standardises its weights; adapt the 2D network, "
+                             f"then inflate it")
         if n_in==k and scale is None: continue
         if 'StdConv' in type(conv).__name__: model = _put(model, name, conv:=_plain_conv(conv))
         with torch.no_grad():
             w = conv.weight.detach()
-            if scale is not None: w = w*torch.as_tensor(scale, dtype=w.dtype, device=w.device).view(1,-1,*(1,)*(w.ndim-2))
+            if scale is not None:
+                w = w*torch.as_tensor(scale, dtype=w.dtype, device=w.device).view(1,-1,*(1,)*(w.ndim-2))
             conv.weight = nn.Parameter(adapt_weight(w, n_in).clone(), requires_grad=conv.weight.requires_grad)
         conv.in_channels = n_in
     for a in ('in_chans','n_in'):
@@ -101,7 +116,8 @@ def adapt_input(
     return model
 
 # %% ../../nbs/models/03_adapt.ipynb #d1224043
-_grey_stats = (.449,.226)                       # mean and standard deviation of ImageNet's images in grey, of values from 0 to 1
+# mean and standard deviation of ImageNet's images in grey, of values from 0 to 1
+_grey_stats = (.449,.226)
 
 def grey_scale(
     std        # standard deviations that a network's images were divided by, of values from 0 to 1
@@ -117,9 +133,12 @@ class GreyToRGB(nn.Module):
     ):
         super().__init__()
         mean,std = torch.tensor(mean),torch.tensor(std)
-        self.register_buffer('gain', _grey_stats[1]/std); self.register_buffer('shift', (_grey_stats[0]-mean)/std)
+        self.register_buffer('gain', _grey_stats[1]/std)
+        self.register_buffer('shift', (_grey_stats[0]-mean)/std)
 
     def forward(self, x:Tensor)->Tensor: # (B,1,*S) to (B,3,*S)
-        if x.shape[1]!=1: raise InputError(f"GreyToRGB stacks one grey channel; found {x.shape[1]}: leave as_rgb away, and the first convolution is adapted to them")
+        if x.shape[1]!=1:
+            raise InputError(f"GreyToRGB stacks one grey channel; found {x.shape[1]}: leave as_rgb away, and the first "
+                             f"convolution is adapted to them")
         v = lambda o: o.to(x.dtype).view(1,-1,*(1,)*(x.ndim-2))
         return x*v(self.gain)+v(self.shift)

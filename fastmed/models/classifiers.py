@@ -25,13 +25,17 @@ class ResidualBlock(nn.Module):
     ):
         super().__init__()
         conv,bn = [(nn.Conv2d,nn.BatchNorm2d),(nn.Conv3d,nn.BatchNorm3d)][ndim-2]
-        self.stride,self.pool = tuple(L(stride)*ndim if isinstance(stride, int) else stride),[F.avg_pool2d,F.avg_pool3d][ndim-2]
+        self.stride,self.pool = tuple(L(stride)*ndim if isinstance(stride, int) else stride),[F.avg_pool2d,
+                F.avg_pool3d][ndim-2]
         self.conv1,self.bn1 = conv(ni, nf, 3, stride, 1, bias=False),bn(nf)
         self.conv2,self.bn2 = conv(nf, nf, 3, 1, 1, bias=False),bn(nf)
         nn.init.zeros_(self.bn2.weight)
         self.cut = nn.Sequential(conv(ni, nf, 1, bias=False), bn(nf)) if max(self.stride)>1 or ni!=nf else nn.Identity()
-    def short(self, x): return self.cut(x if max(self.stride)==1 else self.pool(x, [min(s,n) for s,n in zip(self.stride, x.shape[2:])], ceil_mode=True, count_include_pad=False))
-    def forward(self, x): return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))+self.short(x), inplace=True)
+    def short(self, x):
+        return self.cut(x if max(self.stride)==1 else self.pool(x, [min(s,n) for s,n in zip(self.stride, x.shape[2:])],
+                                                                ceil_mode=True, count_include_pad=False))
+    def forward(self, x):
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))+self.short(x), inplace=True)
 
 class SmallResNet(nn.Module):
     "A residual network for few cases: stem, four stages, mean over the grid, one layer. Source: He 2015"
@@ -47,13 +51,18 @@ class SmallResNet(nn.Module):
         if ndim not in (2,3): raise InputError(f"ndim: expected 2 or 3; found {ndim!r}")
         nf = ifnone(nf, 32 if ndim==2 else 16)
         for k,v in dict(n_in=n_in, n_out=n_out, nf=nf, blocks=blocks).items():
-            if isinstance(v, bool) or not isinstance(v, int) or v<1: raise InputError(f"{k}: expected a positive int, found {v!r}")
-        conv,bn,pool = [(nn.Conv2d,nn.BatchNorm2d,nn.AdaptiveAvgPool2d),(nn.Conv3d,nn.BatchNorm3d,nn.AdaptiveAvgPool3d)][ndim-2]
+            if isinstance(v, bool) or not isinstance(v, int) or v<1:
+                raise InputError(f"{k}: expected a positive int, found {v!r}")
+        conv,bn,pool = [(nn.Conv2d,nn.BatchNorm2d,nn.AdaptiveAvgPool2d),
+                        (nn.Conv3d,nn.BatchNorm3d,nn.AdaptiveAvgPool3d)][ndim-2]
         stages,i = [nn.Sequential(conv(n_in, nf, 5, 2, 2, bias=False), bn(nf), nn.ReLU(inplace=True))],nf
         for k in range(4):
             o = nf*2**k
-            stages.append(nn.Sequential(*[ResidualBlock(i if b==0 else o, o, ndim, 2 if b==0 else 1) for b in range(blocks)])); i = o
-        self.encoder,self.head = nn.Sequential(*stages),nn.Sequential(pool(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(i, n_out))
+            stages.append(nn.Sequential(*[ResidualBlock(i if b==0 else o, o, ndim, 2 if b==0 else 1)
+                                          for b in range(blocks)]))
+            i = o
+        self.encoder,self.head = nn.Sequential(*stages),nn.Sequential(pool(1), nn.Flatten(), nn.Dropout(dropout),
+                nn.Linear(i, n_out))
         self.n_in,self.n_out,self.ndim,self.divisor = n_in,n_out,ndim,(1,)*ndim
         for m in self.modules():
             if isinstance(m, conv): nn.init.kaiming_normal_(m.weight, nonlinearity='relu')
@@ -67,7 +76,9 @@ class SmallResNet(nn.Module):
 _own_networks = (('small_resnet',SmallResNet),('shape_net',ShapeNet))
 
 def create_classifier(
-    arch,           # 'small_resnet'; 'shape_net', of masks; the name of a network that `create_encoder_classifier` knows; or a callable `(n_in, n_out, …)`
+    # 'small_resnet'; 'shape_net', of masks; the name of a network that `create_encoder_classifier` knows; or a callable
+    # `(n_in, n_out, …)`
+    arch,
     n_in:int,       # channels of the image
     n_out:int,      # answers
     ndim:int=2,     # 2 or 3 spatial axes
@@ -78,12 +89,16 @@ def create_classifier(
     "A network that gives one answer a case, from a name or a callable. Raises `ArgumentError` on an argument that it does not have, `InputError` on an unknown name"
     own = dict(_own_networks)
     if isinstance(arch, str) and arch not in own:
-        if arch!='UNet' and not is_encoder(arch, ndim) and (near:=difflib.get_close_matches(arch.lower(), own, 1)): raise InputError(f"no network is named {arch!r}; close: {near[0]}")
+        if arch!='UNet' and not is_encoder(arch, ndim) and (near:=difflib.get_close_matches(arch.lower(), own, 1)):
+            raise InputError(f"no network is named {arch!r}; close: {near[0]}")
         return create_encoder_classifier(arch, n_in, n_out, ndim, patch=patch, pretrained=pretrained, **kwargs)
     f = own.get(arch, arch) if isinstance(arch, str) else arch
     if not callable(f): raise ArgumentError(f"arch: expected a name or a callable (n_in, n_out); found {arch!r}")
-    ps = inspect.signature(f).parameters; free = any(p.kind==p.VAR_KEYWORD for p in ps.values())
-    if odd:=[k for k in kwargs if k not in ps and not free]: raise ArgumentError(f"{getattr(f, '__name__', f)} has no argument {', '.join(map(repr, odd))}; it takes {', '.join(list(ps)[2:])}")
+    ps = inspect.signature(f).parameters
+    free = any(p.kind==p.VAR_KEYWORD for p in ps.values())
+    if odd:=[k for k in kwargs if k not in ps and not free]:
+        raise ArgumentError(f"{getattr(f, '__name__', f)} has no argument {', '.join(map(repr, odd))}; it takes "
+                            f"{', '.join(list(ps)[2:])}")
     model = f(n_in, n_out, **{**({'ndim':ndim} if 'ndim' in ps or free else {}), **kwargs})
     if pretrained: print(load_weights(model, pretrained))
     return model
@@ -96,7 +111,8 @@ class Unscale(nn.Module):
         sd    # (n,) of the training cases
     ):
         super().__init__()
-        self.register_buffer('mean', torch.as_tensor(mean, dtype=torch.float32)); self.register_buffer('sd', torch.as_tensor(sd, dtype=torch.float32))
+        self.register_buffer('mean', torch.as_tensor(mean, dtype=torch.float32))
+        self.register_buffer('sd', torch.as_tensor(sd, dtype=torch.float32))
     def forward(self, x): return x.float()*self.sd+self.mean
 
 def _unscaled(m, args, out): return (*out[:-1], m.unscale(out[-1])) if isinstance(out, tuple) else m.unscale(out)
@@ -107,7 +123,8 @@ def add_unscale(
     sd               # (n,)
 )->nn.Module:        # the same, with `.unscale`
     "Let a network answer in the units of its targets"
-    model.unscale = Unscale(mean, sd); model.register_forward_hook(_unscaled)
+    model.unscale = Unscale(mean, sd)
+    model.register_forward_hook(_unscaled)
     return model
 
 class MultiTaskNet(nn.Module):
@@ -118,8 +135,10 @@ class MultiTaskNet(nn.Module):
         dropout=0.    # before the last layer
     ):
         super().__init__()
-        self.net,self.n_in,self.n_out,self.ndim,self.divisor,self.deep_supervision = net,net.n_in,n_out,net.ndim,net.divisor,False
-        self.head = nn.Sequential([nn.AdaptiveAvgPool2d,nn.AdaptiveAvgPool3d][net.ndim-2](1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(net.nfs[-1], n_out))
+        self.net,self.n_in,self.n_out,self.ndim,self.divisor,self.deep_supervision = (net,net.n_in,n_out,net.ndim,
+                net.divisor,False)
+        self.head = nn.Sequential([nn.AdaptiveAvgPool2d,nn.AdaptiveAvgPool3d][net.ndim-2](1), nn.Flatten(),
+                                  nn.Dropout(dropout), nn.Linear(net.nfs[-1], n_out))
     @property
     def encoder(self): return self.net.encoder
     @property

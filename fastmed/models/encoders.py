@@ -19,7 +19,8 @@ import copy, difflib, inspect, math, torch, torch.nn.functional as F
 from torch import nn, Tensor
 
 # %% ../../nbs/models/07_encoders.ipynb #b850d49d
-_monai_encoders = ('resnet10','resnet18','resnet34','resnet50','resnet101','resnet152','resnet200','DenseNet121','DenseNet169','DenseNet201','DenseNet264',
+_monai_encoders = ('resnet10','resnet18','resnet34','resnet50','resnet101','resnet152','resnet200','DenseNet121',
+                   'DenseNet169','DenseNet201','DenseNet264',
           'SENet154','SEResNet50','SEResNet101','SEResNet152','SEResNext50','SEResNext101')
 
 def _resolve(arch, ndim):
@@ -27,7 +28,8 @@ def _resolve(arch, ndim):
     if not isinstance(arch, str) or ':' in arch or '/' in arch: return None
     lib,_,name = arch.rpartition('.') if arch.startswith(('timm.','monai.')) else ('','',arch)
     if arch.startswith('timm.'): lib,name = 'timm',arch[5:]
-    in_monai = name if name in _monai_encoders else next((o for o in _monai_encoders if ndim==3 and o.lower()==name), None)
+    in_monai = name if name in _monai_encoders else next((o for o in _monai_encoders if ndim==3 and o.lower()==name),
+                                                         None)
     if lib!='timm' and in_monai and (ndim==3 or lib=='monai' or not _in_timm(name)): return 'monai',in_monai
     return ('timm',name) if lib!='monai' and _in_timm(name) else None
 
@@ -54,7 +56,10 @@ def encoder_names(
 def _unknown(arch, ndim):
     names = {o.lower():o for o in (*model_names(),*encoder_names(ndim=ndim))}
     near = difflib.get_close_matches(str(arch).lower(), names, 3, .5)
-    return InputError(f"no network or encoder is named {arch!r}; {'close: '+', '.join(names[o] for o in near)+'; ' if near else ''}encoder_names('resnet') lists those of timm and MONAI, model_names() whole networks")
+    return InputError(f"no network or encoder is named {arch!r}; "
+                      f"{'close: '+', '.join(names[o] for o in near)+'; ' if near else ''}encoder_names('resnet') "
+                      f"lists "
+                      f"those of timm and MONAI, model_names() whole networks")
 
 # %% ../../nbs/models/07_encoders.ipynb #5f5b1498
 def thin_axis(
@@ -66,7 +71,8 @@ def thin_axis(
     if (_resolve(arch, 3) or ('',))[0]!='timm' or {'axis','strides3'}&set(kwargs): return kwargs
     total = [math.prod(s[a] for s in plan.strides) for a in range(3)]
     axis = total.index(min(total))
-    return kwargs if min(total)==max(total) else {**kwargs, 'axis':axis, 'strides3':tuple(int(s[axis]) for s in plan.strides)}
+    return kwargs if min(total)==max(total) else {**kwargs, 'axis':axis,
+                                                  'strides3':tuple(int(s[axis]) for s in plan.strides)}
 
 # %% ../../nbs/models/07_encoders.ipynb #ddf6db3e
 class UNetEncoder(nn.ModuleList):
@@ -76,9 +82,11 @@ class UNetEncoder(nn.ModuleList):
     ):
         super().__init__(unet.encoder)
         self.n_in,self.ndim,self.channels,self.size = unet.n_in,unet.ndim,list(unet.nfs),None
-        self.reductions = [tuple(math.prod(s[a] for s in unet.strides[:i]) for a in range(unet.ndim)) for i in range(len(unet.nfs))]
+        self.reductions = [tuple(math.prod(s[a] for s in unet.strides[:i]) for a in range(unet.ndim))
+                           for i in range(len(unet.nfs))]
         self.instance = not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in unet.modules())
-        self.name = unet_words(unet.n_in, unet.ndim, unet.nfs, unet.strides, unet.kernels, 'instance' if self.instance else 'batch')
+        self.name = unet_words(unet.n_in, unet.ndim, unet.nfs, unet.strides, unet.kernels, 'instance' if self.instance
+                               else 'batch')
 
     def forward(self, x:Tensor)->list: # (B,n_in,*S) to feature maps, finest first
         return [x:=stage(x) for stage in self]
@@ -99,7 +107,8 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         self.grey,self.net = grey,net
-        self.name,self.n_in,self.ndim,self.channels,self.reductions,self.size,self.last = name,n_in,ndim,channels,reductions,size,last
+        self.name,self.n_in,self.ndim,self.channels,self.reductions,self.size,self.last = (name,n_in,ndim,channels,
+                reductions,size,last)
 
     def forward(self, x:Tensor)->list: # (B,n_in,*S) to feature maps, finest first
         if self.grey is not None: x = self.grey(x)
@@ -131,7 +140,9 @@ def _from_timm(name, n_in, ndim, patch, pretrained, as_rgb, kw):
     import timm
     refuse_unknown(f'timm {name}', kw, _timm_args+(_3d_args if ndim==3 else ()))
     levels,three = kw.get('levels'),{k:v for k,v in kw.items() if k in _3d_args}
-    if as_rgb and n_in!=1: raise InputError(f"as_rgb=True stacks one grey channel to three; the image has {n_in}: leave it away, and the first convolution is adapted to them")
+    if as_rgb and n_in!=1:
+        raise InputError(f"as_rgb=True stacks one grey channel to three; the image has {n_in}: leave it away, and the "
+                         f"first convolution is adapted to them")
     args = dict(features_only=True, **({'drop_path_rate':kw['drop_path_rate']} if 'drop_path_rate' in kw else {}))
     cfg,size = timm.get_pretrained_cfg(name),None
     if getattr(cfg, 'fixed_input_size', False) and ndim==2:
@@ -140,22 +151,36 @@ def _from_timm(name, n_in, ndim, patch, pretrained, as_rgb, kw):
         args['img_size'] = size = tuple(-(-n//step)*step for n in patch)
     if levels is not None: args['out_indices'] = tuple(range(levels))
     try: net = timm.create_model(name, **args)
-    except (RuntimeError, AttributeError, AssertionError, TypeError, ValueError, KeyError, IndexError, NotImplementedError) as e:
-        raise InputError(f"{name} gives no feature maps of that kind ({str(e).splitlines()[0][:160] if str(e) else type(e).__name__}); expected a network that timm builds with features_only=True, such as resnet34, convnext_tiny, efficientnet_b0") from e
+    except (RuntimeError, AttributeError, AssertionError, TypeError, ValueError, KeyError, IndexError,
+            NotImplementedError) as e:
+        raise InputError(f"{name} gives no feature maps of that kind "
+                         f"({str(e).splitlines()[0][:160] if str(e) else type(e).__name__}); expected a network that "
+                         f"timm "
+                         f"builds with features_only=True, such as resnet34, convnext_tiny, efficientnet_b0") from e
     if pretrained is True:
-        if not (cfg and cfg.has_weights): raise InputError(f"timm has no weights for {name}; it has some for {', '.join(timm.list_pretrained(name.split('.')[0].split('_')[0]+'*')[:5]) or 'none of its kind'}")
+        if not (cfg and cfg.has_weights):
+            raise InputError(f"timm has no weights for {name}; it has some for "
+                             f"{', '.join(timm.list_pretrained(name.split('.')[0].split('_')[0]+'*')[:5]) or 'none of its kind'}")
         try: net = timm.create_model(name, pretrained=True, **args)
         except Exception as e:
-            raise FileError(f"{name}: timm's weights could not be fetched from {cfg.hf_hub_id or cfg.url or name} ({type(e).__name__}: {str(e).splitlines()[0][:120] if str(e) else ''}). Where there is no network, fetch the file elsewhere and say "
+            raise FileError(f"{name}: timm's weights could not be fetched from {cfg.hf_hub_id or cfg.url or name} "
+                            f"({type(e).__name__}: {str(e).splitlines()[0][:120] if str(e) else ''}). Where there is "
+                            f"no "
+                            f"network, fetch the file elsewhere and say "
                             "pretrained='model.safetensors', or leave pretrained away") from e
     cfg,report = net.pretrained_cfg,None
     sd = read_weights(pretrained) if isinstance(pretrained, (str,Path)) else None
-    steps = [lambda m: m, lambda m: adapt_input(m, 3 if as_rgb else n_in, grey_scale(cfg['std']) if pretrained is True and not as_rgb else None)]
+    steps = [lambda m: m, lambda m: adapt_input(m, 3 if as_rgb else n_in, grey_scale(cfg['std']) if pretrained is True
+            and not as_rgb else None)]
     if ndim==3: steps.append(lambda m: inflate(m, **three))
     best = None
-    if sd is not None:                                              # a file fits the network as timm has it, or adapted, or inflated: where most of it matches
-        tried = net; hits = []
-        for f in steps: tried = f(copy.deepcopy(tried)); hits.append(len(match_weights(_Bare(tried), sd)[0]))
+    # a file fits the network as timm has it, or adapted, or inflated: where most of it matches
+    if sd is not None:
+        tried = net
+        hits = []
+        for f in steps:
+            tried = f(copy.deepcopy(tried))
+            hits.append(len(match_weights(_Bare(tried), sd)[0]))
         best = hits.index(max(hits))
     for i,f in enumerate(steps):
         net = f(net)
@@ -164,65 +189,93 @@ def _from_timm(name, n_in, ndim, patch, pretrained, as_rgb, kw):
     red = [(r,)*ndim for r in info.reduction()]
     if ndim==3 and (per:=three.get('strides3')) is not None:
         per = (per,)*16 if isinstance(per, int) else tuple(per)+(2,)*16
-        red = [tuple(math.prod(per[:round(math.log2(r[0]))]) if a==three.get('axis', 2) else n for a,n in enumerate(r)) for r in red]
-    e = Encoder(net, f"timm {name}, {ndim}D, {n_in} channel{'s'*(n_in>1)}{' as colours' if as_rgb else ''}", n_in, ndim, list(info.channels()), red,
-                GreyToRGB(cfg['mean'], cfg['std']) if as_rgb else None, size, str(getattr(net, 'output_fmt', 'NCHW')).endswith('NHWC'))
+        red = [tuple(math.prod(per[:round(math.log2(r[0]))]) if a==three.get('axis', 2) else n for a,n in enumerate(r))
+                for r in red]
+    e = Encoder(net, f"timm {name}, {ndim}D, {n_in} channel{'s'*(n_in>1)}{' as colours' if as_rgb else ''}", n_in, ndim,
+                list(info.channels()), red,
+                GreyToRGB(cfg['mean'], cfg['std']) if as_rgb else None, size,
+            str(getattr(net, 'output_fmt', 'NCHW')).endswith('NHWC'))
     return e,report
 
 class _Bare(nn.Module):
     "A network alone, as the encoder of nothing"
-    def __init__(self, net): super().__init__(); self.encoder = net
+    def __init__(self, net):
+        super().__init__()
+        self.encoder = net
 
 def _from_monai_encoder(name, n_in, ndim, pretrained, as_rgb, kw):
     import monai.networks.nets as nets
-    if as_rgb: raise InputError(f"as_rgb=True is for networks that were made for colour photographs; {name} is MONAI's and takes {n_in} channel{'s'*(n_in>1)}")
-    if pretrained is True: raise InputError(f"MONAI's {name} has no weights to fetch here; give the path of a file, such as MedicalNet's, or take timm.{name.lower()}")
+    if as_rgb:
+        raise InputError(f"as_rgb=True is for networks that were made for colour photographs; {name} is MONAI's and "
+                         f"takes {n_in} channel{'s'*(n_in>1)}")
+    if pretrained is True:
+        raise InputError(f"MONAI's {name} has no weights to fetch here; give the path of a file, such as MedicalNet's, "
+                         f"or take timm.{name.lower()}")
     if name.startswith('resnet'):
-        known = [k for k in inspect.signature(nets.ResNet.__init__).parameters if k not in ('self','block','layers','block_inplanes','spatial_dims','n_input_channels','num_classes','feed_forward')]
+        known = [k for k in inspect.signature(nets.ResNet.__init__).parameters if k not in ('self','block','layers',
+                'block_inplanes','spatial_dims','n_input_channels','num_classes','feed_forward')]
         refuse_unknown(f'MONAI {name}', kw, known)
-        net = getattr(nets, name)(spatial_dims=ndim, n_input_channels=n_in, feed_forward=False, **{'conv1_t_stride':2, 'bias_downsample':False, **kw})
+        net = getattr(nets, name)(spatial_dims=ndim, n_input_channels=n_in, feed_forward=False,
+                **{'conv1_t_stride':2, 'bias_downsample':False, **kw})
         net.__class__ = nets.ResNetFeatures
     else:
         dense = name.startswith('DenseNet')
-        known = [k for k in inspect.signature(nets.DenseNet if dense else nets.SENet).parameters if k not in ('spatial_dims','in_channels','out_channels','num_classes','block','layers','inplanes')]
+        known = [k for k in inspect.signature(nets.DenseNet if dense else nets.SENet).parameters
+                if k not in ('spatial_dims','in_channels','out_channels','num_classes','block','layers','inplanes')]
         refuse_unknown(f'MONAI {name}', kw, known)
-        net = getattr(nets, name)(spatial_dims=ndim, in_channels=n_in, **({'out_channels':1} if dense else {'num_classes':1}), **kw)
+        net = getattr(nets, name)(spatial_dims=ndim, in_channels=n_in,
+                **({'out_channels':1} if dense else {'num_classes':1}), **kw)
         if dense: net.class_layers = nn.Identity()
         else: net = _Stages(net)
     e = Encoder(net, f"MONAI {name}, {ndim}D, {n_in} channel{'s'*(n_in>1)}", n_in, ndim, [], [])
-    was = e.training; e.eval()
+    was = e.training
+    e.eval()
     with torch.no_grad(): fs = e(torch.zeros(1, n_in, *(32,)*ndim))
     e.train(was)
     e.channels,e.reductions = [f.shape[1] for f in fs],[tuple(32//n for n in f.shape[2:]) for f in fs]
     return e,load_weights(_Bare(e.net), pretrained) if pretrained else None
 
 def create_encoder(
-    arch,               # name: 'UNet', 'ResEnc', timm's or MONAI's, see `encoder_names`; or an encoder: a module with `channels` and `reductions` that gives feature maps
+    # name: 'UNet', 'ResEnc', timm's or MONAI's, see `encoder_names`; or an encoder: a module with `channels` and
+    # `reductions` that gives feature maps
+    arch,
     n_in:int,           # channels of the image; slices with neighbours count each
     ndim:int=3,         # spatial axes, 2 or 3
-    patch=None,         # (ndim,) voxels of a patch: sets the depth of a 'UNet', and the size of transformers, which take only one
+    # (ndim,) voxels of a patch: sets the depth of a 'UNet', and the size of transformers, which take only one
+    patch=None,
     pretrained=None,    # True: timm's weights; a path: a file of weights, torch or safetensors; None: from scratch
     as_rgb:bool=False,  # one grey channel stacked to three, instead of summed weights
-    **kwargs            # of the encoder. timm: `levels`, `drop_path_rate`, in 3D also those of `inflate`; UNet: `nf`, `depth`, `strides`, `kernels`, `norm`, `act`, `convs`; ResEnc: `width`, `blocks`, `strides`; MONAI: its own
+    # of the encoder. timm: `levels`, `drop_path_rate`, in 3D also those of `inflate`; UNet: `nf`, `depth`, `strides`,
+    # `kernels`, `norm`, `act`, `convs`; ResEnc: `width`, `blocks`, `strides`; MONAI: its own
+    **kwargs
 )->tuple:               # the encoder, and a `WeightReport` or None
     "An encoder by name. Raises `InputError` on an unknown name, `ArgumentError` on an argument it does not have, `FileError` where weights cannot be fetched or read"
     if ndim not in (2,3): raise InputError(f"ndim: expected 2 or 3, found {ndim!r}")
     pretrained = pretrained or None
     if patch is not None: patch = per_axis(patch, ndim, 'patch')
     if isinstance(arch, nn.Module):
-        if kwargs or pretrained or as_rgb: raise ArgumentError(f"{type(arch).__name__} is made already: it takes no further arguments, found {', '.join([*kwargs, *(['pretrained'] if pretrained else []), *(['as_rgb'] if as_rgb else [])])}")
-        if not hasattr(arch, 'channels') or not hasattr(arch, 'reductions'): raise InputError(f"{type(arch).__name__} is no encoder: it has no `channels` and `reductions`")
+        if kwargs or pretrained or as_rgb:
+            raise ArgumentError(f"{type(arch).__name__} is made already: it takes no further arguments, found "
+                                f"{', '.join([*kwargs, *(['pretrained'] if pretrained else []), *(['as_rgb'] if as_rgb else [])])}")
+        if not hasattr(arch, 'channels') or not hasattr(arch, 'reductions'):
+            raise InputError(f"{type(arch).__name__} is no encoder: it has no `channels` and `reductions`")
         return arch,None
     if arch=='UNet' or arch is UNet:
-        if as_rgb or pretrained is True: raise InputError("UNet's encoder has not seen photographs: it takes neither as_rgb=True nor pretrained=True; give the path of a file")
+        if as_rgb or pretrained is True:
+            raise InputError("UNet's encoder has not seen photographs: it takes neither as_rgb=True nor "
+                             "pretrained=True; give the path of a file")
         refuse_unknown('UNet', kwargs, ('nf','depth','strides','kernels','norm','act','convs'))
         depth = len(kwargs['strides'])+1 if 'strides' in kwargs else n_levels(patch)
         e = UNetEncoder(UNet(n_in, 1, ndim, **{'depth':depth, **kwargs}))
         return e,load_weights(_Bare(e), pretrained) if pretrained else None
     if arch=='ResEnc':
-        if as_rgb or pretrained is True: raise InputError("ResEnc takes neither as_rgb=True nor pretrained=True; give the path of a file, such as nnssl's")
+        if as_rgb or pretrained is True:
+            raise InputError(
+                    "ResEnc takes neither as_rgb=True nor pretrained=True; give the path of a file, such as nnssl's")
         refuse_unknown('ResEnc', kwargs, ('width','blocks','strides'))
-        e = ResEncoder(n_in, ndim, **{'blocks':(1,3,4,6,6,6)[:len(kwargs['strides'])+1 if 'strides' in kwargs else n_levels(patch, 6)], **kwargs})
+        e = ((((ResEncoder(n_in, ndim,
+                **{'blocks':(1,3,4,6,6,6)[:len(kwargs['strides'])+1 if 'strides' in kwargs else n_levels(patch, 6)],
+                                          **kwargs})))))
         return e,load_weights(_Bare(e), pretrained) if pretrained else None
     found = _resolve(arch, ndim)
     if found is None: raise _unknown(arch, ndim)
@@ -241,9 +294,13 @@ class _OnEncoder(nn.Module):
     def size(self): return self.encoder.size          # (ndim,) the one size it takes, or None
 
     def _fit(self, x):
-        if x.ndim!=self.ndim+2 or x.shape[1]!=self.n_in: raise InputError(f"{self.encoder.name}: expected (B,{self.n_in},{','.join('XYZ'[:self.ndim])}), found {tuple(x.shape)}")
+        if x.ndim!=self.ndim+2 or x.shape[1]!=self.n_in:
+            raise InputError(f"{self.encoder.name}: expected (B,{self.n_in},{','.join('XYZ'[:self.ndim])}), found "
+                             f"{tuple(x.shape)}")
         to = self.size or [-(-n//d)*d for n,d in zip(x.shape[2:], self.divisor)]
-        if any(n>t for n,t in zip(x.shape[2:], to)): raise InputError(f"{self.encoder.name} was built for {size_text(to)} voxels, found {size_text(x.shape[2:])}; create it with that patch")
+        if any(n>t for n,t in zip(x.shape[2:], to)):
+            raise InputError(f"{self.encoder.name} was built for {size_text(to)} voxels, found "
+                             f"{size_text(x.shape[2:])}; create it with that patch")
         pads = [p for n,t in zip(reversed(x.shape[2:]), reversed(to)) for p in (0,t-n)]
         return F.pad(x, pads, mode='replicate') if any(pads) else x
 
@@ -264,12 +321,14 @@ class EncoderUNet(_OnEncoder):
         self.n_skips,stages = len(skips)-1,[]
         for to,skip in ups:
             f = min(nf*2**round(math.log2(max(to))), 256)
-            kernel = tuple(1 if a==1 and max(r)>1 else 3 for a in r)                     # an axis that the level below has not halved
+            # an axis that the level below has not halved
+            kernel = tuple(1 if a==1 and max(r)>1 else 3 for a in r)
             stages.append(conv_stage(c+skip, f, self.ndim, one, kernel, 'instance', nn.LeakyReLU, 2))
             r,c = to,f
         self.targets = [t for t,_ in ups]
         self.decoder,self.head = nn.ModuleList(stages),conv_class(self.ndim)(c, n_out, 1)
-        init_weights(self.decoder); init_weights(self.head)
+        init_weights(self.decoder)
+        init_weights(self.head)
 
     def forward(self,
         x:Tensor # (B,n_in,*S), any S
@@ -290,18 +349,22 @@ class EncoderClassifier(_OnEncoder):
     def __init__(self,
         encoder:nn.Module, # gives feature maps, see `create_encoder`
         n_out:int,         # logits
-        pool:str=None,     # 'avg', 'max' or 'catavgmax' (both); default: both where the encoder has instance norm, else 'avg'
+        # 'avg', 'max' or 'catavgmax' (both); default: both where the encoder has instance norm, else 'avg'
+        pool:str=None,
         dropout:float=0.   # before the linear layer
     ):
         super().__init__()
-        if pool not in (None,'avg','max','catavgmax'): raise InputError(f"pool: expected 'avg', 'max' or 'catavgmax', found {pool!r}")
+        if pool not in (None,'avg','max','catavgmax'):
+            raise InputError(f"pool: expected 'avg', 'max' or 'catavgmax', found {pool!r}")
         if not 0<=dropout<1: raise InputError(f"dropout: expected 0 to 1, found {dropout!r}")
         self.encoder,self.n_in,self.n_out,self.ndim = encoder,encoder.n_in,n_out,encoder.ndim
         self.pool = pool or ('catavgmax' if encoder.instance else 'avg')
         n = encoder.channels[-1]*(1+(self.pool=='catavgmax'))
-        plain = not encoder.instance and not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in encoder.modules())
+        plain = not encoder.instance and not any(isinstance(m, nn.modules.batchnorm._BatchNorm)
+                                                 for m in encoder.modules())
         self.head = nn.Sequential(nn.LayerNorm(n) if plain else nn.Identity(), nn.Dropout(dropout), nn.Linear(n, n_out))
-        nn.init.trunc_normal_(self.head[-1].weight, std=.02); nn.init.zeros_(self.head[-1].bias)
+        nn.init.trunc_normal_(self.head[-1].weight, std=.02)
+        nn.init.zeros_(self.head[-1].bias)
         self.weights_report = None
 
     def features(self,
@@ -338,7 +401,8 @@ def create_encoder_classifier(
 
 def _whole_weights(model, pretrained, report):
     "A file that holds more of a network than its encoder gives that too"
-    if report is None or all(k.startswith('encoder.') for k in match_weights(model, read_weights(pretrained))[0]): return report
+    if report is None or all(k.startswith('encoder.') for k in match_weights(model, read_weights(pretrained))[0]):
+        return report
     return load_weights(model, pretrained)
 
 def create_network(
@@ -357,7 +421,11 @@ def create_network(
         e,report = create_encoder(arch, n_in, ndim, patch, pretrained, **kwargs)
         model = EncoderUNet(e, n_out, **own)
         return model,_whole_weights(model, pretrained, report)
-    if pretrained is True: raise InputError(f"pretrained=True is for encoders by timm's names, such as 'resnet34'; give {arch if isinstance(arch, str) else getattr(arch, '__name__', type(arch).__name__)} the path of a file")
+    if pretrained is True:
+        raise InputError(f"pretrained=True is for encoders by timm's names, such as 'resnet34'; give "
+                         f"{arch if isinstance(arch, str) else getattr(arch, '__name__', type(arch).__name__)} the "
+                         f"path of "
+                         f"a file")
     model = create_model(arch, n_in, n_out, ndim=ndim, patch=patch, **kwargs)
     return model,load_weights(model, pretrained) if pretrained else None
 

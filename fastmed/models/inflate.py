@@ -34,7 +34,8 @@ def _repeat(x, axis, lo, hi):
 
 class _Third(nn.Module):
     "What an inflated layer knows of the third axis: its kernel, stride, dilation and padding"
-    def _third(self, axis, k, s, d, pad, zeros=False): self.axis,self.k3,self.s3,self.d3,self.pad3,self.zeros3 = axis,k,s,d,pad,zeros
+    def _third(self, axis, k, s, d, pad, zeros=False):
+        self.axis,self.k3,self.s3,self.d3,self.pad3,self.zeros3 = axis,k,s,d,pad,zeros
     def _around(self, x, plane=None, value=0.):
         "`x` padded in the plane by `plane` ((lo,hi) an axis) and along the third axis"
         pads = _ins([(0,0)]*2 if plane is None else plane, (0,0), self.axis)
@@ -57,16 +58,22 @@ class InflatedConv(nn.Conv3d, _Third):
         s3:int=1,                # stride along it
         padding:str='replicate'  # of the new axis: 'replicate' or 'zeros'
     ):
-        k,s,d,p = map(_as_pair, (conv.kernel_size, conv.stride, conv.dilation, conv.padding if not isinstance(conv.padding, str) else (0,0)))
+        k,s,d,p = map(_as_pair,
+                      (conv.kernel_size, conv.stride, conv.dilation, conv.padding if not isinstance(conv.padding, str)
+                       else (0,0)))
         if conv.padding=='same': p = tuple((b-1)*c//2 for b,c in zip(k, d))
-        i = 0 if k[0]<=k[1] else 1                                           # the new axis is as the one with the smaller kernel
+        # the new axis is as the one with the smaller kernel
+        i = 0 if k[0]<=k[1] else 1
         std = standardized_weight(conv)
         self_std = std is not None and how=='average'
         other = conv.padding_mode!='zeros'
-        nn.Conv3d.__init__(self, conv.in_channels, conv.out_channels, _ins(k, k3, axis), _ins(s, s3, axis), 0 if other else _ins(p, 0, axis),
-                           _ins(d, d[i], axis), conv.groups, conv.bias is not None, device=conv.weight.device, dtype=conv.weight.dtype)
+        nn.Conv3d.__init__(self, conv.in_channels, conv.out_channels, _ins(k, k3, axis), _ins(s, s3, axis),
+                           0 if other else _ins(p, 0, axis),
+                           _ins(d, d[i], axis), conv.groups, conv.bias is not None, device=conv.weight.device,
+                           dtype=conv.weight.dtype)
         n3 = d[i]*(k3-1)
-        pad3 = 'same' if pads_same(conv) else (p[i],p[i]) if k3==k[i] and s3==s[i] else (0,0) if not p[i] and k[i]>1 else (n3//2,n3-n3//2)
+        pad3 = 'same' if pads_same(conv) else (p[i],p[i]) if k3==k[i] and s3==s[i] else (0,
+                0) if not p[i] and k[i]>1 else (n3//2,n3-n3//2)
         self._third(axis, k3, s3, d[i], pad3, padding=='zeros')
         self.same,self.mode,self.plane = pads_same(conv),conv.padding_mode,p if other else None
         w = (conv.weight if self_std or std is None else std).detach().unsqueeze(axis+2)
@@ -83,8 +90,10 @@ class InflatedConv(nn.Conv3d, _Third):
         w = self.weight
         if self.std:
             gain = (self.gain*self.scale).view(-1) if hasattr(self, 'gain') else None
-            w = F.batch_norm(w.reshape(1, self.out_channels, -1), None, None, weight=gain, training=True, momentum=0., eps=self.eps).reshape_as(w)/self.k3
-        if self.plane is not None: x = F.pad(x, [o for p in reversed(_ins(self.plane, 0, self.axis)) for o in (p,p)], mode=self.mode)
+            w = F.batch_norm(w.reshape(1, self.out_channels, -1), None, None, weight=gain, training=True, momentum=0.,
+                             eps=self.eps).reshape_as(w)/self.k3
+        if self.plane is not None:
+            x = F.pad(x, [o for p in reversed(_ins(self.plane, 0, self.axis)) for o in (p,p)], mode=self.mode)
         k,s,d = ([o[i] for i in range(3) if i!=self.axis] for o in (self.kernel_size, self.stride, self.dilation))
         return self._conv_forward(self._around(x, self._plane(x, k, s, d) if self.same else None), w, self.bias)
 
@@ -97,7 +106,8 @@ class InflatedPool(_Third):
     ):
         super().__init__()
         self.max,self.same,self.ceil = isinstance(pool, nn.MaxPool2d),pads_same(pool),pool.ceil_mode
-        self.k,self.s,self.p,self.d = map(_as_pair, (pool.kernel_size, pool.stride, pool.padding, getattr(pool, 'dilation', 1)))
+        self.k,self.s,self.p,self.d = map(_as_pair,
+                (pool.kernel_size, pool.stride, pool.padding, getattr(pool, 'dilation', 1)))
         self.count,self.divisor = getattr(pool, 'count_include_pad', True),getattr(pool, 'divisor_override', None)
         k3 = self.k[0] if s3==self.s[0] else s3
         self._third(axis, k3, s3, self.d[0], 'same' if self.same else (self.p[0],)*2 if k3==self.k[0] else (0,0))
@@ -110,15 +120,19 @@ class InflatedPool(_Third):
         k,s,p,d = _ins(self.k, 1, a),_ins(self.s, 1, a),_ins((0,0) if self.same else self.p, 0, a),_ins(self.d, 1, a)
         if self.max: x = F.max_pool3d(x, k, s, p, d, self.ceil)
         elif all(n>=o for n,o in zip(x.shape[2:], k)): x = F.avg_pool3d(x, k, s, p, self.ceil, self.count, self.divisor)
-        else:                                                                   # torch's 3D average takes no image smaller than its kernel, padded or not
+        # torch's 3D average takes no image smaller than its kernel, padded or not
+        else:
             b = x.movedim(a+2, 1)
-            o = F.avg_pool2d(b.flatten(0, 1), self.k, self.s, (0,0) if self.same else self.p, self.ceil, self.count, self.divisor)
+            o = F.avg_pool2d(b.flatten(0, 1), self.k, self.s, (0,0) if self.same else self.p, self.ceil, self.count,
+                             self.divisor)
             x = o.unflatten(0, b.shape[:2]).movedim(1, a+2)
         if self.k3==1 and self.s3==1: return x
         x,(k,s,d) = self._around(x),[_ins((1,1), o, a) for o in (self.k3,self.s3,self.d3)]
         return F.max_pool3d(x, k, s, 0, d, self.ceil) if self.max else F.avg_pool3d(x, k, s, 0, self.ceil)
 
-    def extra_repr(self): return f"{'max' if self.max else 'average'}, kernel={_ins(self.k, self.k3, self.axis)}, stride={_ins(self.s, self.s3, self.axis)}"
+    def extra_repr(self):
+        return (f"{'max' if self.max else 'average'}, kernel={_ins(self.k, self.k3, self.axis)}, "
+                f"stride={_ins(self.s, self.s3, self.axis)}")
 
 class InflatedBlur(_Third):
     "timm's `BlurPool2d` with a third axis. Source: Zhang 2019"
@@ -138,7 +152,8 @@ class InflatedBlur(_Third):
 
     def forward(self, x:Tensor)->Tensor: # (B,C,X,Y,Z) to the same, strided
         x = F.pad(x, [o for p in reversed(_ins((self.pad,)*2, 0, self.axis)) for o in (p,p)], mode=self.mode)
-        return F.conv3d(self._around(x), self.filt.expand(x.shape[1],-1,-1,-1,-1), stride=_ins((self.s,)*2, self.s3, self.axis), groups=x.shape[1])
+        return F.conv3d(self._around(x), self.filt.expand(x.shape[1],-1,-1,-1,-1),
+                        stride=_ins((self.s,)*2, self.s3, self.axis), groups=x.shape[1])
 
 class InflatedPad(_Third):
     "A padding layer of torch's with a third axis, whose border is repeated"
@@ -149,12 +164,14 @@ class InflatedPad(_Third):
         super().__init__()
         l,r,t,b = pad.padding
         self.plane,self.value = [(t,b),(l,r)],getattr(pad, 'value', 0.)
-        self.mode = 'reflect' if isinstance(pad, nn.ReflectionPad2d) else 'replicate' if isinstance(pad, nn.ReplicationPad2d) else 'constant'
+        self.mode = 'reflect' if isinstance(pad, nn.ReflectionPad2d) else 'replicate' if isinstance(pad,
+                nn.ReplicationPad2d) else 'constant'
         self._third(axis, 1, 1, 1, self.plane[0])
 
     def forward(self, x:Tensor)->Tensor: # (B,C,X,Y,Z) to larger
         pads = [p for o in reversed(_ins(self.plane, (0,0), self.axis)) for p in o]
-        return self._around(F.pad(x, pads, value=self.value) if self.mode=='constant' else F.pad(x, pads, mode=self.mode))
+        return self._around(F.pad(x, pads, value=self.value) if self.mode=='constant'
+                            else F.pad(x, pads, mode=self.mode))
 
 # %% ../../nbs/models/04_inflate.ipynb #27541be4
 class _Flat:
@@ -193,25 +210,36 @@ class SplitAttn3d(nn.Module):
         attn = self.rsoftmax(self.fc2(self.act1(self.bn1(self.fc1(gap)))))
         return (parts*attn.view(len(x), self.radix, -1, 1, 1, 1)).sum(1)
 
-_flats = ('SEModule','SqueezeExcite','EffectiveSEModule','EseModule','EcaModule','CecaModule','GlobalContext','SelectiveKernelAttn','GlobalResponseNorm','LayerScale2d',
-          'LayerNorm2d','LayerNorm2dFp32','LayerNormExp2d','LayerNormAct2d','LayerNormAct2dFp32','RmsNorm2d','BatchNormAct2d','FrozenBatchNormAct2d','FrozenBatchNorm2d',
-          'FastAdaptiveAvgPool','FastAdaptiveMaxPool','FastAdaptiveAvgMaxPool','FastAdaptiveCatAvgMaxPool','AdaptiveAvgMaxPool2d','AdaptiveCatAvgMaxPool2d')
-_plane_code = re.compile(r"\bF\.\w+2d\(|\bF\.(?:interpolate|pad|unfold)\(|[\[(]2, 3[\])]|\(1, 2\)|\.permute\(|H, W|, 1, 1\)|einsum")
+_flats = ('SEModule','SqueezeExcite','EffectiveSEModule','EseModule','EcaModule','CecaModule','GlobalContext',
+          'SelectiveKernelAttn','GlobalResponseNorm','LayerScale2d',
+          'LayerNorm2d','LayerNorm2dFp32','LayerNormExp2d','LayerNormAct2d','LayerNormAct2dFp32','RmsNorm2d',
+          'BatchNormAct2d','FrozenBatchNormAct2d','FrozenBatchNorm2d',
+          'FastAdaptiveAvgPool','FastAdaptiveMaxPool','FastAdaptiveAvgMaxPool','FastAdaptiveCatAvgMaxPool',
+          'AdaptiveAvgMaxPool2d','AdaptiveCatAvgMaxPool2d')
+_plane_code = re.compile(
+        r"\bF\.\w+2d\(|\bF\.(?:interpolate|pad|unfold)\(|[\[(]2, 3[\])]|\(1, 2\)|\.permute\(|H, W|, 1, 1\)|einsum")
 
-def _twin(name): return dict(ConvNeXtBlock=(ConvNeXtBlock3d,('conv_dw','shortcut')), MetaNeXtBlock=(MetaNeXtBlock3d,None), SplitAttn=(SplitAttn3d,('conv','bn0')), BatchNorm2d=(nn.BatchNorm3d,None),
+def _twin(name):
+    return dict(ConvNeXtBlock=(ConvNeXtBlock3d,('conv_dw','shortcut')), MetaNeXtBlock=(MetaNeXtBlock3d,None),
+            SplitAttn=(SplitAttn3d,('conv','bn0')), BatchNorm2d=(nn.BatchNorm3d,None),
                              InstanceNorm2d=(nn.InstanceNorm3d,None), Dropout2d=(nn.Dropout3d,None)).get(name)
 
 def _plane_only(m):
     "A piece of the code of a layer that is written for two axes, or None"
     cls = type(m)
-    if cls.__module__.split('.')[0] in ('torch','fastmed'): return 'it' if cls.__module__.startswith('torch') and re.search('2d$|Pixel|Fold|Attention|ConvTranspose', cls.__name__) else None
-    own = {a for c in cls.__mro__ if not c.__module__.startswith('torch.') for a in vars(c) if re.match(r'_?forward', a)}
+    if cls.__module__.split('.')[0] in ('torch','fastmed'):
+        return 'it' if cls.__module__.startswith('torch') and re.search('2d$|Pixel|Fold|Attention|ConvTranspose',
+                cls.__name__) else None
+    own = {a for c in cls.__mro__ if not c.__module__.startswith('torch.') for a in vars(c) if re.match(r'_?forward',
+            a)}
     for a in own - {'forward_head','forward_intermediates'}:
         try: src = inspect.getsource(getattr(cls, a))
         except (OSError, TypeError): continue
         if f:=_plane_code.search(src): return f.group()
 
-def _swap(m, cls): m.__class__ = cls; return m
+def _swap(m, cls):
+    m.__class__ = cls
+    return m
 
 def _inflated(m, name, opt, memo):
     "The 3D twin of the layer `m`, its children too. Raises `InputError` naming a layer that has none"
@@ -222,38 +250,50 @@ def _inflated(m, name, opt, memo):
     if isinstance(m, nn.Conv2d):
         k,s = _as_pair(m.kernel_size),_as_pair(m.stride)
         k0,z = min(k),s3(min(s))
-        k3 = k0 if k0==1 or z==min(s) and not opt['thin'](name) else z if k0==min(s) and not any(_as_pair(m.padding)) else min(k0, 3)
+        k3 = k0 if k0==1 or z==min(s) and not opt['thin'](name) else z if k0==min(s) and not any(
+                _as_pair(m.padding)) else min(k0, 3)
         if opt['kernels3'] and k3>1 and not (k0==min(s) and k0==k3): k3 = opt['kernels3']
         new = InflatedConv(m, axis, opt['how'], k3, z, opt['padding'])
     elif isinstance(m, (nn.MaxPool2d,nn.AvgPool2d)): new = InflatedPool(m, axis, s3(_as_pair(m.stride)[0]))
     elif cls.__name__=='BlurPool2d': new = InflatedBlur(m, axis, s3(m.stride))
     elif isinstance(m, (nn.ZeroPad2d,nn.ConstantPad2d,nn.ReflectionPad2d,nn.ReplicationPad2d)):
-        if opt['strides3'] is not None: raise InputError(f"inflate: {name} ({cls.__name__}) pads for a stride that strides3 may take away; leave strides3 away")
+        if opt['strides3'] is not None:
+            raise InputError(f"inflate: {name} ({cls.__name__}) pads for a stride that strides3 may take away; leave "
+                             f"strides3 away")
         new = InflatedPad(m, axis)
     elif isinstance(m, (nn.AdaptiveAvgPool2d,nn.AdaptiveMaxPool2d)):
         o = _as_pair(m.output_size)
-        new = (nn.AdaptiveAvgPool3d if isinstance(m, nn.AdaptiveAvgPool2d) else nn.AdaptiveMaxPool3d)(_ins(o, None if o[0] is None else 1, axis))
+        new = (nn.AdaptiveAvgPool3d if isinstance(m, nn.AdaptiveAvgPool2d) else nn.AdaptiveMaxPool3d)(_ins(o,
+                None if o[0] is None else 1, axis))
     elif isinstance(m, nn.Upsample):
         if m.size is not None: raise InputError(f"inflate: {name} (Upsample) has a size of its own; expected a factor")
-        new = nn.Upsample(scale_factor=m.scale_factor, mode=dict(bilinear='trilinear').get(m.mode, m.mode), align_corners=m.align_corners)
+        new = nn.Upsample(scale_factor=m.scale_factor, mode=dict(bilinear='trilinear').get(m.mode, m.mode),
+                align_corners=m.align_corners)
     elif twin:
         for k,c in m.named_children():
             if twin[1] is None or k in twin[1]: setattr(m, k, _inflated(c, f'{name}.{k}', opt, memo))
         new = _swap(m, twin[0])
-    elif cls.__name__ in _flats and cls.__module__.split('.')[0] in ('timm','torchvision'): new = _swap(m, _flat_class(cls))
+    elif cls.__name__ in _flats and cls.__module__.split('.')[0] in ('timm','torchvision'):
+        new = _swap(m, _flat_class(cls))
     elif f:=_plane_only(m):
-        raise InputError(f"inflate: {name or 'the network'} ({cls.__name__}) is written for two axes{'' if f=='it' else f' ({f})'}; expected a convolutional encoder, such as resnet, densenet, efficientnet, convnext, regnet")
+        raise InputError(f"inflate: {name or 'the network'} ({cls.__name__}) is written for two "
+                         f"axes{'' if f=='it' else f' ({f})'}; expected a convolutional encoder, such as resnet, "
+                         f"densenet, "
+                         f"efficientnet, convnext, regnet")
     else:
         memo[id(m)] = new = m
         for k,c in list(m.named_children()): m._modules[k] = _inflated(c, f'{name}.{k}'.lstrip('.'), opt, memo)
     if new is not m:
-        for a in ('_forward_hooks','_forward_pre_hooks','_forward_hooks_with_kwargs','_forward_hooks_always_called'): setattr(new, a, getattr(m, a))
+        for a in ('_forward_hooks','_forward_pre_hooks','_forward_hooks_with_kwargs','_forward_hooks_always_called'):
+            setattr(new, a, getattr(m, a))
         new.train(m.training)
     memo[id(m)] = new
     return new
 
 # %% ../../nbs/models/04_inflate.ipynb #c24e9a23
-def _outs(o): return [o] if isinstance(o, Tensor) else list(o.values()) if isinstance(o, dict) else list(o) if isinstance(o, (list,tuple)) else []
+def _outs(o):
+    return [o] if isinstance(o, Tensor) else list(o.values()) if isinstance(o, dict) else list(o) if isinstance(o,
+            (list,tuple)) else []
 
 def _off(a, b, axis):
     "The largest difference between a parent's answer `a` and that of its inflated twin `b`, as a share of the largest value"
@@ -269,7 +309,8 @@ def _levels(parent, x):
     seen,hooks = {},[]
     def note(name):
         def f(m, args):
-            if args and isinstance(args[0], Tensor) and args[0].ndim==4: seen.setdefault(name, round(math.log2(max(x.shape[2]/args[0].shape[2], 1))))
+            if args and isinstance(args[0], Tensor) and args[0].ndim==4:
+                seen.setdefault(name, round(math.log2(max(x.shape[2]/args[0].shape[2], 1))))
         return f
     for name,m in parent.named_modules(): hooks.append(m.register_forward_pre_hook(note(name)))
     try: parent(x)
@@ -280,13 +321,17 @@ def _levels(parent, x):
 def _probe_image(parent):
     "An image that a 2D network takes, seeded"
     names = first_convs(parent)
-    if not names: raise InputError(f"inflate: {type(parent).__name__} has no convolution; expected a convolutional encoder")
+    if not names:
+        raise InputError(f"inflate: {type(parent).__name__} has no convolution; expected a convolutional encoder")
     conv = parent.get_submodule(names[0])
     for n in (64,96,128,224):
         x = torch.randn(1, conv.in_channels, n, n, generator=torch.Generator().manual_seed(0)).to(conv.weight)
-        try: parent(x); return x
+        try:
+            parent(x)
+            return x
         except (RuntimeError, AssertionError, ValueError): continue
-    raise InputError(f"inflate: {type(parent).__name__} takes no image of {conv.in_channels} channels and 64, 96, 128 or 224 pixels a side; expected a 2D convolutional encoder")
+    raise InputError(f"inflate: {type(parent).__name__} takes no image of {conv.in_channels} channels and 64, 96, 128 "
+                     f"or 224 pixels a side; expected a 2D convolutional encoder")
 
 def _check_twin(parent, child, x, axis):
     "Raise `InputError` naming the first layer that does not do what its parent does"
@@ -297,51 +342,76 @@ def _check_twin(parent, child, x, axis):
     def leave(name):
         def f(m, a, o):
             last.pop()
-            if name in want and all(isinstance(t, Tensor) and t.ndim!=4 for t in _outs(o)) and _off(want[name], o, axis)>1e-3: bad.append(name)
+            if name in want and all(isinstance(t, Tensor) and t.ndim!=4 for t in _outs(o)) and _off(want[name], o,
+                    axis)>1e-3:
+                bad.append(name)
         return f
     for name,m in parent.named_modules(): hooks.append(m.register_forward_hook(keep(name)))
-    for name,m in child.named_modules(): hooks += [m.register_forward_pre_hook(enter(name)), m.register_forward_hook(leave(name))]
+    for name,m in child.named_modules():
+        hooks += [m.register_forward_pre_hook(enter(name)), m.register_forward_hook(leave(name))]
     for m in third: m.zeros3 = False
     try:
         a = parent(x)
-        for n in (32,x.shape[-1]):                                                  # unpadded convolutions need more than 32 slices
-            last.clear(); bad.clear()
-            try: b = child(const(n)); break
+        # unpadded convolutions need more than 32 slices
+        for n in (32,x.shape[-1]):
+            last.clear()
+            bad.clear()
+            try:
+                b = child(const(n))
+                break
             except Exception as e:
-                if n==x.shape[-1]: raise InputError(f"inflate: {last[-1] or 'the network'} ({type(child.get_submodule(last[-1])).__name__}) is written for two axes ({type(e).__name__}: {str(e).splitlines()[0][:120]}); expected a convolutional encoder") from e
+                if n==x.shape[-1]:
+                    raise InputError(f"inflate: {last[-1] or 'the network'} "
+                                     f"({type(child.get_submodule(last[-1])).__name__}) is written for two axes "
+                                     f"({type(e).__name__}: "
+                                     f"{str(e).splitlines()[0][:120]}); expected a convolutional encoder") from e
     finally:
         for h in hooks: h.remove()
         for m in third: m.zeros3 = True
     if (off:=_off(a, b, axis))>1e-3:
-        raise InputError(f"inflate: {bad[0] if bad else 'the network'} ({type(child.get_submodule(bad[0])).__name__ if bad else type(child).__name__}) does not do in three axes what it does in two (a difference of {off:.2g} of the largest value); expected a convolutional encoder")
+        raise InputError(f"inflate: {bad[0] if bad else 'the network'} "
+                         f"({type(child.get_submodule(bad[0])).__name__ if bad else type(child).__name__}) does not do "
+                         f"in "
+                         f"three axes what it does in two (a difference of {off:.2g} of the largest value); expected a "
+                         f"convolutional encoder")
 
 def inflate(
     model2d:nn.Module,          # 2D convolutional network; left as it is
     axis:int=2,                 # place of the new axis among the three: 2 is the last
-    how:str='average',          # 'average': the kernel repeated and divided; 'centre': in the middle slab, between zeros
-    strides3=None,              # stride of the new axis: None as in the plane, 1 never, or one for each halving from the image down
-    kernels3:int=None,          # slabs of each kernel that looks along the new axis; default: as in the plane, at most 3 where it is not strided
+    # 'average': the kernel repeated and divided; 'centre': in the middle slab, between zeros
+    how:str='average',
+    # stride of the new axis: None as in the plane, 1 never, or one for each halving from the image down
+    strides3=None,
+    # slabs of each kernel that looks along the new axis; default: as in the plane, at most 3 where it is not strided
+    kernels3:int=None,
     padding:str='replicate',    # of the new axis: 'replicate' or 'zeros'
     check:bool=True             # try it on a constant volume
 )->nn.Module:                   # (B,C,X,Y,Z) where the parent took (B,C,H,W)
     "A 3D network that answers for a volume constant along `axis` what its parent answers for a slice. Raises `InputError` naming a layer that has no third axis. Source: Carreira 2017"
     if axis not in (0,1,2): raise InputError(f"inflate: expected axis 0, 1 or 2, found {axis!r}")
-    if how not in ('average','centre'): raise InputError(f"inflate: expected how to be 'average' or 'centre', found {how!r}")
-    if padding not in ('replicate','zeros'): raise InputError(f"inflate: expected padding to be 'replicate' or 'zeros', found {padding!r}")
-    if kernels3 is not None and (not isinstance(kernels3, Integral) or kernels3<1 or kernels3%2==0): raise InputError(f"inflate: expected kernels3 to be a positive odd int, found {kernels3!r}")
+    if how not in ('average','centre'):
+        raise InputError(f"inflate: expected how to be 'average' or 'centre', found {how!r}")
+    if padding not in ('replicate','zeros'):
+        raise InputError(f"inflate: expected padding to be 'replicate' or 'zeros', found {padding!r}")
+    if kernels3 is not None and (not isinstance(kernels3, Integral) or kernels3<1 or kernels3%2==0):
+        raise InputError(f"inflate: expected kernels3 to be a positive odd int, found {kernels3!r}")
     per = (strides3,)*16 if isinstance(strides3, Integral) else strides3
-    if per is not None and not (len(per) and all(isinstance(s, Integral) and s in (1,2) for s in per)): raise InputError(f"inflate: expected strides3 to be None, 1, 2, or a list of these, found {strides3!r}")
-    was = model2d.training; model2d.eval()
+    if per is not None and not (len(per) and all(isinstance(s, Integral) and s in (1,2) for s in per)):
+        raise InputError(f"inflate: expected strides3 to be None, 1, 2, or a list of these, found {strides3!r}")
+    was = model2d.training
+    model2d.eval()
     try:
         with torch.no_grad():
             level = _levels(model2d, _probe_image(model2d)) if per is not None else {}
             at = lambda i: per[i] if i<len(per) else 2
             def stride(name, s):
                 if per is None or s==1: return s
-                n = round(math.log2(s)); z = math.prod(at(level.get(name, 0)+i) for i in range(n))
+                n = round(math.log2(s))
+                z = math.prod(at(level.get(name, 0)+i) for i in range(n))
                 return s if z==2**n else z
             thin = lambda name: per is not None and at(level.get(name, 0))==1
-            child = _inflated(copy.deepcopy(model2d), '', dict(axis=axis, how=how, kernels3=kernels3, padding=padding, strides3=strides3, stride=stride, thin=thin), {})
+            child = _inflated(copy.deepcopy(model2d), '', dict(axis=axis, how=how, kernels3=kernels3, padding=padding,
+                              strides3=strides3, stride=stride, thin=thin), {})
             if check: _check_twin(model2d, child, _probe_image(model2d), axis)
     finally: model2d.train(was)
     return child.train(was)

@@ -54,13 +54,15 @@ class FastInstanceNorm(nn.Module):
 
     def forward(self, x:Tensor)->Tensor: # (B,nf,*S) to the same
         if x.shape[2:].numel()==1:
-            raise InputError(f"instance norm over one voxel is zero whatever the image: input {tuple(x.shape)}; use a larger patch or a smaller depth")
+            raise InputError(f"instance norm over one voxel is zero whatever the image: input {tuple(x.shape)}; use a "
+                             f"larger patch or a smaller depth")
         if x.is_cuda or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return F.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
         last = {4:torch.channels_last, 5:torch.channels_last_3d}.get(x.ndim)
         if last is None or not x.is_contiguous(memory_format=last):
             return F.group_norm(x, self.nf, self.weight, self.bias, self.eps)
-        return torch.cat([F.batch_norm(o, None, None, self.weight, self.bias, training=True, eps=self.eps) for o in x.split(1)])
+        return torch.cat([F.batch_norm(o, None, None, self.weight, self.bias, training=True, eps=self.eps)
+                          for o in x.split(1)])
 
     def extra_repr(self): return f'{self.nf}, eps={self.eps}'
 
@@ -94,7 +96,8 @@ def conv_stage(
 )->nn.Sequential:       # (B,n_in,*S) to (B,nf,*S/stride)
     "`convs` times convolution, norm, activation."
     return nn.Sequential(*[m for i in range(convs) for m in
-        (conv_class(ndim)(nf if i else n_in, nf, kernel, 1 if i else stride, tuple(k//2 for k in kernel), bias=False), norm_layer(norm, nf, ndim), _act(act))])
+        (conv_class(ndim)(nf if i else n_in, nf, kernel, 1 if i else stride, tuple(k//2 for k in kernel), bias=False),
+         norm_layer(norm, nf, ndim), _act(act))])
 
 def init_weights(
     model:nn.Module, # Changed in place
@@ -104,7 +107,8 @@ def init_weights(
     for m in model.modules():
         if isinstance(m, CONVS+TRANSPOSED_CONVS):
             up = isinstance(m, TRANSPOSED_CONVS)
-            fan = m.in_channels if up else m.weight[0].numel() # with kernel = stride one input voxel reaches each output voxel
+            # with kernel = stride one input voxel reaches each output voxel
+            fan = m.in_channels if up else m.weight[0].numel()
             gain = 1. if up or set(m.kernel_size)=={1} else 2/(1+slope**2)
             nn.init.normal_(m.weight, 0, math.sqrt(gain/fan))
             if m.bias is not None: nn.init.zeros_(m.bias)
@@ -122,10 +126,12 @@ class UShape(nn.Module):
 
     def _check(self, x):
         if x.ndim!=self.ndim+2 or x.shape[1]!=self.n_in:
-            raise InputError(f"{type(self).__name__}: expected (B,{self.n_in},{','.join('XYZ'[:self.ndim])}), found {tuple(x.shape)}")
+            raise InputError(f"{type(self).__name__}: expected (B,{self.n_in},{','.join('XYZ'[:self.ndim])}), found "
+                             f"{tuple(x.shape)}")
         if any(n%d for n,d in zip(x.shape[2:], self.divisor)):
             up = [-(-n//d)*d for n,d in zip(x.shape[2:], self.divisor)]
-            raise InputError(f"{type(self).__name__}: size {size_text(x.shape[2:])} is no multiple of the total stride {size_text(self.divisor)}; "
+            raise InputError(f"{type(self).__name__}: size {size_text(x.shape[2:])} is no multiple of the total stride "
+                             f"{size_text(self.divisor)}; "
                              f"pad it to {size_text(up)}, or use fewer levels")
 
     def forward(self,
@@ -152,7 +158,8 @@ class UNet(UShape):
         nf:int=32,                   # Features of the top level; doubled per level up to 320 (3D) or 512 (2D)
         depth:int=4,                 # Resolution levels
         strides=None,                # From each level to the next, `depth-1` ints or (ndim,) tuples; 2 by default
-        kernels=None,                # An odd int, or `depth` of ints or (ndim,) tuples; 3 by default, 1 on an axis not yet halved
+        # An odd int, or `depth` of ints or (ndim,) tuples; 3 by default, 1 on an axis not yet halved
+        kernels=None,
         norm:str='instance',         # 'instance' or 'batch'
         act=nn.LeakyReLU,            # Activation class
         deep_supervision:bool=False, # While training, an output for each level of the decoder
@@ -164,14 +171,17 @@ class UNet(UShape):
             if not isinstance(v, Integral) or v<1: raise InputError(f"{k}: expected a positive int, found {v!r}")
         self.strides = strides = self._levels(2 if strides is None else strides, depth-1, ndim, 'strides')
         seen = [[all(s[a]==1 for s in strides[:i+1]) and i<depth-1 for a in range(ndim)] for i in range(depth)]
-        self.kernels = kernels = [tuple(1 if far else 3 for far in o) for o in seen] if kernels is None else self._levels(kernels, depth, ndim, 'kernels')
+        self.kernels = kernels = [tuple(1 if far else 3 for far in o)
+                for o in seen] if kernels is None else self._levels(kernels, depth, ndim, 'kernels')
         for i,k in enumerate(kernels):
             s = strides[i-1] if i else (1,)*ndim
             if any(a%2==0 for a in k): raise InputError(f"kernels: level {i} has {k}; expected odd sizes")
-            if any(a<b for a,b in zip(k, s)): raise InputError(f"kernels: level {i} has kernel {k} under stride {s}, which would skip voxels")
+            if any(a<b for a,b in zip(k, s)):
+                raise InputError(f"kernels: level {i} has kernel {k} under stride {s}, which would skip voxels")
         self.nfs = nfs = [min(nf*2**i, max(nf, 320 if ndim==3 else 512)) for i in range(depth)]
         stage = lambda i,o,s,k: conv_stage(i, o, ndim, s, k, norm, act, convs)
-        encoder = [stage(nfs[i-1] if i else n_in, nfs[i], strides[i-1] if i else (1,)*ndim, kernels[i]) for i in range(depth)]
+        encoder = [stage(nfs[i-1] if i else n_in, nfs[i], strides[i-1] if i else (1,)*ndim, kernels[i])
+                   for i in range(depth)]
         down = list(range(depth-2, -1, -1))
         ups = [_convt(ndim)(nfs[i+1], nfs[i], strides[i], strides[i]) for i in down]
         decoder = [stage(2*nfs[i], nfs[i], (1,)*ndim, kernels[i]) for i in down]
@@ -182,7 +192,9 @@ class UNet(UShape):
     @staticmethod
     def _levels(v, n, ndim, what):
         v = [v]*n if isinstance(v, Integral) else list(v)
-        if len(v)!=n: raise InputError(f"{what}: expected {n} entries (depth {n if what=='kernels' else n+1}), found {len(v)}: {v}")
+        if len(v)!=n:
+            raise InputError(
+                    f"{what}: expected {n} entries (depth {n if what=='kernels' else n+1}), found {len(v)}: {v}")
         return [per_axis(o, ndim, what) for o in v]
 
     def levels(self,
@@ -195,9 +207,11 @@ class UNet(UShape):
             if i: size = tuple(n//s for n,s in zip(size, self.strides[i-1]))
             j = len(self.nfs)-2-i
             ms = [self.encoder[i]]+([self.decoder[j]] if j>=0 else [])
-            pars = sum(p.numel() for m in ms for p in m.parameters()) + (sum(p.numel() for p in self.ups[j].parameters()) if j>=0 else 0)
+            pars = sum(p.numel() for m in ms
+                       for p in m.parameters()) + (sum(p.numel() for p in self.ups[j].parameters()) if j>=0 else 0)
             work = math.prod(size)*sum(c.weight.numel() for m in ms for c in m if isinstance(c, CONVS))
-            rows.append(dict(level=i, size=size_text(size), features=nf, kernel=size_text(self.kernels[i]), stride_down=size_text(self.strides[i]) if j>=0 else '',
+            rows.append(dict(level=i, size=size_text(size), features=nf, kernel=size_text(self.kernels[i]),
+                             stride_down=size_text(self.strides[i]) if j>=0 else '',
                              parameters=pars, work=work))
         df = pd.DataFrame(rows).set_index('level')
         return df.assign(work=(df.work/df.work.sum()).round(3))
@@ -217,7 +231,8 @@ class CicekUNet(UShape):
     ):
         super().__init__()
         def stage(i, mid, o, pool=False):
-            cs = [m for a,b in ((i,mid),(mid,o)) for m in (nn.Conv3d(a, b, 3, padding=1, bias=False), _shift_only(nn.BatchNorm3d(b)), nn.ReLU(inplace=True))]
+            cs = [m for a,b in ((i,mid),(mid,o)) for m in (nn.Conv3d(a, b, 3, padding=1, bias=False),
+                                                           _shift_only(nn.BatchNorm3d(b)), nn.ReLU(inplace=True))]
             return nn.Sequential(*([nn.MaxPool3d(2)] if pool else []), *cs)
         encoder = [stage(n_in,32,64), stage(64,64,128,True), stage(128,128,256,True), stage(256,256,512,True)]
         ups = [nn.ConvTranspose3d(n, n, 2, 2, bias=False) for n in (512,256,128)]
@@ -245,9 +260,11 @@ class _ResBlock(nn.Module):
         super().__init__()
         one = (1,)*ndim
         self.conv1 = conv_stage(n_in, nf, ndim, stride, kernel, 'instance', nn.LeakyReLU, 1)
-        self.conv2 = nn.Sequential(conv_class(ndim)(nf, nf, kernel, padding=tuple(k//2 for k in kernel), bias=False), norm_layer('instance', nf, ndim))
+        self.conv2 = nn.Sequential(conv_class(ndim)(nf, nf, kernel, padding=tuple(k//2 for k in kernel), bias=False),
+                norm_layer('instance', nf, ndim))
         pool = [(nn.AvgPool2d if ndim==2 else nn.AvgPool3d)(stride, stride)] if tuple(stride)!=one else []
-        self.skip = nn.Sequential(*pool, *([conv_class(ndim)(n_in, nf, 1, bias=False), norm_layer('instance', nf, ndim)] if n_in!=nf else []))
+        self.skip = nn.Sequential(*pool,
+                *([conv_class(ndim)(n_in, nf, 1, bias=False), norm_layer('instance', nf, ndim)] if n_in!=nf else []))
         self.act = nn.LeakyReLU(inplace=True)
 
     def forward(self, x:Tensor)->Tensor: # (B,n_in,*S) to (B,nf,*S/stride)
@@ -265,7 +282,8 @@ class ResEncoder(nn.Module):
     ):
         super().__init__()
         blocks = list(blocks)
-        if not blocks or not all(isinstance(b, Integral) and b>0 for b in blocks): raise InputError(f"blocks: expected a positive int a level, found {blocks}")
+        if not blocks or not all(isinstance(b, Integral) and b>0 for b in blocks):
+            raise InputError(f"blocks: expected a positive int a level, found {blocks}")
         strides = UNet._levels(2 if strides is None else strides, len(blocks)-1, ndim, 'strides')
         self.n_in,self.ndim,self.strides = n_in,ndim,strides
         self.channels = [min(width*2**i, max(width, 320 if ndim==3 else 512)) for i in range(len(blocks))]
@@ -273,8 +291,12 @@ class ResEncoder(nn.Module):
         one,three = (1,)*ndim,(3,)*ndim
         self.stem = conv_stage(n_in, width, ndim, one, three, 'instance', nn.LeakyReLU, 1)
         ins = [width,*self.channels]
-        self.stages = nn.ModuleList(nn.Sequential(*[_ResBlock(c if j else ins[i], c, ndim, one if j or not i else strides[i-1], three) for j in range(b)]) for i,(c,b) in enumerate(zip(self.channels, blocks)))
-        self.name = f"ResEnc, {ndim}D, {n_in} channel{'s'*(n_in>1)}, features {'/'.join(map(str, self.channels))}, blocks {'/'.join(map(str, blocks))}, strides {' '.join('×'.join(map(str, s)) for s in strides)}"
+        self.stages = nn.ModuleList(nn.Sequential(*[_ResBlock(c if j else ins[i], c, ndim,
+                                                              one if j or not i else strides[i-1], three)
+                                                              for j in range(b)]) for i,
+                                                              (c,b) in enumerate(zip(self.channels, blocks)))
+        self.name = (f"ResEnc, {ndim}D, {n_in} channel{'s'*(n_in>1)}, features {'/'.join(map(str, self.channels))}, "
+                     f"blocks {'/'.join(map(str, blocks))}, strides {' '.join('×'.join(map(str, s)) for s in strides)}")
         init_weights(self)
 
     def forward(self, x:Tensor)->list: # (B,n_in,*S) to feature maps, finest first

@@ -25,18 +25,21 @@ def encoder_parts(
     "The parts of a network that make up its encoder"
     at,top = ('model.',model.model) if isinstance(model, MonaiNet) else ('',model)
     if found:={f'{at}{n}':c for n,c in top.named_children() if n.lower().startswith(ENCODER_NAMES)}: return found
-    inner = sorted((k for k,_ in model.named_modules() if k.endswith('.encoder')), key=lambda k: k.count('.'))       # below a wrapper
+    # below a wrapper
+    inner = sorted((k for k,_ in model.named_modules() if k.endswith('.encoder')), key=lambda k: k.count('.'))
     return {inner[0]:model.get_submodule(inner[0])} if inner else {}
 
 def _encoder_state(model):
     "Tensors of the encoder, and the name of each in the whole network's state"
     parts = encoder_parts(model)
-    bare = len(parts)==1 and next(iter(parts)).split('.')[-1]=='encoder'          # as of a U-Net and of a classifier with its encoder: the same names
+    # as of a U-Net and of a classifier with its encoder: the same names
+    bare = len(parts)==1 and next(iter(parts)).split('.')[-1]=='encoder'
     return {(k if bare else f'{n}.{k}'):(f'{n}.{k}', v) for n,m in parts.items() for k,v in m.state_dict().items()}
 
 def _what(model):
     "An encoder in words"
-    if name:=next((o.name for o in encoder_parts(model).values() if isinstance(getattr(o, 'name', None), str)), None): return name
+    if name:=next((o.name for o in encoder_parts(model).values() if isinstance(getattr(o, 'name', None), str)), None):
+        return name
     model = next((m for m in model.modules() if isinstance(m, UShape)), model)
     if isinstance(model, UShape) and hasattr(model, 'nfs'):
         norm = 'instance' if any(isinstance(m, FastInstanceNorm) for m in model.modules()) else 'batch'
@@ -53,7 +56,8 @@ def unet_words(
 )->str:         # one line
     "The encoder of a `UNet` in words"
     x = lambda t: '×'.join(map(str, t))
-    return f"UNet, {ndim}D, {n_in} channel{'s'*(n_in>1)}, features {'/'.join(map(str, nfs))}, strides {' '.join(map(x, strides))}, kernels {' '.join(map(x, kernels))}, {norm} norm"
+    return (f"UNet, {ndim}D, {n_in} channel{'s'*(n_in>1)}, features {'/'.join(map(str, nfs))}, strides "
+            f"{' '.join(map(x, strides))}, kernels {' '.join(map(x, kernels))}, {norm} norm")
 
 # %% ../../nbs/models/06_weights.ipynb #5485c58e
 _wrappers = re.compile(r'^(module|_orig_mod|model|backbone|encoder|network|net|body|trunk)\.')
@@ -73,14 +77,19 @@ def read_weights(
             from safetensors.torch import load_file
             sd = load_file(fn)
         else:
-            with torch.serialization.safe_globals([np.float64(0).__reduce__()[0], np.dtype, *(type(np.dtype(o)) for o in ('f8','f4','f2','i8','i4','u1','?'))]):
+            with torch.serialization.safe_globals([np.float64(0).__reduce__()[0], np.dtype,
+                    *(type(np.dtype(o)) for o in ('f8','f4','f2','i8','i4','u1','?'))]):
                 sd = torch.load(fn, map_location='cpu', weights_only=True)
     except Exception as e:
-        raise FileError(f"{fn}: no weights could be read ({type(e).__name__}: {str(e).splitlines()[0]}). It must hold tensors alone: a state dict. "
+        raise FileError(f"{fn}: no weights could be read ({type(e).__name__}: {str(e).splitlines()[0]}). It must hold "
+                        f"tensors alone: a state dict. "
                         "Where you trust its sender, open it by torch.load and save its state dict by itself") from e
     is_state = lambda o: isinstance(o, dict) and any(isinstance(v, Tensor) for v in o.values())
     if isinstance(sd, dict): sd = next((sd[k] for k in _containers if is_state(sd.get(k))), sd)
-    if not is_state(sd): raise FileError(f"{fn}: no weights could be read (found {type(sd).__name__}{' of '+', '.join(map(str, list(sd)[:5])) if isinstance(sd, dict) else ''}). It must hold tensors alone: a state dict")
+    if not is_state(sd):
+        raise FileError(f"{fn}: no weights could be read (found "
+                        f"{type(sd).__name__}{' of '+', '.join(map(str, list(sd)[:5])) if isinstance(sd, dict) else ''}). "
+                        f"It must hold tensors alone: a state dict")
     return {str(k):v for k,v in sd.items() if isinstance(v, Tensor)}
 
 class WeightReport:
@@ -96,11 +105,17 @@ class WeightReport:
     ): store_attr()
     def __repr__(self):
         some = lambda o: ', '.join(o[:4])+(f' and {len(o)-4} more' if len(o)>4 else '')
-        s = f"{len(self.matched)} of {len(self.matched)+len(self.missing)+len(self.mismatched)} tensors loaded from {Path(self.fn).name}"
+        s = (f"{len(self.matched)} of {len(self.matched)+len(self.missing)+len(self.mismatched)} tensors loaded from "
+             f"{Path(self.fn).name}")
         if self.encoder[1]: s += f"; encoder {self.encoder[0]} of {self.encoder[1]}"
-        for what,o in (('channels adapted', self.adapted), ('other shapes', [f"{k} {'×'.join(map(str,a))}, in the file {'×'.join(map(str,b))}" for k,(a,b) in self.mismatched.items()]),
-                       ('left as they were', self.missing), ('not used', self.unmatched)): s += f"; {what}: {some(o)}" if o else ''
-        if (d:=[k for k in self.missing if '.downsample.' in k]) and len(d)==len([k for k in self.missing if 'layer' in k]): s += ". The file has shortcuts without weights: shortcut_type='A' takes them"
+        for what,o in (('channels adapted', self.adapted),
+                ('other shapes', [f"{k} {'×'.join(map(str,a))}, in the file {'×'.join(map(str,b))}" for k,
+                                  (a,b) in self.mismatched.items()]),
+                       ('left as they were', self.missing), ('not used', self.unmatched)):
+            s += f"; {what}: {some(o)}" if o else ''
+        if (d:=[k for k in self.missing if '.downsample.' in k]) and len(d)==len([k for k in self.missing
+                if 'layer' in k]):
+            s += ". The file has shortcuts without weights: shortcut_type='A' takes them"
         return s
 
 def _fits(a, b, first): return a==b or first and len(a)==len(b)>=4 and a[0]==b[0] and a[2:]==b[2:]
@@ -127,7 +142,8 @@ def match_weights(
     wrong = {k:(tuple(own[k].shape),tuple(sd[v].shape)) for k,v in pairs.items() if k not in match}
     if enc and not set(enc)&set(match):
         real = lambda d,keys: [k for k in keys if d[k].is_floating_point()]
-        strip = {k:re.sub(r'^((module|_orig_mod|model|network)\.)+', '', k) for k in sd if '.all_modules.' not in k and 'decoder.encoder.' not in k}
+        strip = {k:re.sub(r'^((module|_orig_mod|model|network)\.)+', '', k) for k in sd if '.all_modules.' not in k
+                 and 'decoder.encoder.' not in k}
         def part(p): return real(sd, [k for k,b in strip.items() if b.startswith(p)])
         if part('encoder.') and not any(isinstance(m, _BatchNorm) for m in model.modules()):
             found = _in_order(own, sd, real(own, enc), part('encoder.'))
@@ -135,7 +151,8 @@ def match_weights(
             for a,b in (('ups.','decoder.transpconvs.'),('decoder.','decoder.stages.')):
                 keys = real(own, [k for k in own if k.startswith(a)])
                 if whole and len(d:=_in_order(own, sd, keys, part(b)))==len(keys): found |= d
-            match = {**match, **found}; wrong = {k:v for k,v in wrong.items() if k not in match}
+            match = {**match, **found}
+            wrong = {k:v for k,v in wrong.items() if k not in match}
     counter = 'num_batches_tracked'                             # belongs to its statistics, and says nothing by itself
     return {k:v for k,v in match.items() if not k.endswith(counter) or k[:-len(counter)]+'running_mean' in match},wrong
 
@@ -151,13 +168,21 @@ def load_weights(
     if encoder_only: match,wrong = [{k:v for k,v in d.items() if k in enc} for d in (match,wrong)]
     got = enc & set(match)
     if not match or enc and not got:
-        odd = f" {len(wrong)} have the name and another shape: {', '.join(f'{k} {a} against {b}' for k,(a,b) in list(wrong.items())[:2])}." if wrong else ''
-        raise InputError(f"{fn}: none of its {len(sd)} tensors has the name and shape of one of the model's {len(own)}{' (encoder)' if match else ''}.{odd} The file has {', '.join(list(sd)[:2])} …; the model {', '.join(list(own)[:2])} … "
+        odd = (f" {len(wrong)} have the name and another shape: "
+               f"{', '.join(f'{k} {a} against {b}' for k,(a,b) in list(wrong.items())[:2])}." if wrong else '')
+        raise InputError(f"{fn}: none of its {len(sd)} tensors has the name and shape of one of the model's "
+                         f"{len(own)}{' (encoder)' if match else ''}.{odd} The file has {', '.join(list(sd)[:2])} …; "
+                         f"the "
+                         f"model {', '.join(list(own)[:2])} … "
                          "Build the network that the file was made with")
     adapted = [k for k in match if own[k].shape!=sd[match[k]].shape]
-    used = set(match.values()); odd = {_bare(k) for k in wrong}
-    model.load_state_dict({k:adapt_weight(sd[v], own[k].shape[1]) if k in adapted else sd[v] for k,v in match.items()}, strict=False)
-    return WeightReport(fn, match, adapted, wrong, [k for k in own if k not in match and k not in wrong and not k.endswith('num_batches_tracked')], [k for k in sd if k not in used and _bare(k) not in odd], (len(got),len(enc)))
+    used = set(match.values())
+    odd = {_bare(k) for k in wrong}
+    model.load_state_dict({k:adapt_weight(sd[v], own[k].shape[1]) if k in adapted else sd[v] for k,v in match.items()},
+                          strict=False)
+    return WeightReport(fn, match, adapted, wrong,
+            [k for k in own if k not in match and k not in wrong and not k.endswith('num_batches_tracked')],
+            [k for k in sd if k not in used and _bare(k) not in odd], (len(got),len(enc)))
 
 # %% ../../nbs/models/06_weights.ipynb #21676cf0
 def odd_weights(
@@ -183,10 +208,12 @@ def check_finite(
 ):
     "Raise `InputError`, before anything is written, where weights or the optimizer's averages are not finite"
     odd = [f'the weights {k}' for k in odd_weights(model)]
-    if opt is not None and not all(t.isfinite().all() for t in _float_tensors(opt.state_dict())): odd.append("the optimizer's averages")
+    if opt is not None and not all(t.isfinite().all() for t in _float_tensors(opt.state_dict())):
+        odd.append("the optimizer's averages")
     if not odd: return
     more = f' and {len(odd)-1} more' if len(odd)>1 else ''
-    raise InputError(f"{fn}: not written, because NaN or infinity stands in {odd[0]}{more}: the training has diverged. What was saved before is as it was: load it (learn.load), or train anew at a lower rate")
+    raise InputError(f"{fn}: not written, because NaN or infinity stands in {odd[0]}{more}: the training has diverged. "
+                     f"What was saved before is as it was: load it (learn.load), or train anew at a lower rate")
 
 # %% ../../nbs/models/06_weights.ipynb #a27438ae
 def save_encoder(
@@ -196,7 +223,9 @@ def save_encoder(
     "Write the encoder of a network to a safetensors file, whole or not at all. Raises `InputError` where it has none, or where its weights are not finite"
     from safetensors.torch import save
     state = {k:v.detach().cpu().contiguous().clone() for k,(_,v) in _encoder_state(model).items()}
-    if not state: raise InputError(f"save_encoder: {type(model).__name__} has no part that is named as an encoder; expected one of our networks, or one of MONAI's")
+    if not state:
+        raise InputError(f"save_encoder: {type(model).__name__} has no part that is named as an encoder; expected one "
+                         f"of our networks, or one of MONAI's")
     check_finite(model, fn)
     meta = dict(what=_what(model), tensors=len(state), fastmed=__version__)
     with whole_file(fn) as tmp: tmp.write_bytes(save(state, {'fastmed_encoder':json.dumps(meta)}))
@@ -211,13 +240,21 @@ def load_encoder(
     if not Path(fn).is_file(): raise MissingFileError(f"{fn}: no such file of an encoder")
     try:
         with safe_open(fn, 'pt') as f: meta,sd = f.metadata() or {},{k:f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError, OSError, ValueError) as e: raise FileError(f"{fn}: expected a safetensors file of save_encoder ({str(e).splitlines()[0]}). Other weights are loaded by load_weights, or pretrained=") from e
-    if 'fastmed_encoder' not in meta: raise FileError(f"{fn}: expected a file of save_encoder; found safetensors without its line. Other weights are loaded by load_weights, or pretrained=")
+    except (SafetensorError, OSError, ValueError) as e:
+        raise FileError(f"{fn}: expected a safetensors file of save_encoder ({str(e).splitlines()[0]}). Other weights "
+                        f"are loaded by load_weights, or pretrained=") from e
+    if 'fastmed_encoder' not in meta:
+        raise FileError(f"{fn}: expected a file of save_encoder; found safetensors without its line. Other weights are "
+                        f"loaded by load_weights, or pretrained=")
     what,own = json.loads(meta['fastmed_encoder'])['what'],_encoder_state(model)
     a,b = {k:tuple(v.shape) for k,(_,v) in own.items()},{k:tuple(v.shape) for k,v in sd.items()}
     if a!=b:
-        odd = [f"{k}: {a.get(k, 'not in the network')} expected, {b.get(k, 'nothing')} found" for k in list(a|b) if a.get(k)!=b.get(k)]
-        raise InputError(f"{fn}: its encoder is another one: {what}; the network's is {_what(model)}. {'; '.join(odd[:3])}{f' (and {len(odd)-3} more)' if len(odd)>3 else ''}. Build the network with the arguments of the file")
+        odd = [f"{k}: {a.get(k, 'not in the network')} expected, {b.get(k, 'nothing')} found" for k in list(a|b)
+               if a.get(k)!=b.get(k)]
+        raise InputError(f"{fn}: its encoder is another one: {what}; the network's is {_what(model)}. "
+                         f"{'; '.join(odd[:3])}{f' (and {len(odd)-3} more)' if len(odd)>3 else ''}. Build the network "
+                         f"with "
+                         f"the arguments of the file")
     model.load_state_dict({k:sd[n] for n,(k,_) in own.items()}, strict=False)
     return what
 
@@ -227,13 +264,17 @@ class FrozenNorms(Callback):
     order = TrainEvalCallback.order+1
     def before_train(self):
         for m in self.model.modules():
-            if isinstance(m, _BatchNorm) and (ps:=list(m.parameters(recurse=False))) and not any(p.requires_grad for p in ps): m.eval()
+            if isinstance(m, _BatchNorm) and (ps:=list(m.parameters(recurse=False))) and not any(p.requires_grad
+                    for p in ps):
+                m.eval()
 
 class EncoderMixin:
     "What a Learner does with an encoder: save it, load it, tune it. Stands before `Learner` among the bases"
     pretrained,loaded = False,False      # how its weights began; whether trained ones were loaded since
 
-    def _encoder_file(self, file): return Path(join_path_file(str(file).removesuffix('.safetensors'), self.path/self.model_dir, ext='.safetensors'))
+    def _encoder_file(self, file):
+        return Path(join_path_file(str(file).removesuffix('.safetensors'), self.path/self.model_dir,
+                                   ext='.safetensors'))
 
     def save_encoder(self,
         file     # name below `path/model_dir`, or a whole path
@@ -258,7 +299,8 @@ class EncoderMixin:
     ):               # the Learner
         "fastai's `load`; `fine_tune` then freezes the encoder first, since it is no longer random"
         compiled = self.model
-        self.model = getattr(compiled, '_orig_mod', compiled)              # a compiled network puts a prefix before its names
+        # a compiled network puts a prefix before its names
+        self.model = getattr(compiled, '_orig_mod', compiled)
         try: super().load(file, device=device, **kwargs)
         finally: self.model = compiled
         if not hasattr(self, 'lr_finder'): self.loaded = True              # lr_find puts back what was there
@@ -266,13 +308,16 @@ class EncoderMixin:
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        if state.get('seen'): self.loaded = True                           # a Learner that was trained, exported and loaded
+        # a Learner that was trained, exported and loaded
+        if state.get('seen'):
+            self.loaded = True
 
     def freeze(self):
         "fastai's `freeze`, which says so where no encoder is found and nothing is frozen"
         super().freeze()
         if len(self.opt.param_lists)<2:
-            warn(f"freeze: no encoder is found in {_what(get_model(self.model))}, so nothing is frozen. Give splitter=, a function model → [encoder's parameters, the rest]")
+            warn(f"freeze: no encoder is found in {_what(get_model(self.model))}, so nothing is frozen. Give "
+                 f"splitter=, a function model → [encoder's parameters, the rest]")
 
     @delegates(Learner.fit_one_cycle)
     def fine_tune(self,
@@ -286,6 +331,10 @@ class EncoderMixin:
     ):
         "fastai's `fine_tune` where an encoder is pretrained or was loaded; else one-cycle training from the start, since a frozen random encoder wastes its epoch"
         if self.pretrained or self.loaded:
-            self.freeze(); self.fit_one_cycle(freeze_epochs, slice(base_lr), pct_start=.99, **kwargs)
-            self.unfreeze(); return self.fit_one_cycle(epochs, slice(base_lr/2/lr_mult, base_lr/2), pct_start=pct_start, div=div, **kwargs)
-        self.unfreeze(); self.fit_one_cycle(epochs, base_lr, pct_start=pct_start, div=div, **kwargs)
+            self.freeze()
+            self.fit_one_cycle(freeze_epochs, slice(base_lr), pct_start=.99, **kwargs)
+            self.unfreeze()
+            return self.fit_one_cycle(epochs, slice(base_lr/2/lr_mult, base_lr/2), pct_start=pct_start, div=div,
+                                      **kwargs)
+        self.unfreeze()
+        self.fit_one_cycle(epochs, base_lr, pct_start=pct_start, div=div, **kwargs)

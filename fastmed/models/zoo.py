@@ -16,7 +16,8 @@ from fastai.torch_core import params
 
 # %% ../../nbs/models/02_zoo.ipynb #290eb3b5
 def _layer(n_in, nf, drop):
-    return nn.Sequential(nn.BatchNorm3d(n_in), nn.ReLU(inplace=True), nn.Conv3d(n_in, nf, 3, padding=1, bias=False), nn.Dropout3d(drop))
+    return nn.Sequential(nn.BatchNorm3d(n_in), nn.ReLU(inplace=True), nn.Conv3d(n_in, nf, 3, padding=1, bias=False),
+                         nn.Dropout3d(drop))
 
 class _DenseBlock(nn.Module):
     def __init__(self, n_in, growth, layers, drop):
@@ -37,29 +38,36 @@ class DenseVoxelNet(nn.Module):
     ):
         super().__init__()
         self.n_in,self.n_out,self.ndim,self.divisor = n_in,n_out,3,(4,4,4)
-        a = 16+growth*layers; b = a+growth*layers
+        a = 16+growth*layers
+        b = a+growth*layers
         self.encoder = nn.Sequential(nn.Conv3d(n_in, 16, 3, 2, 1, bias=False), _DenseBlock(16, growth, layers, drop),
-                                     nn.BatchNorm3d(a), nn.ReLU(inplace=True), nn.Conv3d(a, a, 1, bias=False), nn.MaxPool3d(2),
-                                     _DenseBlock(a, growth, layers, drop), nn.BatchNorm3d(b), nn.ReLU(inplace=True), nn.Conv3d(b, b, 1, bias=False))
-        self.decoder = nn.Sequential(nn.ConvTranspose3d(b, 128, 2, 2), nn.ReLU(inplace=True), nn.ConvTranspose3d(128, 64, 2, 2), nn.ReLU(inplace=True))
+                                     nn.BatchNorm3d(a), nn.ReLU(inplace=True), nn.Conv3d(a, a, 1, bias=False),
+                                     nn.MaxPool3d(2),
+                                     _DenseBlock(a, growth, layers, drop), nn.BatchNorm3d(b), nn.ReLU(inplace=True),
+                                     nn.Conv3d(b, b, 1, bias=False))
+        self.decoder = nn.Sequential(nn.ConvTranspose3d(b, 128, 2, 2), nn.ReLU(inplace=True),
+                                     nn.ConvTranspose3d(128, 64, 2, 2), nn.ReLU(inplace=True))
         self.head = nn.Conv3d(64, n_out, 1)
     def forward(self,
         x:Tensor # (B,n_in,X,Y,Z), sizes multiples of 4
     )->Tensor:   # (B,n_out,X,Y,Z) logits
         "Raises `InputError` on another number of channels or axes, or a size that is no multiple of 4"
         if x.ndim!=5 or x.shape[1]!=self.n_in or any(n%4 for n in x.shape[2:]):
-            raise InputError(f"DenseVoxelNet: expected (B,{self.n_in},X,Y,Z) with sizes that are multiples of 4, found {tuple(x.shape)}")
+            raise InputError(f"DenseVoxelNet: expected (B,{self.n_in},X,Y,Z) with sizes that are multiples of 4, found "
+                             f"{tuple(x.shape)}")
         return self.head(self.decoder(self.encoder(x)))
 
 # %% ../../nbs/models/02_zoo.ipynb #aff74cc3
 _stats = ('mean','sd','max','p10','p25','p50','p75','p90')
 
-def _spread_stats(what, v): return {f'{what}, {k}':x for k,x in zip(_stats, (v.mean(), v.std(), v.max(), *np.quantile(v, (.1,.25,.5,.75,.9))))}
+def _spread_stats(what, v):
+    return {f'{what}, {k}':x for k,x in zip(_stats, (v.mean(), v.std(), v.max(), *np.quantile(v, (.1,.25,.5,.75,.9))))}
 
 def _slice_measures(s):
     "Of a slice (X,Y) bool: mean depth, mean depth of the ridge, share of its box that is filled, largest depth, pieces"
     from scipy.ndimage import distance_transform_edt, label, maximum_filter
-    at = np.argwhere(s); d = distance_transform_edt(np.pad(s, 1))[1:-1,1:-1]
+    at = np.argwhere(s)
+    d = distance_transform_edt(np.pad(s, 1))[1:-1,1:-1]
     return d[s].mean(), d[s&(d==maximum_filter(d, 3))].mean(), len(at)/np.prod(np.ptp(at, 0)+1), d.max(), label(s)[1]
 
 def shape_measures(
@@ -68,22 +76,36 @@ def shape_measures(
     "What the shape of a mask measures: size, spread, openings and closings by balls, roundness, and the same in the slices across each axis. Raises `InputError` on other than three axes"
     from scipy.ndimage import distance_transform_edt, gaussian_filter, minimum_filter1d
     m = np.asarray(mask, dtype=bool)
-    if m.ndim!=3: raise InputError(f"shape_measures: expected a mask (X,Y,Z), found {m.shape}. Give one structure at a time")
+    if m.ndim!=3:
+        raise InputError(f"shape_measures: expected a mask (X,Y,Z), found {m.shape}. Give one structure at a time")
     if not m.any(): return dict.fromkeys(shape_measures(np.ones((1,1,1))), 0.)
-    at = np.argwhere(m); v = len(at); m = np.pad(m[tuple(map(slice, at.min(0), at.max(0)+1))], 9)              # room for the balls
+    # room for the balls
+    at = np.argwhere(m)
+    v = len(at)
+    m = np.pad(m[tuple(map(slice, at.min(0), at.max(0)+1))], 9)
     depth,away = distance_transform_edt(m),distance_transform_edt(~m)
-    skin = (depth>0)&(depth<=1); blur = gaussian_filter(m.astype(np.float32), 1.5)[skin]; n = len(blur)
-    own = np.sqrt(np.linalg.eigvalsh(np.cov(at.T, bias=True)).clip(min=0))                                      # along its own axes
+    skin = (depth>0)&(depth<=1)
+    blur = gaussian_filter(m.astype(np.float32), 1.5)[skin]
+    n = len(blur)
+    # along its own axes
+    own = np.sqrt(np.linalg.eigvalsh(np.cov(at.T, bias=True)).clip(min=0))
     res = dict(volume=np.log(v), surface=np.log(n), thinness=n/v, compactness=n/v**(2/3))
-    for a in range(3): res |= {f'sd along axis {a}':at[:,a].std(), f'extent of axis {a}':np.ptp(at[:,a])+1, f'own axis {a}':own[a]}
-    for r in range(2, 9): res[f'opened by {r}'] = (distance_transform_edt(depth<=r)<=r)[m].sum()/v if depth.max()>r else 0.
+    for a in range(3):
+        res |= {f'sd along axis {a}':at[:,a].std(), f'extent of axis {a}':np.ptp(at[:,a])+1, f'own axis {a}':own[a]}
+    for r in range(2, 9):
+        res[f'opened by {r}'] = (distance_transform_edt(depth<=r)<=r)[m].sum()/v if depth.max()>r else 0.
     for r in (2,4,6): res[f'closed by {r}'] = (distance_transform_edt(away<=r)>r).sum()/v
-    res |= {'roundness, mean':blur.mean(), 'roundness, sd':blur.std(), **{f'roundness, p{int(q*100):02}':x for q,x in zip((.05,.25,.75,.95), np.quantile(blur, (.05,.25,.75,.95)))}}
+    res |= {'roundness, mean':blur.mean(), 'roundness, sd':blur.std(),
+            **{f'roundness, p{int(q*100):02}':x for q,
+               x in zip((.05,.25,.75,.95), np.quantile(blur, (.05,.25,.75,.95)))}}
     for a in range(3):
         inner,ridge,fill,thick,pieces = np.array([_slice_measures(s) for s in np.moveaxis(m, a, 0) if s.any()]).T
         for k,q in dict(depth=inner, ridge=ridge, fill=fill).items(): res |= _spread_stats(f'{k} across axis {a}', q)
-        res |= {f'pieces across axis {a}, mean':pieces.mean(), f'pieces across axis {a}, max':pieces.max(), f'thickest across axis {a}':thick.argmax()/len(thick)}
-        for k in (3,5): low = minimum_filter1d(thick, k); res |= {f'thick for {k} across axis {a}, max':low.max(), f'thick for {k} across axis {a}, mean':low.mean()}
+        res |= {f'pieces across axis {a}, mean':pieces.mean(), f'pieces across axis {a}, max':pieces.max(),
+                f'thickest across axis {a}':thick.argmax()/len(thick)}
+        for k in (3,5):
+            low = minimum_filter1d(thick, k)
+            res |= {f'thick for {k} across axis {a}, max':low.max(), f'thick for {k} across axis {a}, mean':low.mean()}
     return {k:float(x) for k,x in res.items()}
 
 # %% ../../nbs/models/02_zoo.ipynb #2d3a1486
@@ -96,10 +118,13 @@ class ShapeNet(nn.Module):
         ndim:int=3       # spatial axes: 3
     ):
         super().__init__()
-        if ndim!=3: raise InputError(f"ShapeNet: expected volumes, found ndim={ndim!r}. Use another network, or VolumeDataLoaders")
+        if ndim!=3:
+            raise InputError(
+                    f"ShapeNet: expected volumes, found ndim={ndim!r}. Use another network, or VolumeDataLoaders")
         n = n_in*len(shape_measures(np.ones((1,1,1))))
         self.norm,self.head = nn.BatchNorm1d(n, affine=False, momentum=None),nn.Linear(n, n_out)
-        nn.init.zeros_(self.head.weight); nn.init.zeros_(self.head.bias)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
         self.n_in,self.n_out,self.ndim,self.divisor,self.known = n_in,n_out,3,(1,1,1),{}
     def __getstate__(self): return {**self.__dict__, 'known':{}}
 
@@ -114,14 +139,22 @@ class ShapeNet(nn.Module):
         x:Tensor # (B,n_in,X,Y,Z), 0 to 1
     )->Tensor:   # (B,n_out) logits
         "Raises `InputError` on another number of channels or axes, or on values of no mask"
-        if x.ndim!=5 or x.shape[1]!=self.n_in: raise InputError(f"ShapeNet: expected (B,{self.n_in},X,Y,Z), found {tuple(x.shape)}")
-        x = x.detach().float().cpu(); low,high = float(x.min()),float(x.max())
-        if not (low>=-.01 and high<=1.01 and ((x>.1)&(x<.9)).float().mean()<.25): raise InputError(f"ShapeNet: expected masks of 0 and 1, a channel for each structure; found values from {low:.3g} to {high:.3g}. Say normalize='none' and batch_tfms=[] where DataLoaders are made, or use another network for grey scans")
-        v = torch.from_numpy(np.stack([np.concatenate([self._measures(m) for m in case]) for case in (x>.5).numpy()])).to(self.head.weight.device)
+        if x.ndim!=5 or x.shape[1]!=self.n_in:
+            raise InputError(f"ShapeNet: expected (B,{self.n_in},X,Y,Z), found {tuple(x.shape)}")
+        x = x.detach().float().cpu()
+        low,high = float(x.min()),float(x.max())
+        if not (low>=-.01 and high<=1.01 and ((x>.1)&(x<.9)).float().mean()<.25):
+            raise InputError(f"ShapeNet: expected masks of 0 and 1, a channel for each structure; found values from "
+                             f"{low:.3g} to {high:.3g}. Say normalize='none' and batch_tfms=[] where DataLoaders are "
+                             f"made, or "
+                             f"use another network for grey scans")
+        v = torch.from_numpy(np.stack([np.concatenate([self._measures(m) for m in case])
+                                       for case in (x>.5).numpy()])).to(self.head.weight.device)
         with torch.autocast(v.device.type, enabled=False): return self.head(self.norm(v).clamp(-5, 5))
 
 # %% ../../nbs/models/02_zoo.ipynb #bd299753
-ENCODER_NAMES = ('encoder','enc','backbone','stem','swinvit','vit','convinit','conv_init','down','in_tr','input_block','bottleneck','conv_0','conv_1_0','conv_2_0','conv_3_0','conv_4_0','bottom')
+ENCODER_NAMES = ('encoder','enc','backbone','stem','swinvit','vit','convinit','conv_init','down','in_tr','input_block',
+                 'bottleneck','conv_0','conv_1_0','conv_2_0','conv_3_0','conv_4_0','bottom')
 
 # %% ../../nbs/models/02_zoo.ipynb #8e0b48e9
 def param_splitter(
@@ -129,7 +162,8 @@ def param_splitter(
 )->list:            # [encoder's parameters, the rest], or one list where no encoder is found
     "Splitter for a fastai Learner: encoder first, everything else after."
     top = getattr(model, 'model', model) if isinstance(model, MonaiNet) else model
-    enc = [c for n,c in top.named_children() if n.lower().startswith(ENCODER_NAMES)] or [m for n,m in model.named_modules() if n.endswith('.encoder')][:1]
+    enc = [c for n,c in top.named_children() if n.lower().startswith(ENCODER_NAMES)] or [m for n,
+            m in model.named_modules() if n.endswith('.encoder')][:1]
     ids = {id(p) for m in enc for p in m.parameters()}
     first,rest = [p for p in params(model) if id(p) in ids],[p for p in params(model) if id(p) not in ids]
     return [first,rest] if first and rest else [params(model)]
@@ -151,7 +185,9 @@ def refuse_unknown(
     "Raises `ArgumentError` on an argument that a network does not have, with the one that is close"
     if bad:=[k for k in kwargs if k not in accepted]:
         near = difflib.get_close_matches(bad[0], accepted, 1)
-        raise ArgumentError(f"{name} has no argument {', '.join(map(repr, bad))}{f' (did you mean {near[0]!r}?)' if near else ''}; it takes {', '.join(accepted)}")
+        raise ArgumentError(f"{name} has no argument "
+                            f"{', '.join(map(repr, bad))}{f' (did you mean {near[0]!r}?)' if near else ''}; it takes "
+                            f"{', '.join(accepted)}")
 
 # %% ../../nbs/models/02_zoo.ipynb #95c66e2b
 _monai_unets = ('AttentionUnet','BasicUNet','BasicUNetPlusPlus','DynUNet','FlexibleUNet','HighResNet','MedNeXt',
@@ -178,7 +214,8 @@ def _fill_arguments(name, ps, n_in, n_out, ndim, patch, kwargs):
         n = len(kwargs['channels']) if 'channels' in kwargs else n
         want |= dict(channels=tuple(16*2**i for i in range(n)), strides=(2,)*(n-1))
     elif name=='FlexibleUNet': want |= dict(backbone='efficientnet-b0')
-    for k,d in (('img_size', 32 if name=='SwinUNETR' else 16),('input_image_size', 2**(len(kwargs.get('blocks_down', (1,)*4))-1))):
+    for k,d in (('img_size', 32 if name=='SwinUNETR' else 16),
+            ('input_image_size', 2**(len(kwargs.get('blocks_down', (1,)*4))-1))):
         if k in ps and k not in kwargs:
             if patch is None: raise InputError(f"{name} is built for one size: give `patch`, {ndim} voxel counts")
             want[k] = _up(patch, (d,)*ndim)
@@ -208,11 +245,13 @@ class MonaiNet(nn.Module):
     ):           # (B,n_out,*S) logits; a list of such with a network's own deep supervision, while training
         "Pads, runs, crops."
         if x.ndim!=self.ndim+2 or x.shape[1]!=self.n_in:
-            raise InputError(f"{type(self.model).__name__}: expected (B,{self.n_in},{','.join('XYZ'[:self.ndim])}), found {tuple(x.shape)}")
+            raise InputError(f"{type(self.model).__name__}: expected (B,{self.n_in},{','.join('XYZ'[:self.ndim])}), "
+                             f"found {tuple(x.shape)}")
         s = x.shape[2:]
         to = self.size or _up(s, self.divisor)
         if any(n>t for n,t in zip(s, to)):
-            raise InputError(f"{type(self.model).__name__} was built for {size_text(to)} voxels, found {size_text(s)}; create it with that patch")
+            raise InputError(f"{type(self.model).__name__} was built for {size_text(to)} voxels, found {size_text(s)}; "
+                             f"create it with that patch")
         grown = tuple(to)!=tuple(s)
         if grown: x = F.pad(x, [p for n,t in zip(reversed(s), reversed(to)) for p in (0,t-n)], mode='replicate')
         out = self.model(x)
@@ -220,7 +259,9 @@ class MonaiNet(nn.Module):
         if isinstance(out, (list,tuple)):
             full = [o for o in out if isinstance(o, Tensor) and o.ndim==x.ndim]
             if not (self.training and len(full)>1): out = full[-1] if len({o.shape for o in full})==1 else full[0]
-            elif grown: raise InputError(f"deep supervision of {type(self.model).__name__}: size {size_text(s)} does not fit, use {size_text(to)}")
+            elif grown:
+                raise InputError(f"deep supervision of {type(self.model).__name__}: size {size_text(s)} does not fit, "
+                                 f"use {size_text(to)}")
             else: return full
         return out[(...,*(slice(n) for n in s))] if grown else out
 
@@ -235,7 +276,8 @@ def _divisor_probe(model, n_in, ndim):
             except (RuntimeError, ValueError, AssertionError, IndexError): continue
             out = out[0] if isinstance(out, (list,tuple)) else out
             if out.shape[2:]==(n,)*ndim: return (d,)*ndim
-    raise InputError(f"{type(model).__name__}: found no input size up to 64 whose multiples it takes; give its `divisor` attribute, one int an axis")
+    raise InputError(f"{type(model).__name__}: found no input size up to 64 whose multiples it takes; give its "
+                     f"`divisor` attribute, one int an axis")
 
 def _monai_divisor(model, n_in, ndim):
     "What is known of MONAI's networks; tried out for the others."
@@ -262,8 +304,11 @@ def model_divisor(
     if d:=getattr(model, 'divisor', None): return tuple(d)
     c = next((m for m in model.modules() if isinstance(m, CONVS+TRANSPOSED_CONVS)), None)
     if c is not None: ndim,n_in = len(c.kernel_size),c.in_channels
-    elif not ndim or not n_in: raise InputError(f"{type(model).__name__} has no convolution to tell its axes from; give it a `divisor` attribute, one int an axis")
-    return _monai_divisor(model, n_in, ndim) if type(model).__module__.startswith('monai.') else _divisor_probe(model, n_in, ndim)
+    elif not ndim or not n_in:
+        raise InputError(f"{type(model).__name__} has no convolution to tell its axes from; give it a `divisor` "
+                         f"attribute, one int an axis")
+    return _monai_divisor(model, n_in, ndim) if type(model).__module__.startswith('monai.') else _divisor_probe(model,
+            n_in, ndim)
 
 # %% ../../nbs/models/02_zoo.ipynb #3970e1df
 def create_model(
@@ -277,23 +322,29 @@ def create_model(
     "A network from a callable or a name. Raises `TypeError` on an argument it does not have, `ValueError` on an unknown name or a patch that does not fit."
     if patch is not None: patch = per_axis(patch, ndim, 'patch')
     name = arch if isinstance(arch, str) else getattr(arch, '__name__', type(arch).__name__)
-    if isinstance(arch, str): arch = dict(UNet=UNet, unet_cicek=unet_cicek, DenseVoxelNet=DenseVoxelNet).get(arch) or _from_monai(arch)
+    if isinstance(arch, str):
+        arch = dict(UNet=UNet, unet_cicek=unet_cicek, DenseVoxelNet=DenseVoxelNet).get(arch) or _from_monai(arch)
     try: sig = inspect.signature(arch).parameters
     except (TypeError, ValueError): sig = {}
     if 'in_channels' in sig and 'out_channels' in sig:
         return _make_monai(arch, sig, n_in, n_out, ndim, patch, kwargs)
     own = [k for k,p in sig.items() if p.kind in (p.KEYWORD_ONLY,p.POSITIONAL_OR_KEYWORD)][2:]
-    if sig and not any(p.kind==p.VAR_KEYWORD for p in sig.values()): refuse_unknown(name, kwargs, [k for k in own if k!='ndim'])
+    if sig and not any(p.kind==p.VAR_KEYWORD for p in sig.values()):
+        refuse_unknown(name, kwargs, [k for k in own if k!='ndim'])
     if 'ndim' in kwargs: raise ArgumentError(f"{name}: `ndim` follows from the data")
     if 'ndim' in own: kwargs['ndim'] = ndim
-    elif arch in (unet_cicek, DenseVoxelNet) and ndim!=3: raise InputError(f"{name} is a network for volumes (ndim=3), found ndim={ndim}; use UNet")
+    elif arch in (unet_cicek, DenseVoxelNet) and ndim!=3:
+        raise InputError(f"{name} is a network for volumes (ndim=3), found ndim={ndim}; use UNet")
     model = arch(n_in, n_out, **kwargs)
     if not any(isinstance(m, CONVS+TRANSPOSED_CONVS) for m in model.modules()) and not hasattr(model, 'divisor'):
         try: model.n_in,model.divisor = n_in,model_divisor(model, ndim, n_in)
-        except InputError: model.n_in,model.divisor,model.size = n_in,patch,patch           # it takes the patch and no other size
+        except InputError:
+            # it takes the patch and no other size
+            model.n_in,model.divisor,model.size = n_in,patch,patch
     if patch and isinstance(model, (UShape, DenseVoxelNet)) and any(n%d for n,d in zip(patch, model.divisor)):
         up = [-(-n//d)*d for n,d in zip(patch, model.divisor)]
-        raise InputError(f"{name}: patch {size_text(patch)} is no multiple of the total stride {size_text(model.divisor)}; use {size_text(up)}, or fewer levels")
+        raise InputError(f"{name}: patch {size_text(patch)} is no multiple of the total stride "
+                         f"{size_text(model.divisor)}; use {size_text(up)}, or fewer levels")
     return model
 
 def _from_monai(name):
@@ -302,7 +353,9 @@ def _from_monai(name):
     ps = inspect.signature(found).parameters if inspect.isclass(found) else {}
     if 'in_channels' in ps and 'out_channels' in ps: return found
     near = difflib.get_close_matches(name.lower(), low:={n.lower():n for n in model_names()}, 3, .5)
-    raise InputError(f"no network is named {name!r}; {'close: '+', '.join(low[n] for n in near)+'; ' if near else ''}there are {', '.join(model_names())}")
+    raise InputError(f"no network is named {name!r}; "
+                     f"{'close: '+', '.join(low[n] for n in near)+'; ' if near else ''}there are "
+                     f"{', '.join(model_names())}")
 
 def _make_monai(cls, sig, n_in, n_out, ndim, patch, kwargs):
     name,auto = cls.__name__,('in_channels','out_channels','spatial_dims')

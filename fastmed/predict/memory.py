@@ -21,7 +21,9 @@ def free_memory(
 )->float:       # bytes; infinite where the system does not say
     "Memory that can still be taken on a device: of a GPU, or of this computer within the limits set to this process"
     device = torch.device(ifnone(device, default_device()))
-    if device.type=='cuda': return float(torch.cuda.mem_get_info(device)[0]+torch.cuda.memory_reserved(device)-torch.cuda.memory_allocated(device))
+    if device.type=='cuda':
+        return float(torch.cuda.mem_get_info(device)[0]+torch.cuda.memory_reserved(device)
+                     -torch.cuda.memory_allocated(device))
     left = memory_left(math.inf)
     if left<math.inf: return float(left)
     try: return float(os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES'))                 # no more than there is
@@ -31,7 +33,8 @@ def free_memory(
 def _held_bytes(model, x, y, loss):
     "(bytes that autograd keeps, the largest of them, bytes of weights in another precision) of a forward pass in training; the model is left as it was"
     own = {t.untyped_storage()._cdata for t in [*model.parameters(),*model.buffers()]}
-    shapes,kept,states,training = {tuple(p.shape) for p in model.parameters()},{},{k:v.clone() for k,v in model.named_buffers()},[(m,m.training) for m in model.modules()]
+    shapes,kept,states,training = {tuple(p.shape) for p in model.parameters()},{},{k:v.clone() for k,
+            v in model.named_buffers()},[(m,m.training) for m in model.modules()]
     def pack(t):
         s = t.untyped_storage()
         if s._cdata not in own: kept[s._cdata] = (s, s.nbytes(), tuple(t.shape) in shapes)
@@ -52,23 +55,33 @@ def memory_parts(
     learn,      # Learner, or a network alone
     patch=None, # voxels, one number an axis; default: the Learner's
     bs:int=None # patches in a batch; default: the Learner's
-)->dict:        # bytes of weights, gradients, optimizer, activations, passing; and `a_patch`, what one more patch in the batch costs
+# bytes of weights, gradients, optimizer, activations, passing; and `a_patch`, what one more patch in the batch costs
+)->dict:
     "What a training step holds, part by part. Raises `ValueError` where there is no patch to count by"
     model,dls = getattr(learn, 'model', learn),getattr(learn, 'dls', None)
     if dls is not None and (patch is None or bs is None):
-        plan = get_plan(dls); patch,bs = ifnone(patch, [p for p in plan.patch if plan.ndim==3 or p>1]),ifnone(bs, dls.train.bs)
+        plan = get_plan(dls)
+        patch,bs = ifnone(patch, [p for p in plan.patch if plan.ndim==3 or p>1]),ifnone(bs, dls.train.bs)
     if patch is None: raise InputError("memory_parts: a network alone has no patch. Give patch=(…) and bs=")
     bs,d,c = ifnone(bs, 1),model_divisor(model),first(m for m in model.modules() if isinstance(m, _ConvNd))
     if len(patch)!=len(d): raise InputError(f"patch: expected {len(d)} sizes; found {tuple(patch)}")
-    size = o if isinstance(o:=getattr(model, 'size', None), (tuple,list)) else None                # networks that take one size alone
+    # networks that take one size alone
+    size = o if isinstance(o:=getattr(model, 'size', None), (tuple,list)) else None
     full = size or [-(-p//k)*k for p,k in zip(patch, d)]
     part = full if size else [min(p, 3*k if k>1 else 32) for p,k in zip(full, d)]
-    n_in = getattr(model, 'n_in', c.in_channels); p = next(model.parameters()); amp = getattr(learn, 'mixed_precision', None)
+    n_in = getattr(model, 'n_in', c.in_channels)
+    p = next(model.parameters())
+    amp = getattr(learn, 'mixed_precision', None)
     x,y = torch.zeros(1, n_in, *part, device=p.device),torch.zeros(1, *part, dtype=torch.long, device=p.device)
-    with torch.autocast(p.device.type, torch.float16) if amp is not None else contextlib.nullcontext(): acts,big,cast = _held_bytes(model, x, y, getattr(learn, 'loss_func', None))
+    with torch.autocast(p.device.type, torch.float16) if amp is not None else contextlib.nullcontext():
+        acts,big,cast = _held_bytes(model, x, y, getattr(learn, 'loss_func', None))
     more,own = math.prod(full)/math.prod(part),[p for p in model.parameters()]
-    train = sum(p.nbytes for p in own if p.requires_grad); a_patch = acts*more+math.prod(full)*(4*n_in+8); through = 2.5*big*more
-    return {k:int(v) for k,v in dict(weights=sum(p.nbytes for p in own), gradients=train, optimizer=2*train, activations=bs*a_patch+cast, passing=bs*through+2**27, a_patch=a_patch+through).items()}
+    train = sum(p.nbytes for p in own if p.requires_grad)
+    a_patch = acts*more+math.prod(full)*(4*n_in+8)
+    through = 2.5*big*more
+    return {k:int(v) for k,v in dict(weights=sum(p.nbytes for p in own), gradients=train, optimizer=2*train,
+                                     activations=bs*a_patch+cast, passing=bs*through+2**27,
+                                     a_patch=a_patch+through).items()}
 
 def memory_estimate(
     learn,      # Learner, or a network alone
@@ -83,24 +96,29 @@ def _needs(learn, patch=None, bs=None):
     "(fixed bytes, bytes a patch) that a fit will still take: what the Learner holds already is left out"
     d = memory_parts(learn, patch, bs or 1)
     held = sum(p.grad.nbytes for p in learn.model.parameters() if p.grad is not None)
-    if getattr(learn, 'opt', None) is not None: held += sum(v.nbytes for s in learn.opt.state.values() for v in s.values() if isinstance(v, Tensor))
+    if getattr(learn, 'opt', None) is not None:
+        held += sum(v.nbytes for s in learn.opt.state.values() for v in s.values() if isinstance(v, Tensor))
     return max(0, d['gradients']+d['optimizer']-held)+d['activations']+d['passing']-(bs or 1)*d['a_patch'], d['a_patch']
 
 def _smaller(learn, free):
     "The longest axis of the patch halved until one fits; None where none does"
-    plan = get_plan(learn.dls); p,d = [o for o in plan.patch if plan.ndim==3 or o>1],model_divisor(learn.model)
+    plan = get_plan(learn.dls)
+    p,d = [o for o in plan.patch if plan.ndim==3 or o>1],model_divisor(learn.model)
     least = [2*k if k>1 else 8 for k in d]
     while any(n>m for n,m in zip(p, least)):
-        a = max(range(len(p)), key=lambda i: (p[i]>least[i], p[i])); p[a] = max(least[a], p[a]//2//d[a]*d[a])
+        a = max(range(len(p)), key=lambda i: (p[i]>least[i], p[i]))
+        p[a] = max(least[a], p[a]//2//d[a]*d[a])
         fixed,each = _needs(learn, p)
         if fixed+each<=free: return tuple(p)
 
 def _memory_advice(learn, free, most=math.inf):
     "What would fit into `free` bytes, in words; of batches fewer than `most`"
-    fixed,each = _needs(learn); n = int(min(most-1, (free-fixed)//each))
+    fixed,each = _needs(learn)
+    n = int(min(most-1, (free-fixed)//each))
     if n>=1: return f"A batch of {n} fits: bs={n}"
     p = _smaller(learn, free)
-    return f"No batch fits; patches of {'×'.join(map(str, p))} would: patch={p}, bs=1" if p else "Not even a small patch fits: take fewer features (nf=), or a machine with more memory"
+    return (f"No batch fits; patches of {'×'.join(map(str, p))} would: patch={p}, bs=1" if p
+            else "Not even a small patch fits: take fewer features (nf=), or a machine with more memory")
 
 class MemoryCallback(Callback):
     "Compare what a fit will take with what is free before it begins. Raises `ResourceError` with both numbers and the batch that fits; a network whose memory cannot be counted is let through"
@@ -108,15 +126,23 @@ class MemoryCallback(Callback):
     def __init__(self,
         memory_gb:float=None # most that a fit may take beside what is held already; default: what is free
     ):
-        if memory_gb is not None and not memory_gb>0: raise InputError(f"MemoryCallback: expected memory_gb above 0; found {memory_gb}")
+        if memory_gb is not None and not memory_gb>0:
+            raise InputError(f"MemoryCallback: expected memory_gb above 0; found {memory_gb}")
         self.memory_gb = memory_gb
     def before_fit(self):
         if hasattr(self.learn, 'gather_preds'): return
-        device = next(self.learn.model.parameters()).device; free = free_memory(device) if self.memory_gb is None else self.memory_gb*1e9; bs = self.dls.train.bs
-        try: fixed,each = _needs(self.learn); need = fixed+bs*each
+        device = next(self.learn.model.parameters()).device
+        free = free_memory(device) if self.memory_gb is None else self.memory_gb*1e9
+        bs = self.dls.train.bs
+        try:
+            fixed,each = _needs(self.learn)
+            need = fixed+bs*each
         except Exception: return
         if need<=.8*free: return
-        plan = get_plan(self.dls); what = f"training on {'the GPU' if device.type=='cuda' else 'this computer'} takes about {need/1e9:.3g} GB more (a batch of {bs} patches of {'×'.join(str(p) for p in plan.patch)}); {free/1e9:.3g} GB are {'free' if self.memory_gb is None else 'allowed'}"
+        plan = get_plan(self.dls)
+        what = (f"training on {'the GPU' if device.type=='cuda' else 'this computer'} takes about {need/1e9:.3g} GB "
+                f"more (a batch of {bs} patches of {'×'.join(str(p) for p in plan.patch)}); {free/1e9:.3g} GB are "
+                f"{'free' if self.memory_gb is None else 'allowed'}")
         if need<=1.25*free: return warn(f"This may not fit: {what}. {_memory_advice(self.learn, .8*free, bs)}")
         raise ResourceError(f"{what[0].upper()+what[1:]}. {_memory_advice(self.learn, .8*free)}")
 
@@ -124,7 +150,9 @@ def is_out_of_memory(
     e    # exception
 )->bool: # True for PyTorch's and Python's own
     "Whether an exception says that there is no memory left"
-    return isinstance(e, (torch.OutOfMemoryError,MemoryError)) or isinstance(e, RuntimeError) and re.search("out of memory|can't allocate memory|not enough memory|bad_alloc", str(e)) is not None
+    return isinstance(e, (torch.OutOfMemoryError,MemoryError)) or isinstance(e,
+            RuntimeError) and re.search("out of memory|can't allocate memory|not enough memory|bad_alloc",
+                                        str(e)) is not None
 
 def _first_line(e): return (str(e).splitlines() or [type(e).__name__])[0][:150]
 
@@ -135,14 +163,21 @@ def memory_explained(
     "A lack of memory becomes a `ResourceError` that names the batch that would fit; the tensors of the failed step are given back"
     try: yield
     except FastmedError as e:
-        e.args = (re.sub(r'^(Exception occured in `\w+` when calling event `\w+`:\s*)+', '', str(e)),); raise      # which callback said it is of no use to who reads it
+        # which callback said it is of no use to who reads it
+        e.args = (re.sub(r'^(Exception occured in `\w+` when calling event `\w+`:\s*)+', '', str(e)),)
+        raise
     except (MemoryError,RuntimeError) as e:
         if not is_out_of_memory(e): raise
-        traceback.clear_frames(e.__traceback__); learn.xb,learn.yb,learn.pred,learn.loss = (),(),None,None
+        traceback.clear_frames(e.__traceback__)
+        learn.xb,learn.yb,learn.pred,learn.loss = (),(),None,None
         if (cuda:=next(learn.model.parameters()).is_cuda): torch.cuda.empty_cache()
-        try: bs,free = learn.dls.train.bs,free_memory(next(learn.model.parameters()).device); say = f" with a batch of {bs}. {_memory_advice(learn, .8*free, max(2, bs//2+1)) if bs>1 else _memory_advice(learn, .8*free)}"
+        try:
+            bs,free = learn.dls.train.bs,free_memory(next(learn.model.parameters()).device)
+            say = (f" with a batch of {bs}. "
+                   f"{_memory_advice(learn, .8*free, max(2, bs//2+1)) if bs>1 else _memory_advice(learn, .8*free)}")
         except Exception: say = ". Take a smaller batch (bs=) or patch"
-        raise ResourceError(f"The memory of {'the GPU' if cuda else 'this computer'} ran out while training{say} ({_first_line(e)})") from e
+        raise ResourceError(f"The memory of {'the GPU' if cuda else 'this computer'} ran out while training{say} "
+                            f"({_first_line(e)})") from e
 
 @contextlib.contextmanager
 def prediction_explained(
@@ -155,7 +190,9 @@ def prediction_explained(
         if not is_out_of_memory(e): raise
         traceback.clear_frames(e.__traceback__)
         if gpu:=isinstance(e, torch.OutOfMemoryError): torch.cuda.empty_cache()
-        raise ResourceError(f"{fn}: the memory of {'the GPU' if gpu else 'this computer'} ran out while predicting ({_first_line(e)}). {'Take the network to the CPU, learn.model.cpu(), or crop the scan' if gpu else 'Crop the scan, or use a machine with more memory'}") from e
+        raise ResourceError(f"{fn}: the memory of {'the GPU' if gpu else 'this computer'} ran out while predicting "
+                            f"({_first_line(e)}). "
+                            f"{'Take the network to the CPU, learn.model.cpu(), or crop the scan' if gpu else 'Crop the scan, or use a machine with more memory'}") from e
 
 # %% ../../nbs/predict/02_memory.ipynb #03739a01
 def prediction_bytes(
@@ -167,7 +204,8 @@ def prediction_bytes(
     planes:int=64     # of the network's grid that are in work at a time
 )->int:               # bytes
     "Most memory that the prediction of a loaded scan takes, window and scan left out"
-    V,G = (math.prod(int(o) for o in s) for s in (shape, grid)); n,moved = max(2, n_out),sorted(shape)!=sorted(grid)
+    V,G = (math.prod(int(o) for o in s) for s in (shape, grid))
+    n,moved = max(2, n_out),sorted(shape)!=sorted(grid)
     room = min(planes, max(grid))/max(grid)*G
     prepare = 4*V+12*channels*G
     slide = 4*channels*G+G+4*n_out*room+(2*n*G+4*room if proba else 0)
@@ -183,11 +221,15 @@ def check_prediction(
 ):
     "Raises `ResourceError`, with the numbers, where a scan's prediction cannot fit into the memory that is free"
     many = hasattr(learn, '_answer_together')
-    pre,n = (learn.about[0].pre,len(learn.vocab)) if many else (get_preprocess(learn.dls),getattr(learn, 'n_out', None) or len(get_preprocess(learn.dls).vocab))
-    grid = pre.grid(t.shape[1:], t.affine)[0]; fn = (getattr(t, 'meta', None) or {}).get('fn', 'this scan')
+    pre,n = (learn.about[0].pre,len(learn.vocab)) if many else (get_preprocess(learn.dls),getattr(learn, 'n_out', None)
+            or len(get_preprocess(learn.dls).vocab))
+    grid = pre.grid(t.shape[1:], t.affine)[0]
+    fn = (getattr(t, 'meta', None) or {}).get('fn', 'this scan')
     several = axes is not None and not many                # an ensemble keeps its mean in a file where it is large
     need,free = prediction_bytes(t.shape[0], t.shape[1:], grid, n, proba or several),free_memory('cpu')
     if need<=1.4*free: return
     less = prediction_bytes(t.shape[0], t.shape[1:], grid, n)
-    raise ResourceError(f"{fn}: {'×'.join(map(str, t.shape[1:]))} voxels become {'×'.join(map(str, grid))} at the network's spacing; {n} classes{' with probabilities' if proba or several else ''} take about {need/1e9:.3g} GB, and {free/1e9:.3g} GB are free. "
+    raise ResourceError(f"{fn}: {'×'.join(map(str, t.shape[1:]))} voxels become {'×'.join(map(str, grid))} at the "
+                        f"network's spacing; {n} classes{' with probabilities' if proba or several else ''} take about "
+                        f"{need/1e9:.3g} GB, and {free/1e9:.3g} GB are free. "
                         f"{'The mask alone would fit: leave proba out. ' if proba and not several and less<=free else ''}Crop the scan, or use a machine with more memory")

@@ -51,7 +51,9 @@ def _window_input(x, corner, plan, patch, view, spacing):
     "One window of `x` (C,X,Y,Z) as the network sees it"
     k = plan.get('context', 0) if plan.ndim==2 else 0
     corner,size = list(corner),list(patch)
-    if k: corner[plan.axis] -= k; size[plan.axis] += 2*k
+    if k:
+        corner[plan.axis] -= k
+        size[plan.axis] += 2*k
     wide = view.extent(size, spacing)
     w = look_through(cut(x, [c-(b-n)//2 for c,b,n in zip(corner, wide, size)], wide)[None], view, size, spacing)[0]
     return w.movedim(plan.axis+1, 1).flatten(0,1) if plan.ndim==2 else w
@@ -59,8 +61,11 @@ def _window_input(x, corner, plan, patch, view, spacing):
 def _why_nan(name, x):
     "What to say where a network answers NaN to the pre-processed scan `x` (C,X,Y,Z)"
     far = float(x.abs().max())
-    if math.isfinite(far) and far<1e6: return f"{name}: the network answers NaN. Its training diverged, or its weights are not whole: train again at a lower rate"
-    return f"{name}: the network answers NaN to a scan whose values, pre-processed, reach {far:.3g}; networks expect a few units. Repair the scan, or choose another normalize"
+    if math.isfinite(far) and far<1e6:
+        return (f"{name}: the network answers NaN. Its training diverged, or its weights are not whole: train again at "
+                f"a lower rate")
+    return (f"{name}: the network answers NaN to a scan whose values, pre-processed, reach {far:.3g}; networks expect "
+            f"a few units. Repair the scan, or choose another normalize")
 
 def slide_window(
     x:Tensor,            # (C,X,Y,Z) float32, pre-processed
@@ -74,7 +79,9 @@ def slide_window(
     divisor=(1,1,1),     # what the network needs a window's sides to be multiples of
     device=None,         # where the network is
     progress:bool=True,  # a bar, where there are many windows
-    sink=None            # called with the probabilities of planes as they are finished: (n,k,*rest) float32, their axis, the first one, the one after the last
+    # called with the probabilities of planes as they are finished: (n,k,*rest) float32, their axis, the first one, the
+    # one after the last
+    sink=None
 )->tuple:                # labels (X,Y,Z) uint8 (int16 above 256 classes), and probabilities (n,X,Y,Z) float16 or None
     "Labels of a whole volume from overlapping windows, holding the logits of a few planes at a time"
     name = (getattr(x, 'meta', None) or {}).get('fn', 'this scan')
@@ -96,9 +103,11 @@ def slide_window(
     rest = [shape[a] for a in order[1:]]
     jobs = [(c,v) for c in corners for v in views]
     batches = [jobs[i:i+bs] for i in range(0, len(jobs), bs)]
-    room = max(min(shape[main], b[-1][0][main]+patch[main])-max(0, b[0][0][main]) for b in batches)   # planes in work at a time
+    # planes in work at a time
+    room = max(min(shape[main], b[-1][0][main]+patch[main])-max(0, b[0][0][main]) for b in batches)
     acc,base,wsum = None,0,torch.zeros((room if keep else 0, *rest), device=device)
-    few = max(1, 2**16//max(1, n_out*rest[0]*rest[1]))                     # planes whose probabilities are worked out at a time
+    # planes whose probabilities are worked out at a time
+    few = max(1, 2**16//max(1, n_out*rest[0]*rest[1]))
 
     def finish(upto):
         "Write the planes before `upto`; those after it move to the front"
@@ -110,7 +119,9 @@ def slide_window(
         if best.isnan().any(): raise InputError(_why_nan(name, x))
         lm[base:upto] = (where if n_out>1 else a[0]>0).to(dt).cpu()
         for i in range(0, k, few) if keep else ():
-            j = min(k, i+few); p = a[:,i:j].div_(wsum[i:j]).float()                # in place: these planes are done
+            # in place: these planes are done
+            j = min(k, i+few)
+            p = a[:,i:j].div_(wsum[i:j]).float()
             p = (p.softmax(0) if n_out>1 else torch.cat([1-p.sigmoid(), p.sigmoid()])).cpu()
             if proba: pm[:,base+i:base+j] = p.half()
             if sink is not None: sink(p, main, base+i, base+j)
@@ -125,11 +136,15 @@ def slide_window(
             finish(max(0, b[0][0][main]))
             out = forward(torch.stack([_window_input(x, c, plan, patch, v, spacing) for c,v in b]).to(device))
             if isinstance(out, (list,tuple)): out = out[0]
-            if acc is None:                       # laid out in memory as the network's answer is, or adding to it takes three times as long
-                acc = torch.zeros((room,*rest,n_out), device=device).movedim(-1,0) if out.stride(1)==1 else torch.zeros((n_out,room,*rest), device=device)
+            # laid out in memory as the network's answer is, or adding to it takes three times as long
+            if acc is None:
+                acc = torch.zeros((room,*rest,n_out), device=device).movedim(-1,
+                        0) if out.stride(1)==1 else torch.zeros((n_out,room,*rest), device=device)
             for o,(c,v) in zip(out, b):
                 if plan.ndim==2: o = o.unsqueeze(plan.axis+1)
-                o,shown = look_back(o[None], v, spacing); o = o[0]                 # already times what was shown of each voxel
+                # already times what was shown of each voxel
+                o,shown = look_back(o[None], v, spacing)
+                o = o[0]
                 src = [slice(max(0,-c[a]), min(patch[a], shape[a]-c[a])) for a in range(3)]
                 dst = [slice(max(0,c[a]), min(shape[a], c[a]+patch[a])) for a in order]
                 dst[0] = slice(dst[0].start-base, dst[0].stop-base)
@@ -144,18 +159,25 @@ def _post(mask, structures, fn, name):
     "Run `fn(bool array) -> bool array` on the box of each structure; returns the same kind, dtype and metadata as `mask`"
     from scipy.ndimage import find_objects
     m = mask.detach().cpu().as_subclass(Tensor).numpy() if isinstance(mask, Tensor) else np.asarray(mask)
-    if m.dtype.kind not in 'biu': raise ArgumentError(f"{name}: expected a mask of class ids (integer), found {m.dtype}")
-    res = m.copy(); boxes = find_objects(m.astype(np.int32))
+    if m.dtype.kind not in 'biu':
+        raise ArgumentError(f"{name}: expected a mask of class ids (integer), found {m.dtype}")
+    res = m.copy()
+    boxes = find_objects(m.astype(np.int32))
     if structures is None: ks = [k for k,b in enumerate(boxes, 1) if b is not None]
     else: ks = [int(k) for k in ([structures] if isinstance(structures, int) else structures)]
-    if bad:=[k for k in ks if k<1]: raise InputError(f"{name}: expected structures as class ids of 1 or more, found {bad}")
+    if bad:=[k for k in ks if k<1]:
+        raise InputError(f"{name}: expected structures as class ids of 1 or more, found {bad}")
     for k in ks:
         if k>len(boxes) or boxes[k-1] is None: continue
-        box = boxes[k-1]; was = m[box]==k; now = fn(was); r = res[box]
+        box = boxes[k-1]
+        was = m[box]==k
+        now = fn(was)
+        r = res[box]
         r[was & ~now] = 0
         r[now & ~was & (m[box]==0)] = k
     if not isinstance(mask, Tensor): return res
-    out = torch.from_numpy(res).to(mask.device).as_subclass(type(mask)); out.__dict__.update(mask.__dict__)
+    out = torch.from_numpy(res).to(mask.device).as_subclass(type(mask))
+    out.__dict__.update(mask.__dict__)
     return out
 
 def keep_largest(
@@ -185,7 +207,9 @@ def _per_slice_axis(mask, axis):
     "The axis to smooth across: as given, else the coarsest of the mask's spacing"
     if axis is not None: return axis
     sp = getattr(mask, 'spacing', None)
-    if sp is None: raise InputError("post: the mask has no spacing that would tell its slices. Say the axis: partial(blur_slices, axis=2)")
+    if sp is None:
+        raise InputError(
+                "post: the mask has no spacing that would tell its slices. Say the axis: partial(blur_slices, axis=2)")
     return int(np.argmax(sp))
 
 def close_slices(
@@ -198,7 +222,8 @@ def close_slices(
     def f(b):
         line = np.ones([3 if i==ax else 1 for i in range(b.ndim)], bool)
         p = np.pad(b, [(2,2) if i==ax else (0,0) for i in range(b.ndim)])
-        return binary_opening(binary_closing(p, line), line)[tuple(slice(2,-2) if i==ax else slice(None) for i in range(b.ndim))]
+        return binary_opening(binary_closing(p, line),
+                              line)[tuple(slice(2,-2) if i==ax else slice(None) for i in range(b.ndim))]
     return _post(mask, None, f, 'close_slices')
 
 def blur_slices(
@@ -209,26 +234,35 @@ def blur_slices(
     "Smooth every class across slices by a Gaussian; the strongest wins. Raises `TypeError` on a mask not integer"
     from scipy.ndimage import gaussian_filter1d
     m = mask.detach().cpu().as_subclass(Tensor).numpy() if isinstance(mask, Tensor) else np.asarray(mask)
-    if m.dtype.kind not in 'biu': raise ArgumentError(f"blur_slices: expected a mask of class ids (integer), found {m.dtype}")
+    if m.dtype.kind not in 'biu':
+        raise ArgumentError(f"blur_slices: expected a mask of class ids (integer), found {m.dtype}")
     ax,res,best = _per_slice_axis(mask, axis),np.zeros_like(m),None
     for k in np.unique(m):                                              # background first, so that it wins a tie
         v = gaussian_filter1d((m==k).astype(np.float32), sigma, axis=ax, mode='nearest')
-        if best is None: best = v; res[:] = k
-        else: res[v>best] = k; np.maximum(best, v, out=best)
-    return retain_meta(mask, torch.from_numpy(res).to(mask.device).as_subclass(type(mask))) if isinstance(mask, Tensor) else res
+        if best is None:
+            best = v
+            res[:] = k
+        else:
+            res[v>best] = k
+            np.maximum(best, v, out=best)
+    return retain_meta(mask, torch.from_numpy(res).to(mask.device).as_subclass(type(mask))) if isinstance(mask,
+            Tensor) else res
 
 POSTS = ('keep_largest','fill_holes','close_slices','blur_slices')
 
 def apply_post(
     mask:TensorVolumeMask, # (X,Y,Z) class ids
     post,                  # None, a name of `POSTS`, a function mask → mask, or a list of them
-    axis:int=None          # array axis that slices lie across, for those that smooth across slices; default: the coarsest
+    # array axis that slices lie across, for those that smooth across slices; default: the coarsest
+    axis:int=None
 )->TensorVolumeMask:       # (X,Y,Z) class ids, same grid and metadata
     "Run the post-processing steps in order. Raises `ValueError` on an unknown name"
     for p in L(post):
         if isinstance(p, str):
-            if p not in POSTS: raise InputError(f"post: expected {' or '.join(map(repr,POSTS))} or a function; found {p!r}")
-            p = dict(keep_largest=keep_largest, fill_holes=fill_holes, close_slices=partial(close_slices, axis=axis), blur_slices=partial(blur_slices, axis=axis))[p]
+            if p not in POSTS:
+                raise InputError(f"post: expected {' or '.join(map(repr,POSTS))} or a function; found {p!r}")
+            p = dict(keep_largest=keep_largest, fill_holes=fill_holes, close_slices=partial(close_slices, axis=axis),
+                     blur_slices=partial(blur_slices, axis=axis))[p]
         mask = retain_meta(mask, p(mask).as_subclass(type(mask)))
     return mask
 
@@ -240,7 +274,8 @@ def slicing_axes(
     "The axes along which a slice model predicts. Raises `InputError`"
     if plan.ndim==3: raise InputError(f"axes={axes!r}: a volume model has no slicing direction. Leave axes out")
     res = [0,1,2] if isinstance(axes, str) and axes=='all' else list(L(axes))
-    if not res or any(a not in (0,1,2) for a in res): raise InputError(f"axes: expected 'all' or array axes 0, 1, 2; found {axes!r}")
+    if not res or any(a not in (0,1,2) for a in res):
+        raise InputError(f"axes: expected 'all' or array axes 0, 1, 2; found {axes!r}")
     return res
 
 # %% ../../nbs/predict/03_predict.ipynb #31ffb74e
@@ -256,29 +291,38 @@ def predict_grid(
     tta=False,         # test-time augmentation, see `tta_views`
     proba:bool=False,  # give probabilities too
     progress:bool=True,# a bar on long ones
-    axes=None,         # slice models: 'all', or the array axes to slice across, whose probabilities are averaged; default: the plan's
-    sink=None          # as of `slide_window`, for each direction in turn; then nothing is averaged here, and the mask is that of the last one
+    # slice models: 'all', or the array axes to slice across, whose probabilities are averaged; default: the plan's
+    axes=None,
+    # as of `slide_window`, for each direction in turn; then nothing is averaged here, and the mask is that of the last
+    # one
+    sink=None
 )->tuple:              # `TensorVolumeMask` on the grid of `x`, and probabilities (n,X,Y,Z) float16 or None
     "Slide a Learner's model over a pre-processed volume. Raises `ValueError` on axes that there are not, or of a volume model"
     plan,pre = get_plan(learn.dls),get_preprocess(learn.dls)
     model,n_out = _mask_network(learn, len(pre.vocab))
     p = next(model.parameters())
     plans = [plan] if axes is None else [_sliced(plan, a) for a in slicing_axes(axes, plan)]
-    if axes is not None and (new:=[o.axis for o in plans if o.axis!=plan.axis]): warn(f"axes={axes!r}: the network has learned slices across axis {plan.axis} alone, and guesses across {new}: the average can be tens of points worse. Compare both by evaluate, or leave axes out")
+    if axes is not None and (new:=[o.axis for o in plans if o.axis!=plan.axis]):
+        warn(f"axes={axes!r}: the network has learned slices across axis {plan.axis} alone, and guesses across {new}: "
+             f"the average can be tens of points worse. Compare both by evaluate, or leave axes out")
     with evaluating(model):
-        d,lab,total = model_divisor(model, plan.ndim, x.shape[0]*(1+2*plan.get('context', 0) if plan.ndim==2 else 1)),None,None
+        d,lab,total = model_divisor(model, plan.ndim,
+                x.shape[0]*(1+2*plan.get('context', 0) if plan.ndim==2 else 1)),None,None
         for pl in plans:
             div = [1,1,1]
             for a,v in zip([a for a in range(3) if pl.ndim==3 or a!=pl.axis], d): div[a] = v
             lab,pr = slide_window(x, model, pl, n_out, overlap, views=tta_views(learn, tta, pl, x.spacing),
-                                  proba=sink is None and (proba or len(plans)>1), divisor=div, device=p.device, progress=progress, sink=sink)
-            if len(plans)>1 and sink is None: total = pr.div_(len(plans)) if total is None else total.add_(pr.div_(len(plans)))
+                                  proba=sink is None and (proba or len(plans)>1), divisor=div, device=p.device,
+                                  progress=progress, sink=sink)
+            if len(plans)>1 and sink is None:
+                total = pr.div_(len(plans)) if total is None else total.add_(pr.div_(len(plans)))
         if total is not None: pr,lab = total,total.max(0)[1].to(lab.dtype)
     return TensorVolumeMask(lab, affine=x.affine, codes=pre.vocab, meta=getattr(x, 'meta', None)), pr
 
 def _sliced(plan, axis):
     "The plan of slices across another axis: the patch is turned, not resized"
-    patch = list(plan.patch); patch[plan.axis],patch[axis] = patch[axis],patch[plan.axis]
+    patch = list(plan.patch)
+    patch[plan.axis],patch[axis] = patch[axis],patch[plan.axis]
     return Plan({**plan, 'axis':axis, 'patch':tuple(patch)}, reasons=plan.reasons)
 
 def own_axis(
@@ -298,7 +342,9 @@ def maps_back(
 )->Tensor:          # (n,*shape) float32
     "Probabilities, or other maps, from the pipeline's grid to the scan's own, by linear interpolation"
     s,a = pre.oriented(shape, affine)
-    def back(c): return to_orientation(resample_to(TensorVolume(c[None].float(), affine=grid_affine), s, a), orientation_of(affine))[0].as_subclass(Tensor)
+    def back(c):
+        return to_orientation(resample_to(TensorVolume(c[None].float(), affine=grid_affine), s, a),
+                              orientation_of(affine))[0].as_subclass(Tensor)
     return torch.stack([back(c) for c in maps])
 
 def predict_case(
@@ -313,23 +359,31 @@ def predict_case(
     regrid=False       # DICOM series alone: as in `load_volume`
 ):                     # `TensorVolumeMask` on the scan's own grid; with `proba` also a `TensorVolume` (n,X,Y,Z) float32
     "Segment a scan in its own space. Raises `OSError` or `ValueError`, naming the file, where it cannot be read or does not fit the model"
-    if regrid is not False and isinstance(fn, TensorVolume): raise ArgumentError(f"regrid={regrid!r} is for DICOM series that are read here; say it to load_volume")
+    if regrid is not False and isinstance(fn, TensorVolume):
+        raise ArgumentError(f"regrid={regrid!r} is for DICOM series that are read here; say it to load_volume")
     t = fn if isinstance(fn, TensorVolume) else load_volume(fn, regrid=regrid)
-    if t.affine is None: raise InputError("predict_volume: the tensor has no affine, so its place is unknown. Set `t.affine` first")
+    if t.affine is None:
+        raise InputError("predict_volume: the tensor has no affine, so its place is unknown. Set `t.affine` first")
     pre,shape,affine,meta = get_preprocess(learn.dls),tuple(t.shape[1:]),t.affine,getattr(t, 'meta', {}) or {}
     meta = {**meta, 'made_from':[str(o) for o in L(meta.get('fn') if t is fn else fn)]}
     if t is not fn: t.meta = meta
     n_in = getattr(learn, 'n_in', None)
     if n_in is not None and t.shape[0]!=n_in:
-        raise InputError(f"{meta.get('fn','the tensor')}: the model was trained on {n_in} channel{'s'*(n_in>1)}; found {t.shape[0]}. Give as many, in the order of training")
+        raise InputError(f"{meta.get('fn','the tensor')}: the model was trained on {n_in} channel{'s'*(n_in>1)}; found "
+                         f"{t.shape[0]}. Give as many, in the order of training")
     check_prediction(learn, t, proba, axes)
     with prediction_explained(meta.get('fn', 'the tensor')):
-        if hasattr(learn, '_answer_together'):                               # an `Ensemble`; the box lets it drop the scan as soon as it can
-            box = [t]; del t; return learn._answer_together(box, overlap, tta, proba, post, axes, progress)
-        x = pre(t); del t
+        # an `Ensemble`; the box lets it drop the scan as soon as it can
+        if hasattr(learn, '_answer_together'):
+            box = [t]
+            del t
+            return learn._answer_together(box, overlap, tta, proba, post, axes, progress)
+        x = pre(t)
+        del t
         lab,pr = predict_grid(learn, x, overlap, tta, proba, progress, axes)
         del x
-    plan = get_plan(learn.dls); axis = own_axis(pre, affine, plan.axis) if plan.ndim==2 else None
+    plan = get_plan(learn.dls)
+    axis = own_axis(pre, affine, plan.axis) if plan.ndim==2 else None
     mask = apply_post(pre.inverse(lab, shape, affine), getattr(learn, 'post', None) if post is None else post, axis)
     mask.meta = meta
     if not proba: return mask
@@ -348,7 +402,9 @@ def save_prediction(
     key:str='-'  # of what the mask was made from, up to 32 letters
 )->Path:         # `fn`
     "Write a mask, whole or not at all; a NIfTI file notes that fastmed wrote it, and the digest of what it wrote"
-    return save_volume(mask, fn, note=f'fastmed {key} {_mask_digest(to_cpu(mask).as_subclass(Tensor).detach().numpy(), mask.affine)}')
+    return save_volume(mask, fn,
+                       note=f'fastmed {key} '
+                            f'{_mask_digest(to_cpu(mask).as_subclass(Tensor).detach().numpy(), mask.affine)}')
 
 def prediction_key(
     fn # file that may be there
@@ -359,7 +415,9 @@ def prediction_key(
         im = nib.load(fn)
         name,key,digest = bytes(im.header['descrip'].item()).decode(errors='replace').split()
         return key if name=='fastmed' and digest==_mask_digest(np.asanyarray(im.dataobj), im.affine) else None
-    except (OSError, EOFError, ValueError, TypeError, KeyError, MemoryError, zlib.error, nib.filebasedimages.ImageFileError): return None
+    except (OSError, EOFError, ValueError, TypeError, KeyError, MemoryError, zlib.error,
+            nib.filebasedimages.ImageFileError):
+        return None
 
 def check_free(
     fns,                 # files that would be written
@@ -371,8 +429,12 @@ def check_free(
     there = [fn for fn in fns if os.path.lexists(fn)]
     for fn in there:
         s = Path(fn).stat() if Path(fn).exists() else None
-        if s is not None and (s.st_dev,s.st_ino) in same: raise FileError(f"{fn}: is read for the prediction, and a prediction never replaces what it was made from. Nothing was changed. Give another path")
+        if s is not None and (s.st_dev,s.st_ino) in same:
+            raise FileError(f"{fn}: is read for the prediction, and a prediction never replaces what it was made from. "
+                            f"Nothing was changed. Give another path")
     if overwrite: return
     if foreign:=[fn for fn in there if prediction_key(fn) is None]:
         more = f' (and {len(foreign)-1} more)' if len(foreign)>1 else ''
-        raise FileError(f"{foreign[0]}{more}: is there already, and is not a mask that fastmed wrote and nobody changed since. Nothing was changed. Give another path, or replace it by overwrite=True (in a shell: --overwrite)")
+        raise FileError(f"{foreign[0]}{more}: is there already, and is not a mask that fastmed wrote and nobody "
+                        f"changed since. Nothing was changed. Give another path, or replace it by overwrite=True (in a "
+                        f"shell: --overwrite)")

@@ -32,8 +32,10 @@ class Look(NamedTuple):
         "From a point of the look to the point of the scan that it shows, mm, about the middle"
         m = np.eye(3)
         if self.degrees:
-            i,j = [a for a in range(3) if a!=self.axis]; t = math.radians(self.degrees)
-            m[i,i] = m[j,j] = math.cos(t); m[i,j],m[j,i] = -math.sin(t),math.sin(t)
+            i,j = [a for a in range(3) if a!=self.axis]
+            t = math.radians(self.degrees)
+            m[i,i] = m[j,j] = math.cos(t)
+            m[i,j],m[j,i] = -math.sin(t),math.sin(t)
         return np.diag(1/np.array(self.zoom)) @ m
 
     def extent(self,
@@ -48,10 +50,12 @@ class Look(NamedTuple):
 
 def _sample_at(x, m, size, spacing, mode):
     "`x` (B,C,*box) at the points `m`·p, for the voxels p of a window of `size` about the same middle"
-    sp = np.array(spacing); e_in,e_out = np.array(x.shape[2:])*sp/2,np.array(size)*sp/2
+    sp = np.array(spacing)
+    e_in,e_out = np.array(x.shape[2:])*sp/2,np.array(size)*sp/2
     th = torch.from_numpy((m*e_out/e_in[:,None])[::-1,::-1].copy()).float()
     g = F.affine_grid(torch.cat([th, torch.zeros(3,1)], 1)[None], [1,1,*size], align_corners=False).to(x.device)
-    return F.grid_sample(x.float(), g.expand(len(x), -1, -1, -1, -1), mode='bilinear', padding_mode=mode, align_corners=False)
+    return F.grid_sample(x.float(), g.expand(len(x), -1, -1, -1, -1), mode='bilinear', padding_mode=mode,
+                         align_corners=False)
 
 def look_through(
     x:Tensor,    # (B,C,*box) what `view.extent(size, spacing)` says to cut, or less: then its edge is repeated
@@ -68,19 +72,24 @@ def look_back(
     y:Tensor,    # (B,n,*size) what the network answered to a look
     view:Look,   # how it looked
     spacing      # (3,) mm
-)->tuple:        # (B,n,*size) in place again, times what was seen of each voxel; and that, (1,1,*size) from 0 to 1, or None where all was seen
+# (B,n,*size) in place again, times what was seen of each voxel; and that, (1,1,*size) from 0 to 1, or None where all
+# was seen
+)->tuple:
     "Undo a view on an answer. Voxels that the look did not show have weight 0"
     if view.flip: y = y.flip([a+2 for a in view.flip])
     if not view.moved: return y,None
     m,size = np.linalg.inv(view.matrix()),tuple(y.shape[2:])
-    return _sample_at(y, m, size, spacing, 'zeros'),_sample_at(torch.ones(1,1,*size, device=y.device), m, size, spacing, 'zeros')
+    return _sample_at(y, m, size, spacing, 'zeros'),_sample_at(torch.ones(1,1,*size, device=y.device), m, size, spacing,
+                                                               'zeros')
 
 # %% ../../nbs/predict/01_tta.ipynb #5c5f27b4
 _view_kinds = ('flips','rotate','scale','intensity')
 
 def _view_sizes(name, v, most):
-    v = [float(o) for o in (v if is_listy(v) else [v])] if not isinstance(v, bool) and all(isinstance(o, (int,float)) for o in L(v)) else None
-    if v is None or any(not 0<=o<=most for o in v): raise InputError(f"TTA: expected {name} from 0 to {most:g}, one number or several; found {v}")
+    v = [float(o) for o in (v if is_listy(v) else [v])] if not isinstance(v, bool) and all(isinstance(o, (int,float))
+            for o in L(v)) else None
+    if v is None or any(not 0<=o<=most for o in v):
+        raise InputError(f"TTA: expected {name} from 0 to {most:g}, one number or several; found {v}")
     return tuple(o for o in v if o)
 
 class TTA:
@@ -91,11 +100,16 @@ class TTA:
         scale=0.,      # 0.1: a tenth smaller and larger; one number or several
         intensity=0.   # 0.1: a tenth weaker and stronger; one number or several
     ):
-        if isinstance(flips, str) and flips!='all' or any(isinstance(a, (float,str)) or not 0<=a<3 for a in L(() if isinstance(flips, (bool,str)) else flips)):
+        if isinstance(flips, str) and flips!='all' or any(isinstance(a, (float,str)) or not 0<=a<3
+                                                          for a in L(() if isinstance(flips, (bool,str)) else flips)):
             raise InputError(f"tta: expected flips as True, 'all', or array axes 0, 1 or 2; found {flips!r}")
-        self.flips = (flips if flips=='all' else () if flips is False else True) if isinstance(flips, (bool,str)) else tuple(int(a) for a in L(flips))
-        self.rotate,self.scale,self.intensity = _view_sizes('rotate', rotate, 45),_view_sizes('scale', scale, .5),_view_sizes('intensity', intensity, .9)
-    def __repr__(self): return f"TTA(flips={self.flips!r}{''.join(f', {k}={v[0] if len(v)==1 else v}' for k in _view_kinds[1:] if (v:=getattr(self, k)))})"
+        self.flips = (flips if flips=='all' else () if flips is False else True) if isinstance(flips,
+                      (bool,str)) else tuple(int(a) for a in L(flips))
+        self.rotate,self.scale,self.intensity = _view_sizes('rotate', rotate, 45),_view_sizes('scale', scale,
+                .5),_view_sizes('intensity', intensity, .9)
+    def __repr__(self):
+        return ((
+                f"TTA(flips={self.flips!r}{''.join(f', {k}={v[0] if len(v)==1 else v}' for k in _view_kinds[1:] if (v:=getattr(self, k)))})"))
     def __eq__(self, o): return isinstance(o, TTA) and vars(self)==vars(o)
     def __hash__(self): return hash(repr(self))
 
@@ -105,11 +119,16 @@ class TTA:
         spacing=(1.,1.,1.)   # (3,) mm
     )->list:                 # of `Look`, the plain one first
         "The looks, for patches of a kind. Raises `ValueError` where nothing can be flipped or turned as asked"
-        flips = [a for a in range(3) if a in axes] if self.flips=='all' else list(trained) if self.flips is True else list(dict.fromkeys(self.flips))
-        free = [a for a in axes if spacing[a]<=3*min(spacing[b] for b in axes)]         # as in training: an axis over three times coarser is not bent
+        flips = [a for a in range(3)
+                 if a in axes] if self.flips=='all' else list(trained) if self.flips is True else list(
+                dict.fromkeys(self.flips))
+        # as in training: an axis over three times coarser is not bent
+        free = [a for a in axes if spacing[a]<=3*min(spacing[b] for b in axes)]
         res = [Look(tuple(c)) for k in range(len(flips)+1) for c in itertools.combinations(flips, k)]
         about = [a for a in range(3) if sum(b!=a for b in free)==2 and (len(axes)==3 or a not in axes)]
-        if self.rotate and not about: raise InputError(f"tta: nothing can turn: of the axes {list(axes)} only {free} are finer than three times the finest (spacing {tuple(spacing)} mm). Leave rotate out")
+        if self.rotate and not about:
+            raise InputError(f"tta: nothing can turn: of the axes {list(axes)} only {free} are finer than three times "
+                             f"the finest (spacing {tuple(spacing)} mm). Leave rotate out")
         res += [Look(axis=a, degrees=s*d) for d in self.rotate for a in about for s in (1,-1)]
         res += [Look(zoom=tuple(z if a in free else 1. for a in range(3))) for s in self.scale for z in (1/(1+s), 1+s)]
         return res + [Look(gain=1+s*d) for d in self.intensity for s in (-1,1)]
@@ -122,9 +141,12 @@ def as_tta(
     if tta is True or isinstance(tta, TTA): return tta
     names = L(tta)
     if isinstance(tta, str) or any(isinstance(o, str) for o in names):
-        if odd:=[o for o in names if o not in _view_kinds]: raise InputError(f"tta: unknown {odd[0]!r}; expected True, {', '.join(map(repr, _view_kinds))}, a list of these, array axes, or TTA(…)")
+        if odd:=[o for o in names if o not in _view_kinds]:
+            raise InputError(f"tta: unknown {odd[0]!r}; expected True, {', '.join(map(repr, _view_kinds))}, a list of "
+                             f"these, array axes, or TTA(…)")
         return TTA(**{'flips':(), **{k:{'flips':True, 'rotate':10., 'scale':.1, 'intensity':.1}[k] for k in names}})
-    if any(isinstance(o, bool) or not isinstance(o, (int,np.integer)) or not 0<=o<3 for o in names): raise InputError(f"tta: expected array axes 0, 1 or 2, names, or TTA(…); found {tta!r}")
+    if any(isinstance(o, bool) or not isinstance(o, (int,np.integer)) or not 0<=o<3 for o in names):
+        raise InputError(f"tta: expected array axes 0, 1 or 2, names, or TTA(…); found {tta!r}")
     return TTA(flips=tuple(int(o) for o in names))
 
 def tta_views(
@@ -136,14 +158,17 @@ def tta_views(
     "The looks of test-time augmentation. Each can be undone, so averaging equal answers changes nothing. Raises `ValueError` on an unknown name"
     t = as_tta(tta)
     if t is None: return [Look()]
-    own = _patch_plan(learn); plan = ifnone(plan, own)
+    own = _patch_plan(learn)
+    plan = ifnone(plan, own)
     axes,spread = _network_axes(plan, learn),_network_axes(own, learn)
     sp = first(f for f in getattr(learn.dls.train.after_batch, 'fs', L()) if isinstance(f, SpatialTfm))
     trained = [spread[a] for a in (sp.flips if sp is not None else ())]
     if t is True: t = TTA() if trained else TTA(flips=(), intensity=.1)
     elif not trained and t.flips is True:
         if not isinstance(tta, TTA): t = TTA('all', t.rotate, t.scale, t.intensity)               # asked for by name
-        elif not (t.rotate or t.scale or t.intensity): raise InputError(f"{tta} adds no look: training used no flips. Name the axes, as in TTA(flips=(0,)), or say rotate= or scale=")
+        elif not (t.rotate or t.scale or t.intensity):
+            raise InputError(f"{tta} adds no look: training used no flips. Name the axes, as in TTA(flips=(0,)), or "
+                             f"say rotate= or scale=")
     return t.views(axes, trained, tuple(ifnone(ifnone(spacing, plan and plan.get('spacing')), (1.,1.,1.))))
 
 def _patch_plan(learn):
@@ -153,7 +178,8 @@ def _patch_plan(learn):
 def _network_axes(plan, learn):
     "The array axes that its network sees; of whole items as many as its convolutions have"
     if plan is not None: return [a for a in range(3) if plan.ndim==3 or a!=plan.axis]
-    return list(range(min(3, max(4, *(p.ndim for p in learn.model.parameters()), 4)-2)))         # two where there is no convolution: pictures
+    # two where there is no convolution: pictures
+    return list(range(min(3, max(4, *(p.ndim for p in learn.model.parameters()), 4)-2)))
 
 # %% ../../nbs/predict/01_tta.ipynb #27acab67
 def _thick(x, axes):
@@ -162,7 +188,9 @@ def _thick(x, axes):
     return x
 def _flat_view(x, axes): return x.squeeze([a+2 for a in range(3) if a not in axes][0]) if len(axes)<3 else x
 def _spacing(plan): return tuple((plan and plan.get('spacing')) or (1.,1.,1.))
-def _through(x, view, axes, spacing): t = _thick(x.as_subclass(Tensor), axes); return _flat_view(look_through(t, view, tuple(t.shape[2:]), spacing), axes)
+def _through(x, view, axes, spacing):
+    t = _thick(x.as_subclass(Tensor), axes)
+    return _flat_view(look_through(t, view, tuple(t.shape[2:]), spacing), axes)
 
 def batch_looks(
     learn,     # Learner
@@ -177,12 +205,17 @@ class _LookCallback(Callback):
     "Show a batch through a view, and undo it on an answer that is a map"
     order = 12
     def __init__(self, view, axes, spacing): self.view,self.axes,self.spacing,self.seen = view,axes,spacing,None
-    def before_batch(self): self.learn.xb = tuple(_through(x, self.view, self.axes, self.spacing) if isinstance(x, Tensor) and x.ndim==len(self.axes)+2 else x for x in self.xb)
-    def after_pred(self): self.learn.pred = tuple(map(self._back, self.pred)) if isinstance(self.pred, tuple) else self._back(self.pred)
+    def before_batch(self):
+        self.learn.xb = tuple(_through(x, self.view, self.axes, self.spacing) if isinstance(x, Tensor)
+                              and x.ndim==len(self.axes)+2 else x for x in self.xb)
+    def after_pred(self):
+        self.learn.pred = tuple(map(self._back, self.pred)) if isinstance(self.pred, tuple) else self._back(self.pred)
     def _back(self, y):
         if isinstance(y, Tensor) and y.ndim==len(self.axes)+2 and y.shape[2:]==self.xb[0].shape[2:]:
             y,w = look_back(_thick(y.as_subclass(Tensor), self.axes), self.view, self.spacing)
-            if w is not None: y = y/w.clamp_min(1e-6); self.seen = _flat_view(w, self.axes).cpu()
+            if w is not None:
+                y = y/w.clamp_min(1e-6)
+                self.seen = _flat_view(w, self.axes).cpu()
             y = _flat_view(y, self.axes)
         return y
 
@@ -196,7 +229,8 @@ def _mix_parts(plain, others, beta, use_max):
 def mix_looks(
     plain:Tensor,     # predictions of the plain look
     others,           # pairs: predictions of another look, and from 0 to 1 what it saw of each voxel
-    beta='mean',      # 'mean': the plain look is one of them; share of the plain look against the mean of the others; None: give both
+    # 'mean': the plain look is one of them; share of the plain look against the mean of the others; None: give both
+    beta='mean',
     use_max=False     # the largest of all looks instead
 ):                    # predictions; with `beta=None` a pair: the mean of the others, and the plain look
     "Mix the predictions of several looks, as fastai's `tta` does. Raises `InputError` on a `beta` that is none"
@@ -204,7 +238,8 @@ def mix_looks(
         raise InputError(f"tta: expected beta as a share from 0 to 1, None or 'mean'; found {beta!r}")
     if isinstance(plain, tuple): return _mix_parts(plain, others, beta, use_max)
     if use_max:
-        for p,seen in others: plain = torch.where(torch.as_tensor(seen>0, device=p.device), torch.maximum(plain, p), plain)
+        for p,seen in others:
+            plain = torch.where(torch.as_tensor(seen>0, device=p.device), torch.maximum(plain, p), plain)
         return plain
     total,held = (plain,1.) if beta=='mean' else (torch.zeros_like(plain),0.)
     for p,seen in others:
@@ -221,9 +256,13 @@ def refuse_tfms(
 ):
     "Raise `ArgumentError` on transforms for test-time augmentation: random ones cannot be undone; and on what `get_preds` would give of each look by itself"
     odd = [k for k,v in dict(item_tfms=item_tfms, batch_tfms=batch_tfms).items() if v is not None]
-    if odd: raise ArgumentError(f"tta: {' and '.join(odd)} do not apply here, since each look is undone before the predictions are mixed. Name the looks by tta=, see tta_views")
+    if odd:
+        raise ArgumentError(f"tta: {' and '.join(odd)} do not apply here, since each look is undone before the "
+                            f"predictions are mixed. Name the looks by tta=, see tta_views")
     odd = [k for k in ('with_input','with_loss','with_decoded','save_preds','save_targs') if kwargs.get(k)]
-    if odd: raise ArgumentError(f"tta: {', '.join(odd)} cannot be mixed from several looks. Leave it out, or ask get_preds for it")
+    if odd:
+        raise ArgumentError(
+                f"tta: {', '.join(odd)} cannot be mixed from several looks. Leave it out, or ask get_preds for it")
 
 def tta_preds(
     learn,         # Learner
@@ -236,16 +275,22 @@ def tta_preds(
 )->tuple:          # predictions, mixed as `mix_looks` says, and targets
     "`get_preds` over the looks of `tta_views`, each undone before they are mixed. Raises `InputError` on an unknown name, and on more looks than there are"
     refuse_tfms(**kwargs)
-    if not len(dl): raise InputError("tta: there is nothing to look at. A loaded Learner holds no data: say dl=learn.dls.test_dl(files)")
-    plan = _patch_plan(learn); spacing = _spacing(plan)
+    if not len(dl):
+        raise InputError(
+                "tta: there is nothing to look at. A loaded Learner holds no data: say dl=learn.dls.test_dl(files)")
+    plan = _patch_plan(learn)
+    spacing = _spacing(plan)
     views = tta_views(learn, tta)
     if n is not None:
         if isinstance(n, bool) or not isinstance(n, (int,np.integer)) or not 1<=n<len(views):
-            raise InputError(f"tta: expected n from 1 to {len(views)-1}, the looks that there are besides the plain one; found {n!r}. More come by tta=, such as 'flips', 'rotate' or TTA(…)")
+            raise InputError(f"tta: expected n from 1 to {len(views)-1}, the looks that there are besides the plain "
+                             f"one; found {n!r}. More come by tta=, such as 'flips', 'rotate' or TTA(…)")
         views = views[:n+1]
     def look(v):
         cb = _LookCallback(v, _network_axes(plan, learn), spacing)
-        with chance_kept(next(learn.model.parameters()).device, dl): p,t = learn.get_preds(dl=dl, cbs=cb, **kwargs)     # each look sees the same patches
+        # each look sees the same patches
+        with chance_kept(next(learn.model.parameters()).device, dl):
+            p,t = learn.get_preds(dl=dl, cbs=cb, **kwargs)
         device = first(tuplify(p)).device
         return p,t,torch.ones((), device=device) if cb.seen is None else cb.seen.to(device)
     plain,t,_ = look(views[0])

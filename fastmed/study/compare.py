@@ -33,38 +33,53 @@ class Comparison(Findings):
     "Arms trained on the same cases, folds and budget. `run()` trains what is not there yet; then ask `summary`, `paired`, `best`, `plot`, `report`"
     def __init__(self,
         df,                     # one row a case, as for `from_df`
-        arms=None,              # name → dict of what `from_df`, the Learner factories and `predict_volume` take, with `ndim`; default: 3D, 2D and 2.5D
+        # name → dict of what `from_df`, the Learner factories and `predict_volume` take, with `ndim`; default: 3D, 2D
+        # and 2.5D
+        arms=None,
         codes=None,             # structures, as for `from_df`
         group_col=None,         # column whose groups are never parted; default 'subject' where it exists
         folds=5,                # how many, or a column of `df` that holds the number of each case's fold
         seeds=1,                # how many trainings of each arm and fold, or a list of seeds
-        budget=None,            # one of minutes, epochs, updates, voxels (seen), for each training; default: dict(minutes=10)
+        # one of minutes, epochs, updates, voxels (seen), for each training; default: dict(minutes=10)
+        budget=None,
         path='comparison',      # folder of the runs
-        trust:bool=False,       # open models of runs that are pickles (an earlier fastmed wrote such): only where you trust who trained them
+        # open models of runs that are pickles (an earlier fastmed wrote such): only where you trust who trained them
+        trust:bool=False,
         **common                # for every arm
     ):
         arms = ifnone(arms, {'3D':dict(ndim=3), '2D':dict(ndim=2), '2.5D':dict(ndim=2, context=2)})
         self.budget = ifnone(budget, dict(minutes=10))
-        if not isinstance(self.budget, dict) or len(self.budget)!=1 or (u:=next(iter(self.budget))) not in ('minutes','epochs','updates','voxels') or not self.budget[u]>0:
-            raise InputError(f"budget: expected one of minutes, epochs, updates, voxels, above 0, as in dict(minutes=10); found {str(self.budget)[:100]}")
+        if not isinstance(self.budget, dict) or len(self.budget)!=1 or (u:=next(iter(self.budget))) not in ('minutes',
+                'epochs','updates','voxels') or not self.budget[u]>0:
+            raise InputError(f"budget: expected one of minutes, epochs, updates, voxels, above 0, as in "
+                             f"dict(minutes=10); found {str(self.budget)[:100]}")
         if not arms: raise InputError("arms: expected at least one, such as {'3D':dict(ndim=3)}")
         if 'case' not in check_columns(df): df = df.assign(case=[str(i) for i in range(len(df))])
-        if (d:=df['case'].astype(str).duplicated()).any(): raise InputError(f"case {df['case'][d].iloc[0]!r} stands in two rows. Each case needs a name of its own")
-        if len({str(a).lower() for a in arms})<len(arms): raise InputError(f"arms: {list(arms)} are alike but for capitals; their folders would be one")
+        if (d:=df['case'].astype(str).duplicated()).any():
+            raise InputError(f"case {df['case'][d].iloc[0]!r} stands in two rows. Each case needs a name of its own")
+        if len({str(a).lower() for a in arms})<len(arms):
+            raise InputError(f"arms: {list(arms)} are alike but for capitals; their folders would be one")
         for a in arms:
-            if not re.fullmatch(r'[^/\\:*?"<>|\x00-\x1f]+', str(a)) or str(a).startswith('.') or str(a)=='unfinished': raise InputError(f"arm {a!r}: the name becomes a folder; leave out / \\ : * ? \" < > | and a leading dot")
-            if odd:=sorted({'valid_col','valid_pct','df'} & {*arms[a], *common}): raise InputError(f"arm {a!r}: {odd} belong to the folds; use folds= and group_col=")
+            if not re.fullmatch(r'[^/\\:*?"<>|\x00-\x1f]+', str(a)) or str(a).startswith('.') or str(a)=='unfinished':
+                raise InputError(
+                        f"arm {a!r}: the name becomes a folder; leave out / \\ : * ? \" < > | and a leading dot")
+            if odd:=sorted({'valid_col','valid_pct','df'} & {*arms[a], *common}):
+                raise InputError(f"arm {a!r}: {odd} belong to the folds; use folds= and group_col=")
         self.trust = trust
-        self.spec_arms = {str(a):{**common, **kw, 'path':Path(kw.get('path', '.')).absolute()} for a,kw in arms.items()}     # whatever folder the process is in later
+        # whatever folder the process is in later
+        self.spec_arms = {str(a):{**common, **kw, 'path':Path(kw.get('path', '.')).absolute()} for a,kw in arms.items()}
         self.codes,self.group_col,self.path = check_codes(codes),group_col,Path(path).absolute()
         self.seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
         if not self.seeds: raise InputError("seeds: expected 1 or more")
-        self.df = df.reset_index(drop=True); self.df.attrs.update(df.attrs)
+        self.df = df.reset_index(drop=True)
+        self.df.attrs.update(df.attrs)
         if isinstance(folds, str):
             if folds not in df: raise ColumnError(f"folds {folds!r}: not in the DataFrame, which has {list(df)}")
             self.fold = self.df[folds].astype(int).values
             parted = self.df.assign(_f=self.fold, _g=group_values(self.df, group_col)).groupby('_g')._f.nunique()
-            if (parted>1).any(): raise InputError(f"folds {folds!r}: the subjects {parted[parted>1].index[:5].tolist()} stand in several folds. Keep each in one")
+            if (parted>1).any():
+                raise InputError(f"folds {folds!r}: the subjects {parted[parted>1].index[:5].tolist()} stand in "
+                                 f"several folds. Keep each in one")
         else: self.fold = group_folds(self.df, folds, group_col=group_col)
         self.hash = settings_hash(sorted(zip(self.df['case'].astype(str), self.fold.tolist())))
         self.slice_axis = self.files = None
@@ -73,14 +88,21 @@ class Comparison(Findings):
     def _check_folder(self, keep=True):
         "A folder that holds another experiment is refused; what this one is, is kept there once it was checked"
         fn,mine = self.path/'comparison.json',dict(budget=self.budget, folds=self.hash, codes=setting_text(self.codes))
-        arms = {a:setting_text({k:v for k,v in kw.items() if k not in ('cache','num_workers','device','path')}) for a,kw in self.spec_arms.items()}     # where it runs may change
+        # where it runs may change
+        arms = {a:setting_text({k:v for k,v in kw.items() if k not in ('cache','num_workers','device','path')}) for a,
+                kw in self.spec_arms.items()}
         if fn.exists():
-            was = read_notes(fn); odd = {k:(was.get(k), v) for k,v in mine.items() if was.get(k)!=json.loads(json.dumps(v))}
-            odd.update({f'arm {a!r}':(was['arms'][a], t) for a,t in arms.items() if a in was.get('arms', {}) and was['arms'][a]!=t})
-            if odd: raise InputError(f"{self.path}: holds runs of another experiment: " + '; '.join(f'{k} was {a}, is {b}' for k,(a,b) in odd.items()) + ". Give another path, or remove the folder")
+            was = read_notes(fn)
+            odd = {k:(was.get(k), v) for k,v in mine.items() if was.get(k)!=json.loads(json.dumps(v))}
+            odd.update({f'arm {a!r}':(was['arms'][a], t) for a,t in arms.items() if a in was.get('arms', {})
+                    and was['arms'][a]!=t})
+            if odd:
+                raise InputError(f"{self.path}: holds runs of another experiment: " + '; '.join(f'{k} was {a}, is {b}'
+                                 for k,(a,b) in odd.items()) + ". Give another path, or remove the folder")
             arms = {**was['arms'], **arms}
         if not keep and not fn.exists(): return
-        kept,now,runs = was.get('files') if fn.exists() else None,case_contents(self.df, self.spec_arms.values()),contents_noted(self.path)
+        kept,now,runs = was.get('files') if fn.exists() else None,case_contents(self.df,
+                                self.spec_arms.values()),contents_noted(self.path)
         check_contents(self.path, kept, now, runs)
         files = noted_contents(kept, now, runs)
         self.files = settings_hash(files)
@@ -90,37 +112,51 @@ class Comparison(Findings):
 
     @property
     def effort(self):
-        (unit,n), = self.budget.items(); return f"{n:g} {'voxels seen' if unit=='voxels' else unit} of training"
+        (unit,n), = self.budget.items()
+        return f"{n:g} {'voxels seen' if unit=='voxels' else unit} of training"
 
     def split(self,
         fold:int # number of the fold that is held out
     )->pd.DataFrame: # the cases, with a bool column `_held_out`
         "The cases of a fold, for `from_df(df, valid_col='_held_out')`"
         if fold not in self.fold: raise InputError(f"fold {fold}: there are {sorted(set(self.fold.tolist()))}")
-        d = self.df.assign(_held_out=self.fold==fold); d.attrs.update(self.df.attrs); return d
+        d = self.df.assign(_held_out=self.fold==fold)
+        d.attrs.update(self.df.attrs)
+        return d
 
     def _folder(self, arm, fold, seed): return (self.path/f'{arm}, fold {fold}, seed {seed}').resolve()
 
     def _spec(self, arm, fold, seed):
-        kw = shared_plan(self.path/f'plan, {arm}.json', {'group_col':self.group_col, 'codes':self.codes, **self.spec_arms[arm]}, lambda **kw: make_learner(self.split(int(self.fold.min())), **kw, valid_col='_held_out'))
-        return dict(arm=arm, fold=fold, seed=seed, kwargs=kw, df=self.split(fold), attrs=dict(self.df.attrs), budget=self.budget, hash=self.hash, files=self.files, group_col=self.group_col, slice_axis=self.slice_axis, folder=str(self._folder(arm, fold, seed)), threads=torch.get_num_threads())
+        kw = shared_plan(self.path/f'plan, {arm}.json', {'group_col':self.group_col, 'codes':self.codes,
+                **self.spec_arms[arm]}, lambda **kw: make_learner(self.split(int(self.fold.min())), **kw,
+                valid_col='_held_out'))
+        return dict(arm=arm, fold=fold, seed=seed, kwargs=kw, df=self.split(fold), attrs=dict(self.df.attrs),
+                    budget=self.budget, hash=self.hash, files=self.files, group_col=self.group_col,
+                    slice_axis=self.slice_axis, folder=str(self._folder(arm, fold, seed)),
+                    threads=torch.get_num_threads())
 
     @property
     def plan(self)->pd.DataFrame: # arm, fold, seed, done
         "Every run, and whether it is finished"
-        return pd.DataFrame([dict(arm=a, fold=f, seed=s, done=self._folder(a, f, s).exists()) for s in self.seeds for f in sorted(set(self.fold.tolist())) for a in self.spec_arms])
+        return pd.DataFrame([dict(arm=a, fold=f, seed=s, done=self._folder(a, f, s).exists()) for s in self.seeds
+                             for f in sorted(set(self.fold.tolist())) for a in self.spec_arms])
 
     def check(self)->pd.DataFrame: # a row a setting, a column an arm
         "Make each arm's DataLoaders and Learner once, so that a mistake shows before the hours are spent; gives the settings that differ"
         res,axes = {},[]
         for a in self.spec_arms:
             try:
-                sp = self._spec(a, int(self.fold.min()), self.seeds[0]); kw = dict(sp['kwargs'])
+                sp = self._spec(a, int(self.fold.min()), self.seeds[0])
+                kw = dict(sp['kwargs'])
                 look,lr_max = {k:kw.pop(k) for k in PREDICT_ARGS if k in kw},kw.pop('lr_max', None)
                 with quiet_output(): learn = make_learner(sp['df'], **kw, valid_col='_held_out')
-                res[a] = arm_settings(learn, look, lr_max); axes += [get_plan(learn.dls).axis] if get_plan(learn.dls).ndim==2 else []
-            except (TypeError, ValueError, KeyError) as e: raise type(e)(f"arm {a!r}: {e.args[0] if e.args else e}") from e
-        self.slice_axis = first(axes); t = pd.DataFrame(res); return t[t.astype(str).nunique(axis=1)>1]
+                res[a] = arm_settings(learn, look, lr_max)
+                axes += [get_plan(learn.dls).axis] if get_plan(learn.dls).ndim==2 else []
+            except (TypeError, ValueError, KeyError) as e:
+                raise type(e)(f"arm {a!r}: {e.args[0] if e.args else e}") from e
+        self.slice_axis = first(axes)
+        t = pd.DataFrame(res)
+        return t[t.astype(str).nunique(axis=1)>1]
 
     def run(self,
         executor=None # anything with `submit`, as of `concurrent.futures`; default: one run after another, here
@@ -134,8 +170,11 @@ class Comparison(Findings):
         for i,_ in enumerate(bar):
             bar.comment = f'{n-len(specs)+i+1} of {n} runs, {(time.perf_counter()-t0)/60:.1f} min'
         sweep(self.path/'unfinished')
-        with contextlib.suppress(OSError): (self.path/'unfinished').rmdir()        # another process may be at work there
-        self._check_folder(False)                                                  # a file may have been changed meanwhile
+        # another process may be at work there
+        with contextlib.suppress(OSError):
+            (self.path/'unfinished').rmdir()
+        # a file may have been changed meanwhile
+        self._check_folder(False)
         return self
 
     # --- what Findings needs, read from the folders
@@ -146,11 +185,14 @@ class Comparison(Findings):
         "A table of a run; the results with every case that it held out"
         if name!='results': return read_table(f/f'{name}.csv')
         key = {k:read_notes(f/'run.json').get(k) for k in ('arm','fold','seed')}
-        if f.name!='{arm}, fold {fold}, seed {seed}'.format(**key): raise InputError(f"{f}: holds the run of {key}. Give the folder its own name back, or remove it and call run() to train again")
+        if f.name!='{arm}, fold {fold}, seed {seed}'.format(**key):
+            raise InputError(f"{f}: holds the run of {key}. Give the folder its own name back, or remove it and call "
+                             f"run() to train again")
         return read_table(f/f'{name}.csv', self.df['case'][self.fold==key['fold']].astype(str).tolist(), **key)
     def _done(self):
         fs = [self._folder(r.arm, r.fold, r.seed) for r in self.plan.itertuples() if r.done]
-        return fs + [f.parent for f in sorted(self.path.resolve().glob('*/run.json')) if f.parent not in fs and 'by_hand' in (read_notes(f).get('budget') or ())]
+        return fs + [f.parent for f in sorted(self.path.resolve().glob('*/run.json')) if f.parent not in fs
+                and 'by_hand' in (read_notes(f).get('budget') or ())]
     def _facts(self): return [read_notes(f/'run.json') for f in self._done()]
     @property
     def results(self):
@@ -162,20 +204,27 @@ class Comparison(Findings):
     @property
     def remedied(self): return self._table('remedied')
     @property
-    def cost(self): return pd.DataFrame([dict({k:f[k] for k in ('arm','fold','seed')}, **f['cost']) for f in self._facts()])
+    def cost(self):
+        return pd.DataFrame([dict({k:f[k] for k in ('arm','fold','seed')}, **f['cost']) for f in self._facts()])
     @property
     def settings(self):
-        facts = self._facts(); k = facts[0]['fold']
-        return pd.DataFrame({f['arm']:dict({'budget':setting_text(f['budget'])}, **f['settings']) for f in facts if f['fold']==k})
+        facts = self._facts()
+        k = facts[0]['fold']
+        return pd.DataFrame({f['arm']:dict({'budget':setting_text(f['budget'])}, **f['settings']) for f in facts
+                if f['fold']==k})
 
     def learner(self, arm, case=None):
-        df = self.results; df = df[df.arm==arm]
+        df = self.results
+        df = df[df.arm==arm]
         if case is not None: df = df[df.case==str(case)]
-        if not len(df): raise InputError(f"arm {arm!r}: no finished run" + (f" that held out case {case!r}" if case is not None else ''))
+        if not len(df):
+            raise InputError(f"arm {arm!r}: no finished run" + (f" that held out case {case!r}" if case is not None
+                                                                else ''))
         r = df.iloc[0]
         return self._load(arm, r.fold, r.seed)
 
-    def _load(self, arm, fold, seed): return open_run(self._folder(arm, fold, seed), self.trust, self.spec_arms.get(arm, {}))
+    def _load(self, arm, fold, seed):
+        return open_run(self._folder(arm, fold, seed), self.trust, self.spec_arms.get(arm, {}))
 
     def learners_of(self,
         fold:int # number of the fold
@@ -189,7 +238,10 @@ class Comparison(Findings):
         folds=None         # numbers of folds; default: all
     )->ShiftCurves:        # a row an arm, factor, case and structure
         "`anisotropy_shift` of every fold's Learners on its own held-out cases"
-        return ShiftCurves(pd.concat([anisotropy_shift(self.learners_of(f), self.df[self.fold==f], factors, axis, self.group_col) for f in ifnone(folds, sorted(set(self.fold.tolist())))], ignore_index=True))
+        return ShiftCurves(pd.concat([anisotropy_shift(self.learners_of(f), self.df[self.fold==f], factors, axis,
+                                                       self.group_col)
+                                                       for f in ifnone(folds, sorted(set(self.fold.tolist())))],
+                                                       ignore_index=True))
 
     def enter(self,
         learn, # trained Learner, whose held-out cases are those of a fold
@@ -198,13 +250,24 @@ class Comparison(Findings):
     )->Path:   # the run's folder
         "Score a Learner that was trained by hand, as a run of this comparison. Raises `ValueError` where its held-out cases are no fold, or it has seen one of them"
         valid = sorted(str(c) for c,_ in case_rows(learn.dls.valid_ds.items))
-        fold = first(f for f in sorted(set(self.fold.tolist())) if sorted(self.df['case'][self.fold==f].astype(str))==valid)
-        if fold is None: raise InputError(f"arm {arm!r}: the Learner holds out {len(valid)} cases ({valid[:3]} …), which are no fold of this comparison. Make its DataLoaders with from_df(comparison.split(fold), valid_col='_held_out')")
-        if odd:=seen_cases(learn, learn.dls.valid_ds.items): raise InputError(f"arm {arm!r}: the Learner was trained on {odd[:5]}, which it holds out. Train it anew")
-        spec = dict(arm=arm, fold=fold, seed=self.seeds[0], budget=dict(by_hand=f"{(cost or {}).get('updates', '?')} updates"), hash=self.hash, group_col=self.group_col, slice_axis=self.slice_axis)
-        with learn.removed_cbs(L(c for c in learn.cbs if isinstance(c, (ComparisonCallback,CostCallback,BudgetCallback)))):
-            self._check_folder(); spec['files'] = self.files; folder = self._folder(arm, fold, self.seeds[0])
-            with beside(folder, True, folder.parent/'unfinished') as tmp: return finish_run(learn, spec, {}, folder, cost or {}, tmp)
+        fold = first(f for f in sorted(set(self.fold.tolist())) if sorted(self.df['case'][self.fold==f].astype(str))
+                ==valid)
+        if fold is None:
+            raise InputError(f"arm {arm!r}: the Learner holds out {len(valid)} cases ({valid[:3]} …), which are no "
+                             f"fold of this comparison. Make its DataLoaders with from_df(comparison.split(fold), "
+                             f"valid_col='_held_out')")
+        if odd:=seen_cases(learn, learn.dls.valid_ds.items):
+            raise InputError(f"arm {arm!r}: the Learner was trained on {odd[:5]}, which it holds out. Train it anew")
+        spec = dict(arm=arm, fold=fold, seed=self.seeds[0],
+                budget=dict(by_hand=f"{(cost or {}).get('updates', '?')} updates"), hash=self.hash,
+                            group_col=self.group_col, slice_axis=self.slice_axis)
+        with learn.removed_cbs(L(c for c in learn.cbs
+                                 if isinstance(c, (ComparisonCallback,CostCallback,BudgetCallback)))):
+            self._check_folder()
+            spec['files'] = self.files
+            folder = self._folder(arm, fold, self.seeds[0])
+            with beside(folder, True, folder.parent/'unfinished') as tmp:
+                return finish_run(learn, spec, {}, folder, cost or {}, tmp)
 
 class ComparisonCallback(Callback):
     "Enter any `fit` as an arm of a comparison: when it ends, its held-out cases are scored and stand beside the other arms"
@@ -212,14 +275,22 @@ class ComparisonCallback(Callback):
     def __init__(self,
         comparison:Comparison, # whose folds the DataLoaders use: `from_df(comparison.split(0), valid_col='_held_out')`
         arm:str                # name
-    ): store_attr(); self.paid = CostCallback()
-    def __getstate__(self): return dict(arm=self.arm, comparison=None, paid=CostCallback())   # an exported Learner takes no experiment with it
-    def _off(self): return self.comparison is None or hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds')
+    ):
+        store_attr()
+        self.paid = CostCallback()
+    # an exported Learner takes no experiment with it
+    def __getstate__(self):
+        return dict(arm=self.arm, comparison=None, paid=CostCallback())
+    def _off(self):
+        return self.comparison is None or hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds')
     def before_fit(self):
-        if not self._off(): self.learn.add_cb(self.paid); self.paid.before_fit()
+        if not self._off():
+            self.learn.add_cb(self.paid)
+            self.paid.before_fit()
     def after_fit(self):
         if self._off(): return
-        self.learn.remove_cb(self.paid); self.comparison.enter(self.learn, self.arm, self.paid.total)
+        self.learn.remove_cb(self.paid)
+        self.comparison.enter(self.learn, self.arm, self.paid.total)
 
 # %% ../../nbs/study/05_compare.ipynb #0ae74a2e
 def compare_learners(
@@ -232,31 +303,44 @@ def compare_learners(
 )->Findings:          # `results`, `summary()`, `paired()`, `best()`, `report()` …
     "Judge Learners on cases that none of them has seen, by case or by subject. Raises `ValueError` where none is left, or, with seen='refuse', where one was seen"
     if seen not in ('leave out','refuse'): raise InputError(f"seen: expected 'leave out' or 'refuse'; found {seen!r}")
-    if odd:=sorted(set(look)-set(PREDICT_ARGS)): raise ArgumentError(f"compare_learners: unknown arguments {odd}; known are {', '.join(PREDICT_ARGS)}")
+    if odd:=sorted(set(look)-set(PREDICT_ARGS)):
+        raise ArgumentError(f"compare_learners: unknown arguments {odd}; known are {', '.join(PREDICT_ARGS)}")
     learners = loaded(learners, trust)
     for a,l in learners.items():
-        if not getattr(l, 'seen', None) and (not getattr(l, 'pretrained', False) or getattr(l, 'facts', None)): warn(f"{a}: this Learner does not know what it was trained on; make sure that none of these cases is among it")
+        if not getattr(l, 'seen', None) and (not getattr(l, 'pretrained', False) or getattr(l, 'facts', None)):
+            warn(f"{a}: this Learner does not know what it was trained on; make sure that none of these cases is among "
+                 f"it")
     vocabs = {a:get_preprocess(l.dls).vocab for a,l in learners.items()}
     if len(set(map(str, vocabs.values())))>1: raise InputError(f"compare_learners: unlike structures: {vocabs}")
     df = df.assign(case=[str(k) for k,_ in case_rows(df)]).reset_index(drop=True)
-    known = {a:seen_cases(l, df) for a,l in learners.items()}; odd = sorted(set(sum(known.values(), [])))
+    known = {a:seen_cases(l, df) for a,l in learners.items()}
+    odd = sorted(set(sum(known.values(), [])))
     if odd:
         what = '; '.join(f"{a} has seen {len(o)}, such as {o[:5]}" for a,o in known.items() if o)
-        if seen=='refuse': raise InputError(f"compare_learners: {what} (by case or by subject). Leave them out, or say seen='leave out'")
+        if seen=='refuse':
+            raise InputError(
+                    f"compare_learners: {what} (by case or by subject). Leave them out, or say seen='leave out'")
         warn(f"compare_learners leaves out {len(odd)} of {len(df)} cases: {what}")
         df = df[~df['case'].isin(odd)].reset_index(drop=True)
-        if not len(df): raise InputError(f"compare_learners: every case was seen by one of the Learners: {what}. Give others")
+        if not len(df):
+            raise InputError(f"compare_learners: every case was seen by one of the Learners: {what}. Give others")
     res,sl,rem,cost,sets = [],[],[],[],{}
     axis = next((p.axis for p in (get_plan(l.dls) for l in learners.values()) if p.ndim==2), None)
     for a,l in learners.items():
-        dev = next(l.model.parameters()).device; reset_peak(dev)
-        key = dict(arm=a, fold=0, seed=0); r,s,m,secs = score_arm(l, df, look, group_col=group_col, slice_axis=axis)
+        dev = next(l.model.parameters()).device
+        reset_peak(dev)
+        key = dict(arm=a, fold=0, seed=0)
+        r,s,m,secs = score_arm(l, df, look, group_col=group_col, slice_axis=axis)
         for to,t in ((res,r),(sl,s),(rem,m)): to.append(t.assign(**key))
-        h = read_header(case_columns(l.dls)[0](df.iloc[0])); pre = get_preprocess(l.dls)
-        cost.append(dict(key, parameters=total_params(l.model)[0], case_gflops=case_gflops(l, pre.grid(h['shape'], h['affine'])[0], look.get('overlap', .5)), predict_s=float(np.median(secs)), predict_peak_mb=peak_memory(dev)/1e6))
+        h = read_header(case_columns(l.dls)[0](df.iloc[0]))
+        pre = get_preprocess(l.dls)
+        cost.append(dict(key, parameters=total_params(l.model)[0],
+                case_gflops=case_gflops(l, pre.grid(h['shape'], h['affine'])[0], look.get('overlap', .5)),
+                predict_s=float(np.median(secs)), predict_peak_mb=peak_memory(dev)/1e6))
         sets[a] = {k:v for k,v in arm_settings(l, look).items() if k not in ('held-out cases','training cases')}
     cols = ['arm','fold','seed','case','subject','structure','dice','hd95','nsd','volume_mm3','target_mm3','status']
-    return Findings(pd.concat(res, ignore_index=True)[cols], pd.DataFrame(cost), pd.DataFrame(sets), pd.concat(sl, ignore_index=True), pd.concat(rem, ignore_index=True), df, learners)
+    return Findings(pd.concat(res, ignore_index=True)[cols], pd.DataFrame(cost), pd.DataFrame(sets),
+                    pd.concat(sl, ignore_index=True), pd.concat(rem, ignore_index=True), df, learners)
 
 # %% ../../nbs/study/05_compare.ipynb #a1108a01
 def demonstrate(
@@ -268,27 +352,37 @@ def demonstrate(
     "Train 2D and 3D on the embedded cohort; write `report.html`, `overlay.png`, the models and the table of cases"
     from fastmed.data.datasets import cohort
     from fastmed.learn.modelfile import save_model
-    import matplotlib; matplotlib.use('agg')
+    import matplotlib
+    matplotlib.use('agg')
     import matplotlib.pyplot as plt, pandas as pd
-    path = Path(path); t0 = time.perf_counter()
+    path = Path(path)
+    t0 = time.perf_counter()
     print(f'Making {n} subjects from the brain atlas …', flush=True)
     df = cohort(path/'cohort', n=n, seed=seed)
     evs,preds,cost,curves = {},{},{},{}
-    for arm,(dls_cls,factory) in {'3D':(VolumeDataLoaders, unet3d_learner), '2D':(SliceDataLoaders, unet2d_learner)}.items():
+    for arm,(dls_cls,factory) in {'3D':(VolumeDataLoaders, unet3d_learner),
+                                  '2D':(SliceDataLoaders, unet2d_learner)}.items():
         set_seed(seed)
-        dls = dls_cls.from_df(df, path=path.resolve(), image_col=['image','image_t2'], codes=['air','CSF','grey','white'], seed=seed, cache=path/'store', minutes=minutes)
+        dls = dls_cls.from_df(df, path=path.resolve(), image_col=['image','image_t2'],
+                              codes=['air','CSF','grey','white'], seed=seed, cache=path/'store', minutes=minutes)
         learn = factory(dls)
-        print(f'\nTraining {arm} for {minutes:g} min on {len(dls.train_ds)} subjects, {len(dls.valid_ds)} held out: patch {dls.plan.patch}, batch {dls.plan.bs}, {dls.plan.nf} features', flush=True)
-        t1 = time.perf_counter(); learn.fit_for(minutes); t2 = time.perf_counter()
+        print(f'\nTraining {arm} for {minutes:g} min on {len(dls.train_ds)} subjects, {len(dls.valid_ds)} held out: '
+              f'patch {dls.plan.patch}, batch {dls.plan.bs}, {dls.plan.nf} features', flush=True)
+        t1 = time.perf_counter()
+        learn.fit_for(minutes)
+        t2 = time.perf_counter()
         evs[arm] = learn.evaluate()
-        print(f"{arm}: {len(learn.recorder.losses)} updates in {(t2-t1)/60:.2f} min, mean Dice {evs[arm].summary().loc['all','mean']:.3f}", flush=True)
+        print(f"{arm}: {len(learn.recorder.losses)} updates in {(t2-t1)/60:.2f} min, mean Dice "
+              f"{evs[arm].summary().loc['all','mean']:.3f}", flush=True)
         t3 = time.perf_counter()
         save_model(learn, path/f'model_{arm}.safetensors', evaluation=evs[arm])
         valid = dls.valid_ds.items
-        r = valid[valid.case==evs[arm].groupby('case').dice.mean().sort_values().index[len(valid)//2]].iloc[0] if not preds else case
+        r = valid[valid.case==evs[arm].groupby('case').dice.mean().sort_values().index[len(valid)//2]].iloc[
+                0] if not preds else case
         case = r
         preds[arm] = learn.predict_volume([r.image, r.image_t2])
-        cost[arm] = {'training, min':(t2-t1)/60, 'prediction and scoring, s a scan':(t3-t2)/len(valid), 'parameters, million':total_params(learn.model)[0]/1e6, 'updates':len(learn.recorder.losses)}
+        cost[arm] = {'training, min':(t2-t1)/60, 'prediction and scoring, s a scan':(t3-t2)/len(valid),
+                     'parameters, million':total_params(learn.model)[0]/1e6, 'updates':len(learn.recorder.losses)}
         curves[arm] = [float(o) for o in learn.recorder.losses]
     both = pd.concat([pd.DataFrame(e).assign(model=a) for a,e in evs.items()])
     with whole_file(path/'cases.csv') as tmp: both.to_csv(tmp, index=False)
@@ -296,25 +390,37 @@ def demonstrate(
     dice = both.pivot_table(index=['case','structure'], columns='model', values='dice')
     t1w,truth = to_orientation(load_volume(case.image)), to_orientation(load_mask(case['mask']))
     truth.codes = ['air','CSF','grey','white']
-    pics = {a:figure_png(plot_volume(t1w, truth, pred=to_orientation(p), title=f'{case.case}, {a}: truth solid, prediction dashed', imsize=3.4)) for a,p in preds.items()}
+    pics = {a:figure_png(plot_volume(t1w, truth, pred=to_orientation(p),
+                                     title=f'{case.case}, {a}: truth solid, prediction dashed', imsize=3.4)) for a,
+                                     p in preds.items()}
     with whole_file(path/'overlay.png') as tmp: tmp.write_bytes(pics['3D'])
     fig,axs = plt.subplots(1, 2, figsize=(9,3))
     for a,v in curves.items():
-        s = pd.Series(v).rolling(20, min_periods=1).mean(); axs[0].plot([i/len(s)*minutes for i in range(len(s))], s, label=a)
-    axs[0].set(xlabel='minutes of training', ylabel='training loss (mean of 20)', title='Training'); axs[0].legend()
+        s = pd.Series(v).rolling(20, min_periods=1).mean()
+        axs[0].plot([i/len(s)*minutes for i in range(len(s))], s, label=a)
+    axs[0].set(xlabel='minutes of training', ylabel='training loss (mean of 20)', title='Training')
+    axs[0].legend()
     for k,s in enumerate(['CSF','grey','white']):
         d = dice.xs(s, level='structure')
         for _,v in d.iterrows(): axs[1].plot([3*k,3*k+1], [v['2D'],v['3D']], 'o-', color=f'C{k}', ms=3, lw=.8)
-    axs[1].set_xticks([0,1,3,4,6,7], ['2D','3D']*3); axs[1].set(ylabel='Dice of a held-out subject', title='CSF (blue), grey (orange), white (green)')
+    axs[1].set_xticks([0,1,3,4,6,7], ['2D','3D']*3)
+    axs[1].set(ylabel='Dice of a held-out subject', title='CSF (blue), grey (orange), white (green)')
     fig.tight_layout()
     means = {a:e.summary().loc['all','mean'] for a,e in evs.items()}
-    answer = (f"On {len(valid)} held-out subjects the 3D model reached a mean Dice of {means['3D']:.3f} and the 2D model {means['2D']:.3f}, "
+    answer = (f"On {len(valid)} held-out subjects the 3D model reached a mean Dice of {means['3D']:.3f} and the 2D "
+              f"model {means['2D']:.3f}, "
               f"after {minutes:g} minutes of training each. One split and few subjects: a difference, not yet a proof.")
-    method = (f"{n} subjects were made from the ICBM 152 atlas by smooth deformation, bias field, noise and varying contrast, with exact labels. Both models saw the same {len(dls.train_ds)} training subjects, "
-              "the same stored grid, loss (Dice + cross-entropy), augmentation and one-cycle schedule by elapsed time. Scores are of whole scans on their own grid; hd95 is in mm, nsd is the share of the surfaces within 1 mm.")
+    method = (f"{n} subjects were made from the ICBM 152 atlas by smooth deformation, bias field, noise and varying "
+              f"contrast, with exact labels. Both models saw the same {len(dls.train_ds)} training subjects, "
+              "the same stored grid, loss (Dice + cross-entropy), augmentation and one-cycle schedule by elapsed time. "
+              "Scores are of whole scans on their own grid; hd95 is in mm, nsd is the share of the surfaces "
+              "within 1 mm.")
     fn = html_report(path/'report.html', 'fastmed: slices and volumes on the embedded cohort', answer,
-                     {'Dice of held-out subjects':table, 'HD95, mm':pd.concat({a:e.summary('hd95') for a,e in evs.items()}, names=['model']), 'Cost':pd.DataFrame(cost).T,
-                      'A held-out subject in three planes':list(pics.values()), 'Training, and each subject in both models':fig, 'Method':method})
+                     {'Dice of held-out subjects':table,
+                      'HD95, mm':pd.concat({a:e.summary('hd95') for a,e in evs.items()}, names=['model']),
+                      'Cost':pd.DataFrame(cost).T,
+                      'A held-out subject in three planes':list(pics.values()),
+                      'Training, and each subject in both models':fig, 'Method':method})
     print('\n'+table.round(3).to_string()+'\n\n'+answer)
     print(f'\n{fn} and {path/"overlay.png"} written; {(time.perf_counter()-t0)/60:.1f} min in all')
     return fn

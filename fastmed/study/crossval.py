@@ -32,7 +32,8 @@ import contextlib, hashlib, inspect, json, re, time
 # %% ../../nbs/study/06_crossval.ipynb #d0356d61
 def stratified_folds(
     df,             # one row a case
-    stratify,       # column, or several, whose values every fold should hold in proportion; numbers with more than ten values by fifths
+    # column, or several, whose values every fold should hold in proportion; numbers with more than ten values by fifths
+    stratify,
     n:int=5,        # folds
     seed:int=42,    # of the draw
     group_col=None  # column whose groups are never parted; default 'subject' where it exists
@@ -43,13 +44,23 @@ def stratified_folds(
     y = []
     for c in L(stratify):
         if c not in df: raise ColumnError(f"stratify {c!r}: not in the DataFrame, which has {list(df)}")
-        if (na:=df[c].isna()).any(): r = df[na].iloc[0]; raise InputError(f"case {r.get('case', r.name)!r} has no {c}, by which the folds are balanced. Fill it in, or leave stratify out")
-        v = df[c]; y.append((pd.qcut(v.rank(method='first'), 5, labels=False) if pd.api.types.is_numeric_dtype(v) and v.nunique()>10 else v).astype(str).values)
-    y = np.array(['|'.join(o) for o in zip(*y)]); g = group_values(df, group_col)
-    order = np.lexsort([df['case'].astype(str) if 'case' in df else g, g]); res = np.empty(len(df), int)
+        if (na:=df[c].isna()).any():
+            r = df[na].iloc[0]
+            raise InputError(f"case {r.get('case', r.name)!r} has no {c}, by which the folds are balanced. Fill it in, "
+                             f"or leave stratify out")
+        v = df[c]
+        y.append((pd.qcut(v.rank(method='first'), 5, labels=False) if pd.api.types.is_numeric_dtype(v)
+                                 and v.nunique()>10 else v).astype(str).values)
+    y = np.array(['|'.join(o) for o in zip(*y)])
+    g = group_values(df, group_col)
+    order = np.lexsort([df['case'].astype(str) if 'case' in df else g, g])
+    res = np.empty(len(df), int)
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')                              # a class with fewer cases than folds: it is in as many as it can
-        for k,(_,held) in enumerate(StratifiedGroupKFold(n, shuffle=True, random_state=seed).split(order, y[order], g.values[order])): res[order[held]] = k
+        # a class with fewer cases than folds: it is in as many as it can
+        warnings.simplefilter('ignore')
+        for k,(_,held) in enumerate(StratifiedGroupKFold(n, shuffle=True, random_state=seed).split(order, y[order],
+                g.values[order])):
+            res[order[held]] = k
     return res
 
 # %% ../../nbs/study/06_crossval.ipynb #d3bf068f
@@ -63,44 +74,64 @@ def fold_learner(
     if label_col is None: return make_learner(df, **({} if ndim is None else {'ndim':ndim}), **kwargs)
     fn = str(first(L(df[first(L(kwargs.get('image_col', 'image')))].iloc[0]))).lower()
     picture = fn.endswith(('.png','.jpg','.jpeg','.tif','.tiff','.bmp'))
-    if ndim not in (None,2,3) or (picture and ndim==3): raise InputError(f"ndim: expected {'2, for these are pictures' if picture else '2 or 3'}; found {ndim}")
+    if ndim not in (None,2,3) or (picture and ndim==3):
+        raise InputError(f"ndim: expected {'2, for these are pictures' if picture else '2 or 3'}; found {ndim}")
     cls = RadiographDataLoaders if picture else SliceDataLoaders if ndim==2 else VolumeDataLoaders
     data = {k:kwargs.pop(k) for k in list(kwargs) if k in inspect.signature(cls.from_df).parameters}
     return classifier_learner(cls.from_df(df, label_col=label_col, **data), **kwargs)
 
-def _file_of(case): return re.sub(r'[^\w.+-]', '_', str(case))+(f'-{hashlib.sha256(str(case).encode()).hexdigest()[:6]}' if re.search(r'[^\w.+-]', str(case)) else '')+'.nii.gz'
+def _file_of(case):
+    return re.sub(r'[^\w.+-]', '_', str(case))+(f'-{hashlib.sha256(str(case).encode()).hexdigest()[:6]}'
+                                                if re.search(r'[^\w.+-]', str(case)) else '')+'.nii.gz'
 
 def _held_out(learn, df):
     "Raises where a Learner does not hold out what it should"
-    held = sorted(df['case'][df.is_valid].astype(str)); where = "make its DataLoaders with from_df(df, valid_col='is_valid')"
-    if not hasattr(learn, 'evaluate') or not hasattr(learn, 'dls'): raise ArgumentError(f"fit: expected it to give back a trained Learner of fastmed; found {type(learn).__name__}. End the function with `return learn`")
+    held = sorted(df['case'][df.is_valid].astype(str))
+    where = "make its DataLoaders with from_df(df, valid_col='is_valid')"
+    if not hasattr(learn, 'evaluate') or not hasattr(learn, 'dls'):
+        raise ArgumentError(f"fit: expected it to give back a trained Learner of fastmed; found "
+                            f"{type(learn).__name__}. End the function with `return learn`")
     valid,train = [sorted(str(c) for c,_ in case_rows(o.items)) for o in (learn.dls.valid_ds, learn.dls.train_ds)]
-    if odd:=sorted(set(train)&set(held)): raise InputError(f"fit: its Learner trains on {len(odd)} of the {len(held)} cases that are held out, such as {odd[:3]}; {where}")
-    if valid!=held: raise InputError(f"fit: its Learner holds out {len(valid)} cases ({valid[:3]} …) and not the {len(held)} that are marked ({held[:3]} …); {where}")
-    if odd:=seen_cases(learn, df[df.is_valid]): raise InputError(f"fit: its Learner was trained before on {len(odd)} of the cases that are held out, such as {odd[:3]}, or on their subjects. Start from weights that have not seen them")
+    if odd:=sorted(set(train)&set(held)):
+        raise InputError(f"fit: its Learner trains on {len(odd)} of the {len(held)} cases that are held out, such as "
+                         f"{odd[:3]}; {where}")
+    if valid!=held:
+        raise InputError(f"fit: its Learner holds out {len(valid)} cases ({valid[:3]} …) and not the {len(held)} that "
+                         f"are marked ({held[:3]} …); {where}")
+    if odd:=seen_cases(learn, df[df.is_valid]):
+        raise InputError(f"fit: its Learner was trained before on {len(odd)} of the cases that are held out, such as "
+                         f"{odd[:3]}, or on their subjects. Start from weights that have not seen them")
 
 def _fold_scores(learn, df, look, subjects, masks):
     "Results of the held-out cases, and what kind they are; masks are written into the folder `masks`, where one is given"
     held = df[df.is_valid]
     if hasattr(learn, 'case_answer'):
-        res = learn.evaluate(held, **look); return pd.DataFrame(res).assign(subject=[subjects[str(c)] for c in res.case]),dict(task=res.task, vocab=list(res.vocab))
+        res = learn.evaluate(held, **look)
+        return pd.DataFrame(res).assign(subject=[subjects[str(c)] for c in res.case]),dict(task=res.task,
+                vocab=list(res.vocab))
     vocab,rows,errs = get_preprocess(learn.dls).vocab,[],[]
     for name,_,pred,truth,e in predicted_cases(learn, held, **look):
         key = dict(case=str(name), subject=subjects[str(name)])
         if e: errs.append(e)
         elif masks: pred.save(masks/_file_of(name))
-        rows += [{**key, **s} for s in (failed_scores(vocab, e) if e else case_scores(pred, truth, vocab, pred.spacing))]
+        rows += [{**key, **s} for s in (failed_scores(vocab, e) if e else case_scores(pred, truth, vocab,
+                pred.spacing))]
     if len(errs)==len(held): raise errs[0]
     return pd.DataFrame(rows),dict(task='segmentation', vocab=list(vocab))
 
 def _fold_finish(learn, spec, look, folder, cost, tmp):
     "Score a trained Learner on the cases that it holds out; `tmp` becomes the folder of its run, whole"
-    df = spec['df']; _held_out(learn, df); t0 = time.perf_counter()
+    df = spec['df']
+    _held_out(learn, df)
+    t0 = time.perf_counter()
     subjects = dict(zip(df['case'].astype(str), group_values(df, spec['group_col'])))
     if spec['masks']: (tmp/'masks').mkdir()
     res,kind = _fold_scores(learn, df, look, subjects, tmp/'masks' if spec['masks'] else None)
     key = {k:spec[k] for k in ('repeat','fold')}
-    facts = dict(key, **kind, folds=spec['hash'], files=spec['files'], parameters=sum(p.numel() for p in learn.model.parameters()), cost={**cost, 'score_s':time.perf_counter()-t0}, settings=arm_settings(learn, look, spec.get('lr_max')) if kind['task']=='segmentation' else {})
+    facts = dict(key, **kind, folds=spec['hash'], files=spec['files'],
+                 parameters=sum(p.numel() for p in learn.model.parameters()),
+                 cost={**cost, 'score_s':time.perf_counter()-t0},
+                 settings=arm_settings(learn, look, spec.get('lr_max')) if kind['task']=='segmentation' else {})
     with writing(folder):
         res.assign(**key)[[*key, *res]].to_csv(tmp/'results.csv', index=False)
         keep_model(learn, tmp)
@@ -111,9 +142,13 @@ def _fold_finish(learn, spec, look, folder, cost, tmp):
 
 def _fit_fold(spec, folder, tmp):
     "Let the user's function train, and score what it gives"
-    torch.set_num_threads(spec['threads']); set_seed(spec['seed']*1000+spec['fold'], reproducible=True)
-    df = spec['df'].drop(columns='_held_out'); df.attrs.update(spec['attrs']); t0 = time.perf_counter()
-    learn = spec['fit'](df); return _fold_finish(learn, spec, spec['look'], folder, dict(train_s=time.perf_counter()-t0), tmp)
+    torch.set_num_threads(spec['threads'])
+    set_seed(spec['seed']*1000+spec['fold'], reproducible=True)
+    df = spec['df'].drop(columns='_held_out')
+    df.attrs.update(spec['attrs'])
+    t0 = time.perf_counter()
+    learn = spec['fit'](df)
+    return _fold_finish(learn, spec, spec['look'], folder, dict(train_s=time.perf_counter()-t0), tmp)
 
 # %% ../../nbs/study/06_crossval.ipynb #6748a064
 def _truth(v): return str(v)=='True'
@@ -131,50 +166,85 @@ class CrossValidation:
         repeats:int=1,     # how many times, each with folds and trainings of its own
         group_col=None,    # column whose groups are never parted; default 'subject' where it exists
         stratify=None,     # column, or several, that every fold should hold in proportion
-        fit=None,          # function: cases with a bool column `is_valid` → trained Learner; or a dict of arguments; default: `kwargs`
+        # function: cases with a bool column `is_valid` → trained Learner; or a dict of arguments; default: `kwargs`
+        fit=None,
         path='crossval',   # folder of the runs
-        budget=None,       # without a function: one of minutes, epochs, updates, voxels, for each training; default: dict(minutes=10)
+        # without a function: one of minutes, epochs, updates, voxels, for each training; default: dict(minutes=10)
+        budget=None,
         seed:int=0,        # of folds and trainings
         masks:bool=True,   # keep the out-of-fold masks
-        trust:bool=False,  # open models of folds that are pickles (an earlier fastmed wrote such): only where you trust who trained them
-        **kwargs           # as of an arm of `Comparison`, and `label_col`; with a function only those of prediction: overlap, tta, post, axes
+        # open models of folds that are pickles (an earlier fastmed wrote such): only where you trust who trained them
+        trust:bool=False,
+        # as of an arm of `Comparison`, and `label_col`; with a function only those of prediction: overlap, tta, post,
+        # axes
+        **kwargs
     ):
         if isinstance(fit, dict): kwargs,fit = {**fit, **kwargs},None
-        if fit is not None and not callable(fit): raise ArgumentError(f"fit: expected a function that gives a trained Learner, or a dict of arguments; found {type(fit).__name__}")
-        if fit is not None and budget is not None: raise ArgumentError("budget belongs to trainings by arguments; a function trains as long as it likes")
-        if fit is not None and (odd:=sorted(set(kwargs)-set(PREDICT_ARGS))): raise ArgumentError(f"cross_validate: with a function only {', '.join(PREDICT_ARGS)} are taken beside it; found {odd}. Put them into the function")
-        if odd:=sorted({'valid_col','valid_pct','df'}&set(kwargs)): raise ArgumentError(f"cross_validate: {odd} belong to the folds; use folds=, group_col= and stratify=")
-        if not isinstance(repeats, (int,np.integer)) or repeats<1: raise InputError(f"repeats: expected a whole number of 1 or more; found {repeats!r}")
+        if fit is not None and not callable(fit):
+            raise ArgumentError(f"fit: expected a function that gives a trained Learner, or a dict of arguments; found "
+                                f"{type(fit).__name__}")
+        if fit is not None and budget is not None:
+            raise ArgumentError("budget belongs to trainings by arguments; a function trains as long as it likes")
+        if fit is not None and (odd:=sorted(set(kwargs)-set(PREDICT_ARGS))):
+            raise ArgumentError(f"cross_validate: with a function only {', '.join(PREDICT_ARGS)} are taken beside it; "
+                                f"found {odd}. Put them into the function")
+        if odd:=sorted({'valid_col','valid_pct','df'}&set(kwargs)):
+            raise ArgumentError(f"cross_validate: {odd} belong to the folds; use folds=, group_col= and stratify=")
+        if not isinstance(repeats, (int,np.integer)) or repeats<1:
+            raise InputError(f"repeats: expected a whole number of 1 or more; found {repeats!r}")
         self.budget = ifnone(budget, dict(minutes=10)) if fit is None else None
-        if fit is None and (not isinstance(self.budget, dict) or len(self.budget)!=1 or (u:=next(iter(self.budget))) not in ('minutes','epochs','updates','voxels') or not self.budget[u]>0):
-            raise InputError(f"budget: expected one of minutes, epochs, updates, voxels, above 0, as in dict(minutes=10); found {str(self.budget)[:100]}")
-        if odd:=sorted({'is_valid','_held_out'}&set(check_columns(df))): raise InputError(f"cross_validate: the DataFrame has a column {odd[0]!r}, which is filled for each fold. Drop it, or give it as folds= under another name")
+        if fit is None and (not isinstance(self.budget, dict) or len(self.budget)!=1
+                or (u:=next(iter(self.budget))) not in ('minutes','epochs','updates','voxels') or not self.budget[u]>0):
+            raise InputError(f"budget: expected one of minutes, epochs, updates, voxels, above 0, as in "
+                             f"dict(minutes=10); found {str(self.budget)[:100]}")
+        if odd:=sorted({'is_valid','_held_out'}&set(check_columns(df))):
+            raise InputError(f"cross_validate: the DataFrame has a column {odd[0]!r}, which is filled for each fold. "
+                             f"Drop it, or give it as folds= under another name")
         if 'case' not in df: df = df.assign(case=[str(i) for i in range(len(df))])
-        if (d:=df['case'].astype(str).duplicated()).any(): raise InputError(f"case {df['case'][d].iloc[0]!r} stands in two rows. Each case needs a name of its own")
+        if (d:=df['case'].astype(str).duplicated()).any():
+            raise InputError(f"case {df['case'][d].iloc[0]!r} stands in two rows. Each case needs a name of its own")
         self.trust = trust
-        attrs,self.df = dict(df.attrs),df.reset_index(drop=True); self.df.attrs.update(attrs)
-        self.fit,self.kwargs,self.group_col,self.path,self.seed,self.masks = fit,kwargs,group_col,Path(path).absolute(),seed,masks
-        if fit is None: self.kwargs = {**kwargs, 'path':Path(kwargs.get('path', '.')).absolute(), **({'codes':check_codes(kwargs['codes'])} if 'codes' in kwargs else {})}
+        attrs,self.df = dict(df.attrs),df.reset_index(drop=True)
+        self.df.attrs.update(attrs)
+        self.fit,self.kwargs,self.group_col,self.path,self.seed,self.masks = fit,kwargs,group_col,Path(
+                path).absolute(),seed,masks
+        if fit is None:
+            self.kwargs = {**kwargs, 'path':Path(kwargs.get('path', '.')).absolute(),
+                    **({'codes':check_codes(kwargs['codes'])} if 'codes' in kwargs else {})}
         if isinstance(folds, str):
             if folds not in df: raise ColumnError(f"folds {folds!r}: not in the DataFrame, which has {list(df)}")
-            if stratify is not None: raise ArgumentError(f"stratify: the folds stand in column {folds!r} already; leave one of them out")
-            one = self.df[folds].astype(int).values; self.fold = [one]*repeats
+            if stratify is not None:
+                raise ArgumentError(f"stratify: the folds stand in column {folds!r} already; leave one of them out")
+            one = self.df[folds].astype(int).values
+            self.fold = [one]*repeats
             parted = self.df.assign(_f=one, _g=group_values(self.df, group_col).values).groupby('_g')._f.nunique()
-            if (parted>1).any(): raise InputError(f"folds {folds!r}: the subjects {parted[parted>1].index[:5].tolist()} stand in several folds. Keep each in one")
-        else: self.fold = [group_folds(self.df, folds, 42+seed+r, group_col) if stratify is None else stratified_folds(self.df, stratify, folds, 42+seed+r, group_col) for r in range(repeats)]
+            if (parted>1).any():
+                raise InputError(f"folds {folds!r}: the subjects {parted[parted>1].index[:5].tolist()} stand in "
+                                 f"several folds. Keep each in one")
+        else:
+            self.fold = [group_folds(self.df, folds, 42+seed+r, group_col) if stratify is None
+                         else stratified_folds(self.df, stratify, folds, 42+seed+r, group_col) for r in range(repeats)]
         self.hash = [settings_hash(sorted(zip(self.df['case'].astype(str), f.tolist()))) for f in self.fold]
         self._check_folder()
 
     def _check_folder(self):
         "A folder that holds another experiment is refused; more repeats may be asked for later"
         fn = self.path/'crossval.json'
-        mine = dict(fit=function_text(self.fit) if self.fit else None, arguments=setting_text({k:v for k,v in self.kwargs.items() if k not in ('cache','num_workers','device','path')}), budget=self.budget, seed=self.seed, folds=self.hash)
+        mine = dict(fit=function_text(self.fit) if self.fit else None,
+                arguments=setting_text({k:v for k,v in self.kwargs.items() if k not in ('cache','num_workers','device',
+                'path')}), budget=self.budget, seed=self.seed, folds=self.hash)
         was = None
         if fn.exists():
-            was = read_notes(fn); n = min(len(was['folds']), len(self.hash))
-            odd = {k:(was.get(k), v) for k,v in mine.items() if k!='folds' and was.get(k)!=json.loads(json.dumps(v))} | ({'folds':(was['folds'][:n], self.hash[:n])} if was['folds'][:n]!=self.hash[:n] else {})
-            if odd: raise InputError(f"{self.path}: holds another cross-validation: " + '; '.join(f'{k} was {a}, is {b}' for k,(a,b) in odd.items()) + ". Give another path, or remove the folder")
-        kept,now,runs = was and was.get('files'),case_contents(self.df, None if self.fit else [self.kwargs]),contents_noted(self.path)
+            was = read_notes(fn)
+            n = min(len(was['folds']), len(self.hash))
+            odd = {k:(was.get(k), v) for k,v in mine.items() if k!='folds'
+                    and was.get(k)!=json.loads(json.dumps(v))} | ({'folds':(was['folds'][:n], self.hash[:n])}
+                    if was['folds'][:n]!=self.hash[:n] else {})
+            if odd:
+                raise InputError(f"{self.path}: holds another cross-validation: " + '; '.join(f'{k} was {a}, is {b}'
+                                 for k,(a,b) in odd.items()) + ". Give another path, or remove the folder")
+        kept,now,runs = was and was.get('files'),case_contents(self.df,
+                                        None if self.fit else [self.kwargs]),contents_noted(self.path)
         check_contents(self.path, kept, now, runs)
         files = noted_contents(kept, now, runs)
         self.files = settings_hash(files)
@@ -189,30 +259,44 @@ class CrossValidation:
         repeat:int=0 # which repeat
     )->pd.DataFrame: # the cases, with a bool column `is_valid`
         "The cases of a fold, as `fit` gets them"
-        if not 0<=repeat<len(self.fold) or fold not in self.fold[repeat]: raise InputError(f"split: there is no fold {fold} of repeat {repeat}; there are {len(self.fold)} repeats of folds {sorted(set(self.fold[0].tolist()))}")
-        d = self.df.assign(is_valid=self.fold[repeat]==fold); d.attrs.update(self.df.attrs); return d
+        if not 0<=repeat<len(self.fold) or fold not in self.fold[repeat]:
+            raise InputError(f"split: there is no fold {fold} of repeat {repeat}; there are {len(self.fold)} repeats "
+                             f"of folds {sorted(set(self.fold[0].tolist()))}")
+        d = self.df.assign(is_valid=self.fold[repeat]==fold)
+        d.attrs.update(self.df.attrs)
+        return d
 
     def _folder(self, repeat, fold): return (self.path/f'repeat {repeat}, fold {fold}').resolve()
     def _spec(self, repeat, fold):
-        d = self.split(fold, repeat); d = d.assign(_held_out=d.is_valid); d.attrs.update(self.df.attrs)
-        res = dict(arm='cross-validation', repeat=repeat, fold=fold, seed=self.seed+repeat, df=d, attrs=dict(self.df.attrs), hash=self.hash[repeat], files=self.files, group_col=self.group_col, masks=self.masks, folder=str(self._folder(repeat, fold)), threads=torch.get_num_threads())
+        d = self.split(fold, repeat)
+        d = d.assign(_held_out=d.is_valid)
+        d.attrs.update(self.df.attrs)
+        res = dict(arm='cross-validation', repeat=repeat, fold=fold, seed=self.seed+repeat, df=d,
+                   attrs=dict(self.df.attrs), hash=self.hash[repeat], files=self.files, group_col=self.group_col,
+                   masks=self.masks, folder=str(self._folder(repeat, fold)), threads=torch.get_num_threads())
         if self.fit: return dict(res, do=_fit_fold, fit=self.fit, look=self.kwargs)
-        kw = shared_plan(self.path/'plan.json', {'group_col':self.group_col, **self.kwargs}, lambda **kw: fold_learner(d, **kw, valid_col='_held_out'))
+        kw = shared_plan(self.path/'plan.json', {'group_col':self.group_col, **self.kwargs},
+                lambda **kw: fold_learner(d, **kw, valid_col='_held_out'))
         return dict(res, kwargs=kw, budget=self.budget, make=fold_learner, finish=_fold_finish)
 
     @property
     def plan(self)->pd.DataFrame: # repeat, fold, cases, done
         "Every run, and whether it is finished"
-        return pd.DataFrame([dict(repeat=r, fold=int(k), cases=int((f==k).sum()), done=self._folder(r, k).exists()) for r,f in enumerate(self.fold) for k in sorted(set(f.tolist()))])
+        return pd.DataFrame([dict(repeat=r, fold=int(k), cases=int((f==k).sum()), done=self._folder(r, k).exists())
+                             for r,f in enumerate(self.fold) for k in sorted(set(f.tolist()))])
 
     def run(self,
-        executor=None # anything with `submit`, as of `concurrent.futures` or Dask's `client.get_executor()`; default: one after another, here
+        # anything with `submit`, as of `concurrent.futures` or Dask's `client.get_executor()`; default: one after
+        # another, here
+        executor=None
     ):                # this object
         "Train and score every fold that is not finished. Stop it at any moment, and call it again"
         specs,n = [self._spec(r.repeat, r.fold) for r in self.plan.itertuples() if not r.done],len(self.plan)
         if hasattr(executor, 'get_executor'): executor = executor.get_executor()
-        bar = progress_bar(train_runs(specs, executor), total=len(specs)); t0 = time.perf_counter()
-        for i,_ in enumerate(bar): bar.comment = f'{n-len(specs)+i+1} of {n} folds, {(time.perf_counter()-t0)/60:.1f} min'
+        bar = progress_bar(train_runs(specs, executor), total=len(specs))
+        t0 = time.perf_counter()
+        for i,_ in enumerate(bar):
+            bar.comment = f'{n-len(specs)+i+1} of {n} folds, {(time.perf_counter()-t0)/60:.1f} min'
         sweep(self.path/'unfinished')
         with contextlib.suppress(OSError): (self.path/'unfinished').rmdir()
         self._check_folder()                                         # a file may have been changed meanwhile
@@ -233,7 +317,8 @@ class CrossValidation:
         text = ['target','pred']*(facts['task']=='category')
         runs = [r for r in self.plan.itertuples() if r.done]
         def held_out(r): return self.df['case'][self.fold[r.repeat]==r.fold].astype(str).tolist()
-        t = pd.concat([read_table(self._folder(r.repeat, r.fold)/'results.csv', held_out(r), text, repeat=r.repeat, fold=r.fold)
+        t = pd.concat([read_table(self._folder(r.repeat, r.fold)/'results.csv', held_out(r), text, repeat=r.repeat,
+                                  fold=r.fold)
                        for r in runs], ignore_index=True)
         return self._classes_back(t, facts['vocab']) if facts['task']=='category' else t
 
@@ -274,23 +359,36 @@ class CrossValidation:
     )->Ensemble:         # for cases that are not among these
         "All fold models, to answer together for new cases. Raises `ValueError` while folds are missing"
         p = self.plan if repeat is None else self.plan[self.plan.repeat==repeat]
-        if not len(p) or not p.done.all(): raise InputError(f"ensemble: {int((~p.done).sum())} of {len(p)} folds are not finished. Call run()")
+        if not len(p) or not p.done.all():
+            raise InputError(f"ensemble: {int((~p.done).sum())} of {len(p)} folds are not finished. Call run()")
         own = {'arch':self.kwargs['arch']} if callable(self.kwargs.get('arch')) else {}
-        return Ensemble([run_model(self._folder(r.repeat, r.fold)) for r in p.itertuples()], **{'trust':self.trust, **own, **kwargs})
+        return Ensemble([run_model(self._folder(r.repeat, r.fold)) for r in p.itertuples()],
+                **{'trust':self.trust, **own, **kwargs})
 
     # --- numbers
     def _scores(self, score):
         "A row a (case, structure), a column a repeat, of masks"
-        t = self.results; n = t.groupby('repeat').case.nunique()
+        t = self.results
+        n = t.groupby('repeat').case.nunique()
         return ruled_scores(t.assign(arm=t.repeat, seed=0), score)
 
     def _labels(self):
         "Targets (n,), predictions (repeats,n,k), subjects and names of the cases that every repeat could read"
-        t,f = self.results,self._facts(); vocab = f[0]['vocab']
-        if any(o['vocab']!=vocab for o in f): raise InputError(f"{self.path}: the folds do not know the same classes: {sorted({str(o['vocab']) for o in f})}. A class is too rare for {len(set(self.fold[0]))} folds: use stratify=, or fewer")
-        task = f[0]['task']; ok = t[t.status=='ok'].groupby('case').repeat.nunique(); names = sorted(ok[ok==t.repeat.nunique()].index)
-        T = {r:g.set_index('case').loc[names] for r,g in t.groupby('repeat')}; g0 = T[min(T)]; one = len(vocab)==1
-        if task=='regression': tc,pc = (['target'],['pred']) if one else ([f'target_{v}' for v in vocab],[f'pred_{v}' for v in vocab])
+        t,f = self.results,self._facts()
+        vocab = f[0]['vocab']
+        if any(o['vocab']!=vocab for o in f):
+            raise InputError(f"{self.path}: the folds do not know the same classes: "
+                             f"{sorted({str(o['vocab']) for o in f})}. A class is too rare for "
+                             f"{len(set(self.fold[0]))} folds: "
+                             f"use stratify=, or fewer")
+        task = f[0]['task']
+        ok = t[t.status=='ok'].groupby('case').repeat.nunique()
+        names = sorted(ok[ok==t.repeat.nunique()].index)
+        T = {r:g.set_index('case').loc[names] for r,g in t.groupby('repeat')}
+        g0 = T[min(T)]
+        one = len(vocab)==1
+        if task=='regression':
+            tc,pc = (['target'],['pred']) if one else ([f'target_{v}' for v in vocab],[f'pred_{v}' for v in vocab])
         else: tc,pc = ['target'] if task=='category' else [f'target_{v}' for v in vocab],[f'prob_{v}' for v in vocab]
         y = class_numbers(g0.target, vocab).to_numpy() if task=='category' else g0[tc].to_numpy(float)
         return task,vocab,y,np.stack([T[r][pc].to_numpy(float) for r in sorted(T)]),g0.subject.values,np.array(names)
@@ -300,53 +398,90 @@ class CrossValidation:
         level:float=.95,    # of the interval
         n_boot:int=2_000,   # draws of subjects
         seed:int=0          # of the draws
-    )->pd.DataFrame:        # mean, low, high; repeat_low, repeat_high; split_low, split_high; n, subjects, repeats, and failed
+    # mean, low, high; repeat_low, repeat_high; split_low, split_high; n, subjects, repeats, and failed
+    )->pd.DataFrame:
         "The score with its interval over subjects, the range of the repeats, and the range of single splits: a lucky one is seen as one"
         if self.task!='segmentation': return self._label_summary(level, n_boot, seed)
-        w,st = self._scores(score),self.results; sub = st.drop_duplicates('case').set_index('case').subject; rows = []
+        w,st = self._scores(score),self.results
+        sub = st.drop_duplicates('case').set_index('case').subject
+        rows = []
         bad = st.status.isin(['missed','false positive'])|st.status.str.startswith('error')
         for s,v in w.groupby('structure', sort=False):
-            cases = v.index.get_level_values('case'); m = v.mean(axis=1); lo,hi = mean_interval(m.values, sub.reindex(cases).values, level, n_boot, seed)
-            sp = self._by_split(v.droplevel('structure')); mine = bad & ((st.structure==s)|(s=='all'))
-            rows.append(dict(structure=s, mean=m.mean(), low=lo, high=hi, repeat_low=v.mean().min(), repeat_high=v.mean().max(), split_low=sp.min(), split_high=sp.max(),
-                             sd=m.std(), worst=m.max() if score=='hd95' else m.min(), n=int(m.notna().sum()), subjects=sub.reindex(cases).nunique(), repeats=v.shape[1], failed=int(st[mine].groupby('repeat').case.nunique().max()) if mine.any() else 0))
+            cases = v.index.get_level_values('case')
+            m = v.mean(axis=1)
+            lo,hi = mean_interval(m.values, sub.reindex(cases).values, level, n_boot, seed)
+            sp = self._by_split(v.droplevel('structure'))
+            mine = bad & ((st.structure==s)|(s=='all'))
+            rows.append(dict(structure=s, mean=m.mean(), low=lo, high=hi, repeat_low=v.mean().min(),
+                             repeat_high=v.mean().max(), split_low=sp.min(), split_high=sp.max(),
+                             sd=m.std(), worst=m.max() if score=='hd95' else m.min(), n=int(m.notna().sum()),
+                    subjects=sub.reindex(cases).nunique(), repeats=v.shape[1],
+                    failed=int(st[mine].groupby('repeat').case.nunique().max()) if mine.any() else 0))
         return pd.DataFrame(rows).set_index('structure')
 
     def _by_split(self, v):
         "Mean of each (repeat, fold) of a table (case × repeat)"
-        no = dict(zip(self.df['case'].astype(str), range(len(self.df)))); i = [no[c] for c in v.index]
+        no = dict(zip(self.df['case'].astype(str), range(len(self.df))))
+        i = [no[c] for c in v.index]
         return pd.concat({r:v[r].groupby(self.fold[r][i]).mean() for r in v}, names=['repeat','fold'])
 
     def _label_summary(self, level, n_boot, seed):
         task,vocab,y,P,g,names = self._labels()
         value = lambda i: pd.DataFrame([label_scores(task, vocab, y[i], p[i]) for p in P]).mean().values
-        each = pd.DataFrame([label_scores(task, vocab, y, p) for p in P]); keys = list(each); k,n = pd.factorize(g)[0],len(set(g)); rows = [np.flatnonzero(k==j) for j in range(n)]; rng = np.random.default_rng(seed)
-        draws = np.array([value(np.concatenate([rows[j] for j in rng.integers(n, size=n)])) for _ in range(n_boot)]) if n>1 else np.full((1,len(keys)), np.nan)
-        lo,hi = np.nanquantile(draws, [(1-level)/2, (1+level)/2], axis=0); sp = self._label_splits(task, vocab, y, P, names); failed = self.results.query("status!='ok'").case.nunique()
-        return pd.DataFrame([dict(score=a, of=b, mean=each[a,b].mean(), low=lo[j], high=hi[j], repeat_low=each[a,b].min(), repeat_high=each[a,b].max(), split_low=sp[a,b].min(), split_high=sp[a,b].max(), n=len(y), subjects=n, repeats=len(P), failed=failed) for j,(a,b) in enumerate(keys)]).set_index('score')
+        each = pd.DataFrame([label_scores(task, vocab, y, p) for p in P])
+        keys = list(each)
+        k,n = pd.factorize(g)[0],len(set(g))
+        rows = [np.flatnonzero(k==j) for j in range(n)]
+        rng = np.random.default_rng(seed)
+        draws = np.array([value(np.concatenate([rows[j] for j in rng.integers(n, size=n)]))
+                          for _ in range(n_boot)]) if n>1 else np.full((1,len(keys)), np.nan)
+        lo,hi = np.nanquantile(draws, [(1-level)/2, (1+level)/2], axis=0)
+        sp = self._label_splits(task, vocab, y, P, names)
+        failed = self.results.query("status!='ok'").case.nunique()
+        return pd.DataFrame([dict(score=a, of=b, mean=each[a,b].mean(), low=lo[j], high=hi[j],
+                repeat_low=each[a,b].min(), repeat_high=each[a,b].max(), split_low=sp[a,b].min(),
+                split_high=sp[a,b].max(), n=len(y), subjects=n, repeats=len(P), failed=failed) for j,
+                (a,b) in enumerate(keys)]).set_index('score')
 
     def _label_splits(self, task, vocab, y, P, names):
-        no = dict(zip(self.df['case'].astype(str), range(len(self.df)))); i = np.array([no[c] for c in names]); rs = sorted(self.results.repeat.unique())
-        t = {(r,int(k)):label_scores(task, vocab, y[m], p[m]) for r,p in zip(rs, P) for k in sorted(set(self.fold[r][i])) for m in [self.fold[r][i]==k]}
+        no = dict(zip(self.df['case'].astype(str), range(len(self.df))))
+        i = np.array([no[c] for c in names])
+        rs = sorted(self.results.repeat.unique())
+        t = {(r,int(k)):label_scores(task, vocab, y[m], p[m]) for r,
+             p in zip(rs, P) for k in sorted(set(self.fold[r][i])) for m in [self.fold[r][i]==k]}
         return pd.DataFrame(list(t.values()), index=pd.MultiIndex.from_tuples(t, names=['repeat','fold']))
 
     def splits(self,
-        score:str=None   # of masks 'dice' (default), 'nsd', 'hd95'; of labels 'roc_auc' (default), 'mae' (of numbers), or another of `summary`
+        # of masks 'dice' (default), 'nsd', 'hd95'; of labels 'roc_auc' (default), 'mae' (of numbers), or another of
+        # `summary`
+        score:str=None
     )->pd.Series:        # index (repeat, fold)
         "What each single split would have shown"
-        if self.task=='segmentation': return self._by_split(self._scores(score or 'dice').xs('all', level='structure')).rename(score or 'dice')
-        t = self._label_splits(*[o for i,o in enumerate(self._labels()) if i!=4]); s = score or self._main()
-        if s not in {k for k,_ in t}: raise InputError(f"score: expected one of {sorted({k for k,_ in t})}; found {s!r}")
-        own = {k:v for k,v in t.items() if k[0]==s}; return own.get((s,'mean'), next(iter(own.values()))).rename(s)
+        if self.task=='segmentation':
+            return self._by_split(self._scores(score or 'dice').xs('all', level='structure')).rename(score or 'dice')
+        t = self._label_splits(*[o for i,o in enumerate(self._labels()) if i!=4])
+        s = score or self._main()
+        if s not in {k for k,_ in t}:
+            raise InputError(f"score: expected one of {sorted({k for k,_ in t})}; found {s!r}")
+        own = {k:v for k,v in t.items() if k[0]==s}
+        return own.get((s,'mean'), next(iter(own.values()))).rename(s)
     def _main(self): return {'segmentation':'dice', 'regression':'mae'}.get(self.task, 'roc_auc')
 
     def answer(self)->str: # two or three sentences
         "The finding in words, with both kinds of doubt"
-        s = self._main(); t = self.summary(); r = t.loc['all'] if self.task=='segmentation' else t.loc[[s]].iloc[-1]; sp = self.splits()
-        name = {'dice':'mean Dice','roc_auc':'ROC AUC','mae':'mean absolute error'}[s]; of = '' if self.task=='segmentation' or r.of=='all' else f" ({r.of})"
-        res = f"On {int(r.n)} cases of {int(r.subjects)} subjects, none judged by a model that had seen its subject, the {name}{of} is {r['mean']:.3f} (95 % interval over subjects {r.low:.3f} to {r.high:.3f})."
+        s = self._main()
+        t = self.summary()
+        r = t.loc['all'] if self.task=='segmentation' else t.loc[[s]].iloc[-1]
+        sp = self.splits()
+        name = {'dice':'mean Dice','roc_auc':'ROC AUC','mae':'mean absolute error'}[s]
+        of = '' if self.task=='segmentation' or r.of=='all' else f" ({r.of})"
+        res = (f"On {int(r.n)} cases of {int(r.subjects)} subjects, none judged by a model that had seen its subject, "
+               f"the {name}{of} is {r['mean']:.3f} (95 % interval over subjects {r.low:.3f} to {r.high:.3f}).")
         res += f" A single split would have shown anything from {sp.min():.3f} to {sp.max():.3f}"
-        return res + (f"; the {int(r.repeats)} repeats lie between {r.repeat_low:.3f} and {r.repeat_high:.3f}." if r.repeats>1 else "; with repeats=1 it is not known how much another draw of the folds would change.") + (f" Of {int(r.failed)} a structure was missed or not read." if r.failed else '')
+        return res + (f"; the {int(r.repeats)} repeats lie between {r.repeat_low:.3f} and {r.repeat_high:.3f}."
+                if r.repeats>1
+                else "; with repeats=1 it is not known how much another draw of the folds would change.") + (
+                f" Of {int(r.failed)} a structure was missed or not read." if r.failed else '')
 
     def plot(self,
         score:str=None, # as of `splits`
@@ -354,30 +489,52 @@ class CrossValidation:
     ):                  # matplotlib axes
         "What each split showed, by repeat, over the interval of the whole"
         import matplotlib.pyplot as plt
-        ax = ctx or plt.subplots(figsize=(5,3))[1]; v = self.splits(score); seg = self.task=='segmentation'
-        t = self.summary(v.name) if seg else self.summary(); r = t.loc['all'] if seg else t.loc[[v.name]].iloc[-1]
-        ax.axhspan(r.low, r.high, color='C0', alpha=.2, label='95 % interval over subjects'); ax.axhline(r['mean'], color='C0', lw=1)
-        for k,g in v.groupby('repeat'): ax.plot(k+np.linspace(-.15, .15, len(g)), g, 'o', color='grey', ms=4, label='a single split' if k==0 else None); ax.plot([k-.25,k+.25], [g.mean()]*2, color='C3', lw=2, label='its repeat' if k==0 else None)
-        ax.set_xticks(sorted(v.index.unique('repeat'))); ax.set(xlabel='repeat', ylabel={'dice':'Dice','hd95':'HD95, mm','nsd':'NSD'}.get(v.name, v.name.replace('_',' '))); ax.legend(fontsize=7); ax.margins(x=.3); return ax
+        ax = ctx or plt.subplots(figsize=(5,3))[1]
+        v = self.splits(score)
+        seg = self.task=='segmentation'
+        t = self.summary(v.name) if seg else self.summary()
+        r = t.loc['all'] if seg else t.loc[[v.name]].iloc[-1]
+        ax.axhspan(r.low, r.high, color='C0', alpha=.2, label='95 % interval over subjects')
+        ax.axhline(r['mean'], color='C0', lw=1)
+        for k,g in v.groupby('repeat'):
+            ax.plot(k+np.linspace(-.15, .15, len(g)), g, 'o', color='grey', ms=4, label='a single split' if k==0
+                    else None)
+            ax.plot([k-.25,k+.25], [g.mean()]*2, color='C3', lw=2, label='its repeat' if k==0 else None)
+        ax.set_xticks(sorted(v.index.unique('repeat')))
+        ax.set(xlabel='repeat', ylabel={'dice':'Dice','hd95':'HD95, mm','nsd':'NSD'}.get(v.name,
+                v.name.replace('_',' ')))
+        ax.legend(fontsize=7)
+        ax.margins(x=.3)
+        return ax
 
     def report(self,
         fn # .html file to write
     )->Path: # `fn`
         "One HTML file with the answer, the tables and the picture. It needs no network"
-        s,seg = self._main(),self.task=='segmentation'; t = self.results
-        worst = (t.groupby('case').agg(subject=('subject','first'), dice=('dice',lambda v: v.fillna(0).mean())).nsmallest(10, 'dice') if seg else t[t.status!='ok'][['repeat','case','status']].head(10))
-        folds = sorted(set(self.fold[0].tolist())); facts = self._facts()[0]
-        how = (f"{len(folds)}-fold cross-validation, {len(self.fold)} time{'s' if len(self.fold)>1 else ''}, on {self.df['case'].nunique()} cases; the groups of {self.group_col or ('subject' if 'subject' in self.df else 'each case by itself')} were never parted. "
+        s,seg = self._main(),self.task=='segmentation'
+        t = self.results
+        worst = (t.groupby('case').agg(subject=('subject','first'),
+                dice=('dice',lambda v: v.fillna(0).mean())).nsmallest(10, 'dice') if seg
+                else t[t.status!='ok'][['repeat','case','status']].head(10))
+        folds = sorted(set(self.fold[0].tolist()))
+        facts = self._facts()[0]
+        how = (f"{len(folds)}-fold cross-validation, {len(self.fold)} time{'s' if len(self.fold)>1 else ''}, on "
+               f"{self.df['case'].nunique()} cases; the groups of "
+               f"{self.group_col or ('subject' if 'subject' in self.df else 'each case by itself')} were never "
+               f"parted. "
                f"{'Each training was given '+setting_text(self.budget) if self.budget else 'Each fold was trained by the function '+setting_text(self.fit)}. Intervals are percentile intervals of a bootstrap that draws subjects, of the mean over the repeats. "
-               f"Folds and repeats share most of their training cases, so their spread is no standard error: it shows what one split could have shown." + (f" Rule for missing scores: {RULE}." if seg else ''))
-        sec = {'Out-of-fold scores':self.summary(), 'What a single split would have shown':[self.plot().figure, self.splits().unstack('repeat')]}
+               f"Folds and repeats share most of their training cases, so their spread is no standard error: it shows "
+               f"what one split could have shown." + (f" Rule for missing scores: {RULE}." if seg else ''))
+        sec = {'Out-of-fold scores':self.summary(), 'What a single split would have shown':[self.plot().figure,
+                self.splits().unstack('repeat')]}
         if len(worst): sec['The lowest cases' if seg else 'Cases that failed'] = worst
         sec['Method'] = how
         if facts['settings']: sec['Settings'] = pd.Series(facts['settings'], name='value')
         return html_report(fn, 'Cross-validation', self.answer(), sec)
 
     def __repr__(self):
-        p = self.plan; s = f"CrossValidation in {self.path.name}: {int(p.done.sum())} of {len(p)} folds finished"
+        p = self.plan
+        s = f"CrossValidation in {self.path.name}: {int(p.done.sum())} of {len(p)} folds finished"
         return s if not p.done.all() else f"{s}. {self.answer()}"
 
 @delegates(CrossValidation.__init__, keep=True)
@@ -387,7 +544,8 @@ def cross_validate(
     repeats:int=1,   # how many times, each with folds and trainings of its own
     group_col=None,  # column whose groups are never parted; default 'subject' where it exists
     stratify=None,   # column, or several, that every fold should hold in proportion
-    fit=None,        # function: cases with a bool column `is_valid` → trained Learner; or a dict of arguments, as an arm of `Comparison`
+    # function: cases with a bool column `is_valid` → trained Learner; or a dict of arguments, as an arm of `Comparison`
+    fit=None,
     executor=None,   # anything with `submit`, or a Dask client; default: one fold after another, here
     path='crossval', # folder of the runs: call again with the same arguments, and what is finished is not repeated
     **kwargs         # of `CrossValidation`, and of the training where `fit` is no function

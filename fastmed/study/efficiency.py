@@ -37,7 +37,8 @@ def draw_order(
 def _headline(t):
     "What a table of `evaluate` is judged by: (name, case → row of numbers, function of such rows → score)"
     if 'dice' in t:
-        t = t.assign(dice=t.dice.mask(t.status.isin(['missed','false positive']) | t.status.str.startswith('error'), 0.))
+        t = t.assign(dice=t.dice.mask(t.status.isin(['missed','false positive']) | t.status.str.startswith('error'),
+                0.))
         return 'Dice', t.groupby('case', sort=True).dice.mean().to_frame(), lambda a: float(np.nanmean(a[:,0]))
     t = t.set_index('case').sort_index()
     probs = [c for c in t if c.startswith('prob_')]
@@ -46,7 +47,8 @@ def _headline(t):
     k = class_numbers(t.target, names)
     which = range(1,2) if len(names)==2 else range(len(names))
     def auc(a):
-        a = a[np.isfinite(a).all(1)]                                      # those that could be read; `failed` counts the others
+        # those that could be read; `failed` counts the others
+        a = a[np.isfinite(a).all(1)]
         return float(np.mean([roc_auc((a[:,0]==i).astype(int), a[:,1+i]) for i in which]))
     return 'ROC AUC', pd.concat([k.rename('target'), t[probs]], axis=1).astype(float), auc
 
@@ -61,17 +63,20 @@ class LabelEfficiency:
         self.inits,self.sizes = list(dict.fromkeys(table['init'])),sorted(set(table['size']))
         runs,self.score = {},None
         for k,t in table.groupby(['init','size','repeat'], sort=False):
-            self.score,rows,stat = _headline(t); runs[k] = rows
+            self.score,rows,stat = _headline(t)
+            runs[k] = rows
         cases = next(iter(runs.values())).index
         subj = table.drop_duplicates('case').set_index('case').subject.reindex(cases)
         code,n = group_numbers(subj.values, len(cases), 'label_efficiency')
         members = [np.flatnonzero(code==i) for i in range(n)]
         rng = np.random.default_rng(seed)
-        draws = [np.arange(len(cases))] + [np.concatenate([members[i] for i in rng.integers(n, size=n)]) for _ in range(n_boot)]
+        draws = [np.arange(len(cases))] + [np.concatenate([members[i] for i in rng.integers(n, size=n)])
+                                           for _ in range(n_boot)]
         def safe(a):
             try: return stat(a)
             except FastmedError: return np.nan                        # a draw without one of the classes
-        self._draws = {k:np.array([safe(r.values[d]) for d in draws]) for k,r in runs.items()}     # first the score itself, then the draws
+        # first the score itself, then the draws
+        self._draws = {k:np.array([safe(r.values[d]) for d in draws]) for k,r in runs.items()}
 
     def _mean(self, init, size): return np.mean([v for (i,s,_),v in self._draws.items() if i==init and s==size], 0)
     def _interval(self, v, level=.95): return np.nanquantile(v[1:], [(1-level)/2, (1+level)/2]).tolist()
@@ -79,7 +84,9 @@ class LabelEfficiency:
     def _failed(self, init, size):
         "Test cases that could not be predicted; of several repeats the most"
         t = self.table[(self.table['init']==init) & (self.table['size']==size)]
-        return int(t[t.status.str.startswith('error')].groupby('repeat').case.nunique().max()) if t.status.str.startswith('error').any() else 0
+        return int(
+                t[t.status.str.startswith('error')].groupby('repeat').case.nunique().max()) if t.status.str.startswith(
+                'error').any() else 0
 
     def summary(self)->pd.DataFrame: # init, size, score, low, high, sd of repeats, repeats, failed
         "The score of each start and size: the mean of its repeats, its interval over test subjects, how far the repeats lie apart, and the test cases that could not be read"
@@ -87,7 +94,11 @@ class LabelEfficiency:
         for i in self.inits:
             for s in self.sizes:
                 own = [v[0] for (a,b,_),v in self._draws.items() if a==i and b==s]
-                if own: m = self._mean(i, s); rows.append(dict(zip(('init','subjects','score','low','high'), (i, s, m[0], *self._interval(m)))) | dict(sd=float(np.std(own, ddof=1)) if len(own)>1 else np.nan, repeats=len(own), failed=self._failed(i, s)))
+                if own:
+                    m = self._mean(i, s)
+                    rows.append(dict(zip(('init','subjects','score','low','high'), (i, s, m[0], *self._interval(m))))
+                                          | dict(sd=float(np.std(own, ddof=1)) if len(own)>1 else np.nan,
+                                                 repeats=len(own), failed=self._failed(i, s)))
         return pd.DataFrame(rows)
 
     def gain(self,
@@ -95,7 +106,8 @@ class LabelEfficiency:
     )->pd.DataFrame:       # init, subjects, gain, low, high
         "What each start gains over another, on the same training and test subjects; an interval that contains 0 shows no gain"
         if over not in self.inits: raise InputError(f"over {over!r}: expected one of {self.inits}")
-        rows = [(i, s, *(d:=self._mean(i, s)-self._mean(over, s))[:1], *self._interval(d)) for i in self.inits if i!=over for s in self.sizes]
+        rows = [(i, s, *(d:=self._mean(i, s)-self._mean(over, s))[:1], *self._interval(d)) for i in self.inits
+                if i!=over for s in self.sizes]
         return pd.DataFrame(rows, columns=['init','subjects','gain','low','high'])
 
     def plot(self,
@@ -107,8 +119,13 @@ class LabelEfficiency:
         for j,(i,t) in enumerate(self.summary().groupby('init', sort=False)):
             x = t.subjects*1.02**(j-len(self.inits)/2)
             ax.errorbar(x, t.score, [t.score-t.low, t.high-t.score], marker='o', ms=4, capsize=3, label=i)
-        ax.set_xscale('log'); ax.set_xticks(self.sizes, [str(s) for s in self.sizes]); ax.minorticks_off()
-        ax.set_xlabel('labelled subjects'); ax.set_ylabel(self.score); ax.legend(frameon=False, fontsize=8); ax.grid(alpha=.3)
+        ax.set_xscale('log')
+        ax.set_xticks(self.sizes, [str(s) for s in self.sizes])
+        ax.minorticks_off()
+        ax.set_xlabel('labelled subjects')
+        ax.set_ylabel(self.score)
+        ax.legend(frameon=False, fontsize=8)
+        ax.grid(alpha=.3)
         return ax
 
 def _note_contents(path, note, df, arms, runs):
@@ -118,7 +135,8 @@ def _note_contents(path, note, df, arms, runs):
     now = case_contents(df, arms)
     check_contents(path, was.get('files'), now, [o.stem in was.get('runs', []) for o in there])
     since = [o.stem for o in runs if not o.exists()]
-    text = json.dumps(dict(files=noted_contents(was.get('files'), now, there), runs=sorted({*was.get('runs', []), *since})), indent=1)
+    text = json.dumps(dict(files=noted_contents(was.get('files'), now, there),
+            runs=sorted({*was.get('runs', []), *since})), indent=1)
     if note.exists() and note.read_text()==text: return
     with whole_file(note) as tmp: tmp.write_text(text)
 
@@ -137,9 +155,12 @@ def _read_run(fn):
 def label_efficiency(
     df,                # one row a case
     sizes=(5,10,20,40),# numbers of labelled training subjects
-    inits=None,        # name → None (from scratch), a file of `save_encoder`, or a function that changes the Learner; default: {'scratch': None}
+    # name → None (from scratch), a file of `save_encoder`, or a function that changes the Learner; default: {'scratch':
+    # None}
+    inits=None,
     repeats:int=3,     # draws of training subjects
-    make=None,         # function: DataFrame with a bool column '_held_out' → untrained Learner; default: `make_learner` with `kwargs`
+    # function: DataFrame with a bool column '_held_out' → untrained Learner; default: `make_learner` with `kwargs`
+    make=None,
     budget=None,       # one of minutes, updates, voxels, for each training; default: dict(updates=300)
     valid_col=None,    # bool column: the test cases; default: a share `test_pct` of the subjects
     test_pct:float=.3, # share of test subjects
@@ -154,29 +175,50 @@ def label_efficiency(
     inits,budget = ifnone(inits, {'scratch':None}),ifnone(budget, dict(updates=300))
     own = make is None
     if own: make = lambda d: make_learner(d, valid_col='_held_out', group_col=group_col, **kwargs)
-    elif kwargs: raise ArgumentError(f"label_efficiency: {sorted(kwargs)} belong to make_learner; with make= put them into that function")
-    df = check_columns(df).reset_index(drop=True); groups = group_values(df, group_col)
+    elif kwargs:
+        raise ArgumentError(
+                f"label_efficiency: {sorted(kwargs)} belong to make_learner; with make= put them into that function")
+    df = check_columns(df).reset_index(drop=True)
+    groups = group_values(df, group_col)
     if 'case' not in df: df = df.assign(case=[str(i) for i in range(len(df))])
-    test = marked_rows(df, valid_col) if valid_col else groups.isin(draw_order(groups, None if stratify is None else df[stratify], seed)[:max(1, round(test_pct*groups.nunique()))]).values
-    if (both:=set(groups[test]) & set(groups[~test])): raise InputError(f"valid_col {valid_col!r}: subjects {sorted(both)[:5]} stand on both sides")
+    test = marked_rows(df, valid_col) if valid_col else groups.isin(draw_order(groups, None if stratify is None
+            else df[stratify], seed)[:max(1, round(test_pct*groups.nunique()))]).values
+    if (both:=set(groups[test]) & set(groups[~test])):
+        raise InputError(f"valid_col {valid_col!r}: subjects {sorted(both)[:5]} stand on both sides")
     pool = groups[~test].nunique()
-    if not sizes or max(sizes)>pool or min(sizes)<1: raise InputError(f"sizes {tuple(sizes)}: expected numbers from 1 to {pool}, the subjects that are not held out for the test")
-    path = Path(path); path.mkdir(parents=True, exist_ok=True)
-    def start(i): return None if inits[i] is None else function_text(inits[i]) if callable(inits[i]) else file_digest(inits[i])
-    facts = hashlib.sha256(json.dumps([sorted(df.case[test].astype(str)), sorted(df.case[~test].astype(str)), budget, seed, lr_max, str(stratify), {k:str(v) for k,v in kwargs.items() if k not in ('cache','num_workers','device')}]+([] if own else [function_text(make)]), default=str).encode()).hexdigest()[:12]
-    kwargs = shared_plan(path/f'plan, {facts}.json', kwargs, lambda **kw: make_learner(df.assign(_held_out=test), valid_col='_held_out', group_col=group_col, **kw))
+    if not sizes or max(sizes)>pool or min(sizes)<1:
+        raise InputError(f"sizes {tuple(sizes)}: expected numbers from 1 to {pool}, the subjects that are not held out "
+                         f"for the test")
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    def start(i):
+        return None if inits[i] is None else function_text(inits[i]) if callable(inits[i]) else file_digest(inits[i])
+    facts = hashlib.sha256(json.dumps([sorted(df.case[test].astype(str)), sorted(df.case[~test].astype(str)), budget,
+            seed, lr_max, str(stratify),
+            {k:str(v) for k,v in kwargs.items() if k not in ('cache','num_workers','device')}]+([] if own
+                                                             else [function_text(make)]),
+                                                             default=str).encode()).hexdigest()[:12]
+    kwargs = shared_plan(path/f'plan, {facts}.json', kwargs, lambda **kw: make_learner(df.assign(_held_out=test),
+            valid_col='_held_out', group_col=group_col, **kw))
     todo = [(i,n,r) for r in range(repeats) for n in sizes for i in inits]
-    fns = {(i,n,r):path/f"{i}, {n} subjects, repeat {r}, {hashlib.sha256((facts+str(start(i))).encode()).hexdigest()[:12]}.csv" for i,n,r in todo}
+    fns = {(i,n,
+           r):path/f"{i}, {n} subjects, repeat {r}, "
+                   f"{hashlib.sha256((facts+str(start(i))).encode()).hexdigest()[:12]}.csv" for i,n,r in todo}
     note,arms = path/f'contents, {facts}.json',[kwargs] if own else None
     _note_contents(path, note, df, arms, fns.values())
     for (i,n,r),fn in progress_bar(list(fns.items())):
         if fn.exists(): continue
         chosen = draw_order(groups[~test], None if stratify is None else df[stratify][~test], seed+1000*(r+1))[:n]
-        d = df[test|groups.isin(chosen).values].copy(); d['_held_out'] = test[d.index]; d.attrs.update(df.attrs)
+        d = df[test|groups.isin(chosen).values].copy()
+        d['_held_out'] = test[d.index]
+        d.attrs.update(df.attrs)
         set_seed(seed*1000+r, reproducible=True)
-        learn = make(d.reset_index(drop=True)); _start(learn, inits[i])
-        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1_000_000, lr_max, cbs=[NoValidation(), BudgetCallback(**budget)])
-        t = pd.DataFrame(learn.evaluate()); t['case'] = t['case'].astype(str)
+        learn = make(d.reset_index(drop=True))
+        _start(learn, inits[i])
+        with learn.no_bar(), learn.no_logging():
+            learn.fit_one_cycle(1_000_000, lr_max, cbs=[NoValidation(), BudgetCallback(**budget)])
+        t = pd.DataFrame(learn.evaluate())
+        t['case'] = t['case'].astype(str)
         if 'subject' in t: t = t.drop(columns='subject')
         t = t.assign(init=i, size=n, repeat=r, subject=t['case'].map(dict(zip(df.case.astype(str), groups))))
         with whole_file(fn) as f: t.to_csv(f, index=False)

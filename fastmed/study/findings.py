@@ -40,13 +40,17 @@ def ruled_scores(
     arms,keys = df.arm.unique(),['case','structure']
     n = df.groupby('arm').case.unique().map(set)
     common = set.intersection(*n)
-    if not common: raise InputError(f"no case was predicted by all of {list(arms)}. Finish the runs, or leave an arm out")
+    if not common:
+        raise InputError(f"no case was predicted by all of {list(arms)}. Finish the runs, or leave an arm out")
     if short:={a:len(set(df.case)-common) for a in arms if set(df.case)-n[a]}:
-        warn(f"{', '.join(map(repr, short))} did not predict all {df.case.nunique()} cases: compared on the {len(common)} that every arm predicted"); df = df[df.case.isin(common)]
+        warn(f"{', '.join(map(repr, short))} did not predict all {df.case.nunique()} cases: compared on the "
+             f"{len(common)} that every arm predicted")
+        df = df[df.case.isin(common)]
     absent = 0. if score=='hd95' else 1.
     rows = [*keys, 'seed']
     w = df.pivot_table(index=rows, columns='arm', values='v', sort=False, dropna=False)[list(arms)].dropna(how='all')
-    ran = df.groupby([*rows, 'arm']).size().unstack('arm').reindex(w.index).notna()[list(arms)]    # a run that is not finished says nothing
+    # a run that is not finished says nothing
+    ran = df.groupby([*rows, 'arm']).size().unstack('arm').reindex(w.index).notna()[list(arms)]
     w = w.mask(ran & w.isna(), absent).groupby(keys, sort=False).mean().fillna(absent)
     whole = w.groupby('case', sort=False).mean()
     whole.index = pd.MultiIndex.from_product([whole.index, ['all']], names=keys)
@@ -78,7 +82,8 @@ class Findings:
     def arms(self): return list(dict.fromkeys(self.results.arm))
 
     def _subjects(self, cases):
-        by = self.results.assign(case=self.results['case'].astype(str)).drop_duplicates('case').set_index('case').subject.astype(str)
+        by = self.results.assign(case=self.results['case'].astype(str)).drop_duplicates('case').set_index(
+                'case').subject.astype(str)
         return by.reindex(cases).values
 
     def summary(self,
@@ -86,23 +91,29 @@ class Findings:
         n_boot:int=10_000  # draws of the bootstrap
     )->pd.DataFrame:       # index (arm, structure): mean, low, high, sd, median, worst, n, failed, empty, rule
         "Mean of each arm and structure with its 95 % interval, subjects drawn; the rule for failures and empty structures stands in the table"
-        w = ruled_scores(self.results, score); rows = []
-        st = pd.DataFrame(self.results); bad = st.status.isin(['missed','false positive']) | st.status.str.startswith('error')
+        w = ruled_scores(self.results, score)
+        rows = []
+        st = pd.DataFrame(self.results)
+        bad = st.status.isin(['missed','false positive']) | st.status.str.startswith('error')
         for a in w:
             for s,v in w[a].groupby('structure', sort=False):
                 lo,hi = mean_interval(v.values, self._subjects(v.index.get_level_values('case')), n_boot=n_boot)
                 mine = (st.arm==a) & ((st.structure==s) | (s=='all'))
-                rows.append(dict(arm=a, structure=s, mean=v.mean(), low=lo, high=hi, sd=v.std(), median=v.median(), worst=v.max() if score=='hd95' else v.min(), n=len(v),
-                                 failed=int(st[mine&bad].case.nunique()), empty=int((st[mine].status=='empty').groupby(st[mine].case).all().sum()), rule=RULE))
+                rows.append(dict(arm=a, structure=s, mean=v.mean(), low=lo, high=hi, sd=v.std(), median=v.median(),
+                                 worst=v.max() if score=='hd95' else v.min(), n=len(v),
+                                 failed=int(st[mine&bad].case.nunique()),
+                        empty=int((st[mine].status=='empty').groupby(st[mine].case).all().sum()), rule=RULE))
         return pd.DataFrame(rows).set_index(['arm','structure'])
 
     def paired(self,
         score:str='dice',        # 'dice', 'nsd', or 'hd95' (mm)
         equal_within:float=None, # a difference that does not matter: are the arms equivalent?
         n_boot:int=10_000        # draws of the bootstrap
-    )->pd.DataFrame:             # index (a, b, structure): of a - b, the fields of `PairedComparison`, and p_holm over the whole table
+    # index (a, b, structure): of a - b, the fields of `PairedComparison`, and p_holm over the whole table
+    )->pd.DataFrame:
         "Every arm against every other, case by case; Holm's correction over all rows"
-        w = ruled_scores(self.results, score); res = {}
+        w = ruled_scores(self.results, score)
+        res = {}
         for a,b in itertools.combinations(w, 2):
             for s in ['all', *[o for o in w.index.unique('structure') if o!='all']]:
                 v = w.xs(s, level='structure')
@@ -110,14 +121,16 @@ class Findings:
                 res[a,b,s] = r
         if not res: raise InputError(f"paired: expected two arms or more; found {self.arms}")
         res = pd.DataFrame(list(res.values()), index=pd.MultiIndex.from_tuples(res, names=['a','b','structure']))
-        return res.assign(p_holm=holm(res.p), rule=RULE)[['mean','low','high','median','p','p_holm','win','tie','loss','n','subjects','detectable','se','left_out','rule']+['equivalent']*(equal_within is not None)]
+        return res.assign(p_holm=holm(res.p), rule=RULE)[['mean','low','high','median','p','p_holm','win','tie','loss',
+                'n','subjects','detectable','se','left_out','rule']+['equivalent']*(equal_within is not None)]
 
     def best(self,
         score:str='dice',     # 'dice', 'nsd', or 'hd95' (mm)
         by:str='case_gflops'  # column of `cost` that says what is cheap
     )->BestArm:               # name of the arm, with `.sentence`
         "The cheapest arm that keeps up with the best: the 95 % interval of its difference to it does not fall behind by more than one standard error of the best arm's mean"
-        w = ruled_scores(self.results, score).xs('all', level='structure'); sign = -1 if score=='hd95' else 1
+        w = ruled_scores(self.results, score).xs('all', level='structure')
+        sign = -1 if score=='hd95' else 1
         sub = self._subjects(w.index)
         top = (sign*w.mean()).idxmax()
         se = float(bootstrap_means(w[top].dropna().values, sub[w[top].notna()]).std())
@@ -126,17 +139,23 @@ class Findings:
         keep = {a:r for a,r in keep.items() if r.low>=-se}
         res = BestArm(top if cheap is None else min([top,*keep], key=lambda a: cheap.get(a, np.inf)))
         res.sentence = f"{top} has the best mean {score} ({w[top].mean():.4f}, standard error {se:.4f})"
-        if res==top: res.sentence += '; ' + ('what the arms cost is not known.' if cheap is None else
-                                             f"no cheaper arm keeps within one standard error of it, so {top} it is." if len(w.columns)>1 else 'it is the only arm.')
+        if res==top:
+            res.sentence += '; ' + ('what the arms cost is not known.' if cheap is None else
+                                             f"no cheaper arm keeps within one standard error of it, so {top} it is."
+                                             if len(w.columns)>1 else 'it is the only arm.')
         else:
             r = keep[res]
-            res.sentence += (f"; {res} needs {cheap[res]/cheap[top]:.2f} times its {by} and does not fall behind by more than one standard error "
-                             f"(difference {sign*r.mean:+.4f}, 95 % interval {sign*r.low:+.4f} to {sign*r.high:+.4f}): take {res}.")
+            res.sentence += (f"; {res} needs {cheap[res]/cheap[top]:.2f} times its {by} and does not fall behind by "
+                             f"more than one standard error "
+                             f"(difference {sign*r.mean:+.4f}, 95 % interval {sign*r.low:+.4f} to {sign*r.high:+.4f}): "
+                             f"take {res}.")
         return res
 
     def answer(self)->str: # two or three sentences
         "The finding in words: who is ahead, by how much, and how sure that is"
-        w = ruled_scores(self.results).xs('all', level='structure'); top = w.mean().idxmax(); pr = self.paired()
+        w = ruled_scores(self.results).xs('all', level='structure')
+        top = w.mean().idxmax()
+        pr = self.paired()
         n = f"On {len(w)} held-out cases of {len(set(self._subjects(w.index)))} subjects"
         if len(w.columns)<2: return f"{n} {top} reached a mean Dice of {w[top].mean():.3f}."
         def diff(a):
@@ -144,11 +163,16 @@ class Findings:
             lo,hi = (r.low,r.high) if (top,a,'all') in pr.index else (-r.high,-r.low)
             return a,abs(r['mean'])*100,lo*100,hi*100,r.p_holm,r.detectable*100
         ds = [diff(a) for a in w.mean().sort_values(ascending=False).index if a!=top]
-        real = [d for d in ds if d[4]<.05 and d[2]>0]; none = [d for d in ds if d not in real]
+        real = [d for d in ds if d[4]<.05 and d[2]>0]
+        none = [d for d in ds if d not in real]
         res = f"{n}, {top} reached a mean Dice of {w[top].mean():.3f}"
-        if real: res += ' and is ahead ' + _and([f"of {a} by {m:.2f} points (95 % interval {lo:.2f} to {hi:.2f}, {_p(p)})" for a,m,lo,hi,p,_ in real])
+        if real:
+            res += ' and is ahead ' + _and([f"of {a} by {m:.2f} points (95 % interval {lo:.2f} to {hi:.2f}, {_p(p)})"
+                                            for a,m,lo,hi,p,_ in real])
         res += '.'
-        for a,m,lo,hi,p,det in none: res += f" Between {top} and {a} no difference was shown: {m:.2f} points (95 % interval {lo:.2f} to {hi:.2f}, {_p(p)}); this many cases show one of {det:.2f} or more."
+        for a,m,lo,hi,p,det in none:
+            res += (f" Between {top} and {a} no difference was shown: {m:.2f} points (95 % interval {lo:.2f} to "
+                    f"{hi:.2f}, {_p(p)}); this many cases show one of {det:.2f} or more.")
         return res
 
     def differences(self)->pd.DataFrame: # a row a setting that is not the same everywhere, a column an arm
@@ -163,18 +187,24 @@ class Findings:
 
     def remedies(self,
         n_boot:int=10_000 # draws of the bootstrap
-    )->pd.DataFrame:      # index (arm, remedy): mean Dice, difference to none with low and high, and in how many folds it was chosen
+    # index (arm, remedy): mean Dice, difference to none with low and high, and in how many folds it was chosen
+    )->pd.DataFrame:
         "What each post-processing changes. `chosen`: the folds in which it was the best one on the held-out cases of all *other* folds; the row 'chosen' is what that choice scored"
         if self.remedied is None or not len(self.remedied): return pd.DataFrame()
         rows = []
         for arm,g in self.remedied.groupby('arm', sort=False):
-            w = g.groupby(['case','fold','remedy'], sort=False).dice.mean().unstack('remedy')[list(dict.fromkeys(g.remedy))]
-            fold = w.index.get_level_values('fold'); sub = self._subjects(w.index.get_level_values('case').astype(str))
+            w = g.groupby(['case','fold','remedy'],
+                    sort=False).dice.mean().unstack('remedy')[list(dict.fromkeys(g.remedy))]
+            fold = w.index.get_level_values('fold')
+            sub = self._subjects(w.index.get_level_values('case').astype(str))
             pick = {f:w[fold!=f].mean().idxmax() for f in fold.unique()} if fold.nunique()>1 else {}
             if pick: w['chosen'] = [w.loc[i, pick[i[1]]] for i in w.index]
             for k in w:
-                d = (w[k]-w['none']).values; lo,hi = mean_interval(d, sub, n_boot=n_boot)
-                rows.append(dict(arm=arm, remedy=k, mean=w[k].mean(), change=np.nanmean(d), low=lo, high=hi, chosen=f"{sum(v==k for v in pick.values())} of {len(pick)}" if pick and k!='chosen' else ''))
+                d = (w[k]-w['none']).values
+                lo,hi = mean_interval(d, sub, n_boot=n_boot)
+                rows.append(dict(arm=arm, remedy=k, mean=w[k].mean(), change=np.nanmean(d), low=lo, high=hi,
+                                 chosen=f"{sum(v==k for v in pick.values())} of {len(pick)}" if pick and k!='chosen'
+                                 else ''))
         return pd.DataFrame(rows).set_index(['arm','remedy'])
 
     # --- pictures
@@ -183,40 +213,60 @@ class Findings:
     ):                   # matplotlib figure
         "Every case in every arm, a line a case; and the paired differences with their intervals"
         import matplotlib.pyplot as plt
-        w = ruled_scores(self.results, score).xs('all', level='structure'); arms = list(w)
+        w = ruled_scores(self.results, score).xs('all', level='structure')
+        arms = list(w)
         pr = self.paired(score) if len(arms)>1 else None
         fig,axs = plt.subplots(1, 2, figsize=(10, max(3, .32*len(pr)+1 if pr is not None else 3)), width_ratios=(1,1.3))
         for _,v in w.iterrows(): axs[0].plot(range(len(arms)), v, 'o-', color='grey', ms=2.5, lw=.5, alpha=.6)
         for i,a in enumerate(arms): axs[0].plot([i-.2,i+.2], [w[a].mean()]*2, color='C3', lw=2.5)
-        axs[0].set_xticks(range(len(arms)), arms); axs[0].margins(x=.2); axs[0].set(ylabel=f"{score.upper() if score!='dice' else 'Dice'} of a case{', mm' if score=='hd95' else ''}", title='each case, and the mean (red)')
-        if pr is None: axs[1].set_axis_off(); return fig
+        axs[0].set_xticks(range(len(arms)), arms)
+        axs[0].margins(x=.2)
+        axs[0].set(ylabel=f"{score.upper() if score!='dice' else 'Dice'} of a case{', mm' if score=='hd95' else ''}",
+                   title='each case, and the mean (red)')
+        if pr is None:
+            axs[1].set_axis_off()
+            return fig
         k = 1 if score=='hd95' else 100
         for i,((a,b,s),r) in enumerate(pr.iterrows()):
             c = 'C0' if s=='all' else 'grey'
-            axs[1].plot([r.low*k,r.high*k], [-i,-i], color=c, lw=2); axs[1].plot(r['mean']*k, -i, 'o', color=c)
+            axs[1].plot([r.low*k,r.high*k], [-i,-i], color=c, lw=2)
+            axs[1].plot(r['mean']*k, -i, 'o', color=c)
         axs[1].axvline(0, color='k', lw=.8)
         axs[1].set_yticks(-np.arange(len(pr)), [f'{a} − {b}, {s}' for a,b,s in pr.index], fontsize=8)
-        axs[1].set(xlabel='difference, mm' if k==1 else f"difference, points of {score.upper() if score!='dice' else 'Dice'}", title='differences with 95 % intervals')
-        fig.tight_layout(); return fig
+        axs[1].set(xlabel='difference, mm' if k==1
+                   else f"difference, points of {score.upper() if score!='dice' else 'Dice'}",
+                   title='differences with 95 % intervals')
+        fig.tight_layout()
+        return fig
 
     def plot_volumes(self): # matplotlib figure
         "Bland–Altman: the error of each predicted volume against the mean of prediction and truth. Source: Bland 1986"
         import matplotlib.pyplot as plt
-        arms = self.arms; fig,axs = plt.subplots(1, len(arms), figsize=(3.4*len(arms), 3), sharey=True, sharex=True, squeeze=False)
+        arms = self.arms
+        fig,axs = plt.subplots(1, len(arms), figsize=(3.4*len(arms), 3), sharey=True, sharex=True, squeeze=False)
         for a,ax in zip(arms, axs[0]):
-            for i,(s,g) in enumerate(self.results[(self.results.arm==a) & (self.results.target_mm3>0)].groupby('structure', sort=False)):
+            for i,(s,
+                    g) in enumerate(self.results[(self.results.arm==a) & (self.results.target_mm3>0)].groupby(
+                    'structure', sort=False)):
                 d = (g.volume_mm3-g.target_mm3)/1000
-                ax.plot((g.volume_mm3+g.target_mm3)/2000, d, 'o', ms=3, alpha=.6, color=f'C{i}', label=f'{s}: {d.mean():+.3f} ± {1.96*d.std():.3f}')
-                for y,ls in ((d.mean(),'-'), (d.mean()-1.96*d.std(),':'), (d.mean()+1.96*d.std(),':')): ax.axhline(y, color=f'C{i}', lw=.9, ls=ls)
-            ax.axhline(0, color='k', lw=.5); ax.set(title=a, xlabel='mean of both volumes, ml'); ax.legend(fontsize=7)
-        axs[0,0].set_ylabel('prediction − truth, ml'); fig.tight_layout(); return fig
+                ax.plot((g.volume_mm3+g.target_mm3)/2000, d, 'o', ms=3, alpha=.6, color=f'C{i}',
+                        label=f'{s}: {d.mean():+.3f} ± {1.96*d.std():.3f}')
+                for y,ls in ((d.mean(),'-'), (d.mean()-1.96*d.std(),':'), (d.mean()+1.96*d.std(),':')):
+                    ax.axhline(y, color=f'C{i}', lw=.9, ls=ls)
+            ax.axhline(0, color='k', lw=.5)
+            ax.set(title=a, xlabel='mean of both volumes, ml')
+            ax.legend(fontsize=7)
+        axs[0,0].set_ylabel('prediction − truth, ml')
+        fig.tight_layout()
+        return fig
 
     def learner(self,
         arm,       # its name
         case=None  # the case that is to be predicted, so that a model is taken that did not see it
     ):             # Learner
         "The Learner of an arm. Raises `ValueError` where none is known"
-        if not self.learners or arm not in self.learners: raise InputError(f"arm {arm!r}: there is no Learner to predict with")
+        if not self.learners or arm not in self.learners:
+            raise InputError(f"arm {arm!r}: there is no Learner to predict with")
         return self.learners[arm]
 
     def widest(self, n:int=2)->list: # names of cases
@@ -233,30 +283,45 @@ class Findings:
         import matplotlib.pyplot as plt
         r = first(r for k,r in case_rows(self.df) if str(k)==str(case))
         if r is None: raise ColumnError(f"case {case!r}: not among the {len(self.df)} cases")
-        w = ruled_scores(self.results); shown,truth = {},None
+        w = ruled_scores(self.results)
+        shown,truth = {},None
         for a in self.arms:
-            learn = self.learner(a, case); pre,(im,ms) = get_preprocess(learn.dls),case_columns(learn.dls)
-            t = load_volume(im(r), reorient=True); shown[a] = predict_case(learn, t, progress=False); truth = case_truth(pre, ms(r), shown[a])
+            learn = self.learner(a, case)
+            pre,(im,ms) = get_preprocess(learn.dls),case_columns(learn.dls)
+            t = load_volume(im(r), reorient=True)
+            shown[a] = predict_case(learn, t, progress=False)
+            truth = case_truth(pre, ms(r), shown[a])
         fig,axs = plt.subplots(len(axes), len(shown), figsize=(imsize*len(shown)+.5, imsize*len(axes)), squeeze=False)
         for i,ax in enumerate(axes):
             k = best_plane(truth, ax, t.shape[ax+1])
             for j,(a,m) in enumerate(shown.items()):
-                show_plane(t, truth, ax, k, axs[i,j], pred=m, title=(f"{a}: Dice {w[a].get((str(case),'all'), float('nan')):.3f}" if i==0 else None))
-            axs[i,0].text(-.03, .5, f"{('sagittal','coronal','axial')[ax]}, {'xyz'[ax]} = {k}", transform=axs[i,0].transAxes, rotation=90, va='center', ha='right', fontsize=8)
-        fig.suptitle(f'{case}: truth solid, prediction dashed', fontsize=10); fig.tight_layout(); return fig
+                show_plane(t, truth, ax, k, axs[i,j], pred=m,
+                        title=(f"{a}: Dice {w[a].get((str(case),'all'), float('nan')):.3f}" if i==0 else None))
+            axs[i,0].text(-.03, .5, f"{('sagittal','coronal','axial')[ax]}, {'xyz'[ax]} = {k}",
+                          transform=axs[i,0].transAxes, rotation=90, va='center', ha='right', fontsize=8)
+        fig.suptitle(f'{case}: truth solid, prediction dashed', fontsize=10)
+        fig.tight_layout()
+        return fig
 
     # --- the report
     def methods(self)->str: # a paragraph
         "The method in the words of a paper, with the settings that all arms share"
         res,s = self.results,self.settings
-        folds = res.fold.nunique(); seeds = res.seed.nunique()
-        how = (f"Every model was judged only on cases whose subjects it had not seen ({f'{folds}-fold cross-validation, ' if folds>1 else ''}folds grouped by subject"
+        folds = res.fold.nunique()
+        seeds = res.seed.nunique()
+        how = (f"Every model was judged only on cases whose subjects it had not seen "
+               f"({f'{folds}-fold cross-validation, ' if folds>1 else ''}folds grouped by subject"
                f"{f', {seeds} random seeds' if seeds>1 else ''}). ") if folds>1 else "Every model was judged only on cases whose subjects it had not seen. "
         same = '' if s is None else '; '.join(f'{k}: {v.iloc[0]}' for k,v in s.iterrows() if v.astype(str).nunique()==1)
-        return (f"{_and(self.arms)} were compared on {res.case.nunique()} cases of {res.subject.nunique()} subjects. {how}{f'Each training was given {self.effort}. ' if self.effort else ''}"
-                "Scores are of whole volumes on the grid of the original scan: Dice, the 95th percentile of the surface distances (HD95, mm) and the share of both surfaces within 1 mm of each other (NSD). "
-                "Differences are paired by case; their 95 % intervals are percentile intervals of a bootstrap of 10,000 draws of subjects, p values are of Wilcoxon's signed-rank test on the mean difference of each subject, two-sided, with Holm's correction. "
-                f"Rule for missing scores, the same for all arms: {RULE}. " + (f'The same for all arms: {same}.' if same else ''))
+        return (f"{_and(self.arms)} were compared on {res.case.nunique()} cases of {res.subject.nunique()} subjects. "
+                f"{how}{f'Each training was given {self.effort}. ' if self.effort else ''}"
+                "Scores are of whole volumes on the grid of the original scan: Dice, the 95th percentile of the "
+                "surface distances (HD95, mm) and the share of both surfaces within 1 mm of each other (NSD). "
+                "Differences are paired by case; their 95 % intervals are percentile intervals of a bootstrap of "
+                "10,000 draws of subjects, p values are of Wilcoxon's signed-rank test on the mean difference of "
+                "each subject, two-sided, with Holm's correction. "
+                f"Rule for missing scores, the same for all arms: {RULE}. " + (f'The same for all arms: {same}.'
+                if same else ''))
 
     def report(self,
         fn,          # .html file to write
@@ -264,21 +329,46 @@ class Findings:
         pictures:int=2 # cases to show; 0 where no Learners are at hand
     )->Path:         # `fn`
         "One HTML file with the answer, the tables, the pictures and a paragraph for a paper's methods. It needs no network"
-        best = self.best(); num = dict(columns=['rule'])
-        sec = {'Dice of held-out cases':[self.summary().drop(**num), f'Rule for missing scores, the same for all arms. {RULE}.']}
+        best = self.best()
+        num = dict(columns=['rule'])
+        sec = {'Dice of held-out cases':[self.summary().drop(**num),
+                                         f'Rule for missing scores, the same for all arms. {RULE}.']}
         if len(self.arms)>1:
-            sec['Difference of each pair, by case'] = [self.paired().drop(**num), self.plot(), 'Above nought: the first arm is better. Blue: mean of the structures. The interval is of the mean, subjects drawn; p_holm is corrected for the number of rows; '
-                                                        '«detectable» is the smallest true difference that this many subjects show four times in five.']
+            sec['Difference of each pair, by case'] = [self.paired().drop(**num), self.plot(), 'Above nought: the '
+                                                                                               'first arm is better. '
+                                                                                               'Blue: mean of the '
+                                                                                               'structures. The '
+                                                                                               'interval is of the '
+                                                                                               'mean, subjects drawn; '
+                                                                                               'p_holm is corrected '
+                                                                                               'for the number of '
+                                                                                               'rows; '
+                                                        '«detectable» is the smallest true difference that this many '
+                                                        'subjects show four times in five.']
         sec['Distance of surfaces: HD95, mm'] = self.summary('hd95').drop(**num)
         sec['Volumes'] = [self.plot_volumes(), 'Bland–Altman: lines are the mean error and its 95 % range.']
-        if len(c:=self.consistency()): sec['Do neighbouring slices fit?'] = [c, 'Overlap of neighbouring slices, stray pieces, and the step of the area from slice to slice, each minus the truth\'s own: nought is like a human reader; overlap below and steps above nought flicker.']
+        if len(c:=self.consistency()):
+            sec['Do neighbouring slices fit?'] = [c, 'Overlap of neighbouring slices, stray pieces, and the step of '
+                                                     'the area from slice to slice, each minus the truth\'s own: '
+                                                     'nought is like a human reader; overlap '
+                                                     'below and steps above nought flicker.']
         if pictures and len(self.arms)>1 and self.df is not None:
             names = self.widest(pictures)
-            try: sec['Where the arms differ most'] = [self.show_case(o) for o in names] + ['A coronal cut, larger: slices that do not fit each other show as a staircase.', self.show_case(names[0], axes=(1,), imsize=4)]
+            try:
+                sec['Where the arms differ most'] = [self.show_case(o)
+                        for o in names] + [
+                        'A coronal cut, larger: slices that do not fit each other show as a staircase.',
+                        self.show_case(names[0], axes=(1,), imsize=4)]
             except UnopenedError as e: sec['Where the arms differ most'] = f'No pictures: {e}'
         if shift is not None: sec['Thicker slices'] = [shift.plot(), shift.summary()]
-        if len(r:=self.remedies()): sec['Remedies after the network'] = [r, 'Change of the mean Dice by each post-processing, with its 95 % interval. A remedy is chosen for a fold on the cases of the other folds alone; the row «chosen» is what that choice scores.']
-        if self.cost is not None: sec['What it costs'] = self.cost.groupby('arm', sort=False).mean(numeric_only=True).drop(columns=['fold','seed'], errors='ignore').T
+        if len(r:=self.remedies()):
+            sec['Remedies after the network'] = [r, 'Change of the mean Dice by each post-processing, with its 95 % '
+                                                    'interval. A remedy is chosen for a fold on the cases of the other '
+                                                    'folds alone; the row «chosen» '
+                                                    'is what that choice scores.']
+        if self.cost is not None:
+            sec['What it costs'] = self.cost.groupby('arm', sort=False).mean(numeric_only=True).drop(columns=['fold',
+                    'seed'], errors='ignore').T
         if len(d:=self.differences()): sec['What differs between the arms'] = d
         sec['Method'] = [self.methods()]
         if self.settings is not None: sec['All settings'] = self.settings
@@ -291,13 +381,16 @@ def thick_slices(
     axis:int        # array axis that slices lie across
 )->TensorVolume:    # (C,X,Y,Z) shorter along `axis`, its affine to match
     "The scan as slices `factor` times as thick: means of neighbours. The last one repeats the edge where the number does not divide"
-    if factor<1 or factor!=int(factor): raise InputError(f"thick_slices: expected a whole factor of 1 or more; found {factor}")
+    if factor<1 or factor!=int(factor):
+        raise InputError(f"thick_slices: expected a whole factor of 1 or more; found {factor}")
     if axis not in (0,1,2): raise InputError(f"thick_slices: expected array axis 0, 1 or 2; found {axis}")
     a = t.as_subclass(Tensor).movedim(axis+1, 0)
     short = -len(a)%factor
     if short: a = torch.cat([a, a[-1:].expand(short, *a.shape[1:])])
     a = a.reshape(-1, int(factor), *a.shape[1:]).mean(1).movedim(0, axis+1)
-    aff = t.affine.copy(); aff[:3,3] += aff[:3,axis]*(factor-1)/2; aff[:3,axis] *= factor
+    aff = t.affine.copy()
+    aff[:3,3] += aff[:3,axis]*(factor-1)/2
+    aff[:3,axis] *= factor
     return TensorVolume(a.contiguous(), affine=aff, meta=getattr(t, 'meta', None))
 
 class ShiftCurves(pd.DataFrame):
@@ -306,38 +399,56 @@ class ShiftCurves(pd.DataFrame):
     def _constructor(self): return ShiftCurves
     def summary(self,
         n_boot:int=10_000# draws of the bootstrap
-    )->pd.DataFrame:      # index (arm, factor): mean, low, high of the case means; lost: mean fall since the first factor, with its interval
+    # index (arm, factor): mean, low, high of the case means; lost: mean fall since the first factor, with its interval
+    )->pd.DataFrame:
         "Mean Dice of each arm at each thickness with its 95 % interval, and what was lost since the first"
-        df = pd.DataFrame(self); per = df.assign(dice=df.dice.mask(df.status.isin(['missed','false positive']) | df.status.str.startswith('error'), 0.)).groupby(['arm','factor','case'], sort=False).dice.mean()
-        sub = df.drop_duplicates('case').set_index('case').subject.astype(str); rows = []
+        df = pd.DataFrame(self)
+        per = df.assign(dice=df.dice.mask(df.status.isin(['missed','false positive'])
+                | df.status.str.startswith('error'), 0.)).groupby(['arm','factor','case'], sort=False).dice.mean()
+        sub = df.drop_duplicates('case').set_index('case').subject.astype(str)
+        rows = []
         for (a,f),v in per.groupby(['arm','factor'], sort=False):
-            v = v.droplevel([0,1]); base = per[a][df.factor.iloc[0]].reindex(v.index); g = sub.reindex(v.index).values
-            (lo,hi),(l2,h2) = mean_interval(v.values, g, n_boot=n_boot), mean_interval((base-v).values, g, n_boot=n_boot)
-            rows.append(dict(arm=a, factor=f, mean=v.mean(), low=lo, high=hi, lost=(base-v).mean(), lost_low=l2, lost_high=h2, n=len(v)))
+            v = v.droplevel([0,1])
+            base = per[a][df.factor.iloc[0]].reindex(v.index)
+            g = sub.reindex(v.index).values
+            (lo,hi),(l2,h2) = mean_interval(v.values, g, n_boot=n_boot), mean_interval((base-v).values, g,
+                    n_boot=n_boot)
+            rows.append(dict(arm=a, factor=f, mean=v.mean(), low=lo, high=hi, lost=(base-v).mean(), lost_low=l2,
+                             lost_high=h2, n=len(v)))
         return pd.DataFrame(rows).set_index(['arm','factor'])
     def plot(self, ax=None): # matplotlib figure
         "One curve an arm, with its interval"
         import matplotlib.pyplot as plt
         fig,ax = plt.subplots(figsize=(5,3)) if ax is None else (ax.figure,ax)
         for i,(a,g) in enumerate(self.summary().groupby('arm', sort=False)):
-            x = g.index.get_level_values('factor'); ax.plot(x, g['mean'], 'o-', color=f'C{i}', label=a); ax.fill_between(x, g.low, g.high, color=f'C{i}', alpha=.2)
-        ax.set_xticks(sorted(set(self.factor))); ax.set(xlabel='slices, times as thick', ylabel='mean Dice on the original grid'); ax.legend(); fig.tight_layout(); return fig
+            x = g.index.get_level_values('factor')
+            ax.plot(x, g['mean'], 'o-', color=f'C{i}', label=a)
+            ax.fill_between(x, g.low, g.high, color=f'C{i}', alpha=.2)
+        ax.set_xticks(sorted(set(self.factor)))
+        ax.set(xlabel='slices, times as thick', ylabel='mean Dice on the original grid')
+        ax.legend()
+        fig.tight_layout()
+        return fig
 
 def anisotropy_shift(
     learners:dict,      # arm → trained Learner, or its file
     df,                 # cases that none of them has seen, one row each
     factors=(1,2,3,4),  # how many slices become one
-    axis:int=None,      # array axis of the RAS scan that gets thicker; default: the one that the first slice model slices across, else 2
+    # array axis of the RAS scan that gets thicker; default: the one that the first slice model slices across, else 2
+    axis:int=None,
     group_col=None,     # column with the subjects; default 'subject' where it exists
     overlap:float=.5,   # of the sliding window
     trust:bool=False    # open files that are pickles: only where you trust their sender
 )->ShiftCurves:         # a row an arm, factor, case and structure
     "Test trained Learners on scans resampled to thicker slices, scored on the original grid. Raises `ValueError` where a Learner has seen a case"
-    learners = loaded(learners, trust); plans = [get_plan(l.dls) for l in learners.values()]
+    learners = loaded(learners, trust)
+    plans = [get_plan(l.dls) for l in learners.values()]
     if axis is None: axis = next((p.axis for p in plans if p.ndim==2), 2)
     group_col = group_col or ('subject' if 'subject' in df else None)
     for a,l in learners.items():
-        if odd:=seen_cases(l, df): raise InputError(f"anisotropy_shift: {a} was trained on {odd[:5]} ({len(odd)} in all), or on others of the same subjects. Leave those cases out")
+        if odd:=seen_cases(l, df):
+            raise InputError(f"anisotropy_shift: {a} was trained on {odd[:5]} ({len(odd)} in all), or on others of the "
+                             f"same subjects. Leave those cases out")
     rows = []
     for name,r in progress_bar(case_rows(df), leave=False):
         for a,learn in learners.items():
@@ -346,7 +457,8 @@ def anisotropy_shift(
             for f in factors:
                 x = pre(thick_slices(t, f, axis))
                 m = pre.inverse(predict_grid(learn, x, overlap, progress=False)[0], t.shape[1:], t.affine)
-                rows += [dict(arm=a, factor=f, case=str(name), subject=str(r[group_col]) if group_col else str(name), **{k:s[k] for k in ('structure','dice','status')})
+                rows += [dict(arm=a, factor=f, case=str(name), subject=str(r[group_col]) if group_col else str(name),
+                        **{k:s[k] for k in ('structure','dice','status')})
                          for s in case_scores(m, case_truth(pre, ms(r), m), pre.vocab, m.spacing, distances=False)]
     return ShiftCurves(rows)
 
@@ -363,5 +475,7 @@ def seen_cases(
     df     # cases, one row each
 )->list:   # names of those that it was trained on, or whose subject it was trained on
     "Which cases a Learner has seen: by its memory (`learn.seen`) and by the training data it still holds"
-    if hasattr(learn, 'saw'): return learn.saw(df)                     # of a model file, which keeps fingerprints and no names
+    # of a model file, which keeps fingerprints and no names
+    if hasattr(learn, 'saw'):
+        return learn.saw(df)
     return was_seen(getattr(learn, 'seen', {}), df)

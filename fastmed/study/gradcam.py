@@ -22,7 +22,8 @@ def is_conv(
 
 # %% ../../nbs/study/01_gradcam.ipynb #cf2c1166
 def _run(model, x):
-    was = {m for m in model.modules() if m.training}; model.eval()
+    was = {m for m in model.modules() if m.training}
+    model.eval()
     try:
         with torch.no_grad(): return model(x)
     finally:
@@ -45,17 +46,25 @@ def _watch(model, x):
 def _attends(m):
     "Does a module mix places by attention, other than to pool them?"
     if isinstance(m, (nn.MultiheadAttention, nn.TransformerEncoderLayer)): return True
-    return 'Pool' not in type(m).__name__ and any(hasattr(m, a) for a in ('qkv','to_qkv','q_proj','query_key_value','in_proj_weight'))
+    return 'Pool' not in type(m).__name__ and any(hasattr(m, a) for a in ('qkv','to_qkv','q_proj','query_key_value',
+            'in_proj_weight'))
 
 def _map(rows, x, what):
     "Number of the row with the last convolutional map. Raises `InputError` where there is none"
     def spatial(s): return s is not None and len(s)==x.ndim and s[0]==x.shape[0] and math.prod(s[2:])>1
     if bad:=first(m for _,m,_,_ in rows if _attends(m)):
-        raise InputError(f"grad_cam: {what} mixes places by attention ({type(bad).__name__}): Grad-CAM is defined on convolutional maps. Use a convolutional network, or name a convolutional layer yourself with layer='…'")
+        raise InputError(f"grad_cam: {what} mixes places by attention ({type(bad).__name__}): Grad-CAM is defined on "
+                         f"convolutional maps. Use a convolutional network, or name a convolutional layer yourself "
+                         f"with "
+                         f"layer='…'")
     convs = [i for i,(n,m,_,o) in enumerate(rows) if is_conv(m) and spatial(o)]
-    if not convs: raise InputError(f"grad_cam: {what} has no convolutional map with more than one place for an input of {tuple(x.shape[2:])}. Give a larger picture, or a network with convolutions")
-    wide = [i for i in convs if max(rows[i][3][2:])>=4] or convs                          # two or three places along an axis say little
-    return max(i for i,(n,_,_,o) in enumerate(rows) if i>=wide[-1] and n and spatial(o) and o[2:]==rows[wide[-1]][3][2:])
+    if not convs:
+        raise InputError(f"grad_cam: {what} has no convolutional map with more than one place for an input of "
+                         f"{tuple(x.shape[2:])}. Give a larger picture, or a network with convolutions")
+    # two or three places along an axis say little
+    wide = [i for i in convs if max(rows[i][3][2:])>=4] or convs
+    return max(i for i,(n,_,_,o) in enumerate(rows) if i>=wide[-1] and n and spatial(o)
+               and o[2:]==rows[wide[-1]][3][2:])
 
 def cam_layer(
     model:nn.Module, # (B,C,*S) → (B,n) logits
@@ -70,22 +79,31 @@ def _tuple(v, nd): return (v,)*nd if isinstance(v, int) else tuple(v)
 
 def _centres(rows, i, x):
     "For the map of row `i`: (first centre, step) on each axis, in voxels of the input"
-    nd,size = x.ndim-2,tuple(x.shape[2:]); jump,off = np.ones(nd),np.zeros(nd); want = rows[i][3][2:]
+    nd,size = x.ndim-2,tuple(x.shape[2:])
+    jump,off = np.ones(nd),np.zeros(nd)
+    want = rows[i][3][2:]
     for _,m,si,so in rows[:i+1]:
         if size==want: break
         if None in (si,so) or len(si)!=nd+2 or len(so)!=nd+2 or si[2:]!=size or so[2:]==size: continue
-        if not (all(hasattr(m, a) for a in ('kernel_size','stride','padding')) and not type(m).__name__.startswith('ConvTranspose') and not list(m.children())): continue
+        if not (all(hasattr(m, a) for a in ('kernel_size','stride','padding'))
+                and not type(m).__name__.startswith('ConvTranspose') and not list(m.children())):
+            continue
         k,s,d = (np.array(_tuple(getattr(m, a, 1), nd)) for a in ('kernel_size','stride','dilation'))
         p = (d*(k-1))//2 if isinstance(m.padding, str) else np.array(_tuple(m.padding, nd))
         if type(m).__name__.endswith('Same'): p = np.maximum((np.array(so[2:])-1)*s+d*(k-1)+1-np.array(size), 0)//2
-        off += jump*(d*(k-1)/2-p); jump *= s; size = so[2:]
-    if size!=want: jump = np.array(x.shape[2:])/np.array(want); off = (jump-1)/2
+        off += jump*(d*(k-1)/2-p)
+        jump *= s
+        size = so[2:]
+    if size!=want:
+        jump = np.array(x.shape[2:])/np.array(want)
+        off = (jump-1)/2
     return off,jump
 
 def _spread_map(a, size, off, jump):
     "Bring maps (B,*s) to the grid `size`, linearly between the centres, held constant outside them"
     for ax,(n,o,j) in enumerate(zip(size, off, jump)):
-        k = a.shape[ax+1]; q = ((torch.arange(n, device=a.device)-o)/j).clamp(0, k-1)
+        k = a.shape[ax+1]
+        q = ((torch.arange(n, device=a.device)-o)/j).clamp(0, k-1)
         w = (1-(q[:,None]-torch.arange(k, device=a.device)).abs()).clamp(min=0).to(a)
         a = torch.movedim(torch.movedim(a, ax+1, -1)@w.T, -1, ax+1)
     return a
@@ -103,16 +121,20 @@ def item_of(
     item   # file, row, or with our DataLoaders a `TensorVolume` or `TensorRadiograph` as it was read
 ):         # `TensorVolume`, `TensorSlice` or `TensorRadiograph` (C,*S) with its place; of slices the middle one
     "What the network sees of one case, with its type and affine"
-    dls = learn.dls; prep = get_prep(dls)
+    dls = learn.dls
+    prep = get_prep(dls)
     if prep is not None: return prep(item if isinstance(item, Tensor) else _row_files(learn, item))
     wt = first(f for f in getattr(dls.train.after_item, 'fs', []) if isinstance(f, WholeTransform))
     if wt is not None:
-        x = fit_in(get_preprocess(dls)(item if isinstance(item, TensorVolume) else load_volume(_row_files(learn, item))), wt.plan); c = list(wt.place(x))
+        x = fit_in(get_preprocess(dls)(item if isinstance(item, TensorVolume)
+                                       else load_volume(_row_files(learn, item))), wt.plan)
+        c = list(wt.place(x))
         if wt.plan.ndim==2: c[wt.plan.axis] = x.shape[wt.plan.axis+1]//2
         return wt.patch(x, c)
     if isinstance(item, Tensor): return item
     dl = dls.test_dl(pd.DataFrame([item]) if isinstance(item, pd.Series) else [item], num_workers=0)
-    return dl.one_batch()[0][0]                                                        # batch transforms, such as a normalisation, included
+    # batch transforms, such as a normalisation, included
+    return dl.one_batch()[0][0]
 
 def _target(out, target, learn):
     "Signed scores (B,) of the targets"
@@ -120,53 +142,88 @@ def _target(out, target, learn):
     task,vocab = (get_labels(learn.dls) if learn is not None else None) or (None,None)
     if isinstance(target, str):
         names = [str(o) for o in vocab] if vocab is not None else []
-        if target not in names: raise InputError(f"grad_cam: target {target!r} is none of {names or 'the names, which a bare model does not have: give its number'}")
+        if target not in names:
+            raise InputError(f"grad_cam: target {target!r} is none of "
+                             f"{names or 'the names, which a bare model does not have: give its number'}")
         target = names.index(target)
     if target is None:
-        if task=='regression' and n>1: raise ArgumentError(f"grad_cam: the network gives {n} values; say which with target: one of {list(vocab)}")
+        if task=='regression' and n>1:
+            raise ArgumentError(f"grad_cam: the network gives {n} values; say which with target: one of {list(vocab)}")
         if n==1: return out[:,0] if task=='regression' else out[:,0]*(out[:,0].detach()>0).float().mul(2).sub(1)
         target = out.argmax(1)
-    t = torch.as_tensor(np.asarray(target) if not isinstance(target, Tensor) else target, device=out.device).long().reshape(-1).expand(B) if np.ndim(target)==0 or len(target)==1 else torch.as_tensor(target, device=out.device).long()
-    if t.shape!=(B,) or t.min()<0 or t.max()>=max(n, 1 if task=='regression' else 2): raise InputError(f"grad_cam: target must be a class from 0 to {max(n, 1 if task=='regression' else 2)-1}, one or one a picture ({B}); found {target!r}")
+    t = torch.as_tensor(np.asarray(target) if not isinstance(target, Tensor) else target,
+                        device=out.device).long().reshape(-1).expand(B) if np.ndim(target)==0 or len(
+            target)==1 else torch.as_tensor(target, device=out.device).long()
+    if t.shape!=(B,) or t.min()<0 or t.max()>=max(n, 1 if task=='regression' else 2):
+        raise InputError(f"grad_cam: target must be a class from 0 to {max(n, 1 if task=='regression' else 2)-1}, one "
+                         f"or one a picture ({B}); found {target!r}")
     if n==1: return out[:,0] if task=='regression' else out[:,0]*(t.float()*2-1)
     return out.gather(1, t[:,None])[:,0]
 
 def grad_cam(
     model,           # network (B,C,*S) → (B,n) logits, or a Learner
-    x,               # batch (B,C,*S) or one item (C,*S) as the network takes it; with a Learner also a file, a row, or a `TensorVolume` or `TensorRadiograph` as it was read
-    target=None,     # class: number, name (Learner), or one a picture; default: the predicted class, of a regression its value
+    # batch (B,C,*S) or one item (C,*S) as the network takes it; with a Learner also a file, a row, or a `TensorVolume`
+    # or `TensorRadiograph` as it was read
+    x,
+    # class: number, name (Learner), or one a picture; default: the predicted class, of a regression its value
+    target=None,
     layer=None,      # module or its name; default: the last convolutional map, see `cam_layer`
     space='input'    # 'scan' (volumes, with a Learner): on the scan's own grid
-):                   # (B,*S), 0 to 1, on the grid of the input, of a batch on its device; of one item, on the CPU, the same type as the item with one channel, a volume with its affine
+# (B,*S), 0 to 1, on the grid of the input, of a batch on its device; of one item, on the CPU, the same type as the item
+# with one channel, a volume with its affine
+):
     "Where a network finds its evidence for a class. Raises `InputError` on transformers, unknown layers and targets. Source: Selvaraju 2017, equations 1 and 2"
     learn,one,item = None,None,None
     if isinstance(model, Learner): learn,model = model,model.model
     if space not in ('input','scan'): raise InputError(f"space: expected 'input' or 'scan'; found {space!r}")
-    if not isinstance(x, Tensor) or (learn is not None and isinstance(x, (TensorVolume,TensorRadiograph)) and x.ndim==3+isinstance(x, TensorVolume)):
-        if learn is None: raise ArgumentError(f"grad_cam: a bare model takes tensors; found {type(x).__name__}. Give the Learner, which knows how to read it")
+    if not isinstance(x, Tensor) or (learn is not None and isinstance(x, (TensorVolume,TensorRadiograph))
+                                     and x.ndim==3+isinstance(x, TensorVolume)):
+        if learn is None:
+            raise ArgumentError(f"grad_cam: a bare model takes tensors; found {type(x).__name__}. Give the Learner, "
+                                f"which knows how to read it")
         item,x = x,item_of(learn, x)
-    p = next(model.parameters()); nd = first(m.weight.ndim-2 for m in model.modules() if is_conv(m))
+    p = next(model.parameters())
+    nd = first(m.weight.ndim-2 for m in model.modules() if is_conv(m))
     if nd is None: raise InputError(f"grad_cam: {type(model).__name__} has no convolution")
     if x.ndim==nd+1: one,x = (x if one is None else one),x[None]
-    if x.ndim!=nd+2: raise InputError(f"grad_cam: expected (B,C,*S) with {nd} spatial axes, or one item of it; found shape {tuple(x.shape)}")
+    if x.ndim!=nd+2:
+        raise InputError(
+                f"grad_cam: expected (B,C,*S) with {nd} spatial axes, or one item of it; found shape {tuple(x.shape)}")
     v = x.detach().as_subclass(Tensor).to(p.device).clone()
     if v.dtype!=p.dtype: v = v.to(p.dtype)
-    rows,out = _watch(model, v); what = type(model).__name__
-    if isinstance(out, tuple):                                                        # a mask and a label: the label, seen from the end of the encoder
+    rows,out = _watch(model, v)
+    what = type(model).__name__
+    # a mask and a label: the label, seen from the end of the encoder
+    if isinstance(out, tuple):
         out,enc = out[-1],getattr(model, 'encoder', None)
         if layer is None and isinstance(enc, nn.ModuleList|nn.Sequential): layer = enc[-1]
     if not isinstance(out, Tensor) or out.ndim!=2:
-        raise InputError(f"grad_cam: {what} answers with {'shape '+str(tuple(out.shape)) if isinstance(out, Tensor) else type(out).__name__}; expected (B,n), one score a class. A segmentation shows its places itself")
+        raise InputError(f"grad_cam: {what} answers with "
+                         f"{'shape '+str(tuple(out.shape)) if isinstance(out, Tensor) else type(out).__name__}; "
+                         f"expected "
+                         f"(B,n), one score a class. A segmentation shows its places itself")
     if layer is None: i = _map(rows, v, what)
     else:
-        i = last([j for j,(n,m,_,_) in enumerate(rows) if m is layer or (isinstance(layer, str) and n==layer)] or [None])
-        if i is None: raise InputError(f"grad_cam: layer {layer if isinstance(layer, str) else type(layer).__name__!r} did not run; names are such as {[r[0] for r in rows if r[0] and r[3] is not None and len(r[3])==v.ndim][-5:]}")
-        if rows[i][3] is None or len(rows[i][3])!=v.ndim: raise InputError(f"grad_cam: layer {rows[i][0]!r} gives {rows[i][3]}; expected a map (B,C,*s)")
+        i = last([j for j,(n,m,_,_) in enumerate(rows) if m is layer or (isinstance(layer, str) and n==layer)]
+                 or [None])
+        if i is None:
+            raise InputError(f"grad_cam: layer {layer if isinstance(layer, str) else type(layer).__name__!r} did not "
+                             f"run; names are such as "
+                             f"{[r[0] for r in rows if r[0] and r[3] is not None and len(r[3])==v.ndim][-5:]}")
+        if rows[i][3] is None or len(rows[i][3])!=v.ndim:
+            raise InputError(f"grad_cam: layer {rows[i][0]!r} gives {rows[i][3]}; expected a map (B,C,*s)")
     leaf = []
-    def cut(m, a, o): leaf.append(o.detach().clone().requires_grad_()); return leaf[-1]+0      # in-place layers behind it change a copy
-    was = [m for m in model.modules() if m.training]; model.eval(); h = rows[i][1].register_forward_hook(cut)
+    # in-place layers behind it change a copy
+    def cut(m, a, o):
+        leaf.append(o.detach().clone().requires_grad_())
+        return leaf[-1]+0
+    was = [m for m in model.modules() if m.training]
+    model.eval()
+    h = rows[i][1].register_forward_hook(cut)
     try:
-        with torch.inference_mode(False), torch.enable_grad(): g, = torch.autograd.grad(_target((lambda o: o[-1] if isinstance(o, tuple) else o)(model(v)).float(), target, learn).sum(), leaf[-1])
+        with torch.inference_mode(False), torch.enable_grad():
+            g, = torch.autograd.grad(_target((lambda o: o[-1] if isinstance(o, tuple) else o)(model(v)).float(), target,
+                                             learn).sum(), leaf[-1])
     finally:
         h.remove()
         for m in was: m.training = True
@@ -178,15 +235,19 @@ def grad_cam(
     cam = cam.cpu()
     if isinstance(one, TensorMed): cam = retain_meta(one, cam.as_subclass(type(one)))
     if space=='scan':
-        if item is None or nd!=3 or getattr(cam, 'affine', None) is None: raise InputError("space='scan': give a Learner on volumes, and a file, row or scan, whose own grid is known")
-        s = item if isinstance(item, Tensor) else load_volume(_row_files(learn, item)); return resample_to(to_orientation(cam, orientation_of(s.affine)), s.shape[1:], s.affine)
+        if item is None or nd!=3 or getattr(cam, 'affine', None) is None:
+            raise InputError(
+                    "space='scan': give a Learner on volumes, and a file, row or scan, whose own grid is known")
+        s = item if isinstance(item, Tensor) else load_volume(_row_files(learn, item))
+        return resample_to(to_orientation(cam, orientation_of(s.affine)), s.shape[1:], s.affine)
     return cam
 
 # %% ../../nbs/study/01_gradcam.ipynb #54d7a910
 def _heat():
     from matplotlib.colors import ListedColormap
     import matplotlib
-    c = matplotlib.colormaps['inferno'](np.linspace(.25, 1, 256)); c[:,3] = np.linspace(0, .65, 256)
+    c = matplotlib.colormaps['inferno'](np.linspace(.25, 1, 256))
+    c[:,3] = np.linspace(0, .65, 256)
     return ListedColormap(c)
 
 def plot_cam(
@@ -200,14 +261,25 @@ def plot_cam(
     "A map over its picture; of a volume the three planes through the map's maximum. Raises `InputError` on unlike grids"
     import matplotlib.pyplot as plt
     nd = x.ndim-1
-    if tuple(x.shape[1:])!=tuple(cam.shape[-nd:]): raise InputError(f"plot_cam: picture {tuple(x.shape[1:])} and map {tuple(cam.shape)} lie on unlike grids")
-    c = retain_meta(x, cam.reshape(1, *cam.shape[-nd:]).as_subclass(type(x)) if isinstance(x, TensorMed) else TensorVolume(cam.reshape(1, *x.shape[1:])) if nd==3 else TensorSlice(cam.reshape(1, *x.shape[1:])))
+    if tuple(x.shape[1:])!=tuple(cam.shape[-nd:]):
+        raise InputError(f"plot_cam: picture {tuple(x.shape[1:])} and map {tuple(cam.shape)} lie on unlike grids")
+    c = retain_meta(x, cam.reshape(1, *cam.shape[-nd:]).as_subclass(type(x)) if isinstance(x, TensorMed)
+                    else TensorVolume(cam.reshape(1, *x.shape[1:])) if nd==3
+                    else TensorSlice(cam.reshape(1, *x.shape[1:])))
     if not isinstance(x, TensorMed): x = (TensorVolume if nd==3 else TensorSlice)(x)
-    c.__dict__.pop('context', None); heat = dict(cmap=_heat(), vmin=0, vmax=1)
+    c.__dict__.pop('context', None)
+    heat = dict(cmap=_heat(), vmin=0, vmax=1)
     if nd==2:
         if ctx is None: ctx = plt.subplots(figsize=(imsize,imsize))[1]
-        x.show(ctx=ctx, title=title, **kwargs); c.show(ctx=ctx, **heat); return ctx.figure
-    flat = c.as_subclass(Tensor)[0]; at = [n//2 for n in flat.shape] if flat.max()<=flat.min() else np.unravel_index(int(flat.argmax()), flat.shape)          # a map that says nothing: the middle
+        x.show(ctx=ctx, title=title, **kwargs)
+        c.show(ctx=ctx, **heat)
+        return ctx.figure
+    # a map that says nothing: the middle
+    flat = c.as_subclass(Tensor)[0]
+    at = [n//2 for n in flat.shape] if flat.max()<=flat.min() else np.unravel_index(int(flat.argmax()), flat.shape)
     if ctx is None: ctx = plt.subplots(1, 3, figsize=(3*imsize,imsize))[1]
-    for a,ax in enumerate(ctx): show_plane(x, axis=a, index=int(at[a]), ctx=ax, title=f"{'xyz'[a]} = {at[a]}" + (f', {title}' if title and a==0 else ''), **kwargs); show_plane(c, axis=a, index=int(at[a]), ctx=ax, **heat)
+    for a,ax in enumerate(ctx):
+        show_plane(x, axis=a, index=int(at[a]), ctx=ax,
+                title=f"{'xyz'[a]} = {at[a]}" + (f', {title}' if title and a==0 else ''), **kwargs)
+        show_plane(c, axis=a, index=int(at[a]), ctx=ax, **heat)
     return ctx[0].figure

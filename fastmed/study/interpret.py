@@ -22,14 +22,19 @@ import re
 
 # %% ../../nbs/study/02_interpret.ipynb #9575030c
 def _column(df, c):
-    if df is None or c not in df: raise ColumnError(f"no column {c!r}; there are {list(df.columns) if df is not None else 'none: the predictions came without a DataFrame'}. Give it with df=")
+    if df is None or c not in df:
+        raise ColumnError(f"no column {c!r}; there are "
+                          f"{list(df.columns) if df is not None else 'none: the predictions came without a DataFrame'}. Give "
+                          f"it with df=")
     return df[c]
 
 class CaseInterpretation:
     "What a classifier or a regression did on some cases: made by `learn.interpret()`, or from arrays of targets and predictions"
     def __init__(self,
-        targets,           # 'category': (n,) class numbers or names; 'multi': (n,K) 0 or 1; 'regression': (n,) or (n,K) numbers
-        preds,             # probabilities (n,K), or (n,) of the second of two classes; of a regression (n,) or (n,K) numbers
+        # 'category': (n,) class numbers or names; 'multi': (n,K) 0 or 1; 'regression': (n,) or (n,K) numbers
+        targets,
+        # probabilities (n,K), or (n,) of the second of two classes; of a regression (n,) or (n,K) numbers
+        preds,
         vocab=None,        # names of the classes, findings or values; default: numbers
         task:str=None,     # 'category', 'multi' or 'regression'; default: by the shapes
         df=None,           # DataFrame, a row a case in the same order: subgroups, subjects, files
@@ -41,34 +46,55 @@ class CaseInterpretation:
         level:float=.95,   # of the intervals
         seed:int=0         # of the draws
     ):
-        p = np.asarray(preds, dtype=float); y = np.asarray(targets)
-        if task is None: task = 'regression' if p.shape==y.shape and y.dtype.kind=='f' and not np.isin(y, [0,1]).all() else 'multi' if y.ndim==2 and y.shape[1]>1 else 'category'
-        if task not in ('category','multi','regression'): raise InputError(f"task: expected 'category', 'multi' or 'regression'; found {task!r}")
+        p = np.asarray(preds, dtype=float)
+        y = np.asarray(targets)
+        if task is None:
+            task = 'regression' if p.shape==y.shape and y.dtype.kind=='f' and not np.isin(y,
+                    [0,1]).all() else 'multi' if y.ndim==2 and y.shape[1]>1 else 'category'
+        if task not in ('category','multi','regression'):
+            raise InputError(f"task: expected 'category', 'multi' or 'regression'; found {task!r}")
         if p.ndim==1: p = np.stack([1-p, p], 1) if task=='category' else p[:,None]
         if task!='category' and y.ndim==1: y = y[:,None]
         if task=='category':
             if p.shape[1]==1: p = np.concatenate([1-p, p], 1)
             y = y.reshape(-1)
             if y.dtype.kind in 'OUT':
-                names = sorted(set(y)) if vocab is None else list(vocab); vocab = names
-                if odd:=sorted({str(o) for o in y}-set(map(str, names))): raise InputError(f"interpret: targets {odd[:5]} are none of the classes {names}")
-                at = {str(o):i for i,o in enumerate(names)}; y = np.array([at[str(o)] for o in y])
+                names = sorted(set(y)) if vocab is None else list(vocab)
+                vocab = names
+                if odd:=sorted({str(o) for o in y}-set(map(str, names))):
+                    raise InputError(f"interpret: targets {odd[:5]} are none of the classes {names}")
+                at = {str(o):i for i,o in enumerate(names)}
+                y = np.array([at[str(o)] for o in y])
             y = y.astype(int)
-            if y.min(initial=0)<0 or y.max(initial=0)>=p.shape[1]: raise InputError(f"interpret: targets reach {y.max()}, the predictions have {p.shape[1]} classes")
+            if y.min(initial=0)<0 or y.max(initial=0)>=p.shape[1]:
+                raise InputError(f"interpret: targets reach {y.max()}, the predictions have {p.shape[1]} classes")
         else: y = y.astype(float)
-        K = p.shape[1]; vocab = [str(o) for o in (vocab if vocab is not None else ([f'{i}' for i in range(K)] if task!='regression' or K>1 else ['value']))]
+        K = p.shape[1]
+        vocab = [str(o)
+                for o in (vocab if vocab is not None else ([f'{i}' for i in range(K)] if task!='regression' or K>1
+                else ['value']))]
         if len(vocab)!=K: raise InputError(f"interpret: {len(vocab)} names and {K} columns of predictions: {vocab}")
         if not len(y): raise InputError("interpret: no cases")
-        if len(y)!=len(p) or (task!='category' and y.shape!=p.shape): raise InputError(f"interpret: targets {y.shape} and predictions {p.shape} do not fit each other")
-        if df is not None and len(df)!=len(y): raise InputError(f"interpret: {len(y)} predictions and {len(df)} rows of df; expected one row a prediction, in the same order")
-        if not np.isfinite(p).all(): raise InputError(f"interpret: {int((~np.isfinite(p)).any(1).sum())} predictions are not finite. Did the training diverge?")
+        if len(y)!=len(p) or (task!='category' and y.shape!=p.shape):
+            raise InputError(f"interpret: targets {y.shape} and predictions {p.shape} do not fit each other")
+        if df is not None and len(df)!=len(y):
+            raise InputError(f"interpret: {len(y)} predictions and {len(df)} rows of df; expected one row a "
+                             f"prediction, in the same order")
+        if not np.isfinite(p).all():
+            raise InputError(f"interpret: {int((~np.isfinite(p)).any(1).sum())} predictions are not finite. Did the "
+                             f"training diverge?")
         df = None if df is None else df.reset_index(drop=True)
         if group_col is None: group_col = first(c for c in ('subject','patient_id') if df is not None and c in df)
         groups = None if group_col is None else _column(df, group_col).values
-        self.cases = [str(i) for i in range(len(y))] if df is None else [str(r.get('case', r.get('image', i))) for i,r in df.iterrows()]
-        failed = list(failed); store_attr('task,vocab,df,group_col,groups,learn,failed,n_boot,level,seed'); self.y,self.p = y,p
-        self._rules = {k:point[k] if k in point else .5 for k in vocab} if isinstance(point, dict) else {k:point for k in vocab}
-        if isinstance(point, dict) and (odd:=set(point)-set(vocab)): raise InputError(f"point: {sorted(odd)} are none of {vocab}")
+        self.cases = [str(i) for i in range(len(y))] if df is None else [str(r.get('case', r.get('image', i))) for i,
+                r in df.iterrows()]
+        failed = list(failed)
+        store_attr('task,vocab,df,group_col,groups,learn,failed,n_boot,level,seed')
+        self.y,self.p = y,p
+        self._rules = {k:point[k] if k in point else .5 for k in vocab} if isinstance(point,
+                dict) else {k:point for k in vocab}
+        if isinstance(point, dict) and (odd:=set(point)-set(vocab)):
+            raise InputError(f"point: {sorted(odd)} are none of {vocab}")
 
     # --- what is asked about
     @property
@@ -79,7 +105,8 @@ class CaseInterpretation:
     def __len__(self): return len(self.y)
     def __repr__(self):
         s = '' if self.groups is None else f" of {len(set(map(str, self.groups)))} subjects"
-        return f"{type(self).__name__}: {self.task} of {', '.join(self.vocab)}; {len(self)} cases{s}" + (f"; {len(self.failed)} could not be predicted" if self.failed else '')
+        return f"{type(self).__name__}: {self.task} of {', '.join(self.vocab)}; {len(self)} cases{s}" + (
+                f"; {len(self.failed)} could not be predicted" if self.failed else '')
 
     def _label(self, label):
         if label is None:
@@ -89,20 +116,25 @@ class CaseInterpretation:
         return str(label)
 
     def _is(self, *tasks):
-        if self.task not in tasks: raise InputError(f"this belongs to {' and '.join(tasks)}; these are predictions of a {self.task}")
+        if self.task not in tasks:
+            raise InputError(f"this belongs to {' and '.join(tasks)}; these are predictions of a {self.task}")
 
     def one(self,
         label=None # class, finding or value; default: the only one, or the second of two classes
     )->tuple:      # (targets (n,), predictions (n,), name): 0/1 and probabilities, or numbers
         "One class against the rest, or one value"
-        label = self._label(label); k = self.vocab.index(label)
-        return (self.y==k).astype(int) if self.task=='category' else self.y[:,k] if self.task=='regression' else self.y[:,k].astype(int), self.p[:,k], label
+        label = self._label(label)
+        k = self.vocab.index(label)
+        return (self.y==k).astype(int) if self.task=='category' else self.y[:,
+                k] if self.task=='regression' else self.y[:,k].astype(int), self.p[:,k], label
 
     def losses(self)->np.ndarray: # (n,)
         "How wrong each case is: minus the log of the true class's probability, summed over findings; of a regression the absolute error, summed in standard deviations of the target where there are several"
         if self.task=='regression':
-            d = np.abs(self.p-self.y); return d[:,0] if d.shape[1]==1 else (d/np.maximum(self.y.std(0), 1e-12)).sum(1)
-        q = self.p[np.arange(len(self.y)), self.y][:,None] if self.task=='category' else np.where(self.y==1, self.p, 1-self.p)
+            d = np.abs(self.p-self.y)
+            return d[:,0] if d.shape[1]==1 else (d/np.maximum(self.y.std(0), 1e-12)).sum(1)
+        q = self.p[np.arange(len(self.y)), self.y][:,None] if self.task=='category' else np.where(self.y==1, self.p,
+                1-self.p)
         return -np.log(np.clip(q, 1e-12, 1)).sum(1)
 
     # --- numbers
@@ -110,31 +142,44 @@ class CaseInterpretation:
         label=None # see `one`
     )->OperatingPoint: # sensitivity, specificity, ppv, npv with intervals
         "What the chosen threshold does"
-        self._is('category','multi'); y,p,k = self.one(label)
+        self._is('category','multi')
+        y,p,k = self.one(label)
         return operating_point(y, p, self._rules[k], self.groups, **self._boot)
 
     def summary(self)->pd.DataFrame: # index (label, metric): value, low, high, n, subjects
         "Every number with its interval over subjects. nan where a class is missing"
         rows = {}
         if self.task=='category':
-            K,h,y = len(self.vocab),(self.decoded()==self.y),self.y; one = np.eye(K)[y]; seen = one.any(0)
-            def f(w): n = w@one; return np.stack([(w*h).sum(1)/w.sum(1), np.where((n[:,seen]>0).all(1), safe_ratio((w*h)@one, n)[:,seen].mean(1), np.nan)], 1)
+            K,h,y = len(self.vocab),(self.decoded()==self.y),self.y
+            one = np.eye(K)[y]
+            seen = one.any(0)
+            def f(w):
+                n = w@one
+                return np.stack([(w*h).sum(1)/w.sum(1),
+                                 np.where((n[:,seen]>0).all(1), safe_ratio((w*h)@one, n)[:,seen].mean(1), np.nan)], 1)
             rows['all','accuracy'],rows['all','balanced accuracy'] = estimate(f, len(y), self.groups, **self._boot)
         for k in self.labels:
             y,p,_ = self.one(k)
-            if self.task=='regression': rows.update({(k,m):v for m,v in agreement(y, p, self.groups, **self._boot).items()}); continue
+            if self.task=='regression':
+                rows.update({(k,m):v for m,v in agreement(y, p, self.groups, **self._boot).items()})
+                continue
             c = calibration(y, p, self.groups, **self._boot)
-            rows.update({(k,'AUC'):area_under(y, p, self.groups, **self._boot), (k,'average precision'):area_under(y, p, self.groups, 'pr', **self._boot)})
-            if 0<y.mean()<1 or not isinstance(self._rules[k], (str,tuple)): o = self.point(k); rows.update({(k,m):o[m] for m in ('sensitivity','specificity','ppv','npv')})
+            rows.update({(k,'AUC'):area_under(y, p, self.groups, **self._boot),
+                    (k,'average precision'):area_under(y, p, self.groups, 'pr', **self._boot)})
+            if 0<y.mean()<1 or not isinstance(self._rules[k], (str,tuple)):
+                o = self.point(k)
+                rows.update({(k,m):o[m] for m in ('sensitivity','specificity','ppv','npv')})
             rows.update({(k,'ECE'):c.ece, (k,'Brier'):c.brier})
-        t = pd.DataFrame([dict(value=float(v), low=v.low, high=v.high, n=v.n, subjects=v.subjects) for v in rows.values()], index=pd.MultiIndex.from_tuples(rows, names=['label','metric']))
+        t = pd.DataFrame([dict(value=float(v), low=v.low, high=v.high, n=v.n, subjects=v.subjects)
+                for v in rows.values()], index=pd.MultiIndex.from_tuples(rows, names=['label','metric']))
         return t
 
     def decoded(self)->np.ndarray: # (n,) class numbers; (n,K) 0/1 of findings; the numbers of a regression
         "The answer itself: of two classes by the threshold, of more the most probable one, of findings each by its threshold"
         if self.task=='regression': return self.p
         if self.task=='category' and len(self.vocab)>2: return self.p.argmax(1)
-        t = np.array([choose_point((self.y==1 if self.task=='category' else self.y[:,self.vocab.index(k)]).astype(int), self.p[:,self.vocab.index(k)], self._rules[k]) for k in self.labels])
+        t = np.array([choose_point((self.y==1 if self.task=='category' else self.y[:,self.vocab.index(k)]).astype(int),
+                                    self.p[:,self.vocab.index(k)], self._rules[k]) for k in self.labels])
         hit = (self.p[:,[self.vocab.index(k) for k in self.labels]]>=t).astype(int)
         return hit[:,0] if self.task=='category' else hit
 
@@ -143,19 +188,28 @@ class CaseInterpretation:
         rates=False     # share of each true class instead of counts
     )->pd.DataFrame:    # a row a true class, a column a predicted one
         "The confusion matrix at the chosen threshold"
-        self._is('category','multi'); names,y,d = self.vocab,self.y,self.decoded()
-        if self.task=='multi': k = self.labels.index(self._label(label)); names,y,d = [f'no {self.vocab[k]}', self.vocab[k]],self.y[:,k].astype(int),d[:,k]
-        m = np.zeros((len(names),)*2, int); np.add.at(m, (y,d), 1)
-        return pd.DataFrame(safe_ratio(m, m.sum(1, keepdims=True)) if rates else m, index=pd.Index(names, name='true'), columns=pd.Index(names, name='predicted'))
+        self._is('category','multi')
+        names,y,d = self.vocab,self.y,self.decoded()
+        if self.task=='multi':
+            k = self.labels.index(self._label(label))
+            names,y,d = [f'no {self.vocab[k]}', self.vocab[k]],self.y[:,k].astype(int),d[:,k]
+        m = np.zeros((len(names),)*2, int)
+        np.add.at(m, (y,d), 1)
+        return pd.DataFrame(safe_ratio(m, m.sum(1, keepdims=True)) if rates else m, index=pd.Index(names, name='true'),
+                columns=pd.Index(names, name='predicted'))
 
     def calibration(self,
         label=None,  # see `one`
         bins=10      # see `calibration` of `metrics.curves`
     )->Calibration:  # table, ece, brier, with `plot`
         "Are the probabilities meant as they are said?"
-        self._is('category','multi'); y,p,_ = self.one(label); return calibration(y, p, self.groups, bins, **self._boot)
+        self._is('category','multi')
+        y,p,_ = self.one(label)
+        return calibration(y, p, self.groups, bins, **self._boot)
 
-    def _levels(self, col, bins): return col if isinstance(col, pd.Categorical) else bands(_column(self.df, col) if isinstance(col, str) else col, bins)
+    def _levels(self, col, bins):
+        return col if isinstance(col, pd.Categorical) else bands(_column(self.df, col) if isinstance(col, str) else col,
+                bins)
 
     def by(self,
         col,            # column of `df`, or one value a case
@@ -178,22 +232,30 @@ class CaseInterpretation:
         bins=None       # see `bands`
     )->Confounding:     # counts, areas within and between levels, with `plot`
         "How much of the AUC is there because `col` goes with the target?"
-        self._is('category','multi'); y,p,k = self.one(label)
-        return confounding(y, p, self._levels(col, bins), self.groups, names=(k, col if isinstance(col, str) else 'confounder'), **self._boot)
+        self._is('category','multi')
+        y,p,k = self.one(label)
+        return confounding(y, p, self._levels(col, bins), self.groups,
+                names=(k, col if isinstance(col, str) else 'confounder'), **self._boot)
 
     def worst(self,
         k:int=9 # cases
     )->pd.DataFrame: # case, target, predicted, loss, and the probability or number; index: the row
         "The cases with the highest loss"
-        loss = self.losses(); i = np.argsort(-loss, kind='stable')[:k]; d = self.decoded()
-        def say(v): return self.vocab[v] if self.task=='category' else ', '.join(n for n,o in zip(self.vocab, v) if o) or 'none' if self.task=='multi' else ', '.join(f'{o:.4g}' for o in v)
-        t = pd.DataFrame(dict(case=[self.cases[j] for j in i], target=[say(self.y[j]) for j in i], predicted=[say(d[j]) for j in i], loss=loss[i]), index=i)
+        loss = self.losses()
+        i = np.argsort(-loss, kind='stable')[:k]
+        d = self.decoded()
+        def say(v):
+            return self.vocab[v] if self.task=='category' else ', '.join(n for n,
+                    o in zip(self.vocab, v) if o) or 'none' if self.task=='multi' else ', '.join(f'{o:.4g}' for o in v)
+        t = pd.DataFrame(dict(case=[self.cases[j] for j in i], target=[say(self.y[j]) for j in i],
+                              predicted=[say(d[j]) for j in i], loss=loss[i]), index=i)
         return t.assign(p_target=self.p[i,self.y[i]]) if self.task=='category' else t
 
     # --- pictures
     def _axes(self, n, size=4.):
         import matplotlib.pyplot as plt
-        c = min(n, 3); fig,axs = plt.subplots(-(-n//c), c, figsize=(c*size, -(-n//c)*size), squeeze=False)
+        c = min(n, 3)
+        fig,axs = plt.subplots(-(-n//c), c, figsize=(c*size, -(-n//c)*size), squeeze=False)
         for a in axs.flat[n:]: a.set_axis_off()
         return fig,axs.flat[:n]
 
@@ -201,46 +263,79 @@ class CaseInterpretation:
         label=None # see `one`; None: each label, one against the rest
     ):             # matplotlib figure
         "ROC and precision–recall curves with bands over subjects, the chosen point marked"
-        self._is('category','multi'); ks = self.labels if label is None else [self._label(label)]; fig,axs = self._axes(2, 4.4)
+        self._is('category','multi')
+        ks = self.labels if label is None else [self._label(label)]
+        fig,axs = self._axes(2, 4.4)
         ok = [k for k in ks if 0<self.one(k)[0].mean()<1]
         for i,k in enumerate(ok):
-            y,p,_ = self.one(k); o = self.point(k)
-            for ax,kind in zip(axs, ('roc','pr')): score_curve(y, p, self.groups, kind, **self._boot).plot(ax, k, f'C{i}', o if len(ok)<4 else None)
-        for k in set(ks)-set(ok): axs[0].plot([], [], ' ', label=f'{k}: one class alone, no curve'); axs[0].legend(fontsize=7)
-        fig.tight_layout(); return fig
+            y,p,_ = self.one(k)
+            o = self.point(k)
+            for ax,kind in zip(axs, ('roc','pr')):
+                score_curve(y, p, self.groups, kind, **self._boot).plot(ax, k, f'C{i}', o if len(ok)<4 else None)
+        for k in set(ks)-set(ok):
+            axs[0].plot([], [], ' ', label=f'{k}: one class alone, no curve')
+            axs[0].legend(fontsize=7)
+        fig.tight_layout()
+        return fig
 
     def plot_confusion(self,
         label=None # of findings: which
     ):             # matplotlib figure
         "Counts, and the share of each true class in colour"
         import matplotlib.pyplot as plt
-        c,r = self.confusion(label),self.confusion(label, rates=True); n = len(c); fig,ax = plt.subplots(figsize=(max(3.2, .8*n+2), max(2.8, .8*n+1.2)))
+        c,r = self.confusion(label),self.confusion(label, rates=True)
+        n = len(c)
+        fig,ax = plt.subplots(figsize=(max(3.2, .8*n+2), max(2.8, .8*n+1.2)))
         ax.imshow(r, cmap='Blues', vmin=0, vmax=1)
         for i in range(n):
-            for j in range(n): ax.text(j, i, f'{c.iat[i,j]}\n{r.iat[i,j]:.0%}' if np.isfinite(r.iat[i,j]) else '0', ha='center', va='center', color='w' if r.iat[i,j]>.55 else 'k', fontsize=9)
-        ax.set_xticks(range(n), c.columns, rotation=45 if max(map(len, c.columns))>6 else 0); ax.set_yticks(range(n), c.index)
-        ax.set(xlabel='predicted', ylabel='true', title='most probable class' if self.task=='category' and n>2 else f"at {self.point(label).threshold:.2f}"); fig.tight_layout(); return fig
+            for j in range(n):
+                ax.text(j, i, f'{c.iat[i,j]}\n{r.iat[i,j]:.0%}' if np.isfinite(r.iat[i,j]) else '0', ha='center',
+                        va='center', color='w' if r.iat[i,j]>.55 else 'k', fontsize=9)
+        ax.set_xticks(range(n), c.columns, rotation=45 if max(map(len, c.columns))>6 else 0)
+        ax.set_yticks(range(n), c.index)
+        ax.set(xlabel='predicted', ylabel='true', title='most probable class' if self.task=='category' and n>2
+               else f"at {self.point(label).threshold:.2f}")
+        fig.tight_layout()
+        return fig
 
     def plot_calibration(self,
         label=None, # see `one`; None: each label
         bins=10     # see `calibration`
     ):              # matplotlib figure
         "Predicted against observed, with intervals and a histogram"
-        ks = self.labels if label is None else [self._label(label)]; fig,axs = self._axes(len(ks))
+        ks = self.labels if label is None else [self._label(label)]
+        fig,axs = self._axes(len(ks))
         for k,ax in zip(ks, axs): self.calibration(k, bins).plot(ax, k)
-        fig.tight_layout(); return fig
+        fig.tight_layout()
+        return fig
 
     def plot_agreement(self,
         label=None # see `one`
     ):             # matplotlib figure
         "A regression: predicted against true with the identity, and Bland–Altman's plot. Source: Bland 1986"
-        self._is('regression'); y,p,k = self.one(label); a = agreement(y, p, self.groups, **self._boot); fig,(l,r) = self._axes(2, 4.2)
-        lim = (min(y.min(), p.min()),max(y.max(), p.max())); pad = .04*(lim[1]-lim[0]); lim = (lim[0]-pad,lim[1]+pad); kw = dict(s=12, alpha=.5, lw=0)
-        l.scatter(y, p, **kw); l.plot(lim, lim, color='grey', ls=':', lw=1); l.set(xlim=lim, ylim=lim, aspect='equal', xlabel=f'{k}, true', ylabel=f'{k}, predicted', title=f'MAE {a.mae:.3g} [{a.mae.low:.3g}, {a.mae.high:.3g}], R² {a.r2:.2f}')
-        m = (y+p)/2; r.scatter(m, p-y, **kw)
+        self._is('regression')
+        y,p,k = self.one(label)
+        a = agreement(y, p, self.groups, **self._boot)
+        fig,(l,r) = self._axes(2, 4.2)
+        lim = (min(y.min(), p.min()),max(y.max(), p.max()))
+        pad = .04*(lim[1]-lim[0])
+        lim = (lim[0]-pad,lim[1]+pad)
+        kw = dict(s=12, alpha=.5, lw=0)
+        l.scatter(y, p, **kw)
+        l.plot(lim, lim, color='grey', ls=':', lw=1)
+        l.set(xlim=lim, ylim=lim, aspect='equal', xlabel=f'{k}, true', ylabel=f'{k}, predicted',
+              title=f'MAE {a.mae:.3g} [{a.mae.low:.3g}, {a.mae.high:.3g}], R² {a.r2:.2f}')
+        m = (y+p)/2
+        r.scatter(m, p-y, **kw)
         for e,n,c in ((a.bias,'bias','C3'), (a.limit_low,'−1.96 SD','C1'), (a.limit_high,'+1.96 SD','C1')):
-            r.axhline(e, color=c, lw=1.2); r.axhspan(e.low, e.high, color=c, alpha=.12, lw=0); r.annotate(f'{n} {e:.3g}', (.99,e), xycoords=('axes fraction','data'), ha='right', va='bottom', fontsize=8, color=c)
-        r.axhline(0, color='grey', ls=':', lw=1); r.set(xlabel=f'{k}, mean of predicted and true', ylabel='predicted − true', title='Bland–Altman'); fig.tight_layout(); return fig
+            r.axhline(e, color=c, lw=1.2)
+            r.axhspan(e.low, e.high, color=c, alpha=.12, lw=0)
+            r.annotate(f'{n} {e:.3g}', (.99,e), xycoords=('axes fraction','data'), ha='right', va='bottom', fontsize=8,
+                       color=c)
+        r.axhline(0, color='grey', ls=':', lw=1)
+        r.set(xlabel=f'{k}, mean of predicted and true', ylabel='predicted − true', title='Bland–Altman')
+        fig.tight_layout()
+        return fig
 
     def plot_by(self,
         col,       # see `by`
@@ -249,18 +344,38 @@ class CaseInterpretation:
     ):             # matplotlib figure
         "The metric of each subgroup with its interval; of a regression the residuals too"
         import matplotlib.pyplot as plt
-        t = self.by(col, bins, label); m = first(o for o in ('auc','accuracy','mae') if o in t); name = col if isinstance(col, str) else 'subgroup'; reg = self.task=='regression'
-        fig,axs = plt.subplots(1, 1+reg, figsize=(5+4*reg, .4*max(len(t), 3)+1.2), squeeze=False); ax = axs[0,-1]; at = np.arange(len(t))
+        t = self.by(col, bins, label)
+        m = first(o for o in ('auc','accuracy','mae') if o in t)
+        name = col if isinstance(col, str) else 'subgroup'
+        reg = self.task=='regression'
+        fig,axs = plt.subplots(1, 1+reg, figsize=(5+4*reg, .4*max(len(t), 3)+1.2), squeeze=False)
+        ax = axs[0,-1]
+        at = np.arange(len(t))
         for i,(k,r) in enumerate(t.iterrows()):
-            if np.isfinite(r[m]): ax.plot([r.low,r.high], [i,i], color='k' if k=='all' else 'C0', lw=2); ax.plot(r[m], i, 'o', color='k' if k=='all' else 'C0')
-            else: ax.text(.5, i, r.note, transform=ax.get_yaxis_transform(), ha='center', va='center', fontsize=8, color='C3')
-        ax.set_yticks(at, [f'{k}  (n={n})' for k,n in zip(t.index, t.n)]); ax.set_ylim(len(t)-.5, -.5); what = {'auc':'AUC','accuracy':'accuracy','mae':'mean absolute error'}[m]
-        ax.set(xlabel=f"{what}{'' if reg or m=='accuracy' else ' of '+self._label(label)} with its interval", title=f'by {name}')
+            if np.isfinite(r[m]):
+                ax.plot([r.low,r.high], [i,i], color='k' if k=='all' else 'C0', lw=2)
+                ax.plot(r[m], i, 'o', color='k' if k=='all' else 'C0')
+            else:
+                ax.text(.5, i, r.note, transform=ax.get_yaxis_transform(), ha='center', va='center', fontsize=8,
+                        color='C3')
+        ax.set_yticks(at, [f'{k}  (n={n})' for k,n in zip(t.index, t.n)])
+        ax.set_ylim(len(t)-.5, -.5)
+        what = {'auc':'AUC','accuracy':'accuracy','mae':'mean absolute error'}[m]
+        ax.set(xlabel=f"{what}{'' if reg or m=='accuracy' else ' of '+self._label(label)} with its interval",
+               title=f'by {name}')
         if reg:
-            y,p,k = self.one(label); lv = self._levels(col, bins); cats = [c for c in t.index if c!='all']; ax = axs[0,0]
-            ax.boxplot([(p-y)[np.asarray(lv==c)] for c in cats], orientation='horizontal', positions=range(len(cats)), widths=.6, flierprops=dict(ms=2)); ax.axvline(0, color='grey', ls=':', lw=1)
-            ax.set_yticks(range(len(cats)), cats); ax.set_ylim(len(t)-.5, -.5); ax.set(xlabel=f'predicted − true {k}', title='residuals')
-        fig.tight_layout(); return fig
+            y,p,k = self.one(label)
+            lv = self._levels(col, bins)
+            cats = [c for c in t.index if c!='all']
+            ax = axs[0,0]
+            ax.boxplot([(p-y)[np.asarray(lv==c)] for c in cats], orientation='horizontal', positions=range(len(cats)),
+                       widths=.6, flierprops=dict(ms=2))
+            ax.axvline(0, color='grey', ls=':', lw=1)
+            ax.set_yticks(range(len(cats)), cats)
+            ax.set_ylim(len(t)-.5, -.5)
+            ax.set(xlabel=f'predicted − true {k}', title='residuals')
+        fig.tight_layout()
+        return fig
 
     def plot_worst(self,
         k:int=6,        # cases
@@ -270,57 +385,86 @@ class CaseInterpretation:
         **kwargs        # of `grad_cam`, such as layer
     ):                  # matplotlib figure
         "The cases with the highest loss, with what the network looked at. Needs a Learner and its `df`"
-        if self.learn is None or self.df is None: raise InputError("plot_worst: pictures need the Learner and the files: use learn.interpret(), or CaseInterpretation(learn=…, df=…)")
+        if self.learn is None or self.df is None:
+            raise InputError("plot_worst: pictures need the Learner and the files: use learn.interpret(), or "
+                             "CaseInterpretation(learn=…, df=…)")
         import matplotlib.pyplot as plt
-        cam = cam and any(map(is_conv, self.learn.model.modules())); t = self.worst(k); its = [item_of(self.learn, self.df.iloc[i]) for i in t.index]; nd = its[0].ndim-1
-        c = 1 if nd==3 else min(len(t), 4); fig,axs = plt.subplots(-(-len(t)//c), c*(3 if nd==3 else 1), figsize=(c*imsize*(3 if nd==3 else 1), -(-len(t)//c)*(imsize+.3)), squeeze=False)
+        cam = cam and any(map(is_conv, self.learn.model.modules()))
+        t = self.worst(k)
+        its = [item_of(self.learn, self.df.iloc[i]) for i in t.index]
+        nd = its[0].ndim-1
+        c = 1 if nd==3 else min(len(t), 4)
+        fig,axs = plt.subplots(-(-len(t)//c), c*(3 if nd==3 else 1),
+                               figsize=(c*imsize*(3 if nd==3 else 1), -(-len(t)//c)*(imsize+.3)), squeeze=False)
         for a in axs.flat: a.set_axis_off()
         for j,(i,r) in enumerate(t.iterrows()):
             ctx = axs[j] if nd==3 else axs.flat[j]
-            title = f"{Path(r.case).name[:24]}\ntrue {r.target}, said {r.predicted}"+(f" ({self.p[i,self.decoded()[i]]:.2f})" if self.task=='category' else '')
+            title = f"{Path(r.case).name[:24]}\ntrue {r.target}, said {r.predicted}"+(
+                    f" ({self.p[i,self.decoded()[i]]:.2f})" if self.task=='category' else '')
             want = None if self.task=='regression' and len(self.vocab)==1 else self._cam_target(i, target)
             m = grad_cam(self.learn, self.df.iloc[i], want, **kwargs) if cam else torch.zeros(its[j].shape[1:])
             plot_cam(its[j], m, title, ctx)
-        fig.tight_layout(); return fig
+        fig.tight_layout()
+        return fig
 
     def _cam_target(self, i, target):
         if target not in ('predicted','target'): return self.vocab.index(self._label(target))
         if self.task=='category': return int((self.decoded() if target=='predicted' else self.y)[i])
         if self.task=='regression': return 0
-        return int((np.abs(self.p[i]-self.y[i])).argmax())                             # of findings the one that is most wrong
+        # of findings the one that is most wrong
+        return int((np.abs(self.p[i]-self.y[i])).argmax())
 
     # --- in words
     def answer(self)->str: # two sentences
         "The finding in words"
         s = f"On {len(self)} cases" + ('' if self.groups is None else f" of {len(set(map(str, self.groups)))} subjects")
-        if self.task=='regression': s += ' ' + '; '.join(f"{k} is predicted with a mean absolute error of {a.mae:.3g} [{a.mae.low:.3g}, {a.mae.high:.3g}] and R² {a.r2:.2f}" for k in self.vocab for a in [agreement(*self.one(k)[:2], self.groups, **self._boot)])
-        else: s += ' the AUC is ' + '; '.join(f"{area_under(*self.one(k)[:2], self.groups, **self._boot)} for {k}" for k in self.labels)
-        if self.task=='category' and len(self.labels)==1 and 0<self.one()[0].mean()<1: o = self.point(); s += f"; at {o.threshold:.2f} ({o.rule}) sensitivity is {o.sensitivity}, specificity {o.specificity}"
-        return s + '.' + (f" {len(self.failed)} cases could not be predicted: {self.failed[:5]}." if self.failed else '')
+        if self.task=='regression':
+            s += ' ' + '; '.join(f"{k} is predicted with a mean absolute error of {a.mae:.3g} [{a.mae.low:.3g}, "
+                                 f"{a.mae.high:.3g}] and R² {a.r2:.2f}" for k in self.vocab
+                                 for a in [agreement(*self.one(k)[:2], self.groups, **self._boot)])
+        else:
+            s += ' the AUC is ' + '; '.join(f"{area_under(*self.one(k)[:2], self.groups, **self._boot)} for {k}"
+                                            for k in self.labels)
+        if self.task=='category' and len(self.labels)==1 and 0<self.one()[0].mean()<1:
+            o = self.point()
+            s += f"; at {o.threshold:.2f} ({o.rule}) sensitivity is {o.sensitivity}, specificity {o.specificity}"
+        return s + '.' + (f" {len(self.failed)} cases could not be predicted: {self.failed[:5]}." if self.failed
+                          else '')
 
     def report(self,
         fn,              # .html file to write
-        by=None,         # columns for subgroups, or dict column → bins; default: sex, age, view, site, scanner where they are
+        # columns for subgroups, or dict column → bins; default: sex, age, view, site, scanner where they are
+        by=None,
         confounders=None,# columns suspected; default: those of `by` that are no numbers
         worst:int=6,     # cases to show; 0: none
         title=None       # of the page
     )->Path:             # `fn`
         "Everything in one HTML file, pictures inside"
-        by = {c:None for c in ('sex','age','view','site','scanner') if self.df is not None and c in self.df and c not in self.vocab} if by is None else by if isinstance(by, dict) else {c:None for c in L(by)}
-        sec = {'Numbers':[self.summary().reset_index(), f'Intervals are {self.level:.0%} bootstrap intervals'+(f', subjects drawn ({self.group_col}).' if self.groups is not None else ', cases drawn.')]}
+        by = {c:None for c in ('sex','age','view','site','scanner') if self.df is not None and c in self.df
+                               and c not in self.vocab} if by is None else by if isinstance(by,
+                dict) else {c:None for c in L(by)}
+        sec = {'Numbers':[self.summary().reset_index(),
+                f'Intervals are {self.level:.0%} bootstrap intervals'+(f', subjects drawn ({self.group_col}).'
+                if self.groups is not None else ', cases drawn.')]}
         if self.task=='regression':
             for k in self.vocab: sec[f'Agreement: {k}'] = [self.plot_agreement(k)]
         else:
-            sec['Curves'] = [self.plot_curves(), *[str(self.point(k)) for k in self.labels if 0<self.one(k)[0].mean()<1]]
-            sec['Confusion'] = [self.plot_confusion(k) for k in (self.labels if self.task=='multi' else [None])]; sec['Calibration'] = [self.plot_calibration()]
+            sec['Curves'] = [self.plot_curves(),
+                *[str(self.point(k)) for k in self.labels if 0<self.one(k)[0].mean()<1]]
+            sec['Confusion'] = [self.plot_confusion(k) for k in (self.labels if self.task=='multi' else [None])]
+            sec['Calibration'] = [self.plot_calibration()]
         for c,b in by.items():
-            for k in (self.labels if self.task!='category' or len(self.labels)==1 else [None]): sec[f"By {c}{': '+k if len(self.labels)>1 and k else ''}"] = [self.plot_by(c, b, k), self.by(c, b, k)]
+            for k in (self.labels if self.task!='category' or len(self.labels)==1 else [None]):
+                sec[f"By {c}{': '+k if len(self.labels)>1 and k else ''}"] = [self.plot_by(c, b, k), self.by(c, b, k)]
         if self.task!='regression':
             num = lambda c: pd.api.types.is_numeric_dtype(self.df[c]) and self.df[c].nunique()>10
             for c in (L(confounders) if confounders is not None else [c for c in by if not num(c)]):
                 for k in self.labels:
-                    if 0<self.one(k)[0].mean()<1: f = self.confounding(c, k, by.get(c)); sec[f'Is {k} read from {c}?'] = [str(f), f.plot(), f.counts, f.areas]
-        if worst and self.learn is not None and self.df is not None: sec['Worst cases'] = [self.plot_worst(worst), self.worst(worst)]
+                    if 0<self.one(k)[0].mean()<1:
+                        f = self.confounding(c, k, by.get(c))
+                        sec[f'Is {k} read from {c}?'] = [str(f), f.plot(), f.counts, f.areas]
+        if worst and self.learn is not None and self.df is not None:
+            sec['Worst cases'] = [self.plot_worst(worst), self.worst(worst)]
         if self.learn is not None and getattr(self.learn, 'history', []): sec['Training'] = [self.learn.plot_metrics()]
         return html_report(fn, title or f"{', '.join(self.labels)}: what was learned", self.answer(), sec)
 
@@ -330,16 +474,23 @@ def interpret(self:Learner,
     df=None,        # cases, one row each; default: the validation cases
     dl=None,        # DataLoader to go over instead
     group_col=None, # column with the subjects; default 'subject' or 'patient_id' where there is one
-    point=None,     # threshold or rule of `choose_point`, or a dict label → one; default: that of the Learner's metrics, else 0.5
+    # threshold or rule of `choose_point`, or a dict label → one; default: that of the Learner's metrics, else 0.5
+    point=None,
     **kwargs        # of `CaseInterpretation`: n_boot, level, seed
 )->CaseInterpretation: # ask it: summary, plot_curves, by, confounding, worst, report, …
     "Everything about a classifier or regression on its validation cases, on `df` or on `dl`. Raises `InputError` on a segmentation, which has `evaluate` and `show_worst`"
     if df is not None and dl is not None: raise ArgumentError("interpret: give df or dl, not both")
-    if odd:=sorted(set(kwargs)-{'n_boot','level','seed'}): raise ArgumentError(f"interpret: unknown arguments {odd}; known are df, dl, group_col, point, n_boot, level, seed")
+    if odd:=sorted(set(kwargs)-{'n_boot','level','seed'}):
+        raise ArgumentError(
+                f"interpret: unknown arguments {odd}; known are df, dl, group_col, point, n_boot, level, seed")
     labels = get_labels(self.dls)
-    if labels is None: raise InputError("interpret: these DataLoaders hold no labels. A segmentation has learn.evaluate() and learn.show_worst()")
-    task,vocab = labels; none = InputError("interpret: no cases. A loaded Learner holds no data: give it a DataFrame with df=")
-    point = ifnone(point, ifnone(first(getattr(m, 'point', None) for m in self.metrics if getattr(m, 'point', None) is not None), .5))
+    if labels is None:
+        raise InputError("interpret: these DataLoaders hold no labels. A segmentation has learn.evaluate() and "
+                         "learn.show_worst()")
+    task,vocab = labels
+    none = InputError("interpret: no cases. A loaded Learner holds no data: give it a DataFrame with df=")
+    point = ifnone(point,
+            ifnone(first(getattr(m, 'point', None) for m in self.metrics if getattr(m, 'point', None) is not None), .5))
     kwargs.update(group_col=group_col, point=point, learn=self)
     if df is None and dl is None:
         if not len(self.dls[1].dataset): raise none
@@ -347,15 +498,26 @@ def interpret(self:Learner,
     items = df if df is not None else dl.items
     if isinstance(self, CaseLearner) and isinstance(items, pd.DataFrame):
         if not len(items): raise none
-        if df is None and 'sample' in items: items = items[items['sample']==items['sample'].min()].drop(columns='sample')         # a case has many slices and one answer
-        res = self.evaluate(items); y,p,sub = res.arrays(); ok = (res.status=='ok').values; d = items.reset_index(drop=True)[ok].reset_index(drop=True)
-        add = {**({} if 'image' in d else {'case':res.case[ok].values}), **({'subject':sub} if len(set(sub))<len(sub) or 'patient_id' not in d else {})}
-        return CaseInterpretation(y.astype(int) if task=='category' else y, p, vocab, task, d.assign(**{k:v for k,v in add.items() if k not in d}), failed=res.case[~ok], **kwargs)
+        # a case has many slices and one answer
+        if df is None and 'sample' in items:
+            items = items[items['sample']==items['sample'].min()].drop(columns='sample')
+        res = self.evaluate(items)
+        y,p,sub = res.arrays()
+        ok = (res.status=='ok').values
+        d = items.reset_index(drop=True)[ok].reset_index(drop=True)
+        add = {**({} if 'image' in d else {'case':res.case[ok].values}),
+                **({'subject':sub} if len(set(sub))<len(sub) or 'patient_id' not in d else {})}
+        return CaseInterpretation(y.astype(int) if task=='category' else y, p, vocab, task,
+                                  d.assign(**{k:v for k,v in add.items() if k not in d}), failed=res.case[~ok],
+                                  **kwargs)
     if dl is None: dl = self.dls.test_dl(df, with_labels=True)
     if not len(dl): raise none
     p,y = self.get_preds(dl=dl)
-    p,y = (o[-1] if isinstance(o, (tuple,list)) else o for o in (p,y)); p,y = p.as_subclass(Tensor).float().numpy(),y.as_subclass(Tensor).numpy()
-    if task!='regression' and (p.min()<-1e-4 or p.max()>1+1e-4): raise InputError("interpret: the predictions are no probabilities: the loss has no activation. Use CrossEntropyLossFlat, or another loss with `activation`")
+    p,y = (o[-1] if isinstance(o, (tuple,list)) else o for o in (p,y))
+    p,y = p.as_subclass(Tensor).float().numpy(),y.as_subclass(Tensor).numpy()
+    if task!='regression' and (p.min()<-1e-4 or p.max()>1+1e-4):
+        raise InputError("interpret: the predictions are no probabilities: the loss has no activation. Use "
+                         "CrossEntropyLossFlat, or another loss with `activation`")
     if not isinstance(items, pd.DataFrame): items = pd.DataFrame({'image':list(items)}) if len(items)==len(p) else None
     return CaseInterpretation(y, p, vocab, task, items, **kwargs)
 
@@ -363,10 +525,12 @@ def interpret(self:Learner,
 @patch
 def training_table(self:Learner)->pd.DataFrame: # index epoch, running through; fit, and a column a loss or metric
     "Losses and metrics of every training by epoch. Of a Learner of fastai's own the last one, until its next `get_preds`. Raises `InputError` before any"
-    h = list(getattr(self, 'history', [])); r = getattr(self, 'recorder', None)
+    h = list(getattr(self, 'history', []))
+    r = getattr(self, 'recorder', None)
     if not h and r is not None and len(getattr(r, 'losses', [])) and len(r.values): h = [epoch_table(r)]
     if not h: raise InputError("plot_metrics: nothing was trained here, or nothing of it was kept")
-    t = pd.concat([o.assign(fit=i) for i,o in enumerate(h, 1)], ignore_index=True); t.index = pd.RangeIndex(1, len(t)+1, name='epoch')
+    t = pd.concat([o.assign(fit=i) for i,o in enumerate(h, 1)], ignore_index=True)
+    t.index = pd.RangeIndex(1, len(t)+1, name='epoch')
     return t[['fit',*[c for c in t if c!='fit']]]
 
 @patch
@@ -376,14 +540,23 @@ def plot_metrics(self:Learner,
 ):                  # matplotlib figure
     "Losses and metrics by epoch, a grey line between one training and the next. Raises `InputError` before any"
     import matplotlib.pyplot as plt
-    t = self.training_table(); fam,ends = {},t.index[:-1][np.diff(t.fit)>0]+.5
-    for c in t.columns[1:]: b = re.sub('^(train|valid)_', '', c); fam.setdefault(b if b=='loss' else b.split('_')[0], []).append(c)
-    fam = {k:v for k,v in fam.items() if t[v].notna().any(axis=None)}; n = len(fam); ncols = min(ncols, n)
+    t = self.training_table()
+    fam,ends = {},t.index[:-1][np.diff(t.fit)>0]+.5
+    for c in t.columns[1:]:
+        b = re.sub('^(train|valid)_', '', c)
+        fam.setdefault(b if b=='loss' else b.split('_')[0], []).append(c)
+    fam = {k:v for k,v in fam.items() if t[v].notna().any(axis=None)}
+    n = len(fam)
+    ncols = min(ncols, n)
     fig,axs = plt.subplots(-(-n//ncols), ncols, figsize=(imsize*1.25*ncols, imsize*-(-n//ncols)), squeeze=False)
     for a in axs.flat[n:]: a.set_axis_off()
     for (k,cs),ax in zip(fam.items(), axs.flat):
-        for c in cs: s = t[c].dropna(); ax.plot(s.index, s, 'o-' if len(s)<30 else '-', ms=3, label=c.replace('_', ' '))
+        for c in cs:
+            s = t[c].dropna()
+            ax.plot(s.index, s, 'o-' if len(s)<30 else '-', ms=3, label=c.replace('_', ' '))
         for e in ends: ax.axvline(e, color='grey', ls=':', lw=1)
-        ax.set(xlabel='epoch', ylabel=k if len(cs)>1 else cs[0].replace('_', ' ')); ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set(xlabel='epoch', ylabel=k if len(cs)>1 else cs[0].replace('_', ' '))
+        ax.xaxis.get_major_locator().set_params(integer=True)
         if len(cs)>1: ax.legend(fontsize=7)
-    fig.tight_layout(); return fig
+    fig.tight_layout()
+    return fig

@@ -46,8 +46,12 @@ def read_notes(
 )->dict:     # what it says
     "What was noted of a study or of a finished run. Raises `InputError` where that cannot be read"
     try: notes = json.loads(Path(fn).read_text(encoding='utf-8'))
-    except (OSError, ValueError, RecursionError) as e: raise InputError(f"{fn}: what was noted of the runs cannot be read ({type(e).__name__}). Put a copy of it back, or remove its folder and call run() to train again") from e
-    if not isinstance(notes, dict): raise InputError(f"{fn}: expected what was noted of the runs; found {str(notes)[:80]!r}. Put a copy of it back, or remove its folder and call run() to train again")
+    except (OSError, ValueError, RecursionError) as e:
+        raise InputError(f"{fn}: what was noted of the runs cannot be read ({type(e).__name__}). Put a copy of it "
+                         f"back, or remove its folder and call run() to train again") from e
+    if not isinstance(notes, dict):
+        raise InputError(f"{fn}: expected what was noted of the runs; found {str(notes)[:80]!r}. Put a copy of it "
+                         f"back, or remove its folder and call run() to train again")
     return notes
 
 def read_table(
@@ -60,15 +64,26 @@ def read_table(
     again = "Put a copy of it back, or remove the run's folder and call run() to train it again"
     try:
         b = Path(fn).read_bytes()
-        t = pd.read_csv(io.BytesIO(b), dtype=dict.fromkeys(['case','subject','arm','structure',*text], str), keep_default_na=False, na_values='')
-    except (OSError, ValueError) as e: raise InputError(f"{fn}: the table of a finished run cannot be read ({type(e).__name__}). {again}") from e
-    if not b.endswith(b'\n'): raise InputError(f"{fn}: expected whole lines; found {len(b):,} bytes that end within one: it is cut off. {again}")
+        t = pd.read_csv(io.BytesIO(b), dtype=dict.fromkeys(['case','subject','arm','structure',*text], str),
+                        keep_default_na=False, na_values='')
+    except (OSError, ValueError) as e:
+        raise InputError(f"{fn}: the table of a finished run cannot be read ({type(e).__name__}). {again}") from e
+    if not b.endswith(b'\n'):
+        raise InputError(
+                f"{fn}: expected whole lines; found {len(b):,} bytes that end within one: it is cut off. {again}")
     if cases is None: return t
-    if odd:=[k for k in ('case',*keys) if k not in t]: raise InputError(f"{fn}: expected a column {odd[0]!r}; found {list(t)[:10]}. {again}")
-    if odd:=[k for k,v in keys.items() if (t[k]!=v).any()]: raise InputError(f"{fn}: is of another run: expected {odd[0]} {keys[odd[0]]!r}; found {t[odd[0]][t[odd[0]]!=keys[odd[0]]].tolist()[0]!r}. {again}")
+    if odd:=[k for k in ('case',*keys) if k not in t]:
+        raise InputError(f"{fn}: expected a column {odd[0]!r}; found {list(t)[:10]}. {again}")
+    if odd:=[k for k,v in keys.items() if (t[k]!=v).any()]:
+        raise InputError(f"{fn}: is of another run: expected {odd[0]} {keys[odd[0]]!r}; found "
+                         f"{t[odd[0]][t[odd[0]]!=keys[odd[0]]].tolist()[0]!r}. {again}")
     by = [k for k in ('case','structure') if k in t]
-    if odd:=sorted({*cases}^{*t.case}): raise InputError(f"{fn}: expected the {len(cases)} cases that this run held out; found {t.case.nunique()}: case {odd[0]!r} is {'missing' if odd[0] in cases else 'none of them'}. {again}")
-    if t.duplicated(by).any() or len(t)!=math.prod(t[k].nunique() for k in by): raise InputError(f"{fn}: expected one row a case{' and structure' if len(by)>1 else ''}; found {len(t)} rows of {len(cases)} cases. {again}")
+    if odd:=sorted({*cases}^{*t.case}):
+        raise InputError(f"{fn}: expected the {len(cases)} cases that this run held out; found {t.case.nunique()}: "
+                         f"case {odd[0]!r} is {'missing' if odd[0] in cases else 'none of them'}. {again}")
+    if t.duplicated(by).any() or len(t)!=math.prod(t[k].nunique() for k in by):
+        raise InputError(f"{fn}: expected one row a case{' and structure' if len(by)>1 else ''}; found {len(t)} rows "
+                         f"of {len(cases)} cases. {again}")
     return t
 
 def run_model(
@@ -77,7 +92,9 @@ def run_model(
     "model.safetensors of a run, or model.pkl where there is no other. Raises `MissingFileError`"
     fns = [Path(folder)/o for o in ('model.safetensors','model.pkl')]
     fn = first(o for o in fns if o.is_file())
-    if fn is None: raise MissingFileError(f"{fns[0]}: no such model file. Remove the run's folder, and call run() to train it again")
+    if fn is None:
+        raise MissingFileError(
+                f"{fns[0]}: no such model file. Remove the run's folder, and call run() to train it again")
     return fn
 
 # %% ../../nbs/study/04_runs.ipynb #5207a006
@@ -103,7 +120,9 @@ def open_run(
         if not callable(arch): raise
         learn = load_run(folder, trust, arch)
     for f in [f for tl in learn.dls.train_ds.tls for f in tl.tfms.fs if path is not None and isinstance(f, CaseFiles)]:
-        if f.path is None: f.path = Path(path).absolute()         # a model file keeps no path: relative names are those of the study
+        # a model file keeps no path: relative names are those of the study
+        if f.path is None:
+            f.path = Path(path).absolute()
     return learn
 
 # %% ../../nbs/study/04_runs.ipynb #d4ea65d0
@@ -143,10 +162,13 @@ def setting_text(
     o  # any setting
 ):
     "A setting in words that do not change from run to run"
-    if hasattr(o, '_args'): return f"{type(o).__name__}({', '.join(f'{k}={getattr(o,k)}' for k in o._args if k!='spacing')})"
+    if hasattr(o, '_args'):
+        return f"{type(o).__name__}({', '.join(f'{k}={getattr(o,k)}' for k in o._args if k!='spacing')})"
     if isinstance(o, (list,tuple,L)): return '['+', '.join(map(setting_text, o))+']'
     if isinstance(o, dict): return '{'+', '.join(f'{k}: {setting_text(v)}' for k,v in o.items())+'}'
-    if isinstance(o, nn.Module) or (hasattr(o, '__dict__') and not callable(o)): return type(o).__name__+(setting_text({k:v for k,v in vars(o).items() if not k.startswith('_') and isinstance(v, (int,float,str,bool,tuple,type(None)))}))
+    if isinstance(o, nn.Module) or (hasattr(o, '__dict__') and not callable(o)):
+        return type(o).__name__+(setting_text({k:v for k,v in vars(o).items() if not k.startswith('_')
+                and isinstance(v, (int,float,str,bool,tuple,type(None)))}))
     if isinstance(o, partial): return f"{setting_text(o.func)}{setting_text(o.keywords)}"
     return getattr(o, '__qualname__', None) or str(o)
 
@@ -159,7 +181,8 @@ def function_text(
     held = []
     for o in getattr(f, '__closure__', None) or ():
         with contextlib.suppress(ValueError): held.append(o.cell_contents)       # one that is not filled yet
-    plain = [o for o in held if isinstance(o, (str,int,float,tuple))]            # what changes on the way, such as a list that counts, is no setting
+    # what changes on the way, such as a list that counts, is no setting
+    plain = [o for o in held if isinstance(o, (str,int,float,tuple))]
     if plain: s += ' '+hashlib.sha256(setting_text(plain).encode()).hexdigest()[:12]
     return f'{setting_text(f)} {s}'.strip()
 
@@ -198,7 +221,8 @@ def case_gflops(
     plan,model,p = get_plan(learn.dls),learn.model,next(learn.model.parameters())
     size = [k for k in plan.patch if plan.ndim==3 or k>1]
     n_in = learn.n_in*(1+2*plan.get('context', 0) if plan.ndim==2 else 1)
-    was = model.training; model.eval()
+    was = model.training
+    model.eval()
     with FlopCounterMode(display=False) as c, torch.no_grad(): model(torch.zeros(1, n_in, *size, device=p.device))
     model.train(was)
     return c.get_total_flops()*len(window_corners(tuple(shape), plan.patch, overlap))/1e9
@@ -210,17 +234,30 @@ def arm_settings(
 )->dict:        # setting → value
     "What a Learner was trained with and predicts with, as text: the table that `differences` compares"
     dls,plan,pre = learn.dls,get_plan(learn.dls),get_preprocess(learn.dls)
-    tr = dls.train; cut = first(f for f in tr.after_item.fs if isinstance(f, PatchTransform))
-    return {'held-out cases':settings_hash(sorted(str(c) for c,_ in case_rows(dls.valid_ds.items))), 'training cases':settings_hash(sorted(str(c) for c,_ in case_rows(dls.train_ds.items))),
-            'structures':', '.join(pre.vocab), 'spacing':setting_text(pre.spacing), 'orientation':str(pre.orientation), 'normalisation':setting_text(pre.normalize),
-            'dimensions':f"{plan.ndim}D" + (f", across axis {plan.axis}, {plan.get('context',0)} neighbours on each side" if plan.ndim==2 else ''), 'patch':'×'.join(map(str, plan.patch)),
-            'batch':str(tr.bs), 'patches a case and epoch':str(getattr(tr, 'samples', '?')), 'patches around a structure':f'{cut.foreground:.3g}',
-            'item transforms':setting_text([f for f in tr.after_item.fs if not isinstance(f, PatchTransform)]), 'augmentation':setting_text([f for f in tr.after_batch.fs if hasattr(f, '_args')]),
-            'network':type(learn.model).__name__, 'parameters':f'{total_params(learn.model)[0]:,}', 'pretrained':str(learn.pretrained), 'loss':setting_text(learn.loss_func),
-            'optimiser':setting_text(learn.opt_func), 'top rate':str(ifnone(lr_max, learn.lr)), 'weight decay':str(learn.wd), 'callbacks':', '.join(sorted(type(c).__name__ for c in learn.cbs if type(c).__name__ not in _quiet)),
-            'selection':'weights after the last update', 'window overlap':str(look.get('overlap', .5)), 'test-time augmentation':str(look.get('tta', False)), 'post-processing':setting_text(look.get('post')), 'slicing axes at prediction':str(look.get('axes'))}
+    tr = dls.train
+    cut = first(f for f in tr.after_item.fs if isinstance(f, PatchTransform))
+    return {'held-out cases':settings_hash(sorted(str(c) for c,_ in case_rows(dls.valid_ds.items))),
+            'training cases':settings_hash(sorted(str(c) for c,_ in case_rows(dls.train_ds.items))),
+            'structures':', '.join(pre.vocab), 'spacing':setting_text(pre.spacing), 'orientation':str(pre.orientation),
+            'normalisation':setting_text(pre.normalize),
+            'dimensions':f"{plan.ndim}D"
+            + (f", across axis {plan.axis}, {plan.get('context',0)} neighbours on each side" if plan.ndim==2 else ''),
+            'patch':'×'.join(map(str, plan.patch)),
+            'batch':str(tr.bs), 'patches a case and epoch':str(getattr(tr, 'samples', '?')),
+            'patches around a structure':f'{cut.foreground:.3g}',
+            'item transforms':setting_text([f for f in tr.after_item.fs if not isinstance(f, PatchTransform)]),
+            'augmentation':setting_text([f for f in tr.after_batch.fs if hasattr(f, '_args')]),
+            'network':type(learn.model).__name__, 'parameters':f'{total_params(learn.model)[0]:,}',
+            'pretrained':str(learn.pretrained), 'loss':setting_text(learn.loss_func),
+            'optimiser':setting_text(learn.opt_func), 'top rate':str(ifnone(lr_max, learn.lr)),
+            'weight decay':str(learn.wd),
+            'callbacks':', '.join(sorted(type(c).__name__ for c in learn.cbs if type(c).__name__ not in _quiet)),
+            'selection':'weights after the last update', 'window overlap':str(look.get('overlap', .5)),
+            'test-time augmentation':str(look.get('tta', False)), 'post-processing':setting_text(look.get('post')),
+            'slicing axes at prediction':str(look.get('axes'))}
 
-_quiet = ('MemoryCallback','TrainEvalCallback','Recorder','CastToTensor','ProgressCallback','BudgetCallback','CostCallback','ComparisonCallback','NoValidation')
+_quiet = ('MemoryCallback','TrainEvalCallback','Recorder','CastToTensor','ProgressCallback','BudgetCallback',
+          'CostCallback','ComparisonCallback','NoValidation')
 
 def score_arm(
     learn,       # trained Learner
@@ -228,30 +265,43 @@ def score_arm(
     look=None,   # arguments of `predict_volume`
     remedies=POSTS, # post-processings that are tried, by name or function
     group_col=None,    # column with the subjects; default 'subject' where it exists
-    slice_axis:int=None,# array axis of the RAS scan for `slice_consistency`; default: that of a slice model, else the coarsest of the scan
+    # array axis of the RAS scan for `slice_consistency`; default: that of a slice model, else the coarsest of the scan
+    slice_axis:int=None,
     tolerance:float=1. # of NSD, mm
 )->tuple:        # DataFrames: results, slices, remedied; and the seconds of each prediction
     "Predict each case once and score it: structures, how its slices fit, and what each remedy would change"
-    pre,plan = get_preprocess(learn.dls),get_plan(learn.dls); look = look or {}
+    pre,plan = get_preprocess(learn.dls),get_plan(learn.dls)
+    look = look or {}
     res,sl,rem,secs,errs = [],[],[],[],[]
     subjects = dict(zip((str(k) for k,_ in case_rows(df)), group_values(df, group_col)))
     if slice_axis is None and plan.ndim==2: slice_axis = plan.axis
-    remedies = {'none':None, **{getattr(p, '__name__', p):p for p in remedies}, **({"axes='all'":dict(axes='all')} if plan.ndim==2 and 'axes' not in look else {})}
-    it = predicted_cases(learn, df, **look); t0 = time.perf_counter()
+    remedies = {'none':None, **{getattr(p, '__name__', p):p for p in remedies},
+            **({"axes='all'":dict(axes='all')} if plan.ndim==2 and 'axes' not in look else {})}
+    it = predicted_cases(learn, df, **look)
+    t0 = time.perf_counter()
     for name,r,pred,truth,e in it:
-        secs.append(time.perf_counter()-t0); key = dict(case=str(name), subject=subjects[str(name)])
-        if e: errs.append(e); res += [{**key, **s} for s in failed_scores(pre.vocab, e)]
+        secs.append(time.perf_counter()-t0)
+        key = dict(case=str(name), subject=subjects[str(name)])
+        if e:
+            errs.append(e)
+            res += [{**key, **s} for s in failed_scores(pre.vocab, e)]
         else:
-            scores = case_scores(pred, truth, pre.vocab, pred.spacing, tolerance); res += [{**key, **s} for s in scores]
+            scores = case_scores(pred, truth, pre.vocab, pred.spacing, tolerance)
+            res += [{**key, **s} for s in scores]
             p,t = [to_orientation(o) for o in (pred,truth)]
             axis = int(np.argmax(p.spacing)) if slice_axis is None else slice_axis
-            own = int(np.argmax(np.abs(pred.affine[axis,:3])/pred.spacing))                # the same axis in the file's order
-            sl += [{**key, 'structure':s, **v} for s,v in slice_consistency(p, axis, t, pre.vocab).to_dict('index').items()]
+            # the same axis in the file's order
+            own = int(np.argmax(np.abs(pred.affine[axis,:3])/pred.spacing))
+            sl += [{**key, 'structure':s, **v} for s,
+                    v in slice_consistency(p, axis, t, pre.vocab).to_dict('index').items()]
             for k,post in remedies.items():
-                if isinstance(post, dict): m = predict_case(learn, case_columns(learn.dls)[0](r), progress=False, **{**look, **post})
+                if isinstance(post, dict):
+                    m = predict_case(learn, case_columns(learn.dls)[0](r), progress=False, **{**look, **post})
                 else: m = apply_post(pred, post, own) if post else pred
-                rem += [dict(case=str(name), structure=s['structure'], remedy=k, dice=0. if s['status'] in ('missed','false positive') else s['dice'])
-                        for s in (scores if m is pred else case_scores(m, truth, pre.vocab, m.spacing, distances=False))]
+                rem += [dict(case=str(name), structure=s['structure'], remedy=k,
+                        dice=0. if s['status'] in ('missed','false positive') else s['dice'])
+                        for s in (scores if m is pred else case_scores(m, truth, pre.vocab, m.spacing,
+                        distances=False))]
         t0 = time.perf_counter()
     if len(errs)==len(secs): raise errs[0]
     return pd.DataFrame(res), pd.DataFrame(sl), pd.DataFrame(rem), secs
@@ -259,9 +309,13 @@ def score_arm(
 def _train_run(spec):
     "Train and score one run; this is what an executor is given. None where another process of this machine is at it"
     if (folder:=Path(spec['folder'])).exists(): return folder
-    with writing(folder): place = contextlib.ExitStack(); tmp = place.enter_context(beside(folder, True, folder.parent/'unfinished', alone=True))
+    with writing(folder):
+        place = contextlib.ExitStack()
+        tmp = place.enter_context(beside(folder, True, folder.parent/'unfinished', alone=True))
     try:
-        with place: return None if tmp is None else folder if folder.exists() else spec.get('do', _trained)(spec, folder, tmp) # `crossval` has its own
+        # `crossval` has its own
+        with place:
+            return None if tmp is None else folder if folder.exists() else spec.get('do', _trained)(spec, folder, tmp)
     except InputError as e:                                          # such as a training that diverged
         e.args = (f"run {folder.name!r}: {e}",)
         raise
@@ -269,14 +323,20 @@ def _train_run(spec):
 def _trained(spec, folder, tmp):
     torch.set_num_threads(spec['threads'])
     set_seed(spec['seed']*1000+spec['fold'], reproducible=True)
-    kw = dict(spec['kwargs']); look = {k:kw.pop(k) for k in PREDICT_ARGS if k in kw}; lr_max = kw.pop('lr_max', None)
-    df = spec['df']; df.attrs.update(spec['attrs'])
+    kw = dict(spec['kwargs'])
+    look = {k:kw.pop(k) for k in PREDICT_ARGS if k in kw}
+    lr_max = kw.pop('lr_max', None)
+    df = spec['df']
+    df.attrs.update(spec['attrs'])
     with quiet_output():
         learn = spec.get('make', make_learner)(df, **kw, valid_col='_held_out')
-        for dl in learn.dls.loaders: dl.rng = random.Random(spec['seed'])              # other threads of a worker may draw from Python's own generator
+        # other threads of a worker may draw from Python's own generator
+        for dl in learn.dls.loaders:
+            dl.rng = random.Random(spec['seed'])
         (unit,n), = spec['budget'].items()
         cbs = [NoValidation(), cost:=CostCallback()] + ([] if unit=='epochs' else [BudgetCallback(**{unit:n})])
-        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(n if unit=='epochs' else 1_000_000, lr_max, cbs=cbs)
+        with learn.no_bar(), learn.no_logging():
+            learn.fit_one_cycle(n if unit=='epochs' else 1_000_000, lr_max, cbs=cbs)
         return spec.get('finish', finish_run)(learn, {**spec, 'lr_max':lr_max}, look, folder, cost.total, tmp)
 
 # %% ../../nbs/study/04_runs.ipynb #a1108c01
@@ -289,21 +349,32 @@ def finish_run(
     tmp     # what becomes the folder
 ):          # `folder`
     "Score a trained Learner on its held-out cases; `tmp` becomes the run's folder, whole"
-    dev = next(learn.model.parameters()).device; reset_peak(dev)
+    dev = next(learn.model.parameters()).device
+    reset_peak(dev)
     valid = learn.dls.valid_ds.items
     res,sl,rem,secs = score_arm(learn, valid, look, group_col=spec['group_col'], slice_axis=spec['slice_axis'])
-    pre = get_preprocess(learn.dls); h = read_header(case_columns(learn.dls)[0](valid.iloc[0]))
-    cost = dict(parameters=total_params(learn.model)[0], case_gflops=case_gflops(learn, pre.grid(h['shape'], h['affine'])[0], look.get('overlap', .5)),
+    pre = get_preprocess(learn.dls)
+    h = read_header(case_columns(learn.dls)[0](valid.iloc[0]))
+    cost = dict(parameters=total_params(learn.model)[0],
+            case_gflops=case_gflops(learn, pre.grid(h['shape'], h['affine'])[0], look.get('overlap', .5)),
                 **cost, predict_s=float(np.median(secs)), predict_peak_mb=peak_memory(dev)/1e6)
     key = {k:spec[k] for k in ('arm','fold','seed')}
-    facts = json.dumps(dict(key, budget=spec['budget'], folds=spec['hash'], files=spec.get('files'), settings=arm_settings(learn, look, spec.get('lr_max')), plan=dict(get_plan(learn.dls)), preprocess=pre.to_dict(), cost=cost), indent=1, default=str)
+    facts = json.dumps(dict(key, budget=spec['budget'], folds=spec['hash'], files=spec.get('files'),
+            settings=arm_settings(learn, look, spec.get('lr_max')), plan=dict(get_plan(learn.dls)),
+                                                        preprocess=pre.to_dict(), cost=cost), indent=1, default=str)
     with writing(folder):
-        for n,t in (('results',res),('slices',sl),('remedied',rem)): t.assign(**key)[[*key, *t]].to_csv(tmp/f'{n}.csv', index=False)
-        pd.DataFrame(dict(update=range(1, len(learn.recorder.losses)+1), loss=[float(o) for o in learn.recorder.losses], lr=learn.recorder.lrs[-len(learn.recorder.losses):])).to_csv(tmp/'log.csv', index=False)
+        for n,t in (('results',res),('slices',sl),('remedied',rem)):
+            t.assign(**key)[[*key, *t]].to_csv(tmp/f'{n}.csv', index=False)
+        pd.DataFrame(dict(update=range(1, len(learn.recorder.losses)+1), loss=[float(o) for o in learn.recorder.losses],
+                lr=learn.recorder.lrs[-len(learn.recorder.losses):])).to_csv(tmp/'log.csv', index=False)
         keep_model(learn, tmp)
         (tmp/'run.json').write_text(facts)
         synced(tmp)
-        if folder.exists(): os.replace(folder, (old:=tmp.with_name(tmp.name+'.old'))); os.replace(tmp, folder); shutil.rmtree(old)     # the same run, entered by hand before
+        # the same run, entered by hand before
+        if folder.exists():
+            os.replace(folder, (old:=tmp.with_name(tmp.name+'.old')))
+            os.replace(tmp, folder)
+            shutil.rmtree(old)
         else: os.replace(tmp, folder)
     return folder
 
@@ -324,7 +395,8 @@ def _named_files(df):
         for case,cell in zip(df['case'].astype(str), df[col]):
             fns = [o for o in L(cell) if isinstance(o, (str,os.PathLike)) and str(o).strip()]
             with contextlib.suppress(OSError, ValueError):
-                if fns and all(Path(o).is_file() or (col in ('image','mask') and Path(o).is_dir()) for o in fns): res[case,str(col)] = fns
+                if fns and all(Path(o).is_file() or (col in ('image','mask') and Path(o).is_dir()) for o in fns):
+                    res[case,str(col)] = fns
     return res
 
 def _arm_files(df, arms):
@@ -335,7 +407,8 @@ def _arm_files(df, arms):
         if mask=='auto': mask = 'mask' if kw.get('label_col') is None else None
         for col in [o for o in [*L(kw.get('image_col', 'image')), *L(mask)] if o in df]:
             for case,(_,row) in zip(df['case'].astype(str), df.iterrows()):
-                with contextlib.suppress(FastmedError): res.setdefault((case,str(col)), []).extend(L(case_files(row, col, kw.get('path', '.'))))
+                with contextlib.suppress(FastmedError):
+                    res.setdefault((case,str(col)), []).extend(L(case_files(row, col, kw.get('path', '.'))))
     return res
 
 def case_contents(
@@ -366,9 +439,13 @@ def check_contents(
         if odd: changed.append(f"{case!r} ({', '.join(odd)})")
     if changed and runs:
         more = f' … ({len(changed)})' if len(changed)>5 else ''
-        raise InputError(f"{path}: {len(runs)} runs were trained or judged with other content of case {', '.join(changed[:5])}{more}. "
-                         "To train again give another path, or remove the folder; to go on with these runs put the old files back")
-    if not all(runs): warn(f"{path}: {len(runs)-sum(runs)} of {len(runs)} finished runs are of a version that did not note the content of the files: whether one was changed before today is not known")
+        raise InputError(f"{path}: {len(runs)} runs were trained or judged with other content of case "
+                         f"{', '.join(changed[:5])}{more}. "
+                         "To train again give another path, or remove the folder; to go on with these runs put the old "
+                         "files back")
+    if not all(runs):
+        warn(f"{path}: {len(runs)-sum(runs)} of {len(runs)} finished runs are of a version that did not note the "
+             f"content of the files: whether one was changed before today is not known")
 
 def noted_contents(
     kept, # contents that were noted before, or None
