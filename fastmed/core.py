@@ -9,9 +9,24 @@ __all__ = ['FastmedError', 'InputError', 'ArgumentError', 'ColumnError', 'FileEr
            'TensorSliceMask', 'structure_colors', 'show_plane', 'best_plane']
 
 # %% ../nbs/00_core.ipynb #9aca8ea2
-from fastai.data.all import *
+import contextlib
+import errno
+import hashlib
+import os
+import platform
+import shutil
+import stat
+import threading
+import uuid
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from fastai.data.all import retain_meta, to_cpu
 from fastai.torch_core import TensorImageBase
-import contextlib, errno, hashlib, os, platform, shutil, stat, threading, uuid, nibabel as nib
+from fastcore.all import ifnone
+from torch import Tensor
 
 # %% ../nbs/00_core.ipynb #9c0aaeb4
 class FastmedError(Exception):

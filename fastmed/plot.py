@@ -6,9 +6,17 @@
 __all__ = ['plot_volume', 'figure_png', 'html_report']
 
 # %% ../nbs/01_plot.ipynb #a1107b05
-from .core import *
-from fastai.data.all import *
-import base64, html, io as _io
+import base64
+import html
+from functools import partial
+from pathlib import Path
+
+import io as _io
+import numpy as np
+import pandas as pd
+from fastcore.all import ifnone, L
+from .core import ArgumentError, best_plane, show_plane, structure_colors, whole_file
+from torch import Tensor
 
 # %% ../nbs/01_plot.ipynb #c7641bb2
 def plot_volume(

@@ -8,17 +8,26 @@ __all__ = ['CaseFiles', 'warn_parted_subjects', 'LoadVolume', 'LoadMask', 'Patch
            'get_store', 'get_plan']
 
 # %% ../../nbs/data/09_blocks.ipynb #e732fa4e
-from ..core import *
-from ..io.volumes import *
-from .cases import check_columns
-from .preprocess import *
-from .plan import *
-from .store import *
-from .transforms import ActingPipeline, MaskIds
-from fastai.data.all import *
+import contextlib
+import random
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
 from fastai.callback.data import PartialDL, WeightedDL
+from fastai.data.all import DataLoaders, Datasets, DisplayedTransform, TfmdDL, TransformBlock, warn
 from fastai.vision.augment import RandTransform
-import contextlib, random, zlib
+from fastcore.all import delegates, first, ifnone, L, patch, store_attr
+from ..core import InputError, TensorMed, TensorSlice, TensorSliceMask, TensorVolume, TensorVolumeMask
+from .cases import check_columns
+from .plan import patch_plan
+from .preprocess import case_files, Plan, Preprocess
+from .store import cut, foreground_index, foreground_voxel, random_corner, Store
+from .transforms import ActingPipeline, MaskIds
+from ..io.volumes import check_same_grid, load_mask, load_volume
+from torch import Tensor
 
 # %% ../../nbs/data/09_blocks.ipynb #bbf7d31d
 class CaseFiles(DisplayedTransform):

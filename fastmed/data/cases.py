@@ -6,11 +6,21 @@
 __all__ = ['case_name', 'scan_folder', 'scan_decathlon', 'GroupSplitter', 'group_folds']
 
 # %% ../../nbs/data/02_cases.ipynb #9a1e5aee
-from ..core import *
-from ..io.guard import *
-from fastai.data.all import *
+import glob
+import hashlib
+import json
+import os
+import re
+import unicodedata
 from collections import Counter
-import glob, hashlib, json, os, re, unicodedata
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from fastai.data.all import warn
+from fastcore.all import first, is_listy, L
+from ..core import ArgumentError, ColumnError, FileError, InputError, MissingFileError
+from ..io.guard import reading
 
 # %% ../../nbs/data/02_cases.ipynb #0b13bb1b
 def case_name(

@@ -6,15 +6,19 @@
 __all__ = ['PROBLEMS', 'Report', 'check_dataset']
 
 # %% ../../nbs/data/15_check.ipynb #ad5ce3b7
-from ..core import *
-from ..plot import *
-from ..io.volumes import *
-from .cases import check_codes, check_columns
-from .store import cache_dir
-from .placement import border_profiles, misplaced_masks
-from .survey import case_names, problem_row, some_of, survey_cases, repeated_hashes
-from fastai.basics import *
 import contextlib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from fastcore.all import ifnone, L
+from ..core import FileError, InputError, show_plane
+from .cases import check_codes, check_columns
+from .placement import border_profiles, misplaced_masks
+from .store import cache_dir
+from .survey import case_names, problem_row, repeated_hashes, some_of, survey_cases
+from ..io.volumes import load_mask, load_volume, resample_to, same_grid, to_orientation
+from ..plot import html_report
 
 # %% ../../nbs/data/15_check.ipynb #2f36f4d7
 _grid_kinds = ('shape','orientation','spacing','direction','place')

@@ -7,14 +7,23 @@ __all__ = ['label_kind', 'TensorRegression', 'LabelOf', 'TargetNumbers', 'label_
            'whole_plan', 'WholeTransform', 'fitted_shape', 'fit_in', 'get_labels']
 
 # %% ../../nbs/data/10_labels.ipynb #bea795a6
-from ..core import *
-from ..io.volumes import *
-from .cases import case_splitter, group_values
-from .preprocess import *
-from .plan import *
-from .blocks import *
-from fastai.data.all import *
 import math
+
+import numpy as np
+import pandas as pd
+import torch.nn.functional as F
+from fastai.data.all import (
+    Categorize, CategoryBlock, DisplayedTransform, EncodedMultiCategorize, MultiCategorize, MultiCategoryBlock,
+    RegressionBlock, RegressionSetup, show_title, tensor, TensorBase, TransformBlock, warn
+)
+from fastcore.all import first, ifnone, is_listy, L, store_attr
+from ..core import ArgumentError, ColumnError, InputError, TensorVolume, TensorVolumeMask
+from .blocks import PatchTransform
+from .cases import case_splitter, group_values
+from .plan import BYTES, patch_plan, suggest_plan
+from .preprocess import all_files, Plan, Preprocess
+from ..io.volumes import check_same_grid, read_header
+from torch import Tensor
 
 # %% ../../nbs/data/10_labels.ipynb #ec99108d
 def is_blank(

@@ -6,12 +6,15 @@
 __all__ = ['find_leaks', 'distribution_shift']
 
 # %% ../../nbs/data/16_leaks.ipynb #438f7f61
-from ..core import *
-from .cases import check_columns
-from .survey import case_names, mix_hash, roughness_of, survey_cases, repeated_hashes
-from fastai.basics import *
-from collections import Counter
 import itertools
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+from fastai.basics import warn
+from ..core import ColumnError, InputError
+from .cases import check_columns
+from .survey import case_names, mix_hash, repeated_hashes, roughness_of, survey_cases
 
 # %% ../../nbs/data/16_leaks.ipynb #fee2ce32
 def _sketch(a, run=8, k=512):

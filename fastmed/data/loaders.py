@@ -6,20 +6,32 @@
 __all__ = ['VolumeDataLoaders', 'SliceDataLoaders', 'label_text', 'show_batch', 'show_results']
 
 # %% ../../nbs/data/11_loaders.ipynb #89c87021
-from ..core import *
+from pathlib import Path
+
+import numpy as np
+import torch
+from fastai.data.all import (
+    DataBlock, DataLoaders, default_device, defaults, dispatch, TensorCategory, TensorMultiCategory, ToTensor, warn
+)
+from fastcore.all import delegates, first, ifnone, is_listy, L
+from fastmed.core import (
+    InputError, ResourceError, show_plane, TensorSlice, TensorSliceMask, TensorVolume, TensorVolumeMask
+)
+from .augment import volume_tfms
+from fastmed.data.blocks import (
+    CaseFiles, get_plan, get_preprocess, get_store, PartialPatchDL, PatchTransform, SliceBlock, SliceMaskBlock,
+    VolumeBlock, VolumeMaskBlock, WeightedPatchDL
+)
+from .cases import case_splitter, check_codes, check_columns, scan_decathlon, scan_folder, warn_twins
+from fastmed.data.labels import (
+    fitted_shape, get_labels, label_block, label_splitter, TensorRegression, whole_plan, WholeTransform
+)
+from .plan import suggest_plan
+from .preprocess import all_files, Plan, Preprocess
+from .store import cache_dir, kept_digest, kept_found, label_values, Store
 from ..io.guard import memory_left
-from ..io.volumes import *
-from ..io.volumes import describe_grid, unlike_grids
-from .cases import *
-from .cases import case_splitter, warn_twins, check_codes, check_columns
-from .preprocess import *
-from .plan import *
-from .store import *
-from .store import kept_found
-from .blocks import *
-from .labels import *
-from .augment import *
-from fastai.data.all import *
+from ..io.volumes import describe_grid, read_header, same_grid, unlike_grids
+from torch import Tensor
 
 # %% ../../nbs/data/11_loaders.ipynb #1e3c3358
 class VolumeDataLoaders(DataLoaders):

@@ -6,8 +6,9 @@
 __all__ = []
 
 # %% ../../nbs/data/14_placement.ipynb #87a3a21f
-from fastai.basics import *
 import warnings
+
+import numpy as np
 
 # %% ../../nbs/data/14_placement.ipynb #60fd13d7
 _offsets,_moves = (-2,-1,0,1,2,3),(2,3,4,5)

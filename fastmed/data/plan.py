@@ -6,11 +6,18 @@
 __all__ = ['BYTES', 'patch_plan', 'default_memory', 'has_bf16', 'suggest_plan']
 
 # %% ../../nbs/data/04_plan.ipynb #717d1b66
-from ..core import *
-from ..io.volumes import *
-from .preprocess import *
-from fastai.data.all import *
-import contextlib, math, time
+import contextlib
+import math
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from fastai.data.all import default_device
+from fastcore.all import first, ifnone, is_listy
+from ..core import InputError, spacing_of
+from .preprocess import all_files, auto_spacing, Plan, Preprocess
+from ..io.volumes import read_header
 
 # %% ../../nbs/data/04_plan.ipynb #6a84ec72
 BYTES = 40 # bytes that training holds for each voxel and each feature of the first level

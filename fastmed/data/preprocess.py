@@ -6,11 +6,21 @@
 __all__ = ['NORMALIZATIONS', 'normalize_channel', 'Preprocess', 'auto_spacing', 'Plan', 'case_files', 'all_files']
 
 # %% ../../nbs/data/03_preprocess.ipynb #c9e29ca9
-from ..core import *
-from ..io.volumes import *
+import json
+import math
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import torch
+from fastcore.all import is_listy, L, store_attr
+from fastmed.core import (
+    ColumnError, FastmedError, InputError, orientation_of, spacing_of, TensorVolume, TensorVolumeMask
+)
 from .cases import check_codes
-from fastai.data.all import *
-import json, math, nibabel as nib
+from ..io.volumes import load_mask, load_volume, read_header, resample_to, resampled_grid, to_orientation
+from torch import Tensor
 
 # %% ../../nbs/data/03_preprocess.ipynb #bac8ff51
 NORMALIZATIONS = ('zscore','nonzero','mean','ct','percentile','minmax','max','none')

@@ -7,18 +7,29 @@ __all__ = ['TensorRadiograph', 'check_window', 'load_radiograph', 'RadiographPre
            'radiograph_tfms', 'RadiographBlock', 'get_prep', 'RadiographDataLoaders']
 
 # %% ../../nbs/data/12_radiographs.ipynb #41af44b6
-from ..core import *
-from ..io.volumes import *
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from fastai.data.all import (
+    DataBlock, DataLoaders, default_device, defaults, DisplayedTransform, to_cpu, ToTensor, Transform,
+    TransformBlock
+)
+from fastcore.all import delegates, first, ifnone, is_listy, L
+from ..core import ArgumentError, FileError, InputError, MissingFileError, TensorSlice, whole_file
+from .augment import IntensityTfm, SpatialTfm
+from .blocks import CaseFiles, PatchDL, warn_parted_subjects
 from .cases import check_columns
-from .preprocess import *
-from .store import *
-from .store import digest_key, STORE_VERSION
-from .augment import *
-from .blocks import *
-from .labels import *
+from .labels import get_labels, label_block, label_splitter
+from .preprocess import all_files
+from .store import cache_dir, digest_key, each_in_threads, kept_digest, STORE_VERSION
 from ..io.frames import picture_pixels
-from fastai.data.all import *
-import os, tempfile
+from ..io.volumes import file_facts
+from torch import Tensor
 
 # %% ../../nbs/data/12_radiographs.ipynb #2b3fcee5
 class TensorRadiograph(TensorSlice):

@@ -7,15 +7,30 @@ __all__ = ['cache_dir', 'each_in_threads', 'Store', 'kept_digest', 'foreground_i
            'foreground_voxel', 'cut']
 
 # %% ../../nbs/data/05_store.ipynb #4982f75f
+import base64
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import stat
+import tempfile
+import time
+from concurrent.futures import as_completed, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from fastai.data.all import defaults, warn
+from fastcore.all import ifnone, is_listy, L
 from .. import __version__
-from ..core import *
-from ..io.guard import *
-from ..io.volumes import *
-from .preprocess import *
-from fastai.data.all import *
+from ..core import FileError, sweep, TensorVolume, TensorVolumeMask, whole_file, whole_folder, writing
+from .preprocess import Preprocess
+from ..io.guard import reading
+from ..io.volumes import file_digest, file_facts, load_mask, load_volume
 from fastprogress.fastprogress import progress_bar
-from concurrent.futures import ThreadPoolExecutor, as_completed
-import base64, contextlib, errno, hashlib, json, os, shutil, stat, tempfile, time
+from torch import Tensor
 
 # %% ../../nbs/data/05_store.ipynb #dae44550
 def digest_key(

@@ -6,15 +6,23 @@
 __all__ = []
 
 # %% ../../nbs/data/13_survey.ipynb #6e45c0e5
-from ..core import *
-from ..io.volumes import *
+import hashlib
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+from fastcore.all import is_listy, L
+from ..core import ColumnError, InputError, spacing_of
 from .cases import check_columns
 from .store import kept_found
-from ..io.volumes import describe_grid, load_array, odd_labels
-from fastai.basics import *
+from ..io.volumes import describe_grid, load_array, load_volume, odd_labels, read_header, same_grid
 from fastprogress.fastprogress import progress_bar
-from concurrent.futures import ThreadPoolExecutor
-import hashlib, os, re, nibabel as nib
+from torch import Tensor
 
 # %% ../../nbs/data/13_survey.ipynb #309d6b79
 def case_names(

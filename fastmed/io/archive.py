@@ -6,11 +6,22 @@
 __all__ = ['unpack_safely']
 
 # %% ../../nbs/io/02_archive.ipynb #263fb68c
-from ..core import *
-from .guard import *
-from fastprogress.fastprogress import progress_bar
+import bz2
+import contextlib
+import gzip
+import lzma
+import os
+import re
+import shutil
+import stat
+import tarfile
+import unicodedata
+import zipfile
 from pathlib import Path
-import bz2, contextlib, gzip, lzma, os, re, shutil, stat, tarfile, unicodedata, zipfile
+
+from ..core import FileError, InputError, ResourceError
+from .guard import reading
+from fastprogress.fastprogress import progress_bar
 
 # %% ../../nbs/io/02_archive.ipynb #71e0c129
 # members; bytes that any archive may unpack to, and besides how many times its own size

@@ -6,14 +6,22 @@
 __all__ = ['DicomSeries', 'scan_dicom', 'dicom_series', 'is_dicom']
 
 # %% ../../nbs/io/05_dicom.ipynb #3e3c9977
-from ..core import *
-from .frames import MADE_TAGS, PARTING_TAGS, file_frames, file_pixels, files_below, short_hash, slice_normal, tile_of
-from .guard import *
-from fastai.basics import *
-from fastprogress.fastprogress import progress_bar
+import contextlib
+import os
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
-import contextlib, os
+
+import numpy as np
+import pandas as pd
+from fastai.basics import warn
+from fastcore.all import store_attr
+from ..core import ArgumentError, FileError, InputError, MissingFileError, orientation_of
+from fastmed.io.frames import (
+    file_frames, file_pixels, files_below, MADE_TAGS, PARTING_TAGS, short_hash, slice_normal, tile_of
+)
+from .guard import check_size, reading
+from fastprogress.fastprogress import progress_bar
 
 # %% ../../nbs/io/05_dicom.ipynb #3a36052c
 def _grouped(xs, key):

@@ -6,14 +6,21 @@
 __all__ = ['save_dicom_seg', 'load_dicom_seg']
 
 # %% ../../nbs/io/06_dicomseg.ipynb #45e58c5a
-from ..core import *
-from ..core import check_not_source
-from .dicom import *
-from .dicom import series_grid, stack_frames
-from .frames import file_frames, file_pixels
+import warnings
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from fastai.basics import to_cpu
+from fastcore.all import ifnone
 from .. import __version__
-from fastai.basics import *
-import warnings, nibabel as nib
+from fastmed.core import (
+    check_not_source, ExtraError, InputError, orientation_of, spacing_of, TensorVolumeMask, whole_file
+)
+from .dicom import dicom_series, series_grid, stack_frames
+from .frames import file_frames, file_pixels
+from torch import Tensor
 
 # %% ../../nbs/io/06_dicomseg.ipynb #2fe5ab39
 def _extra():

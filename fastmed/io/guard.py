@@ -6,9 +6,19 @@
 __all__ = ['memory_left', 'check_plain', 'reading', 'check_size', 'unpacked', 'check_stream', 'check_header']
 
 # %% ../../nbs/io/01_guard.ipynb #eec6ea35
-from ..core import *
+import contextlib
+import errno
+import gzip
+import math
+import os
+import re
+import stat
+import struct
+import sys
+import zlib
 from pathlib import Path
-import contextlib, errno, gzip, math, os, re, stat, struct, sys, zlib
+
+from ..core import FastmedError, FileError, InputError, MissingFileError, ResourceError
 
 # %% ../../nbs/io/01_guard.ipynb #fdc2d64d
 def _kernel_number(fn, key=None):

@@ -6,11 +6,15 @@
 __all__ = []
 
 # %% ../../nbs/io/03_nifti.ipynb #02a00004
-from ..core import *
+import contextlib
+import gzip
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from ..core import InputError
 from .guard import check_size, reading, unpacked
 from nibabel.spatialimages import HeaderDataError, SpatialImage
-from pathlib import Path
-import contextlib, gzip, nibabel as nib, numpy as np
 
 # %% ../../nbs/io/03_nifti.ipynb #02a00007
 def image_label(

@@ -7,16 +7,30 @@ __all__ = ['file_facts', 'file_digest', 'read_header', 'same_grid', 'check_same_
            'to_orientation', 'resampled_grid', 'resample_to', 'save_volume']
 
 # %% ../../nbs/io/07_volumes.ipynb #5ce96fa1
-from ..core import *
-from ..core import check_not_source
-from .guard import *
-from .nifti import NIFTI_SUFFIXES, affine_mm, checked_affine, header_forms, image_label, length_unit, nifti_image, nifti_voxels, open_nifti, scan_suffix, spatial_shape, turned_forms
-from .dicom import *
-from .dicom import series_grid, load_series
+import hashlib
+import itertools
+import os
+import re
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from fastai.data.all import to_cpu
+from fastcore.all import is_listy, L, patch
+from fastmed.core import (
+    ArgumentError, check_not_source, FileError, InputError, MissingFileError, orientation_of, spacing_of,
+    TensorVolume, TensorVolumeMask, whole_file
+)
+from .dicom import dicom_series, DicomSeries, is_dicom, load_series, series_grid
 from .frames import picture_pixels
-from fastai.data.all import *
+from .guard import check_header, check_plain, check_size, reading
+from fastmed.io.nifti import (
+    affine_mm, checked_affine, header_forms, image_label, length_unit, nifti_image, NIFTI_SUFFIXES, nifti_voxels,
+    open_nifti, scan_suffix, spatial_shape, turned_forms
+)
 from nibabel.spatialimages import SpatialImage
-import hashlib, os, re, nibabel as nib
+from torch import Tensor
 
 # %% ../../nbs/io/07_volumes.ipynb #b2242b65
 def _files_of(fn):

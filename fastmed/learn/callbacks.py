@@ -7,22 +7,31 @@ __all__ = ['case_truth', 'case_columns', 'case_rows', 'predicted_cases', 'Rememb
            'DeepSupervisionLoss', 'PictureCallback', 'TensorBoardVolumes', 'tensorboard_log']
 
 # %% ../../nbs/learn/02_callbacks.ipynb #23c0c82e
-from ..core import *
-from ..plot import *
-from ..io.volumes import *
-from ..data.cases import case_name, check_columns
-from ..data.preprocess import *
-from ..data.blocks import *
-from ..data.loaders import show_results
-from ..models.weights import odd_weights
-from ..metrics.masks import *
-from ..predict.predict import *
-from fastai.basics import *
-from fastai.callback.tracker import TerminateOnNaNCallback
-from fastai.data.all import *
-from fastprogress.fastprogress import progress_bar
-from io import BytesIO
 import contextlib
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from fastai.basics import Callback, CancelFitException
+from fastai.callback.tracker import TerminateOnNaNCallback
+from fastai.data.all import apply, dispatch, get_model, Module, num_distrib, warn
+from fastcore.all import ifnone, L, store_attr, tuplify
+from ..core import ExtraError, InputError, TensorMed, TensorSlice, TensorVolume, TensorVolumeMask, whole_file
+from ..data.blocks import get_preprocess, LoadMask, LoadVolume
+from ..data.cases import case_name, check_columns
+from ..data.loaders import show_results
+from ..data.preprocess import Preprocess
+from ..io.volumes import check_same_grid, load_mask, load_volume, to_orientation
+from ..metrics.masks import case_scores, metric_names
+from ..models.weights import odd_weights
+from ..plot import figure_png, plot_volume
+from ..predict.predict import predict_case
+from fastprogress.fastprogress import progress_bar
+from torch import Tensor
 
 # %% ../../nbs/learn/02_callbacks.ipynb #dbdd568e
 def case_truth(

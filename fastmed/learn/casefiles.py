@@ -6,27 +6,34 @@
 __all__ = ['case_plan', 'plan_of', 'own_args', 'case_meta', 'build_case', 'case_loaders', 'case_learner']
 
 # %% ../../nbs/learn/12_casefiles.ipynb #780cce73
-from ..core import *
-from ..data.preprocess import *
-from ..data.augment import SpatialTfm
-from ..data.blocks import *
-from ..data.blocks import find_transform
-from ..data.labels import *
-from ..data.loaders import *
-from ..data.radiographs import *
-from ..models.unet import *
-from ..models.zoo import *
-from .losses import *
-from ..metrics.masks import *
-from ..models.encoders import is_encoder
-from ..models.classifiers import *
-from ..metrics.scores import *
-from .classify import *
-from .callbacks import *
-from .learner import FastForward
-from .plain import to_plain, from_plain
-from fastai.basics import *
 import json
+from pathlib import Path
+
+import pandas as pd
+import torch
+from fastai.basics import (
+    Categorize, Datasets, EncodedMultiCategorize, get_model, MultiCategorize, OneHotEncode, TensorCategory,
+    TensorMultiCategory, TfmdLists
+)
+from fastcore.all import is_listy, L
+from ..core import InputError, TensorSlice, TensorSliceMask, TensorVolume, TensorVolumeMask
+from ..data.augment import SpatialTfm
+from ..data.blocks import CaseFiles, find_transform, get_plan, get_preprocess, LoadMask, LoadVolume, PatchDL
+from ..data.labels import get_labels, LabelOf, TargetNumbers, TensorRegression, WholeTransform
+from ..data.loaders import SliceDataLoaders, VolumeDataLoaders
+from ..data.preprocess import Plan, Preprocess
+from ..data.radiographs import get_prep, LoadRadiograph, RadiographDataLoaders, RadiographPrep, TensorRadiograph
+from .callbacks import RememberCallback
+from .classify import CaseLearner
+from .learner import FastForward
+from .losses import DiceCELoss, LabelLoss, MultiTaskLoss
+from .plain import from_plain, to_plain
+from ..metrics.masks import dice_metrics
+from ..metrics.scores import label_metrics
+from ..models.classifiers import add_unscale, create_classifier, MultiTaskNet
+from ..models.encoders import is_encoder
+from ..models.zoo import create_model, param_splitter
+from torch import nn
 
 # %% ../../nbs/learn/12_casefiles.ipynb #802e445d
 def _case_arch(arch, ndim):

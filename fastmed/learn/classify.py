@@ -6,31 +6,37 @@
 __all__ = ['CaseEvaluation', 'CaseLearner', 'plot_top_losses', 'train_targets', 'classifier_learner', 'regression_learner']
 
 # %% ../../nbs/learn/08_classify.ipynb #b0c56733
-from ..core import *
-from ..io.volumes import *
-from ..data.augment import *
-from ..data.blocks import *
-from ..data.blocks import find_transform, chance_kept, check_one_input
-from ..data.labels import *
-from ..data.labels import is_blank
-from ..data.loaders import *
-from ..data.loaders import axes_grid, show_labelled
-from ..data.radiographs import *
-from ..models.unet import *
-from ..models.zoo import *
-from .losses import *
-from ..metrics.masks import *
-from .callbacks import *
-from ..predict.tta import *
-from .learner import *
-from .learner import LEARNER_ARGS
-from ..models.weights import *
-from ..models.classifiers import *
-from ..metrics.scores import *
-from fastai.basics import *
-from fastprogress.fastprogress import progress_bar
-from copy import copy
 import math
+from copy import copy
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from fastai.basics import Callback, dispatch, MultiCategory, TensorCategory, TensorMultiCategory, warn
+from fastcore.all import delegates, first, ifnone, L
+from ..core import ArgumentError, ColumnError, evaluating, InputError, MissingFileError, TensorSlice, TensorVolume
+from ..data.augment import SpatialTfm
+from fastmed.data.blocks import (
+    chance_kept, check_one_input, find_transform, get_plan, get_preprocess, LoadMask, LoadVolume, PatchDL,
+    PatchTransform
+)
+from ..data.labels import fit_in, fitted_shape, get_labels, is_blank, LabelOf, TensorRegression, WholeTransform
+from ..data.loaders import axes_grid, show_labelled
+from ..data.radiographs import get_prep, LoadRadiograph, TensorRadiograph
+from ..io.volumes import load_volume
+from .callbacks import case_rows, RememberCallback
+from .learner import Evaluation, LEARNER_ARGS, make_fast, unet_args, VolumeLearner
+from .losses import as_loss, class_weights, DiceCELoss, LabelLoss, MultiTaskLoss
+from ..metrics.masks import dice_metrics
+from ..metrics.scores import choose_point, label_metrics, scores_interval
+from ..models.classifiers import add_unscale, create_classifier, MultiTaskNet
+from ..models.unet import UNet
+from ..models.weights import EncoderMixin, FrozenNorms, load_weights
+from ..models.zoo import create_model, param_splitter
+from ..predict.tta import batch_looks, mix_looks, refuse_tfms, TTA, tta_preds
+from fastprogress.fastprogress import progress_bar
+from torch import Tensor
 
 # %% ../../nbs/learn/08_classify.ipynb #7d853869
 class CaseEvaluation(pd.DataFrame):

@@ -6,24 +6,31 @@
 __all__ = ['Ensemble', 'UncertainCases', 'case_uncertainty', 'CaseEnsemble']
 
 # %% ../../nbs/learn/11_ensemble.ipynb #dc7305fd
-from ..core import *
-from ..io.volumes import *
-from ..data.blocks import *
-from ..data.blocks import chance_kept
-from ..metrics.masks import *
-from ..predict.predict import *
-from ..predict.predict import slicing_axes
-from .callbacks import *
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from fastai.basics import default_device, load_learner, warn
+from fastcore.all import AttrDict, ifnone, is_listy, L
+from ..core import InputError, MissingFileError, TensorVolume, TensorVolumeMask
+from ..data.blocks import chance_kept, get_plan, get_preprocess
+from ..data.radiographs import get_prep
+from ..io.volumes import load_volume, same_grid
+from .callbacks import case_columns, case_rows, case_truth
+from .classify import CaseEvaluation, CaseLearner
 from .fingerprint import was_seen
-from .learner import *
-from .learner import check_known
+from .learner import check_known, Evaluation, VolumeLearner
 from .plain import UnopenedError
-from ..data.radiographs import *
-from .classify import *
-from .uncertainty import *
-from .uncertainty import uncertainty_maps
-from fastai.basics import *
+from fastmed.learn.uncertainty import (
+    entropy, finds_worst, MEASURES, release_memory, RunningMean, UncertainEvaluation, Uncertainty, uncertainty_maps,
+    WeightFile
+)
+from ..metrics.masks import case_scores, failed_scores
+from ..predict.predict import apply_post, maps_back, own_axis, predict_case, predict_grid, slicing_axes
 from fastprogress.fastprogress import progress_bar
+from torch import nn, Tensor
 
 # %% ../../nbs/learn/11_ensemble.ipynb #49e00001
 def trusted_learner(

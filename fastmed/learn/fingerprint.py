@@ -6,20 +6,30 @@
 __all__ = []
 
 # %% ../../nbs/learn/04_fingerprint.ipynb #a1107e04
-from ..core import FileError, InputError
-from ..data.plan import Plan
-from ..data.store import cache_dir, kept_digest
-from ..data.blocks import LoadMask, LoadVolume, get_plan, get_preprocess
-from ..data.radiographs import LoadRadiograph, get_prep
-from .losses import mixing_callbacks
-from .callbacks import case_rows
-from .pace import BudgetCallback
+import hashlib
+import inspect
+import os
+import re
+from contextlib import suppress
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import torch
+from fastai.basics import get_model, OptimWrapper
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientAccumulation, GradientClip
-from fastai.callback.fp16 import MixedPrecision
-from fastai.basics import *
-from contextlib import suppress
-import hashlib, inspect, os, re
+from fastcore.all import first, ifnone, L
+from ..core import FileError, InputError
+from ..data.blocks import get_plan, get_preprocess, LoadMask, LoadVolume
+from ..data.plan import Plan
+from ..data.radiographs import get_prep, LoadRadiograph
+from ..data.store import cache_dir, kept_digest
+from .callbacks import case_rows
+from .losses import mixing_callbacks
+from .pace import BudgetCallback
+from torch import nn, Tensor
 
 # %% ../../nbs/learn/04_fingerprint.ipynb #fdc9626f
 def _words(o, depth=0):

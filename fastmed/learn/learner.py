@@ -7,37 +7,47 @@ __all__ = ['FastForward', 'FloatWhereShort', 'make_fast', 'Evaluation', 'VolumeL
            'unet3d_learner', 'unet2d_learner']
 
 # %% ../../nbs/learn/06_learner.ipynb #6bf7c1da
-from ..core import *
-from ..plot import *
-from ..io.volumes import *
-from ..data.cases import *
-from ..data.plan import *
-from ..data.blocks import *
-from ..data.blocks import check_one_input
+import contextlib
+import hashlib
+import inspect
+import os
+import threading
+from pathlib import Path
+
+import pandas as pd
+import torch
+from fastai.basics import DataLoaders, dispatch, Learner, rank_distrib, save_model, to_float
+from fastai.callback.training import GradientClip
+from fastcore.all import delegates, ifnone, join_path_file, L
+from .. import __version__
+from fastmed.core import (
+    ArgumentError, beside, evaluating, InputError, show_plane, TensorSlice, TensorSliceMask, TensorVolume,
+    TensorVolumeMask, whole_file, writing
+)
+from ..data.blocks import check_one_input, get_plan, get_preprocess, LoadMask
+from ..data.cases import scan_folder
 from ..data.labels import get_labels
 from ..data.loaders import axes_grid
-from ..models.unet import *
-from ..models.zoo import *
-from .losses import *
-from ..metrics.masks import *
-from ..predict.tta import *
-from ..predict.memory import MemoryCallback, memory_explained
-from ..predict.predict import *
-from ..predict.predict import check_free, prediction_key, save_prediction
-from .pace import PaceCallback
-from .callbacks import *
-from .pace import *
-from .callbacks import FiniteCallback
+from ..data.plan import has_bf16
+from ..io.volumes import file_digest, load_volume, to_orientation
+from fastmed.learn.callbacks import (
+    case_columns, case_rows, case_truth, DeepSupervisionLoss, FiniteCallback, predicted_cases, RememberCallback
+)
 from .fingerprint import salt_of, sealed_names
-from ..models.weights import *
-from ..models.weights import check_finite
-from ..models.encoders import *
-from fastai.basics import *
-from fastai.callback.schedule import *
-from fastai.callback.training import GradientClip
+from .losses import as_loss, check_mixing, DiceCELoss, PlainLoss
+from .pace import BudgetCallback, PaceCallback
+from ..metrics.masks import case_scores, dice_metrics, DiceScore, failed_scores, metric_names, summarise
+from ..models.encoders import create_network, thin_axis
+from ..models.unet import UNet
+from ..models.weights import check_finite, EncoderMixin, FrozenNorms
+from ..models.zoo import param_splitter
+from ..plot import plot_volume
+from ..predict.memory import memory_explained, MemoryCallback
+from ..predict.predict import check_free, predict_case, prediction_key, save_prediction
+from ..predict.tta import refuse_tfms, tta_preds
 from fastprogress.fastprogress import progress_bar
-from .. import __version__
-import contextlib, hashlib, inspect, os, threading
+from torch import nn, Tensor
+import fastai.callback.schedule  # noqa: F401, its patches
 
 # %% ../../nbs/learn/06_learner.ipynb #30b17d0b
 def plain_layout(

@@ -6,36 +6,52 @@
 __all__ = ['SavedLearner', 'SavedCaseLearner', 'save_model', 'load_model']
 
 # %% ../../nbs/learn/13_modelfile.ipynb #5411be22
-from .. import __version__
-from ..core import *
-from ..io.guard import memory_left
-from ..data.preprocess import *
-from ..data.augment import SpatialTfm
-from ..data.blocks import *
-from ..data.loaders import *
-from ..models.unet import *
-from ..models.zoo import *
-from .losses import *
-from ..metrics.masks import *
-from ..predict.predict import *
-from .callbacks import *
-from .fingerprint import is_sealed, salt_of, seal_of, sealed_names, was_seen
-from ..models.weights import FrozenNorms, check_finite
-from ..predict.memory import MemoryCallback
-from ..models.encoders import create_network, is_encoder
-from .learner import *
-from .learner import plain_layout
-from .classify import *
-from .uncertainty import WeightFile
-from .ensemble import *
-from .casefiles import *
-from ..models.classifiers import add_unscale, create_classifier
-from .plain import SAVE_AGAIN, from_plain, NO_DIGEST, FORMAT_VERSION, json_text, numbers_of, to_plain, seal_file
-from .plain import Budget, ModelFile, TooLarge, TrialBudget, UnopenedError, few_modules
-from .plain import finite_answer, model_answer, same_answer, trial_answer, trial_noise
-from fastai.basics import *
+import contextlib
+import hashlib
+import inspect
+import io
+import itertools
+import json
+import math
+import tempfile
 from numbers import Real
-import contextlib, hashlib, inspect, io, itertools, json, math, tempfile
+from pathlib import Path
+
+import pandas as pd
+import torch
+from fastai.basics import copy, Datasets, deepcopy, default_device, get_model, TfmdLists, warn
+from fastcore.all import first, ifnone, is_listy, L, patch
+from .. import __version__
+from fastmed.core import (
+    ArgumentError, evaluating, FastmedError, InputError, MissingFileError, ResourceError, TensorSlice,
+    TensorSliceMask, TensorVolume, TensorVolumeMask, whole_file
+)
+from ..data.augment import SpatialTfm
+from ..data.blocks import CaseFiles, get_plan, get_preprocess, LoadMask, LoadVolume, PatchDL, PatchTransform
+from ..data.loaders import SliceDataLoaders, VolumeDataLoaders
+from ..data.preprocess import Preprocess
+from ..io.guard import memory_left
+from .callbacks import DeepSupervisionLoss, RememberCallback
+from .casefiles import build_case, case_learner, case_meta, own_args, plan_of
+from .classify import CaseLearner
+from .ensemble import Ensemble
+from .fingerprint import is_sealed, salt_of, seal_of, sealed_names, was_seen
+from .learner import FastForward, FloatWhereShort, make_fast, plain_layout, VolumeLearner
+from .losses import DiceCELoss
+from fastmed.learn.plain import (
+    Budget, few_modules, finite_answer, FORMAT_VERSION, from_plain, json_text, model_answer, ModelFile, NO_DIGEST,
+    numbers_of, same_answer, SAVE_AGAIN, seal_file, to_plain, TooLarge, trial_answer, trial_noise, TrialBudget,
+    UnopenedError
+)
+from .uncertainty import WeightFile
+from ..metrics.masks import dice_metrics
+from ..models.classifiers import add_unscale, create_classifier
+from ..models.encoders import create_network, is_encoder
+from ..models.weights import check_finite, FrozenNorms
+from ..models.zoo import create_model, model_names, param_splitter
+from ..predict.memory import MemoryCallback
+from ..predict.predict import POSTS
+from torch import nn, Tensor
 
 # %% ../../nbs/learn/13_modelfile.ipynb #77ec1bb0
 _most,_voxels = 10_000,2**27       # the largest number in a network's arguments; voxels of a patch

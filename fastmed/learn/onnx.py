@@ -6,17 +6,24 @@
 __all__ = ['export_onnx', 'load_onnx']
 
 # %% ../../nbs/learn/14_onnx.ipynb #5a1b0c03
-from ..core import *
-from ..models.zoo import *
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from fastai.basics import warn
+from fastcore.all import patch
+from ..core import ExtraError, InputError, MissingFileError, whole_file
+from .classify import CaseLearner
+from .ensemble import Ensemble
+from .modelfile import model_channels, model_meta, opened_learner, rebuilt_model, SavedLearner
+from fastmed.learn.plain import (
+    check_sum, finite_answer, json_text, meta_of, model_answer, same_answer, SAVE_AGAIN, seal_file, trial_answer,
+    trial_noise
+)
 from ..models.weights import check_finite
-from .classify import *
-from .ensemble import *
-from .plain import SAVE_AGAIN, check_sum, json_text, meta_of, seal_file
-from .modelfile import model_channels, model_meta, opened_learner, rebuilt_model
-from .plain import model_answer, finite_answer, trial_noise, same_answer, trial_answer
-from fastai.basics import *
-from .modelfile import *                        # after fastai's own save_model and load_model
-import hashlib, json
+from ..models.zoo import model_divisor
+from torch import nn
 
 # %% ../../nbs/learn/14_onnx.ipynb #8e434bef
 class _Bytes:

@@ -6,14 +6,24 @@
 __all__ = ['BudgetCallback', 'patch_voxels', 'reset_peak', 'peak_memory', 'CostCallback']
 
 # %% ../../nbs/learn/03_pace.ipynb #4fbd7d1e
-from ..core import *
-from ..data.preprocess import *
+import contextlib
+import io
+import re
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from fastai.basics import Callback, CancelFitException, CancelTrainException, noop, num_distrib, warn
+from fastcore.all import first
+from ..core import InputError, whole_file
+from ..data.blocks import chance_kept, get_plan
 from ..data.plan import seconds_of
-from ..data.blocks import *
-from ..data.blocks import chance_kept
-from .callbacks import UpdateCallback, same_everywhere
-from fastai.basics import *
-import contextlib, io, re, sys, time
+from ..data.preprocess import Plan
+from .callbacks import same_everywhere, UpdateCallback
+from torch import nn, Tensor
 
 # %% ../../nbs/learn/03_pace.ipynb #683f6799
 @contextlib.contextmanager

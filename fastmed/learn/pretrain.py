@@ -7,18 +7,22 @@ __all__ = ['bend_intensity', 'shuffle_local', 'paint_boxes', 'mask_patches', 'Re
            'RestorationLearner', 'restoration_learner']
 
 # %% ../../nbs/learn/07_pretrain.ipynb #b8cff402
-from ..core import *
-from ..data.blocks import *
+import math
+
+import torch
+import torch.nn.functional as F
+from fastai.basics import Callback, Metric, MSELossFlat, to_cpu
+from fastai.callback.training import GradientClip
+from fastcore.all import first, ifnone, L
+from ..core import InputError
+from ..data.blocks import get_plan
 from ..data.radiographs import get_prep
-from ..models.unet import *
-from ..models.zoo import *
+from .learner import LEARNER_ARGS, make_fast, unet_args, VolumeLearner
 from .losses import mixing_callbacks
 from ..models.encoders import create_network
-from .learner import *
-from .learner import LEARNER_ARGS
-from fastai.basics import *
-from fastai.callback.training import GradientClip
-import torch.nn.functional as F
+from ..models.unet import UNet
+from ..models.zoo import param_splitter
+from torch import Tensor
 
 # %% ../../nbs/learn/07_pretrain.ipynb #458eea0c
 def _rand(g, *size): return torch.rand(size, generator=g)

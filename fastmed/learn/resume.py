@@ -6,15 +6,28 @@
 __all__ = ['ResumeCallback']
 
 # %% ../../nbs/learn/05_resume.ipynb #2b82ad15
-from .. import __version__
-from ..core import FastmedError, InputError, sweep, whole_file
-from ..models.weights import check_finite
-from .callbacks import FitCallback, one_process
-from .fingerprint import content_sum, data_words, fit_changes, fit_words, rate_words, split_facts
-from fastai.basics import *
+import hashlib
+import inspect
+import io
+import pickle
+import random
+import time
 from collections import Counter
 from contextlib import contextmanager
-import hashlib, inspect, io, pickle, random, time
+from pathlib import Path
+
+import numpy as np
+import torch
+from fastai.basics import (
+    CancelBatchException, CancelEpochException, CancelFitException, Enum, get_model, noop, Recorder, to_device
+)
+from fastcore.all import GetAttr, L, patch
+from .. import __version__
+from ..core import FastmedError, InputError, sweep, whole_file
+from .callbacks import FitCallback, one_process
+from .fingerprint import content_sum, data_words, fit_changes, fit_words, rate_words, split_facts
+from ..models.weights import check_finite
+from torch import nn, Tensor
 
 # %% ../../nbs/learn/05_resume.ipynb #0ed1f693
 def _chance(dls):

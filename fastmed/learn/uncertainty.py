@@ -7,13 +7,24 @@ __all__ = ['MEASURES', 'release_memory', 'WeightFile', 'RunningMean', 'entropy',
            'bootstrap_statistic', 'finds_worst', 'UncertainEvaluation']
 
 # %% ../../nbs/learn/10_uncertainty.ipynb #6fcf61ac
-from ..core import *
-from ..io.volumes import *
-from .learner import *
-from ..metrics.scores import *
+import ctypes
+import gc
+import itertools
+import mmap
+import os
+import sys
+import tempfile
+
+import numpy as np
+import pandas as pd
+import torch
+from fastcore.all import AttrDict, L
+from ..core import InputError, show_plane
+from ..io.volumes import to_orientation
+from .learner import Evaluation
+from ..metrics.scores import roc_auc
 from ..metrics.stats import group_numbers
-from fastai.basics import *
-import ctypes, gc, itertools, mmap, tempfile
+from torch import nn, Tensor
 
 # %% ../../nbs/learn/10_uncertainty.ipynb #f2afc596
 def release_memory(

@@ -8,11 +8,14 @@ __all__ = ['Estimate', 'bootstrap_counts', 'estimate', 'auc_stat', 'ap_stat', 'a
            'error_by', 'Confounding', 'confounding']
 
 # %% ../../nbs/metrics/04_curves.ipynb #ad8336f5
-from ..core import *
-from .stats import group_numbers
-from .scores import choose_point
-from fastai.basics import *
 import warnings
+
+import numpy as np
+import pandas as pd
+from fastcore.all import AttrDict
+from ..core import InputError
+from .scores import choose_point
+from .stats import group_numbers
 
 # %% ../../nbs/metrics/04_curves.ipynb #986e86cb
 def safe_ratio(

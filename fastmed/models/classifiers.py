@@ -6,13 +6,17 @@
 __all__ = ['ResidualBlock', 'SmallResNet', 'create_classifier', 'Unscale', 'add_unscale', 'MultiTaskNet']
 
 # %% ../../nbs/models/08_classifiers.ipynb #3f52e19d
-from ..core import *
-from .zoo import ShapeNet
-from .unet import *
-from .weights import load_weights
+import difflib
+import inspect
+
+import torch
+import torch.nn.functional as F
+from fastcore.all import ifnone, L
+from ..core import ArgumentError, InputError
 from .encoders import create_encoder_classifier, is_encoder
-from fastai.basics import *
-import difflib, inspect
+from .weights import load_weights
+from .zoo import ShapeNet
+from torch import nn
 
 # %% ../../nbs/models/08_classifiers.ipynb #8fe78d93
 class ResidualBlock(nn.Module):

@@ -7,16 +7,23 @@ __all__ = ['encoder_parts', 'unet_words', 'read_weights', 'WeightReport', 'match
            'load_encoder', 'FrozenNorms', 'EncoderMixin']
 
 # %% ../../nbs/models/06_weights.ipynb #6dbb3db2
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from fastai.basics import Callback, get_model, Learner, TrainEvalCallback, warn
+from fastcore.all import delegates, groupby, join_path_file, L, store_attr
 from .. import __version__
-from ..core import InputError, FileError, MissingFileError
+from ..core import FileError, InputError, MissingFileError
 from ..io.volumes import whole_file
-from .unet import UShape, FastInstanceNorm
-from .zoo import MonaiNet, ENCODER_NAMES
 from .adapt import adapt_weight, first_convs
-from fastai.basics import *
-from fastai.callback.schedule import *
+from .unet import FastInstanceNorm, UShape
+from .zoo import ENCODER_NAMES, MonaiNet
+from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
-import json, re
+import fastai.callback.schedule  # noqa: F401, its patches
 
 # %% ../../nbs/models/06_weights.ipynb #d1f3768e
 def encoder_parts(

@@ -7,12 +7,18 @@ __all__ = ['DenseVoxelNet', 'shape_measures', 'ShapeNet', 'param_splitter', 'mod
            'create_model']
 
 # %% ../../nbs/models/02_zoo.ipynb #f968f49d
-from ..core import ArgumentError, InputError, evaluating
-from .unet import *
-from .unet import CONVS, TRANSPOSED_CONVS, per_axis, size_text
-from torch import nn, Tensor
-import difflib, hashlib, inspect, math, torch, numpy as np, torch.nn.functional as F
+import difflib
+import hashlib
+import inspect
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
 from fastai.torch_core import params
+from ..core import ArgumentError, evaluating, InputError
+from .unet import CONVS, per_axis, size_text, TRANSPOSED_CONVS, UNet, unet_cicek, UShape
+from torch import nn, Tensor
 
 # %% ../../nbs/models/02_zoo.ipynb #290eb3b5
 def _layer(n_in, nf, drop):

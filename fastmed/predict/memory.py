@@ -7,13 +7,21 @@ __all__ = ['free_memory', 'memory_parts', 'memory_estimate', 'MemoryCallback', '
            'prediction_explained', 'prediction_bytes', 'check_prediction']
 
 # %% ../../nbs/predict/02_memory.ipynb #5d630b81
-from ..core import *
+import contextlib
+import math
+import os
+import re
+import traceback
+
+import torch
+from fastai.basics import Callback, default_device, warn
+from fastcore.all import first, ifnone
+from ..core import FastmedError, InputError, ResourceError
+from ..data.blocks import get_plan, get_preprocess
 from ..io.guard import memory_left
-from ..data.blocks import *
 from ..models.zoo import model_divisor
-from fastai.basics import *
+from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
-import contextlib, math, os, re, traceback
 
 # %% ../../nbs/predict/02_memory.ipynb #a25b646f
 def free_memory(

@@ -7,18 +7,32 @@ __all__ = ['POSTS', 'window_corners', 'gaussian_weight', 'slide_window', 'keep_l
            'blur_slices', 'apply_post', 'predict_grid', 'own_axis', 'maps_back', 'predict_case']
 
 # %% ../../nbs/predict/03_predict.ipynb #1d5bb942
-from ..core import *
+import hashlib
+import itertools
+import math
+import os
+import zlib
+from functools import partial
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from fastai.data.all import retain_meta, to_cpu, warn
+from fastcore.all import ifnone, L
+from fastmed.core import (
+    ArgumentError, evaluating, FileError, InputError, orientation_of, TensorVolume, TensorVolumeMask
+)
+from ..data.blocks import get_plan, get_preprocess
+from ..data.preprocess import Plan, Preprocess
+from ..data.store import cut
 from ..io.guard import check_plain
-from ..io.volumes import *
-from ..data.preprocess import *
-from ..data.store import *
+from ..io.volumes import load_volume, resample_to, save_volume, to_orientation
 from ..models.zoo import model_divisor
-from ..data.blocks import *
-from .tta import *
 from .memory import check_prediction, prediction_explained
-from fastai.data.all import *
+from .tta import Look, look_back, look_through, tta_views
 from fastprogress.fastprogress import progress_bar
-import hashlib, os, zlib, nibabel as nib
+from torch import Tensor
 
 # %% ../../nbs/predict/03_predict.ipynb #da44cfdf
 def _starts(n, p, overlap):

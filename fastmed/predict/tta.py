@@ -7,14 +7,19 @@ __all__ = ['Look', 'look_through', 'look_back', 'TTA', 'as_tta', 'tta_views', 'b
            'tta_preds']
 
 # %% ../../nbs/predict/01_tta.ipynb #d056534d
-from ..core import *
-from ..data.augment import SpatialTfm
-from ..data.blocks import *
-from ..data.blocks import chance_kept
-from fastai.basics import *
+import itertools
+import math
 from typing import NamedTuple
-import itertools, math
+
+import numpy as np
+import torch
 import torch.nn.functional as F
+from fastai.basics import Callback
+from fastcore.all import first, ifnone, is_listy, L, tuplify
+from ..core import ArgumentError, InputError
+from ..data.augment import SpatialTfm
+from ..data.blocks import chance_kept, get_plan
+from torch import Tensor
 
 # %% ../../nbs/predict/01_tta.ipynb #60a15c6b
 class Look(NamedTuple):

@@ -6,27 +6,38 @@
 __all__ = ['Comparison', 'ComparisonCallback', 'compare_learners']
 
 # %% ../../nbs/study/05_compare.ipynb #fd5ad3db
-from ..core import *
-from ..plot import *
-from ..io.volumes import *
-from ..data.cases import *
-from ..data.cases import group_values, check_codes, check_columns
-from ..data.blocks import *
-from ..data.loaders import *
-from ..metrics.masks import *
-from ..learn.pace import shared_plan
-from ..learn.callbacks import *
-from ..learn.pace import *
-from ..learn.learner import *
-from .findings import *
-from .runs import *
-from .runs import PREDICT_ARGS, case_contents, check_contents, contents_noted, finish_run, noted_contents, open_run, quiet_output, read_notes, read_table, setting_text, settings_hash, train_runs
-from fastai.basics import *
-from fastai.callback.schedule import *
-from fastai.callback.hook import total_params
-from fastprogress.fastprogress import progress_bar
+import contextlib
+import json
+import re
+import shutil
+import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
-import contextlib, json, shutil, tempfile, time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from fastai.basics import Callback, set_seed, warn
+from fastai.callback.hook import total_params
+from fastcore.all import first, ifnone, L, store_attr
+from ..core import ArgumentError, beside, ColumnError, InputError, sweep, whole_file
+from ..data.blocks import get_plan, get_preprocess
+from ..data.cases import check_codes, check_columns, group_folds, group_values
+from ..data.loaders import SliceDataLoaders, VolumeDataLoaders
+from ..io.volumes import load_mask, load_volume, read_header, to_orientation
+from ..learn.callbacks import case_columns, case_rows
+from ..learn.learner import unet2d_learner, unet3d_learner
+from ..learn.pace import BudgetCallback, CostCallback, peak_memory, reset_peak, shared_plan
+from ..plot import figure_png, html_report, plot_volume
+from .findings import anisotropy_shift, Findings, loaded, seen_cases, ShiftCurves
+from fastmed.study.runs import (
+    arm_settings, case_contents, case_gflops, check_contents, contents_noted, finish_run, make_learner,
+    noted_contents, open_run, PREDICT_ARGS, quiet_output, read_notes, read_table, score_arm, setting_text,
+    settings_hash, train_runs
+)
+from fastprogress.fastprogress import progress_bar
+import fastai.callback.schedule  # noqa: F401, its patches
 
 # %% ../../nbs/study/05_compare.ipynb #49d332f5
 class Comparison(Findings):
@@ -377,10 +388,10 @@ def demonstrate(
         t3 = time.perf_counter()
         save_model(learn, path/f'model_{arm}.safetensors', evaluation=evs[arm])
         valid = dls.valid_ds.items
-        r = valid[valid.case==evs[arm].groupby('case').dice.mean().sort_values().index[len(valid)//2]].iloc[
-                0] if not preds else case
-        case = r
-        preds[arm] = learn.predict_volume([r.image, r.image_t2])
+        if not preds:
+            middle = evs[arm].groupby('case').dice.mean().sort_values().index[len(valid)//2]
+            case = valid[valid.case==middle].iloc[0]
+        preds[arm] = learn.predict_volume([case.image, case.image_t2])
         cost[arm] = {'training, min':(t2-t1)/60, 'prediction and scoring, s a scan':(t3-t2)/len(valid),
                      'parameters, million':total_params(learn.model)[0]/1e6, 'updates':len(learn.recorder.losses)}
         curves[arm] = [float(o) for o in learn.recorder.losses]

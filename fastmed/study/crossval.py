@@ -6,28 +6,41 @@
 __all__ = ['stratified_folds', 'fold_learner', 'CrossValidation', 'cross_validate']
 
 # %% ../../nbs/study/06_crossval.ipynb #40d40f29
-from ..core import *
-from ..plot import *
-from ..data.cases import *
-from ..data.cases import group_values, check_codes, check_columns
-from ..data.blocks import *
-from ..data.loaders import *
-from ..data.radiographs import *
-from ..metrics.masks import *
+import contextlib
+import hashlib
+import inspect
+import json
+import os
+import re
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from fastai.basics import set_seed
+from fastcore.all import delegates, first, ifnone, L
+from ..core import ArgumentError, ColumnError, InputError, sweep, synced, whole_file, writing
+from ..data.blocks import get_preprocess
+from ..data.cases import check_codes, check_columns, group_folds, group_values
+from ..data.loaders import SliceDataLoaders, VolumeDataLoaders
+from ..data.radiographs import RadiographDataLoaders
+from ..learn.callbacks import case_rows, predicted_cases
+from ..learn.classify import classifier_learner
+from ..learn.ensemble import Ensemble
 from ..learn.pace import shared_plan
-from ..learn.callbacks import *
-from ..metrics.scores import *
-from ..learn.classify import *
-from ..plot import *
-from ..metrics.stats import *
-from ..learn.ensemble import *
-from .findings import *
-from .runs import keep_model, open_run, read_notes, read_table, run_model
-from .runs import *
-from .runs import settings_hash, PREDICT_ARGS, train_runs, setting_text, function_text, class_numbers, case_contents, check_contents, contents_noted, noted_contents
-from fastai.basics import *
+from ..metrics.masks import case_scores, failed_scores
+from ..metrics.scores import label_scores
+from ..metrics.stats import mean_interval
+from ..plot import html_report
+from .findings import RULE, ruled_scores, seen_cases
+from fastmed.study.runs import (
+    arm_settings, case_contents, check_contents, class_numbers, contents_noted, function_text, keep_model,
+    make_learner, noted_contents, open_run, PREDICT_ARGS, read_notes, read_table, run_model, setting_text,
+    settings_hash, train_runs
+)
 from fastprogress.fastprogress import progress_bar
-import contextlib, hashlib, inspect, json, re, time
 
 # %% ../../nbs/study/06_crossval.ipynb #d0356d61
 def stratified_folds(

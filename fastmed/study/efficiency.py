@@ -6,19 +6,25 @@
 __all__ = ['draw_order', 'LabelEfficiency', 'label_efficiency']
 
 # %% ../../nbs/study/07_efficiency.ipynb #c53f38f1
-from ..core import *
-from ..data.cases import group_values, check_columns, marked_rows
-from ..metrics.stats import group_numbers
-from ..learn.pace import shared_plan
-from ..learn.pace import *
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from fastai.basics import set_seed
+from fastcore.all import ifnone
+from ..core import ArgumentError, FastmedError, InputError, whole_file
+from ..data.cases import check_columns, group_values, marked_rows
+from ..io.volumes import file_digest
+from ..learn.pace import BudgetCallback, shared_plan
 from ..metrics.scores import roc_auc
-from .runs import make_learner
-from .runs import NoValidation, case_contents, check_contents, class_numbers, function_text, noted_contents
-from ..io.volumes import *
-from fastai.basics import *
-from fastai.callback.schedule import *
+from ..metrics.stats import group_numbers
+from fastmed.study.runs import (
+    case_contents, check_contents, class_numbers, function_text, make_learner, noted_contents, NoValidation
+)
 from fastprogress.fastprogress import progress_bar
-import hashlib, json
+import fastai.callback.schedule  # noqa: F401, its patches
 
 # %% ../../nbs/study/07_efficiency.ipynb #ca0cd162
 def draw_order(

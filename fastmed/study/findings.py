@@ -7,21 +7,28 @@ __all__ = ['RULE', 'ruled_scores', 'BestArm', 'Findings', 'thick_slices', 'Shift
            'seen_cases']
 
 # %% ../../nbs/study/03_findings.ipynb #6280330d
-from ..core import *
-from ..plot import *
-from ..io.volumes import *
-from ..data.blocks import *
-from ..metrics.masks import *
-from ..predict.predict import *
-from ..learn.callbacks import *
-from ..learn.fingerprint import was_seen
-from ..learn.plain import UnopenedError
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from fastai.basics import warn
+from fastcore.all import first, store_attr
+from ..core import best_plane, ColumnError, InputError, show_plane, TensorVolume
+from ..data.blocks import get_plan, get_preprocess
+from ..io.volumes import load_volume
+from ..learn.callbacks import case_columns, case_rows, case_truth
 from ..learn.ensemble import trusted_learner
-from ..plot import *
-from ..metrics.stats import *
-from fastai.basics import *
-from ..learn.modelfile import load_model               # after fastai's own
+from ..learn.fingerprint import was_seen
+from ..learn.modelfile import load_model
+from ..learn.plain import UnopenedError
+from ..metrics.masks import case_scores
+from ..metrics.stats import bootstrap_means, holm, mean_interval, paired_comparison
+from ..plot import html_report
+from ..predict.predict import predict_case, predict_grid
 from fastprogress.fastprogress import progress_bar
+from torch import Tensor
 
 # %% ../../nbs/study/03_findings.ipynb #edab24f1
 RULE = "missed or failed: 0 (HD95: the largest found); absent: left out, or 1 (HD95: 0) where another arm draws it"

@@ -6,12 +6,19 @@
 __all__ = ['cam_layer', 'item_of', 'grad_cam', 'plot_cam']
 
 # %% ../../nbs/study/01_gradcam.ipynb #2b2067ac
-from ..core import *
-from ..io.volumes import *
-from ..data.blocks import *
-from ..data.labels import *
-from ..data.radiographs import *
-from fastai.basics import *
+import math
+
+import numpy as np
+import pandas as pd
+import torch
+from fastai.basics import Learner, retain_meta
+from fastcore.all import first, last
+from ..core import ArgumentError, InputError, orientation_of, show_plane, TensorMed, TensorSlice, TensorVolume
+from ..data.blocks import get_preprocess, LoadVolume
+from ..data.labels import fit_in, get_labels, WholeTransform
+from ..data.radiographs import get_prep, LoadRadiograph, TensorRadiograph
+from ..io.volumes import load_volume, resample_to, to_orientation
+from torch import nn, Tensor
 
 # %% ../../nbs/study/01_gradcam.ipynb #7ff12229
 def is_conv(

@@ -6,19 +6,26 @@
 __all__ = ['CaseInterpretation']
 
 # %% ../../nbs/study/02_interpret.ipynb #02963a4f
-from ..core import *
-from ..plot import *
-from ..data.labels import *
-from ..learn.callbacks import *
-from ..metrics.scores import choose_point
-from ..learn.classify import *
-from ..metrics.curves import *
-from ..metrics.curves import safe_ratio
-from .gradcam import *
-from .gradcam import is_conv
-from ..plot import *
-from fastai.basics import *
 import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from fastai.basics import Learner
+from fastcore.all import first, ifnone, L, patch, store_attr
+from ..core import ArgumentError, ColumnError, InputError
+from ..data.labels import get_labels
+from ..learn.callbacks import epoch_table
+from ..learn.classify import CaseLearner
+from fastmed.metrics.curves import (
+    agreement, area_under, bands, Calibration, calibration, Confounding, confounding, error_by, estimate,
+    operating_point, OperatingPoint, safe_ratio, score_by, score_curve
+)
+from ..metrics.scores import choose_point
+from ..plot import html_report
+from .gradcam import grad_cam, is_conv, item_of, plot_cam
+from torch import Tensor
 
 # %% ../../nbs/study/02_interpret.ipynb #9575030c
 def _column(df, c):

@@ -6,26 +6,43 @@
 __all__ = ['load_run', 'make_learner', 'case_gflops', 'arm_settings', 'score_arm']
 
 # %% ../../nbs/study/04_runs.ipynb #5207a004
-from ..core import *
-from ..io.volumes import *
-from ..data.cases import group_values
-from ..data.preprocess import *
-from ..data.store import *
-from ..data.blocks import *
-from ..data.loaders import *
-from ..metrics.masks import *
-from ..predict.predict import *
-from ..learn.callbacks import *
-from ..learn.pace import *
-from ..learn.learner import *
-from ..learn.plain import UnopenedError
-from ..learn.ensemble import trusted_learner
-from fastai.basics import *
-from fastai.callback.schedule import *
-from fastai.callback.hook import total_params
+import contextlib
+import hashlib
+import inspect
+import io
+import json
+import math
+import os
+import random
+import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
-import contextlib, hashlib, inspect, io, json, math, os, random, shutil, time
-from ..learn.modelfile import load_model, save_model   # after fastai's own
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from fastai.basics import Callback, CancelValidException, defaults, set_seed, warn
+from fastai.callback.hook import total_params
+from fastcore.all import first, ifnone, L
+from ..core import beside, FastmedError, InputError, MissingFileError, synced, writing
+from ..data.blocks import CaseFiles, get_plan, get_preprocess, PatchTransform
+from ..data.cases import group_values
+from ..data.loaders import SliceDataLoaders, VolumeDataLoaders
+from ..data.preprocess import case_files
+from ..data.store import cache_dir, kept_digest
+from ..io.volumes import read_header, to_orientation
+from ..learn.callbacks import case_columns, case_rows, predicted_cases
+from ..learn.ensemble import trusted_learner
+from ..learn.learner import unet2d_learner, unet3d_learner, VolumeLearner
+from ..learn.modelfile import load_model, save_model
+from ..learn.pace import BudgetCallback, CostCallback, peak_memory, reset_peak
+from ..learn.plain import UnopenedError
+from ..metrics.masks import case_scores, failed_scores, slice_consistency
+from ..predict.predict import apply_post, POSTS, predict_case
+from torch import nn
+import fastai.callback.schedule  # noqa: F401, its patches
 
 # %% ../../nbs/study/04_runs.ipynb #5207a005
 def keep_model(
