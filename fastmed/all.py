@@ -53,9 +53,12 @@ from fastmed.learn.casefiles import *
 from fastmed.learn.modelfile import *
 from fastmed.learn.onnx import *
 from fastmed.study.gradcam import *
+from fastmed.study.report import *
 from fastmed.study.interpret import *
 from fastmed.study.findings import *
+from fastmed.study.arms import *
 from fastmed.study.runs import *
-from fastmed.study.compare import *
-from fastmed.study.crossval import *
 from fastmed.study.efficiency import *
+from fastmed.study.compare import *
+from fastmed.study.splits import *
+from fastmed.study.crossval import *
