@@ -307,7 +307,7 @@ def test_a_label_too_large_is_refused_and_not_wrapped(dt, value, tmp_path):
 
 def with_preprocess(learn, pre):
     "The Learner with another `Preprocess`"
-    from fastmed.data.loaders import LoadMask, LoadVolume
+    from fastmed.data.blocks import LoadMask, LoadVolume
     for tl in learn.dls.train_ds.tls:
         for f in tl.tfms.fs:
             if isinstance(f, (LoadVolume,LoadMask)): f.preprocess = pre

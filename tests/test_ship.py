@@ -14,7 +14,8 @@ from torch import nn
 
 from fastmed.all import *
 from fastmed.learn import modelfile, plain
-from fastmed.learn.onnx import SavedLearner, export_onnx, load_model, load_onnx, save_model
+from fastmed.learn.modelfile import SavedLearner, load_model, save_model
+from fastmed.learn.onnx import export_onnx, load_onnx
 
 for k in [o for o in globals() if o.startswith('test')]: del globals()[k]    # fastcore's own
 
@@ -101,7 +102,7 @@ def test_fresh_process_and_no_pickle(learner, study, scan, tmp_path):
     python(ANSWERS+f"""
 import sys, torch
 torch.set_num_threads({torch.get_num_threads()})
-from fastmed.learn.onnx import load_model
+from fastmed.learn.modelfile import load_model
 tmp,new,*files = sys.argv[1:]
 import scipy.ndimage
 armed = True
@@ -455,7 +456,7 @@ def test_forged_metadata(saved, tmp_path, what):
 
 def _peak(code, *args):
     "Peak memory of a fresh process that runs `code`, in MB, and what it printed"
-    code = (f"import resource, sys\nfrom fastmed.learn.onnx import load_model\nfrom fastmed.core import "
+    code = (f"import resource, sys\nfrom fastmed.learn.modelfile import load_model\nfrom fastmed.core import "
             f"FastmedError\nbase = "
             f"resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n{code}\nprint((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-base)/1024)")
     *said,mb = python(code, *args).splitlines()
