@@ -509,7 +509,7 @@ def leaks(a):
     put('all 208, ladders and gaps hidden: nothing teaches', [score(every, bare)])
     halves,hidden,cut,lead = [],[],[],[]
     subs = np.unique(s)
-    for k in range(a.draws):
+    for _k in range(a.draws):
         side = np.isin(s, rng.permutation(subs)[:len(subs)//2])
         ia,ib = np.flatnonzero(side),np.flatnonzero(~side)
         va,vb = [vox[i] for i in ia],[vox[i] for i in ib]

@@ -513,7 +513,6 @@ def seeds(data):
     add('nifti pair', 'p.hdr', 'p.img')
     nib.save(nib.Spm2AnalyzeImage(a.astype('i2'), aff), d/'s.img')
     add('nifti pair', 's.hdr', 's.img')
-    vol,lab = TensorVolume(a[None].astype(np.float32), affine=aff),TensorVolumeMask(m, affine=aff)
     def im(x, cast=None):
         i = sitk.GetImageFromArray(np.ascontiguousarray(x.transpose(2,1,0)).astype(cast or x.dtype))
         i.SetSpacing((1.5,.9,2))

@@ -309,7 +309,7 @@ def kills(job, work, n, seed):
                        log=log)
         else:
             pid,t0 = fork(job.work, path, log=log),time.perf_counter()
-            while (over:=time.perf_counter()-t0)<share*took and (gone:=os.waitid(os.P_PID, pid,
+            while (over:=time.perf_counter()-t0)<share*took and (os.waitid(os.P_PID, pid,
                     os.WEXITED|os.WNOWAIT|os.WNOHANG)) is None:
                 time.sleep(min(.005, share*took-over))
             # quicker than the first time: the instants move up

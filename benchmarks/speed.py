@@ -76,7 +76,7 @@ class Crops:
             x,y = x.squeeze(a),y.squeeze(a)
         return x[:,None],y
 
-def turn(x, y, rotate=math.radians(15), scale=.25, contrast=.25, noise=.1):
+def turn(x, y, rotate=math.pi/12, scale=.25, contrast=.25, noise=.1):
     "Rotation and scale by one grid, contrast and noise, for 2D and 3D"
     n,nd = len(x),x.ndim-2
     u = lambda *s: torch.rand(*s, device=x.device)*2-1

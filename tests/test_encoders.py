@@ -16,7 +16,6 @@ for _n in [n for n in globals() if n.startswith('test')]:
 from phantoms import shaken
 
 
-
 def made(name, **kwargs):
     import timm  # noqa: F401
     torch.manual_seed(0)

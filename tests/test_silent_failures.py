@@ -82,7 +82,7 @@ def test_row_02_two_pipelines_do_not_touch(exact, study, cache):
     b.predict_volume(path/df.image[2])
     b.dls.one_batch()
     for x,y in zip(before, state(a)): assert torch.equal(x, y) if isinstance(x, Tensor) else x==y
-    p,q = Preprocess(spacing=1.), Preprocess(spacing=2.)
+    p = Preprocess(spacing=1.)
     assert p.spacing==(1.,1.,1.) and Preprocess().spacing is None
 
 WORKERS = """
@@ -536,7 +536,7 @@ def test_row_24_export_is_whole(learner, monkeypatch):
     old = fn.read_bytes()
     import threading
     learn.wont_pickle = threading.Lock()
-    with pytest.raises(Exception): learn.export('m.pkl')
+    with pytest.raises(Exception): learn.export('m.pkl')  # noqa: B017
     del learn.wont_pickle
     assert fn.read_bytes()==old, 'half a file stands where the Learner was'
     assert len(learn.dls.train_ds)==6, 'a failed export leaves the Learner as it was'

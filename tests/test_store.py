@@ -141,7 +141,7 @@ def test_two_scans_alike_at_both_ends_are_two(tmp_path, store, settled):
 def test_voxels_that_lie_beside_their_header(tmp_path, store, settled):
     "The .img of a .hdr, the .raw of a .mhd"
     sitk = pytest.importorskip('SimpleITK')
-    for k,(fn,side) in enumerate((('a.hdr','a.img'), ('b.mhd','b.raw'))):
+    for _k,(fn,side) in enumerate((('a.hdr','a.img'), ('b.mhd','b.raw'))):
         a = np.full((40,40,40), 1, np.float32)
         fn,side = str(tmp_path/fn),tmp_path/side
         if fn.endswith('.mhd'): sitk.WriteImage(sitk.GetImageFromArray(a), fn)
