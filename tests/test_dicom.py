@@ -83,8 +83,8 @@ def pixels(ds, a, stored=16, signed=False, high=0):
     return ds
 
 def write(path, vol=None, plane='axial', px=(.7,.9), gap=2.5, origin=(-30.,20.,100.), seed=0, at=None, shear=0.,
-          slope=lambda k: 1., inter=lambda k: -1024., names=None, each=lambda ds, k: None, drop=(), bits=None, uids=None,
-          **kw):
+          slope=lambda k: 1., inter=lambda k: -1024., names=None, each=lambda ds, k: None, drop=(), bits=None,
+          uids=None, **kw):
     "A series on disk in shuffled order of names; gives (volume of physical values (X,Y,Z), affine)"
     path.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)

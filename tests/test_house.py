@@ -85,7 +85,8 @@ def test_ruff():
     done = ruff('.')
     assert not done.returncode, done.stdout[-3000:]
 
-RUFF = dict(E711='a = 1\nb = a == None\n', F821='a = b\n', B006='def f(a=[]): return a\n', I001='import os\nimport ast\n',
+RUFF = dict(E711='a = 1\nb = a == None\n', F821='a = b\n', B006='def f(a=[]): return a\n',
+            I001='import os\nimport ast\n',
             C901=BRANCHED, UP006='from typing import List\ndef f(a: List[int]): pass\n',
             E501='a = 1  '+'#'*120)
 
