@@ -1,6 +1,7 @@
 "Packaging: every field that pyproject.toml calls dynamic is read from settings.ini, README.md or (version) fastmed/__init__.py."
 from configparser import ConfigParser
 from pathlib import Path
+
 from setuptools import find_packages, setup
 
 root = Path(__file__).parent

@@ -1,7 +1,14 @@
 "What the benchmarks share: the facts of the machine, peak memory, and one way to keep a table."
-import contextlib, io, json, os, subprocess, sys
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
-import pandas as pd, torch
+
+import pandas as pd
+import torch
 
 here = Path(__file__).resolve().parent
 

@@ -2,21 +2,38 @@
 
 python benchmarks/doctor.py [--what faults real leaks shift memory places]
 
-faults   each kind of fault, planted one at a time into copies of real scans and of the embedded cohort: doctor_faults.csv, in short doctor_kinds.csv
+faults   each kind of fault, planted one at a time into copies of real scans and of the embedded cohort:
+         doctor_faults.csv, in short doctor_kinds.csv
 real     the real sets as they are, every finding judged: doctor_real.csv
-leaks    precision and recall of find_leaks on the hippocampus without its subjects; on halves of the subjects; with the ladders of grey values hidden: doctor_leaks.csv
+leaks    precision and recall of find_leaks on the hippocampus without its subjects; on halves of the subjects;
+         with the ladders of grey values hidden: doctor_leaks.csv
 shift    distribution_shift where the answer is known: doctor_shift.csv
 memory   peak memory over 10 and over 1,000 scans: doctor_memory.csv
-places   masks of the hippocampus mirrored or moved under their headers, one at a time and many together; false alarms on sets that are whole and on draws from them: doctor_places.csv
+places   masks of the hippocampus mirrored or moved under their headers, one at a time and many together; false
+         alarms on sets that are whole and on draws from them: doctor_places.csv
 
 Needs FASTMED_DATA. Minutes are those of one thread of a two-core machine.
 """
-import argparse, contextlib, gzip, io, os, shutil, sys, tempfile, time, warnings
+import argparse
+import contextlib
+import gzip
+import io
+import os
+import shutil
+import sys
+import tempfile
+import time
+import warnings
 from pathlib import Path
-import nibabel as nib, numpy as np, pandas as pd
-from common import child, here, keep
-import fastmed.all as fm
+
 import fastprogress
+import nibabel as nib
+import numpy as np
+import pandas as pd
+from common import child, here, keep
+
+import fastmed.all as fm
+
 fastprogress.fastprogress.NO_BAR = True
 
 data = Path(os.environ.get('FASTMED_DATA', ''))
@@ -304,7 +321,8 @@ def edit(fn, f):
 # ---- planting
 
 def bases(tmp):
-    "name → (rows of sound cases, the one that gets the faults, arguments, properties): the hippocampus once for each regime of intensity"
+    """name → (rows of sound cases, the one that gets the faults, arguments, properties): the hippocampus once for each
+    regime of intensity"""
     hip = fm.scan_decathlon(data/'hippocampus')
     top = np.array([float(fm.load_volume(f).max()) for f in hip.image])
     kind = np.array([0 if t>1e4 else 1 if str(fm.read_header(f)['dtype'])=='uint8' else 2 for t,
@@ -455,8 +473,8 @@ def real(a):
 
 def leaks(a):
     "find_leaks against cases.csv, and as it would do where its thresholds were not chosen"
+    from fastmed.data.leaks import _pairs, _scan_print
     from fastmed.data.survey import survey_cases
-    from fastmed.data.leaks import _scan_print, _pairs
     df = fm.scan_decathlon(data/'hippocampus')
     s = df.subject.astype(str).values
     t = time.process_time()
@@ -628,6 +646,7 @@ def places(a):
 def one_memory(a):
     "Peak memory of one run, in a process of its own"
     import json
+
     from common import peak, reset_peak, rss
     df = pd.DataFrame([dict(case=f'{k}', image=f'{a.path}/{k:04d}.nii') for k in range(a.n)])
     f = fm.find_leaks if a.which=='find_leaks' else fm.check_dataset

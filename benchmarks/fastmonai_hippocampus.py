@@ -1,23 +1,38 @@
-"""fastMONAI's tutorial recipe for segmentation, trained on the hippocampus for a given number of minutes: the number that fastmed is compared with.
+"""fastMONAI's tutorial recipe for segmentation, trained on the hippocampus for a given number of minutes: the number
+that fastmed is compared with.
 
 Its own environment is wanted: `python3 -m venv peer && peer/bin/pip install fastMONAI`, then
 `FASTMED_DATA=... peer/bin/python benchmarks/fastmonai_hippocampus.py --minutes 10`.
 
-The recipe is that of the tutorial on multi-class segmentation: `ZNormalization`, `PadOrCrop`, `RandomAffine` of 5 degrees, batches of four whole
-crops, MONAI's residual `UNet` of (16,32,64,128,256), Dice + cross-entropy, `ranger`, flat then cosine. The rate is 1e-1, as public copies of
+The recipe is that of the tutorial on multi-class segmentation: `ZNormalization`, `PadOrCrop`, `RandomAffine` of 5
+degrees, batches of four whole
+crops, MONAI's residual `UNet` of (16,32,64,128,256), Dice + cross-entropy, `ranger`, flat then cosine. The rate is
+1e-1, as public copies of
 the recipe have it; `--lr find` takes the finder's valley instead. Three things are set by the comparison: the
-size (the largest crop, rounded up to what the network can halve four times), the schedule (the same curve, by the share of the time that has gone) and all training
-cases used for training. Start-up, the learning-rate finder (`--lr find`) and prediction are not counted as training time."""
-import argparse, csv, os, sys, time, warnings
+size (the largest crop, rounded up to what the network can halve four times), the schedule (the same curve, by the share
+of the time that has gone) and all training
+cases used for training. Start-up, the learning-rate finder (`--lr find`) and prediction are not counted as training
+time."""
+import argparse
+import csv
+import os
+import sys
+import time
+import warnings
 from importlib.metadata import version
 from pathlib import Path
+
 warnings.filterwarnings('ignore')
-import nibabel as nib, numpy as np, pandas as pd, torch
-from fastMONAI.vision_all import *
-from fastai.callback.schedule import combined_cos
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import torch
 from fastai.callback.core import CancelFitException, CancelValidException
+from fastai.callback.schedule import combined_cos
+from fastMONAI.vision_all import *
 from monai.losses import DiceCELoss
 from monai.networks.nets import UNet
+
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from folds import split
 

@@ -1,11 +1,34 @@
-"""Every reader against files that are broken on purpose: `python benchmarks/fuzz.py` (about 20,000 files), `--quick` for a few hundred.
+"""Every reader against files that are broken on purpose: `python benchmarks/fuzz.py` (about 20,000 files), `--quick`
+for a few hundred.
 
-Real scans (where FASTMED_DATA names them) and files written here are mutated: bits flipped, cut, spliced, fields of the header set to values that have broken readers before, headers given anew with a right checksum, packed
-payloads unpacked, changed and packed again. Each is read in a child process with a limit of memory and of time. What may come out is a right result or a `FastmedError`; anything else is written down with the number that makes
+Real scans (where FASTMED_DATA names them) and files written here are mutated: bits flipped, cut, spliced, fields of the
+header set to values that have broken readers before, headers given anew with a right checksum, packed
+payloads unpacked, changed and packed again. Each is read in a child process with a limit of memory and of time. What
+may come out is a right result or a `FastmedError`; anything else is written down with the number that makes
 the same file again: `python benchmarks/fuzz.py --reader nrrd --only 1234 --keep DIR`."""
-import argparse, collections, csv, gzip, hashlib, io, json, os, resource, select, shutil, signal, struct, sys, tarfile, tempfile, time, traceback, zipfile, zlib
+import argparse
+import collections
+import csv
+import gzip
+import io
+import json
+import os
+import resource
+import select
+import shutil
+import signal
+import struct
+import sys
+import tarfile
+import tempfile
+import time
+import traceback
+import zipfile
+import zlib
 from pathlib import Path
+
 import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # of the draw; a read may take so long; and so many bytes beyond what the libraries take
 SEED,SECONDS,ROOM = 20240,10,3*2**30
@@ -284,8 +307,8 @@ def resealed(rng, b, other):
         j = z.rfind(b'{"sha256": "sha256:')
         end = json.JSONDecoder().raw_decode(z[j:].decode('latin-1'))[1]
         meta = json.loads(z[j:j+end])
-        t = (((((
-                (json.dumps({'sha256':plain.NO_DIGEST, **{k:v for k,v in (lambda m: m if isinstance(m, dict) else {'x':m})(values(rng, meta)).items() if k!='sha256'}}).encode()))))))
+        t = (
+                json.dumps({'sha256':plain.NO_DIGEST, **{k:v for k,v in (lambda m: m if isinstance(m, dict) else {'x':m})(values(rng, meta)).items() if k!='sha256'}}).encode())
         if len(t)<=end: z = z[:j]+t.ljust(end)+z[j+end:]
         return plain.seal_file(z)
     z = blind(rng, z, other, len(z))
@@ -323,7 +346,8 @@ def tars(rng, b, other):
         if rng.random()<.9: b[at+148:at+156] = b'%06o\0 '%sum(s)
     return pack(rng, bytes(b) if rng.random()<.8 else blind(rng, bytes(b), other))
 def pack(rng, b):
-    import bz2, lzma
+    import bz2
+    import lzma
     return pick(rng, (lambda o: o,lambda o: o,gzip.compress,bz2.compress,lzma.compress))(b)
 def zips(rng, b, other):
     if rng.random()<.5:
@@ -357,6 +381,7 @@ def wrong(msg): raise AssertionError(msg)
 def volume(p, f):
     "Read image, mask and header of a scan; they must agree"
     import torch
+
     from fastmed.all import FastmedError, load_mask, load_volume, read_header
     heard = []
     try: h = read_header(p)
@@ -393,6 +418,7 @@ def onnx(p, f):
 def plan(p, f):
     "The command line: one line and exit code 2; what is right would begin to train, and is stopped there"
     import contextlib
+
     import fastmed.all
     from fastmed.cli import main
     class Right(BaseException): pass
@@ -456,8 +482,11 @@ def settings(p, f):
 
 def seeds(data):
     "dict reader → list of dict file name → bytes: real scans where there are any, and files written here"
-    import nibabel as nib, SimpleITK as sitk, pydicom
-    from fastmed.all import TensorVolume, TensorVolumeMask, save_volume
+    import nibabel as nib
+    import pydicom
+    import SimpleITK as sitk
+
+    from fastmed.all import TensorVolume, TensorVolumeMask
     rng = np.random.default_rng(0)
     d = Path(tempfile.mkdtemp())
     out = collections.defaultdict(list)
@@ -585,7 +614,9 @@ def slices(a, pydicom, frames=False):
                 '1.2.3.8',k+1)
         ds.ImagePositionPatient,ds.ImageOrientationPatient,ds.PixelSpacing,ds.SliceThickness = [0,0,2.5*k],[1,0,0,0,1,
                 0],[.8,.8],2.5
-        ds.SamplesPerPixel,ds.PhotometricInterpretation,ds.Rows,ds.Columns,ds.BitsAllocated,ds.BitsStored,ds.HighBit,ds.PixelRepresentation,ds.RescaleSlope,ds.RescaleIntercept = (((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((1,'MONOCHROME2',a.shape[0],a.shape[1],16,16,15,1,1,-1024)))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))
+        ds.SamplesPerPixel,ds.PhotometricInterpretation,ds.Rows,ds.Columns = 1,'MONOCHROME2',a.shape[0],a.shape[1]
+        ds.BitsAllocated,ds.BitsStored,ds.HighBit,ds.PixelRepresentation = 16,16,15,1
+        ds.RescaleSlope,ds.RescaleIntercept = 1,-1024
         if frames: ds.NumberOfFrames = a.shape[2]
         ds.PixelData = (a.transpose(2,0,1) if frames else a[:,:,k]).astype('<i2').tobytes()
         f = io.BytesIO()
@@ -595,8 +626,10 @@ def slices(a, pydicom, frames=False):
 
 def models(d):
     "A small model file, and the same network as ONNX where onnx is installed"
-    import nibabel as nib, pandas as pd, torch
-    from fastmed.all import VolumeDataLoaders, unet3d_learner, save_model
+    import nibabel as nib
+    import pandas as pd
+
+    from fastmed.all import VolumeDataLoaders, save_model, unet3d_learner
     rows = []
     for i in range(4):
         x = np.random.default_rng(i).random((16,16,16)).astype(np.float32)
@@ -607,7 +640,9 @@ def models(d):
                                     device='cpu', cache=d/'cc', path=d)
     learn = unet3d_learner(dls, nf=4, depth=2)
     st,ox = [{'m.safetensors':save_model(learn, d/'m.safetensors').read_bytes()}],[]
-    try: import onnx, onnxruntime
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
     except ImportError: return st,ox
     from fastmed.all import export_onnx
     return st,[{'m.onnx':export_onnx(learn, d/'m.onnx').read_bytes()}]
@@ -757,7 +792,12 @@ def main():
     a = p.parse_args()
     data = os.environ.get('FASTMED_DATA')
     data = Path(data) if data and not a.quick else None
-    import torch, SimpleITK, nibabel, fastmed.all, fastmed.cli
+    import nibabel
+    import SimpleITK
+    import torch
+
+    import fastmed.all
+    import fastmed.cli  # noqa: F401, loaded before the forks
     SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
     torch.set_num_threads(1)
     nibabel.imageglobals.logger.setLevel(60)

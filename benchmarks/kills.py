@@ -1,20 +1,45 @@
-"""SIGKILL at random instants, and a second start: what is corrupt, changed, done twice or left behind. Also several processes at one piece of work.
+"""SIGKILL at random instants, and a second start: what is corrupt, changed, done twice or left behind. Also several
+processes at one piece of work.
 
-Each job runs in a child that is forked from this process, which has imported fastmed once and has no threads. Half of the instants are spread over the time that the job takes, the other half are moments
-of writing: the child kills itself just before its n-th opening, renaming or removing of a file, or a few milliseconds after. Then the job is started again and runs to its end.
+Each job runs in a child that is forked from this process, which has imported fastmed once and has no threads. Half of
+the instants are spread over the time that the job takes, the other half are moments
+of writing: the child kills itself just before its n-th opening, renaming or removing of a file, or a few milliseconds
+after. Then the job is started again and runs to its end.
 
     python benchmarks/kills.py                       # all jobs, 20 kills each, a few minutes
     python benchmarks/kills.py --jobs store --kills 2 --out /tmp/kills.csv
 """
-import argparse, contextlib, hashlib, http.server, io, json, math, os, pickle, random, shutil, signal, sys, tarfile, tempfile, threading, time, traceback
+import argparse
+import contextlib
+import hashlib
+import http.server
+import io
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+import traceback
 from pathlib import Path
+
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('MPLBACKEND', 'agg')
 here = Path(__file__).resolve().parent
 sys.path.insert(0, str(here.parent))
-import nibabel as nib, numpy as np, pandas as pd, torch
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import torch
+
 from fastmed.all import *
 from fastmed.learn.resume import _read_state
+
 torch.set_num_threads(1)
 
 CODES = ['background','large','small']
@@ -91,7 +116,8 @@ def dataloaders(df, cache, seed=3):
                                      cache=cache, seed=seed)
 
 class Job:
-    "Work in a folder. `whole` reads every finished product and gives its stamp; `result` is what a run that was never killed must give too"
+    """Work in a folder. `whole` reads every finished product and gives its stamp; `result` is what a run that was never
+    killed must give too"""
     def __init__(self, base): self.base = base
     def left(self, path): return hidden(path)
     def done(self, path): return 0                     # parts of the work that are kept inside of one file

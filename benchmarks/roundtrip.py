@@ -1,24 +1,39 @@
-"""Masks there and back: `python benchmarks/roundtrip.py --examples 2000` draws that many scans by hypothesis (tests/test_roundtrip.py says what, and derives the bound), and keeps the least Dice of each class in roundtrip.csv.
+"""Masks there and back: `python benchmarks/roundtrip.py --examples 2000` draws that many scans by hypothesis
+(tests/test_roundtrip.py says what, and derives the bound), and keeps the least Dice of each class in roundtrip.csv.
 
-`mask`: any labels in any shape, on disk in any type; `ball`: a ball of at least 3 pipeline voxels radius; `prediction`: through `predict_volume` of a network that says 1 above one half; `constant`, `linear`: images. The class is the largest t/s of the three axes:
-the pipeline's spacing over the scan's. `least_dice` is over the structures of all examples, `its_bound` what that one had to keep, `least_margin` the smallest Dice minus bound; `sure`: the share of voxels that could not change."""
-import argparse, collections, sys, tempfile, time, traceback
+`mask`: any labels in any shape, on disk in any type; `ball`: a ball of at least 3 pipeline voxels radius; `prediction`:
+through `predict_volume` of a network that says 1 above one half; `constant`, `linear`: images. The class is the largest
+t/s of the three axes:
+the pipeline's spacing over the scan's. `least_dice` is over the structures of all examples, `its_bound` what that one
+had to keep, `least_margin` the smallest Dice minus bound; `sure`: the share of voxels that could not change."""
+import argparse
+import collections
+import sys
+import tempfile
+import time
+import traceback
 from pathlib import Path
-import numpy as np, torch
+
+import numpy as np
+import torch
+
 here = Path(__file__).resolve().parent
 sys.path[:0] = [str(here.parent), str(here.parent/'tests')]
-from hypothesis import HealthCheck, given, settings, strategies as st
 import test_roundtrip as R
 from common import keep
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 CLASSES = ((1.001,'at most 1'), (2,'1 to 2'), (4,'2 to 4'), (1e9,'above 4'))
 def ratio_class(r): return next(n for m,n in CLASSES if max(r)<=m)
 
 def learner(d):
     "A Learner whose network needs no training"
-    import nibabel as nib, pandas as pd
-    from fastmed.all import VolumeDataLoaders, unet3d_learner
+    import nibabel as nib
+    import pandas as pd
     from phantoms import Nearest
+
+    from fastmed.all import VolumeDataLoaders, unet3d_learner
     for i in range(4):
         a = np.random.default_rng(i).random((8,8,8)).astype(np.float32)
         nib.save(nib.Nifti1Image(a, np.eye(4)), d/f'{i}.nii')

@@ -5,19 +5,28 @@
     FASTMED_DATA=… python benchmarks/speed.py --what fit --ndim 3
     FASTMED_DATA=… python benchmarks/speed.py --device cuda      # the same on a GPU, about 2 minutes
 
-`step`: forward, loss, backward and AdamW of the default network with the hooks of `make_fast`, against the same weights in plain contiguous float32; the two take turns.
-`fit`: `learn.fit_one_cycle` on the hippocampus with the defaults, against a bare PyTorch loop on the same network (channels-last and bfloat16 too), with cases held in memory,
-its own crops, augmentation, loss and one-cycle; the same number of updates, no validation in either. They run one after the other, and the order changes every time.
+`step`: forward, loss, backward and AdamW of the default network with the hooks of `make_fast`, against the same weights
+in plain contiguous float32; the two take turns.
+`fit`: `learn.fit_one_cycle` on the hippocampus with the defaults, against a bare PyTorch loop on the same network
+(channels-last and bfloat16 too), with cases held in memory,
+its own crops, augmentation, loss and one-cycle; the same number of updates, no validation in either. They run one after
+the other, and the order changes every time.
 """
-import argparse, copy, math, time
-import numpy as np, torch, torch.nn.functional as F
+import argparse
+import copy
+import math
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
 from common import here, keep, quiet, wait
 
 shapes = {3:dict(nf=16, patch=(40,56,40), bs=4), 2:dict(nf=32, patch=(56,40), bs=32)}
 
 # ---- a step
 def step(ndim, steps, nf, patch, bs, depth=4, n_out=3, device='cpu'):
-    from fastmed.all import UNet, DiceCELoss, make_fast
+    from fastmed.all import DiceCELoss, UNet, make_fast
     torch.manual_seed(0)
     net = UNet(1, n_out, ndim=ndim, nf=nf, depth=depth).to(device)
     x,y = torch.randn(bs, 1, *patch, device=device),torch.randint(0, n_out, (bs,*patch), device=device)
@@ -41,7 +50,8 @@ def step(ndim, steps, nf, patch, bs, depth=4, n_out=3, device='cpu'):
 
 # ---- the bare loop
 class Crops:
-    "Batches of random crops of cases in memory, padded by the edge value; one in three is drawn around a structure, as fastmed draws them"
+    """Batches of random crops of cases in memory, padded by the edge value; one in three is drawn around a structure,
+    as fastmed draws them"""
     def __init__(self, cases, patch, bs, foreground=1/3):
         self.cases,self.patch,self.bs,self.foreground,self.rng = cases,np.array(
                 patch),bs,foreground,np.random.default_rng(0)
@@ -108,10 +118,21 @@ def bare(net, crops, updates, lr=3e-3, bf16=True, device='cpu'):
 
 # ---- the same through fastmed
 def fit(ndim, repeats, n_cases=None, samples='auto', device='cpu'):
-    from fastmed.all import (VolumeDataLoaders, SliceDataLoaders, unet3d_learner, unet2d_learner, UNet, DiceCELoss,
-                             Callback, CancelValidException, CancelFitException,
-                             set_seed, has_bf16)
     from hippocampus import cases
+
+    from fastmed.all import (
+        Callback,
+        CancelFitException,
+        CancelValidException,
+        DiceCELoss,
+        SliceDataLoaders,
+        UNet,
+        VolumeDataLoaders,
+        has_bf16,
+        set_seed,
+        unet2d_learner,
+        unet3d_learner,
+    )
     df = cases()
     if n_cases: df = df.groupby('valid').head(n_cases).reset_index(drop=True)
     df.attrs['codes'] = ['background','anterior','posterior']

@@ -1,4 +1,5 @@
-"The layout of the code, as far as ruff does not see it: `python tests/layout.py [files]` lists what is too long or folded."
+"""The layout of the code, as far as ruff does not see it: `python tests/layout.py [files]` lists what is too long or
+folded."""
 import ast
 import re
 import sys

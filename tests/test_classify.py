@@ -1,10 +1,17 @@
 "Learners that answer for cases: they learn, they answer the same everywhere, their scores are right."
-import json, math
-import numpy as np, pandas as pd, pytest, torch
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from phantoms import affine_of, python, write_case
 from PIL import Image
 from torch import nn
+
 from fastmed.all import *
-from phantoms import affine_of, python, write_case
+
 for k in [o for o in globals() if o.startswith('test')]: del globals()[k]    # fastcore's own
 
 QUIET = dict(device='cpu', num_workers=0)
@@ -158,7 +165,8 @@ def test_orientation_of_the_file_does_not_matter(trained, cases, tmp_path):
 
 @pytest.fixture(scope='module')
 def answers(trained, cases, tmp_path_factory):
-    "What a Learner answers here; exported and saved, in a fresh process beside another pipeline: (here, exported, saved)"
+    """What a Learner answers here; exported and saved, in a fresh process beside another pipeline: (here, exported,
+    saved)"""
     tmp = tmp_path_factory.mktemp('answers')
     path,df = cases
     fn = str(path/df.image[5])
@@ -258,7 +266,8 @@ def test_mask_and_label_are_both_learnt(cases):
     assert row['dice']>.5 and row['roc_auc']>.9, row
 
 def test_numbers_keep_their_unit(cases):
-    "The same targets a thousand times larger give answers a thousand times larger; predictions, targets and metrics are in the column's unit"
+    """The same targets a thousand times larger give answers a thousand times larger; predictions, targets and metrics
+    are in the column's unit"""
     out = []
     for k in (1.,1000.):
         set_seed(0)

@@ -1,16 +1,47 @@
 "DICOM: what lies in a tree, how slices stack, what is refused and why, segmentations, and nobody's name."
-import os, shutil, subprocess, sys, warnings
+import shutil
+import sys
+import warnings
 from pathlib import Path
-import nibabel as nib, numpy as np, pandas as pd, pytest, torch
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
 pydicom = pytest.importorskip('pydicom')
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence
-from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittleEndian, JPEGLSLossless, HTJ2K, MRImageStorage, RLELossless, generate_uid
+from pydicom.uid import (
+    HTJ2K,
+    CTImageStorage,
+    EnhancedCTImageStorage,
+    ExplicitVRLittleEndian,
+    JPEGLSLossless,
+    MRImageStorage,
+    RLELossless,
+    generate_uid,
+)
+
 import fastmed.io.dicom
-from fastmed.all import (DicomSeries, FastmedError, FileError, InputError, ArgumentError, TensorVolumeMask,
-                         check_dataset, dicom_series, load_dicom_seg, load_mask, load_volume, orientation_of,
-                         read_header, save_dicom_seg, save_volume, scan_dicom, spacing_of,
-                         to_orientation)
+from fastmed.all import (
+    ArgumentError,
+    FastmedError,
+    FileError,
+    InputError,
+    TensorVolumeMask,
+    check_dataset,
+    dicom_series,
+    load_dicom_seg,
+    load_mask,
+    load_volume,
+    read_header,
+    save_dicom_seg,
+    save_volume,
+    scan_dicom,
+    to_orientation,
+)
 from fastmed.cli import main
 
 NAME,ID,BIRTH = 'Plantedname^Gertrud','PID-4711-PLANTED','19430217'
@@ -32,7 +63,9 @@ def header(uid=None, series=None, study=None, frame=None, cls=CTImageStorage, mo
     ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID = uid or generate_uid()
     ds.SeriesInstanceUID,ds.StudyInstanceUID,ds.FrameOfReferenceUID = (series or generate_uid(),study or generate_uid(),
             frame or generate_uid())
-    ds.Modality,ds.PatientName,ds.PatientID,ds.PatientBirthDate,ds.PatientSex,ds.ReferringPhysicianName,ds.AccessionNumber,ds.StudyID,ds.InstitutionName = ((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((modality,NAME,ID,BIRTH,'F','Plantedname^Doctor','PID-4711-ACC','1','Plantedname Clinic'))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))
+    ds.Modality,ds.PatientName,ds.PatientID,ds.PatientBirthDate,ds.PatientSex = modality,NAME,ID,BIRTH,'F'
+    ds.ReferringPhysicianName,ds.AccessionNumber,ds.StudyID = 'Plantedname^Doctor','PID-4711-ACC','1'
+    ds.InstitutionName = 'Plantedname Clinic'
     ds.StudyDate,ds.StudyTime,ds.SeriesDescription,ds.SeriesNumber,ds.ImageType,ds.PositionReferenceIndicator = (
             '20200101','120000','head thin',3,['ORIGINAL','PRIMARY','AXIAL'],'')
     ds.Manufacturer = 'Maker'
@@ -510,8 +543,9 @@ def test_identity_in_a_segmentation(tmp_path):
                                               strip_identity=False)).PatientName)=='Müller^Jörg'
 
 def test_identity_stays_in_the_files(tmp_path, capfd, cache):
-    "Nothing of the patient in tables, NIfTI, reports, logs, exported models; the words are planted in every header, and an invalid birth date makes others warn"
-    from fastmed.all import VolumeDataLoaders, unet3d_learner, save_model
+    """Nothing of the patient in tables, NIfTI, reports, logs, exported models; the words are planted in every header,
+    and an invalid birth date makes others warn"""
+    from fastmed.all import VolumeDataLoaders, save_model, unet3d_learner
     rows = []
     for i in range(4):
         v = np.random.default_rng(i).integers(0, 500, (16,16,16))

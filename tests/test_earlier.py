@@ -1,11 +1,14 @@
-"What version 0.1.0 wrote still opens and answers the same, or says what to do; tests/fixtures/make.py tells how it was made."
+"""What version 0.1.0 wrote still opens and answers the same, or says what to do; tests/fixtures/make.py tells how it
+was made."""
 import shutil
 import sys
 from pathlib import Path
+
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+
 from fastmed.all import Comparison, load_learner, load_model
 
 fixtures = Path(__file__).resolve().parent/'fixtures'

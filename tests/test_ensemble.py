@@ -1,12 +1,39 @@
 "Ensembles and test-time augmentation: equal members, means by hand, grids, files, memory, uncertainty."
-import gc, pickle
-import numpy as np, pandas as pd, pytest, torch
+import gc
+import pickle
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from phantoms import CODES, Nearest, affine_of, python, write_case
 from torch import Tensor, nn
-from fastmed.all import (MEASURES, TTA, Ensemble, Look, RunningMean, TensorVolume, UNet, UncertainEvaluation,
-                         VolumeDataLoaders, entropy, finds_worst, load_learner, load_model, load_volume, look_back,
-                         look_through, set_seed,
-                         patch_plan, save_model, slide_window, tta_views, unet3d_learner)
-from phantoms import CODES, Edge, Nearest, affine_of, python, write_case
+
+from fastmed.all import (
+    MEASURES,
+    TTA,
+    Ensemble,
+    Look,
+    RunningMean,
+    TensorVolume,
+    UncertainEvaluation,
+    UNet,
+    VolumeDataLoaders,
+    entropy,
+    finds_worst,
+    load_learner,
+    load_model,
+    load_volume,
+    look_back,
+    look_through,
+    patch_plan,
+    save_model,
+    set_seed,
+    slide_window,
+    tta_views,
+    unet3d_learner,
+)
+
 
 def raw(t): return t.as_subclass(Tensor)
 
@@ -169,7 +196,8 @@ np.savez(sys.argv[1]+'/there.npz', m=m.numpy(), p=p.numpy(), n=len(e), post=e.po
 
 @pytest.mark.slow
 def test_memory_is_that_of_one_member_and_the_weights(tmp_path):
-    "The most that a prediction holds, in a fresh process: five members against one, of a scan whose probabilities would be much larger than the weights"
+    """The most that a prediction holds, in a fresh process: five members against one, of a scan whose probabilities
+    would be much larger than the weights"""
     out = python("""
 import sys, torch, numpy as np, nibabel as nib, pandas as pd
 from fastmed.all import *
@@ -190,7 +218,8 @@ print(a, b, sum(o.bytes for o in ens.about), 24*x.numel()*4)
 
 @pytest.mark.slow
 def test_members_that_rest_take_no_memory(tmp_path):
-    "Five large members read from files, in a fresh process: less than one in its own, and half the weights; and they answer as Learners in memory do"
+    """Five large members read from files, in a fresh process: less than one in its own, and half the weights; and they
+    answer as Learners in memory do"""
     python("""
 import sys, pandas as pd
 from fastmed.all import *
@@ -250,7 +279,8 @@ def test_looks_change_nothing_of_a_constant(study, loaders, tmp_path, tta):
     assert (raw(p)-torch.linspace(-1, 1, 3).softmax(0).view(1,3,1,1,1)).abs().max()<1e-5
 
 def test_turned_looks_are_undone(tmp_path):
-    "A network that answers voxel by voxel, on a smooth scan: the looks agree where they see it, in 3D, on slices, and with thick slices"
+    """A network that answers voxel by voxel, on a smooth scan: the looks agree where they see it, in 3D, on slices, and
+    with thick slices"""
     g = torch.stack(torch.meshgrid(*[torch.linspace(-2, 2, n) for n in (40,44,36)], indexing='ij'))
     x = torch.sin(g[0])+torch.cos(1.3*g[1])+g[2]
     point = lambda b: torch.cat([-b[:,:1], b[:,:1]], 1)

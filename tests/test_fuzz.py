@@ -1,9 +1,16 @@
-"""Broken on purpose. A few hundred mutated files of every kind that fastmed reads (benchmarks/fuzz.py makes 20,000), the very files that once crashed or hung a library, and headers that promise what neither file nor memory holds.
+"""Broken on purpose. A few hundred mutated files of every kind that fastmed reads (benchmarks/fuzz.py makes 20,000),
+the very files that once crashed or hung a library, and headers that promise what neither file nor memory holds.
 
 Everything is read in a child process: a crash of a library in C is a failed test, not the end of all tests."""
-import gzip, io, json, os, struct, subprocess, sys, zlib
+import json
+import os
+import struct
+import subprocess
+import sys
 from pathlib import Path
-import numpy as np, pytest
+
+import numpy as np
+import pytest
 from phantoms import python
 
 ROOT = Path(__file__).parents[1]
@@ -162,7 +169,8 @@ for n,p in files.items():
 print(json.dumps(res))
 """
 def test_headers_that_promise_too_much(tmp_path):
-    "Refused by name, in every format, before anything of that size is allocated: at most 100 MB more, under a limit of 2 GB"
+    """Refused by name, in every format, before anything of that size is allocated: at most 100 MB more, under a limit
+    of 2 GB"""
     res = json.loads(python(CLAIMS, tmp_path).splitlines()[-1])
     assert len(res)>=40
     for k,(kind,msg,grown) in res.items():
@@ -175,6 +183,7 @@ def test_headers_that_promise_too_much(tmp_path):
 def test_a_grid_that_no_memory_holds(tmp_path):
     "A scan of 8 mm brought to a thousandth of a millimetre"
     import torch
+
     from fastmed.core import ResourceError, TensorVolume
     from fastmed.data.preprocess import Preprocess
     with pytest.raises(ResourceError, match='huge.nii.*need'):

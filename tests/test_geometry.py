@@ -1,11 +1,29 @@
 "There and back: any shape, orientation, spacing and oblique affine, and scans that are no NIfTI."
 import itertools
-import numpy as np, nibabel as nib, pandas as pd, pytest, torch
-from hypothesis import given, settings, strategies as st, HealthCheck
-from fastmed.all import (InputError, TensorVolume, TensorVolumeMask, Preprocess, load_volume, load_mask, save_volume,
-                         to_orientation, orientation_of, spacing_of,
-                         SliceDataLoaders, VolumeDataLoaders, unet2d_learner, unet3d_learner, plot_volume, resample_to,
-                         same_grid)
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fastmed.all import (
+    InputError,
+    Preprocess,
+    SliceDataLoaders,
+    TensorVolume,
+    TensorVolumeMask,
+    VolumeDataLoaders,
+    load_mask,
+    load_volume,
+    plot_volume,
+    resample_to,
+    same_grid,
+    save_volume,
+    unet2d_learner,
+)
 
 axcodes = [''.join(p) for c in itertools.product('LR','AP','SI') for p in itertools.permutations(c)]
 
@@ -40,8 +58,10 @@ def test_without_resampling_the_way_back_is_exact(g, seed):
 @quick
 @given(grids, st.floats(.5, 4))
 def test_a_resampled_mask_comes_back_to_its_own_grid(g, mm):
-    """A ball of at least three voxels radius on both grids comes back with a Dice above 0.8. The bound: resampling moves the border by up to half a voxel, which
-    on a ball of radius 3 voxels is a shell of a quarter of its volume; each labelling there and back moves half of it at most."""
+    """A ball of at least three voxels radius on both grids comes back with a Dice above 0.8. The bound: resampling
+    moves the border by up to half a voxel, which
+    on a ball of radius 3 voxels is a shell of a quarter of its volume; each labelling there and back moves half of it
+    at most."""
     code,sp,ang,org,shape = g
     sp = np.clip(sp, .5, 3)
     shape = np.maximum(shape, np.ceil(10*max(mm, sp.max())/sp).astype(int))

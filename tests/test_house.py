@@ -1,7 +1,17 @@
 "The house itself: who imports whom, no state, docments, import time, names, what is in the tree, packaging."
-import ast, base64, io, json, os, re, shutil, subprocess, sys, tokenize
+import ast
+import base64
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tokenize
 from configparser import ConfigParser
 from pathlib import Path
+
 import pytest
 
 root = Path(__file__).resolve().parent.parent
@@ -46,7 +56,8 @@ def files():
 # ---- wings and rooms
 
 def imports_of(tree, name):
-    "(module of fastmed, names taken from it) of each import in `tree`, the source of the room `name`, wherever it stands"
+    """(module of fastmed, names taken from it) of each import in `tree`, the source of the room `name`, wherever it
+    stands"""
     wing = name.split('.')[:-1]
     for o in ast.walk(tree):
         if isinstance(o, ast.Import):
@@ -312,7 +323,8 @@ print(json.dumps(dict(theirs=theirs, ours=ours, new=sorted(after-before), lost=l
 """
 
 def imports():
-    "What a fresh process says that imports fastai, then fastmed: processor time after each, new modules, names of fastai's that are not in fastmed.all"
+    """What a fresh process says that imports fastai, then fastmed: processor time after each, new modules, names of
+    fastai's that are not in fastmed.all"""
     return json.loads(python(IMPORTS, env=dict(OMP_NUM_THREADS='1')))
 
 @pytest.fixture(scope='module')
@@ -327,7 +339,8 @@ def test_all_shadows_no_name_of_fastai(first):
     assert got == on_purpose
 
 def test_import_time(first):
-    "At most 15 % over fastai's own, by the best of several turns each (processor time, so that a busy machine does not matter much)"
+    """At most 15 % over fastai's own, by the best of several turns each (processor time, so that a busy machine does
+    not matter much)"""
     turns = [first]                                                     # the first may write byte code
     while len(turns)<8:
         turns.append(imports())
@@ -462,7 +475,8 @@ def test_wheel_metadata(built):
     assert 'fastmed = fastmed.cli:main' in z.read(next(o for o in names if o.endswith('entry_points.txt'))).decode()
 
 def test_wheel_imports_without_the_repository(built, tmp_path):
-    import sysconfig, venv
+    import sysconfig
+    import venv
     venv.create(tmp_path/'env', with_pip=False)
     exe = tmp_path/'env'/'bin'/'python'
     site = Path(subprocess.run([exe, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))'],

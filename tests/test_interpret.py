@@ -1,19 +1,36 @@
-"Numbers against scikit-learn and by hand, Grad-CAM against planted evidence and another way to reckon it, interpret() on every kind of Learner."
-import numpy as np, pandas as pd, pytest, torch
-import sklearn.metrics as skm
-from torch import nn
-import torch.nn.functional as F
-from PIL import Image
+"""Numbers against scikit-learn and by hand, Grad-CAM against planted evidence and another way to reckon it, interpret()
+on every kind of Learner."""
 import nibabel as nib
-from hypothesis import given, settings, strategies as st
-from fastai.vision.all import load_learner, Interpretation, ClassificationInterpretation, vision_learner
-from fastmed.all import set_seed, InputError, ArgumentError, ColumnError, TensorVolume, SliceDataLoaders, VolumeDataLoaders, unet3d_learner, sphere
+import numpy as np
+import pandas as pd
+import pytest
+import sklearn.metrics as skm
+import torch
+import torch.nn.functional as F
+from fastai.vision.all import ClassificationInterpretation, Interpretation, load_learner, vision_learner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from phantoms import affine_of
+from PIL import Image
+from torch import nn
+
+from fastmed.all import (
+    ArgumentError,
+    ColumnError,
+    InputError,
+    SliceDataLoaders,
+    TensorVolume,
+    VolumeDataLoaders,
+    set_seed,
+    sphere,
+    unet3d_learner,
+)
 from fastmed.data.radiographs import RadiographDataLoaders
-from fastmed.learn.classify import classifier_learner, regression_learner
+from fastmed.learn.classify import classifier_learner
 from fastmed.metrics.curves import *
 from fastmed.study.gradcam import *
 from fastmed.study.interpret import *
-from phantoms import affine_of, CODES
+
 
 @pytest.fixture(autouse=True, scope='module')
 def quiet():
@@ -148,7 +165,8 @@ class Tiny(nn.Sequential):
         super().__init__(*block(n_in, 1), *block(nf, 2), *block(nf, 1), pool(1), nn.Flatten(), nn.Linear(nf, n_out))
 
 def test_grad_cam_by_hand():
-    "In-place activations behind the layer change nothing; each item for itself; frozen weights do no harm; the model is left as it was"
+    """In-place activations behind the layer change nothing; each item for itself; frozen weights do no harm; the model
+    is left as it was"""
     torch.manual_seed(0)
     m = Tiny(1, 3)
     x = torch.randn(2, 1, 16, 16)
@@ -183,7 +201,7 @@ def test_cam_layer_of_timm(name):
     assert a.shape==(1,128,128) and torch.isfinite(a).all() and 0<=float(a.min())<=float(a.max())<=1
 
 def test_cam_layer_of_monai():
-    from monai.networks.nets import resnet10, DenseNet, ViT
+    from monai.networks.nets import DenseNet, ViT, resnet10
     for m in (resnet10(spatial_dims=3, n_input_channels=1, num_classes=2, widen_factor=.25),
               DenseNet(3, 1, 2, init_features=8, growth_rate=4, block_config=(2,2))):
         a = grad_cam(m.eval(), torch.randn(1,1,32,32,32), 1)

@@ -1,7 +1,11 @@
 "A short version of benchmarks/kills.py: killed, started again, and several processes at once."
-import os, subprocess, sys
+import os
+import subprocess
+import sys
 from pathlib import Path
-import pandas as pd, pytest
+
+import pandas as pd
+import pytest
 
 root = Path(__file__).resolve().parent.parent
 
@@ -9,7 +13,8 @@ root = Path(__file__).resolve().parent.parent
                     reason='needs fork, and the benchmarks of a checkout')
 @pytest.mark.slow
 def test_killed_and_started_again(tmp_path):
-    "Store, download, training and a folder of predictions: nothing corrupt, nothing changed, nothing done twice, nothing left behind; four processes at one store"
+    """Store, download, training and a folder of predictions: nothing corrupt, nothing changed, nothing done twice,
+    nothing left behind; four processes at one store"""
     env = {**os.environ, 'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg'}
     r = subprocess.run([sys.executable, root/'benchmarks'/'kills.py', '--jobs',
                         'store,download,training,predict_folder', '--kills', '2', '--seed', '7', '--together', '4',

@@ -1,10 +1,16 @@
 "Labels of cases: which block, which split, the whole scan as an item, radiographs as they were meant."
-import math, struct, warnings
-import numpy as np, pandas as pd, pytest, torch
-from PIL import Image
-from fastmed.all import *
-from fastmed.data.labels import _indicators
+import math
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
 from phantoms import affine_of, write_case
+from PIL import Image
+
+from fastmed.all import *
+
 for k in [o for o in globals() if o.startswith('test')]: del globals()[k]    # fastcore's own
 
 QUIET = dict(device='cpu', num_workers=0)

@@ -1,9 +1,17 @@
 "The ten laws of the library. Each test fails when the law is broken."
-import inspect, json, re
-import nibabel as nib, numpy as np, pandas as pd, pytest, torch
+import inspect
+import json
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
 from fastai.callback.core import Callback
-from fastmed.all import *
 from phantoms import *
+
+from fastmed.all import *
+
 for k in [o for o in globals() if o.startswith('test')]: del globals()[k]    # fastcore's own
 
 QUIET = dict(device='cpu', num_workers=0)
@@ -13,7 +21,8 @@ def preds_of(learn, files, **kw):
 
 @pytest.fixture(scope='module')
 def exact(study, tmp_path_factory):
-    "`exact(ndim)` gives a Learner whose network is right without training, on the voxels of the scan itself; more arguments go to `from_df`."
+    """`exact(ndim)` gives a Learner whose network is right without training, on the voxels of the scan itself; more
+    arguments go to `from_df`."""
     path,df = study
     cache = tmp_path_factory.mktemp('exact')
     def make(ndim=3, arch=Nearest, **kwargs):
@@ -40,7 +49,8 @@ def equal(fresh, *keys):
 
 @pytest.mark.parametrize('ndim', (3,2))
 def test_law_1_fresh_process_predicts_the_same_bits(fresh, ndim):
-    "An exported Learner, loaded in another process after a pipeline with other settings was built there, gives the same answers to the last bit."
+    """An exported Learner, loaded in another process after a pipeline with other settings was built there, gives the
+    same answers to the last bit."""
     equal(fresh, *[f'{k}_{ndim}' for k in ('volume','affine','tta','proba','decoded','ids','probs','preds','pre')])
     assert len(np.unique(fresh[0][f'volume_{ndim}']))>1, 'the prediction is empty, so this test shows nothing'
 
@@ -108,7 +118,8 @@ def test_law_2_nothing_is_cropped(exact, tmp_path, ndim):
             assert (m.numpy()==1).all(), f'{int((m!=1).sum())} of {m.numel()} voxels are not covered'
 
 def test_law_2_resampling_pipeline_comes_back(exact, tmp_path):
-    "Through a pipeline of another spacing the mask is back in place: Dice near 1, centres of mass within a third of a voxel."
+    """Through a pipeline of another spacing the mask is back in place: Dice near 1, centres of mass within a third of a
+    voxel."""
     from scipy.ndimage import center_of_mass
     c = write_case(tmp_path, 'new', affine_of('PIR', (.9,1.1,1.6), (9,8,7)), (44,40,28))
     m = exact(3, spacing=1.25).predict_volume(tmp_path/c['image'])
@@ -387,7 +398,8 @@ def test_law_5_subject_on_one_side(study, tmp_path, cls):
     assert not set(dls.train_ds.items.ward)&set(dls.valid_ds.items.ward)
 
 def test_law_5_a_split_that_parts_a_subject_is_refused(study, tmp_path):
-    "A validation column that puts one subject on both sides is an error that names it; a row without a subject is one too."
+    """A validation column that puts one subject on both sides is an error that names it; a row without a subject is one
+    too."""
     path,df = study
     with pytest.raises(ValueError, match="s1.*both sides"):
         VolumeDataLoaders.from_df(df.assign(v=[i==3 for i in range(8)]), path, valid_col='v', cache=tmp_path, **QUIET)
@@ -733,7 +745,8 @@ def test_law_8_fastai_verb(learner, study, verb, ndim):
 
 @pytest.mark.parametrize('ndim', (3,2))
 def test_law_8_plain_datablock(study, ndim, tmp_path):
-    "The blocks in a plain `DataBlock` give plain fastai DataLoaders, and a Learner on them does all that it does on ours."
+    """The blocks in a plain `DataBlock` give plain fastai DataLoaders, and a Learner on them does all that it does on
+    ours."""
     path,df = study
     df = df.assign(image=[str(path/o) for o in df.image], mask=[str(path/o) for o in df['mask']])
     dls = plain_block(ndim).dataloaders(df, bs=2, path=tmp_path, **QUIET)
@@ -756,7 +769,8 @@ def test_law_8_plain_datablock(study, ndim, tmp_path):
     assert len(summ.train)==6 and isinstance(summ.train[0][1], TensorVolumeMask)
 
 def test_law_8_plain_datablock_of_files(study, tmp_path):
-    "A list of files with a label function, the commonest of fastai's ways: the truth of a whole scan is the mask that `get_y` names."
+    """A list of files with a label function, the commonest of fastai's ways: the truth of a whole scan is the mask that
+    `get_y` names."""
     path,df = study
     block = DataBlock((VolumeBlock(Preprocess(normalize='none')), VolumeMaskBlock(CODES)),
             get_y=lambda f: Path(str(f).replace('images','labels')), splitter=IndexSplitter([0,1]),
@@ -914,7 +928,8 @@ def test_law_10_workers_change_nothing(loaders, study, ndim):
         ((16,16,16), dict(nf=4, depth=4)), ((2,16,16), dict(nf=4, depth=2, strides=[(1,2,2)], kernels=3)),
         ((32,32,32), dict(nf=8, depth=4))], ids=['SegResNet','short','thin','plain'])
 def test_law_10_fast_gradients_are_the_gradients(study, tmp_path, patch, kw):
-    "What `fast=True` learns from is what plain float32 learns from, at every size a network comes down to: each gradient agrees to the precision of bfloat16."
+    """What `fast=True` learns from is what plain float32 learns from, at every size a network comes down to: each
+    gradient agrees to the precision of bfloat16."""
     path,df = study
     dls = VolumeDataLoaders.from_df(df, path, codes=CODES, spacing=.5, patch=patch, bs=2, samples_per_case=1,
                                     batch_tfms=None, cache=tmp_path, **QUIET)

@@ -1,31 +1,47 @@
-"Learners and DataLoaders that a fastai user builds by hand: what fastai offers works, or is refused by name before training."
-import copy, pickle, warnings
-import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
-from PIL import Image
-from torch import nn
+"""Learners and DataLoaders that a fastai user builds by hand: what fastai offers works, or is refused by name before
+training."""
+import copy
+import pickle
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
 from fastai.callback.data import WeightedDL
 from fastai.callback.mixup import CutMix, MixUp
-from fastai.callback.schedule import lr_find
+from fastai.callback.schedule import lr_find  # noqa: F401
 from fastai.data.all import CategoryBlock, ColReader, DataBlock, Datasets, IndexSplitter, RegressionBlock, TfmdDL
 from fastai.interpret import Interpretation
 from fastai.learner import Callback, Learner, load_learner
-from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, DiceLoss, FocalLossFlat, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, MSELossFlat
-from fastmed.data.blocks import CaseFiles, PatchDL, PatchTransform, VolumeBlock, VolumeMaskBlock
-from fastmed.learn.callbacks import DiceCallback, PictureCallback
-from fastmed.learn.classify import classifier_learner, regression_learner
-from fastmed.core import InputError
-from fastmed.data.loaders import SliceDataLoaders, VolumeDataLoaders
-from fastmed.data.cases import GroupSplitter
-from fastmed.learn.losses import MultiTaskLoss
-from fastmed.data.labels import WholeTransform, whole_plan
-from fastmed.learn.learner import make_fast, unet2d_learner, unet3d_learner
-from fastmed.learn.losses import as_loss
-from fastmed.models.zoo import create_model, model_names, param_splitter
-from fastmed.learn.pretrain import restoration_learner
-from fastmed.data.radiographs import RadiographBlock, RadiographPrep
-from fastmed.learn.callbacks import TensorBoardVolumes
-from fastmed.predict.tta import mix_looks
+from fastai.losses import (
+    BCEWithLogitsLossFlat,
+    CrossEntropyLossFlat,
+    DiceLoss,
+    FocalLossFlat,
+    LabelSmoothingCrossEntropy,
+    LabelSmoothingCrossEntropyFlat,
+    MSELossFlat,
+)
 from phantoms import CODES, write_case
+from PIL import Image
+from torch import nn
+
+from fastmed.core import InputError
+from fastmed.data.blocks import CaseFiles, PatchDL, PatchTransform, VolumeBlock, VolumeMaskBlock
+from fastmed.data.cases import GroupSplitter
+from fastmed.data.labels import WholeTransform, whole_plan
+from fastmed.data.loaders import SliceDataLoaders, VolumeDataLoaders
+from fastmed.data.radiographs import RadiographBlock, RadiographPrep
+from fastmed.learn.callbacks import DiceCallback, PictureCallback, TensorBoardVolumes
+from fastmed.learn.classify import classifier_learner, regression_learner
+from fastmed.learn.learner import make_fast, unet2d_learner, unet3d_learner
+from fastmed.learn.losses import MultiTaskLoss, as_loss
+from fastmed.learn.pretrain import restoration_learner
+from fastmed.models.zoo import create_model, model_names, param_splitter
+from fastmed.predict.tta import mix_looks
+
 
 @pytest.fixture
 def cases(tmp_path):

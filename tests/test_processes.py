@@ -1,9 +1,16 @@
 "Two processes that train together (gloo, on the CPU): no file is lost, and they stay together."
-import os, socket, subprocess, sys
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
-import numpy as np, pandas as pd, pytest
+
+import numpy as np
+import pandas as pd
+import pytest
+from phantoms import write_case
+
 import fastmed
-from phantoms import CODES, write_case
 
 SCRIPT = '''
 import os, sys, torch
@@ -69,6 +76,7 @@ def marks(tmp_path_factory):
 
 @pytest.mark.parametrize('what', ['files','refused','together','counted'])
 def test_two_processes(marks, what):
-    "Save and export are the first one's; what works in one process alone says so; `fit_for` ends together, with the same rates; Dice counts the cases of both"
+    """Save and export are the first one's; what works in one process alone says so; `fit_for` ends together, with the
+    same rates; Dice counts the cases of both"""
     reached,errs = marks
     assert {f'{what}_0',f'{what}_1'}<=reached, errs

@@ -1,18 +1,26 @@
 "A store serves the content that a file has now, whatever its times and size say, and reads nothing twice."
-import os, shutil
+import os
+import shutil
 from pathlib import Path
-import nibabel as nib, numpy as np, pandas as pd, pytest
-from fastmed.core import FileError, TensorVolume
-from fastmed.data.loaders import VolumeDataLoaders, get_preprocess
-from fastmed.io.volumes import file_digest, load_volume, save_volume
-from fastmed.learn.learner import unet3d_learner
-from fastmed.data.preprocess import Preprocess
-from fastmed.data.store import Store, kept_digest
-import fastmed.data.store
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
 from phantoms import CODES, write_case
 
+import fastmed.data.store
+from fastmed.core import FileError, TensorVolume
+from fastmed.data.loaders import VolumeDataLoaders, get_preprocess
+from fastmed.data.preprocess import Preprocess
+from fastmed.data.store import Store, kept_digest
+from fastmed.io.volumes import file_digest, load_volume, save_volume
+from fastmed.learn.learner import unet3d_learner
+
+
 def same_size(fn, value, at=slice(None), packed=False):
-    "Write a scan again with other voxels, the same size and the same time; of a packed one, whose size may differ, the same time"
+    """Write a scan again with other voxels, the same size and the same time; of a packed one, whose size may differ,
+    the same time"""
     st,im = os.stat(fn),nib.load(fn)
     a = np.asarray(im.dataobj).copy()
     a.reshape(-1)[at] = value
