@@ -45,7 +45,8 @@ def long_functions(tree, source):
     for o in ast.walk(tree):
         if not isinstance(o, FUNCTIONS): continue
         n = sum(o.lineno <= i <= o.end_lineno for i in code)
-        if n > BODY: yield o.lineno, f'{o.name}: {n} lines of body, at most {BODY}'
+        table = '# a table' in source.splitlines()[o.lineno-1]          # a line a case: what is parted there is lost
+        if n > BODY and not table: yield o.lineno, f'{o.name}: {n} lines of body, at most {BODY}'
         if (b := branches(o)) > BRANCHES: yield o.lineno, f'{o.name}: {b} branches, at most {BRANCHES}'
 
 
@@ -67,7 +68,8 @@ def folded(tree):
         if isinstance(o, ast.IfExp):
             inner = [i for part in (o.test, o.body, o.orelse) for i in ast.walk(part) if isinstance(i, ast.IfExp)]
             if inner: yield o.lineno, 'a conditional inside a conditional'
-        if isinstance(o, ast.Lambda) and isinstance(o.body, ast.Lambda): yield o.lineno, 'a lambda that returns a lambda'
+        if isinstance(o, ast.Lambda) and isinstance(o.body, ast.Lambda):
+            yield o.lineno, 'a lambda that returns a lambda'
 
 
 def joined(source):
@@ -81,7 +83,8 @@ def joined(source):
 def wide(source):
     "(line, what is wrong) of lines that are too long, nbdev's `__all__` and links left out"
     for n, o in enumerate(source.splitlines(), 1):
-        if len(o) > WIDTH and not re.match(r'__all__|\s*#.*https?://\S+$', o): yield n, f'{len(o)} columns, at most {WIDTH}'
+        if len(o) > WIDTH and not re.match(r'__all__|\s*#.*https?://\S+$', o):
+            yield n, f'{len(o)} columns, at most {WIDTH}'
 
 
 def faults(source):

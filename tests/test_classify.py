@@ -178,13 +178,16 @@ def answers(trained, cases, tmp_path_factory):
     save_model(r, tmp/'r.safetensors')
     here = [trained.predict(fn)[2].tolist(), trained.predict(fn, tta=3)[2].tolist(), r.predict(fn)[2].tolist()]
     out = python(f"""
-import sys, json; from fastmed.all import *
+import sys, json
+from fastmed.all import *
 torch.set_num_threads({torch.get_num_threads()})
 tmp,path = sys.argv[1:]
 df = pd.read_json(f'{{tmp}}/df.json')
-VolumeDataLoaders.from_df(df, path, label_col='size', spacing=2., normalize='minmax', cache=f'{{tmp}}/other', device='cpu', num_workers=0)
+VolumeDataLoaders.from_df(df, path, label_col='size', spacing=2., normalize='minmax', cache=f'{{tmp}}/other',
+                          device='cpu', num_workers=0)
 res = []
-for a,r in ((load_learner(f'{{tmp}}/a.pkl'),load_learner(f'{{tmp}}/r.pkl')), (load_model(f'{{tmp}}/a.safetensors','cpu'),load_model(f'{{tmp}}/r.safetensors','cpu'))):
+for a,r in ((load_learner(f'{{tmp}}/a.pkl'),load_learner(f'{{tmp}}/r.pkl')),
+        (load_model(f'{{tmp}}/a.safetensors','cpu'),load_model(f'{{tmp}}/r.safetensors','cpu'))):
     res.append([a.predict({fn!r})[2].tolist(), a.predict({fn!r}, tta=3)[2].tolist(), r.predict({fn!r})[2].tolist()])
 print('\\n'+json.dumps(res))
 """, *[df.to_json(tmp/'df.json') or tmp, path])

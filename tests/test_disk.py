@@ -109,7 +109,7 @@ def web(tmp_path_factory):
 
 NOISE = np.random.default_rng(0).normal(size=(40,40,40)).astype(np.float32)
 
-def writers(learner, scans, web):
+def writers(learner, scans, web):    # a table
     "name → (function of a folder that writes there, what the error must name)"
     p,df = scans
     ims = [str(p/o) for o in df.image]

@@ -147,8 +147,8 @@ def test_size():
 
 @pytest.mark.parametrize('name', rooms)
 def test_room_imports_only_from_rooms_before_it(name):
-    assert not (wrong:=list(wrong_imports(name,
-                                          tree_of(name)))), f'{path_of(name)} imports {wrong}, which do not stand before it'
+    wrong = list(wrong_imports(name, tree_of(name)))
+    assert not wrong, f'{path_of(name)} imports {wrong}, which do not stand before it'
 
 @pytest.mark.parametrize('name', rooms)
 def test_what_is_imported_is_used(name):
@@ -426,9 +426,9 @@ def test_requirements_are_ranges_and_complete():
     through_fastai = {'ipython', 'pillow', 'torchvision', 'fastprogress', 'tqdm', 'fasttransform', 'fastdownload',
                       'plum', 'packaging', 'requests'}
     optional = {'ipywidgets'} # asked for by name where they are used
-    used = {a for n in rooms for o in ast.walk(tree_of(n))
-            for a in ([b.name for b in o.names] if isinstance(o, ast.Import) else [o.module]
-                      if isinstance(o, ast.ImportFrom) and not o.level else [])}
+    nodes = [o for n in rooms for o in ast.walk(tree_of(n))]
+    used = {b.name for o in nodes if isinstance(o, ast.Import) for b in o.names}
+    used |= {o.module for o in nodes if isinstance(o, ast.ImportFrom) and not o.level}
     used = {known.get(o.split('.')[0], o.split('.')[0]).lower()
             for o in used} - set(sys.stdlib_module_names) - {'fastmed'}
     assert not (missing:=used - main - extra - through_fastai

@@ -225,7 +225,8 @@ def test_cam_of_a_network_with_masks_and_labels():
     assert a.shape==(2,32,32) and float(a.max())>.99 and torch.equal(a, grad_cam(m, x, 1, m.encoder[-1]))
 
 @pytest.mark.parametrize('name,kw',
-        [('vit_tiny_patch16_224',dict(depth=1)), ('swin_tiny_patch4_window7_224',dict(embed_dim=24, depths=(1,1), num_heads=(2,2)))])
+        [('vit_tiny_patch16_224',dict(depth=1)),
+         ('swin_tiny_patch4_window7_224',dict(embed_dim=24, depths=(1,1), num_heads=(2,2)))])
 def test_transformers_are_refused_by_name(name, kw):
     import timm
     m = timm.create_model(name, num_classes=2, in_chans=1, **kw)

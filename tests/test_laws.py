@@ -184,7 +184,7 @@ def test_law_3_unknown_is_refused(study, learner, loaders, tmp_path):
     with pytest.raises(ValueError, match='nonsense_arg'):
         Preprocess.from_json(json.dumps({**Preprocess().to_dict(), 'nonsense_arg':1}))
 
-def test_law_3_from_df_uses_each_argument(study, tmp_path):
+def test_law_3_from_df_uses_each_argument(study, tmp_path):    # a table
     "Each argument of `from_df` changes what it is there to change."
     path,df = study
     df = df.assign(site=[f'x{i%3}' for i in range(8)], held=[i<2 for i in range(8)], finds=['a|b','a']*4,
@@ -818,7 +818,7 @@ def test_law_8_deep_supervision_and_monai(loaders, study):
 
 # ---- 9
 
-def test_law_9_errors_say_which_what_and_how(study, exact, learner, loaders, tmp_path):
+def test_law_9_errors_say_which_what_and_how(study, exact, learner, loaders, tmp_path):    # a table
     "Each error names the case or file, what was expected, what was found, and how to mend it."
     path,df = study
     rows = lambda *bad, **k: pd.DataFrame([write_case(tmp_path, f'g{i}') for i in range(3)]+list(bad))

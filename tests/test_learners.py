@@ -144,8 +144,8 @@ def test_freeze_leaves_the_decoder_and_no_more(name, ndim):
     model = create_model(name, 1, 2, ndim=ndim, patch=(32,)*ndim)
     enc,rest = param_splitter(model)
     share = sum(p.numel() for p in enc)/sum(p.numel() for p in model.parameters())
-    assert .3<share<.99 and .25<len(enc)/(len(enc)
-                                          +len(rest))<.95, f'{name}: {len(enc)} tensors of {len(enc)+len(rest)} are the encoder'
+    tensors = len(enc)+len(rest)
+    assert .3<share<.99 and .25<len(enc)/tensors<.95, f'{name}: {len(enc)} tensors of {tensors} are the encoder'
 
 def patch_learner(cases, arch='UNet', **kwargs):
     path,df = cases
