@@ -15,7 +15,7 @@ import torch
 from fastai.basics import Learner
 from fastcore.all import first, ifnone, L, patch, store_attr
 from ..core import ArgumentError, ColumnError, InputError
-from ..data.labels import get_labels
+from ..data.recipe import labels_of
 from ..learn.callbacks import epoch_table
 from ..learn.classify import CaseLearner
 from fastmed.metrics.curves import (
@@ -490,7 +490,7 @@ def interpret(self:Learner,
     if odd:=sorted(set(kwargs)-{'n_boot','level','seed'}):
         raise ArgumentError(
                 f"interpret: unknown arguments {odd}; known are df, dl, group_col, point, n_boot, level, seed")
-    labels = get_labels(self.dls)
+    labels = labels_of(self.dls)
     if labels is None:
         raise InputError("interpret: these DataLoaders hold no labels. A segmentation has learn.evaluate() and "
                          "learn.show_worst()")
