@@ -6,7 +6,7 @@
 __all__ = ['make_learner', 'case_gflops', 'arm_settings', 'ArmScores', 'score_arm', 'load_run', 'loaded', 'seen_cases',
            'compare_learners']
 
-# %% ../../nbs/study/05_arms.ipynb #1eebb101
+# %% ../../nbs/study/05_arms.ipynb #ae047c2b
 import contextlib
 import hashlib
 import inspect
@@ -24,7 +24,7 @@ from fastai.basics import Callback, CancelValidException, warn
 from fastai.callback.hook import total_params
 from fastcore.all import first, ifnone, L
 from ..core import ArgumentError, InputError, MissingFileError
-from ..data.blocks import CaseFiles, get_plan, get_preprocess, PatchTransform
+from ..data.blocks import CaseFiles, PatchTransform
 from ..data.cases import group_values
 from ..data.loaders import SliceDataLoaders, VolumeDataLoaders
 from ..io.volumes import read_header, to_orientation
@@ -135,7 +135,7 @@ def function_text(
     if plain: sums += ' '+text_hash(setting_text(plain))
     return f'{setting_text(f)} {sums}'.strip()
 
-# %% ../../nbs/study/05_arms.ipynb #c3b9fafd
+# %% ../../nbs/study/05_arms.ipynb #b39f9504
 def case_gflops(
     learn,         # Learner
     shape,         # (3,) voxels of a case on the pipeline's grid
@@ -143,7 +143,7 @@ def case_gflops(
 )->float:          # 10⁹ multiplications and additions, each counted
     "What the network computes for one case: the count for a window times the number of windows"
     from torch.utils.flop_counter import FlopCounterMode
-    plan,model = get_plan(learn.dls),learn.model
+    plan,model = learn.dls.plan,learn.model
     size = [k for k in plan.patch if plan.ndim==3 or k>1]
     n_in = learn.n_in*(1+2*plan.get('context', 0) if plan.ndim==2 else 1)
     window,was = torch.zeros(1, n_in, *size, device=next(model.parameters()).device),model.training
@@ -153,14 +153,14 @@ def case_gflops(
     return c.get_total_flops()*len(window_corners(tuple(shape), plan.patch, overlap))/1e9
 
 def _case_settings(dls):
-    pre = get_preprocess(dls)
+    pre = dls.preprocess
     def cases(ds): return settings_hash(sorted(str(c) for c,_ in case_rows(ds.items)))
     return {'held-out cases':cases(dls.valid_ds), 'training cases':cases(dls.train_ds),
             'structures':', '.join(pre.vocab), 'spacing':setting_text(pre.spacing), 'orientation':str(pre.orientation),
             'normalisation':setting_text(pre.normalize)}
 
 def _patch_settings(dls):
-    plan,tr = get_plan(dls),dls.train
+    plan,tr = dls.plan,dls.train
     across = f", across axis {plan.axis}, {plan.get('context',0)} neighbours on each side" if plan.ndim==2 else ''
     cut = first(f for f in tr.after_item.fs if isinstance(f, PatchTransform))
     others = [f for f in tr.after_item.fs if not isinstance(f, PatchTransform)]
@@ -188,7 +188,7 @@ def arm_settings(
             'window overlap':str(look.get('overlap', .5)), 'test-time augmentation':str(look.get('tta', False)),
             'post-processing':setting_text(look.get('post')), 'slicing axes at prediction':str(look.get('axes'))}
 
-# %% ../../nbs/study/05_arms.ipynb #6a970e16
+# %% ../../nbs/study/05_arms.ipynb #0e9cfeb0
 class ArmScores(NamedTuple):
     "What `score_arm` found: three DataFrames, and the seconds that each prediction took"
     results: pd.DataFrame
@@ -200,7 +200,7 @@ class _Judge:
     "Collects what is found of a Learner, case by case"
     def __init__(self, learn, look, remedies, slice_axis, tolerance):
         self.learn,self.look,self.tolerance = learn,look,tolerance
-        self.vocab,plan = get_preprocess(learn.dls).vocab,get_plan(learn.dls)
+        self.vocab,plan = learn.dls.preprocess.vocab,learn.dls.plan
         self.slice_axis = plan.axis if slice_axis is None and plan.ndim==2 else slice_axis
         self.remedies = {'none':None, **{getattr(p, '__name__', p):p for p in remedies}}
         if plan.ndim==2 and 'axes' not in look: self.remedies["axes='all'"] = dict(axes='all')
@@ -259,7 +259,7 @@ def score_arm(
     if len(judge.errors)==len(seconds): raise judge.errors[0]
     return ArmScores(*[pd.DataFrame(o) for o in (judge.results, judge.slices, judge.remedied)], seconds)
 
-# %% ../../nbs/study/05_arms.ipynb #68dfcad5
+# %% ../../nbs/study/05_arms.ipynb #63da374c
 def scores_and_cost(
     learn,          # trained Learner
     df,             # held-out cases, one row each
@@ -273,7 +273,7 @@ def scores_and_cost(
     reset_peak(device)
     scores = score_arm(learn, df, look, group_col=group_col, slice_axis=slice_axis)
     h = read_header(case_columns(learn.dls)[0](df.iloc[0]))
-    grid = get_preprocess(learn.dls).grid(h['shape'], h['affine'])[0]
+    grid = learn.dls.preprocess.grid(h['shape'], h['affine'])[0]
     cost = dict(parameters=total_params(learn.model)[0], case_gflops=case_gflops(learn, grid, look.get('overlap', .5)),
                 **(paid or {}), predict_s=float(np.median(scores.seconds)), predict_peak_mb=peak_memory(device)/1e6)
     return scores,cost
@@ -330,7 +330,7 @@ def open_run(
         if f.path is None: f.path = Path(path).absolute()    # a model file keeps no path: names are those of the study
     return learn
 
-# %% ../../nbs/study/05_arms.ipynb #5ee03bdd
+# %% ../../nbs/study/05_arms.ipynb #d45f3bba
 def loaded(
     learners:dict,   # arm → Learner, or its file
     trust:bool=False # open files that are pickles, and run what is in them: only where you trust their sender
@@ -368,10 +368,10 @@ def _check_alike(learners):
         if not getattr(learn, 'seen', None) and not begun:
             warn(f"{a}: this Learner does not know what it was trained on; make sure that none of these cases is among "
                  f"it")
-    vocabs = {a:get_preprocess(learn.dls).vocab for a,learn in learners.items()}
+    vocabs = {a:learn.dls.preprocess.vocab for a,learn in learners.items()}
     if len(set(map(str, vocabs.values())))>1: raise InputError(f"compare_learners: unlike structures: {vocabs}")
 
-# %% ../../nbs/study/05_arms.ipynb #fa783d75
+# %% ../../nbs/study/05_arms.ipynb #8b8462b0
 def compare_learners(
     learners:dict,    # arm → Learner, or its file
     df,               # cases to be judged on
@@ -387,7 +387,7 @@ def compare_learners(
     learners = loaded(learners, trust)
     _check_alike(learners)
     df = _unseen(learners, df.assign(case=[str(k) for k,_ in case_rows(df)]).reset_index(drop=True), seen)
-    axis = next((p.axis for p in (get_plan(o.dls) for o in learners.values()) if p.ndim==2), None)
+    axis = next((p.axis for p in (o.dls.plan for o in learners.values()) if p.ndim==2), None)
     tables,costs,settings = [],[],{}
     for a,learn in learners.items():
         key = dict(arm=a, fold=0, seed=0)

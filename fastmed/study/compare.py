@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Comparison', 'ComparisonCallback']
 
-# %% ../../nbs/study/08_compare.ipynb #a44b224e
+# %% ../../nbs/study/08_compare.ipynb #b94bed47
 import re
 import time
 from pathlib import Path
@@ -17,7 +17,6 @@ from fastai.basics import Callback, set_seed
 from fastai.callback.hook import total_params
 from fastcore.all import first, ifnone, L, patch, store_attr
 from ..core import beside, InputError, whole_file
-from ..data.blocks import get_plan
 from ..data.cases import check_codes, group_folds
 from ..data.loaders import SliceDataLoaders, VolumeDataLoaders
 from ..io.volumes import load_mask, load_volume, to_orientation
@@ -132,7 +131,7 @@ def _spec(self:Comparison, arm, fold, seed):
                 budget=self.budget, hash=self.hash, files=self.files, group_col=self.group_col,
                 slice_axis=self.slice_axis, folder=str(self._folder(arm, fold, seed)), threads=torch.get_num_threads())
 
-# %% ../../nbs/study/08_compare.ipynb #900b54b7
+# %% ../../nbs/study/08_compare.ipynb #36519490
 @patch
 def check(self:Comparison)->pd.DataFrame: # a row a setting, a column an arm
     "Make each arm's Learner once, so that a mistake shows before the hours are spent; gives the settings that differ"
@@ -143,7 +142,7 @@ def check(self:Comparison)->pd.DataFrame: # a row a setting, a column an arm
             kwargs,look,lr_max = without_prediction(spec['kwargs'])
             with quiet_output(): learn = make_learner(spec['df'], **kwargs, valid_col='_held_out')
             settings[a] = arm_settings(learn, look, lr_max)
-            plan = get_plan(learn.dls)
+            plan = learn.dls.plan
             if plan.ndim==2: axes.append(plan.axis)
         except (TypeError, ValueError, KeyError) as e:
             raise type(e)(f"arm {a!r}: {e.args[0] if e.args else e}") from e

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['stratified_folds', 'fold_learner', 'CrossValidation', 'cross_validate']
 
-# %% ../../nbs/study/10_crossval.ipynb #a0690163
+# %% ../../nbs/study/10_crossval.ipynb #2546a92e
 import hashlib
 import re
 import time
@@ -17,7 +17,6 @@ import pandas as pd
 import torch
 from fastcore.all import delegates, first, ifnone, L, patch
 from ..core import ArgumentError, ColumnError, InputError
-from ..data.blocks import get_preprocess
 from ..data.cases import check_codes, check_columns, group_folds, group_values
 from ..data.loaders import SliceDataLoaders, VolumeDataLoaders
 from ..data.radiographs import RadiographDataLoaders
@@ -109,10 +108,10 @@ def _check_held_out(learn, df):
         raise InputError(f"fit: its Learner was trained before on {len(odd)} of the cases that are held out, such as "
                          f"{odd[:3]}, or on their subjects. Start from weights that have not seen them")
 
-# %% ../../nbs/study/10_crossval.ipynb #5d45cca4
+# %% ../../nbs/study/10_crossval.ipynb #c0fbe4f1
 def _mask_scores(learn, held, look, subjects, masks):
     "Scores of the structures; masks are written into the folder `masks`, where one is given"
-    vocab,rows,errors = get_preprocess(learn.dls).vocab,[],[]
+    vocab,rows,errors = learn.dls.preprocess.vocab,[],[]
     for name,_,pred,truth,e in predicted_cases(learn, held, **look):
         if e: errors.append(e)
         elif masks: pred.save(masks/_mask_name(name))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['draw_order', 'LabelEfficiency', 'label_efficiency', 'thick_slices', 'ShiftCurves', 'anisotropy_shift']
 
-# %% ../../nbs/study/07_efficiency.ipynb #409dcc4f
+# %% ../../nbs/study/07_efficiency.ipynb #ab7757e8
 import json
 from pathlib import Path
 
@@ -15,7 +15,6 @@ import torch
 from fastai.basics import set_seed
 from fastcore.all import ifnone, patch
 from ..core import ArgumentError, FastmedError, InputError, TensorVolume, whole_file
-from ..data.blocks import get_plan, get_preprocess
 from ..data.cases import check_columns, group_values, marked_rows
 from ..io.volumes import file_digest, load_volume
 from ..learn.callbacks import case_columns, case_rows, case_truth
@@ -290,7 +289,7 @@ class ShiftCurves(pd.DataFrame):
         fig.tight_layout()
         return fig
 
-# %% ../../nbs/study/07_efficiency.ipynb #54befcc4
+# %% ../../nbs/study/07_efficiency.ipynb #4f1cc9c3
 def _check_unseen(learners, df):
     for a,learn in learners.items():
         if odd:=seen_cases(learn, df):
@@ -299,7 +298,7 @@ def _check_unseen(learners, df):
 
 def _thicker_scores(learn, row, factors, axis, overlap):
     "(factor, scores of the structures) of a case, on its own grid"
-    pre,(image,mask) = get_preprocess(learn.dls),case_columns(learn.dls)
+    pre,(image,mask) = learn.dls.preprocess,case_columns(learn.dls)
     t = load_volume(image(row), reorient=True)
     for f in factors:
         x = pre(thick_slices(t, f, axis))
@@ -317,7 +316,7 @@ def anisotropy_shift(
 )->ShiftCurves:         # a row an arm, factor, case and structure
     "Test Learners on scans with thicker slices, scored on the original grid. Raises `ValueError` on a seen case"
     learners = loaded(learners, trust)
-    plans = [get_plan(learn.dls) for learn in learners.values()]
+    plans = [learn.dls.plan for learn in learners.values()]
     if axis is None: axis = next((p.axis for p in plans if p.ndim==2), 2)
     if not group_col and 'subject' in df: group_col = 'subject'
     _check_unseen(learners, df)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cam_layer', 'item_of', 'grad_cam', 'plot_cam']
 
-# %% ../../nbs/study/01_gradcam.ipynb #20ac4c62
+# %% ../../nbs/study/01_gradcam.ipynb #f100965a
 import math
 import re
 from typing import NamedTuple
@@ -16,9 +16,10 @@ import torch
 from fastai.basics import Learner, retain_meta
 from fastcore.all import first, patch
 from ..core import ArgumentError, InputError, orientation_of, show_plane, TensorMed, TensorSlice, TensorVolume
-from ..data.blocks import get_preprocess, LoadVolume
-from ..data.labels import fit_in, get_labels, WholeTransform
+from ..data.blocks import LoadVolume
+from ..data.labels import fit_in, WholeTransform
 from ..data.radiographs import get_prep, LoadRadiograph, TensorRadiograph
+from ..data.recipe import labels_of
 from ..io.volumes import load_volume, resample_to, to_orientation
 from ..learn.callbacks import epoch_table
 from torch import nn, Tensor
@@ -131,7 +132,7 @@ def _spread_map(a, size, off, jump):
         a = torch.movedim(torch.movedim(a, ax+1, -1)@w.T, -1, ax+1)
     return a
 
-# %% ../../nbs/study/01_gradcam.ipynb #d8ca0f1b
+# %% ../../nbs/study/01_gradcam.ipynb #d462a53b
 def _row_files(learn, item):
     "The file, or files, behind a row"
     for f in learn.dls.train_ds.tls[0].tfms.fs:
@@ -142,7 +143,7 @@ def _row_files(learn, item):
 def _middle_patch(learn, item, whole):
     "A whole volume, or the middle slice of it, as `whole` places it"
     t = item if isinstance(item, TensorVolume) else load_volume(_row_files(learn, item))
-    x = fit_in(get_preprocess(learn.dls)(t), whole.plan)
+    x = fit_in(learn.dls.preprocess(t), whole.plan)
     corner = list(whole.place(x))
     if whole.plan.ndim==2: corner[whole.plan.axis] = x.shape[whole.plan.axis+1]//2
     return whole.patch(x, corner)
@@ -161,7 +162,7 @@ def item_of(
     dl = dls.test_dl(pd.DataFrame([item]) if isinstance(item, pd.Series) else [item], num_workers=0)
     return dl.one_batch()[0][0]                  # batch transforms, such as a normalisation, included
 
-# %% ../../nbs/study/01_gradcam.ipynb #afc76f5b
+# %% ../../nbs/study/01_gradcam.ipynb #9234d7d1
 def _class_number(target, vocab):
     "The number of a class that is given by name"
     if not isinstance(target, str): return target
@@ -182,7 +183,7 @@ def _class_numbers(target, size, most, device):
 def _target(out, target, learn):
     "Signed scores (B,) of the targets"
     size,n = out.shape
-    task,vocab = (get_labels(learn.dls) if learn is not None else None) or (None,None)
+    task,vocab = (labels_of(learn.dls) if learn is not None else None) or (None,None)
     regression = task=='regression'
     target = _class_number(target, vocab)
     if target is None and regression and n>1:

@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['CaseInterpretation']
 
-# %% ../../nbs/study/03_interpret.ipynb #4fec8d31
+# %% ../../nbs/study/03_interpret.ipynb #bcc23e8d
 import numpy as np
 import pandas as pd
 from fastai.basics import Learner
 from fastcore.all import first, ifnone, patch, store_attr
 from ..core import ArgumentError, ColumnError, InputError
-from ..data.labels import get_labels
+from ..data.recipe import labels_of
 from ..learn.classify import CaseLearner
 from fastmed.metrics.curves import (
-    agreement, area_under, bands, Calibration, Confounding, error_by, estimate, operating_point, OperatingPoint,
-    safe_ratio, score_by, score_curve
+    agreement, area_under, bands, Calibration, Confounding, error_by, operating_point, OperatingPoint, score_by,
+    score_curve
 )
 from ..metrics import curves
 from ..metrics.scores import choose_point
+from ..metrics.stats import estimate, safe_ratio
 from .report import LabelPictures
 from torch import Tensor
 
@@ -358,7 +359,7 @@ def _of_batches(learn, dl, items, vocab, task, **kwargs):
     if not isinstance(items, pd.DataFrame): items = pd.DataFrame({'image':list(items)}) if len(items)==len(p) else None
     return CaseInterpretation(y, p, vocab, task, items, **kwargs)
 
-# %% ../../nbs/study/03_interpret.ipynb #d59c30c8
+# %% ../../nbs/study/03_interpret.ipynb #546b835c
 @patch
 def interpret(self:Learner,
     df=None,        # cases, one row each; default: the validation cases
@@ -372,7 +373,7 @@ def interpret(self:Learner,
     if odd:=sorted(set(kwargs)-{'n_boot','level','seed'}):
         raise ArgumentError(f"interpret: unknown arguments {odd}; known are df, dl, group_col, point, n_boot, level, "
                             f"seed")
-    labels = get_labels(self.dls)
+    labels = labels_of(self.dls)
     if labels is None:
         raise InputError("interpret: these DataLoaders hold no labels. A segmentation has learn.evaluate() and "
                          "learn.show_worst()")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RULE', 'ArmPictures', 'LabelPictures']
 
-# %% ../../nbs/study/02_report.ipynb #2c048d7c
+# %% ../../nbs/study/02_report.ipynb #d5ee9d0c
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,6 @@ import pandas as pd
 import torch
 from fastcore.all import first, L, patch
 from ..core import best_plane, ColumnError, InputError, show_plane
-from ..data.blocks import get_preprocess
 from ..io.volumes import load_volume
 from ..learn.callbacks import case_columns, case_rows, case_truth
 from ..learn.plain import UnopenedError
@@ -21,7 +20,7 @@ from ..plot import html_report
 from ..predict.predict import predict_case
 from .gradcam import grad_cam, is_conv, item_of, plot_cam
 
-# %% ../../nbs/study/02_report.ipynb #7ea478c3
+# %% ../../nbs/study/02_report.ipynb #816b8b75
 RULE = "missed or failed: 0 (HD95: the largest found); absent: left out, or 1 (HD95: 0) where another arm draws it"
 
 class ArmPictures:
@@ -59,7 +58,7 @@ def _predictions(found, case):
     predicted = {}
     for a in found.arms:
         learn = found.learner(a, case)
-        pre,(image,mask) = get_preprocess(learn.dls),case_columns(learn.dls)
+        pre,(image,mask) = learn.dls.preprocess,case_columns(learn.dls)
         scan = load_volume(image(row), reorient=True)
         predicted[a] = predict_case(learn, scan, progress=False)
         truth = case_truth(pre, mask(row), predicted[a])

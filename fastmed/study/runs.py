@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/study/06_runs.ipynb #2f39b782
+# %% ../../nbs/study/06_runs.ipynb #735c9eda
 import contextlib
 import io
 import json
@@ -23,7 +23,6 @@ import torch
 from fastai.basics import defaults, set_seed, warn
 from fastcore.all import L
 from ..core import beside, ColumnError, FastmedError, InputError, sweep, synced, whole_file, writing
-from ..data.blocks import get_plan, get_preprocess
 from ..data.cases import check_columns, group_values
 from ..data.preprocess import case_files
 from ..data.store import cache_dir, kept_digest
@@ -224,7 +223,7 @@ def train_runs(
         if len(busy)==len(specs): time.sleep(.5)
         specs = busy
 
-# %% ../../nbs/study/06_runs.ipynb #d942df4a
+# %% ../../nbs/study/06_runs.ipynb #58bccc6e
 def write_run(
     learn,  # trained Learner
     folder, # of the run
@@ -258,8 +257,8 @@ def finish_run(
     scores,cost = scores_and_cost(learn, learn.dls.valid_ds.items, look, spec['group_col'], spec['slice_axis'], cost)
     key = {k:spec[k] for k in ('arm','fold','seed')}
     facts = dict(key, budget=spec['budget'], folds=spec['hash'], files=spec.get('files'),
-                 settings=arm_settings(learn, look, spec.get('lr_max')), plan=dict(get_plan(learn.dls)),
-                 preprocess=get_preprocess(learn.dls).to_dict(), cost=cost)
+                 settings=arm_settings(learn, look, spec.get('lr_max')), plan=dict(learn.dls.plan),
+                 preprocess=learn.dls.preprocess.to_dict(), cost=cost)
     tables = {n:t.assign(**key)[[*key, *t]] for n,t in scores._asdict().items() if n!='seconds'}
     losses = [float(o) for o in learn.recorder.losses]
     log = pd.DataFrame(dict(update=range(1, len(losses)+1), loss=losses, lr=learn.recorder.lrs[-len(losses):]))
