@@ -32,7 +32,7 @@ from fastmed.all import (
     slice_consistency,
     thick_slices,
 )
-from fastmed.study.runs import keep_model
+from fastmed.study.arms import keep_model
 
 
 # --- statistics

@@ -162,7 +162,7 @@ def run(self:Comparison,
     self._check_folder(False)                            # a file may have been changed meanwhile
     return self
 
-# %% ../../nbs/study/08_compare.ipynb #81dacc6a
+# %% ../../nbs/study/08_compare.ipynb #3fa3c0ca
 def _entered_by_hand(fn): return 'by_hand' in (read_notes(fn).get('budget') or ())
 
 @patch
@@ -183,19 +183,25 @@ def _results_of(self:Comparison, folder, facts):
 
 @patch(as_prop=True)
 def results(self:Comparison):
+    "A row an arm, fold, seed, case and structure. Raises `InputError` before the first run is finished"
     t = self._runs().table('results', self._results_of)
     if not len(t): raise InputError(f"{self.path}: no run is finished yet. Call run()")
     return t
 @patch(as_prop=True)
-def slices(self:Comparison): return self._runs().table('slices', lambda folder, _: read_table(folder/'slices.csv'))
+def slices(self:Comparison):
+    "How neighbouring slices fit, a row as in `results`"
+    return self._runs().table('slices', lambda folder, _: read_table(folder/'slices.csv'))
 @patch(as_prop=True)
 def remedied(self:Comparison):
+    "The Dice after each post-processing"
     return self._runs().table('remedied', lambda folder, _: read_table(folder/'remedied.csv'))
 @patch(as_prop=True)
 def cost(self:Comparison):
+    "What each run cost, a row a run"
     return pd.DataFrame([dict({k:f[k] for k in ('arm','fold','seed')}, **f['cost']) for f in self._runs().facts])
 @patch(as_prop=True)
 def settings(self:Comparison):
+    "What each arm was: a row a setting, a column an arm"
     facts = self._runs().facts
     def said(f): return {'budget':setting_text(f['budget']), **f['settings']}
     return pd.DataFrame({f['arm']:said(f) for f in facts if f['fold']==facts[0]['fold']})

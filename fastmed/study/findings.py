@@ -144,13 +144,13 @@ def paired(self:Findings,
                'rule'] + ['equivalent']*(equal_within is not None)
     return res.assign(p_holm=holm(res.p), rule=RULE)[columns]
 
-# %% ../../nbs/study/04_findings.ipynb #e48b8e66
+# %% ../../nbs/study/04_findings.ipynb #a6549892
 class BestArm(str):
     "Name of an arm, with the `sentence` that says why"
     sentence = ''
     def __repr__(self): return f'{str(self)!r}: {self.sentence}'
 
-def _why(best, top, scores, score, cheap, kept, by):
+def _reason(best, top, scores, score, cheap, kept, by):
     "Why an arm is taken: the rest of the sentence on the arm with the best mean"
     if best!=top:
         r,sign = kept[best],-1 if score=='hd95' else 1
@@ -177,7 +177,7 @@ def best(self:Findings,
     cheap = None if self.cost is None or by not in self.cost else self.cost.groupby('arm')[by].mean()
     res = BestArm(top if cheap is None else min([top,*kept], key=lambda a: cheap.get(a, np.inf)))
     res.sentence = (f"{top} has the best mean {score} ({scores[top].mean():.4f}, standard error {se:.4f})"
-                    + _why(res, top, scores, score, cheap, kept, by))
+                    + _reason(res, top, scores, score, cheap, kept, by))
     return res
 
 # %% ../../nbs/study/04_findings.ipynb #4131fd5a

@@ -338,7 +338,7 @@ def plot_cam(
         show_plane(c, axis=a, index=int(at[a]), ctx=ax, **_heat())
     return ctx[0].figure
 
-# %% ../../nbs/study/01_gradcam.ipynb #ed960b8f
+# %% ../../nbs/study/01_gradcam.ipynb #9a49e598
 @patch
 def training_table(self:Learner)->pd.DataFrame: # index epoch, running through; fit, and a column a loss or metric
     "Losses and metrics of every training by epoch; of fastai's own Learner the last. Raises `InputError` before any"
@@ -350,7 +350,7 @@ def training_table(self:Learner)->pd.DataFrame: # index epoch, running through; 
     t.index = pd.RangeIndex(1, len(t)+1, name='epoch')
     return t[['fit',*[c for c in t if c!='fit']]]
 
-def _families(t):
+def _metric_families(t):
     "First word of a metric → its columns; those without a number are left out"
     res = {}
     for c in t.columns[1:]:
@@ -366,7 +366,7 @@ def plot_metrics(self:Learner,
     "Losses and metrics by epoch, a grey line between one training and the next. Raises `InputError` before any"
     import matplotlib.pyplot as plt
     t = self.training_table()
-    families,ends = _families(t),t.index[:-1][np.diff(t.fit)>0]+.5
+    families,ends = _metric_families(t),t.index[:-1][np.diff(t.fit)>0]+.5
     ncols = min(ncols, len(families))
     rows = -(-len(families)//ncols)
     fig,axs = plt.subplots(rows, ncols, figsize=(imsize*1.25*ncols, imsize*rows), squeeze=False)

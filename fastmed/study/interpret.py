@@ -168,6 +168,18 @@ def losses(self:CaseInterpretation)->np.ndarray: # (n,)
     else: q = np.where(self.y==1, self.p, 1-self.p)
     return -np.log(np.clip(q, 1e-12, 1)).sum(1)
 
+# %% ../../nbs/study/03_interpret.ipynb #457257ae
+@patch
+def decoded(self:CaseInterpretation)->np.ndarray: # (n,) class numbers; (n,K) 0/1 of findings; numbers of a regression
+    "The prediction itself: of two classes and of findings by the threshold, of more classes the most probable one"
+    if self.task=='regression': return self.p
+    if self.task=='category' and len(self.vocab)>2: return self.p.argmax(1)
+    hit = []
+    for k in self.labels:
+        y,p,_ = self.one(k)
+        hit.append((p>=choose_point(y, p, self._rules[k])).astype(int))
+    return hit[0] if self.task=='category' else np.stack(hit, 1)
+
 # %% ../../nbs/study/03_interpret.ipynb #abed913f
 @patch
 def _ask(self:CaseInterpretation, f, label, **kwargs):
@@ -230,18 +242,7 @@ def summary(self:CaseInterpretation)->pd.DataFrame: # index (label, metric): val
     fields = [dict(value=float(v), low=v.low, high=v.high, n=v.n, subjects=v.subjects) for v in rows.values()]
     return pd.DataFrame(fields, index=pd.MultiIndex.from_tuples(rows, names=['label','metric']))
 
-# %% ../../nbs/study/03_interpret.ipynb #17ef1955
-@patch
-def decoded(self:CaseInterpretation)->np.ndarray: # (n,) class numbers; (n,K) 0/1 of findings; numbers of a regression
-    "The prediction itself: of two classes and of findings by the threshold, of more classes the most probable one"
-    if self.task=='regression': return self.p
-    if self.task=='category' and len(self.vocab)>2: return self.p.argmax(1)
-    hit = []
-    for k in self.labels:
-        y,p,_ = self.one(k)
-        hit.append((p>=choose_point(y, p, self._rules[k])).astype(int))
-    return hit[0] if self.task=='category' else np.stack(hit, 1)
-
+# %% ../../nbs/study/03_interpret.ipynb #5b538f22
 @patch
 def confusion(self:CaseInterpretation,
     label=None,     # of findings: which
@@ -327,7 +328,7 @@ def answer(self:CaseInterpretation)->str: # two sentences
         s += f"; at {o.threshold:.2f} ({o.rule}) sensitivity is {o.sensitivity}, specificity {o.specificity}"
     return s + '.' + (f" {len(self.failed)} cases could not be predicted: {self.failed[:5]}." if self.failed else '')
 
-# %% ../../nbs/study/03_interpret.ipynb #5c01d066
+# %% ../../nbs/study/03_interpret.ipynb #3699ce8c
 def _point_of(learn):
     "The threshold that the metrics of a Learner use, else 0.5"
     return ifnone(first(m.point for m in learn.metrics if getattr(m, 'point', None) is not None), .5)
@@ -346,7 +347,7 @@ def _of_cases(learn, items, vocab, task, **kwargs):
     if len(set(subjects))<len(subjects) or 'patient_id' not in d: more['subject'] = subjects
     d = d.assign(**{k:v for k,v in more.items() if k not in d})
     y = y.astype(int) if task=='category' else y
-    return CaseInterpretation(y, p, vocab, task, d, failed=res.case[~ok], **kwargs)
+    return CaseInterpretation(y, p, vocab, task, d, failed=res.case[~ok], learn=learn, **kwargs)
 
 def _of_batches(learn, dl, items, vocab, task, **kwargs):
     "By `get_preds`, as any Learner of fastai's can"
@@ -357,9 +358,9 @@ def _of_batches(learn, dl, items, vocab, task, **kwargs):
         raise InputError("interpret: the predictions are no probabilities: the loss has no activation. Use "
                          "CrossEntropyLossFlat, or another loss with `activation`")
     if not isinstance(items, pd.DataFrame): items = pd.DataFrame({'image':list(items)}) if len(items)==len(p) else None
-    return CaseInterpretation(y, p, vocab, task, items, **kwargs)
+    return CaseInterpretation(y, p, vocab, task, items, learn=learn, **kwargs)
 
-# %% ../../nbs/study/03_interpret.ipynb #546b835c
+# %% ../../nbs/study/03_interpret.ipynb #8f52da1d
 @patch
 def interpret(self:Learner,
     df=None,        # cases, one row each; default: the validation cases
@@ -378,7 +379,7 @@ def interpret(self:Learner,
         raise InputError("interpret: these DataLoaders hold no labels. A segmentation has learn.evaluate() and "
                          "learn.show_worst()")
     task,vocab = labels
-    kwargs.update(group_col=group_col, point=ifnone(point, _point_of(self)), learn=self)
+    kwargs.update(group_col=group_col, point=ifnone(point, _point_of(self)))
     if df is None and dl is None:
         if not len(self.dls[1].dataset): raise _no_cases()
         dl = self.dls[1].new(shuffle=False, drop_last=False)

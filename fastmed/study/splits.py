@@ -22,7 +22,7 @@ from .findings import failed_rows, ruled_scores
 from .report import RULE
 from .runs import class_numbers, read_table, Study
 
-# %% ../../nbs/study/09_splits.ipynb #5cfd5bcb
+# %% ../../nbs/study/09_splits.ipynb #e2f09fa5
 def _truth(v): return str(v)=='True'
 
 def _is_written(v, kind):
@@ -60,7 +60,9 @@ def _results_of(self:SplitFindings, folder, facts):
     return _classes_back(t, self._facts()[0]['vocab']) if facts['task']=='category' else t
 
 @patch(as_prop=True)
-def task(self:SplitFindings): return self._facts()[0]['task']
+def task(self:SplitFindings):
+    "'segmentation', 'category', 'multi' or 'regression'"
+    return self._facts()[0]['task']
 @patch(as_prop=True)
 def results(self:SplitFindings)->pd.DataFrame: # repeat, fold, case, subject, then scores; or target, pred, …
     "Every case of every repeat, by a model that has not seen its subject: a row a case, for masks a row a structure"
