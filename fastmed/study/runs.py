@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/study/06_runs.ipynb #735c9eda
+# %% ../../nbs/study/06_runs.ipynb #ee69c940
 import contextlib
 import io
 import json
@@ -22,8 +22,8 @@ import pandas as pd
 import torch
 from fastai.basics import defaults, set_seed, warn
 from fastcore.all import L
-from ..core import beside, ColumnError, FastmedError, InputError, sweep, synced, whole_file, writing
-from ..data.cases import check_columns, group_values
+from ..core import beside, FastmedError, InputError, sweep, synced, whole_file, writing
+from ..data.cases import check_columns, fold_numbers, group_values
 from ..data.preprocess import case_files
 from ..data.store import cache_dir, kept_digest
 from ..learn.pace import CostCallback
@@ -264,7 +264,7 @@ def finish_run(
     log = pd.DataFrame(dict(update=range(1, len(losses)+1), loss=losses, lr=learn.recorder.lrs[-len(losses):]))
     return write_run(learn, folder, tmp, facts, **tables, log=log)
 
-# %% ../../nbs/study/06_runs.ipynb #757091ec
+# %% ../../nbs/study/06_runs.ipynb #5e41ceec
 PLACE_ARGS = ('cache','num_workers','device','path')         # where an arm runs may change
 
 def checked_budget(
@@ -303,9 +303,8 @@ def column_folds(
     col:str,  # column with the number of each case's fold
     group_col # column of the subjects, or None
 )->np.ndarray: # (rows,) number of the fold
-    "Folds that stand in a column. Raises `ColumnError` without it, `InputError` where a subject is in several"
-    if col not in df: raise ColumnError(f"folds {col!r}: not in the DataFrame, which has {list(df)}")
-    fold = df[col].astype(int).values
+    "Folds that stand in a column. Raises as `fold_numbers`, and `InputError` where a subject is in several"
+    fold = fold_numbers(df, col)
     parted = pd.Series(fold).groupby(np.asarray(group_values(df, group_col))).nunique()
     if (parted>1).any():
         raise InputError(f"folds {col!r}: the subjects {parted[parted>1].index[:5].tolist()} stand in several folds. "
