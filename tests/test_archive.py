@@ -1,9 +1,19 @@
-"Archives from strangers: nothing outside the folder, no links, no devices, no bombs, no two members that are one file elsewhere; and whole or not at all."
-import bz2, gzip, io, lzma, os, stat, struct, tarfile, zipfile, zlib
-from pathlib import Path
+"""Archives from strangers: nothing outside the folder, no links, no devices, no bombs, no two members that are one file
+elsewhere; and whole or not at all."""
+import bz2
+import gzip
+import io
+import lzma
+import os
+import stat
+import tarfile
+import zipfile
+
 import pytest
-from fastmed.io.archive import unpack_safely
+
 from fastmed.core import FastmedError, FileError, InputError, ResourceError
+from fastmed.io.archive import unpack_safely
+
 
 def tar(fn, *members, fmt=tarfile.PAX_FORMAT, pack=lambda b: b):
     "(name, bytes), (name, type, link target) or a TarInfo"

@@ -1,10 +1,21 @@
 "The command line: what it refuses before any work, what it prints where, what it opens, and how it stops."
-import io, os, re, shutil, signal, subprocess, sys, time
+import io
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
-import nibabel as nib, numpy as np, pytest
+
+import nibabel as nib
+import numpy as np
+import pytest
+from test_nothing_lost import correct, snapshot, write_gz
+
 from fastmed.all import Plan, ResumeCallback, save_model
 from fastmed.cli import main
-from test_nothing_lost import correct, snapshot, write_gz
 
 root = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, 'PYTHONPATH':os.pathsep.join([str(root), os.environ.get('PYTHONPATH', '')]),
@@ -179,7 +190,8 @@ def test_stopped_at_the_start(study, after):
 
 def test_a_training_that_goes_on_keeps_its_plan(shell, study, tmp_path, monkeypatch):
     "The machine is measured once; another spacing is refused, and the finished model leaves no plan behind"
-    import fastmed.all, fastmed.data.loaders as data
+    import fastmed.all
+    import fastmed.data.loaders as data
     words = ['train', study[0], '--images', 'images/*.nii', '--masks', 'labels/*.nii', '--out',
              tmp_path/'m.safetensors',
              '--minutes', .05, '--cache', tmp_path/'s', '--workers', 0]

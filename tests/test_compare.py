@@ -1,16 +1,39 @@
 "Comparisons: statistics against SciPy, experiments that are killed, twins, and executors."
-import contextlib, json, os, shutil, signal, subprocess, sys
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-import multiprocessing
-import nibabel as nib, numpy as np, pandas as pd, pytest, torch
+
 import forked
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from phantoms import CODES, affine_of, dies, write_case
 from scipy import stats
-from fastmed.all import (Comparison, Findings, LabelEfficiency, anisotropy_shift, bootstrap_means, compare_learners,
-                         group_folds, holm, label_efficiency, load_run, load_volume, paired_comparison, ruled_scores,
-                         slice_consistency, thick_slices)
+
+from fastmed.all import (
+    Comparison,
+    Findings,
+    LabelEfficiency,
+    compare_learners,
+    group_folds,
+    holm,
+    label_efficiency,
+    load_run,
+    load_volume,
+    paired_comparison,
+    ruled_scores,
+    slice_consistency,
+    thick_slices,
+)
 from fastmed.study.runs import keep_model
-from phantoms import CODES, affine_of, dies, python, write_case
+
 
 # --- statistics
 def scores(n=40, shift=.01, seed=0):
@@ -34,7 +57,8 @@ def test_interval_is_scipys():
     assert r.mean==pytest.approx((a-b).mean()) and r.median==pytest.approx(np.median(a-b))
 
 def test_subjects_are_drawn_whole():
-    "Each case twice, as two cases of one subject: the interval is that of the cases once; without groups it is narrower by the root of two"
+    """Each case twice, as two cases of one subject: the interval is that of the cases once; without groups it is
+    narrower by the root of two"""
     a,b = scores(40)
     once = paired_comparison(a, b, n_boot=20_000)
     aa,bb,g = np.repeat(a,2),np.repeat(b,2),np.repeat(np.arange(40),2)
@@ -148,10 +172,13 @@ def table(c): return c.results.sort_values(['arm','fold','seed','case','structur
 
 @pytest.mark.slow
 def test_killed_and_started_again(study, whole, tmp_path):
-    "SIGKILL in the middle of the first, the second and the third run, each time started again: the same table, and nothing trained twice"
+    """SIGKILL in the middle of the first, the second and the third run, each time started again: the same table, and
+    nothing trained twice"""
     code = """
-import sys; sys.path.insert(0, sys.argv[2])
-import torch; torch.set_num_threads(1)
+import sys
+sys.path.insert(0, sys.argv[2])
+import torch
+torch.set_num_threads(1)
 from test_compare import make
 import pandas as pd
 make((Path(sys.argv[3]), pd.read_csv(sys.argv[3]+'/cases.csv')), sys.argv[1]).run()

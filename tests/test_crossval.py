@@ -1,12 +1,28 @@
 "Cross-validation: killed and started again, processes, leaks, labels, luck."
-import json, os, shutil, signal, subprocess, sys
+import json
+import multiprocessing
+import os
+import shutil
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-import multiprocessing
-import numpy as np, pandas as pd, pytest, torch
+
 import forked
-from fastmed.all import CrossValidation, Ensemble, VolumeDataLoaders, cross_validate, load_mask, stratified_folds, unet3d_learner
+import numpy as np
+import pandas as pd
+import pytest
+import torch
 from phantoms import CODES, dies
+
+from fastmed.all import (
+    CrossValidation,
+    Ensemble,
+    VolumeDataLoaders,
+    cross_validate,
+    load_mask,
+    stratified_folds,
+    unet3d_learner,
+)
 
 ARGS = dict(codes=CODES, ndim=3, budget=dict(updates=4), nf=4, depth=2, bs=2, samples_per_case=2, patch=16,
             spacing=1.25, device='cpu')
@@ -64,10 +80,13 @@ def test_every_case_once_a_repeat_by_a_model_that_does_not_know_it(whole, study)
 
 @pytest.mark.slow
 def test_killed_and_started_again(study, whole, tmp_path):
-    "SIGKILL in the middle of the first and of the second fold, each time started again: the same table, and nothing trained twice"
+    """SIGKILL in the middle of the first and of the second fold, each time started again: the same table, and nothing
+    trained twice"""
     code = """
-import sys; sys.path.insert(0, sys.argv[2])
-import torch; torch.set_num_threads(1)
+import sys
+sys.path.insert(0, sys.argv[2])
+import torch
+torch.set_num_threads(1)
 from test_crossval import make
 import pandas as pd
 make((Path(sys.argv[3]), pd.read_csv(sys.argv[3]+'/cases.csv')), sys.argv[1])
@@ -165,9 +184,12 @@ def test_a_leak_is_found_out(study, tmp_path, one_thread):
     assert not list(tmp_path.glob('*/repeat*'))
 
 def test_a_lucky_split_is_seen_as_one():
-    "Of pure noise the splits scatter, the interval over subjects does not pretend otherwise, and more repeats do not narrow it"
-    from fastmed.all import CrossValidation, ruled_scores
-    import json, tempfile
+    """Of pure noise the splits scatter, the interval over subjects does not pretend otherwise, and more repeats do not
+    narrow it"""
+    import json
+    import tempfile
+
+    from fastmed.all import CrossValidation
     tmp = Path(tempfile.mkdtemp())
     rng = np.random.default_rng(0)
     n = 40

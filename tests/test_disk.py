@@ -1,12 +1,46 @@
-"A disk that is full or read-only, a destination that is a folder: one clear error, the old file as it was, nothing half-written beside it."
-import contextlib, errno, functools, gc, hashlib, time, http.server, os, shutil, subprocess, sys, tarfile, threading
-from pathlib import Path
-import numpy as np, pandas as pd, pytest, torch
-from fastmed.all import (Callback, Comparison, FastmedError, FileError, PictureCallback, Preprocess, ResumeCallback,
-                         Store, TensorVolume, TensorVolumeMask, beside, check_dataset, cohort, html_report,
-                         label_values, load_volume,
-                         phantom, save_model, save_volume, untar_data, whole_file, whole_folder)
+"""A disk that is full or read-only, a destination that is a folder: one clear error, the old file as it was, nothing
+half-written beside it."""
+import contextlib
+import errno
+import functools
+import gc
+import hashlib
+import http.server
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
 from phantoms import CODES, write_case
+
+from fastmed.all import (
+    Comparison,
+    FastmedError,
+    FileError,
+    PictureCallback,
+    Preprocess,
+    ResumeCallback,
+    Store,
+    TensorVolume,
+    TensorVolumeMask,
+    beside,
+    check_dataset,
+    html_report,
+    label_values,
+    load_volume,
+    save_model,
+    save_volume,
+    untar_data,
+    whole_file,
+)
+
 
 @contextlib.contextmanager
 def disk(path, size):
@@ -41,7 +75,7 @@ def read_only(path):
     "The disk, not to be written; root would pass by the permissions of a folder"
     def go(how):
         # a file that is just being closed keeps the disk busy
-        for k in range(50):
+        for _k in range(50):
             r = subprocess.run(['mount','-o',f'remount,{how}',str(path)], capture_output=True, text=True)
             if not r.returncode: return
             gc.collect()
@@ -75,7 +109,7 @@ def web(tmp_path_factory):
 
 NOISE = np.random.default_rng(0).normal(size=(40,40,40)).astype(np.float32)
 
-def writers(learner, scans, web):
+def writers(learner, scans, web):    # a table  # noqa: PLR0915
     "name → (function of a folder that writes there, what the error must name)"
     p,df = scans
     ims = [str(p/o) for o in df.image]
@@ -129,7 +163,7 @@ def writers(learner, scans, web):
             'check html':(lambda d: check_dataset(df.assign(image=ims, mask=ms), CODES).html(d/'c.html'), 'c.html'),
             'untar_data':(lambda d: untar_data(web[0], base=d, checksum=web[1]), 'big')}
     with contextlib.suppress(ImportError):
-        import safetensors
+        import safetensors  # noqa: F401
         res['save_model'] = (lambda d: save_model(learner(3), d/'m.safetensors'), 'm.safetensors')
     return res
 
@@ -151,7 +185,8 @@ def clear(path):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_full(small, writer, name):
-    "Full to the last byte, and with a little room, so that it breaks off in the middle: what is there afterwards is whole"
+    """Full to the last byte, and with a little room, so that it breaks off in the middle: what is there afterwards is
+    whole"""
     go,word = writer(name)
     for left in (0, 8192):
         with filled(small, left):

@@ -1,10 +1,18 @@
-"What fastai's users type: `learn.tta` with fastai's arguments, `splitter=`, a compiled network, networks without a convolution, other DataLoaders."
-import inspect, numpy as np, pandas as pd, pytest, torch
+"""What fastai's users type: `learn.tta` with fastai's arguments, `splitter=`, a compiled network, networks without a
+convolution, other DataLoaders."""
+import inspect
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from phantoms import Edge, Nearest, affine_of, write_case
 from PIL import Image
 from torch import nn
+
 from fastmed.all import *
 from fastmed.predict.tta import mix_looks
-from phantoms import Edge, Nearest, affine_of, write_case
+
 for k in [o for o in globals() if o.startswith('test')]: del globals()[k]    # fastcore's own
 
 QUIET = dict(device='cpu', num_workers=0)

@@ -1,14 +1,30 @@
 "Training that is no longer of numbers stops, says where, and nothing that is not finite is ever saved."
-import re, warnings
+import re
+import warnings
 from pathlib import Path
-import pytest, torch
+
+import pytest
+import torch
 from fastai.callback.all import Callback, SaveModelCallback, TerminateOnNaNCallback
-from fastai.callback.core import CancelStepException
 from fastai.data.all import Transform
-from fastmed.all import (Comparison, InputError, ResumeCallback, TensorVolume, VolumeDataLoaders, SliceDataLoaders,
-                         classifier_learner, load_learner,
-                         save_encoder, save_model, set_seed, unet2d_learner, unet3d_learner)
 from phantoms import CODES
+
+from fastmed.all import (
+    Comparison,
+    InputError,
+    ResumeCallback,
+    SliceDataLoaders,
+    TensorVolume,
+    VolumeDataLoaders,
+    classifier_learner,
+    load_learner,
+    save_encoder,
+    save_model,
+    set_seed,
+    unet2d_learner,
+    unet3d_learner,
+)
+
 
 class Poison(Transform):
     "The patches of some cases are NaN"
@@ -47,7 +63,8 @@ def nan_weight(learn): next(learn.model.parameters()).data.view(-1)[0] = float('
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_the_case_is_named(study, tmp_path, workers):
-    "Of a batch of two the one whose scan is NaN; epoch and batch are those in which it came; the weights are those of before"
+    """Of a batch of two the one whose scan is NaN; epoch and batch are those in which it came; the weights are those of
+    before"""
     learn = make(study, tmp_path, num_workers=workers)
     case = str(learn.dls.train_ds.items['case'].iloc[3])
     learn = make(study, tmp_path, poison=[case], num_workers=workers)
@@ -82,7 +99,8 @@ def test_a_loss_that_is_nan_on_purpose(study, tmp_path):
     assert all(torch.equal(a, b) for a,b in zip(was, learn.model.parameters()))
 
 def test_an_update_that_spoils_the_weights(study, tmp_path):
-    "A finite loss with a gradient that is not: named is the batch of the update, at the next batch or at the end of the epoch"
+    """A finite loss with a gradient that is not: named is the batch of the update, at the next batch or at the end of
+    the epoch"""
     with pytest.raises(InputError, match=r'epoch 0, batch 1 \(.*its update left weights'):
         train(make(study, tmp_path), cbs=At(0, 1, 'before_step', nan_gradient))
     learn = make(study, tmp_path)
@@ -140,7 +158,8 @@ def test_terminate_on_nan_ends_quietly(study, tmp_path):
 
 @pytest.mark.parametrize('every', [None, 1])
 def test_the_last_good_state_stays(study, tmp_path, every):
-    "`ResumeCallback` writes no state of a network that diverged; the same call with the cause mended ends as one that never met it"
+    """`ResumeCallback` writes no state of a network that diverged; the same call with the cause mended ends as one that
+    never met it"""
     whole = make(study, tmp_path/'a')
     train(whole, cbs=ResumeCallback('r.pth', every))
     learn = make(study, tmp_path/'b')

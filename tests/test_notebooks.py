@@ -1,8 +1,12 @@
 "Every notebook runs, from a copy, so that nothing is written into the tree."
-import json, os, re, shutil
+import json
+import os
+import re
+import shutil
 from pathlib import Path
-import pytest
+
 import forked
+import pytest
 
 root = Path(__file__).resolve().parent.parent
 nbs = sorted((root/'nbs').rglob('*.ipynb'))

@@ -1,13 +1,47 @@
-"Somebody else's files on a shared machine: pipes among scans, a store that was purged or overwritten, no home, a disk that says no."
-import contextlib, errno, http.server, io, os, shutil, signal, socket, stat, tarfile, threading, zipfile
+"""Somebody else's files on a shared machine: pipes among scans, a store that was purged or overwritten, no home, a disk
+that says no."""
+import contextlib
+import errno
+import http.server
+import io
+import os
+import shutil
+import signal
+import socket
+import stat
+import tarfile
+import threading
+import zipfile
 from pathlib import Path
-import nibabel as nib, numpy as np, pytest, torch
-import fastmed.core, fastmed.data.datasets, fastmed.data.store
-from fastmed.all import (FileError, InputError, MissingFileError, Preprocess, Store, TensorVolume, cache_dir,
-                         check_dataset,
-                         file_digest, load_mask, load_volume, read_header, save_volume, scan_dicom, scan_folder,
-                         untar_data, whole_file)
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
 from phantoms import write_case
+
+import fastmed.core
+import fastmed.data.datasets
+import fastmed.data.store
+from fastmed.all import (
+    FileError,
+    InputError,
+    MissingFileError,
+    Preprocess,
+    Store,
+    TensorVolume,
+    cache_dir,
+    check_dataset,
+    file_digest,
+    load_mask,
+    load_volume,
+    read_header,
+    save_volume,
+    scan_dicom,
+    scan_folder,
+    untar_data,
+    whole_file,
+)
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='pipes and owners of POSIX')
 
@@ -213,7 +247,8 @@ class TestCacheDir:
     @pytest.fixture
     def nowhere(self, tmp_path, monkeypatch):
         "A user without a home: (folder of temporary files, the place in it)"
-        import pwd, tempfile
+        import pwd
+        import tempfile
         def none(uid): raise KeyError(uid)
         for k in ('HOME','FASTMED_CACHE'): monkeypatch.delenv(k, raising=False)
         monkeypatch.setattr(pwd, 'getpwuid', none)

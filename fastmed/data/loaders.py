@@ -19,15 +19,16 @@ from fastmed.core import (
 )
 from .augment import volume_tfms
 from fastmed.data.blocks import (
-    CaseFiles, get_plan, get_preprocess, get_store, PartialPatchDL, PatchTransform, SliceBlock, SliceMaskBlock,
-    VolumeBlock, VolumeMaskBlock, WeightedPatchDL
+    CaseFiles, get_store, PartialPatchDL, PatchTransform, SliceBlock, SliceMaskBlock, VolumeBlock, VolumeMaskBlock,
+    WeightedPatchDL
 )
 from .cases import case_splitter, check_codes, check_columns, scan_decathlon, scan_folder, warn_twins
 from fastmed.data.labels import (
-    fitted_shape, get_labels, label_block, label_splitter, TensorRegression, whole_plan, WholeTransform
+    fitted_shape, label_block, label_splitter, TensorRegression, whole_plan, WholeTransform
 )
 from .plan import suggest_plan
 from .preprocess import all_files, Plan, Preprocess
+from .recipe import labels_of
 from .store import cache_dir, kept_digest, kept_found, label_values, Store
 from ..io.guard import memory_left
 from ..io.volumes import describe_grid, read_header, same_grid, unlike_grids
@@ -37,10 +38,8 @@ from torch import Tensor
 class VolumeDataLoaders(DataLoaders):
     "DataLoaders of volume patches"
     _ndim = 3
-    preprocess = property(get_preprocess)
-    plan = property(get_plan)
     store = property(get_store)
-    labels = property(get_labels)
+    labels = property(labels_of)
     @property
     def codes(self): return self.preprocess.vocab                            # of the masks
     @property

@@ -24,8 +24,9 @@ from ..core import ArgumentError, FileError, InputError, MissingFileError, Tenso
 from .augment import IntensityTfm, SpatialTfm
 from .blocks import CaseFiles, PatchDL, warn_parted_subjects
 from .cases import check_columns
-from .labels import get_labels, label_block, label_splitter
-from .preprocess import all_files
+from .labels import label_block, label_splitter
+from .preprocess import all_files, Preparation
+from .recipe import labels_of, recipe_parts
 from .store import cache_dir, digest_key, each_in_threads, kept_digest, STORE_VERSION
 from ..io.frames import picture_pixels
 from ..io.volumes import file_facts
@@ -166,7 +167,7 @@ def load_radiograph(
     return t
 
 # %% ../../nbs/data/12_radiographs.ipynb #501185f0
-class RadiographPrep:
+class RadiographPrep(Preparation):
     "What happens to a picture before the network: window, size, intensity"
     def __init__(self,
         size=224,          # pixels of the square
@@ -215,8 +216,6 @@ class RadiographPrep:
         return torch.float32 if self.normalize=='none' else torch.float16
 
     def to_dict(self): return {k:getattr(self, k) for k in ('size','window','normalize','colour')}
-    def __repr__(self): return 'RadiographPrep(' + ', '.join(f'{k}={v!r}' for k,v in self.to_dict().items()) + ')'
-    def __eq__(self, o): return isinstance(o, RadiographPrep) and self.to_dict()==o.to_dict()
 
 class LoadRadiograph(DisplayedTransform):
     "A file as a prepared `TensorRadiograph`, out of the cache where it was decoded before"
@@ -227,6 +226,7 @@ class LoadRadiograph(DisplayedTransform):
     ):
         self.prep,self.cache,self._open = ifnone(prep, RadiographPrep()),None if cache is None else Path(cache),{}
     def __getstate__(self): return {**self.__dict__, '_open':{}}
+    def in_recipe(self): return dict(preprocess=self.prep)
     def setups(self, items): warn_parted_subjects(items)
     def entry(self,
         fn     # file
@@ -346,13 +346,13 @@ def get_prep(
     dls # DataLoaders with a `RadiographBlock`
 ):      # `RadiographPrep`, or None
     "What happens to the pictures of these DataLoaders; None where there are none"
-    f = first(f for tl in dls.train_ds.tls for f in getattr(tl.tfms, 'fs', []) if isinstance(f, LoadRadiograph))
-    return None if f is None else f.prep
+    told = [o.get('preprocess') for o in recipe_parts(dls)]
+    return first(o for o in told if isinstance(o, RadiographPrep))
 
 class RadiographDataLoaders(DataLoaders):
     "DataLoaders of radiographs and their labels"
     _ndim = 2
-    prep,labels = property(get_prep),property(get_labels)
+    prep,labels = property(get_prep),property(labels_of)
     @property
     def task(self): return self.labels[0]
     @property

@@ -21,7 +21,7 @@ from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.data.all import apply, dispatch, get_model, Module, num_distrib, warn
 from fastcore.all import ifnone, L, store_attr, tuplify
 from ..core import ExtraError, InputError, TensorMed, TensorSlice, TensorVolume, TensorVolumeMask, whole_file
-from ..data.blocks import get_preprocess, LoadMask, LoadVolume
+from ..data.blocks import LoadMask, LoadVolume
 from ..data.cases import case_name, check_columns
 from ..data.loaders import show_results
 from ..data.preprocess import Preprocess
@@ -70,7 +70,7 @@ def predicted_cases(
     **kwargs             # of `predict_case`
 ):                       # yields (name, row, prediction, truth, None), or (name, row, None, None, error)
     "Predict case after case, each with its truth, both on the scan's own grid. A case that cannot be read comes with its error; the others go on"
-    pre,(im,ms) = get_preprocess(learn.dls),case_columns(learn.dls)
+    pre,(im,ms) = learn.dls.preprocess,case_columns(learn.dls)
     rows = case_rows(items)
     for name,r in progress_bar(rows, leave=False) if progress else rows:
         try:
@@ -266,7 +266,7 @@ class DiceCallback(Callback):
         self.now = None
         if hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds'): return
         one_process('DiceCallback', 'call learn.evaluate() after the training')
-        names = [*['case_'+o for o in metric_names(get_preprocess(self.dls).vocab)], 'case_dice']
+        names = [*['case_'+o for o in metric_names(self.dls.preprocess.vocab)], 'case_dice']
         self._add_columns(names)
         self._forget(names)
 
@@ -291,7 +291,7 @@ class DiceCallback(Callback):
         if r is not None and not r.cancel_valid: r.log = r.log+list(self.now.values())
 
     def _look(self):
-        vocab,rows = get_preprocess(self.dls).vocab,[]
+        vocab,rows = self.dls.preprocess.vocab,[]
         for name,_,pred,truth,e in predicted_cases(self.learn, self.dls.valid_ds.items[:self.n], overlap=self.overlap):
             if e: raise e
             rows += [dict(epoch=self.epoch, case=name, **{k:s[k] for k in ('structure','dice','status')})

@@ -18,8 +18,8 @@ from fastai.basics import (
 from fastcore.all import is_listy, L
 from ..core import InputError, TensorSlice, TensorSliceMask, TensorVolume, TensorVolumeMask
 from ..data.augment import SpatialTfm
-from ..data.blocks import CaseFiles, find_transform, get_plan, get_preprocess, LoadMask, LoadVolume, PatchDL
-from ..data.labels import get_labels, LabelOf, TargetNumbers, TensorRegression, WholeTransform
+from ..data.blocks import CaseFiles, find_transform, LoadMask, LoadVolume, PatchDL
+from ..data.labels import LabelOf, TargetNumbers, TensorRegression, WholeTransform
 from ..data.loaders import SliceDataLoaders, VolumeDataLoaders
 from ..data.preprocess import Plan, Preprocess
 from ..data.radiographs import get_prep, LoadRadiograph, RadiographDataLoaders, RadiographPrep, TensorRadiograph
@@ -46,7 +46,7 @@ def case_plan(
     "The plan of these DataLoaders; of radiographs one that says the same"
     prep = get_prep(dls)
     return Plan(ndim=2, patch=(prep.size,prep.size,1), axis=2, context=0, whole=True,
-                spacing=None) if prep else get_plan(dls)
+                spacing=None) if prep else dls.plan
 
 def plan_of(
     meta    # of a model file
@@ -96,7 +96,7 @@ def case_meta(
     if get is None:
         raise InputError("save_model: these DataLoaders do not say how a label is read from a row; make them by "
                          "from_df, or keep the Learner with learn.export")
-    task,vocab = get_labels(dls)
+    task,vocab = dls.recipe.labels
     prep = get_prep(dls)
     sp = find_transform(dls.train.after_batch, SpatialTfm)
     cols = [getattr(find_transform(tl.tfms, CaseFiles), 'cols', d) for tl,
@@ -106,11 +106,11 @@ def case_meta(
             patch=to_plain(tuple(learn.arch_patch), 'patch'), n_in=int(learn.n_in), n_out=int(learn.n_out),
             **({'own':True} if own else {}),
                fast=any(isinstance(getattr(h, '__self__', None), FastForward)
-            for h in model._forward_pre_hooks.values()), head=dict(masks=len(get_preprocess(dls).vocab) if masks else 0,
+            for h in model._forward_pre_hooks.values()), head=dict(masks=len(dls.preprocess.vocab) if masks else 0,
             unscale=hasattr(model, 'unscale')))
     return dict(network=net, plan=to_plain(dict(plan), 'the plan'), reasons={k:str(v) for k,v in plan.reasons.items()},
             picture=to_plain(prep.to_dict(), 'the picture') if prep else None, preprocess=None if prep
-                             else json.loads(get_preprocess(dls).to_json()),
+                             else json.loads(dls.preprocess.to_json()),
                 labels=to_plain(dict(task=task, vocab=vocab, cols=get.cols, delim=get.label_delim, group=get.group),
             'the labels'), columns=to_plain(tuple(list(L(c)) if is_listy(c) else c for c in cols), 'columns'),
                 looks=None if sp is None else to_plain({k:getattr(sp, k) for k in sp._args}, 'the looks'),
@@ -182,7 +182,7 @@ def case_learner(
 )->CaseLearner: # ready to answer
     "The Learner that a file describes. Raises `InputError`, `KeyError` on what does not fit"
     dls,net = case_loaders(meta, device),meta['network']
-    task,vocab = get_labels(dls)
+    task,vocab = dls.recipe.labels
     plan = case_plan(dls)
     if net['n_out']!=len(vocab): raise InputError(f"expected {len(vocab)} outputs, one a label; found {net['n_out']}")
     model = network(plan).to(device).eval()
@@ -190,7 +190,7 @@ def case_learner(
     loss = LabelLoss(task, sd=model.unscale.sd.clone() if hasattr(model, 'unscale') else None)
     if masks: loss = MultiTaskLoss(DiceCELoss(batch=plan.ndim==2), loss)
     learn = cls(dls, model, loss_func=loss,
-                metrics=(dice_metrics(get_preprocess(dls).vocab) if masks else [])+label_metrics(task, vocab),
+                metrics=(dice_metrics(dls.preprocess.vocab) if masks else [])+label_metrics(task, vocab),
                 splitter=param_splitter, lr=2e-3, wd=1e-2, train_bn=False, cbs=[RememberCallback()])
     learn.arch,learn.arch_args,learn.arch_patch,learn.n_in,learn.n_out,learn.pretrained = net['arch'],from_plain(
             net['args']),tuple(from_plain(net['patch'])),net['n_in'],net['n_out'],True

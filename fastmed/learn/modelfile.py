@@ -27,7 +27,7 @@ from fastmed.core import (
     TensorSliceMask, TensorVolume, TensorVolumeMask, whole_file
 )
 from ..data.augment import SpatialTfm
-from ..data.blocks import CaseFiles, get_plan, get_preprocess, LoadMask, LoadVolume, PatchDL, PatchTransform
+from ..data.blocks import CaseFiles, LoadMask, LoadVolume, PatchDL, PatchTransform
 from ..data.loaders import SliceDataLoaders, VolumeDataLoaders
 from ..data.preprocess import Preprocess
 from ..io.guard import memory_left
@@ -157,8 +157,8 @@ class SavedLearner(VolumeLearner):
                 f"{json.dumps(f.get('evaluation') or f.get('metrics') or 'none kept')}")
 
     def __repr__(self):
-        pre = get_preprocess(self.dls)
-        patch,names = tuple(get_plan(self.dls).patch),', '.join(map(str, pre.vocab[1:]))
+        pre = self.dls.preprocess
+        patch,names = tuple(self.dls.plan.patch),', '.join(map(str, pre.vocab[1:]))
         return self._told(f"patch {patch} → {names}", f"{pre}\npost-processing: {', '.join(self.post) or 'none'}")
 
 class SavedCaseLearner(SavedLearner, CaseLearner):
@@ -166,7 +166,7 @@ class SavedCaseLearner(SavedLearner, CaseLearner):
     def __repr__(self):
         return self._told(
                 f"{'×'.join(map(str, self.arch_patch))} → {self.task} of {', '.join(map(str, self.label_vocab))}",
-                getattr(self.dls, 'prep', None) or get_preprocess(self.dls))
+                self.dls.preprocess)
 
 def _empty_dls(meta, plan, pre, device):
     "DataLoaders without data that know how a scan is read, cut and flipped"
@@ -238,7 +238,7 @@ def model_meta(
                     training=_training_facts(learn, evaluation, seen))
     name = None if getattr(learn, 'own_arch', False) else _name_of(getattr(learn, 'arch', None))
     own = name is None
-    plan,pre = get_plan(learn.dls),get_preprocess(learn.dls)
+    plan,pre = learn.dls.plan,learn.dls.preprocess
     post = getattr(learn, 'post', ()) if post is None else post
     if odd:=[o for o in L(post) if o not in POSTS]:
         raise InputError(f"save_model: expected post-processing by name, among {', '.join(POSTS)}; found {odd[0]!r}. A "

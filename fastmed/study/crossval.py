@@ -22,7 +22,6 @@ import torch
 from fastai.basics import set_seed
 from fastcore.all import delegates, first, ifnone, L
 from ..core import ArgumentError, ColumnError, InputError, sweep, synced, whole_file, writing
-from ..data.blocks import get_preprocess
 from ..data.cases import check_codes, check_columns, group_folds, group_values
 from ..data.loaders import SliceDataLoaders, VolumeDataLoaders
 from ..data.radiographs import RadiographDataLoaders
@@ -122,7 +121,7 @@ def _fold_scores(learn, df, look, subjects, masks):
         res = learn.evaluate(held, **look)
         return pd.DataFrame(res).assign(subject=[subjects[str(c)] for c in res.case]),dict(task=res.task,
                 vocab=list(res.vocab))
-    vocab,rows,errs = get_preprocess(learn.dls).vocab,[],[]
+    vocab,rows,errs = learn.dls.preprocess.vocab,[],[]
     for name,_,pred,truth,e in predicted_cases(learn, held, **look):
         key = dict(case=str(name), subject=subjects[str(name)])
         if e: errs.append(e)

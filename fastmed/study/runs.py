@@ -27,7 +27,7 @@ from fastai.basics import Callback, CancelValidException, defaults, set_seed, wa
 from fastai.callback.hook import total_params
 from fastcore.all import first, ifnone, L
 from ..core import beside, FastmedError, InputError, MissingFileError, synced, writing
-from ..data.blocks import CaseFiles, get_plan, get_preprocess, PatchTransform
+from ..data.blocks import CaseFiles, PatchTransform
 from ..data.cases import group_values
 from ..data.loaders import SliceDataLoaders, VolumeDataLoaders
 from ..data.preprocess import case_files
@@ -235,7 +235,7 @@ def case_gflops(
     "What the network computes for one case: the count for a window times the number of windows"
     from torch.utils.flop_counter import FlopCounterMode
     from fastmed.predict.predict import window_corners
-    plan,model,p = get_plan(learn.dls),learn.model,next(learn.model.parameters())
+    plan,model,p = learn.dls.plan,learn.model,next(learn.model.parameters())
     size = [k for k in plan.patch if plan.ndim==3 or k>1]
     n_in = learn.n_in*(1+2*plan.get('context', 0) if plan.ndim==2 else 1)
     was = model.training
@@ -250,7 +250,7 @@ def arm_settings(
     lr_max=None # top rate of its training; default: `learn.lr`
 )->dict:        # setting → value
     "What a Learner was trained with and predicts with, as text: the table that `differences` compares"
-    dls,plan,pre = learn.dls,get_plan(learn.dls),get_preprocess(learn.dls)
+    dls,plan,pre = learn.dls,learn.dls.plan,learn.dls.preprocess
     tr = dls.train
     cut = first(f for f in tr.after_item.fs if isinstance(f, PatchTransform))
     return {'held-out cases':settings_hash(sorted(str(c) for c,_ in case_rows(dls.valid_ds.items))),
@@ -287,7 +287,7 @@ def score_arm(
     tolerance:float=1. # of NSD, mm
 )->tuple:        # DataFrames: results, slices, remedied; and the seconds of each prediction
     "Predict each case once and score it: structures, how its slices fit, and what each remedy would change"
-    pre,plan = get_preprocess(learn.dls),get_plan(learn.dls)
+    pre,plan = learn.dls.preprocess,learn.dls.plan
     look = look or {}
     res,sl,rem,secs,errs = [],[],[],[],[]
     subjects = dict(zip((str(k) for k,_ in case_rows(df)), group_values(df, group_col)))
@@ -370,14 +370,14 @@ def finish_run(
     reset_peak(dev)
     valid = learn.dls.valid_ds.items
     res,sl,rem,secs = score_arm(learn, valid, look, group_col=spec['group_col'], slice_axis=spec['slice_axis'])
-    pre = get_preprocess(learn.dls)
+    pre = learn.dls.preprocess
     h = read_header(case_columns(learn.dls)[0](valid.iloc[0]))
     cost = dict(parameters=total_params(learn.model)[0],
             case_gflops=case_gflops(learn, pre.grid(h['shape'], h['affine'])[0], look.get('overlap', .5)),
                 **cost, predict_s=float(np.median(secs)), predict_peak_mb=peak_memory(dev)/1e6)
     key = {k:spec[k] for k in ('arm','fold','seed')}
     facts = json.dumps(dict(key, budget=spec['budget'], folds=spec['hash'], files=spec.get('files'),
-            settings=arm_settings(learn, look, spec.get('lr_max')), plan=dict(get_plan(learn.dls)),
+            settings=arm_settings(learn, look, spec.get('lr_max')), plan=dict(learn.dls.plan),
                                                         preprocess=pre.to_dict(), cost=cost), indent=1, default=str)
     with writing(folder):
         for n,t in (('results',res),('slices',sl),('remedied',rem)):
