@@ -101,12 +101,16 @@ def train(
         learn.export(out.name)
         print(f'fastmed: {out} is a pickle: whoever opens it runs what is in it, so predict and evaluate ask for '
               f'--trust', file=sys.stderr)
-    ev = learn.evaluate()
+    ev = failed = None
+    try: ev = learn.evaluate()
+    except (OSError, ValueError, MemoryError) as e: failed = e
     if safe: save_model(learn, out, evaluation=ev)
     kept.unlink(missing_ok=True)
     plan.unlink(missing_ok=True)
-    print(ev.summary().round(4).to_string())
+    if failed is None: print(ev.summary().round(4).to_string())
+    else: print(f'fastmed: the model was not scored: {failed}', file=sys.stderr)
     print(f'{out} written')
+    return int(failed is not None)
 
 def _load_file(
     fn,   # model file

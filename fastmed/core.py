@@ -74,6 +74,9 @@ def writing(
         elif disk.total and disk.free<2**20:
             # of a writer in C that does not say why; /proc has no room at all
             n = errno.ENOSPC
+        elif ' requested and ' in str(e):
+            # of NumPy, which does not say why; there is room, so it is the size that a file may have
+            n = errno.EFBIG
         elif isinstance(e, OSError): n = None
         else: raise
         why = {getattr(errno, k):v for k,v in _refusals if hasattr(errno, k)}.get(n) or (os.strerror(n) if n else e)

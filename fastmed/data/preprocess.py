@@ -97,7 +97,8 @@ class Preprocess(Preparation):
             if len(spacing)!=3 or not all(1e-6<=o<=1e6 for o in spacing):
                 raise InputError(f"spacing: expected three sizes above 0, in mm; found {str(spacing)[:80]}")
         if orientation is not None and not _is_order(orientation):
-            raise InputError(f"orientation: expected an order of the axes such as 'RAS'; found {str(orientation)[:80]!r}")
+            raise InputError(f"orientation: expected an order of the axes such as 'RAS'; found "
+                             f"{str(orientation)[:80]!r}")
         if stats is not None and not (isinstance(stats, (list,tuple)) and all(map(_are_stats, stats))):
             raise InputError(f"stats: expected lo, hi, mean and std of each channel; found {str(stats)[:80]}")
         codes = check_codes(codes)

@@ -69,7 +69,8 @@ def check_grid(
         raise InputError(f"expected a plan of slices or volumes; found {dict(plan)}")
     hows = L(pre.normalize)
     if pre.spacing=='auto' or 'auto' in hows or 'ct' in hows and not pre.stats:
-        raise InputError(f"expected what was fitted to the training cases; found a Preprocess that is not fitted: {pre}")
+        raise InputError(f"expected what was fitted to the training cases; found a Preprocess that is not "
+                         f"fitted: {pre}")
     if len(hows) not in (1,n_in) or pre.stats and len(pre.stats)!=n_in:
         raise InputError(f"expected the intensities of {n_in} channels; found {len(hows)} normalisations, "
                          f"{len(pre.stats or ())} statistics")
