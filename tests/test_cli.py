@@ -330,7 +330,8 @@ def test_a_model_that_cannot_be_scored_is_written(shell, study, cases, tmp_path,
     from fastmed.learn.learner import VolumeLearner
     def evaluate(self): raise FileError('c0.nii: no such file')
     monkeypatch.setattr(VolumeLearner, 'evaluate', evaluate)
-    code,said,err = shell('train', study[0], *words_of(study), '--codes', 'background,large,small', '--epochs', 1, '--spacing', 2,
+    code,said,err = shell('train', study[0], *words_of(study), '--codes', 'background,large,small',
+                          '--epochs', 1, '--spacing', 2,
                           '--workers', 0, '--cache', tmp_path/'s', '--out', tmp_path/out)
     assert code==1 and 'was not scored: c0.nii: no such file' in err and f'{out} written' in said
     assert (tmp_path/out).stat().st_size>10_000 and not list(tmp_path.glob('*.resume'))
