@@ -519,11 +519,14 @@ def _is_told(e):
 
 def _unread():
     "Whether nobody reads stdout any more; it is closed then, so that Python does not complain at the end"
-    try: sys.stdout.flush()
-    except OSError: pass
-    else: return False
-    with contextlib.suppress(OSError, ValueError): os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return True
+    import select
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        out,asked = sys.stdout.fileno(),select.poll()
+        asked.register(out, 0)
+        if not any(e & select.POLLERR for _,e in asked.poll(0)): return False
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out)
+        return True
+    return False
 
 def main(
     argv=None # arguments; default: those of the process

@@ -28,7 +28,7 @@ def _folders_of(path, parts):
     if not parts: return [path]
     if parts[0]=='**': return [path, *(Path(top)/o for top,folders,_ in os.walk(path) for o in folders)]
     below = path.glob(parts[0]) if glob.has_magic(parts[0]) else [path/parts[0]]
-    return [path, *(p for o in below if o.is_dir() for p in _folders_of(o, parts[1:]))]
+    return [path, *(p for o in below if os.path.isdir(o) for p in _folders_of(o, parts[1:]))]
 
 def matching_files(
     path,         # folder
