@@ -533,3 +533,15 @@ def test_command_line_answers_for_cases(measured, shapes, tmp_path, capsys):
                 *([str(tmp_path/'x')] if words[0]=='predict' else []), *words[1:]])==2
         err = capsys.readouterr().err
         assert 'answers for cases' in err and not (tmp_path/'x').exists()
+
+@pytest.mark.parametrize('cell', ('x|q', 'x,y', None))
+def test_findings_that_nobody_knows_are_errors(cell, tmp_path):
+    "They counted as not there: the target was 0, and the status ok"
+    df = pd.DataFrame([write_case(tmp_path, f'c{i}', seed=i) for i in range(4)])
+    df = df.assign(finds=['x|y','x','','y'], v=[0,0,0,1])
+    dls = VolumeDataLoaders.from_df(df, tmp_path, label_col='finds', label_delim='|', valid_col='v', size=16,
+                                    cache=tmp_path/'s', **QUIET)
+    learn = classifier_learner(dls, 'small_resnet')
+    res = learn.evaluate(df.assign(finds=['x|y','x','',cell]))
+    assert res.status[3].startswith("error: case 'c3'") and (res.status[:3]=='ok').all()
+    assert res.target_x[:3].tolist()==[1,1,0]

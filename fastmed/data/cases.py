@@ -379,7 +379,28 @@ def marked_rows(
                              f"it in; of a column of folds mark one: df.assign(is_valid=df[{col!r}]==0)")
     return df[col].astype(bool).values
 
+def fold_numbers(
+    df, # one row a case
+    col # column of the fold that holds each case out
+)->np.ndarray: # (rows,) whole numbers
+    "The folds that a column gives. Raises `ColumnError` where there is none, `InputError` naming the case whose value is no whole number"
+    if col not in df: raise ColumnError(f"folds {col!r}: not in the DataFrame, which has {list(df)}")
+    whole = pd.to_numeric(df[col], errors='coerce').astype(float)
+    for i in np.flatnonzero(~(whole%1==0)):
+        case = df['case'].iloc[i] if 'case' in df else df.index[i]
+        raise InputError(f"case {case!r}: {col} is {df[col].iloc[i]!r}; expected the number of a fold, 0, 1, 2 …, in "
+                         f"every row. Names become numbers by pd.factorize(df[{col!r}])[0]")
+    return whole.astype(int).values
+
 # %% ../../nbs/data/02_cases.ipynb #dda1494c
+def group_text(
+    groups # group of each row: text, numbers, or both
+)->pd.Series: # text
+    "Groups as text: 1, 1.0 and '1' in one column are one subject, and so are 'a' and 'a '"
+    s = pd.Series(list(groups))
+    if s.dtype==object: s = s.map(lambda v: int(v) if isinstance(v, (float,np.floating)) and v.is_integer() else v)
+    return s.astype(str).str.strip()
+
 def case_splitter(
     df,        # one row a case
     group_col, # column whose groups are never parted, or None
@@ -397,7 +418,8 @@ def case_splitter(
             raise InputError(f"valid_col {valid_col!r}: expected some cases to train and some to validate; found "
                              f"{v.sum()} of {len(v)} marked")
         if group_col is not None:
-            both = sorted(set(df[group_col][v].astype(str)) & set(df[group_col][~v].astype(str)))
+            g = group_text(df[group_col])
+            both = sorted(set(g[v]) & set(g[~v]))
             if both:
                 raise InputError(f"valid_col {valid_col!r} puts {group_col} {both[:5]} on both sides of the split "
                                  f"({len(both)} in all). Keep each on one side")
@@ -418,7 +440,7 @@ def group_values(
     if (na:=df[group_col].isna()).any():
         r = df[na].iloc[0]
         raise InputError(f"case {r.get('case', r.name)!r} has no {group_col}. Fill the column")
-    return df[group_col].astype(str).reset_index(drop=True)
+    return group_text(df[group_col])
 
 # %% ../../nbs/data/02_cases.ipynb #db5b5fab
 def warn_twins(
@@ -450,7 +472,8 @@ def GroupSplitter(
     if (na:=groups.isna()).any():
         raise InputError(f"GroupSplitter: {int(na.sum())} items have no group, the first is number {int(na.idxmax())}. "
                          f"Fill the column")
-    counts = groups.astype(str).value_counts().sort_index()
+    groups = group_text(groups)
+    counts = groups.value_counts().sort_index()
     if len(counts)<2:
         raise InputError(f"GroupSplitter: expected at least two groups to split; found {len(counts)} "
                          f"({counts.index.tolist()}) in {len(groups)} items. "
@@ -461,7 +484,7 @@ def GroupSplitter(
         if valid and n+counts.iloc[k]/2>want: break
         valid.append(counts.index[k])
         n += counts.iloc[k]
-    v = groups.astype(str).isin(valid).values
+    v = groups.isin(valid).values
     def _inner(o):
         assert len(o)==len(v), f"GroupSplitter was made for {len(v)} items and got {len(o)}"
         return L(np.flatnonzero(~v).tolist()), L(np.flatnonzero(v).tolist())

@@ -94,7 +94,7 @@ class Preprocess(Preparation):
         if isinstance(spacing, (int,float,np.number)): spacing = (spacing,)*3
         if spacing is not None and spacing!='auto':
             spacing = tuple(float(o) for o in spacing)
-            if len(spacing)!=3 or min(spacing)<=0:
+            if len(spacing)!=3 or not all(0<o<np.inf for o in spacing):
                 raise InputError(f"spacing: expected three sizes above 0, in mm; found {str(spacing)[:80]}")
         codes = check_codes(codes)
         store_attr('spacing,normalize,orientation,codes,order,mask_order,stats')

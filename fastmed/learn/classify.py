@@ -215,11 +215,7 @@ class CaseLearner(VolumeLearner, EncoderMixin):
             g = getattr(get, 'group', None)
             row = dict(case=name, subject=str(r[g]) if g and g in r else str(r.get('subject', name)))
             try:
-                if any(is_blank(r[c]) for c in L(get.cols)) and get.label_delim is None:
-                    raise InputError(f"case {name!r} has no {get.cols}")
-                y = get(r)
-                if task=='category' and y not in vocab:
-                    raise InputError(f"case {name!r}: {get.cols} is {y!r}; expected one of {vocab}")
+                y = _known_label(name, r, get, task, vocab)
                 p = [float(o) for o in self.case_answer(r, tta)]
                 if not all(map(math.isfinite, p)):
                     raise InputError(f"case {name!r}: the network answers NaN or infinity")
@@ -334,6 +330,19 @@ class CaseLearner(VolumeLearner, EncoderMixin):
                     else x.as_subclass(TensorRadiograph if get_prep(self.dls) else TensorSlice)).show(ctx=ax,
                     title=f"{r.case}: "
                           f"{said if 'target' not in r or not isinstance(r.target, float) else f'{r.target:.4g} → {r.pred:.4g}'}", **kwargs)
+
+def _known_label(name, r, get, task, vocab):
+    "The label of a row. Raises `InputError` where it is missing, or none that the Learner knows"
+    if any(is_blank(r[c]) and not (get.label_delim and isinstance(r[c], str)) for c in L(get.cols)):
+        raise InputError(f"case {name!r} has no {get.cols}")
+    y = get(r)
+    if task=='category' and y not in vocab:
+        raise InputError(f"case {name!r}: {get.cols} is {y!r}; expected one of {vocab}")
+    known = vocab if isinstance(get.cols, str) else (0,1)
+    if task=='multi' and (odd:=[o for o in y if o not in known]):
+        raise InputError(f"case {name!r}: {get.cols} holds {odd}; expected some of {list(known)}"
+                         f"{f', with {get.label_delim!r} between them' if get.label_delim else ''}")
+    return y
 
 def _answer_row(task, vocab, y, p):
     "The columns of one case"

@@ -136,16 +136,24 @@ def _maker(learn, kwargs):
             h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return h.hexdigest()
 
+def _refuse_reordered(old, new):
+    "Raises `InputError` where the same names stand in another order: the network gives them in its own"
+    if list(old or ())!=list(new or ()) and set(map(str, old or ()))==set(map(str, new or ())):
+        raise InputError(f"learn.dls: the network was made for {list(old)}, in this order; these DataLoaders hold "
+                         f"{list(new)}. Make them with the same order, or make a new Learner")
+
 def _follow_codes(learn, old, new):
     "Metrics named after the codes of DataLoaders take the names of those that replace them. Raises `InputError` where the network was made for another number of codes or labels"
     try: old,new = old.recipe,new.recipe
     except InputError: return                                     # nothing of fastmed in them
     a,b = [o.labels.vocab if o.labels else [] for o in (old,new)]
+    _refuse_reordered(a, b)
     if a and b and len(a)!=len(b) and getattr(learn, 'n_out', None)==len(a):
         raise InputError(f"learn.dls: the network was made for {len(a)} labels, {list(a)}; these DataLoaders hold "
                          f"{len(b)}, {list(b)}. Make a new Learner")
     a,b = old.structures,new.structures
     if not a or not b or list(a)==list(b): return
+    _refuse_reordered(a, b)
     if len(a)!=len(b):
         if getattr(learn, 'n_out', None)!=len(a): return
         raise InputError(f"learn.dls: the network was made for {len(a)} codes, {list(a)}; these DataLoaders hold "
@@ -399,6 +407,10 @@ def _unet_learner(ndim, dls, arch, loss_func, metrics, pretrained, fast, n_out, 
     n_out = ifnone(n_out, len(pre.vocab))
     if n_out==1 and len(pre.vocab)!=2:
         raise InputError(f"n_out=1 is a sigmoid for one structure; the masks have {len(pre.vocab)-1}")
+    if n_out>1 and n_out!=len(pre.vocab) and loss_func is None:
+        raise InputError(f"n_out={n_out}: the masks have {len(pre.vocab)} codes, {list(pre.vocab)}, and a class without "
+                         f"a code could be predicted. Leave n_out out, name {n_out} codes=, or give a loss_func that "
+                         f"knows what the channels mean")
     lk = {k:kwargs.pop(k) for k in list(kwargs) if k in LEARNER_ARGS}
     patch = tuple(p for p in plan.patch if ndim==3 or p>1)
     if arch is UNet or arch=='UNet': kwargs = unet_args(plan, kwargs)

@@ -22,7 +22,7 @@ import torch
 from fastai.basics import set_seed
 from fastcore.all import delegates, first, ifnone, L
 from ..core import ArgumentError, ColumnError, InputError, sweep, synced, whole_file, writing
-from ..data.cases import check_codes, check_columns, group_folds, group_values
+from ..data.cases import check_codes, check_columns, fold_numbers, group_folds, group_values
 from ..data.loaders import SliceDataLoaders, VolumeDataLoaders
 from ..data.radiographs import RadiographDataLoaders
 from ..learn.callbacks import case_rows, predicted_cases
@@ -224,10 +224,9 @@ class CrossValidation:
             self.kwargs = {**kwargs, 'path':Path(kwargs.get('path', '.')).absolute(),
                     **({'codes':check_codes(kwargs['codes'])} if 'codes' in kwargs else {})}
         if isinstance(folds, str):
-            if folds not in df: raise ColumnError(f"folds {folds!r}: not in the DataFrame, which has {list(df)}")
             if stratify is not None:
                 raise ArgumentError(f"stratify: the folds stand in column {folds!r} already; leave one of them out")
-            one = self.df[folds].astype(int).values
+            one = fold_numbers(self.df, folds)
             self.fold = [one]*repeats
             parted = self.df.assign(_f=one, _g=group_values(self.df, group_col).values).groupby('_g')._f.nunique()
             if (parted>1).any():
