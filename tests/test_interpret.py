@@ -11,7 +11,7 @@ from fastmed.all import set_seed, InputError, ArgumentError, ColumnError, Tensor
 from fastmed.data.radiographs import RadiographDataLoaders
 from fastmed.learn.classify import classifier_learner, regression_learner
 from fastmed.metrics.curves import *
-from fastmed.metrics.scores import ap_stat, auc_stat
+from fastmed.metrics.scores import ap_stat, area_under, auc_stat
 from fastmed.metrics.stats import *
 from fastmed.study.gradcam import *
 from fastmed.study.interpret import *
