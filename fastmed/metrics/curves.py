@@ -210,11 +210,11 @@ def agreement(
     return AttrDict(zip(names, estimate(numbers, len(y), groups, **kwargs), strict=True))
 
 # %% ../../nbs/metrics/04_curves.ipynb #289db427
-def _short(v): return f'{v:.4g}'
+def _digits(v): return f'{v:.4g}'
 
 def _as_levels(v, number):
     "Each value as it is: the level of each case, and the levels in order"
-    def name(o): return _short(o) if number else str(o)
+    def name(o): return _digits(o) if number else str(o)
     return v.map(name, na_action='ignore'),list(dict.fromkeys(map(name, sorted(v.dropna().unique()))))
 
 def _in_bands(v, bins):
@@ -223,8 +223,8 @@ def _in_bands(v, bins):
     else: edges = np.asarray(bins, dtype=float)
     if not len(edges) or (np.diff(edges)<=0).any():
         raise InputError(f"bins: expected rising edges, or a number of bands of 2 or more; found {bins}")
-    between = [f'{_short(a)}–<{_short(b)}' for a,b in zip(edges[:-1], edges[1:], strict=True)]
-    names = [f'<{_short(edges[0])}', *between, f'≥{_short(edges[-1])}']
+    between = [f'{_digits(a)}–<{_digits(b)}' for a,b in zip(edges[:-1], edges[1:], strict=True)]
+    names = [f'<{_digits(edges[0])}', *between, f'≥{_digits(edges[-1])}']
     at = np.searchsorted(edges, v.fillna(0), side='right')
     return pd.Series(np.array(names, dtype=object)[at]).where(v.notna()),names
 
