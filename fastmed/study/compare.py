@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Comparison', 'ComparisonCallback']
 
-# %% ../../nbs/study/08_compare.ipynb #b94bed47
+# %% ../../nbs/study/08_compare.ipynb #211c4137
 import re
 import time
 from pathlib import Path
@@ -26,12 +26,12 @@ from ..learn.modelfile import save_model
 from ..learn.pace import BudgetCallback, CostCallback, shared_plan
 from ..plot import figure_png, html_report, plot_volume
 from fastmed.study.arms import (
-    arm_settings, make_learner, open_run, quiet_output, seen_cases, setting_text, without_prediction
+    arm_settings, make_learner, open_run, quiet_output, read_notes, seen_cases, setting_text, without_prediction
 )
 from .efficiency import anisotropy_shift, ShiftCurves
 from .findings import Findings
 from fastmed.study.runs import (
-    checked_budget, column_folds, finish_run, fold_hash, marked, named_cases, PLACE_ARGS, read_notes, read_table, Study
+    checked_budget, column_folds, finish_run, fold_hash, marked, named_cases, PLACE_ARGS, read_table, Study
 )
 
 # %% ../../nbs/study/08_compare.ipynb #e79abf31

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/study/06_runs.ipynb #ee69c940
+# %% ../../nbs/study/06_runs.ipynb #6921bd15
 import contextlib
 import io
 import json
@@ -28,22 +28,12 @@ from ..data.preprocess import case_files
 from ..data.store import cache_dir, kept_digest
 from ..learn.pace import CostCallback
 from fastmed.study.arms import (
-    arm_settings, fit_budget, keep_model, make_learner, quiet_output, scores_and_cost, settings_hash, without_prediction
+    arm_settings, expect_own, fit_budget, keep_model, make_learner, note_run, quiet_output, read_notes, scores_and_cost,
+    settings_hash, without_prediction
 )
 from fastprogress.fastprogress import progress_bar
 
-# %% ../../nbs/study/06_runs.ipynb #26a913ff
-def read_notes(
-    fn       # .json that a study keeps beside its runs
-)->dict:     # what it says
-    "What was noted of a study or of a finished run. Raises `InputError` where that cannot be read"
-    again = "Put a copy of it back, or remove its folder and call run() to train again"
-    try: notes = json.loads(Path(fn).read_text(encoding='utf-8'))
-    except (OSError, ValueError, RecursionError) as e:
-        raise InputError(f"{fn}: what was noted of the runs cannot be read ({type(e).__name__}). {again}") from e
-    if isinstance(notes, dict): return notes
-    raise InputError(f"{fn}: expected what was noted of the runs; found {str(notes)[:80]!r}. {again}")
-
+# %% ../../nbs/study/06_runs.ipynb #41c91699
 def write_notes(
     fn,   # .json that a study keeps beside its runs
     notes # dict
@@ -63,6 +53,9 @@ def _check_table(fn, t, cases, keys):
     for k,v in keys.items():
         if (other:=t[k][t[k]!=v]).size:
             raise InputError(f"{fn}: is of another run: expected {k} {v!r}; found {other.tolist()[0]!r}. {_again}")
+    for k in [k for k in ('dice','nsd') if k in t]:
+        if not (pd.to_numeric(t[k], errors='coerce').between(0, 1) | t[k].isna()).all():
+            raise InputError(f"{fn}: expected {k} from 0 to 1; found {t[k].max()!r}. {_again}")
     if odd:=sorted({*cases}^{*t.case}):
         what = 'missing' if odd[0] in cases else 'none of them'
         raise InputError(f"{fn}: expected the {len(cases)} cases that this run held out; found {t.case.nunique()}: "
@@ -78,6 +71,7 @@ def read_table(
     **keys           # what stands in every row, such as arm, fold and seed
 )->pd.DataFrame:     # names as text, and classes, where it holds their probabilities
     "A table of a finished run. Raises `InputError` where it cannot be read, lacks a case, or is of another run"
+    expect_own(fn)
     try:
         b = Path(fn).read_bytes()
         text = ['case','subject','arm','structure'] + ['target','pred']*(b'prob_' in b.partition(b'\n')[0])
@@ -223,7 +217,7 @@ def train_runs(
         if len(busy)==len(specs): time.sleep(.5)
         specs = busy
 
-# %% ../../nbs/study/06_runs.ipynb #58bccc6e
+# %% ../../nbs/study/06_runs.ipynb #9d71a945
 def write_run(
     learn,  # trained Learner
     folder, # of the run
@@ -232,11 +226,10 @@ def write_run(
     **tables# name → DataFrame
 ):          # `folder`
     "`tmp` becomes the folder of a finished run, whole: its tables, its model and what is noted of it"
-    text = json.dumps(facts, indent=1, default=str)
     with writing(folder):
         for name,t in tables.items(): t.to_csv(tmp/f'{name}.csv', index=False)
         keep_model(learn, tmp)
-        (tmp/'run.json').write_text(text)
+        note_run(tmp, facts)
         synced(tmp)
         if not folder.exists(): os.replace(tmp, folder)
         else:                                                        # the same run, entered by hand before
@@ -318,7 +311,7 @@ def fold_hash(
     "What tells one draw of folds from another, whatever the order of the cases"
     return settings_hash(sorted(zip(df['case'].astype(str), fold.tolist(), strict=True)))
 
-# %% ../../nbs/study/06_runs.ipynb #3dd06146
+# %% ../../nbs/study/06_runs.ipynb #1ad6a1bd
 class FinishedRuns:
     "What the finished runs of a study say, each file read once"
     def __init__(self,
@@ -330,7 +323,7 @@ class FinishedRuns:
         folders # of the runs
     )->list:    # what changes where a run comes, goes or is written anew
         "The files of the runs, and when they were written"
-        files = [o for f in folders for o in (f/'run.json', f/'results.csv') if o.exists()]
+        files = [o for f in folders for o in (f/'run.json', *sorted(f.glob('*.csv'))) if o.exists()]
         return [(o, o.stat().st_mtime_ns, o.stat().st_size) for o in files]
 
     def once(self,
