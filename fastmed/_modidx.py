@@ -2888,7 +2888,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fastmed.study.runs.Study._train': ('study/runs.html#study._train', 'fastmed/study/runs.py'),
                                     'fastmed.study.runs._arm_files': ('study/runs.html#_arm_files', 'fastmed/study/runs.py'),
                                     'fastmed.study.runs._cell_digest': ('study/runs.html#_cell_digest', 'fastmed/study/runs.py'),
-                                    'fastmed.study.runs._check_table': ('study/runs.html#_check_table', 'fastmed/study/runs.py'),
+                                    'fastmed.study.runs._check_run_table': ('study/runs.html#_check_run_table', 'fastmed/study/runs.py'),
                                     'fastmed.study.runs._named_files': ('study/runs.html#_named_files', 'fastmed/study/runs.py'),
                                     'fastmed.study.runs._read_columns': ('study/runs.html#_read_columns', 'fastmed/study/runs.py'),
                                     'fastmed.study.runs._train_run': ('study/runs.html#_train_run', 'fastmed/study/runs.py'),

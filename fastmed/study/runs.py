@@ -33,7 +33,7 @@ from fastmed.study.arms import (
 )
 from fastprogress.fastprogress import progress_bar
 
-# %% ../../nbs/study/06_runs.ipynb #41c91699
+# %% ../../nbs/study/06_runs.ipynb #1eb519d7
 def write_notes(
     fn,   # .json that a study keeps beside its runs
     notes # dict
@@ -46,7 +46,7 @@ def write_notes(
 
 _again = "Put a copy of it back, or remove the run's folder and call run() to train it again"
 
-def _check_table(fn, t, cases, keys):
+def _check_run_table(fn, t, cases, keys):
     "Raises where a table is not that of the run, with each of its cases once"
     if odd:=[k for k in ('case',*keys) if k not in t]:
         raise InputError(f"{fn}: expected a column {odd[0]!r}; found {list(t)[:10]}. {_again}")
@@ -81,7 +81,7 @@ def read_table(
     if not b.endswith(b'\n'):
         raise InputError(f"{fn}: expected whole lines; found {len(b):,} bytes that end within one: it is cut off. "
                          f"{_again}")
-    if cases is not None: _check_table(fn, t, cases, keys)
+    if cases is not None: _check_run_table(fn, t, cases, keys)
     return t
 
 def class_numbers(
