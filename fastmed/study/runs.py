@@ -33,7 +33,7 @@ from fastmed.study.arms import (
 )
 from fastprogress.fastprogress import progress_bar
 
-# %% ../../nbs/study/06_runs.ipynb #1eb519d7
+# %% ../../nbs/study/06_runs.ipynb #85114451
 def write_notes(
     fn,   # .json that a study keeps beside its runs
     notes # dict
@@ -41,7 +41,6 @@ def write_notes(
     "Note it, where that is not what stands there"
     text = json.dumps(notes, indent=1)
     if fn.exists() and fn.read_text()==text: return
-    fn.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(fn) as tmp: tmp.write_text(text)
 
 _again = "Put a copy of it back, or remove the run's folder and call run() to train it again"
