@@ -3,7 +3,7 @@ from fastai.vision.all import *
 from fastmed.core import *
 from fastmed.plot import *
 from fastmed.io.guard import *
-from fastmed.io.archive import *
+from fastmed.io.headers import *
 from fastmed.io.nifti import *
 from fastmed.io.frames import *
 from fastmed.io.dicom import *

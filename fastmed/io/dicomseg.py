@@ -16,10 +16,11 @@ from fastai.basics import to_cpu
 from fastcore.all import ifnone
 from .. import __version__
 from fastmed.core import (
-    check_not_source, ExtraError, InputError, orientation_of, spacing_of, TensorVolumeMask, whole_file
+    ExtraError, InputError, orientation_of, spacing_of, TensorVolumeMask, whole_file
 )
 from .dicom import dicom_series, series_grid, stack_frames
 from .frames import file_frames, file_pixels
+from .guard import check_not_source
 from torch import Tensor
 
 # %% ../../nbs/io/06_dicomseg.ipynb #2fe5ab39

@@ -19,12 +19,13 @@ import torch
 from fastai.data.all import to_cpu
 from fastcore.all import is_listy, L, patch
 from fastmed.core import (
-    ArgumentError, check_not_source, FileError, InputError, MissingFileError, orientation_of, spacing_of,
+    ArgumentError, FileError, InputError, MissingFileError, orientation_of, spacing_of,
     TensorVolume, TensorVolumeMask, whole_file
 )
 from .dicom import dicom_series, DicomSeries, is_dicom, load_series, series_grid
 from .frames import picture_pixels
-from .guard import check_header, check_plain, check_size, reading
+from .guard import check_not_source, check_plain, check_size, reading
+from .headers import check_header
 from fastmed.io.nifti import (
     affine_mm, checked_affine, header_forms, image_label, length_unit, nifti_image, NIFTI_SUFFIXES, nifti_voxels,
     open_nifti, scan_suffix, spatial_shape, turned_forms
