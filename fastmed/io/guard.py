@@ -199,6 +199,22 @@ def check_not_source(
         raise FileError(f"{fn}: is what this was made from, and a prediction never replaces it. Nothing was changed. "
                         f"Give another path")
 
+# %% ../../nbs/io/01_guard.ipynb #346bbb4a
+def files_below(
+    path,          # folder
+    deep:bool=True # whether folders in it are read too
+):                 # the files, hidden ones left out, folder by folder
+    "Files of a folder and of those below it; linked folders are followed, and each folder is read once"
+    todo,seen = [Path(path)],set()
+    for top in todo:                                      # grows by the links that are met
+        for folder,folders,files in os.walk(top):
+            stat = os.stat(folder)
+            known = (stat.st_dev, stat.st_ino) in seen
+            seen.add((stat.st_dev, stat.st_ino))
+            folders[:] = sorted(o for o in folders if not o.startswith('.')) if deep and not known else []
+            todo += [Path(folder)/o for o in folders if (Path(folder)/o).is_symlink()]
+            if not known: yield from (Path(folder)/o for o in sorted(files) if not o.startswith('.'))
+
 # %% ../../nbs/io/01_guard.ipynb #d36d2173
 _windows_letters,_windows_names = r'[:*?"<>|]|[. ]$',r'(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?'
 
