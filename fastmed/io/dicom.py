@@ -22,7 +22,7 @@ from .. import __version__
 from fastmed.core import (
     ExtraError, FileError, InputError, MissingFileError, orientation_of, spacing_of, TensorVolumeMask, whole_file
 )
-from .formats import file_frames
+from .formats import describe_grid, file_frames
 from .frames import file_pixels
 from .guard import check_not_source, files_below
 from .series import DicomSeries, series_grid, stack_frames
@@ -30,8 +30,7 @@ from fastprogress.fastprogress import progress_bar
 from torch import Tensor
 
 # %% ../../nbs/io/06_dicom.ipynb #b897c146
-_Found = namedtuple('_Found', 'files heads no_dicom no_image unreadable')
-# `no_image`: {file: what it is instead of an image}, `unreadable`: {file: why}, `no_dicom`: how many
+_Found = namedtuple('_Found', 'files heads no_dicom no_image unreadable')   # of the last two, {file: what or why}
 
 def _scan(files, bar=False):
     "What is found in the headers of files"
@@ -54,9 +53,10 @@ def _none(found, also_unreadable=False):
     return said+(f', {bad} cannot be read' if bad and also_unreadable else '')
 
 def _why_unreadable(found, most):
-    return '; '.join(f'{Path(k).name}: {v}' for k,v in list(found.unreadable.items())[:most])
+    said = [f'{Path(k).name}: {v}' for k,v in found.unreadable.items()]
+    return '; '.join(said[:most])+(' …' if len(said)>most else '')
 
-def _series_of(heads, alone=True):
+def _series_of(heads):
     "Series of those heads, as (facts, `DicomSeries`), in the order of their first file"
     folders = groupby(heads, lambda h: h[1][0].file.parent)
     single = {d for d,hs in folders.items() if len({info['group'] for info,_ in hs})==1}
@@ -65,7 +65,7 @@ def _series_of(heads, alone=True):
         dirs = {o.file.parent for o in fs}
         faults = [o['fault'] for o in infos if o['fault']]
         info = {**infos[0], 'seg':any(o['seg'] for o in infos), 'fault':faults[0] if faults else ''}
-        yield info,DicomSeries(fs, info, len(hs)==1 or alone and len(dirs)==1 and dirs<=single)
+        yield info,DicomSeries(fs, info, len(hs)==1 or len(dirs)==1 and dirs<=single)
 
 # %% ../../nbs/io/06_dicom.ipynb #dd95e3eb
 def _series_row(s, subject, root):
@@ -94,11 +94,10 @@ def scan_dicom(
     root = path.parent if path.is_file() else path
     found = _scan([path] if single else list(files_below(root)), bar=True)
     if n:=len(found.unreadable):
-        warn(f"{path}: {n} {'file' if n==1 else 'files'} cannot be read: {_why_unreadable(found, 5)}"
-             f"{' …' if n>5 else ''}")
+        warn(f"{path}: {n} {'file' if n==1 else 'files'} cannot be read: {_why_unreadable(found, 5)}")
     if not found.heads:
-        raise FileError(f"{path}: no DICOM image found in {len(found.files)} files: {_none(found, True)}. Check the "
-                        f"path")
+        n = len(found.files)
+        raise FileError(f"{path}: no DICOM image found in {n} files: {_none(found, True)}. Check the path")
     rows,who = [],{}
     for info,s in _series_of(found.heads):
         row = _series_row(s, f"s{who.setdefault(tuple(info['subject']), len(who)+1)}", root)
@@ -139,9 +138,8 @@ def is_dicom(
     fn # a file
 )->bool: # True where it begins as DICOM does
     "Whether a file is DICOM, by its first bytes"
-    with contextlib.suppress(OSError):
-        with open(fn, 'rb') as f: b = f.read(132)
-        named = Path(fn).suffix.lower() in ('.dcm','.dicom','.ima','')
+    with contextlib.suppress(OSError), open(fn, 'rb') as f:
+        b,named = f.read(132),Path(fn).suffix.lower() in ('.dcm','.dicom','.ima','')
         return b[128:]==b'DICM' or named and b[:2] in (b'\x08\0', b'\x02\0', b'\0\x08')
     return False
 
@@ -161,20 +159,17 @@ def _on(g, mask, who):
         T = T@nib.orientations.inv_ornt_aff(ornt, mask.shape)
     corners = np.array([[*c,1] for c in np.ndindex(2,2,2)])*[*(np.array(a.shape)-1),1]
     if a.shape==g.shape and np.abs(corners@(T-np.eye(4)).T).max()<=.05: return np.ascontiguousarray(a)
-    def show(shape, aff):
-        return (f"shape {tuple(shape)}, spacing {tuple(round(o, 3) for o in spacing_of(aff))} mm, orientation "
-                f"{orientation_of(aff)}, origin {tuple(np.round(aff[:3,3], 1).tolist())}")
     name = (getattr(mask, 'meta', None) or {}).get('fn', '')
-    raise InputError(f"The mask does not lie on the grid of its series:\n  mask {name}: {show(mask.shape, mask.affine)}"
-                     f"\n  {who}: {show(g.shape, g.affine)}\nPredict on load_volume(series), or resample the mask onto "
-                     f"it first: resample_to(mask, image.shape[1:], image.affine)")
+    raise InputError(f"The mask does not lie on the grid of its series:\n  mask {name}: "
+                     f"{describe_grid(mask.shape, mask.affine)}\n  {who}: {describe_grid(g.shape, g.affine)}\nPredict "
+                     f"on load_volume(series), or resample the mask onto it first: resample_to(mask, image.shape[1:], "
+                     f"image.affine)")
 
 def _planes(mask, s):
     "(n, rows, columns) of the mask for the images of a series in order; on a regridded box the nearest voxels"
     if not s.frames[0].position:
         raise InputError(f"{s.path} ({s}): an image without a position in the patient; a DICOM segmentation needs one")
-    grids,err = [True, *spacing_of(mask.affine)],None
-    if not stack_frames(s).faults: grids.insert(0, False)
+    grids,err = [*([] if stack_frames(s).faults else [False]), True, *spacing_of(mask.affine)],None
     for g in (series_grid(s, o) for o in grids):
         try:
             a = _on(g, mask, f'series {s.path}')
@@ -191,6 +186,12 @@ _kept = ('SOPClassUID','SOPInstanceUID','StudyInstanceUID','SeriesInstanceUID','
 _emptied = ('PatientName','PatientID','PatientBirthDate','PatientSex','AccessionNumber','StudyID','StudyDate',
             'StudyTime','ReferringPhysicianName')
 
+def _dataset(**elements):
+    import pydicom
+    res = pydicom.Dataset()
+    for k,v in elements.items(): setattr(res, k, v)
+    return res
+
 def _source_files(s):
     "{file: header} of a series that a segmentation can refer to. Raises `InputError`"
     import pydicom
@@ -205,24 +206,21 @@ def _source_files(s):
 
 def _measures(o, head):
     "Where an image of a series lies and how large its pixels are, as elements of a header"
-    import pydicom
-    def number(v): return pydicom.valuerep.DSfloat(float(v), auto_format=True)
+    from pydicom.valuerep import DSfloat
+    def numbers(vs): return [DSfloat(float(v), auto_format=True) for v in vs]
     own = (head.get('PerFrameFunctionalGroupsSequence') or [])[o.frame:o.frame+1]
     groups = [*own, *(head.get('SharedFunctionalGroupsSequence') or [])]
     said = [d.get('PixelMeasuresSequence')[0] for d in groups if d.get('PixelMeasuresSequence')]+[head]
-    res = pydicom.Dataset()
+    sizes = {}
     for k in ('SliceThickness','SpacingBetweenSlices'):
         v = next((d.get(k) for d in said if d.get(k)), None)
-        if v or k=='SliceThickness': setattr(res, k, number(v or o.thickness))
-    res.PixelSpacing = [number(v) for v in o.px[::-1]]
-    res.ImagePositionPatient = [number(v) for v in o.position]
-    res.ImageOrientationPatient = [number(v) for v in o.axes]
-    return res
+        if v or k=='SliceThickness': sizes[k], = numbers([v or o.thickness])
+    return _dataset(**sizes, PixelSpacing=numbers(o.px[::-1]), ImagePositionPatient=numbers(o.position),
+                    ImageOrientationPatient=numbers(o.axes))
 
 def _source_header(head, strip_identity):
     "A header as far as a segmentation takes it over: without identity, what names the image and nothing else"
-    import pydicom
-    res = pydicom.Dataset()
+    res = _dataset()
     res.update({e.tag:head[e.tag] for e in head if not strip_identity and e.tag.group!=0x5200})
     for k in _kept:
         if k in head: setattr(res, k, head[k].value)
@@ -231,12 +229,6 @@ def _source_header(head, strip_identity):
     return res
 
 # %% ../../nbs/io/06_dicom.ipynb #6d874d32
-def _dataset(**elements):
-    import pydicom
-    res = pydicom.Dataset()
-    for k,v in elements.items(): setattr(res, k, v)
-    return res
-
 def _source_headers(s, heads, strip_identity):
     "What highdicom takes for a series: a header an image, or one multi-frame header with the images in their order"
     from highdicom.utils import is_multiframe_image

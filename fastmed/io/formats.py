@@ -16,7 +16,9 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from ..core import ArgumentError, FastmedError, FileError, InputError, MissingFileError
+from fastmed.core import (
+    ArgumentError, FastmedError, FileError, InputError, MissingFileError, orientation_of, spacing_of
+)
 from fastmed.io.frames import (
     decoded, element_text, frame_of, HEAD_TAGS, Header, IDENTITY_TAGS, may_be_tiled, PARTING_TAGS, read_elements,
     short_hash, tiling
@@ -47,8 +49,8 @@ def existing_file(
                             f"{what}{hint}")
     fn = Path(fn)
     if not fn.exists() and fn.is_symlink():
-        raise MissingFileError(f"{fn}: is a link to {os.readlink(fn)}, which is not there. Take it out, or restore that "
-                               f"file")
+        raise MissingFileError(f"{fn}: is a link to {os.readlink(fn)}, which is not there. Take it out, or restore "
+                               f"that file")
     if not fn.exists():
         raise MissingFileError(f"{fn}: no such file. Check the path, and `path=` which stands before relative names")
     check_plain(fn)
@@ -149,6 +151,14 @@ def checked_affine(
         raise InputError(f"{fn}: expected an affine that can be inverted; found\n{aff[:3]}\nRepair the header "
                          f"(sform/qform) before use")
     return aff
+
+def describe_grid(
+    shape, # (X,Y,Z)
+    aff    # (4,4) affine, mm
+):         # text
+    "A grid in words"
+    sp,origin = tuple(round(o,3) for o in spacing_of(aff)), tuple(np.round(np.asarray(aff)[:3,3],1).tolist())
+    return f"shape {tuple(shape)}, spacing {sp} mm, orientation {orientation_of(aff)}, origin {origin}"
 
 # %% ../../nbs/io/04_formats.ipynb #02a00009
 def length_unit(

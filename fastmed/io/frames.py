@@ -9,7 +9,6 @@ __all__ = ['tiling', 'tile_of']
 import contextlib
 import hashlib
 import math
-import re
 import warnings
 from collections import namedtuple
 from pathlib import Path
@@ -17,8 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 from fastcore.all import first, is_iter
-
-from fastmed.core import FastmedError, FileError, InputError, ResourceError
+from fastmed.core import FileError, InputError, ResourceError
 from fastmed.io.guard import check_plain, check_size, reading
 
 # %% ../../nbs/io/03_frames.ipynb #63b19048
@@ -55,24 +53,21 @@ def _csa(ds):
         except Exception: return 0,None                # whatever a damaged one makes the reader throw
 
 # %% ../../nbs/io/03_frames.ipynb #292d0bab
-_how = 'Export it with its private elements, or convert the original with dcm2niix'
-
-def _refuse_tiles(why): raise InputError(f"no volume: its slices lie as tiles in one image, {why}. {_how}")
+def _refuse_tiles(why):
+    raise InputError(f"no volume: its slices lie as tiles in one image, {why}. Export it with its private elements, or "
+                     f"convert the original with dcm2niix")
 
 def _checked_tiles(ds, count, normal, counted):
     "(rows, columns) of a tile. Raises `InputError` where the header does not hold what places the tiles"
-    if not count:
-        _refuse_tiles('a Siemens mosaic, and the header does not tell how many: NumberOfImagesInMosaic is missing in '
-                      'the CSA header (0029,1010)')
-    if normal is None:
-        _refuse_tiles('a Siemens mosaic, and the header does not tell their order: SliceNormalVector is missing in the '
-                      'CSA header (0029,1010)')
+    silent,lacks = 'a Siemens mosaic, and the header does not','is missing in the CSA header (0029,1010)'
+    if not count: _refuse_tiles(f'{silent} tell how many: NumberOfImagesInMosaic {lacks}')
+    if normal is None: _refuse_tiles(f'{silent} tell their order: SliceNormalVector {lacks}')
     if counted and counted!=count:
         _refuse_tiles(f'a Siemens mosaic whose header disagrees: {count} tiles in the CSA header (0029,1010), '
                       f'{counted} in (0019,100A)')
     placing = ('ImagePositionPatient','ImageOrientationPatient','PixelSpacing','SpacingBetweenSlices')
     missing = [k for k in placing if not ds.get(k)]
-    if missing: _refuse_tiles(f'a Siemens mosaic, and the header does not place them: {", ".join(missing)} is missing')
+    if missing: _refuse_tiles(f'{silent} place them: {", ".join(missing)} is missing')
     across = math.ceil(math.sqrt(count))
     if ds.Rows%across or ds.Columns%across:
         _refuse_tiles(f'a Siemens mosaic of {count}, and {ds.Columns}×{ds.Rows} pixels are not {across}×{across} '
@@ -219,6 +214,14 @@ def decoded(
     a = a.reshape(-1, *a.shape[-2:])
     return (modality_lut(a, ds, fn),True) if ds.get('ModalityLUTSequence') else (a,False)
 
+def file_pixels(
+    fn  # DICOM file
+):
+    "((frames, rows, columns) of one file, whether they are physical values already). Raises `FileError`"
+    ds = read_elements(fn, _pixel_tags, pixels=True)
+    if ds is None: raise FileError(f"{fn}: is no longer the DICOM file that it was")
+    return decoded(ds, fn)
+
 # %% ../../nbs/io/03_frames.ipynb #a1108d01
 def slice_normal(
     axes # (6,) directions of rows and columns
@@ -233,8 +236,7 @@ def short_hash(
     "The beginning of a hash: always the same, and of no use to look a person up"
     return hashlib.sha256('|'.join(s).encode()).hexdigest()[:10]
 
-# in which the images of a volume agree
-MADE_TAGS = ('FrameOfReferenceUID','Modality','PhotometricInterpretation','Units')
+MADE_TAGS = ('FrameOfReferenceUID','Modality','PhotometricInterpretation','Units')    # in a volume they agree
 # what tells two acquisitions of one place from each other
 PARTING_TAGS = ('TemporalPositionIdentifier','EchoTime','DiffusionBValue','DiffusionGradientOrientation','TriggerTime',
                 'AcquisitionNumber','ImageType')
@@ -286,7 +288,6 @@ def element_text(
     return str(v).strip(' \0')
 
 def _nums(s, n):
-    "`n` finite numbers of a text, or None"
     try: v = tuple(float(o) for o in s.split('\\'))
     except ValueError: return None
     return v if len(v)==n and np.isfinite(v).all() else None
@@ -395,12 +396,3 @@ def frame_of(
                   colour=coloured or element_text(ds, 'PhotometricInterpretation').startswith('PALETTE'),
                   tags=(*(h.parting(f, k) for k in range(len(_parting_groups))), ' '.join(kind)),
                   made=tuple(element_text(ds, k) for k in MADE_TAGS))
-
-# %% ../../nbs/io/03_frames.ipynb #e0067234
-def file_pixels(
-    fn  # DICOM file
-):
-    "((frames, rows, columns) of one file, whether they are physical values already). Raises `FileError`"
-    ds = read_elements(fn, _pixel_tags, pixels=True)
-    if ds is None: raise FileError(f"{fn}: is no longer the DICOM file that it was")
-    return decoded(ds, fn)

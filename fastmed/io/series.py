@@ -6,20 +6,16 @@
 __all__ = ['DicomSeries']
 
 # %% ../../nbs/io/05_series.ipynb #3e3c9977
-import contextlib
 import os
-from collections import Counter, namedtuple
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
-from fastai.basics import warn
 from fastcore.all import groupby, patch
-from ..core import ArgumentError, FileError, InputError, MissingFileError, orientation_of
+from ..core import ArgumentError, FileError, InputError
 from .frames import file_pixels, MADE_TAGS, PARTING_TAGS, short_hash, slice_normal, tile_of
 from .guard import check_size, reading
-from fastprogress.fastprogress import progress_bar
 
 # %% ../../nbs/io/05_series.ipynb #3a36052c
 def _frame_names(fs, k=3):
@@ -112,6 +108,7 @@ def _parts(fs):
     if len(set.union(*shown))==1 or max(map(len, shown))>1: return parts
     return {k if 'ImageType' in k else f'{k}, ImageType {g[0].tags[-1]}':g for k,g in parts.items()}
 
+# %% ../../nbs/io/05_series.ipynb #69b70f9a
 @patch
 def split(self:DicomSeries):
     "The parts that may be volumes, largest first: by size and orientation, then by what leaves one image a position"
@@ -164,6 +161,7 @@ def _affine(st, origin, gap):
     aff[:3,3] = origin
     return np.diag([-1,-1,1,1.])@aff
 
+# %% ../../nbs/io/05_series.ipynb #da855103
 def _sideways(st):
     "What is said of slices that move across their normal"
     side = np.abs(st.shift).max()
@@ -220,6 +218,7 @@ def _check_placed(s, who):
                          f"PixelSpacing (0028,0030) of two numbers above 0: {_frame_names(bare)}. Add it, or export "
                          f"the series again")
 
+# %% ../../nbs/io/05_series.ipynb #a5b07173
 def _check_alike(s, who):
     "Raise `InputError` where images differ in size of pixels, frame of reference, or what their numbers mean"
     fs = s.frames
@@ -258,6 +257,7 @@ def _check_one_volume(s, who):
         raise InputError(f"{who}: no volume: {sum(o.colour for o in fs)} of its {len(fs)} images are in colour. They "
                          f"are pages or a film; load them one by one")
 
+# %% ../../nbs/io/05_series.ipynb #ca4d75e6
 def _check_one_a_place(s, st, who):
     "Raise `InputError` where two images lie at one position"
     gaps,fs = np.diff(st.t),st.frames

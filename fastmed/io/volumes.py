@@ -20,9 +20,9 @@ from fastmed.core import (
 )
 from .dicom import dicom_series, is_dicom
 from fastmed.io.formats import (
-    affine_mm, checked_affine, existing_file, header_forms, image_label, itk_affine, itk_reader, itk_voxels,
-    length_unit, nifti_image, NIFTI_SUFFIXES, nifti_voxels, open_nifti, picture_pixels, scan_suffix, spatial_shape,
-    turned_forms
+    affine_mm, checked_affine, describe_grid, existing_file, header_forms, image_label, itk_affine, itk_reader,
+    itk_voxels, length_unit, nifti_image, NIFTI_SUFFIXES, nifti_voxels, open_nifti, picture_pixels, scan_suffix,
+    spatial_shape, turned_forms
 )
 from .guard import check_not_source, check_size, reading
 from .series import DicomSeries, load_series, series_grid
@@ -65,14 +65,6 @@ def read_header(
                 dtype=str(dtype), unit=unit)
 
 # %% ../../nbs/io/07_volumes.ipynb #4dabb481
-def describe_grid(
-    shape, # (X,Y,Z)
-    aff    # (4,4) affine, mm
-):         # text
-    "A grid in words"
-    sp,origin = tuple(round(o,3) for o in spacing_of(aff)), tuple(np.round(np.asarray(aff)[:3,3],1).tolist())
-    return f"shape {tuple(shape)}, spacing {sp} mm, orientation {orientation_of(aff)}, origin {origin}"
-
 def unlike_grids(
     image, # file and grid
     mask   # file and grid
@@ -335,7 +327,8 @@ def _write_itk(a, affine, tmp, flat=False):
     im.SetDirection((lps[:3,:3]/sp).ravel().tolist())
     if flat: im = im[:,:,0]
     sitk.WriteImage(im, str(tmp), True)
-    found,wanted = (sitk.GetArrayViewFromImage(o) for o in (sitk.ReadImage(str(tmp)), im))
+    back = sitk.ReadImage(str(tmp))
+    found,wanted = (sitk.GetArrayViewFromImage(o) for o in (back, im))
     if not np.array_equal(found, wanted, equal_nan=a.dtype.kind=='f'):
         raise OSError('the file does not hold what was written')
 
