@@ -18,6 +18,7 @@ from fastmed.data.cases import *
 from fastmed.data.preprocess import *
 from fastmed.data.plan import *
 from fastmed.data.store import *
+from fastmed.data.recipe import *
 from fastmed.data.augment import *
 from fastmed.data.transforms import *
 from fastmed.data.blocks import *

@@ -33,7 +33,6 @@ class FastmedError(Exception):
     "The base of every error of fastmed. Of a message of more than 4000 characters the two ends are kept"
     def __init__(self, *args):
         super().__init__(*(f'{a[:3000]} … {a[-900:]}' if isinstance(a, str) and len(a)>4000 else a for a in args))
-
 class InputError(FastmedError, ValueError): "A scan, table or value that would give a wrong answer"
 class ArgumentError(FastmedError, TypeError): "An argument that is not known, or of the wrong kind"
 class ColumnError(FastmedError, KeyError):
@@ -72,6 +71,7 @@ def writing(
         disk = shutil.disk_usage(at)
         if n is None and disk.total and disk.free<2**20:    # a writer in C may not say why; /proc has no room at all
             n = errno.ENOSPC
+        if n is None and ' requested and ' in str(e): n = errno.EFBIG    # of NumPy, which does not say why
         if n is None and not isinstance(e, OSError): raise
         full = n in (errno.ENOSPC, getattr(errno, 'EDQUOT', -1))
         why,advice = _refusal(n) or e,'Make room, or give' if full else 'Give'
@@ -85,7 +85,6 @@ def _mark():    # how temporaries begin, with the machine in it, since locks may
     return '.part-'+hashlib.blake2b(platform.node().encode(), digest_size=3).hexdigest()
 
 class _Planted(Exception): "What stands at the name of a temporary was not made by this user"
-
 def _open_temporary(p, folder, make):
     "A descriptor of `p`, made where it is missing; None where it was taken away meanwhile. Raises `_Planted`"
     how = os.O_NOFOLLOW|(os.O_RDONLY|os.O_DIRECTORY if folder else os.O_RDWR|os.O_NONBLOCK)
@@ -146,7 +145,8 @@ def _let_go(tmp, fd):
 # %% ../nbs/00_core.ipynb #36cff4bf
 def _held_beside(fn, folder, work, alone):
     "(temporary for `fn` in `work`, its descriptor), which is None without locks; both where `alone` and it is taken"
-    sfx = '.nii.gz' if fn.name.lower().endswith('.nii.gz') else fn.suffix
+    # in small letters: nibabel and ITK know no others, and write somewhere else
+    sfx = '.nii.gz' if fn.name.lower().endswith('.nii.gz') else fn.suffix.lower()
     name = hashlib.blake2b(os.fsencode(fn.name), digest_size=8).hexdigest()
     for i in range(1000):
         try: work.mkdir(parents=True, exist_ok=True)
@@ -193,8 +193,7 @@ def synced(
 ):
     "Wait until what was written is on the disk: a power cut after the rename leaves no empty file. Raises `OSError`"
     path = Path(path)
-    for p in path.rglob('*') if path.is_dir() else [path]:
-        if not p.is_file(): continue
+    for p in filter(Path.is_file, path.rglob('*') if path.is_dir() else [path]):
         fd = os.open(p, os.O_RDWR if os.name=='nt' else os.O_RDONLY)
         try: os.fsync(fd)
         except OSError as e:         # but for a disk that cannot be asked
@@ -202,6 +201,13 @@ def synced(
         finally: os.close(fd)
 
 _scan_names = ('.nii','.nii.gz','.nrrd','.nhdr','.mha','.mhd','.hdr','.img','.dcm','.dicom','.ima')
+
+def _check_same(held, at, fn):
+    "Raise `FileError` where the file that was held is another now"
+    if not os.path.samestat(held, os.lstat(at)):
+        raise FileError(f"{fn}: {at.name} was replaced while it was written, and what stands there now is not to be "
+                        f"trusted. Others may write to {fn.absolute().parent}: chmod +t or chmod go-w it, or give "
+                        f"another path")
 
 @contextlib.contextmanager
 def whole_file(
@@ -217,21 +223,23 @@ def whole_file(
     with writing(fn):
         if fn.is_dir(): raise IsADirectoryError(errno.EISDIR, 'a folder', str(fn))
         with beside(fn) as tmp:
+            held = os.lstat(tmp)
             yield tmp
+            _check_same(held, tmp, fn)
             if lasting: synced(tmp)
             os.replace(tmp, fn)
+            _check_same(held, fn, fn)
 
 @contextlib.contextmanager
 def whole_folder(
     fn, # destination
 ):      # folder to write to
     "The same for a folder with all that is in it. Where another process was faster, its folder stays"
-    fn = Path(fn)
     with writing(fn), beside(fn, True) as tmp:
         yield tmp
         try: os.rename(tmp, fn)
         except OSError:
-            if not fn.is_dir(): raise
+            if not os.path.isdir(fn): raise
 
 # %% ../nbs/00_core.ipynb #d3c6f6ed
 def spacing_of(
@@ -295,16 +303,13 @@ class TensorVolume(TensorMed):
     "An image volume (C,X,Y,Z), float32"
     def show(self, ctx=None, mask=None, axis=2, index=None, **kwargs):
         return show_plane(self, mask, axis, index, ctx, **kwargs)
-
 class TensorVolumeMask(TensorMed):
     "A label volume (X,Y,Z), integer class ids; 0 is background"
     def show(self, ctx=None, axis=2, index=None, **kwargs): return show_plane(None, self, axis, index, ctx, **kwargs)
-
 class TensorSlice(TensorMed):
     "An image slice (C,H,W), float32"
     rows_first = False                       # its axes are the scan's: shown turned, the first from left to right
     def show(self, ctx=None, mask=None, **kwargs): return show_plane(self, mask, ctx=ctx, **kwargs)
-
 class TensorSliceMask(TensorMed):
     "A label slice (H,W), integer class ids; 0 is background"
     def show(self, ctx=None, **kwargs): return show_plane(None, self, ctx=ctx, **kwargs)
@@ -328,7 +333,6 @@ def best_plane(
     area = (to_cpu(mask).as_subclass(Tensor)>0).sum([i for i in range(3) if i!=axis])
     return int(area.argmax()) if area.max()>0 else n//2
 
-# %% ../nbs/00_core.ipynb #785b366d
 def _plane(t, axis, index, channels):
     "The plane `index` of `axis` as an array: (C,a,b) where `t` has channels, else (a,b)"
     a = to_cpu(t).as_subclass(Tensor).detach()
@@ -347,12 +351,6 @@ def _check_over(ref, m, nsp):
     if not off<=.5:
         raise InputError(f"show_plane: the mask lies elsewhere than the image, up to {off:.3g} voxels off. {how}")
 
-def _grey_range(im):
-    "Between which values a picture goes from black to white: all but the darkest and brightest half percent"
-    seen = im[np.isfinite(im)]
-    lo,hi = np.percentile(seen, (0.5,99.5)) if seen.size else (0,1)
-    return dict(vmin=lo, vmax=max(hi, lo+1e-6))
-
 def _draw_contours(ctx, mask, plane, style):
     "The outline of each structure in a plane of `mask`, in its colour"
     codes = getattr(mask, 'codes', None)
@@ -361,7 +359,7 @@ def _draw_contours(ctx, mask, plane, style):
         if (plane==k).any() and min(plane.shape)>1:
             ctx.contour((plane==k).T.astype(float), levels=[.5], colors=[c], linewidths=1.2, linestyles=style)
 
-# %% ../nbs/00_core.ipynb #1ae9a3ce
+# %% ../nbs/00_core.ipynb #3942016c
 def show_plane(
     x=None,          # `TensorVolume` (C,X,Y,Z), `TensorSlice` (C,H,W) or None
     mask=None,       # mask on the same grid, its structures drawn as contours, or None
@@ -377,7 +375,7 @@ def show_plane(
 ):                   # matplotlib axes
     "Draw one plane of a scan, grey, with the contours of `mask` (solid) and `pred` (dashed), in its true proportions"
     import matplotlib.pyplot as plt
-    ref,masks = mask if x is None else x,[m for m in (mask,pred) if m is not None]
+    ref,masks = ifnone(x, mask),[m for m in (mask,pred) if m is not None]
     nsp = ref.ndim - (x is not None)
     if nsp not in (2,3):
         raise InputError(f"show_plane: expected a volume (C,X,Y,Z), a slice (C,H,W) or a mask of one; found shape "
@@ -391,7 +389,9 @@ def show_plane(
     if x is None: im = np.zeros((ref.shape[across], ref.shape[up]))
     else:
         im = _plane(x, axis, index, 1)[ifnone(channel, getattr(x, 'context', 0) if nsp==2 else 0)]
-        kwargs = {**_grey_range(im), **kwargs}
+        seen = im[np.isfinite(im)]
+        lo,hi = np.percentile(seen, (0.5,99.5)) if seen.size else (0,1)
+        kwargs = {'vmin':lo, 'vmax':max(hi, lo+1e-6), **kwargs}
     ctx.imshow(im.T, origin='lower', cmap=cmap, aspect=aspect, interpolation='nearest', **kwargs)
     for m,style in ((mask,'solid'),(pred,'dashed')):
         if m is not None: _draw_contours(ctx, m, _plane(m, axis, index, 0), style)

@@ -14,7 +14,8 @@ from torch import nn
 
 from fastmed.all import *
 from fastmed.learn import modelfile, plain
-from fastmed.learn.onnx import SavedLearner, export_onnx, load_model, load_onnx, save_model
+from fastmed.learn.modelfile import SavedLearner, load_model, save_model
+from fastmed.learn.onnx import export_onnx, load_onnx
 
 for k in [o for o in globals() if o.startswith('test')]: del globals()[k]    # fastcore's own
 
@@ -101,12 +102,16 @@ def test_fresh_process_and_no_pickle(learner, study, scan, tmp_path):
     python(ANSWERS+f"""
 import sys, torch
 torch.set_num_threads({torch.get_num_threads()})
-from fastmed.learn.onnx import load_model
+from fastmed.learn.modelfile import load_model
 tmp,new,*files = sys.argv[1:]
 import scipy.ndimage
 armed = True
 def hook(event, args):
-    if armed and event in ('pickle.find_class','subprocess.Popen','os.system','socket.connect','urllib.Request','os.exec','os.posix_spawn'): print(event, args, flush=True); import os; os._exit(3)
+    if armed and event in ('pickle.find_class','subprocess.Popen','os.system','socket.connect','urllib.Request',
+                           'os.exec','os.posix_spawn'):
+        print(event, args, flush=True)
+        import os
+        os._exit(3)
 sys.addaudithook(hook)
 learns = {{nd:load_model(f'{{tmp}}/m{{nd}}.safetensors', 'cpu') for nd in (3,2)}}
 for nd,l in learns.items(): l.predict_volume(new)
@@ -414,6 +419,15 @@ def test_forgery_is_a_fair_test(saved, scan, tmp_path):
     (tmp_path/'same').write_bytes(forge(saved[1].read_bytes()))
     assert same_bits(load_model(tmp_path/'same', 'cpu').predict_volume(scan), saved[0].predict_volume(scan))
 
+def infinite(*keys):
+    "A number that JSON writes in digits and Python reads as infinity"
+    def f(m):
+        put('@', *keys)(m)
+        return json.dumps(m).replace('"@"', '1e999')
+    return f
+
+def ct_stats(stats): return lambda m: m['preprocess'].update(normalize='ct', stats=stats)
+
 ARGS = ('network','args','dict')
 FORGED = dict(
     newer=(put(4, 'format'), 'newer fastmed'),
@@ -437,7 +451,20 @@ FORGED = dict(
         'normalize'), drift=(lambda m: put([o*1.01+.01 for o in m['echo']], 'echo')(m), 'answers otherwise'),
         nothing=(lambda m: '{}', 'format and a sum'),
     nested=(lambda m: '['*100_000, 'JSON'), no_dict=(lambda m: json.dumps([m['sha256']]), 'format and a sum'),
-        no_sum=(put('', 'sha256'), None))
+        no_sum=(put('', 'sha256'), None),
+    infinite_echo=(infinite('echo', 0), 'JSON'), infinite_share=(infinite('foreground'), 'JSON'),
+    infinite_spacing=(infinite('preprocess', 'spacing', 0), 'JSON'),
+    spacing=(put([1e300]*3, 'preprocess', 'spacing'), 'spacing: expected three sizes'),
+    orientation=(put('XYZ', 'preprocess', 'orientation'), "orientation: expected an order of the axes such as 'RAS'"),
+    orientation2=(put('RRR', 'preprocess', 'orientation'), 'orientation: expected'),
+    orientation3=(put(7, 'preprocess', 'orientation'), 'orientation: expected'),
+    stats=(ct_stats([{}]), 'stats: expected'),
+    stats2=(ct_stats([dict(lo=0, hi=1, mean=.5, std=-1)]), 'stats: expected'),
+    stats3=(ct_stats(None), 'not fitted'), stats4=(ct_stats('abc'), 'stats: expected'),
+    auto=(put('auto', 'preprocess', 'spacing'), 'not fitted'),
+    channels=(put(['zscore']*9, 'preprocess', 'normalize'), '9 normalisations'),
+    half=(put({'tuple':[16.5,16,16]}, 'plan', 'dict', 'patch'), 'plan of slices or volumes'),
+    escape=(put(['background','\x1b[2J','b'], 'preprocess', 'codes'), 'control characters'))
 
 @pytest.mark.parametrize('what', FORGED)
 def test_forged_metadata(saved, tmp_path, what):
@@ -453,11 +480,24 @@ def test_forged_metadata(saved, tmp_path, what):
     refused(bad, tmp_path/'bad', match)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-before<600_000
 
+@pytest.mark.parametrize('axis', [7, -1, None])
+def test_forged_slices(learner, tmp_path, axis):
+    b = save_model(learner(2), tmp_path/'m.safetensors').read_bytes()
+    refused(forge(b, put(axis, 'plan', 'dict', 'axis')), tmp_path/'bad', 'plan of slices or volumes')
+
+def test_little_told_of_the_training_is_enough(saved, tmp_path):
+    (tmp_path/'m').write_bytes(forge(saved[1].read_bytes(), put({'seen':None, 'torch':'2'}, 'training')))
+    assert 'trained on ? cases of ? subjects' in repr(load_model(tmp_path/'m', 'cpu'))
+
 def _peak(code, *args):
     "Peak memory of a fresh process that runs `code`, in MB, and what it printed"
-    code = (f"import resource, sys\nfrom fastmed.learn.onnx import load_model\nfrom fastmed.core import "
-            f"FastmedError\nbase = "
-            f"resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n{code}\nprint((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-base)/1024)")
+    peak = 'resource.getrusage(resource.RUSAGE_SELF).ru_maxrss'
+    code = f"""import resource, sys
+from fastmed.learn.modelfile import load_model
+from fastmed.core import FastmedError
+base = {peak}
+{code}
+print(({peak}-base)/1024)"""
     *said,mb = python(code, *args).splitlines()
     return float(mb),said
 
@@ -542,19 +582,27 @@ def test_some_hundred_forged_headers(loaders, tmp_path):
     out = python("""
 import json, resource, signal, sys, warnings
 from fastmed.all import *
-warnings.simplefilter('ignore'); res,tmp = {},Path(sys.argv[1])
+warnings.simplefilter('ignore')
+res,tmp = {},Path(sys.argv[1])
 class Slow(BaseException): pass
 def slow(*args): raise Slow
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024
-signal.signal(signal.SIGALRM, slow); load_model(tmp/'s.safetensors', 'cpu'); import monai.networks.nets
-now = int(Path('/proc/self/statm').read_text().split()[0])*resource.getpagesize(); resource.setrlimit(resource.RLIMIT_AS, (now+3*2**30, now+3*2**30)); was = peak()
+signal.signal(signal.SIGALRM, slow)
+load_model(tmp/'s.safetensors', 'cpu')
+import monai.networks.nets
+now = int(Path('/proc/self/statm').read_text().split()[0])*resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now+3*2**30, now+3*2**30))
+was = peak()
 for f in sorted(tmp.glob('bad*')):
     signal.alarm(120)
-    try: load_model(f, 'cpu'); said = 'opened'
+    try:
+        load_model(f, 'cpu')
+        said = 'opened'
     except FastmedError as e: said = 'refused' if f.name in str(e) and len(str(e))<2000 else f'says {e}'
     except Slow: said = 'takes for ever'
     except Exception as e: said = f'{type(e).__name__}: {e}'
-    signal.alarm(0); mb,was = peak()-was,peak()
+    signal.alarm(0)
+    mb,was = peak()-was,peak()
     res[f.name] = said if mb<700 else f'{said}, and took {mb} MB'
 print(json.dumps(res))
 """, tmp_path)
@@ -655,8 +703,8 @@ def onnx():
 @pytest.mark.parametrize('ndim,kw', [(3,{}), (2,{}), (3,dict(arch='SegResNet', init_filters=8)),
         (3,dict(deep_supervision=True, depth=3, nf=4, arch='UNet'))])
 def test_onnx_answers_alike(onnx, learner, loaders, scan, tmp_path, ndim, kw):
-    learn = (unet3d_learner if ndim==3 else unet2d_learner)(loaders[ndim], fast=False, path=tmp_path,
-                                                            **kw) if kw else learner(ndim, fast=False)
+    make = unet3d_learner if ndim==3 else unet2d_learner
+    learn = make(loaders[ndim], fast=False, path=tmp_path, **kw) if kw else learner(ndim, fast=False)
     back = load_onnx(export_onnx(learn, tmp_path/'m.onnx', post='keep_largest'))
     (m,p),(m2,p2) = learn.predict_volume(scan, proba=True, tta=True, post='keep_largest'),back.predict_volume(scan,
                                          proba=True, tta=True)

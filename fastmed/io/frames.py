@@ -236,10 +236,11 @@ def short_hash(
     "The beginning of a hash: always the same, and of no use to look a person up"
     return hashlib.sha256('|'.join(s).encode()).hexdigest()[:10]
 
-MADE_TAGS = ('FrameOfReferenceUID','Modality','PhotometricInterpretation','Units')    # in a volume they agree
+# in which the images of a volume agree
+MADE_TAGS = ('FrameOfReferenceUID','Modality','PhotometricInterpretation','Units','ConvolutionKernel','KVP')
 # what tells two acquisitions of one place from each other
 PARTING_TAGS = ('TemporalPositionIdentifier','EchoTime','DiffusionBValue','DiffusionGradientOrientation','TriggerTime',
-                'AcquisitionNumber','ImageType')
+                'AcquisitionNumber','ConvolutionKernel','KVP','ImageType')
 
 # %% ../../nbs/io/03_frames.ipynb #cb008853
 _size_tags = ('PixelSpacing','ImagerPixelSpacing','NominalScannedPixelSpacing','ImagePlanePixelSpacing')
@@ -387,6 +388,7 @@ def frame_of(
     if h.count>1: number = f+1,
     padded = isinstance(pad, (int,float)) and not ds.get('ModalityLUTSequence')
     kind = h.text(f, 'MRImageFrameTypeSequence', 'FrameType', 'ImageType').split('\\')[2:]
+    beam = h.text(f, 'CTReconstructionSequence', 'ConvolutionKernel'),h.text(f, 'CTXRayDetailsSequence', 'KVP')
     coloured = int(ds.get('SamplesPerPixel') or 1)>1
     return Frame(file=h.fn, frame=f, number=int(number[0]) if number else None, position=_position_of(h, f, axes),
                   axes=axes, px=px[::-1] if px and min(px)>0 else None,
@@ -394,5 +396,5 @@ def frame_of(
                   slope=slope, inter=inter, padding=pad*slope+inter if padded else None,
                   sop=short_hash(element_text(ds, 'SOPInstanceUID'), str(f)),
                   colour=coloured or element_text(ds, 'PhotometricInterpretation').startswith('PALETTE'),
-                  tags=(*(h.parting(f, k) for k in range(len(_parting_groups))), ' '.join(kind)),
-                  made=tuple(element_text(ds, k) for k in MADE_TAGS))
+                  tags=(*(h.parting(f, k) for k in range(len(_parting_groups))), *beam, ' '.join(kind)),
+                  made=(*(element_text(ds, k) for k in MADE_TAGS[:4]), *beam))

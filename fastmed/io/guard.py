@@ -88,6 +88,14 @@ def _missing(fn, e):
     what = f' as {e.filename}, which belongs to it' if other else ''
     return MissingFileError(f"{fn}: no such file{what}. Check the path")
 
+def _forbidden(fn, e):
+    "A missing right to read, which nibabel does not say; None where there is the right"
+    no = e if isinstance(e, PermissionError) else None
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        try: open(fn, 'rb').close()
+        except PermissionError as found: no = found
+    if no: return FileError(f"{no.filename or fn}: there is no right to read it. Ask its owner, or leave it out")
+
 def _too_many_open(fn, e):
     who = 'this process' if e.errno==errno.EMFILE else 'this computer'
     return ResourceError(f"{fn}: could not be opened, because {who} has as many files open as it may. Close some, "
@@ -100,6 +108,7 @@ def _too_large(fn, said=''):
 def _reading_error(e, fn, what, advice):
     "The error of fastmed that says what `e` means to whoever reads `fn`"
     if isinstance(e, FileNotFoundError): return _missing(fn, e)
+    if not isinstance(e, (FloatingPointError,MemoryError)) and (no:=_forbidden(fn, e)): return no
     if isinstance(e, OSError) and e.errno in (errno.EMFILE,errno.ENFILE): return _too_many_open(fn, e)
     if isinstance(e, FloatingPointError):
         return InputError(f"{fn}: holds values beyond what 32 bits can keep (3.4e38), so they would become infinite. "
@@ -206,8 +215,10 @@ def files_below(
 ):                 # the files, hidden ones left out, folder by folder
     "Files of a folder and of those below it; linked folders are followed, and each folder is read once"
     todo,seen = [Path(path)],set()
+    def stop(e): raise FileError(f"{e.filename}: this folder may not be read, so what lies in it would be missed. Ask "
+                                 f"its owner, or take it out") from e
     for top in todo:                                      # grows by the links that are met
-        for folder,folders,files in os.walk(top):
+        for folder,folders,files in os.walk(top, onerror=stop):
             stat = os.stat(folder)
             known = (stat.st_dev, stat.st_ino) in seen
             seen.add((stat.st_dev, stat.st_ino))

@@ -231,8 +231,8 @@ def _check_alike(s, who):
            if len(set(v)-{''})>1]                              # one that is missing is named where it is needed
     if odd:
         files = '; '.join(_frame_names(v) for v in list(kinds.values())[:4])
-        raise InputError(f"{who}: no volume: its {len(fs)} images differ in {', '.join(odd)}: {files}. Export each "
-                         f"kind as a series of its own")
+        way = _parting(s) if len(s.split())>1 else 'Export each kind as a series of its own'
+        raise InputError(f"{who}: no volume: its {len(fs)} images differ in {', '.join(odd)}: {files}. {way}")
 
 # %% ../../nbs/io/05_series.ipynb #35b025f8
 def _check_one_volume(s, who):

@@ -303,6 +303,16 @@ def resample_to(
     return _with_affine(t, torch.from_numpy(np.ascontiguousarray(r)), affine)
 
 # %% ../../nbs/io/07_volumes.ipynb #7f7db8b8
+def check_one_slice(
+    fn,   # .png file that would be written
+    shape # (X,Y,Z) or (X,Y,Z,C)
+):
+    "Raise `InputError` where a picture would lose all slices but one"
+    if shape[2]>1:
+        raise InputError(f"{fn}: a .png holds one slice, and this scan has {shape[2]}. Nothing was written. Give a "
+                         f"name that ends in .nii.gz, .nrrd or .mha")
+
+# %% ../../nbs/io/07_volumes.ipynb #8e169dcc
 def _stored(t, dtype):
     "The array of a tensor as it is stored, (X,Y,Z) or (X,Y,Z,C): of `dtype`, a mask of the smallest unsigned type"
     a = to_cpu(t).as_subclass(Tensor).detach()
@@ -332,6 +342,7 @@ def _write_itk(a, affine, tmp, flat=False):
     if not np.array_equal(found, wanted, equal_nan=a.dtype.kind=='f'):
         raise OSError('the file does not hold what was written')
 
+# %% ../../nbs/io/07_volumes.ipynb #411fce54
 def save_volume(
     t,          # `TensorVolume` (C,X,Y,Z) or `TensorVolumeMask` (X,Y,Z) with its affine
     fn,         # .nii, .nii.gz, .nrrd or .mha; .png for a single slice
@@ -345,6 +356,7 @@ def save_volume(
     if t.ndim not in (3,4):
         raise InputError(f"save_volume({fn}): expected (C,X,Y,Z) or (X,Y,Z); found shape {tuple(t.shape)}")
     a,suffix = _stored(t, dtype),scan_suffix(fn)
+    if suffix=='.png': check_one_slice(fn, a.shape)
     check_not_source(fn, L(_meta(t).get('made_from')))
     with whole_file(fn, scan=True) as tmp:
         if suffix in ('.nii','.nii.gz'):

@@ -21,7 +21,7 @@ from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.data.all import apply, dispatch, get_model, Module, num_distrib, warn
 from fastcore.all import ifnone, L, store_attr, tuplify
 from ..core import ExtraError, InputError, TensorMed, TensorSlice, TensorVolume, TensorVolumeMask, whole_file
-from ..data.blocks import get_preprocess, LoadMask, LoadVolume
+from ..data.blocks import LoadMask, LoadVolume
 from ..data.cases import case_name, check_columns
 from ..data.loaders import show_results
 from ..data.preprocess import Preprocess
@@ -32,6 +32,7 @@ from ..plot import figure_png, plot_volume
 from ..predict.predict import predict_case
 from fastprogress.fastprogress import progress_bar
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 # %% ../../nbs/learn/02_callbacks.ipynb #dbdd568e
 def case_truth(
@@ -69,7 +70,7 @@ def predicted_cases(
     **kwargs             # of `predict_case`
 ):                       # yields (name, row, prediction, truth, None), or (name, row, None, None, error)
     "Predict case after case, each with its truth, both on the scan's own grid. A case that cannot be read comes with its error; the others go on"
-    pre,(im,ms) = get_preprocess(learn.dls),case_columns(learn.dls)
+    pre,(im,ms) = learn.dls.preprocess,case_columns(learn.dls)
     rows = case_rows(items)
     for name,r in progress_bar(rows, leave=False) if progress else rows:
         try:
@@ -168,14 +169,32 @@ def _remedy(learn):
     return (f"Lower the rate ({learn.opt.hypers[-1]['lr']:.3g} now), look at the case (check_dataset names what is "
             f"wrong with it){plain}")
 
+class _NormAverages:
+    "The running averages of the batch norms of a network, which change on the way forward, before anything is learnt"
+    def __init__(self, model):
+        norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+        self.own = [t for m in norms for t in (m.running_mean, m.running_var, m.num_batches_tracked)]
+        self.kept = [t.clone() for t in self.own]
+
+    def keep(self):
+        for k,t in zip(self.kept, self.own, strict=True): k.copy_(t)
+
+    def put_back(self):
+        for k,t in zip(self.kept, self.own, strict=True): t.copy_(k)
+
 class FiniteCallback(FitCallback):
     "Stop a fit whose loss or weights are no longer numbers, before anything is learnt from it. Raises `InputError` naming epoch, batch and case; every fit of a `VolumeLearner` has one"
     order = 100                      # after those that change the loss
     stopped = False                  # whether a fit was ended for `TerminateOnNaNCallback`
-    def before_fit(self): self.stopped = False
+    averages = None                  # of the fit, `_NormAverages`
+    def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k!='averages'}
+    def before_fit(self): self.stopped,self.averages = False,_NormAverages(self.model)
+    def before_batch(self):
+        if self.training: self.averages.keep()
 
     def after_loss(self):
         if not self.training or not len(self.yb) or self.loss_grad.isfinite().all(): return
+        self.averages.put_back()
         i,odd = self.iter,odd_weights(self.model)
         loss = f"the loss is {float(self.loss_grad.detach().float().mean()):g}"
         if not odd:
@@ -247,7 +266,7 @@ class DiceCallback(Callback):
         self.now = None
         if hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds'): return
         one_process('DiceCallback', 'call learn.evaluate() after the training')
-        names = [*['case_'+o for o in metric_names(get_preprocess(self.dls).vocab)], 'case_dice']
+        names = [*['case_'+o for o in metric_names(self.dls.preprocess.vocab)], 'case_dice']
         self._add_columns(names)
         self._forget(names)
 
@@ -272,7 +291,7 @@ class DiceCallback(Callback):
         if r is not None and not r.cancel_valid: r.log = r.log+list(self.now.values())
 
     def _look(self):
-        vocab,rows = get_preprocess(self.dls).vocab,[]
+        vocab,rows = self.dls.preprocess.vocab,[]
         for name,_,pred,truth,e in predicted_cases(self.learn, self.dls.valid_ds.items[:self.n], overlap=self.overlap):
             if e: raise e
             rows += [dict(epoch=self.epoch, case=name, **{k:s[k] for k in ('structure','dice','status')})

@@ -20,11 +20,11 @@ from fastai.basics import get_model, OptimWrapper
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientAccumulation, GradientClip
-from fastcore.all import first, ifnone, L
+from fastcore.all import first, L
 from ..core import FileError, InputError
-from ..data.blocks import get_plan, get_preprocess, LoadMask, LoadVolume
+from ..data.blocks import LoadMask, LoadVolume
 from ..data.plan import Plan
-from ..data.radiographs import get_prep, LoadRadiograph
+from ..data.radiographs import LoadRadiograph
 from ..data.store import cache_dir, kept_digest
 from .callbacks import case_rows
 from .losses import mixing_callbacks
@@ -118,9 +118,9 @@ def data_words(
     "Patch, spacing and preprocessing in words"
     res = {}
     with suppress(InputError):
-        res.update({k:v for k,v in get_plan(dls).items() if k in ('ndim','patch','axis','context')})
+        res.update({k:v for k,v in dls.plan.items() if k in ('ndim','patch','axis','context')})
     with suppress(InputError):
-        res.update({f'preprocessing, {k}':v for k,v in ifnone(get_prep(dls), get_preprocess(dls)).to_dict().items()})
+        res.update({f'preprocessing, {k}':v for k,v in dls.preprocess.to_dict().items()})
     return {k:_words(v) for k,v in res.items()}
 
 def _network_words(model):

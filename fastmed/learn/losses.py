@@ -8,7 +8,6 @@ __all__ = ['SegLoss', 'TverskyLoss', 'DiceLoss', 'DiceCELoss', 'FocalLoss', 'Pla
 
 # %% ../../nbs/learn/01_losses.ipynb #07844452
 from ..core import ArgumentError, InputError, TensorSliceMask, TensorVolumeMask
-from ..data.blocks import get_plan
 from fastai.callback.mixup import CutMix, MixHandler
 from fastai.losses import BaseLoss, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat
 from fastcore.basics import patch
@@ -334,7 +333,7 @@ def mixing_callbacks(
     return [c for c in [*learn.cbs, *L(cbs)] if isinstance(c, MixHandler)]
 
 def _of_volumes(dls):
-    try: return get_plan(dls).ndim==3
+    try: return dls.plan.ndim==3
     except InputError: return False                                  # radiographs
 
 def check_mixing(

@@ -27,12 +27,12 @@ from fastmed.core import (
     TensorSliceMask, TensorVolume, TensorVolumeMask, whole_file
 )
 from ..data.augment import SpatialTfm
-from ..data.blocks import CaseFiles, get_plan, get_preprocess, LoadMask, LoadVolume, PatchDL, PatchTransform
+from ..data.blocks import CaseFiles, LoadMask, LoadVolume, PatchDL, PatchTransform
 from ..data.loaders import SliceDataLoaders, VolumeDataLoaders
 from ..data.preprocess import Preprocess
 from ..io.guard import memory_left
 from .callbacks import DeepSupervisionLoss, RememberCallback
-from .casefiles import build_case, case_learner, case_meta, own_args, plan_of
+from .casefiles import build_case, case_learner, case_meta, check_grid, own_args, plan_of
 from .classify import CaseLearner
 from .ensemble import Ensemble
 from .fingerprint import is_sealed, salt_of, seal_of, sealed_names, was_seen
@@ -152,12 +152,13 @@ class SavedLearner(VolumeLearner):
         channels = f"{self.n_in} channel{'s'*(self.n_in>1)}"
         return (f"{self.arch}, {sum(p.numel() for p in self.model.parameters()):,} parameters: {channels}, "
                 f"{answers}\n{how}\n"
-                f"trained on {f['cases']} cases of {f['subjects']} subjects, by fastmed {f['fastmed']}; scores: "
+                f"trained on {f.get('cases', '?')} cases of {f.get('subjects', '?')} subjects, by fastmed "
+                f"{f.get('fastmed', '?')}; scores: "
                 f"{json.dumps(f.get('evaluation') or f.get('metrics') or 'none kept')}")
 
     def __repr__(self):
-        pre = get_preprocess(self.dls)
-        patch,names = tuple(get_plan(self.dls).patch),', '.join(map(str, pre.vocab[1:]))
+        pre = self.dls.preprocess
+        patch,names = tuple(self.dls.plan.patch),', '.join(map(str, pre.vocab[1:]))
         return self._told(f"patch {patch} → {names}", f"{pre}\npost-processing: {', '.join(self.post) or 'none'}")
 
 class SavedCaseLearner(SavedLearner, CaseLearner):
@@ -165,7 +166,7 @@ class SavedCaseLearner(SavedLearner, CaseLearner):
     def __repr__(self):
         return self._told(
                 f"{'×'.join(map(str, self.arch_patch))} → {self.task} of {', '.join(map(str, self.label_vocab))}",
-                getattr(self.dls, 'prep', None) or get_preprocess(self.dls))
+                self.dls.preprocess)
 
 def _empty_dls(meta, plan, pre, device):
     "DataLoaders without data that know how a scan is read, cut and flipped"
@@ -194,8 +195,7 @@ def _remembered(training):
 def _expect_masks(meta, plan, pre):
     "Raise `InputError` where the metadata of a network for masks say what cannot be"
     net,flips = meta['network'],from_plain(meta['flips'])
-    if plan.ndim not in (2,3) or len(plan.patch)!=3 or min(plan.patch)<1:
-        raise InputError(f"expected a plan of slices or volumes; found {dict(plan)}")
+    check_grid(plan, pre, net['n_in'])
     if net['n_out']!=len(pre.vocab) and not (net['n_out']==1 and len(pre.vocab)==2):
         raise InputError(f"expected {len(pre.vocab)} outputs, one a code; found {net['n_out']}")
     if odd:=[o for o in from_plain(meta['post']) if o not in POSTS]:
@@ -238,7 +238,7 @@ def model_meta(
                     training=_training_facts(learn, evaluation, seen))
     name = None if getattr(learn, 'own_arch', False) else _name_of(getattr(learn, 'arch', None))
     own = name is None
-    plan,pre = get_plan(learn.dls),get_preprocess(learn.dls)
+    plan,pre = learn.dls.plan,learn.dls.preprocess
     post = getattr(learn, 'post', ()) if post is None else post
     if odd:=[o for o in L(post) if o not in POSTS]:
         raise InputError(f"save_model: expected post-processing by name, among {', '.join(POSTS)}; found {odd[0]!r}. A "

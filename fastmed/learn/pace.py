@@ -19,7 +19,7 @@ import torch
 from fastai.basics import Callback, CancelFitException, CancelTrainException, noop, num_distrib, warn
 from fastcore.all import first
 from ..core import InputError, whole_file
-from ..data.blocks import chance_kept, get_plan
+from ..data.blocks import chance_kept
 from ..data.plan import seconds_of
 from ..data.preprocess import Plan
 from .callbacks import same_everywhere, UpdateCallback
@@ -78,7 +78,7 @@ def scan_seconds(
     dice = first(c for c in learn.cbs if type(c).__name__=='DiceCallback')
     if dice is None: return 0.
     from fastmed.predict.predict import window_corners
-    plan,items = get_plan(learn.dls),learn.dls.valid_ds.items
+    plan,items = learn.dls.plan,learn.dls.valid_ds.items
     shape = learn.dls.valid_ds[0][0].shape[-3:]
     windows = len(window_corners(tuple(shape), plan.patch, dice.overlap))
     return len(items[:dice.n])*windows*patch_s/3/dice.every
@@ -259,6 +259,6 @@ def shared_plan(
     if kwargs.get('minutes') is None: return kwargs
     if not (fn:=Path(fn)).exists():
         own = {k:v for k,v in kwargs.items() if k not in ('overlap','tta','post','axes','lr_max')}
-        with contextlib.redirect_stdout(io.StringIO()): plan = get_plan(make(**own).dls)
+        with contextlib.redirect_stdout(io.StringIO()): plan = make(**own).dls.plan
         with whole_file(fn) as tmp: tmp.write_text(plan.to_json())
     return {**{k:v for k,v in kwargs.items() if k not in PLANNED}, 'plan':Plan.from_json(fn.read_text())}

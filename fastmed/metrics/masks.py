@@ -145,6 +145,7 @@ def case_scores(
     p,t = [np.asarray(m.detach().cpu().as_subclass(Tensor) if isinstance(m, Tensor) else m) for m in (pred,targ)]
     if p.shape!=t.shape:
         raise InputError(f"case_scores: pred has shape {p.shape} and targ {t.shape}; expected the same grid")
+    if not tolerance>=0: raise InputError(f"case_scores: expected a tolerance of 0 mm or more, found {tolerance}")
     sp,codes = _mm(spacing, p.ndim, 'case_scores'),list(codes)
     if ignore_index is not None: p,t = [np.where(t==ignore_index, 0, m) for m in (p,t)]
     boxes = []

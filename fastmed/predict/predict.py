@@ -23,7 +23,6 @@ from fastcore.all import ifnone, L
 from fastmed.core import (
     ArgumentError, evaluating, FileError, InputError, orientation_of, TensorVolume, TensorVolumeMask
 )
-from ..data.blocks import get_plan, get_preprocess
 from ..data.preprocess import Plan, Preprocess
 from ..data.store import cut
 from ..io.guard import check_plain
@@ -312,7 +311,7 @@ def predict_grid(
     sink=None
 )->tuple:              # `TensorVolumeMask` on the grid of `x`, and probabilities (n,X,Y,Z) float16 or None
     "Slide a Learner's model over a pre-processed volume. Raises `ValueError` on axes that there are not, or of a volume model"
-    plan,pre = get_plan(learn.dls),get_preprocess(learn.dls)
+    plan,pre = learn.dls.plan,learn.dls.preprocess
     model,n_out = _mask_network(learn, len(pre.vocab))
     p = next(model.parameters())
     plans = [plan] if axes is None else [_sliced(plan, a) for a in slicing_axes(axes, plan)]
@@ -378,7 +377,7 @@ def predict_case(
     t = fn if isinstance(fn, TensorVolume) else load_volume(fn, regrid=regrid)
     if t.affine is None:
         raise InputError("predict_volume: the tensor has no affine, so its place is unknown. Set `t.affine` first")
-    pre,shape,affine,meta = get_preprocess(learn.dls),tuple(t.shape[1:]),t.affine,getattr(t, 'meta', {}) or {}
+    pre,shape,affine,meta = learn.dls.preprocess,tuple(t.shape[1:]),t.affine,getattr(t, 'meta', {}) or {}
     meta = {**meta, 'made_from':[str(o) for o in L(meta.get('fn') if t is fn else fn)]}
     if t is not fn: t.meta = meta
     n_in = getattr(learn, 'n_in', None)
@@ -396,7 +395,7 @@ def predict_case(
         del t
         lab,pr = predict_grid(learn, x, overlap, tta, proba, progress, axes)
         del x
-    plan = get_plan(learn.dls)
+    plan = learn.dls.plan
     axis = own_axis(pre, affine, plan.axis) if plan.ndim==2 else None
     mask = apply_post(pre.inverse(lab, shape, affine), getattr(learn, 'post', None) if post is None else post, axis)
     mask.meta = meta

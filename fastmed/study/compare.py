@@ -21,9 +21,8 @@ import torch
 from fastai.basics import Callback, set_seed, warn
 from fastai.callback.hook import total_params
 from fastcore.all import first, ifnone, L, store_attr
-from ..core import ArgumentError, beside, ColumnError, InputError, sweep, whole_file
-from ..data.blocks import get_plan, get_preprocess
-from ..data.cases import check_codes, check_columns, group_folds, group_values
+from ..core import ArgumentError, beside, InputError, sweep, whole_file
+from ..data.cases import check_codes, check_columns, fold_numbers, group_folds, group_values
 from ..data.loaders import SliceDataLoaders, VolumeDataLoaders
 from ..io.volumes import load_mask, load_volume, read_header, to_orientation
 from ..learn.callbacks import case_columns, case_rows
@@ -85,8 +84,7 @@ class Comparison(Findings):
         self.df = df.reset_index(drop=True)
         self.df.attrs.update(df.attrs)
         if isinstance(folds, str):
-            if folds not in df: raise ColumnError(f"folds {folds!r}: not in the DataFrame, which has {list(df)}")
-            self.fold = self.df[folds].astype(int).values
+            self.fold = fold_numbers(self.df, folds)
             parted = self.df.assign(_f=self.fold, _g=group_values(self.df, group_col)).groupby('_g')._f.nunique()
             if (parted>1).any():
                 raise InputError(f"folds {folds!r}: the subjects {parted[parted>1].index[:5].tolist()} stand in "
@@ -162,7 +160,7 @@ class Comparison(Findings):
                 look,lr_max = {k:kw.pop(k) for k in PREDICT_ARGS if k in kw},kw.pop('lr_max', None)
                 with quiet_output(): learn = make_learner(sp['df'], **kw, valid_col='_held_out')
                 res[a] = arm_settings(learn, look, lr_max)
-                axes += [get_plan(learn.dls).axis] if get_plan(learn.dls).ndim==2 else []
+                axes += [learn.dls.plan.axis] if learn.dls.plan.ndim==2 else []
             except (TypeError, ValueError, KeyError) as e:
                 raise type(e)(f"arm {a!r}: {e.args[0] if e.args else e}") from e
         self.slice_axis = first(axes)
@@ -321,7 +319,7 @@ def compare_learners(
         if not getattr(l, 'seen', None) and (not getattr(l, 'pretrained', False) or getattr(l, 'facts', None)):
             warn(f"{a}: this Learner does not know what it was trained on; make sure that none of these cases is among "
                  f"it")
-    vocabs = {a:get_preprocess(l.dls).vocab for a,l in learners.items()}
+    vocabs = {a:l.dls.preprocess.vocab for a,l in learners.items()}
     if len(set(map(str, vocabs.values())))>1: raise InputError(f"compare_learners: unlike structures: {vocabs}")
     df = df.assign(case=[str(k) for k,_ in case_rows(df)]).reset_index(drop=True)
     known = {a:seen_cases(l, df) for a,l in learners.items()}
@@ -336,7 +334,7 @@ def compare_learners(
         if not len(df):
             raise InputError(f"compare_learners: every case was seen by one of the Learners: {what}. Give others")
     res,sl,rem,cost,sets = [],[],[],[],{}
-    axis = next((p.axis for p in (get_plan(l.dls) for l in learners.values()) if p.ndim==2), None)
+    axis = next((p.axis for p in (l.dls.plan for l in learners.values()) if p.ndim==2), None)
     for a,l in learners.items():
         dev = next(l.model.parameters()).device
         reset_peak(dev)
@@ -344,7 +342,7 @@ def compare_learners(
         r,s,m,secs = score_arm(l, df, look, group_col=group_col, slice_axis=axis)
         for to,t in ((res,r),(sl,s),(rem,m)): to.append(t.assign(**key))
         h = read_header(case_columns(l.dls)[0](df.iloc[0]))
-        pre = get_preprocess(l.dls)
+        pre = l.dls.preprocess
         cost.append(dict(key, parameters=total_params(l.model)[0],
                 case_gflops=case_gflops(l, pre.grid(h['shape'], h['affine'])[0], look.get('overlap', .5)),
                 predict_s=float(np.median(secs)), predict_peak_mb=peak_memory(dev)/1e6))

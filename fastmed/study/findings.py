@@ -16,7 +16,6 @@ import torch
 from fastai.basics import warn
 from fastcore.all import first, store_attr
 from ..core import best_plane, ColumnError, InputError, show_plane, TensorVolume
-from ..data.blocks import get_plan, get_preprocess
 from ..io.volumes import load_volume
 from ..learn.callbacks import case_columns, case_rows, case_truth
 from ..learn.ensemble import trusted_learner
@@ -294,7 +293,7 @@ class Findings:
         shown,truth = {},None
         for a in self.arms:
             learn = self.learner(a, case)
-            pre,(im,ms) = get_preprocess(learn.dls),case_columns(learn.dls)
+            pre,(im,ms) = learn.dls.preprocess,case_columns(learn.dls)
             t = load_volume(im(r), reorient=True)
             shown[a] = predict_case(learn, t, progress=False)
             truth = case_truth(pre, ms(r), shown[a])
@@ -449,7 +448,7 @@ def anisotropy_shift(
 )->ShiftCurves:         # a row an arm, factor, case and structure
     "Test trained Learners on scans resampled to thicker slices, scored on the original grid. Raises `ValueError` where a Learner has seen a case"
     learners = loaded(learners, trust)
-    plans = [get_plan(l.dls) for l in learners.values()]
+    plans = [l.dls.plan for l in learners.values()]
     if axis is None: axis = next((p.axis for p in plans if p.ndim==2), 2)
     group_col = group_col or ('subject' if 'subject' in df else None)
     for a,l in learners.items():
@@ -459,7 +458,7 @@ def anisotropy_shift(
     rows = []
     for name,r in progress_bar(case_rows(df), leave=False):
         for a,learn in learners.items():
-            pre,(im,ms) = get_preprocess(learn.dls),case_columns(learn.dls)
+            pre,(im,ms) = learn.dls.preprocess,case_columns(learn.dls)
             t = load_volume(im(r), reorient=True)
             for f in factors:
                 x = pre(thick_slices(t, f, axis))

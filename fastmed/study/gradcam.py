@@ -14,9 +14,10 @@ import torch
 from fastai.basics import Learner, retain_meta
 from fastcore.all import first, last
 from ..core import ArgumentError, InputError, orientation_of, show_plane, TensorMed, TensorSlice, TensorVolume
-from ..data.blocks import get_preprocess, LoadVolume
-from ..data.labels import fit_in, get_labels, WholeTransform
+from ..data.blocks import LoadVolume
+from ..data.labels import fit_in, WholeTransform
 from ..data.radiographs import get_prep, LoadRadiograph, TensorRadiograph
+from ..data.recipe import labels_of
 from ..io.volumes import load_volume, resample_to, to_orientation
 from torch import nn, Tensor
 
@@ -133,8 +134,8 @@ def item_of(
     if prep is not None: return prep(item if isinstance(item, Tensor) else _row_files(learn, item))
     wt = first(f for f in getattr(dls.train.after_item, 'fs', []) if isinstance(f, WholeTransform))
     if wt is not None:
-        x = fit_in(get_preprocess(dls)(item if isinstance(item, TensorVolume)
-                                       else load_volume(_row_files(learn, item))), wt.plan)
+        t = item if isinstance(item, TensorVolume) else load_volume(_row_files(learn, item))
+        x = fit_in(dls.preprocess(t), wt.plan)
         c = list(wt.place(x))
         if wt.plan.ndim==2: c[wt.plan.axis] = x.shape[wt.plan.axis+1]//2
         return wt.patch(x, c)
@@ -146,7 +147,7 @@ def item_of(
 def _target(out, target, learn):
     "Signed scores (B,) of the targets"
     B,n = out.shape
-    task,vocab = (get_labels(learn.dls) if learn is not None else None) or (None,None)
+    task,vocab = (labels_of(learn.dls) if learn is not None else None) or (None,None)
     if isinstance(target, str):
         names = [str(o) for o in vocab] if vocab is not None else []
         if target not in names:

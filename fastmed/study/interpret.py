@@ -15,14 +15,15 @@ import torch
 from fastai.basics import Learner
 from fastcore.all import first, ifnone, L, patch, store_attr
 from ..core import ArgumentError, ColumnError, InputError
-from ..data.labels import get_labels
+from ..data.recipe import labels_of
 from ..learn.callbacks import epoch_table
 from ..learn.classify import CaseLearner
 from fastmed.metrics.curves import (
-    agreement, area_under, bands, Calibration, calibration, Confounding, confounding, error_by, estimate,
-    operating_point, OperatingPoint, safe_ratio, score_by, score_curve
+    agreement, area_under, bands, Calibration, calibration, Confounding, confounding, error_by, operating_point,
+    OperatingPoint, score_by, score_curve
 )
 from ..metrics.scores import choose_point
+from ..metrics.stats import estimate, safe_ratio
 from ..plot import html_report
 from .gradcam import grad_cam, is_conv, item_of, plot_cam
 from torch import Tensor
@@ -490,7 +491,7 @@ def interpret(self:Learner,
     if odd:=sorted(set(kwargs)-{'n_boot','level','seed'}):
         raise ArgumentError(
                 f"interpret: unknown arguments {odd}; known are df, dl, group_col, point, n_boot, level, seed")
-    labels = get_labels(self.dls)
+    labels = labels_of(self.dls)
     if labels is None:
         raise InputError("interpret: these DataLoaders hold no labels. A segmentation has learn.evaluate() and "
                          "learn.show_worst()")
