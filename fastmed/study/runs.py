@@ -32,7 +32,8 @@ from ..data.cases import group_values
 from ..data.loaders import SliceDataLoaders, VolumeDataLoaders
 from ..data.preprocess import case_files
 from ..data.store import cache_dir, kept_digest
-from ..io.volumes import file_digest, read_header, to_orientation
+from ..io.formats import file_digest
+from ..io.volumes import read_header, to_orientation
 from ..learn.callbacks import case_columns, case_rows, predicted_cases
 from ..learn.ensemble import trusted_learner
 from ..learn.learner import unet2d_learner, unet3d_learner, VolumeLearner
