@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['make_learner', 'case_gflops', 'arm_settings', 'ArmScores', 'score_arm', 'load_run', 'loaded', 'seen_cases']
 
-# %% ../../nbs/study/05_arms.ipynb #86082b8c
+# %% ../../nbs/study/05_arms.ipynb #f6dd3b63
 import contextlib
 import hashlib
 import inspect
@@ -26,7 +26,8 @@ from ..core import InputError, MissingFileError
 from ..data.blocks import CaseFiles, PatchTransform
 from ..data.cases import group_values
 from ..data.loaders import SliceDataLoaders, VolumeDataLoaders
-from ..io.volumes import file_digest, read_header, to_orientation
+from ..io.formats import file_digest
+from ..io.volumes import read_header, to_orientation
 from ..learn.callbacks import case_columns, case_rows, predicted_cases
 from ..learn.ensemble import trusted_learner
 from ..learn.fingerprint import was_seen
@@ -35,7 +36,8 @@ from ..learn.modelfile import load_model, save_model
 from ..learn.pace import BudgetCallback, peak_memory, reset_peak
 from ..learn.plain import UnopenedError
 from ..metrics.masks import case_scores, failed_scores, slice_consistency
-from ..predict.predict import apply_post, POSTS, predict_case, window_corners
+from ..predict.predict import predict_case
+from ..predict.windows import apply_post, POSTS, window_corners
 from torch import nn
 import fastai.callback.schedule  # noqa: F401, its patches
 

@@ -6,7 +6,7 @@
 __all__ = ['draw_order', 'LabelEfficiency', 'label_efficiency', 'compare_learners', 'thick_slices', 'ShiftCurves',
            'anisotropy_shift']
 
-# %% ../../nbs/study/07_efficiency.ipynb #f41c1a53
+# %% ../../nbs/study/07_efficiency.ipynb #0dfcdcfa
 import json
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from fastai.basics import set_seed, warn
 from fastcore.all import ifnone, patch
 from ..core import ArgumentError, FastmedError, InputError, TensorVolume, whole_file
 from ..data.cases import check_columns, group_values, marked_rows
-from ..io.volumes import file_digest, load_volume
+from ..io.formats import file_digest
+from ..io.volumes import load_volume
 from ..learn.callbacks import case_columns, case_rows, case_truth
 from ..learn.pace import shared_plan
 from ..metrics.masks import case_scores
