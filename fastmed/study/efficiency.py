@@ -257,7 +257,7 @@ def _unseen(learners, df, seen):
         raise InputError(f"compare_learners: every case was seen by one of the Learners: {what}. Give others")
     return left
 
-def _check_alike(learners):
+def _check_learners(learners):
     "Warn of Learners that do not know their cases; raise where they know other structures"
     for a,learn in learners.items():
         begun = getattr(learn, 'pretrained', False) and not getattr(learn, 'facts', None)
@@ -281,7 +281,7 @@ def compare_learners(
     if odd:=sorted(set(look)-set(PREDICT_ARGS)):
         raise ArgumentError(f"compare_learners: unknown arguments {odd}; known are {', '.join(PREDICT_ARGS)}")
     learners = loaded(learners, trust)
-    _check_alike(learners)
+    _check_learners(learners)
     df = _unseen(learners, df.assign(case=[str(k) for k,_ in case_rows(df)]).reset_index(drop=True), seen)
     axis = next((p.axis for p in (o.dls.plan for o in learners.values()) if p.ndim==2), None)
     tables,costs,settings = [],[],{}
