@@ -38,6 +38,7 @@ from fastmed.models.encoders import *
 from fastmed.models.classifiers import *
 from fastmed.predict.tta import *
 from fastmed.predict.memory import *
+from fastmed.predict.windows import *
 from fastmed.predict.predict import *
 from fastmed.learn.losses import *
 from fastmed.learn.callbacks import *
