@@ -41,9 +41,9 @@ from fastmed.predict.memory import *
 from fastmed.predict.predict import *
 from fastmed.learn.losses import *
 from fastmed.learn.callbacks import *
+from fastmed.learn.finite import *
 from fastmed.learn.pace import *
 from fastmed.learn.fingerprint import *
-from fastmed.learn.resume import *
 from fastmed.learn.learner import *
 from fastmed.learn.pretrain import *
 from fastmed.learn.classify import *
@@ -53,6 +53,7 @@ from fastmed.learn.ensemble import *
 from fastmed.learn.casefiles import *
 from fastmed.learn.modelfile import *
 from fastmed.learn.onnx import *
+from fastmed.learn.resume import *
 from fastmed.study.gradcam import *
 from fastmed.study.interpret import *
 from fastmed.study.findings import *
