@@ -50,7 +50,7 @@ from fastmed.learn.classify import *
 from fastmed.learn.plain import *
 from fastmed.learn.uncertainty import *
 from fastmed.learn.ensemble import *
-from fastmed.learn.casefiles import *
+from fastmed.learn.modelmeta import *
 from fastmed.learn.modelfile import *
 from fastmed.learn.onnx import *
 from fastmed.learn.resume import *

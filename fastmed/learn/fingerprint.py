@@ -300,6 +300,7 @@ def of_state(
         raise InputError(f"{fn}: does not hold what a fit left there ({type(e).__name__}: "
                          f"{' '.join(str(e).split())[:200]}). Remove it to start anew") from e
 
+# %% ../../nbs/learn/05_fingerprint.ipynb #bfa0c6dc
 def write_state(
     fn,   # file
     state # of types that load without pickle
@@ -323,7 +324,8 @@ def read_state(
         _expect_version(fn, start)
         if start!=_magic: raise InputError(f"{fn}: not a file of ResumeCallback, or not whole. {anew}")
         if _digest(f)!=told:
-            raise InputError(f"{fn}: not whole: its bytes are not those that were written. {anew}, or take a copy of it")
+            raise InputError(f"{fn}: not whole: its bytes are not those that were written. {anew}, or take a copy of "
+                             "it")
         f.seek(len(_magic+_no_sum))
         try: s = torch.load(io.BytesIO(f.read()), map_location='cpu', weights_only=True)
         except Exception as e: raise InputError(f"{fn}: not whole ({type(e).__name__}). {anew}") from e

@@ -154,7 +154,9 @@ def _named(learn):
         yield f'{name} {seen[name]}', c
 
 def _gradients(learn):
-    return [None if p.grad is None else p.grad if p.grad.any() else 0 for p in get_model(learn.model).parameters()]
+    "Of each weight its gradient, 0 where all of it is zero, None where there is none"
+    def of(g): return g if g is None or g.any() else 0
+    return [of(p.grad) for p in get_model(learn.model).parameters()]
 
 def _set_gradients(learn, grads):
     for p,g in zip(get_model(learn.model).parameters(), grads, strict=True):
