@@ -157,8 +157,9 @@ def beside(
 ):                     # an empty hidden file or folder, gone at the end unless it was renamed
     "A place to prepare `fn` in, which no other process writes to; one that a killed process left is taken over"
     fn = Path(fn)
-    work,sfx,fd,tmp = Path(ifnone(work, fn.parent)),'.nii.gz' if fn.name.lower().endswith(
-            '.nii.gz') else fn.suffix,None,None
+    work,fd,tmp = Path(ifnone(work, fn.parent)),None,None
+    # in small letters: nibabel and ITK know no others, and write somewhere else
+    sfx = '.nii.gz' if fn.name.lower().endswith('.nii.gz') else fn.suffix.lower()
     try:
         for i in range(1000):
             try: work.mkdir(parents=True, exist_ok=True)
@@ -217,6 +218,12 @@ def synced(
 # names of files that hold scans
 _scans = ('.nii','.nii.gz','.nrrd','.nhdr','.mha','.mhd','.hdr','.img','.dcm','.dicom','.ima')
 
+def _replaced(fn, at):
+    "What is said where a file was taken away and another put in its place while it was written"
+    return FileError(f"{fn}: {at.name} was replaced while it was written, and what stands there now is not to be "
+                     f"trusted. Others may write to {fn.absolute().parent}: chmod +t or chmod go-w it, or give another "
+                     f"path")
+
 @contextlib.contextmanager
 def whole_file(
     fn,                # destination
@@ -231,9 +238,12 @@ def whole_file(
     with writing(fn):
         if fn.is_dir(): raise IsADirectoryError(errno.EISDIR, 'a folder', str(fn))
         with beside(fn) as tmp:
+            held = os.lstat(tmp)
             yield tmp
+            if not os.path.samestat(held, os.lstat(tmp)): raise _replaced(fn, tmp)
             if lasting: synced(tmp)
             os.replace(tmp, fn)
+            if not os.path.samestat(held, os.lstat(fn)): raise _replaced(fn, fn)
 
 @contextlib.contextmanager
 def whole_folder(

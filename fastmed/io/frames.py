@@ -245,8 +245,10 @@ def files_below(
 ):                 # the files, hidden ones left out, folder by folder
     "Files of a folder and of those below it; linked folders are followed, and each folder is read once"
     todo,seen = [Path(path)],set()
+    def stop(e): raise FileError(f"{e.filename}: this folder may not be read, so what lies in it would be missed. Ask "
+                                 f"its owner, or take it out") from e
     for top in todo:                                      # grows by the links that are met
-        for folder,folders,files in os.walk(top):
+        for folder,folders,files in os.walk(top, onerror=stop):
             stat = os.stat(folder)
             known = (stat.st_dev, stat.st_ino) in seen
             seen.add((stat.st_dev, stat.st_ino))

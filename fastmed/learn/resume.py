@@ -195,12 +195,12 @@ class ResumeCallback(FitCallback):
     ):
         if every is not None and every<1: raise InputError(f"ResumeCallback: every must be 1 or more; found {every}")
         self.file,self.every,self.keep = path,every,keep
-        # fits of this training that are done, and a sum of the weights after the last
-        self.earlier,self.end = [],None
+        # fits of this training that are done, and a sum of the weights after the last; whether it was asked to stop
+        self.earlier,self.end,self.asked = [],None,False
 
     def __getstate__(self):
         kept = {k:v for k,v in self.__dict__.items() if k in ('file','every','keep','learn')}
-        return dict(kept, earlier=[], end=None)
+        return dict(kept, earlier=[], end=None, asked=False)
 
 # %% ../../nbs/learn/17_resume.ipynb #02339bd1
 @patch
@@ -324,9 +324,10 @@ def before_batch(self:ResumeCallback):
 
 @patch
 def after_batch(self:ResumeCallback):
-    "Save between two epochs"
-    if self.every and self.training and not self.skip and (self.iter+1)%self.every==0:
-        self._save(self.epoch, self.iter+1)
+    "Save between two epochs, and where somebody set `asked`, which stops the fit as Ctrl-C does"
+    if not self.training or self.skip: return
+    if self.asked or self.every and (self.iter+1)%self.every==0: self._save(self.epoch, self.iter+1)
+    if self.asked: raise KeyboardInterrupt
 
 @patch
 def after_epoch(self:ResumeCallback):
