@@ -36,7 +36,7 @@ from ..models.classifiers import add_unscale, create_classifier, MultiTaskNet
 from ..models.encoders import create_network, is_encoder
 from ..models.weights import check_finite
 from ..models.zoo import create_model, model_names
-from ..predict.predict import POSTS
+from ..predict.windows import POSTS
 from torch import nn, Tensor
 
 # %% ../../nbs/learn/13_modelfile.ipynb #77ec1bb0

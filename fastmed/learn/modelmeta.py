@@ -43,7 +43,7 @@ from ..models.encoders import is_encoder
 from ..models.weights import FrozenNorms
 from ..models.zoo import model_names, param_splitter
 from ..predict.memory import MemoryCallback
-from ..predict.predict import POSTS
+from ..predict.windows import POSTS
 
 # %% ../../nbs/learn/12_modelmeta.ipynb #00b8a16b
 def case_plan(
