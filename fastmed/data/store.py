@@ -60,7 +60,8 @@ def _temporary_home(why):
     if foreign or not stat.S_ISDIR(s.st_mode):
         raise FileError(f"{path}: expected a folder of yours that nobody else may enter, since {why}; found a link, or "
                         f"one of somebody else. Set FASTMED_CACHE to a folder of yours")
-    warn(f"{why}: preprocessed cases are kept in {path}, which the system may empty. Set FASTMED_CACHE to one that lasts")
+    warn(f"{why}: preprocessed cases are kept in {path}, which the system may empty. Set FASTMED_CACHE to a folder "
+         f"that lasts")
     return path
 
 def cache_dir()->Path: # a folder, perhaps not there yet
@@ -126,7 +127,7 @@ def _stamps(folder):
     return {k:(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for k,s in sts.items()}
 
 def _mapped(fn):
-    "A `.npy` file as a tensor: read where touched, writes private, no descriptor kept. Raises `ValueError` on a torn one"
+    "A `.npy` file as a tensor: read where touched, writes private, no descriptor kept. Raises `ValueError` if torn"
     with open(fn, 'rb') as f:
         read = {(1,0):np.lib.format.read_array_header_1_0,
                 (2,0):np.lib.format.read_array_header_2_0}[np.lib.format.read_magic(f)]
