@@ -155,7 +155,8 @@ def _subject(atlas, centre, spacing, rng):
     shade = field(70, 3)
     out = []
     for i,(means,gain) in enumerate(((m1, rng.uniform(.5,.9)), (m2, -rng.uniform(.2,.5)))):
-    "Brain, grey, white, T1 (4,X,Y,Z) float32 in 0 to 1, blurred to `spacing` mm, at 1 mm RAS; its central voxel"
+        texture = sum(mix[k+1]*tex[k] for k in range(3))*(1-2*i)
+        x = sum(m*w for m,w in zip(means, mix, strict=True)) + gain*detail + texture
         x = np.clip(x, 0, None)**rng.uniform(.85,1.2)*np.exp(rng.uniform(.09,.2)*(shade[0]+.6*shade[1+i]))
         sd = rng.uniform(.045,.085)
         n1,n2 = (sd*rng.standard_normal(shape, dtype=np.float32) for _ in range(2))

@@ -385,7 +385,7 @@ def distribution_shift(
     seed:int=0,           # of the folds, the trees and the bootstrap
     memory_gb:float=None, # what all threads together may use; default: half of the machine
     workers:int=None      # threads; default: a thread a core, 8 at most
-)->pd.DataFrame:           # index 'all' and the families: auc, low, high (95 %), telling (which feature), a, b (medians)
+)->pd.DataFrame:          # index 'all' and families: auc, low, high (95 %), telling (which feature), a, b (medians)
     "Can extremely randomised trees (Geurts 2006) tell two sets apart, and by what? Raises `ValueError` on small sets"
     for n,df in (('df_a',df_a),('df_b',df_b)):
         if not len(df): raise InputError(f"distribution_shift: {n} has no rows")
