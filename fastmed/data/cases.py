@@ -22,6 +22,33 @@ from fastcore.all import first, is_listy, L
 from ..core import ArgumentError, ColumnError, FileError, InputError, MissingFileError
 from ..io.guard import reading
 
+# %% ../../nbs/data/02_cases.ipynb #c0de0c02
+def _folders_of(path, parts):
+    "The folders that a pattern of folders `parts` leads through"
+    if not parts: return [path]
+    if parts[0]=='**': return [path, *(Path(top)/o for top,folders,_ in os.walk(path) for o in folders)]
+    below = path.glob(parts[0]) if glob.has_magic(parts[0]) else [path/parts[0]]
+    return [path, *(p for o in below if os.path.isdir(o) for p in _folders_of(o, parts[1:]))]
+
+def matching_files(
+    path,         # folder
+    pattern:str,  # of the files below it
+    what='images' # which argument it is, for the message
+)->list:          # paths, sorted, hidden files left out
+    "The files that match. Raises `InputError` on a pattern that leads elsewhere, `FileError` on a folder that may not be read, whose files would be missed"
+    path = Path(path)
+    odd = not isinstance(pattern, str) or not pattern.strip('. ') or len(pattern)>1000
+    if odd or Path(pattern).is_absolute():
+        raise InputError(
+                f"{what}: expected a pattern below {path}, such as 'images/*.nii.gz'; found {str(pattern)[:80]!r}")
+    for o in _folders_of(path, Path(pattern).parts[:-1]):
+        try: os.scandir(o).close()
+        except PermissionError as e:
+            raise FileError(f"{o}: this folder may not be read, so the files in it would be missed. Ask its owner, or "
+                            f"give a pattern that leaves it out") from e
+        except OSError: pass                                   # not there: nothing matches
+    return sorted(o for o in path.glob(pattern) if not o.name.startswith('.'))
+
 # %% ../../nbs/data/02_cases.ipynb #0b13bb1b
 def case_name(
     fn, # image or mask file
@@ -52,17 +79,13 @@ _few = 8   # channels of a case that need no declaration
 
 def _matches(path, what, pattern):
     "(files, the folders of each that the pattern leaves open), hidden ones left out"
-    if not isinstance(pattern, str) or not pattern.strip('. ') or Path(pattern).is_absolute() or len(pattern)>1000:
-        raise InputError(
-                f"{what}: expected a pattern below {path}, such as 'images/*.nii.gz'; found {str(pattern)[:80]!r}")
-    parts = Path(pattern).parts[:-1]
+    files,parts = matching_files(path, pattern, what),Path(pattern).parts[:-1]
     wild = [glob.has_magic(o) for o in parts]
     def folders(fn):
         own = fn.relative_to(path).parts[:-1]
         if '**' not in parts: return tuple(o for o,w in zip(own, wild) if w)
         # as many as `**` takes, without the named ones around them
         return own[wild.index(True):len(own)-wild[::-1].index(True)]
-    files = sorted(o for o in path.glob(pattern) if not o.name.startswith('.'))
     there = set(files)
     # its voxels, of which the header is the name
     files = [o for o in files if o.suffix.lower()!='.img' or o.with_suffix('.hdr') not in there]
@@ -322,6 +345,8 @@ def check_codes(
     if twice:=[n for n,k in Counter(names).items() if k>1]:
         raise InputError(
                 f"codes: expected a name of its own for each structure; {twice} stand there more than once in {names}")
+    if odd:=[n for n in names if re.search(r'[\x00-\x1f\x7f-\x9f]', n)]:
+        raise InputError(f"codes: expected names without control characters; found {odd[0][:80]!r}")
     if not isinstance(codes, dict):
         _refuse_late_background(names, names)
         return names

@@ -21,6 +21,7 @@ from fastmed.data.blocks import (
     chance_kept, check_one_input, find_transform, LoadMask, LoadVolume, PatchDL, PatchTransform
 )
 from ..data.labels import fit_in, fitted_shape, is_blank, LabelOf, TensorRegression, WholeTransform
+from ..data.cases import matching_files
 from ..data.loaders import axes_grid, show_labelled
 from ..data.radiographs import get_prep, LoadRadiograph, TensorRadiograph
 from ..io.volumes import load_volume
@@ -33,6 +34,7 @@ from ..models.classifiers import add_unscale, create_classifier, MultiTaskNet
 from ..models.unet import UNet
 from ..models.weights import EncoderMixin, FrozenNorms, load_weights
 from ..models.zoo import create_model, param_splitter
+from ..predict.memory import prediction_explained
 from ..predict.tta import batch_looks, mix_looks, refuse_tfms, TTA, tta_preds
 from fastprogress.fastprogress import progress_bar
 from torch import Tensor
@@ -146,7 +148,7 @@ class CaseLearner(VolumeLearner, EncoderMixin):
         d = next(model.parameters()).device
         act = getattr(self.loss_func, 'label', self.loss_func)
         ps = []
-        with torch.no_grad(), evaluating(model):
+        with prediction_explained(item if isinstance(item, (str,Path)) else 'the case'), torch.no_grad(), evaluating(model):
             for v in self._looks(x, tta):
                 out = [model(b.to(d)) for b in v.split(16)]
                 ps.append(torch.cat([act.activation(o[-1] if isinstance(o, tuple) else o).cpu() for o in out]).mean(0))
@@ -218,7 +220,7 @@ class CaseLearner(VolumeLearner, EncoderMixin):
                 if not all(map(math.isfinite, p)):
                     raise InputError(f"case {name!r}: the network answers NaN or infinity")
                 rows.append({**row, **_answer_row(task, vocab, y, p), 'status':'ok'})
-            except (OSError, ValueError) as e:
+            except (OSError, ValueError, MemoryError) as e:
                 rows.append({**row, 'status':f'error: {e}'})
                 errs.append(e)
         if len(errs)==len(rows): raise errs[0]
@@ -257,7 +259,7 @@ class CaseLearner(VolumeLearner, EncoderMixin):
         tta=False              # as of `case_answer`
     )->pd.DataFrame:           # case, file, pred, prob_<class>…, status
         "The answer for every file of a folder. A file that cannot be read is named in `status`; the others go on. Raises `MissingFileError` where nothing matches"
-        fs = sorted(o for o in Path(src).glob(images) if not o.name.startswith('.'))
+        fs = matching_files(src, images)
         task,vocab = self.dls.recipe.labels
         rows = []
         if not fs: raise MissingFileError(f"{Path(src)/images}: no file matches. Check `src` and `images=`")
@@ -267,7 +269,7 @@ class CaseLearner(VolumeLearner, EncoderMixin):
                              **{k:v for k,
                              v in _answer_row(task, vocab, None, [float(o) for o in self.case_answer(f, tta)]).items()
                              if not k.startswith('target')}, 'status':'ok'})
-            except (OSError, ValueError) as e: rows.append(dict(case=f.name, file=str(f), status=f'error: {e}'))
+            except (OSError, ValueError, MemoryError) as e: rows.append(dict(case=f.name, file=str(f), status=f'error: {e}'))
         return pd.DataFrame(rows)
 
     def tta(self,

@@ -21,14 +21,15 @@ from fastai.callback.training import GradientClip
 from fastcore.all import delegates, ifnone, join_path_file, L
 from .. import __version__
 from fastmed.core import (
-    ArgumentError, beside, evaluating, InputError, show_plane, TensorSlice, TensorSliceMask, TensorVolume,
+    ArgumentError, beside, evaluating, FileError, InputError, show_plane, TensorSlice, TensorSliceMask, TensorVolume,
     TensorVolumeMask, whole_file, writing
 )
 from ..data.blocks import check_one_input, LoadMask
 from ..data.cases import scan_folder
 from ..data.loaders import axes_grid
 from ..data.plan import has_bf16
-from ..io.volumes import file_digest, load_volume, to_orientation
+from ..io.formats import file_digest, file_facts
+from ..io.volumes import load_volume, to_orientation
 from fastmed.learn.callbacks import (
     case_columns, case_rows, case_truth, DeepSupervisionLoss, FiniteCallback, predicted_cases, RememberCallback
 )
@@ -259,9 +260,12 @@ class VolumeLearner(EncoderMixin, Learner):
                     os.lstat(out)
                 key = hashlib.sha256(repr([maker, *[file_digest(o) for o in L(r.image)]]).encode()).hexdigest()[
                         :32] if maker else '-'
-                m = None
+                m,was = None,[file_facts(o) for o in L(r.image)]
                 if overwrite or not maker or prediction_key(out)!=key:
                     m = self.predict_volume(r.image, **kwargs)
+                    if was!=[file_facts(o) for o in L(r.image)]:
+                        raise FileError(f"{r.image}: was written to while it was read. Call again once whoever writes "
+                                        f"there has finished")
                     check_free([out], sources, overwrite)
             except (OSError, ValueError, MemoryError) as e:
                 rows.append(dict(case=r.case, mask=None, status=f'error: {e}'))
