@@ -26,7 +26,7 @@ from fastmed.data.labels import *
 from fastmed.data.loaders import *
 from fastmed.data.radiographs import *
 from fastmed.data.survey import *
-from fastmed.data.placement import *
+from fastmed.data.oddities import *
 from fastmed.data.check import *
 from fastmed.data.leaks import *
 from fastmed.models.unet import *
