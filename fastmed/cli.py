@@ -73,7 +73,7 @@ def _fit(learn, kept, epochs, minutes):
         else: learn.fit_for(minutes, cbs=cb)
 
 def _write_model(learn, out, kept, overwrite):
-    "Write and score the model"
+    "Write and score the model; 1 where it could not be scored"
     from fastmed.all import save_model
     from fastmed.learn.fingerprint import check_still_free
     safe = out.suffix.lower()=='.safetensors'
@@ -82,10 +82,14 @@ def _write_model(learn, out, kept, overwrite):
         learn.export(out.name)
         print(f'fastmed: {out} is a pickle: whoever opens it runs what is in it, so predict and evaluate ask for '
               f'--trust', file=sys.stderr)
-    ev = learn.evaluate()
+    ev = failed = None
+    try: ev = learn.evaluate()
+    except (OSError, ValueError, MemoryError) as e: failed = e
     if safe: save_model(learn, out, evaluation=ev)
-    print(ev.summary().round(4).to_string())
+    if failed is None: print(ev.summary().round(4).to_string())
+    else: print(f'fastmed: the model was not scored: {failed}', file=sys.stderr)
     print(f'{out} written')
+    return int(failed is not None)
 
 # %% ../nbs/90_cli.ipynb #cc43f662
 def train(
@@ -106,35 +110,31 @@ def train(
     cache=None,              # folder of the store
     resume=False,            # go on with a training that was killed; give the same arguments
     workers:int=None         # worker processes
-):
+)->int:                      # 1 where the model could not be scored
     "Train on a folder of scans and masks."
     from fastmed.core import beside, FileError
     from fastmed.learn.fingerprint import check_kept
     out = output_file(out, ('.safetensors','.pkl'), overwrite=overwrite)
     kept,plan = out.with_name(f'{out.name}.resume'),out.with_name(f'{out.name}.plan.json')
     check_kept(out, kept, plan, resume, overwrite)
-    if spacing: spacing = tuple(spacing) if len(spacing)==3 else spacing[0]
     given = dict(codes=codes, valid_pct=valid_pct, seed=seed, cache=cache, num_workers=workers,
-                 path=out.parent.resolve(), **dict(spacing=spacing) if spacing else {})
+                 path=out.parent.resolve())
+    if spacing: given['spacing'] = tuple(spacing) if len(spacing)==3 else spacing[0]
     with beside(out, alone=True) as held:
         if held is None:
             raise FileError(f"{out}: another process is about to write it. Wait for it, or give another --out")
         going_on = resume and kept.exists()
         learn = _new_learner(ndim, arch, lambda: scan(Path(path).resolve(), images, masks, channels), given,
                              plan, going_on, None if epochs else minutes)
-        if resume and not going_on:
-            print(f'{kept}: not there, so there is nothing to resume; training starts anew')
+        if resume and not going_on: print(f'{kept}: not there, so there is nothing to resume; training starts anew')
         if not resume: kept.unlink(missing_ok=True)
         _fit(learn, kept, epochs, minutes)
-        _write_model(learn, out, kept, overwrite)
-        kept.unlink(missing_ok=True)
-        plan.unlink(missing_ok=True)
+        failed = _write_model(learn, out, kept, overwrite)
+        for fn in (kept, plan): fn.unlink(missing_ok=True)
+    return failed
 
 # %% ../nbs/90_cli.ipynb #cc43f663
-def _load_file(
-    fn,   # model file
-    trust # whether a pickle may be opened
-):
+def _load_file(fn, trust):
     "The Learner of a model file. Raises `InputError` on a pickle that is not trusted, and on what is no model"
     from fastmed.core import InputError, MissingFileError
     fn = Path(fn)

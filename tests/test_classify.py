@@ -401,6 +401,24 @@ def test_encoder_goes_from_task_to_task(cases, tmp_path):
 
 # ---- radiographs
 
+@pytest.mark.parametrize('spoil', [lambda b: bytes(len(b)), lambda b: b[:-40], lambda b: b[:300]+bytes(60)+b[360:],
+                                   lambda b: b''])
+def test_a_picture_of_the_cache_that_was_changed_is_decoded_again(tmp_path, spoil):
+    "Zeros, a part, or other pixels in its place are not trained on"
+    from PIL import Image
+
+    from fastmed.data.radiographs import LoadRadiograph, RadiographPrep
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40,40), dtype=np.uint8)).save(tmp_path/'a.png')
+    load = LoadRadiograph(RadiographPrep(32), tmp_path/'s').build([tmp_path/'a.png'])
+    was,entry = load.encodes(tmp_path/'a.png').clone(),load.entry(tmp_path/'a.png')
+    assert float(was.std())>.5
+    entry.write_bytes(spoil(entry.read_bytes()))
+    again = LoadRadiograph(RadiographPrep(32), tmp_path/'s')
+    assert torch.equal(again.encodes(tmp_path/'a.png'), was)
+    whole = again.build([tmp_path/'a.png']).entry(tmp_path/'a.png').read_bytes()
+    new = LoadRadiograph(RadiographPrep(32), tmp_path/'s')
+    assert torch.equal(new.encodes(tmp_path/'a.png'), was) and len(whole)>2000
+
 def test_radiograph_learner(tmp_path):
     rng,rows = np.random.default_rng(0),[]
     for i in range(32):

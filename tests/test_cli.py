@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from test_nothing_lost import correct, snapshot, write_gz
 
-from fastmed.all import Plan, ResumeCallback, save_model
+from fastmed.all import FileError, Plan, ResumeCallback, save_model
 from fastmed.cli import main
 
 root = Path(__file__).resolve().parent.parent
@@ -324,6 +324,18 @@ class TestNames:
         monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(said, 'ascii', write_through=True))
         assert main(['predict', str(model), str(cases/'images'), str(tmp_path/'o'), '--images', '*.nii'])==0
         assert len(said.getvalue().splitlines())==len(list((cases/'images').iterdir()))
+
+@pytest.mark.parametrize('out', ['m.safetensors','m.pkl'])
+def test_a_model_that_cannot_be_scored_is_written(shell, study, cases, tmp_path, monkeypatch, out):
+    "Where the masks are gone when the training ends"
+    from fastmed.learn.learner import VolumeLearner
+    def evaluate(self): raise FileError('c0.nii: no such file')
+    monkeypatch.setattr(VolumeLearner, 'evaluate', evaluate)
+    code,said,err = shell('train', study[0], *words_of(study), '--codes', 'background,large,small',
+                          '--epochs', 1, '--spacing', 2,
+                          '--workers', 0, '--cache', tmp_path/'s', '--out', tmp_path/out)
+    assert code==1 and 'was not scored: c0.nii: no such file' in err and f'{out} written' in said
+    assert (tmp_path/out).stat().st_size>10_000 and not list(tmp_path.glob('*.resume'))
 
 def test_closed_streams(shell, model, cases, tmp_path, monkeypatch):
     "As a daemon has them"

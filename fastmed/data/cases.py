@@ -345,6 +345,8 @@ def check_codes(
     if twice:=[n for n,k in Counter(names).items() if k>1]:
         raise InputError(
                 f"codes: expected a name of its own for each structure; {twice} stand there more than once in {names}")
+    if odd:=[n for n in names if re.search(r'[\x00-\x1f\x7f-\x9f]', n)]:
+        raise InputError(f"codes: expected names without control characters; found {odd[0][:80]!r}")
     if not isinstance(codes, dict):
         _refuse_late_background(names, names)
         return names

@@ -28,7 +28,8 @@ from ..data.blocks import check_one_input, LoadMask
 from ..data.cases import scan_folder
 from ..data.loaders import axes_grid
 from ..data.plan import has_bf16
-from ..io.volumes import file_digest, file_facts, load_volume, to_orientation
+from ..io.formats import file_digest, file_facts
+from ..io.volumes import load_volume, to_orientation
 from fastmed.learn.callbacks import (
     case_columns, case_rows, case_truth, DeepSupervisionLoss, FiniteCallback, predicted_cases, RememberCallback
 )

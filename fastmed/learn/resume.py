@@ -26,7 +26,7 @@ from .. import __version__
 from ..core import FastmedError, InputError, sweep, whole_file
 from .callbacks import FitCallback, one_process
 from .fingerprint import content_sum, data_words, fit_changes, fit_words, rate_words, split_facts
-from ..models.weights import check_finite
+from ..models.weights import check_finite, odd_weights
 from torch import nn, Tensor
 
 # %% ../../nbs/learn/05_resume.ipynb #0ed1f693
@@ -297,6 +297,7 @@ def _take(self:ResumeCallback, s, found):
     "The network of a state, and of the fit that was stopped all else"
     model = get_model(self.learn.model)
     model.load_state_dict(s['model'])
+    if odd:=odd_weights(model): raise ValueError(f'NaN or infinity in {odd[0]}')
     if found is not s:
         self.past = found
         return

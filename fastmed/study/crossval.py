@@ -36,7 +36,7 @@ from ..plot import html_report
 from .findings import RULE, ruled_scores, seen_cases
 from fastmed.study.runs import (
     arm_settings, case_contents, check_contents, class_numbers, contents_noted, function_text, keep_model,
-    make_learner, noted_contents, open_run, PREDICT_ARGS, read_notes, read_table, run_model, setting_text,
+    make_learner, note_run, noted_contents, open_run, PREDICT_ARGS, read_notes, read_table, run_model, setting_text,
     settings_hash, train_runs
 )
 from fastprogress.fastprogress import progress_bar
@@ -147,7 +147,7 @@ def _fold_finish(learn, spec, look, folder, cost, tmp):
     with writing(folder):
         res.assign(**key)[[*key, *res]].to_csv(tmp/'results.csv', index=False)
         keep_model(learn, tmp)
-        (tmp/'run.json').write_text(json.dumps(facts, indent=1, default=str))
+        note_run(tmp, facts)
         synced(tmp)
         os.replace(tmp, folder)
     return folder
