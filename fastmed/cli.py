@@ -349,7 +349,7 @@ def compare(
     print(f"{comp.report(report)} written")
 
 # %% ../nbs/90_cli.ipynb #0197b520
-def _kinds():
+def _argument_kinds():
     "What an argument of each name may be; the others are text"
     # those of `fastmed.predict.windows`, which would take seconds to import
     posts = ('keep_largest','fill_holes','close_slices','blur_slices')
@@ -372,7 +372,7 @@ def parser()->LineParser: # with a command for each function
                     compare=compare)
     sub = p.add_subparsers(dest='command', required=True, metavar=' | '.join(commands))
     for name,f in commands.items():
-        add_command(sub, name, f, _kinds(), ('minutes','epochs') if f is train else ())
+        add_command(sub, name, f, _argument_kinds(), ('minutes','epochs') if f is train else ())
     return p
 
 # %% ../nbs/90_cli.ipynb #a3f0be51
