@@ -20,7 +20,9 @@ from fastai.basics import Callback, CancelFitException
 from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.data.all import apply, dispatch, get_model, Module, num_distrib, warn
 from fastcore.all import ifnone, L, store_attr, tuplify
-from ..core import ExtraError, InputError, TensorMed, TensorSlice, TensorVolume, TensorVolumeMask, whole_file
+from fastmed.core import (
+    ExtraError, InputError, runs_in, TensorMed, TensorSlice, TensorVolume, TensorVolumeMask, whole_file
+)
 from ..data.blocks import LoadMask, LoadVolume
 from ..data.cases import case_name, check_columns
 from ..data.loaders import show_results
@@ -83,9 +85,8 @@ def is_fit(
     learn  # Learner
 )->bool:   # False in `lr_find`, `validate` and `get_preds`
     "Whether the events that a Learner calls now are those of a fit"
-    sought = hasattr(learn, 'lr_finder') or hasattr(learn, 'gather_preds')
     # fastai holds the lock while it validates or predicts outside of a fit
-    return not sought and not learn.lock.locked()
+    return not runs_in(learn, 'lr_find', 'get_preds') and not learn.lock.locked()
 
 class FitCallback(Callback):
     "A callback that sees fits alone"
@@ -207,7 +208,7 @@ class RememberCallback(Callback):
     "Keep in `learn.seen` the case and the subject of everything the Learner was trained on, in `learn.history` losses and metrics of each training by epoch; both are exported with it"
     order = -5
     def before_fit(self):
-        if hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds'): return
+        if runs_in(self.learn, 'lr_find', 'get_preds'): return
         new = {str(c):str(r.get('subject', c)) if isinstance(r, pd.Series) else str(c) for c,
                                 r in case_rows(self.dls.train_ds.items)}
         self.learn.seen = {**getattr(self.learn, 'seen', {}), **new}
@@ -215,7 +216,7 @@ class RememberCallback(Callback):
     # fastai's recorder forgets them with the next `get_preds` or `validate`
     def after_fit(self):
         r = getattr(self.learn, 'recorder', None)
-        if r is None or hasattr(self.learn, 'lr_finder') or not len(r.losses) or not len(r.values): return
+        if r is None or runs_in(self.learn, 'lr_find') or not len(r.losses) or not len(r.values): return
         self.learn.history = [*getattr(self.learn, 'history', []), epoch_table(r)]
 
 def epoch_table(
@@ -245,7 +246,7 @@ class DiceCallback(Callback):
 
     def before_fit(self):
         self.now = None
-        if hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds'): return
+        if runs_in(self.learn, 'lr_find', 'get_preds'): return
         one_process('DiceCallback', 'call learn.evaluate() after the training')
         names = [*['case_'+o for o in metric_names(self.dls.preprocess.vocab)], 'case_dice']
         self._add_columns(names)
@@ -264,7 +265,7 @@ class DiceCallback(Callback):
     def _forget(self, names): self.now,self.looked = {k:float('nan') for k in names},False
 
     def after_validate(self):
-        if not self.now or hasattr(self.learn, 'gather_preds'): return
+        if not self.now or runs_in(self.learn, 'get_preds'): return
         self._forget(list(self.now))
         last = self.epoch==self.n_epoch-1 or getattr(getattr(self.learn, 'budget', None), 'late', False)
         if (self.epoch+1)%self.every==0 or last: self._look()
@@ -320,7 +321,7 @@ class PictureCallback(Callback):
     ): store_attr('path,every,n', path=path)
     def before_fit(self): one_process('PictureCallback', 'call learn.show_results() after the training')
     def after_epoch(self):
-        if hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds') or (self.epoch+1)%self.every: return
+        if runs_in(self.learn, 'lr_find', 'get_preds') or (self.epoch+1)%self.every: return
         import matplotlib.pyplot as plt
         dl = self.dls.valid
         b = dl.one_batch()
@@ -355,7 +356,7 @@ class TensorBoardVolumes(Callback):
         self.writer = None
 
     def before_train(self):                          # not `before_fit`, which `validate` calls too
-        if self.writer is not None or hasattr(self.learn, 'lr_finder'): return
+        if self.writer is not None or runs_in(self.learn, 'lr_find'): return
         try: from torch.utils.tensorboard import SummaryWriter
         except ImportError as e:
             raise ExtraError("TensorBoardVolumes needs TensorBoard: pip install 'fastmed[track]'") from e

@@ -28,6 +28,7 @@ from fastmed.learn.uncertainty import (
     WeightFile
 )
 from ..metrics.masks import case_scores, failed_scores
+from ..predict.memory import check_prediction
 from ..predict.predict import apply_post, maps_back, own_axis, predict_case, predict_grid, slicing_axes
 from fastprogress.fastprogress import progress_bar
 from torch import nn, Tensor
@@ -223,9 +224,10 @@ class Ensemble:
         mask.meta = meta
         return mask
 
-    def _answer_together(self, box, overlap, tta, proba, post, axes, progress):
+    def segment(self, box, overlap, tta, proba, post, axes, progress=True):
         "What `predict_case` asks"
         t = box[0]
+        check_prediction(self, t, proba)
         shape,affine,meta = tuple(t.shape[1:]),t.affine,getattr(t, 'meta', {}) or {}
         del t
         m,on = self._mean(box, overlap, tta, axes, progress, False)

@@ -130,7 +130,7 @@ def _maker(learn, kwargs):
     h = hashlib.sha256(
             f"{__version__} {torch.__version__} {sorted(kwargs.items(), key=str)} {getattr(learn, 'post', None)}".encode())
     if any(callable(p) for p in [*L(kwargs.get('post')), *L(getattr(learn, 'post', None))]): return None
-    for l in learn if hasattr(learn, '_answer_together') else [learn]:
+    for l in [learn] if isinstance(learn, Learner) else learn:
         h.update(f"{l.model} {dict(l.dls.plan)} {l.dls.preprocess.to_json()}".encode())
         for v in l.model.state_dict().values():
             h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

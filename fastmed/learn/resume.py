@@ -24,7 +24,7 @@ from fastai.basics import (
 from fastcore.all import GetAttr, L, patch
 from .. import __version__
 from ..core import FastmedError, InputError, sweep, whole_file
-from .callbacks import FitCallback, one_process
+from .callbacks import FiniteCallback, FitCallback, one_process
 from .fingerprint import content_sum, data_words, fit_changes, fit_words, rate_words, split_facts
 from ..models.weights import check_finite
 from torch import nn, Tensor
@@ -414,7 +414,8 @@ def _record(self:ResumeCallback):
 @patch
 def _check(self:ResumeCallback):
     "Raise `InputError` where the training has diverged, so that the last good state stays"
-    if hasattr(self.learn, 'finite'): self.learn.finite.check_weights()
+    for c in self.learn.cbs:
+        if isinstance(c, FiniteCallback): c.check_weights()
     check_finite(self.learn.model, self.fn, self.opt)
     waiting = [p.grad for p in self.learn.model.parameters() if p.grad is not None]
     if getattr(self.learn, 'scaler', None) is None and not all(g.isfinite().all() for g in waiting):

@@ -16,7 +16,7 @@ import torch
 from fastai.basics import Callback, get_model, Learner, TrainEvalCallback, warn
 from fastcore.all import delegates, groupby, join_path_file, L, store_attr
 from .. import __version__
-from ..core import FileError, InputError, MissingFileError
+from ..core import FileError, InputError, MissingFileError, runs_in
 from ..io.volumes import whole_file
 from .adapt import adapt_weight, first_convs
 from .unet import FastInstanceNorm, UShape
@@ -310,7 +310,7 @@ class EncoderMixin:
         self.model = getattr(compiled, '_orig_mod', compiled)
         try: super().load(file, device=device, **kwargs)
         finally: self.model = compiled
-        if not hasattr(self, 'lr_finder'): self.loaded = True              # lr_find puts back what was there
+        if not runs_in(self, 'lr_find'): self.loaded = True              # lr_find puts back what was there
         return self
 
     def __setstate__(self, state):

@@ -19,7 +19,8 @@ import nibabel as nib
 import numpy as np
 import torch
 from fastai.data.all import retain_meta, to_cpu, warn
-from fastcore.all import ifnone, L
+from fastai.learner import Learner
+from fastcore.all import ifnone, L, patch, tuplify
 from fastmed.core import (
     ArgumentError, evaluating, FileError, InputError, orientation_of, TensorVolume, TensorVolumeMask
 )
@@ -360,6 +361,30 @@ def maps_back(
                               orientation_of(affine))[0].as_subclass(Tensor)
     return torch.stack([back(c) for c in maps])
 
+@patch
+def segment(self:Learner,
+    box:list,     # the scan (C,X,Y,Z), the only reference to it: it is taken out, so that its memory is free early
+    overlap,      # as of `predict_case`
+    tta,          # as of `predict_case`
+    proba,        # as of `predict_case`
+    post,         # as of `predict_case`
+    axes,         # as of `predict_case`
+    progress=True # as of `predict_case`
+):                # as of `predict_case`
+    "What a Learner makes of a scan that was read and checked; an `Ensemble` has its own way"
+    t = box.pop()
+    check_prediction(self, t, proba, axes)
+    pre,plan = self.dls.preprocess,self.dls.plan
+    shape,affine = tuple(t.shape[1:]),t.affine
+    x = pre(t)
+    del t
+    lab,pr = predict_grid(self, x, overlap, tta, proba, progress, axes)
+    del x
+    axis = own_axis(pre, affine, plan.axis) if plan.ndim==2 else None
+    mask = apply_post(pre.inverse(lab, shape, affine), getattr(self, 'post', None) if post is None else post, axis)
+    if not proba: return mask
+    return mask, TensorVolume(maps_back(pr, pre, lab.affine, shape, affine), affine=affine)
+
 def predict_case(
     learn,             # Learner
     fn,                # image file, list of channel files, DICOM folder, or a `TensorVolume`
@@ -377,30 +402,19 @@ def predict_case(
     t = fn if isinstance(fn, TensorVolume) else load_volume(fn, regrid=regrid)
     if t.affine is None:
         raise InputError("predict_volume: the tensor has no affine, so its place is unknown. Set `t.affine` first")
-    pre,shape,affine,meta = learn.dls.preprocess,tuple(t.shape[1:]),t.affine,getattr(t, 'meta', {}) or {}
+    meta = getattr(t, 'meta', {}) or {}
     meta = {**meta, 'made_from':[str(o) for o in L(meta.get('fn') if t is fn else fn)]}
     if t is not fn: t.meta = meta
     n_in = getattr(learn, 'n_in', None)
     if n_in is not None and t.shape[0]!=n_in:
         raise InputError(f"{meta.get('fn','the tensor')}: the model was trained on {n_in} channel{'s'*(n_in>1)}; found "
                          f"{t.shape[0]}. Give as many, in the order of training")
-    check_prediction(learn, t, proba, axes)
+    box = [t]
+    del t
     with prediction_explained(meta.get('fn', 'the tensor')):
-        # an `Ensemble`; the box lets it drop the scan as soon as it can
-        if hasattr(learn, '_answer_together'):
-            box = [t]
-            del t
-            return learn._answer_together(box, overlap, tta, proba, post, axes, progress)
-        x = pre(t)
-        del t
-        lab,pr = predict_grid(learn, x, overlap, tta, proba, progress, axes)
-        del x
-    plan = learn.dls.plan
-    axis = own_axis(pre, affine, plan.axis) if plan.ndim==2 else None
-    mask = apply_post(pre.inverse(lab, shape, affine), getattr(learn, 'post', None) if post is None else post, axis)
-    mask.meta = meta
-    if not proba: return mask
-    return mask, TensorVolume(maps_back(pr, pre, lab.affine, shape, affine), affine=affine, meta=meta)
+        res = learn.segment(box, overlap, tta, proba, post, axes, progress)
+    for o in tuplify(res): o.meta = meta
+    return res
 
 # %% ../../nbs/predict/03_predict.ipynb #de7513a3
 def _mask_digest(mask, affine):

@@ -21,7 +21,7 @@ import torch
 from fastai.basics import Callback, set_seed, warn
 from fastai.callback.hook import total_params
 from fastcore.all import first, ifnone, L, store_attr
-from ..core import ArgumentError, beside, ColumnError, InputError, sweep, whole_file
+from ..core import ArgumentError, beside, ColumnError, InputError, runs_in, sweep, whole_file
 from ..data.cases import check_codes, check_columns, group_folds, group_values
 from ..data.loaders import SliceDataLoaders, VolumeDataLoaders
 from ..io.volumes import load_mask, load_volume, read_header, to_orientation
@@ -292,7 +292,7 @@ class ComparisonCallback(Callback):
     def __getstate__(self):
         return dict(arm=self.arm, comparison=None, paid=CostCallback())
     def _off(self):
-        return self.comparison is None or hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds')
+        return self.comparison is None or runs_in(self.learn, 'lr_find', 'get_preds')
     def before_fit(self):
         if not self._off():
             self.learn.add_cb(self.paid)
