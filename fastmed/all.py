@@ -39,6 +39,7 @@ from fastmed.models.classifiers import *
 from fastmed.predict.tta import *
 from fastmed.predict.memory import *
 from fastmed.predict.predict import *
+from fastmed.learn.fast import *
 from fastmed.learn.losses import *
 from fastmed.learn.callbacks import *
 from fastmed.learn.pace import *
@@ -49,10 +50,10 @@ from fastmed.learn.pretrain import *
 from fastmed.learn.classify import *
 from fastmed.learn.plain import *
 from fastmed.learn.uncertainty import *
-from fastmed.learn.ensemble import *
 from fastmed.learn.casefiles import *
 from fastmed.learn.modelfile import *
 from fastmed.learn.onnx import *
+from fastmed.learn.ensemble import *
 from fastmed.study.gradcam import *
 from fastmed.study.interpret import *
 from fastmed.study.findings import *
