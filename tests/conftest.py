@@ -110,18 +110,21 @@ def fresh(study, loaders, weights, tmp_path_factory):
         learn = f(loaders[nd], nf=4, depth=2, path=tmp)
         learn.model.load_state_dict(weights[nd])
         learn.export(f'm{nd}.pkl')
-        here.update({f'{k}_{nd}':v for k,v in ns['answers'](learn, str(tmp/new), [str(path/o) for o in df.image[:3]]).items()})
+        answers = ns['answers'](learn, str(tmp/new), [str(path/o) for o in df.image[:3]])
+        here.update({f'{k}_{nd}':v for k,v in answers.items()})
     python(ANSWERS+f"""
 import sys, torch, pandas as pd
 tmp,path = sys.argv[1:]
 torch.set_num_threads({torch.get_num_threads()})
 df = pd.read_csv(f'{{path}}/cases.csv')
-other = VolumeDataLoaders.from_df(df, path, spacing=3., patch=8, normalize='minmax', codes=['nothing','a','b'], cache=f'{{tmp}}/other', device='cpu', num_workers=0)
+other = VolumeDataLoaders.from_df(df, path, spacing=3., patch=8, normalize='minmax', codes=['nothing','a','b'],
+                                  cache=f'{{tmp}}/other', device='cpu', num_workers=0)
 res = {{}}
 for nd in (3,2):
     learn = load_learner(f'{{tmp}}/m{{nd}}.pkl')
     unet3d_learner(other, nf=2, depth=2).predict_volume(f'{{tmp}}/{new}')
-    res.update({{f'{{k}}_{{nd}}':v for k,v in answers(learn, f'{{tmp}}/{new}', [f'{{path}}/{{o}}' for o in df.image[:3]]).items()}})
+    given = answers(learn, f'{{tmp}}/{new}', [f'{{path}}/{{o}}' for o in df.image[:3]])
+    res.update({{f'{{k}}_{{nd}}':v for k,v in given.items()}})
 np.savez(f'{{tmp}}/there.npz', **res)
 """, tmp, path)
     with np.load(tmp/'there.npz') as z: return here,{k:z[k] for k in z.files}

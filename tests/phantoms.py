@@ -101,7 +101,9 @@ def answers(learn, new, files):
         mp,p = learn.predict_volume(new, proba=True, tta=True)
         dec,ids,probs = learn.predict(new)
         preds,_ = learn.get_preds(dl=learn.dls.test_dl(files, num_workers=0))
-    return dict(volume=m.numpy(), affine=m.affine, tta=mp.numpy(), proba=p.numpy(), decoded=dec.numpy(), ids=ids.numpy(), probs=probs.numpy(), preds=preds.numpy(), pre=np.array(get_preprocess(learn.dls).to_json()))
+    return dict(volume=m.numpy(), affine=m.affine, tta=mp.numpy(), proba=p.numpy(), decoded=dec.numpy(),
+                ids=ids.numpy(), probs=probs.numpy(), preds=preds.numpy(),
+                pre=np.array(get_preprocess(learn.dls).to_json()))
 """
 
 def shaken(m, seed=0):

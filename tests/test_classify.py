@@ -66,6 +66,49 @@ def test_interval_covers_and_knows_subjects():
     c = scores_interval('category', [0,1], np.r_[t,t,t], np.c_[-x,x][np.r_[0:120,0:120,0:120]], n_boot=300)
     assert c.loc['roc_auc','high']-c.loc['roc_auc','low']<.75*(b.loc['roc_auc','high']-b.loc['roc_auc','low'])
 
+def label_cases(task, rng):
+    "Forty random cases of a task: vocab, targets, predictions"
+    if task=='regression':
+        y = rng.normal(size=(40,2))
+        return ['x','z'],y,y+rng.normal(size=(40,2))
+    if task=='multi': return list('abc'),(rng.random((40,3))<.4).astype(float),rng.random((40,3)).round(1)
+    vocab = list('ab') if task=='two' else list('abc')
+    return vocab,rng.integers(len(vocab), size=40),rng.dirichlet(np.ones(len(vocab)), 40).round(1)
+
+@pytest.mark.parametrize('task', ['two','category','multi','regression'])
+def test_statistics_are_the_scores_of_the_drawn_rows(task):
+    "Weights that say how often a case was drawn, and the drawn rows themselves, also where a class was not drawn"
+    from fastmed.metrics.scores import label_statistics
+    rng = np.random.default_rng(0)
+    vocab,y,p = label_cases(task, rng)
+    name = 'category' if task=='two' else task
+    stats = label_statistics(name, vocab, y, p)
+    for n in (40,40,3,2,1):
+        rows = rng.integers(40, size=n)
+        weights = np.bincount(rows, minlength=40)[None].astype(float)
+        expected = label_scores(name, vocab, y[rows], p[rows])
+        found = {key:float(stat(weights)[0]) for key,stat in stats.items()}
+        assert list(found)==list(expected)
+        assert np.allclose(list(found.values()), list(expected.values()), equal_nan=True)
+
+def test_r2_of_targets_that_are_alike_is_nan():
+    "Rounding of their mean is no variance, neither in the sample nor in a draw of one subject"
+    assert np.isnan(r_squared([.1]*3, [.2]*3))
+    y = np.array([50.1]*3+[61.3]*3)
+    p = y+[1,-2,1,.5,2,-1]
+    r = scores_interval('regression', ['age'], y[:,None], p[:,None], groups=list('aaabbb')).loc['r2']
+    assert .9<r.low<=r.value<=r.high<=1
+
+def test_a_rule_chooses_its_point_once():
+    "On all cases, not in each draw, for findings too; where it lacks a class there is no rate"
+    rng = np.random.default_rng(0)
+    y = (rng.random((60,2))<.4).astype(float)
+    p = .4*y+.6*rng.random((60,2))
+    by_rule = scores_interval('multi', ['a','b'], y, p, point='youden', n_boot=50).query("of=='a'")
+    given = scores_interval('multi', ['a','b'], y, p, point=choose_point(y[:,0], p[:,0], 'youden'), n_boot=50).query("of=='a'")
+    assert by_rule.equals(given)
+    assert np.isnan(sensitivity_specificity([1,1], [.2,.9], 'youden')).all()
+
 # ---- losses
 
 def test_losses():
@@ -178,13 +221,16 @@ def answers(trained, cases, tmp_path_factory):
     save_model(r, tmp/'r.safetensors')
     here = [trained.predict(fn)[2].tolist(), trained.predict(fn, tta=3)[2].tolist(), r.predict(fn)[2].tolist()]
     out = python(f"""
-import sys, json; from fastmed.all import *
+import sys, json
+from fastmed.all import *
 torch.set_num_threads({torch.get_num_threads()})
 tmp,path = sys.argv[1:]
 df = pd.read_json(f'{{tmp}}/df.json')
-VolumeDataLoaders.from_df(df, path, label_col='size', spacing=2., normalize='minmax', cache=f'{{tmp}}/other', device='cpu', num_workers=0)
+VolumeDataLoaders.from_df(df, path, label_col='size', spacing=2., normalize='minmax', cache=f'{{tmp}}/other',
+                          device='cpu', num_workers=0)
 res = []
-for a,r in ((load_learner(f'{{tmp}}/a.pkl'),load_learner(f'{{tmp}}/r.pkl')), (load_model(f'{{tmp}}/a.safetensors','cpu'),load_model(f'{{tmp}}/r.safetensors','cpu'))):
+for a,r in ((load_learner(f'{{tmp}}/a.pkl'),load_learner(f'{{tmp}}/r.pkl')),
+        (load_model(f'{{tmp}}/a.safetensors','cpu'),load_model(f'{{tmp}}/r.safetensors','cpu'))):
     res.append([a.predict({fn!r})[2].tolist(), a.predict({fn!r}, tta=3)[2].tolist(), r.predict({fn!r})[2].tolist()])
 print('\\n'+json.dumps(res))
 """, *[df.to_json(tmp/'df.json') or tmp, path])

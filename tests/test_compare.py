@@ -175,8 +175,10 @@ def test_killed_and_started_again(study, whole, tmp_path):
     """SIGKILL in the middle of the first, the second and the third run, each time started again: the same table, and
     nothing trained twice"""
     code = """
-import sys; sys.path.insert(0, sys.argv[2])
-import torch; torch.set_num_threads(1)
+import sys
+sys.path.insert(0, sys.argv[2])
+import torch
+torch.set_num_threads(1)
 from test_compare import make
 import pandas as pd
 make((Path(sys.argv[3]), pd.read_csv(sys.argv[3]+'/cases.csv')), sys.argv[1]).run()

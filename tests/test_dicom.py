@@ -83,8 +83,8 @@ def pixels(ds, a, stored=16, signed=False, high=0):
     return ds
 
 def write(path, vol=None, plane='axial', px=(.7,.9), gap=2.5, origin=(-30.,20.,100.), seed=0, at=None, shear=0.,
-          slope=lambda k: 1., inter=lambda k: -1024., names=None, each=lambda ds, k: None, drop=(), bits={}, uids=None,
-          **kw):
+          slope=lambda k: 1., inter=lambda k: -1024., names=None, each=lambda ds, k: None, drop=(), bits=None,
+          uids=None, **kw):
     "A series on disk in shuffled order of names; gives (volume of physical values (X,Y,Z), affine)"
     path.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
@@ -96,7 +96,7 @@ def write(path, vol=None, plane='axial', px=(.7,.9), gap=2.5, origin=(-30.,20.,1
     for k in range(vol.shape[2]):
         if k in drop: continue
         ds = header(**ids, **kw)
-        pixels(ds, vol[:,:,k], **bits)
+        pixels(ds, vol[:,:,k], **(bits or {}))
         ds.ImagePositionPatient = [f'{o:.8g}'[:16] for o in np.array(origin)+n*t[k]+q*shear*t[k]]
         ds.ImageOrientationPatient = [f'{o:.9f}'[:16] for o in (*r,*q)]
         ds.PixelSpacing = [px[1],px[0]]
@@ -299,7 +299,7 @@ def ball(aff, shape, center, radius):
 def test_regridded_anatomy_is_where_it_was(plane, tilt, at, tmp_path):
     "A ball, imaged by slices that are sheared and unevenly spaced, is a ball of the same size at the same place"
     r,q,n = axes_of(plane)
-    origin,px,shape = np.array((-30.,20,100)),(.9,1.1),(60,50,20)
+    origin,px = np.array((-30.,20,100)),(.9,1.1)
     t = 2.*np.arange(20) if at is None else np.array(at)
     sh = np.tan(np.radians(tilt))
     center = origin+r*27+q*(27+sh*18)+n*18
@@ -535,18 +535,18 @@ def test_identity_in_a_segmentation(tmp_path):
     a,k = pydicom.dcmread(tmp_path/'a.dcm'),pydicom.dcmread(save_dicom_seg(m, tmp_path/'s', tmp_path/'b.dcm',
             strip_identity=False))
     src = pydicom.dcmread(next((tmp_path/'s').iterdir()))
-    assert (a.PatientName,a.PatientID,a.PatientBirthDate)==('','',
-                                                            '') and a.PatientIdentityRemoved=='YES' and a.StudyInstanceUID==src.StudyInstanceUID==k.StudyInstanceUID and len(a.ReferencedSeriesSequence[0].ReferencedInstanceSequence)==7
+    assert (a.PatientName,a.PatientID,a.PatientBirthDate)==('','','') and a.PatientIdentityRemoved=='YES'
+    assert a.StudyInstanceUID==src.StudyInstanceUID==k.StudyInstanceUID
+    assert len(a.ReferencedSeriesSequence[0].ReferencedInstanceSequence)==7
     assert (k.PatientName,k.PatientID,k.PatientBirthDate)==(NAME,ID,BIRTH)
     write(tmp_path/'u', PatientName='Müller^Jörg', SpecificCharacterSet='ISO_IR 100')
     assert str(pydicom.dcmread(save_dicom_seg(m, tmp_path/'u', tmp_path/'u.dcm',
                                               strip_identity=False)).PatientName)=='Müller^Jörg'
 
-def test_identity_stays_in_the_files(tmp_path, capfd, cache):
+def test_identity_stays_in_the_files(tmp_path, capfd, cache):    # a table  # noqa: PLR0915
     """Nothing of the patient in tables, NIfTI, reports, logs, exported models; the words are planted in every header,
     and an invalid birth date makes others warn"""
     from fastmed.all import VolumeDataLoaders, save_model, unet3d_learner
-    rows = []
     for i in range(4):
         v = np.random.default_rng(i).integers(0, 500, (16,16,16))
         v[4:12,4:12,4:12] += 800

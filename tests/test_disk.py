@@ -75,7 +75,7 @@ def read_only(path):
     "The disk, not to be written; root would pass by the permissions of a folder"
     def go(how):
         # a file that is just being closed keeps the disk busy
-        for k in range(50):
+        for _k in range(50):
             r = subprocess.run(['mount','-o',f'remount,{how}',str(path)], capture_output=True, text=True)
             if not r.returncode: return
             gc.collect()
@@ -109,7 +109,7 @@ def web(tmp_path_factory):
 
 NOISE = np.random.default_rng(0).normal(size=(40,40,40)).astype(np.float32)
 
-def writers(learner, scans, web):
+def writers(learner, scans, web):    # a table  # noqa: PLR0915
     "name → (function of a folder that writes there, what the error must name)"
     p,df = scans
     ims = [str(p/o) for o in df.image]

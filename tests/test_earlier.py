@@ -57,7 +57,8 @@ def _copied(folder, other='3D, fold 1, seed 0'):
     (lambda f: (f/'results.csv').write_bytes(b'\xff\0'), 'results.csv: the table of a finished run cannot be read'),
     (lambda f: shutil.copy(f.parent/'3D, fold 1, seed 0'/'results.csv', f),
      'results.csv: is of another run: expected fold 0; found 1'),
-    (_copied, "seed 0: holds the run of .*'fold': 1"), (lambda f: (f/'run.json').write_text('{'), 'run.json: what was noted of the runs cannot be read'),
+    (_copied, "seed 0: holds the run of .*'fold': 1"),
+    (lambda f: (f/'run.json').write_text('{'), 'run.json: what was noted of the runs cannot be read'),
     (lambda f: (f.parent/'comparison.json').write_text('[]'), 'comparison.json: expected what was noted'),
     (lambda f: (f.parent/'comparison.json').write_text('{}'), 'holds runs of another experiment')])
 def test_a_run_that_is_not_whole_gives_no_table(tmp_path, monkeypatch, spoil, says):

@@ -16,7 +16,6 @@ for _n in [n for n in globals() if n.startswith('test')]:
 from phantoms import shaken
 
 
-
 def made(name, **kwargs):
     import timm  # noqa: F401
     torch.manual_seed(0)
@@ -171,8 +170,8 @@ def test_inflated_trains_pickles_and_is_fast():
         ('visformer_tiny',2,(224,224)), ('timm.lcnet_050',3,(20,33,16)), ('resnet10',3,(20,20,9)),
         ('DenseNet121',2,(32,40))])
 def test_a_decoder_on_any_encoder(name, ndim, size):
-    kw = dict(block_config=(2,2,2,2)) if name=='DenseNet121' else dict(widen_factor=.25) if name=='resnet10' else dict(
-            levels=3) if name=='inception_v4' else {}
+    kw = {'DenseNet121':dict(block_config=(2,2,2,2)), 'resnet10':dict(widen_factor=.25),
+          'inception_v4':dict(levels=3)}.get(name, {})
     net,_ = create_network(name, 2, 3, ndim, patch=size, nf=4, **kw)
     x = torch.randn(2,2,*size)
     assert net(x).shape==(2,3,*size)

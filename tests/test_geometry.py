@@ -105,9 +105,8 @@ def test_png_images_with_masks_train_and_predict(tmp_path):
     for i in range(6):
         m = np.zeros((48,40,1), np.int32)
         m[10+i:30,8:20+i] = 1
-        for k,(t,
-                f) in enumerate(((TensorVolumeMask(torch.from_numpy(m*200+rng.integers(0,40,m.shape)),
-                affine=np.diag([-1,-1,1,1.])), 'im'), (TensorVolumeMask(torch.from_numpy(m), affine=np.diag([-1,-1,1,1.])), 'm'))):
+        for f,a in (('im',m*200+rng.integers(0,40,m.shape)), ('m',m)):
+            t = TensorVolumeMask(torch.from_numpy(a), affine=np.diag([-1,-1,1,1.]))
             save_volume(t, tmp_path/f'{f} {i} ü.png')
         rows.append(dict(case=i, image=tmp_path/f'im {i} ü.png', mask=tmp_path/f'm {i} ü.png'))
     dls = SliceDataLoaders.from_df(pd.DataFrame(rows), cache=tmp_path/'c', device='cpu', path=tmp_path,
@@ -138,8 +137,7 @@ def test_from_df_names_what_is_wrong(what, tmp_path):
                  tmp_path/f'm{i}.nii.gz')
         rows.append(dict(case=f'case{i}', subject=0 if what=='one subject' else i, image=tmp_path/f'im{i}.nii.gz',
                          mask=None if what=='no mask' and i==3 else tmp_path/f'm{i}.nii.gz'))
-    kw = dict(group_col='patient') if what=='group' else dict(codes=['background','a','b',
-            'c'][:1]) if what=='codes' else {}
+    kw = {'group':dict(group_col='patient'), 'codes':dict(codes=['background'])}.get(what, {})
     want = {'channels':'case2','mask grid':'m1.nii.gz','no mask':'case3','empty masks':'background','values':'255',
             'one subject':'two groups','group':'patient','codes':'m0.nii.gz|m1.nii.gz|m2.nii.gz|m3.nii.gz'}[what]
     with pytest.raises((ValueError, KeyError), match=want):

@@ -27,11 +27,15 @@ def test_killed_and_started_again(tmp_path):
     assert not m[['failed','corrupted','changed','left_behind']].to_numpy().any(), f'{m}\n{r.stderr[-2000:]}'
 
 BUILD = """
-import sys; sys.path.insert(0, sys.argv[1])
+import sys
+sys.path.insert(0, sys.argv[1])
 from fastmed.data.store import Store
 from fastmed.data.preprocess import Preprocess
 from pathlib import Path
-p = Path(sys.argv[2]); Store(Preprocess(spacing=1.25, codes=['background','large','small']), sys.argv[3]).build(sorted(map(str, (p/'images').glob('*'))), sorted(map(str, (p/'labels').glob('*'))), workers=2)
+p = Path(sys.argv[2])
+Store(Preprocess(spacing=1.25, codes=['background','large','small']),
+        sys.argv[3]).build(sorted(map(str, (p/'images').glob('*'))), sorted(map(str, (p/'labels').glob('*'))),
+        workers=2)
 """
 def test_two_fresh_processes_build_one_store(study, tmp_path):
     "Not forked: each imports for itself, as spawned ones do"

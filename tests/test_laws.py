@@ -184,7 +184,7 @@ def test_law_3_unknown_is_refused(study, learner, loaders, tmp_path):
     with pytest.raises(ValueError, match='nonsense_arg'):
         Preprocess.from_json(json.dumps({**Preprocess().to_dict(), 'nonsense_arg':1}))
 
-def test_law_3_from_df_uses_each_argument(study, tmp_path):
+def test_law_3_from_df_uses_each_argument(study, tmp_path):    # a table
     "Each argument of `from_df` changes what it is there to change."
     path,df = study
     df = df.assign(site=[f'x{i%3}' for i in range(8)], held=[i<2 for i in range(8)], finds=['a|b','a']*4,
@@ -256,7 +256,6 @@ def test_law_3_learner_uses_each_argument(loaders, tmp_path, weights):
     make = lambda **k: unet3d_learner(loaders[3], **{**dict(nf=4, depth=2), **k})
     torch.save(weights[3], tmp_path/'w.pth')
     class Mine(Callback): pass
-    split = lambda m: [list(m.parameters())]
     used = dict(arch=lambda: isinstance(unet3d_learner(loaders[3], Nearest).model, Nearest),
                 loss_func=lambda: isinstance(make(loss_func=FocalLoss()).loss_func, FocalLoss),
         metrics=lambda: [m.name for m in make(metrics=DiceScore(1,'one')).metrics]==['one'],
@@ -356,7 +355,7 @@ def test_law_4_unlike_grids_name_both_files(study, exact, tmp_path, how):
     block = DataBlock((VolumeBlock, VolumeMaskBlock(CODES)), get_x=CaseFiles('image', tmp_path),
             get_y=CaseFiles('mask', tmp_path), splitter=IndexSplitter([0]), item_tfms=PatchTransform((8,8,8)))
     with pytest.raises(ValueError) as e:
-        for b in block.dataloaders(df, bs=1, **QUIET).train: pass
+        for _b in block.dataloaders(df, bs=1, **QUIET).train: pass
     check(e)
     with pytest.raises(ValueError) as e:
         exact(3).evaluate(df[3:].assign(image=str(tmp_path/bad['image']), mask=str(tmp_path/bad['mask'])))
@@ -818,7 +817,7 @@ def test_law_8_deep_supervision_and_monai(loaders, study):
 
 # ---- 9
 
-def test_law_9_errors_say_which_what_and_how(study, exact, learner, loaders, tmp_path):
+def test_law_9_errors_say_which_what_and_how(study, exact, learner, loaders, tmp_path):    # a table
     "Each error names the case or file, what was expected, what was found, and how to mend it."
     path,df = study
     rows = lambda *bad, **k: pd.DataFrame([write_case(tmp_path, f'g{i}') for i in range(3)]+list(bad))
@@ -901,7 +900,7 @@ def test_law_9_in_a_worker_too(study, tmp_path):
     block = DataBlock((VolumeBlock, VolumeMaskBlock(CODES)), get_x=CaseFiles('image', tmp_path),
             get_y=CaseFiles('mask', tmp_path), splitter=IndexSplitter([0]), item_tfms=PatchTransform((8,8,8)))
     with pytest.raises(ValueError, match=r'bad\.nii.*\[90, 180\]'):
-        for b in block.dataloaders(df, bs=1, device='cpu', num_workers=1).train: pass
+        for _b in block.dataloaders(df, bs=1, device='cpu', num_workers=1).train: pass
 
 # ---- 10
 
@@ -943,7 +942,7 @@ def test_law_10_fast_gradients_are_the_gradients(study, tmp_path, patch, kw):
             learn = unet3d_learner(dls, **kw, fast=fast)
             m = learn.model.eval()                                               # no dropout, and no drift
             if fast: m.load_state_dict(state)
-            else: state = {k:v.clone() for k,v in m.state_dict().items()}
+            else: state = {k:v.clone() for k,v in m.state_dict().items()}  # noqa: F841, used in the second pass
             m.zero_grad()
             learn.loss_func(m(x.as_subclass(Tensor)), y).backward()
             g = {k:p.grad.flatten().clone() for k,p in m.named_parameters() if p.grad is not None and p.ndim>1}

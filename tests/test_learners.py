@@ -144,8 +144,8 @@ def test_freeze_leaves_the_decoder_and_no_more(name, ndim):
     model = create_model(name, 1, 2, ndim=ndim, patch=(32,)*ndim)
     enc,rest = param_splitter(model)
     share = sum(p.numel() for p in enc)/sum(p.numel() for p in model.parameters())
-    assert .3<share<.99 and .25<len(enc)/(len(enc)
-                                          +len(rest))<.95, f'{name}: {len(enc)} tensors of {len(enc)+len(rest)} are the encoder'
+    tensors = len(enc)+len(rest)
+    assert .3<share<.99 and .25<len(enc)/tensors<.95, f'{name}: {len(enc)} tensors of {tensors} are the encoder'
 
 def patch_learner(cases, arch='UNet', **kwargs):
     path,df = cases
@@ -251,7 +251,7 @@ def test_losses_of_fastais_inside_ones_own_keep_the_axes_of_a_volume():
     logits,mask = torch.randn(2,3,4,5,6),torch.randint(0,3,(2,4,5,6))
     flat = CrossEntropyLossFlat(axis=1)
     assert float(as_loss(lambda p,t: flat(p, t))(logits, mask))==pytest.approx(float(F.cross_entropy(logits, mask)))
-    with pytest.raises(Exception): CrossEntropyLossFlat(axis=1)(logits, mask[:,:3])
+    with pytest.raises(Exception): CrossEntropyLossFlat(axis=1)(logits, mask[:,:3])  # noqa: B017
 
 def test_a_loss_put_in_by_hand_is_made_ready(cases):
     learn = patch_learner(cases)

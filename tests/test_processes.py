@@ -20,8 +20,10 @@ rank,tmp = int(os.environ['RANK']),Path(sys.argv[1])
 torch.set_num_threads(1)
 torch.distributed.init_process_group('gloo', init_method='env://')
 df = pd.read_csv(tmp/'cases.csv')
-dls = VolumeDataLoaders.from_df(df, tmp, codes=['background','large','small'], patch=16, bs=2, samples_per_case=4, cache=tmp/f's{rank}', device='cpu', batch_tfms=None)
-set_seed(rank); learn = unet3d_learner(dls, nf=4, depth=2, path=tmp)
+dls = VolumeDataLoaders.from_df(df, tmp, codes=['background','large','small'], patch=16, bs=2, samples_per_case=4,
+                                cache=tmp/f's{rank}', device='cpu', batch_tfms=None)
+set_seed(rank)
+learn = unet3d_learner(dls, nf=4, depth=2, path=tmp)
 def said(s): (tmp/f'{s}_{rank}').touch()
 
 learn.save('w'); distrib_barrier()

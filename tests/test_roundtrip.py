@@ -126,7 +126,7 @@ def write(a, affine, fn, kind):
     """Write physical values `a` as a NIfTI of this type, byte order, scale and layout; the path, or None where the type
     cannot hold them"""
     dt,order,scale,layout = kind
-    cls = nib.Nifti2Image if layout=='n2' else nib.Nifti1Pair if layout=='.hdr' else nib.Nifti1Image
+    cls = {'n2':nib.Nifti2Image, '.hdr':nib.Nifti1Pair}.get(layout, nib.Nifti1Image)
     hdr = cls.header_class(endianness=order)
     slope,inter = scale or (1,0)
     stored = (np.asarray(a, dtype=np.float64)-inter)/slope
@@ -158,7 +158,8 @@ def sure(a, ratio, order):
     "Voxels that must keep their label: see the top of this file. `ratio` is t/s along each axis of `a`"
     r = [1 if abs(o-1)<1e-3 else o for o in ratio]                  # there the axis stays as it is
     if all(o==1 for o in r): return np.ones(a.shape, bool)
-    k = [0 if o==1 else math.floor(max((o+1)/2, .75*o)+1e-9) if order=='nearest' else math.ceil(o) for o in r]
+    def reach(o): return math.floor(max((o+1)/2, .75*o)+1e-9) if order=='nearest' else math.ceil(o)
+    k = [0 if o==1 else reach(o) for o in r]
     def flat(size): return maximum_filter(a, size, mode='nearest')==minimum_filter(a, size, mode='nearest')
     res = flat([2*o+1 for o in k])
     if order=='smooth':

@@ -107,7 +107,11 @@ tmp,new,*files = sys.argv[1:]
 import scipy.ndimage
 armed = True
 def hook(event, args):
-    if armed and event in ('pickle.find_class','subprocess.Popen','os.system','socket.connect','urllib.Request','os.exec','os.posix_spawn'): print(event, args, flush=True); import os; os._exit(3)
+    if armed and event in ('pickle.find_class','subprocess.Popen','os.system','socket.connect','urllib.Request',
+                           'os.exec','os.posix_spawn'):
+        print(event, args, flush=True)
+        import os
+        os._exit(3)
 sys.addaudithook(hook)
 learns = {{nd:load_model(f'{{tmp}}/m{{nd}}.safetensors', 'cpu') for nd in (3,2)}}
 for nd,l in learns.items(): l.predict_volume(new)
@@ -456,9 +460,13 @@ def test_forged_metadata(saved, tmp_path, what):
 
 def _peak(code, *args):
     "Peak memory of a fresh process that runs `code`, in MB, and what it printed"
-    code = (f"import resource, sys\nfrom fastmed.learn.modelfile import load_model\nfrom fastmed.core import "
-            f"FastmedError\nbase = "
-            f"resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n{code}\nprint((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-base)/1024)")
+    peak = 'resource.getrusage(resource.RUSAGE_SELF).ru_maxrss'
+    code = f"""import resource, sys
+from fastmed.learn.modelfile import load_model
+from fastmed.core import FastmedError
+base = {peak}
+{code}
+print(({peak}-base)/1024)"""
     *said,mb = python(code, *args).splitlines()
     return float(mb),said
 
@@ -543,19 +551,27 @@ def test_some_hundred_forged_headers(loaders, tmp_path):
     out = python("""
 import json, resource, signal, sys, warnings
 from fastmed.all import *
-warnings.simplefilter('ignore'); res,tmp = {},Path(sys.argv[1])
+warnings.simplefilter('ignore')
+res,tmp = {},Path(sys.argv[1])
 class Slow(BaseException): pass
 def slow(*args): raise Slow
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024
-signal.signal(signal.SIGALRM, slow); load_model(tmp/'s.safetensors', 'cpu'); import monai.networks.nets
-now = int(Path('/proc/self/statm').read_text().split()[0])*resource.getpagesize(); resource.setrlimit(resource.RLIMIT_AS, (now+3*2**30, now+3*2**30)); was = peak()
+signal.signal(signal.SIGALRM, slow)
+load_model(tmp/'s.safetensors', 'cpu')
+import monai.networks.nets
+now = int(Path('/proc/self/statm').read_text().split()[0])*resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now+3*2**30, now+3*2**30))
+was = peak()
 for f in sorted(tmp.glob('bad*')):
     signal.alarm(120)
-    try: load_model(f, 'cpu'); said = 'opened'
+    try:
+        load_model(f, 'cpu')
+        said = 'opened'
     except FastmedError as e: said = 'refused' if f.name in str(e) and len(str(e))<2000 else f'says {e}'
     except Slow: said = 'takes for ever'
     except Exception as e: said = f'{type(e).__name__}: {e}'
-    signal.alarm(0); mb,was = peak()-was,peak()
+    signal.alarm(0)
+    mb,was = peak()-was,peak()
     res[f.name] = said if mb<700 else f'{said}, and took {mb} MB'
 print(json.dumps(res))
 """, tmp_path)
@@ -656,8 +672,8 @@ def onnx():
 @pytest.mark.parametrize('ndim,kw', [(3,{}), (2,{}), (3,dict(arch='SegResNet', init_filters=8)),
         (3,dict(deep_supervision=True, depth=3, nf=4, arch='UNet'))])
 def test_onnx_answers_alike(onnx, learner, loaders, scan, tmp_path, ndim, kw):
-    learn = (unet3d_learner if ndim==3 else unet2d_learner)(loaders[ndim], fast=False, path=tmp_path,
-                                                            **kw) if kw else learner(ndim, fast=False)
+    make = unet3d_learner if ndim==3 else unet2d_learner
+    learn = make(loaders[ndim], fast=False, path=tmp_path, **kw) if kw else learner(ndim, fast=False)
     back = load_onnx(export_onnx(learn, tmp_path/'m.onnx', post='keep_largest'))
     (m,p),(m2,p2) = learn.predict_volume(scan, proba=True, tta=True, post='keep_largest'),back.predict_volume(scan,
                                          proba=True, tta=True)

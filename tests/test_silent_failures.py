@@ -82,20 +82,23 @@ def test_row_02_two_pipelines_do_not_touch(exact, study, cache):
     b.predict_volume(path/df.image[2])
     b.dls.one_batch()
     for x,y in zip(before, state(a)): assert torch.equal(x, y) if isinstance(x, Tensor) else x==y
-    p,q = Preprocess(spacing=1.), Preprocess(spacing=2.)
+    p = Preprocess(spacing=1.)
     assert p.spacing==(1.,1.,1.) and Preprocess().spacing is None
 
 WORKERS = """
 import sys, torch, hashlib, json
 from fastmed.all import *
 import torch.multiprocessing as mp
-def digest(dl): return hashlib.sha256(b''.join(t.as_subclass(Tensor).numpy().tobytes() for b in dl for t in b)).hexdigest()
+def digest(dl):
+    return hashlib.sha256(b''.join(t.as_subclass(Tensor).numpy().tobytes() for b in dl for t in b)).hexdigest()
 if __name__=='__main__':
     torch.set_num_threads(1)
     path,tmp = sys.argv[2],sys.argv[1]
     df = pd.read_csv(f'{path}/cases.csv')
     res = {}
-    dls = VolumeDataLoaders.from_df(df, path, codes=['background','large','small'], spacing=1.5, patch=12, normalize='minmax', batch_tfms=None, bs=2, samples_per_case=2, cache=tmp, device='cpu', num_workers=0)
+    dls = VolumeDataLoaders.from_df(df, path, codes=['background','large','small'], spacing=1.5, patch=12,
+                                    normalize='minmax', batch_tfms=None, bs=2, samples_per_case=2, cache=tmp,
+                                    device='cpu', num_workers=0)
     mp.set_forkserver_preload(['fastmed.all'])
     for how,n in (('none',0),('fork',2),('forkserver',2),('spawn',1)):
         if n: mp.set_start_method(how, force=True)
@@ -104,7 +107,8 @@ if __name__=='__main__':
         tr,va = [d.new(num_workers=n) for d in dls.loaders]
         tr.rng = random.Random(5)
         test = dls.test_dl(df[:3].assign(image=[f'{path}/{o}' for o in df.image[:3]]), num_workers=n)
-        res[how] = [digest(o) for o in ((tr,va,test) if how!='spawn' else (tr,))]        # a spawned worker takes seconds to start
+        # a spawned worker takes seconds to start
+        res[how] = [digest(o) for o in ((tr,va,test) if how!='spawn' else (tr,))]
     print(json.dumps(res))
 """
 
@@ -324,10 +328,12 @@ def test_row_13_unlike_shapes_are_refused(study, tmp_path):
     with pytest.raises(ValueError, match=r'\(3, 3, 3\).*\(3, 3, 4\)'):
         case_scores(np.zeros((3,3,3),int), np.zeros((3,3,4),int), CODES, (1,1,1))
 
+def hounsfield(k, a): return np.round(a*300*k-1000).astype(np.float32)
+
 def test_row_15_statistics_come_from_training_cases(tmp_path):
     """The scans of the validation cases are a thousand times brighter and twice as coarse: neither the intensity
     statistics nor the spacing know."""
-    ct = lambda k: lambda a: np.round(a*300*k-1000).astype(np.float32)
+    def ct(k): return partial(hounsfield, k)
     rows = [write_case(tmp_path, f't{i}', seed=i, image=ct(1)) for i in range(3)]+[write_case(tmp_path, f'v{i}',
             affine_of(spacing=(2,2,2)), seed=i, image=ct(3)) for i in range(4)]
     df = pd.DataFrame(rows).assign(v=[False]*3+[True]*4)
@@ -530,7 +536,7 @@ def test_row_24_export_is_whole(learner, monkeypatch):
     old = fn.read_bytes()
     import threading
     learn.wont_pickle = threading.Lock()
-    with pytest.raises(Exception): learn.export('m.pkl')
+    with pytest.raises(Exception): learn.export('m.pkl')  # noqa: B017
     del learn.wont_pickle
     assert fn.read_bytes()==old, 'half a file stands where the Learner was'
     assert len(learn.dls.train_ds)==6, 'a failed export leaves the Learner as it was'

@@ -11,7 +11,7 @@ from phantoms import CODES, write_case
 
 import fastmed.data.store
 from fastmed.core import FileError, TensorVolume
-from fastmed.data.loaders import VolumeDataLoaders, get_preprocess
+from fastmed.data.loaders import VolumeDataLoaders
 from fastmed.data.preprocess import Preprocess
 from fastmed.data.store import Store, kept_digest
 from fastmed.io.volumes import file_digest, load_volume, save_volume
@@ -72,10 +72,10 @@ def test_training_sees_the_new_content(tmp_path, settled):
     kwargs = dict(codes=CODES, valid_pct=.25, patch=16, bs=2, num_workers=0, device='cpu', cache=tmp_path/'store',
                   spacing=None, normalize='ct')
     def loaders(): return VolumeDataLoaders.from_df(df, tmp_path, **kwargs)
-    was = get_preprocess(loaders()).to_dict()
+    was = loaders().preprocess.to_dict()
     for f in df.image: same_size(tmp_path/f, 900., slice(0, 4000))
     for f in df['mask']: same_size(tmp_path/f, 2, slice(0, 4000))
-    pre = get_preprocess(loaders())
+    pre = loaders().preprocess
     s = Store(pre, tmp_path/'store')
     assert pre.to_dict()!=was
     for im,m in zip(df.image, df['mask']):
@@ -141,7 +141,7 @@ def test_two_scans_alike_at_both_ends_are_two(tmp_path, store, settled):
 def test_voxels_that_lie_beside_their_header(tmp_path, store, settled):
     "The .img of a .hdr, the .raw of a .mhd"
     sitk = pytest.importorskip('SimpleITK')
-    for k,(fn,side) in enumerate((('a.hdr','a.img'), ('b.mhd','b.raw'))):
+    for _k,(fn,side) in enumerate((('a.hdr','a.img'), ('b.mhd','b.raw'))):
         a = np.full((40,40,40), 1, np.float32)
         fn,side = str(tmp_path/fn),tmp_path/side
         if fn.endswith('.mhd'): sitk.WriteImage(sitk.GetImageFromArray(a), fn)

@@ -105,7 +105,8 @@ def _labels_by(f):
     names = [plain_scalar(o) for o in ifnone(getattr(f, 'vocab', None), ())]
     if isinstance(f, RegressionSetup):
         n = ifnone(f.c, 1)
-        return Labels('regression', names or [f'target_{i}' for i in range(n)] if n>1 else ['target'])
+        numbered = [f'target_{i}' for i in range(n)] if n>1 else ['target']
+        return Labels('regression', names or numbered)
     if isinstance(f, (MultiCategorize,EncodedMultiCategorize)): return Labels('multi', names)
     if isinstance(f, Categorize): return Labels('category', names)
 

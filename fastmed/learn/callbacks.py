@@ -28,6 +28,7 @@ from ..data.cases import case_name, check_columns
 from ..data.loaders import show_results
 from ..data.preprocess import Preprocess
 from ..io.volumes import check_same_grid, load_mask, load_volume, to_orientation
+from .fast import is_fast
 from ..metrics.masks import case_scores, metric_names
 from ..models.weights import odd_weights
 from ..plot import figure_png, plot_volume
@@ -162,8 +163,7 @@ def _where(learn, i, items=None):
 
 def _remedy(learn):
     "What to try against a training that diverges"
-    short = any(type(getattr(h, '__self__', None)).__name__=='FastForward'
-                for h in get_model(learn.model)._forward_pre_hooks.values())
+    short = is_fast(get_model(learn.model))
     plain = ', or train in plain float32 (without to_fp16)' if hasattr(learn,
             'mixed_precision') else ', or train in plain float32 (fast=False)' if short else ''
     return (f"Lower the rate ({learn.opt.hypers[-1]['lr']:.3g} now), look at the case (check_dataset names what is "

@@ -25,7 +25,7 @@ from ..data.preprocess import Plan, Preprocess
 from ..data.radiographs import get_prep, LoadRadiograph, RadiographDataLoaders, RadiographPrep, TensorRadiograph
 from .callbacks import RememberCallback
 from .classify import CaseLearner
-from .learner import FastForward
+from .fast import is_fast
 from .losses import DiceCELoss, LabelLoss, MultiTaskLoss
 from .plain import from_plain, to_plain
 from ..metrics.masks import dice_metrics
@@ -88,8 +88,7 @@ def case_meta(
             else to_plain({k:v for k,v in learn.arch_args.items() if k!='pretrained'}, 'the network'),
             patch=to_plain(tuple(learn.arch_patch), 'patch'), n_in=int(learn.n_in), n_out=int(learn.n_out),
             **({'own':True} if own else {}),
-               fast=any(isinstance(getattr(h, '__self__', None), FastForward)
-            for h in model._forward_pre_hooks.values()), head=dict(masks=len(dls.preprocess.vocab) if masks else 0,
+               fast=is_fast(model), head=dict(masks=len(dls.preprocess.vocab) if masks else 0,
             unscale=hasattr(model, 'unscale')))
     return dict(network=net, plan=to_plain(dict(plan), 'the plan'), reasons={k:str(v) for k,v in plan.reasons.items()},
             picture=to_plain(prep.to_dict(), 'the picture') if prep else None, preprocess=None if prep

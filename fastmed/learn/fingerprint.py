@@ -20,7 +20,7 @@ from fastai.basics import get_model, OptimWrapper
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientAccumulation, GradientClip
-from fastcore.all import first, ifnone, L
+from fastcore.all import first, L
 from ..core import FileError, InputError
 from ..data.blocks import LoadMask, LoadVolume
 from ..data.plan import Plan

@@ -12,10 +12,8 @@ from pathlib import Path
 
 import torch
 from fastai.basics import warn
-from fastcore.all import patch
 from ..core import ExtraError, InputError, MissingFileError, whole_file
 from .classify import CaseLearner
-from .ensemble import Ensemble
 from .modelfile import model_channels, model_meta, opened_learner, rebuilt_model, SavedLearner
 from fastmed.learn.plain import (
     check_sum, finite_answer, json_text, meta_of, model_answer, same_answer, SAVE_AGAIN, seal_file, trial_answer,
@@ -125,6 +123,3 @@ def load_onnx(
                              f"another version of it, or export again")
         return net
     return opened_learner(meta, fn, torch.device('cpu'), network)
-
-@patch
-def _read_onnx(self:Ensemble, fn): return load_onnx(fn)

@@ -18,9 +18,7 @@ from fastcore.all import first, store_attr
 from ..core import best_plane, ColumnError, InputError, show_plane, TensorVolume
 from ..io.volumes import load_volume
 from ..learn.callbacks import case_columns, case_rows, case_truth
-from ..learn.ensemble import trusted_learner
-from ..learn.fingerprint import was_seen
-from ..learn.modelfile import load_model
+from ..learn.ensemble import load_model, trusted_learner
 from ..learn.plain import UnopenedError
 from ..metrics.masks import case_scores
 from ..metrics.stats import bootstrap_means, holm, mean_interval, paired_comparison
@@ -481,7 +479,4 @@ def seen_cases(
     df     # cases, one row each
 )->list:   # names of those that it was trained on, or whose subject it was trained on
     "Which cases a Learner has seen: by its memory (`learn.seen`) and by the training data it still holds"
-    # of a model file, which keeps fingerprints and no names
-    if hasattr(learn, 'saw'):
-        return learn.saw(df)
-    return was_seen(getattr(learn, 'seen', {}), df)
+    return learn.saw(df)
