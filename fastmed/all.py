@@ -45,14 +45,16 @@ from fastmed.learn.callbacks import *
 from fastmed.learn.pace import *
 from fastmed.learn.fingerprint import *
 from fastmed.learn.resume import *
+from fastmed.learn.answers import *
 from fastmed.learn.learner import *
-from fastmed.learn.pretrain import *
 from fastmed.learn.classify import *
 from fastmed.learn.plain import *
 from fastmed.learn.uncertainty import *
+from fastmed.learn.pretrain import *
 from fastmed.learn.casefiles import *
 from fastmed.learn.modelfile import *
 from fastmed.learn.onnx import *
+from fastmed.learn.members import *
 from fastmed.learn.ensemble import *
 from fastmed.study.gradcam import *
 from fastmed.study.interpret import *

@@ -31,12 +31,13 @@ from ..data.blocks import CaseFiles, LoadMask, LoadVolume, PatchDL, PatchTransfo
 from ..data.loaders import SliceDataLoaders, VolumeDataLoaders
 from ..data.preprocess import Preprocess
 from ..io.guard import memory_left
+from .answers import ScanModel
 from .callbacks import DeepSupervisionLoss, RememberCallback
 from .casefiles import build_case, case_learner, case_meta, own_args, plan_of
 from .classify import CaseLearner
 from .fast import is_fast, make_fast, make_plain
 from .fingerprint import is_sealed, salt_of, seal_of, sealed_names
-from .learner import ScanModel, VolumeLearner
+from .learner import VolumeLearner
 from .losses import DiceCELoss
 from fastmed.learn.plain import (
     Budget, few_modules, finite_answer, FORMAT_VERSION, from_plain, json_text, model_answer, ModelFile, NO_DIGEST,

@@ -316,7 +316,7 @@ class ModelFile:
 # %% ../../nbs/learn/09_plain.ipynb #97a10005
 @patch
 def _head(self:ModelFile):
-    "The header, held against the size of the file; where the tensors lie goes to `declared`, where they begin to `body`"
+    "The header, held against the size of the file; `declared` says where the tensors lie, `body` where they begin"
     start = self.read(0, 10)
     n = int.from_bytes(start[:8], 'little')
     if start[8:9]!=b'{' and (start[:2]==b'PK' or start[:1]==b'\x80'):

@@ -21,8 +21,7 @@ import torch
 from fastcore.all import AttrDict, L, patch
 from ..core import InputError, show_plane
 from ..io.volumes import to_orientation
-from .classify import CaseEvaluation
-from .learner import Evaluation
+from .answers import CaseEvaluation, Evaluation
 from ..metrics.scores import auc_stat
 from ..metrics.stats import estimate, rank_correlation, row_statistic
 from torch import nn, Tensor
@@ -82,9 +81,10 @@ class RunningMean:
         main:int=0          # array axis along which the planes come; they lie together in the file
     ):
         self.filed,self.main = np.prod(shape)*(4*n+(4+votes)*(votes>0))>most,main
+        ids = np.uint8 if n<=256 else np.int16
         self.p = self._array((n,*shape), np.float32)
         self.h = self._array(tuple(shape), np.float32) if votes else None
-        self.votes = self._array((votes,*shape), np.uint8 if n<=256 else np.int16) if votes else None
+        self.votes = self._array((votes,*shape), ids) if votes else None
         self.k,self.total,self.tie = -1,0.,None
 
     def _array(self, shape, dtype):
@@ -339,7 +339,8 @@ def case_uncertainty(
     if task=='regression': return dict(spread=float(each.std(0, correction=0).mean()))
     # (questions, classes, members)
     q = each.T[None] if task=='category' else torch.stack([each.T, 1-each.T], 1)
-    together,alone = torch.stack([entropy(o.mean(1)) for o in q]).mean(),torch.stack([entropy(o).mean() for o in q]).mean()
+    together = torch.stack([entropy(o.mean(1)) for o in q]).mean()
+    alone = torch.stack([entropy(o).mean() for o in q]).mean()
     otherwise = (q.argmax(1)!=q.mean(2).argmax(1)[:,None]).float().mean()
     return dict(entropy=float(together), mutual_info=max(0., float(together-alone)), disagreement=float(otherwise))
 

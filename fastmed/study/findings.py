@@ -18,7 +18,8 @@ from fastcore.all import first, store_attr
 from ..core import best_plane, ColumnError, InputError, show_plane, TensorVolume
 from ..io.volumes import load_volume
 from ..learn.callbacks import case_columns, case_rows, case_truth
-from ..learn.ensemble import load_model, trusted_learner
+from ..learn.ensemble import load_model
+from ..learn.members import trusted_learner
 from ..learn.plain import UnopenedError
 from ..metrics.masks import case_scores
 from ..metrics.stats import bootstrap_means, holm, mean_interval, paired_comparison

@@ -34,8 +34,9 @@ from ..data.preprocess import case_files
 from ..data.store import cache_dir, kept_digest
 from ..io.volumes import read_header, to_orientation
 from ..learn.callbacks import case_columns, case_rows, predicted_cases
-from ..learn.ensemble import load_model, trusted_learner
+from ..learn.ensemble import load_model
 from ..learn.learner import unet2d_learner, unet3d_learner, VolumeLearner
+from ..learn.members import trusted_learner
 from ..learn.modelfile import save_model
 from ..learn.pace import BudgetCallback, CostCallback, peak_memory, reset_peak
 from ..learn.plain import UnopenedError
