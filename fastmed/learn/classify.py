@@ -98,8 +98,9 @@ def case_input(self:CaseLearner,
         return prep(fn).as_subclass(Tensor)[None]
     x = _scan_to_ask(self, item)
     cut = find_transform(self.dls.train.after_item, PatchTransform)
-    at,axis = list(cut.place(x)),cut.plan.axis
+    at = list(cut.place(x))
     if cut.plan.ndim==3: return cut.patch(x, at).as_subclass(Tensor)[None]
+    axis = cut.plan.axis
     n,slices = x.shape[axis+1],[]
     for i in np.unique(np.linspace(0, n-1, min(n, 32)).round().astype(int)):
         at[axis] = int(i)
