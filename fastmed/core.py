@@ -74,6 +74,9 @@ def writing(
         elif disk.total and disk.free<2**20:
             # of a writer in C that does not say why; /proc has no room at all
             n = errno.ENOSPC
+        elif ' requested and ' in str(e):
+            # of NumPy, which does not say why; there is room, so it is the size that a file may have
+            n = errno.EFBIG
         elif isinstance(e, OSError): n = None
         else: raise
         why = {getattr(errno, k):v for k,v in _refusals if hasattr(errno, k)}.get(n) or (os.strerror(n) if n else e)
@@ -154,8 +157,9 @@ def beside(
 ):                     # an empty hidden file or folder, gone at the end unless it was renamed
     "A place to prepare `fn` in, which no other process writes to; one that a killed process left is taken over"
     fn = Path(fn)
-    work,sfx,fd,tmp = Path(ifnone(work, fn.parent)),'.nii.gz' if fn.name.lower().endswith(
-            '.nii.gz') else fn.suffix,None,None
+    work,fd,tmp = Path(ifnone(work, fn.parent)),None,None
+    # in small letters: nibabel and ITK know no others, and write somewhere else
+    sfx = '.nii.gz' if fn.name.lower().endswith('.nii.gz') else fn.suffix.lower()
     try:
         for i in range(1000):
             try: work.mkdir(parents=True, exist_ok=True)
@@ -214,6 +218,12 @@ def synced(
 # names of files that hold scans
 _scans = ('.nii','.nii.gz','.nrrd','.nhdr','.mha','.mhd','.hdr','.img','.dcm','.dicom','.ima')
 
+def _replaced(fn, at):
+    "What is said where a file was taken away and another put in its place while it was written"
+    return FileError(f"{fn}: {at.name} was replaced while it was written, and what stands there now is not to be "
+                     f"trusted. Others may write to {fn.absolute().parent}: chmod +t or chmod go-w it, or give another "
+                     f"path")
+
 @contextlib.contextmanager
 def whole_file(
     fn,                # destination
@@ -228,9 +238,12 @@ def whole_file(
     with writing(fn):
         if fn.is_dir(): raise IsADirectoryError(errno.EISDIR, 'a folder', str(fn))
         with beside(fn) as tmp:
+            held = os.lstat(tmp)
             yield tmp
+            if not os.path.samestat(held, os.lstat(tmp)): raise _replaced(fn, tmp)
             if lasting: synced(tmp)
             os.replace(tmp, fn)
+            if not os.path.samestat(held, os.lstat(fn)): raise _replaced(fn, fn)
 
 @contextlib.contextmanager
 def whole_folder(

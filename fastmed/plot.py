@@ -107,7 +107,8 @@ def html_report(
 )->Path:          # `fn`
     "Write a report as one file, pictures inside, whole or not at all. Raises `TypeError` on content that is none of these"
     body = ''.join(f'<h2>{html.escape(h)}</h2>' + ''.join(_report_block(o) for o in L(bs)) for h,bs in sections.items())
-    page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+    page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="generator" content="fastmed">'
+            f'<meta name="viewport" '
             f'content="width=device-width,initial-scale=1"><title>{html.escape(title)}</title>'
             f'<style>{_css}</style></head><body><h1>{html.escape(title)}</h1><p '
             f'class="answer">{html.escape(answer)}</p>{body}</body></html>')

@@ -401,6 +401,24 @@ def test_encoder_goes_from_task_to_task(cases, tmp_path):
 
 # ---- radiographs
 
+@pytest.mark.parametrize('spoil', [lambda b: bytes(len(b)), lambda b: b[:-40], lambda b: b[:300]+bytes(60)+b[360:],
+                                   lambda b: b''])
+def test_a_picture_of_the_cache_that_was_changed_is_decoded_again(tmp_path, spoil):
+    "Zeros, a part, or other pixels in its place are not trained on"
+    from PIL import Image
+
+    from fastmed.data.radiographs import LoadRadiograph, RadiographPrep
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40,40), dtype=np.uint8)).save(tmp_path/'a.png')
+    load = LoadRadiograph(RadiographPrep(32), tmp_path/'s').build([tmp_path/'a.png'])
+    was,entry = load.encodes(tmp_path/'a.png').clone(),load.entry(tmp_path/'a.png')
+    assert float(was.std())>.5
+    entry.write_bytes(spoil(entry.read_bytes()))
+    again = LoadRadiograph(RadiographPrep(32), tmp_path/'s')
+    assert torch.equal(again.encodes(tmp_path/'a.png'), was)
+    whole = again.build([tmp_path/'a.png']).entry(tmp_path/'a.png').read_bytes()
+    new = LoadRadiograph(RadiographPrep(32), tmp_path/'s')
+    assert torch.equal(new.encodes(tmp_path/'a.png'), was) and len(whole)>2000
+
 def test_radiograph_learner(tmp_path):
     rng,rows = np.random.default_rng(0),[]
     for i in range(32):
@@ -533,3 +551,15 @@ def test_command_line_answers_for_cases(measured, shapes, tmp_path, capsys):
                 *([str(tmp_path/'x')] if words[0]=='predict' else []), *words[1:]])==2
         err = capsys.readouterr().err
         assert 'answers for cases' in err and not (tmp_path/'x').exists()
+
+@pytest.mark.parametrize('cell', ('x|q', 'x,y', None))
+def test_findings_that_nobody_knows_are_errors(cell, tmp_path):
+    "They counted as not there: the target was 0, and the status ok"
+    df = pd.DataFrame([write_case(tmp_path, f'c{i}', seed=i) for i in range(4)])
+    df = df.assign(finds=['x|y','x','','y'], v=[0,0,0,1])
+    dls = VolumeDataLoaders.from_df(df, tmp_path, label_col='finds', label_delim='|', valid_col='v', size=16,
+                                    cache=tmp_path/'s', **QUIET)
+    learn = classifier_learner(dls, 'small_resnet')
+    res = learn.evaluate(df.assign(finds=['x|y','x','',cell]))
+    assert res.status[3].startswith("error: case 'c3'") and (res.status[:3]=='ok').all()
+    assert res.target_x[:3].tolist()==[1,1,0]

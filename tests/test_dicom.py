@@ -674,8 +674,20 @@ def test_a_damaged_header_is_refused_not_guessed(tmp_path):
     assert read_header(f)['spacing'][2]==1. and load_volume(f).spacing[2]==1.
 
 @pytest.mark.parametrize('tag,values', [('FrameOfReferenceUID', ('1.2.3','1.2.4')), ('Modality', ('CT','MR')),
-        ('PhotometricInterpretation', ('MONOCHROME1','MONOCHROME2')), ('Units', ('BQML','CNTS'))])
+        ('PhotometricInterpretation', ('MONOCHROME1','MONOCHROME2')), ('Units', ('BQML','CNTS')),
+        ('ConvolutionKernel', ('B30f','B70f')), ('KVP', ('80','120'))])
 def test_images_that_do_not_belong_together_are_no_volume(tag, values, tmp_path):
     "They were stacked without a word: two places or two meanings of a number in one volume"
     write(tmp_path, each=lambda ds, k: setattr(ds, tag, values[k%2]))
     with pytest.raises(ValueError, match=tag): load_volume(tmp_path)
+
+def test_two_kernels_at_the_same_places_are_two_parts(tmp_path):
+    "One acquisition, reconstructed soft and sharp into one series"
+    for k,(kernel,value) in enumerate((('B30f',10), ('B70f',20))):
+        write(tmp_path/kernel, np.full((4,4,3), value), inter=lambda k: 0.,
+              uids=dict(series='1.2.3', study='1.2.4', frame='1.2.5'),
+              each=lambda ds, _, kernel=kernel: setattr(ds, 'ConvolutionKernel', kernel))
+    s = scan_dicom(tmp_path).series[0]
+    with pytest.raises(ValueError, match='split.*ConvolutionKernel B30f'): load_volume(s)
+    parts = {o.part:float(load_volume(o).max()) for o in s.split()}
+    assert parts=={'ConvolutionKernel B30f':10., 'ConvolutionKernel B70f':20.}

@@ -40,6 +40,7 @@ from fastmed.all import (
     untar_data,
     whole_file,
 )
+from fastmed.core import whole_folder
 
 
 @contextlib.contextmanager
@@ -263,6 +264,17 @@ def test_larger_than_allowed(tmp_path):
             f.write(bytes(10**5))
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert e.value.errno==errno.EFBIG and not list(tmp_path.iterdir())
+
+def test_larger_than_allowed_by_numpy(tmp_path):
+    "Which does not say why its bytes were not written"
+    resource = pytest.importorskip('resource')
+    soft,hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+        with pytest.raises(FileError, match='could not be written: it would be larger') as e, \
+             whole_folder(tmp_path/'a') as d: np.save(d/'data.npy', NOISE)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert e.value.errno==errno.EFBIG
 
 def test_read_only_stores_serve(small, scans):
     "A store and a download that are whole are read from a read-only disk"

@@ -28,7 +28,7 @@ from fastmed.all import (
 from fastmed.data.radiographs import RadiographDataLoaders
 from fastmed.learn.classify import classifier_learner
 from fastmed.metrics.curves import *
-from fastmed.metrics.scores import ap_stat, auc_stat
+from fastmed.metrics.scores import ap_stat, area_under, auc_stat
 from fastmed.metrics.stats import *
 from fastmed.study.gradcam import *
 from fastmed.study.interpret import *

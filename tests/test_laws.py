@@ -274,7 +274,7 @@ def test_law_3_learner_uses_each_argument(loaders, tmp_path, weights):
     for k,f in used.items(): assert f(), f'unet3d_learner accepts {k} and does nothing with it'
     dls = VolumeDataLoaders(*loaders[3].loaders, path=loaders[3].path, device='cpu')
     with pytest.raises(ValueError, match='n_out=1'): unet3d_learner(dls, n_out=1)
-    assert unet3d_learner(dls, nf=4, depth=2, n_out=5).model.n_out==5
+    assert unet3d_learner(dls, nf=4, depth=2, n_out=5, loss_func=FocalLoss()).model.n_out==5
     known = set(inspect.signature(Learner.__init__).parameters)-{'self','dls','model','loss_func','metrics','splitter'}
     assert known<=set(used), f'no check for {known-set(used)}'
 
@@ -985,7 +985,7 @@ def test_law_10_random_item_transforms_too(study, tmp_path):
 
 def test_law_10_epochs_differ_and_validation_does_not(loaders):
     "The draw of training patches is new in each epoch; that of validation patches is not."
-    tr,va = loaders[3].train.new(shuffle=False, batch_tfms=None, drop_last=False),loaders[3].valid
+    tr,va = loaders[3].train.new(shuffle=False, batch_tfms=None, drop_last=False, random=True),loaders[3].valid
     first = lambda dl: torch.cat([b[0].as_subclass(Tensor) for b in dl])
     tr.after_batch.fs.clear() if hasattr(tr.after_batch.fs, 'clear') else None
     assert torch.equal(first(va), first(va)) and not torch.equal(first(tr), first(tr))

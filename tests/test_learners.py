@@ -102,6 +102,12 @@ def test_weighted_dataloaders_of_ready_dls(cases, cache):
     assert len(dls.partial_dataloaders(2).train)==1
     with pytest.raises(InputError, match='training cases'): dls.weighted_dataloaders([1.])
 
+def test_weights_on_one_side_of_a_split_are_refused():
+    "Ready DataLoaders of radiographs ended in an IndexError of pandas"
+    dls = Datasets(list(range(8)), [[lambda o: o]], splits=[[0,1,2,3],[4,5,6,7]]).dataloaders(bs=2)
+    with pytest.raises(InputError, match='one side of a split'): dls.weighted_dataloaders([1,1,1,1])
+    with pytest.raises(InputError, match='one side of a split'): dls.partial_dataloaders(2)
+
 def test_weighted_dataloaders_of_others_stay_fastais():
     dls = Datasets(list(range(8)), [[lambda o: o]], splits=[[0,1,2,3],[4,5,6,7]]).weighted_dataloaders([1,1,1,1], bs=2)
     assert type(dls.train) is WeightedDL

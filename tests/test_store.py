@@ -188,3 +188,16 @@ def test_written_to_while_it_is_read(tmp_path, store):
     s.preprocess = Slow(normalize='none')
     with pytest.raises(FileError, match='while it was read'): s.build([fn])
     assert not [o for o in (tmp_path/'store/image').glob('*') if not o.name.startswith('.')]
+
+@pytest.mark.parametrize('mode', (False, True))
+def test_writing_into_a_read_scan_reaches_no_later_read(mode, store, tmp_path):
+    "`x += 1` stayed in the map that the next read was given"
+    import torch
+    fn = volume(tmp_path/'a.nii', 5.)
+    s = store().build([fn])
+    with torch.inference_mode(mode):
+        x,y = s.image(fn),s.image(fn)
+        x += 1
+        assert middle(s, fn)==5. and x[0,24,24,24]==6.
+        z = s.image(fn)
+        assert s.image(fn).data_ptr()==z.data_ptr(), 'still mapped once'

@@ -21,7 +21,7 @@ from fastai.data.all import DataLoaders, Datasets, DisplayedTransform, TfmdDL, T
 from fastai.vision.augment import RandTransform
 from fastcore.all import delegates, first, ifnone, L, patch, store_attr
 from ..core import InputError, TensorMed, TensorSlice, TensorSliceMask, TensorVolume, TensorVolumeMask
-from .cases import check_columns
+from .cases import check_columns, group_text
 from .plan import patch_plan
 from .preprocess import case_files, Plan, Preprocess
 from .recipe import recipe_parts
@@ -55,7 +55,7 @@ def warn_parted_subjects(
     rows,splits = getattr(items, 'items', None),getattr(items, 'splits', ())
     if not isinstance(rows, pd.DataFrame) or 'subject' not in rows or len(splits)<2 or isinstance(splits[0], slice):
         return
-    train,*others = [set(rows.subject.iloc[list(s)].dropna().astype(str)) for s in splits]
+    train,*others = [set(group_text(rows.subject.iloc[list(s)].dropna())) for s in splits]
     both = sorted(train & set().union(*others))
     if both:
         some = ', '.join(map(repr, both[:3]))+(' …' if len(both)>3 else '')
@@ -187,7 +187,9 @@ class PatchDL(TfmdDL):
         cls=None,     # another kind of DataLoader
         **kwargs      # what differs
     ):                # DataLoader like this one
-        "Another dataset starts with one patch a case"
+        "Another dataset starts with one patch a case. What fastai's `get_preds` and `Interpretation` ask for stays in place: what is scored is shown"
+        if kwargs.get('shuffle', True) is False and kwargs.get('drop_last', True) is False:
+            kwargs.setdefault('random', False)
         return super().new(dataset, cls, **{'samples':self.samples if dataset is None or dataset is self.dataset else 1,
                                             'seed':self.seed,
                                                 'random':self.random if dataset is None or dataset is self.dataset
@@ -196,6 +198,8 @@ class PatchDL(TfmdDL):
     def before_iter(self):
         super().before_iter()
         if self.random: self.epoch_seed = int(torch.randint(2**62, (1,)))
+        # what stays in place is not augmented either
+        elif getattr(self.dataset, 'split_idx', None)==0: self.after_item.split_idx = self.after_batch.split_idx = 1
 
     def create_item(self, s):
         n = len(self.dataset)
@@ -292,11 +296,10 @@ class PartialPatchDL(PartialDL, PatchDL):
 # %% ../../nbs/data/09_blocks.ipynb #5e931d89
 def _is_patched(dsets):
     "Whether `Datasets` make DataLoaders of patches"
-    if not issubclass(dsets._dl_type, PatchDL): return False
     if dsets.split_idx is not None:
         raise InputError("weighted_dataloaders, partial_dataloaders: this is one side of a split. Call them on the "
                          "DataBlock or its Datasets, which hold both")
-    return True
+    return issubclass(dsets._dl_type, PatchDL)
 
 @patch
 @delegates(Datasets.dataloaders)

@@ -19,7 +19,7 @@ from fastai.data.all import (
 from fastcore.all import first, ifnone, is_listy, L, store_attr
 from ..core import ArgumentError, ColumnError, InputError, TensorVolume, TensorVolumeMask
 from .blocks import PatchTransform
-from .cases import case_splitter, group_values
+from .cases import case_splitter, group_text, group_values
 from .plan import BYTES, patch_plan, suggest_plan
 from .preprocess import all_files, Plan, Preprocess
 from .recipe import labels_of, plain_scalar
@@ -206,7 +206,7 @@ def StratifiedSplitter(
     seed:int=42         # of the draw
 ):                      # function: items → (training indices, validation indices)
     "A splitter that never parts a group and gives both sides the same share of each class, as nearly as that allows. Raises `InputError` on fewer than two groups"
-    g = pd.Series(list(groups)).astype(str)
+    g = group_text(groups)
     m = np.asarray(classes, dtype=float)
     names = np.unique(g)
     if len(names)<2:

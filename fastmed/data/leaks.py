@@ -393,10 +393,12 @@ def _shift_features(dfs, path, image_col, site_col, memory_gb, workers):
                         **{('intensity',f'decile {d+1}{of}'):s for d,s in enumerate(o['shape'])},
                           **{('intensity',f"{('roughness','curvature')[d//3]} along {'xyz'[d%3]}{of}"):s for d,
                         s in enumerate(o['rough'])}})
+            # a scan that stands in both sets, or twice, is one subject
+            scan = repr(sorted(f.items()))
             if all(site_col in o for o in dfs): f[('site',f'is {df[site_col].iloc[k]}')] = 1.
             rows.append(f)
             ys.append(y)
-            subs.append(str(df.subject.iloc[k]) if 'subject' in df and pd.notna(df.subject.iloc[k]) else f'{y} {k}')
+            subs.append(str(df.subject.iloc[k]) if 'subject' in df and pd.notna(df.subject.iloc[k]) else scan)
     X = pd.DataFrame(rows)
     site = [c for c in X if c[0]=='site']
     X[site] = X[site].fillna(0)

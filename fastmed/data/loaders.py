@@ -189,12 +189,13 @@ class VolumeDataLoaders(DataLoaders):
         wgts # one number a case of training, in the order of `train_ds.items`
     ):       # the same DataLoaders, training cases drawn by weight
         "fastai's `weighted_dataloaders`, of DataLoaders that are ready. Raises `InputError` on another number of weights than cases"
-        return self._training_by(WeightedPatchDL, wgts=wgts)
+        return self._training_by(WeightedPatchDL, wgts=wgts, n=getattr(self.train, 'partial_n', None))
 
     def partial_dataloaders(self,
         partial_n:int # patches of an epoch
     ):                # the same DataLoaders, with so many patches of training an epoch
         "fastai's `partial_dataloaders`, of DataLoaders that are ready"
+        if isinstance(self.train, WeightedPatchDL): return self._training_by(WeightedPatchDL, n=partial_n)
         return self._training_by(PartialPatchDL, partial_n=partial_n)
 
     @classmethod

@@ -94,8 +94,13 @@ class Preprocess(Preparation):
         if isinstance(spacing, (int,float,np.number)): spacing = (spacing,)*3
         if spacing is not None and spacing!='auto':
             spacing = tuple(float(o) for o in spacing)
-            if len(spacing)!=3 or min(spacing)<=0:
+            if len(spacing)!=3 or not all(1e-6<=o<=1e6 for o in spacing):
                 raise InputError(f"spacing: expected three sizes above 0, in mm; found {str(spacing)[:80]}")
+        if orientation is not None and not _is_order(orientation):
+            raise InputError(f"orientation: expected an order of the axes such as 'RAS'; found "
+                             f"{str(orientation)[:80]!r}")
+        if stats is not None and not (isinstance(stats, (list,tuple)) and all(map(_are_stats, stats))):
+            raise InputError(f"stats: expected lo, hi, mean and std of each channel; found {str(stats)[:80]}")
         codes = check_codes(codes)
         store_attr('spacing,normalize,orientation,codes,order,mask_order,stats')
 
@@ -243,6 +248,14 @@ class Preprocess(Preparation):
         return 'Preprocess(' + ', '.join(f'{k}={v!r}' for k,v in d.items()) + ')'
 
 def _tensor_name(t): return (getattr(t, 'meta', None) or {}).get('fn', 'the tensor')
+def _is_order(o):
+    "Whether each axis of the body stands there once"
+    pairs = ('AP','RL','SI')
+    return isinstance(o, str) and sorted(next((p for p in pairs if a in p), '') for a in o)==list(pairs)
+def _are_stats(o):
+    "Whether a channel's statistics are four finite numbers, and none of them spreads by less than nothing"
+    return isinstance(o, dict) and all(isinstance(o.get(k), (int,float)) and math.isfinite(o[k])
+                                       for k in ('lo','hi','mean','std')) and o['std']>=0
 def _short(o, n=12):
     s = str(list(o)[:n])
     return f"{s[:300]}{' …' if len(o)>n or len(s)>300 else ''}"

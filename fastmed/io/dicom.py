@@ -178,7 +178,7 @@ def stack_frames(
                     f"{who}: no volume: {len(bad)} of its {len(fs)} images carry no {tag}: {_frame_names(bad)}. "
                                  "They are pages, radiographs or a film; load them one by one")
     _check_pixel_sizes(s, who)
-    _check_made_alike(fs, who)
+    _check_made_alike(s, who)
     if len(gs)>1:
         raise InputError(f"{who}: no volume: its slices are not parallel: "
                          f"{'; '.join(f'{_plane_name(g[0].axes)}: {_frame_names(g)}' for g in gs[:4])}. A localizer or "
@@ -244,15 +244,15 @@ def _parting(s):
     names = '; '.join(f"{o.part} ({len(o)} image{'s'*(len(o)>1)})" for o in parts[:6])
     return f"`scan_dicom(…).series[i].split()` parts it into {len(parts)}: {names}{' …' if len(parts)>6 else ''}"
 
-def _check_made_alike(fs, who):
+def _check_made_alike(s, who):
     "Raise `InputError` where images lie in other frames of reference, or their numbers mean something else"
-    parts = _grouped(fs, lambda o: o.made)
+    parts = _grouped(s.frames, lambda o: o.made)
     # one that is missing is named where it is needed
     odd = [k for k,v in zip(MADE_TAGS, zip(*parts)) if len(set(v)-{''})>1]
     if not odd: return
     files = '; '.join(_frame_names(v) for v in list(parts.values())[:4])
-    raise InputError(f"{who}: no volume: its {len(fs)} images differ in {', '.join(odd)}: {files}. Export each kind as "
-                     f"a series of its own")
+    way = _parting(s) if len(s.split())>1 else 'Export each kind as a series of its own'
+    raise InputError(f"{who}: no volume: its {len(s)} images differ in {', '.join(odd)}: {files}. {way}")
 
 def _check_pixel_sizes(s, who):
     "Raise `InputError` where a size in mm would have to be guessed, or differs. A radiograph or page without a position may have none"

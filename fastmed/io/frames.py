@@ -245,8 +245,10 @@ def files_below(
 ):                 # the files, hidden ones left out, folder by folder
     "Files of a folder and of those below it; linked folders are followed, and each folder is read once"
     todo,seen = [Path(path)],set()
+    def stop(e): raise FileError(f"{e.filename}: this folder may not be read, so what lies in it would be missed. Ask "
+                                 f"its owner, or take it out") from e
     for top in todo:                                      # grows by the links that are met
-        for folder,folders,files in os.walk(top):
+        for folder,folders,files in os.walk(top, onerror=stop):
             stat = os.stat(folder)
             known = (stat.st_dev, stat.st_ino) in seen
             seen.add((stat.st_dev, stat.st_ino))
@@ -273,10 +275,10 @@ _head_tags = ('SOPClassUID','SOPInstanceUID','StudyInstanceUID','SeriesInstanceU
               'ModalityLUTSequence',(0x0019,0x100a),(0x0065,0x1050),'PatientID','PatientName','PatientBirthDate',
               'FrameOfReferenceUID','Units')
 # in which the images of a volume agree
-MADE_TAGS = ('FrameOfReferenceUID','Modality','PhotometricInterpretation','Units')
+MADE_TAGS = ('FrameOfReferenceUID','Modality','PhotometricInterpretation','Units','ConvolutionKernel','KVP')
 # what tells two acquisitions of one place from each other
 PARTING_TAGS = ('TemporalPositionIdentifier','EchoTime','DiffusionBValue','DiffusionGradientOrientation','TriggerTime',
-                'AcquisitionNumber','ImageType')
+                'AcquisitionNumber','ConvolutionKernel','KVP','ImageType')
 _pixel_tags = ('SOPClassUID','Rows','Columns','NumberOfFrames','SamplesPerPixel','PhotometricInterpretation',
                'PlanarConfiguration','BitsAllocated','BitsStored','HighBit','PixelRepresentation','ModalityLUTSequence',
                'ExtendedOffsetTable','ExtendedOffsetTableLengths',
@@ -381,19 +383,20 @@ def _frames(ds, fn):
         if not slope or not inter or not slope[0]:
             raise FileError(f"{fn}: its RescaleSlope or RescaleIntercept is no number, or the slope is nought. Repair "
                             f"the header or export it again")
+        beam = (text(f, 'CTReconstructionSequence', 'ConvolutionKernel'), text(f, 'CTXRayDetailsSequence', 'KVP'))
         tags = (tag(f, 'FrameContentSequence', 'TemporalPositionIndex', PARTING_TAGS[0]),
                 tag(f, 'MREchoSequence', 'EffectiveEchoTime', PARTING_TAGS[1]),
                 tag(f, 'MRDiffusionSequence', 'DiffusionBValue', PARTING_TAGS[2]),
                 tag(f, 'MRDiffusionSequence', 'DiffusionGradientOrientation', PARTING_TAGS[3]),
                 tag(f, 'CardiacSynchronizationSequence', 'NominalCardiacTriggerDelayTime', PARTING_TAGS[4]),
-                tag(f, 'FrameContentSequence', 'FrameAcquisitionNumber', PARTING_TAGS[5]),
+                tag(f, 'FrameContentSequence', 'FrameAcquisitionNumber', PARTING_TAGS[5]), *beam,
                 ' '.join(text(f, 'MRImageFrameTypeSequence', 'FrameType', 'ImageType').split('\\')[2:]))
         fs.append(_Frame(fn, f, f+1 if n>1 else int(num[0]) if num else None, pos, axes, px[::-1] if px and min(px)>0
                          else None, thick, (int(ds.Columns), int(ds.Rows)), slope[0], inter[0],
                          pad*slope[0]+inter[0] if isinstance(pad, (int,float)) and not ds.get('ModalityLUTSequence')
                 else None, short_hash(_element_text(ds, 'SOPInstanceUID'), str(f)),
                 int(ds.get('SamplesPerPixel') or 1)>1 or photo.startswith('PALETTE'), tags,
-                made=tuple(_element_text(ds, k) for k in MADE_TAGS)))
+                made=(*(_element_text(ds, k) for k in MADE_TAGS[:4]), *beam)))
     if n==1 and may_be_tiled(ds):
         import pydicom
         try: fs = _untiled(fs[0], tiling(pydicom.dcmread(fn, stop_before_pixels=True, force=True)))

@@ -74,6 +74,14 @@ def check_plain(
     if kind:=kinds.get(stat.S_IFMT(mode)):
         raise FileError(f"{fn}: expected a file; found {kind}, which is never read. Take it out of the folder")
 
+def _check_right(fn, e):
+    "Raise `FileError` where `e` came of a missing right to read, which nibabel does not say"
+    no = e if isinstance(e, PermissionError) else None
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        try: open(fn, 'rb').close()
+        except PermissionError as found: no = found
+    if no: raise FileError(f"{no.filename or fn}: there is no right to read it. Ask its owner, or leave it out") from e
+
 @contextlib.contextmanager
 def reading(
     fn,                                    # the file that is read
@@ -89,6 +97,7 @@ def reading(
                                f"file{f' as {e.filename}, which belongs to it' if e.filename and Path(str(e.filename)).name!=Path(fn).name else ''}. "
                                f"Check the path") from e
     except OSError as e:
+        _check_right(fn, e)
         if e.errno not in (errno.EMFILE,errno.ENFILE):
             raise FileError(f"{fn}: expected {what}; found {_error_line(e)}. {mend}") from e
         raise ResourceError(f"{fn}: could not be opened, because "
@@ -102,6 +111,7 @@ def reading(
         raise ResourceError(f"{fn}: does not fit into the memory that is left ({memory_left()/1e9:.3g} GB). Crop or "
                             f"resample it, or use a machine with more") from e
     except Exception as e:
+        _check_right(fn, e)
         if isinstance(e, RuntimeError) and re.search('allocat|bad_alloc|out of memory', str(e), re.I):
             raise ResourceError(f"{fn}: does not fit into the memory that is left ({memory_left()/1e9:.3g} GB): "
                                 f"{_error_line(e)}. Crop or resample it, or use a machine with more") from e

@@ -410,6 +410,16 @@ def resample_to(
     return type(t)(torch.from_numpy(np.ascontiguousarray(r)), **{**{k:v for k,v in t.__dict__.items() if k!='_affine'},
             'affine':affine})
 
+# %% ../../nbs/io/07_volumes.ipynb #c0de0c15
+def check_one_slice(
+    fn,   # .png file that would be written
+    shape # (X,Y,Z) or (X,Y,Z,C)
+):
+    "Raise `InputError` where a picture would lose all slices but one"
+    if shape[2]>1:
+        raise InputError(f"{fn}: a .png holds one slice, and this scan has {shape[2]}. Nothing was written. Give a name "
+                         f"that ends in .nii.gz, .nrrd or .mha")
+
 # %% ../../nbs/io/07_volumes.ipynb #7f7db8b8
 def save_volume(
     t,          # `TensorVolume` (C,X,Y,Z) or `TensorVolumeMask` (X,Y,Z) with its affine
@@ -433,6 +443,7 @@ def save_volume(
     a = a.astype(dtype)
     if a.ndim==4: a = a[0] if a.shape[0]==1 else np.moveaxis(a, 0, -1)
     sfx = scan_suffix(fn)
+    if sfx=='.png': check_one_slice(fn, a.shape)
     check_not_source(fn, L((getattr(t, 'meta', None) or {}).get('made_from')))
     with whole_file(fn, scan=True) as tmp:
         if sfx in ('.nii','.nii.gz'):

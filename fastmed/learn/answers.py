@@ -19,14 +19,14 @@ from fastai.basics import MultiCategory, TensorCategory, TensorMultiCategory
 from fastcore.all import ifnone, L, patch
 from .. import __version__
 from fastmed.core import (
-    ArgumentError, beside, ColumnError, InputError, MissingFileError, TensorSlice, TensorVolume, writing
+    ArgumentError, beside, ColumnError, FileError, InputError, MissingFileError, TensorSlice, TensorVolume, writing
 )
 from ..data.blocks import find_transform
-from ..data.cases import scan_folder
+from ..data.cases import matching_files, scan_folder
 from ..data.labels import is_blank, LabelOf, TensorRegression
 from ..data.loaders import axes_grid
 from ..data.radiographs import get_prep, TensorRadiograph
-from ..io.volumes import file_digest, load_volume, to_orientation
+from ..io.volumes import file_digest, file_facts, load_volume, to_orientation
 from .callbacks import case_columns, case_rows, case_truth, predicted_cases
 from .fingerprint import was_seen
 from ..metrics.masks import case_scores, failed_scores, summarise
@@ -124,6 +124,14 @@ def _maker(learn, kwargs):
             h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return h.hexdigest()
 
+@contextlib.contextmanager
+def _unchanged(files):
+    "Raise `FileError` where somebody writes to the files of a case while it is read"
+    was = [file_facts(o) for o in L(files)]
+    yield
+    if was!=[file_facts(o) for o in L(files)]:
+        raise FileError(f"{files}: was written to while it was read. Call again once whoever writes there has finished")
+
 def _mask_key(maker, files):
     "What a mask follows from, in 32 letters; '-' where that cannot be told"
     if not maker: return '-'
@@ -157,7 +165,7 @@ def predict_folder(self:MaskAnswers,
             with writing(out), contextlib.suppress(FileNotFoundError): os.lstat(out)
             mask,key = None,_mask_key(maker, files)
             if overwrite or not maker or prediction_key(out)!=key:
-                mask = self.predict_volume(files, **kwargs)
+                with _unchanged(files): mask = self.predict_volume(files, **kwargs)
                 check_free([out], sources, overwrite)
         except (OSError, ValueError, MemoryError) as e:
             rows.append(dict(case=case, mask=None, status=f'error: {e}'))
@@ -265,15 +273,19 @@ def _label_reader(dls, df):
     return get
 
 def _true_label(get, name, row, task, vocab):
-    "The label of a case. Raises `InputError` that names it"
-    if get.label_delim is None and any(is_blank(row[c]) for c in L(get.cols)):
+    "The label of a case. Raises `InputError`, naming it, where that is missing, or none that the model knows"
+    if any(is_blank(row[c]) and not (get.label_delim and isinstance(row[c], str)) for c in L(get.cols)):
         raise InputError(f"case {name!r} has no {get.cols}")
     y = get(row)
     if task=='category' and y not in vocab:
         raise InputError(f"case {name!r}: {get.cols} is {y!r}; expected one of {vocab}")
+    known = vocab if isinstance(get.cols, str) else (0,1)
+    if task=='multi' and (odd:=[o for o in y if o not in known]):
+        between = f', with {get.label_delim!r} between them' if get.label_delim else ''
+        raise InputError(f"case {name!r}: {get.cols} holds {odd}; expected some of {list(known)}{between}")
     return y
 
-def _subject(get, name, row):
+def _subject_of(get, name, row):
     "The subject of a case, as text"
     group = getattr(get, 'group', None)
     return str(row[group]) if group and group in row else str(row.get('subject', name))
@@ -291,7 +303,7 @@ def case_table(
     get = _label_reader(learn.dls, df)
     rows,more,errors = [],{},[]
     for name,row in progress_bar(case_rows(df), leave=False):
-        known = dict(case=name, subject=_subject(get, name, row))
+        known = dict(case=name, subject=_subject_of(get, name, row))
         try:
             y = _true_label(get, name, row, task, vocab)
             p,further = answer(row)
@@ -300,7 +312,7 @@ def case_table(
             said = {**_target_row(task, vocab, y), **_prediction_row(task, vocab, p)}
             rows.append({**known, **said, 'status':'ok', **further})
             more.update(further)
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, MemoryError) as e:
             rows.append({**known, 'status':f'error: {e}'})
             errors.append(e)
     if len(errors)==len(rows): raise errors[0]
@@ -354,7 +366,7 @@ def predict_folder(self:CaseAnswers,  # noqa: F811
     tta=False              # as of `CaseLearner.case_answer`
 )->pd.DataFrame:           # case, file, pred, prob_<class>…, status
     "The answer for every file; one that cannot be read has its error there. Raises `MissingFileError`"
-    files = sorted(o for o in Path(src).glob(images) if not o.name.startswith('.'))
+    files = matching_files(src, images)
     if not files: raise MissingFileError(f"{Path(src)/images}: no file matches. Check `src` and `images=`")
     task,vocab,rows = self.task,self.label_vocab,[]
     for f in progress_bar(files, leave=False):
@@ -362,7 +374,7 @@ def predict_folder(self:CaseAnswers,  # noqa: F811
         try:
             p = [float(o) for o in self.case_answer(f, tta)]
             rows.append({**known, **_prediction_row(task, vocab, p), 'status':'ok'})
-        except (OSError, ValueError) as e: rows.append({**known, 'status':f'error: {e}'})
+        except (OSError, ValueError, MemoryError) as e: rows.append({**known, 'status':f'error: {e}'})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/learn/06_answers.ipynb #c1a5000a

@@ -30,6 +30,7 @@ from ..models.classifiers import add_unscale, create_classifier, MultiTaskNet
 from ..models.unet import UNet
 from ..models.weights import FrozenNorms, load_weights
 from ..models.zoo import create_model, param_splitter
+from ..predict.memory import prediction_explained
 from ..predict.tta import case_views, is_named, mixed_preds, refuse_tfms, tta_preds
 from torch import Tensor
 
@@ -55,8 +56,8 @@ class CaseLearner(CaseAnswers, ScanLearner):
         x,model = self.case_input(item),self.model
         device = next(model.parameters()).device
         loss = getattr(self.loss_func, 'label', self.loss_func)
-        answers = []
-        with torch.no_grad(), evaluating(model):
+        name,answers = item if isinstance(item, (str,Path)) else 'the case',[]
+        with prediction_explained(name), torch.no_grad(), evaluating(model):
             for view in case_views(self, tta):
                 outs = [model(b.to(device)) for b in view.through(x).split(16)]
                 outs = [o[-1] if isinstance(o, tuple) else o for o in outs]

@@ -94,19 +94,33 @@ class Ensemble(MaskAnswers):
 
 # %% ../../nbs/learn/16_ensemble.ipynb #e5000005
 @patch(as_prop=True)
-def about(self:Ensemble): return self.members.about
+def about(self:Ensemble)->list: # of `MemberFacts`
+    "What is known of each member"
+    return self.members.about
 @patch(as_prop=True)
-def names(self:Ensemble): return [a.name for a in self.about]
+def names(self:Ensemble)->list: # of text
+    "The members' names"
+    return [a.name for a in self.about]
 @patch(as_prop=True)
-def task(self:Ensemble): return self.about[0].task
+def task(self:Ensemble)->str: # as of `ScanModel`
+    "What the members say"
+    return self.about[0].task
 @patch(as_prop=True)
-def n_in(self:Ensemble): return self.about[0].channels
+def n_in(self:Ensemble)->int: # None where a member does not know
+    "Channels of a scan"
+    return self.about[0].channels
 @patch(as_prop=True)
-def vocab(self:Ensemble): return self.about[0].structures or self.about[0].classes
+def vocab(self:Ensemble)->list: # structures, background first; or names of labels
+    "What is told apart"
+    return self.about[0].structures or self.about[0].classes
 @patch(as_prop=True)
-def n_out(self:Ensemble): return len(self.vocab)
+def n_out(self:Ensemble)->int: # as many as `vocab` has
+    "Outputs"
+    return len(self.vocab)
 @patch(as_prop=True)
-def model(self:Ensemble): return _Together([m.model for m in self])
+def model(self:Ensemble)->nn.Module: # for who counts parameters or operations
+    "The networks of all members as one module"
+    return _Together([m.model for m in self])
 
 # %% ../../nbs/learn/16_ensemble.ipynb #e5000006
 @patch

@@ -126,12 +126,22 @@ def _expect_fit_of(learn, kind, was, now):
     raise InputError(f"learn.dls: the network was made for {len(was)} {kind}, {list(was)}; these DataLoaders hold "
                      f"{len(now)}, {list(now)}. Make a new Learner")
 
+def _refuse_reordered(was, now):
+    "Raise `InputError` where the same names stand in another order: the network gives them in its own"
+    was,now = list(was or ()),list(now or ())
+    if was!=now and set(map(str, was))==set(map(str, now)):
+        raise InputError(f"learn.dls: the network was made for {was}, in this order; these DataLoaders hold {now}. "
+                         f"Make them with the same order, or make a new Learner")
+
 def _follow_codes(learn, old, new):
     "Metrics named after the codes of DataLoaders take the names of those that replace them"
     try: old,new = old.recipe,new.recipe
     except InputError: return                                     # nothing of fastmed in them
-    if old.labels and new.labels: _expect_fit_of(learn, 'labels', old.labels.vocab, new.labels.vocab)
+    labels = [o.labels.vocab if o.labels else [] for o in (old,new)]
+    _refuse_reordered(*labels)
+    _expect_fit_of(learn, 'labels', *labels)
     was,now = old.structures,new.structures
+    if was and now: _refuse_reordered(was, now)
     _expect_fit_of(learn, 'codes', was, now)
     if not was or not now or len(was)!=len(now) or list(was)==list(now): return
     was,now = metric_names(was),metric_names(now)
@@ -216,6 +226,10 @@ def _unet_learner(ndim, dls, arch, loss_func, metrics, pretrained, fast, n_out, 
     n_out = ifnone(n_out, len(pre.vocab))
     if n_out==1 and len(pre.vocab)!=2:
         raise InputError(f"n_out=1 is a sigmoid for one structure; the masks have {len(pre.vocab)-1}")
+    if n_out>1 and n_out!=len(pre.vocab) and loss_func is None:
+        raise InputError(f"n_out={n_out}: the masks have {len(pre.vocab)} codes, {list(pre.vocab)}, and a class without "
+                         f"a code could be predicted. Leave n_out out, name {n_out} codes=, or give a loss_func that "
+                         f"knows what the channels mean")
     learner_args,args = parted_args(kwargs)
     patch = tuple(p for p in plan.patch if ndim==3 or p>1)
     if arch is UNet or arch=='UNet': args = unet_args(plan, args)

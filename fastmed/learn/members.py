@@ -137,7 +137,9 @@ def _expect_alike(self:Members):
                                  f"members must answer the same question")
 
 @patch
-def read(self:Members, fn):
+def read(self:Members,
+    fn # `Path` of a model, an ONNX file or a pickle
+):     # Learner
     "A Learner from a file, once the one before is gone, and what reading it took given back"
     release_memory(self.lazy)
     if not fn.is_file(): raise MissingFileError(f"{fn}: no such model file")

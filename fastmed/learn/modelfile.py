@@ -33,7 +33,7 @@ from ..data.preprocess import Preprocess
 from ..io.guard import memory_left
 from .answers import ScanModel
 from .callbacks import DeepSupervisionLoss, RememberCallback
-from .casefiles import build_case, case_learner, case_meta, own_args, plan_of
+from .casefiles import build_case, case_learner, case_meta, check_grid, own_args, plan_of
 from .classify import CaseLearner
 from .fast import is_fast, make_fast, make_plain
 from .fingerprint import is_sealed, salt_of, seal_of, sealed_names
@@ -146,7 +146,8 @@ class SavedModel(ScanModel):
         channels = f"{self.n_in} channel{'s'*(self.n_in>1)}"
         return (f"{self.arch}, {sum(p.numel() for p in self.model.parameters()):,} parameters: {channels}, "
                 f"{answers}\n{how}\n"
-                f"trained on {f['cases']} cases of {f['subjects']} subjects, by fastmed {f['fastmed']}; scores: "
+                f"trained on {f.get('cases', '?')} cases of {f.get('subjects', '?')} subjects, by fastmed "
+                f"{f.get('fastmed', '?')}; scores: "
                 f"{json.dumps(f.get('evaluation') or f.get('metrics') or 'none kept')}")
 
 class SavedLearner(SavedModel, VolumeLearner):
@@ -190,8 +191,7 @@ def _remembered(training):
 def _expect_masks(meta, plan, pre):
     "Raise `InputError` where the metadata of a network for masks say what cannot be"
     net,flips = meta['network'],from_plain(meta['flips'])
-    if plan.ndim not in (2,3) or len(plan.patch)!=3 or min(plan.patch)<1:
-        raise InputError(f"expected a plan of slices or volumes; found {dict(plan)}")
+    check_grid(plan, pre, net['n_in'])
     if net['n_out']!=len(pre.vocab) and not (net['n_out']==1 and len(pre.vocab)==2):
         raise InputError(f"expected {len(pre.vocab)} outputs, one a code; found {net['n_out']}")
     if odd:=[o for o in from_plain(meta['post']) if o not in POSTS]:
@@ -340,7 +340,12 @@ def _checked(b, learn, fn, size, n_in, arch):
 
 # %% ../../nbs/learn/13_modelfile.ipynb #5a7e0001
 @patch
-def save_model(self:Learner, fn, post=None, evaluation=None, seen=True):
+def save_model(self:Learner,
+    fn,             # as of the function `save_model`
+    post=None,      # as of the function
+    evaluation=None,# as of the function
+    seen:bool=True  # as of the function
+)->Path:            # `fn`
     "One Learner in one file, see `save_model`"
     from safetensors.torch import save
     check_finite(self.model, fn)

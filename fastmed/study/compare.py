@@ -21,8 +21,8 @@ import torch
 from fastai.basics import Callback, set_seed, warn
 from fastai.callback.hook import total_params
 from fastcore.all import first, ifnone, L, store_attr
-from ..core import ArgumentError, beside, ColumnError, InputError, runs_in, sweep, whole_file
-from ..data.cases import check_codes, check_columns, group_folds, group_values
+from ..core import ArgumentError, beside, InputError, runs_in, sweep, whole_file
+from ..data.cases import check_codes, check_columns, fold_numbers, group_folds, group_values
 from ..data.loaders import SliceDataLoaders, VolumeDataLoaders
 from ..io.volumes import load_mask, load_volume, read_header, to_orientation
 from ..learn.callbacks import case_columns, case_rows
@@ -84,8 +84,7 @@ class Comparison(Findings):
         self.df = df.reset_index(drop=True)
         self.df.attrs.update(df.attrs)
         if isinstance(folds, str):
-            if folds not in df: raise ColumnError(f"folds {folds!r}: not in the DataFrame, which has {list(df)}")
-            self.fold = self.df[folds].astype(int).values
+            self.fold = fold_numbers(self.df, folds)
             parted = self.df.assign(_f=self.fold, _g=group_values(self.df, group_col)).groupby('_g')._f.nunique()
             if (parted>1).any():
                 raise InputError(f"folds {folds!r}: the subjects {parted[parted>1].index[:5].tolist()} stand in "
