@@ -903,8 +903,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'fastmed/learn/answers.py'),
                                        'fastmed.learn.answers.CaseAnswers.show_worst': ( 'learn/answers.html#caseanswers.show_worst',
                                                                                          'fastmed/learn/answers.py'),
-                                       'fastmed.learn.answers.CaseAnswers.table_to_score': ( 'learn/answers.html#caseanswers.table_to_score',
-                                                                                             'fastmed/learn/answers.py'),
                                        'fastmed.learn.answers.CaseEvaluation': ( 'learn/answers.html#caseevaluation',
                                                                                  'fastmed/learn/answers.py'),
                                        'fastmed.learn.answers.CaseEvaluation._constructor': ( 'learn/answers.html#caseevaluation._constructor',

@@ -116,7 +116,7 @@ class MaskAnswers(ScanModel):
 def _maker(learn, kwargs):
     "What a prediction follows from, the scan left out, as a hash; None where a function takes part"
     post = getattr(learn, 'post', None)
-    if any(callable(p) for p in [*L(kwargs.get('post')), *L(post)]): return None
+    if any(map(callable, [*L(kwargs.get('post')), *L(post)])): return None
     h = hashlib.sha256(f"{__version__} {torch.__version__} {sorted(kwargs.items(), key=str)} {post}".encode())
     for member in learn.members:
         h.update(f"{member.model} {dict(member.dls.plan)} {member.dls.preprocess.to_json()}".encode())
@@ -293,12 +293,15 @@ def _subject_of(get, name, row):
 # %% ../../nbs/learn/06_answers.ipynb #c1a50007
 def case_table(
     learn,          # `CaseAnswers`
-    df,             # one row a case
+    df,             # one row a case, or None, see `cases_to_score`
     point,          # as of `evaluate`
     answer          # row → (numbers, further columns)
 )->CaseEvaluation:  # the further columns stand behind `status`
     "Ask for every case, and set the answer beside the truth. Raises the first error where no case can be read"
-    task,vocab = learn.task,learn.label_vocab
+    given = learn.dls.valid_ds.items if df is None else df
+    if not isinstance(given, pd.DataFrame):
+        raise ArgumentError(f"evaluate: expected a DataFrame, one row a case; found {type(given).__name__}")
+    df,task,vocab = learn.cases_to_score(df),learn.task,learn.label_vocab
     choose_point([0,1], [0.,1.], point)
     get = _label_reader(learn.dls, df)
     rows,more,errors = [],{},[]
@@ -346,17 +349,7 @@ class CaseAnswers(ScanModel):
         tta=False       # as of `CaseLearner.case_answer`
     )->CaseEvaluation:  # case, subject, target, pred, prob_<class>…, status
         "Ask for every case, and set the answer beside the truth. Raises the error where none can be read"
-        df = self.table_to_score(df)
         return case_table(self, df, point, lambda row: (self.case_answer(row, tta), {}))
-
-    def table_to_score(self,
-        df # one row a case, or None
-    ):     # `cases_to_score`, as a DataFrame
-        "Raises `ArgumentError` where the cases are no table, since labels stand in columns"
-        given = self.dls.valid_ds.items if df is None else df
-        if not isinstance(given, pd.DataFrame):
-            raise ArgumentError(f"evaluate: expected a DataFrame, one row a case; found {type(given).__name__}")
-        return self.cases_to_score(df)
 
 # %% ../../nbs/learn/06_answers.ipynb #c1a50009
 @patch

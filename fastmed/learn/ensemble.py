@@ -70,10 +70,9 @@ class Ensemble(MaskAnswers):
         if k in lent: return lent[k]
         raise AttributeError(k)
     def __repr__(self):
-        rows = [f"  {a.name}: {a.kind}" for a in self.about]
         size,names = sum(a.bytes for a in self.about)/1e6,', '.join(map(str, self.vocab[self.task=='segmentation':]))
-        return (f"Ensemble of {len(self)}{', read as needed' if self.members.lazy else ''}: {size:.2f} MB → {names}\n"
-                +'\n'.join(rows))
+        head = f"Ensemble of {len(self)}{', read as needed' if self.members.lazy else ''}: {size:.2f} MB → {names}"
+        return '\n'.join([head, *(f"  {a.name}: {a.kind}" for a in self.about)])
 
     def _common_post(self, about, post):
         "Post-processing, when none is named. Raises `InputError` where that of the members differs"
@@ -147,8 +146,7 @@ def cases_to_score(self:Ensemble,
     if isinstance(df, pd.DataFrame): df = df[[str(c) not in seen for c,_ in case_rows(df)]]
     else: df = [o for c,o in case_rows(df) if str(c) not in seen]
     if not len(df):
-        raise InputError(
-                "evaluate: there are no validation cases that no member has seen. Give a DataFrame of such")
+        raise InputError("evaluate: there are no validation cases that no member has seen. Give a DataFrame of such")
     return df
 
 @patch
@@ -222,11 +220,11 @@ def _mean(self:Ensemble, box, overlap, tta, axes, progress, spread):
     mean = self._empty_mean(grids, common, shape, ways, spread)
     x = first.pre(t) if alike else None
     if alike: del t
+    most = max(a.bytes for a in self.about)
     for i,a in enumerate(self.about):
         release_memory(False)
         learn = self[i]
         if not alike: x = a.pre(t)
-        most = max(o.bytes for o in self.about)
         own = mean if common else RunningMean(len(self.vocab), grids[i][0], most=most)
         labels = _slide_into(own, learn, x, ways[i], overlap, tta, axes_of[i], progress)
         if not common: _move_into(mean, own, _Grid(a.pre, x.affine), shape, affine, most)
@@ -284,8 +282,7 @@ def uncertainty(self:Ensemble,
     t = fn if isinstance(fn, TensorVolume) else load_volume(fn)
     # says what is wrong
     if t.affine is None or self.n_in not in (None, len(t)): return predict_case(self, t)
-    shape,affine,meta = tuple(t.shape[1:]),t.affine,getattr(t, 'meta', {}) or {}
-    box = [t]
+    box,shape,affine,meta = [t],tuple(t.shape[1:]),t.affine,getattr(t, 'meta', {}) or {}
     del t
     mean,grid = self._mean(box, overlap, tta, axes, False, True)
     labels,maps,table = uncertainty_maps(mean, self.vocab)
@@ -384,7 +381,7 @@ def evaluate(self:CaseEnsemble,  # noqa: F811
     def answer(row):
         each = self.each_answer(row, tta)
         return _equal_mean(each),case_uncertainty(each, self.task)
-    table = case_table(self, self.table_to_score(df), point, answer)
+    table = case_table(self, df, point, answer)
     res = UncertainCases(table)
     res.task,res.vocab,res.point = table.task,table.vocab,table.point
     return res

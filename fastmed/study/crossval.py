@@ -25,6 +25,7 @@ from ..core import ArgumentError, ColumnError, InputError, sweep, synced, whole_
 from ..data.cases import check_codes, check_columns, fold_numbers, group_folds, group_values
 from ..data.loaders import SliceDataLoaders, VolumeDataLoaders
 from ..data.radiographs import RadiographDataLoaders
+from ..learn.answers import ScanModel
 from ..learn.callbacks import case_rows, predicted_cases
 from ..learn.classify import classifier_learner
 from ..learn.ensemble import Ensemble
@@ -100,7 +101,7 @@ def _held_out(learn, df):
     "Raises where a Learner does not hold out what it should"
     held = sorted(df['case'][df.is_valid].astype(str))
     where = "make its DataLoaders with from_df(df, valid_col='is_valid')"
-    if not hasattr(learn, 'evaluate') or not hasattr(learn, 'dls'):
+    if not isinstance(learn, ScanModel):
         raise ArgumentError(f"fit: expected it to give back a trained Learner of fastmed; found "
                             f"{type(learn).__name__}. End the function with `return learn`")
     valid,train = [sorted(str(c) for c,_ in case_rows(o.items)) for o in (learn.dls.valid_ds, learn.dls.train_ds)]
@@ -117,7 +118,7 @@ def _held_out(learn, df):
 def _fold_scores(learn, df, look, subjects, masks):
     "Results of the held-out cases, and what kind they are; masks are written into the folder `masks`, where one is given"
     held = df[df.is_valid]
-    if hasattr(learn, 'case_answer'):
+    if learn.task!='segmentation':
         res = learn.evaluate(held, **look)
         return pd.DataFrame(res).assign(subject=[subjects[str(c)] for c in res.case]),dict(task=res.task,
                 vocab=list(res.vocab))
