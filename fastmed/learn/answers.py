@@ -70,8 +70,7 @@ class Evaluation(pd.DataFrame):
         failed = df.status.str.startswith('error')
         if failed.all(): return pd.DataFrame()
         res = summarise(df[~failed], score)
-        n = df[failed].case.nunique()
-        if n and len(res): res.loc[:, ['n','failed']] += n
+        if len(res): res.loc[:, ['n','failed']] += df[failed].case.nunique()
         return res
 
 # %% ../../nbs/learn/06_answers.ipynb #cf44dd3f
@@ -224,8 +223,7 @@ class CaseEvaluation(pd.DataFrame):
         df = self[self.status=='ok']
         def columns(kind): return df[[f'{kind}_{v}' for v in self.vocab]].to_numpy(float)
         if self.task=='category':
-            ids = {v:i for i,v in enumerate(self.vocab)}
-            targets,preds = df.target.map(ids).to_numpy(float),columns('prob')
+            targets,preds = df.target.map({v:i for i,v in enumerate(self.vocab)}).to_numpy(float),columns('prob')
         elif self.task=='multi': targets,preds = columns('target'),columns('prob')
         elif len(self.vocab)==1: targets,preds = df[['target']].to_numpy(float),df[['pred']].to_numpy(float)
         else: targets,preds = columns('target'),columns('pred')
@@ -254,8 +252,7 @@ def _target_row(task, vocab, y):
 
 def _prediction_row(task, vocab, p):
     "The columns of what was predicted"
-    if task=='regression' and len(vocab)==1: return {'pred':p[0]}
-    if task=='regression': return {f'pred_{v}':o for v,o in zip(vocab, p, strict=True)}
+    if task=='regression': return {'pred':p[0]} if len(vocab)==1 else {f'pred_{v}':o for v,o in zip(vocab, p, strict=True)}
     probs = {f'prob_{v}':o for v,o in zip(vocab, p, strict=True)}
     if task=='category': return {'pred':vocab[int(np.argmax(p))], **probs}
     return {**{f'pred_{v}':int(o>.5) for v,o in zip(vocab, p, strict=True)}, **probs}
@@ -399,5 +396,5 @@ def show_worst(self:CaseAnswers,  # noqa: F811
     items = dict(case_rows(df))
     for (_,row),ax in zip(worst.iterrows(), axes_grid(min(n, len(error))), strict=False):
         x = self.case_input(items[row.case])
-        title = f"{row.case}: {_case_title(row, res.vocab)}"
-        _typed_input(x[len(x)//2], self.dls).show(ctx=ax, title=title, **kwargs)
+        x = _typed_input(x[len(x)//2], self.dls)
+        x.show(ctx=ax, title=f"{row.case}: {_case_title(row, res.vocab)}", **kwargs)

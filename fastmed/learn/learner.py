@@ -228,8 +228,8 @@ def _unet_learner(ndim, dls, arch, loss_func, metrics, pretrained, fast, n_out, 
         raise InputError(f"n_out=1 is a sigmoid for one structure; the masks have {len(pre.vocab)-1}")
     if n_out>1 and n_out!=len(pre.vocab) and loss_func is None:
         raise InputError(f"n_out={n_out}: the masks have {len(pre.vocab)} codes, {list(pre.vocab)}, and a class "
-                         f"without a code could be predicted. Leave n_out out, name {n_out} codes=, or give a loss_func that "
-                         f"knows what the channels mean")
+                         f"without a code could be predicted. Leave n_out out, name {n_out} codes=, or give a "
+                         f"loss_func that knows what the channels mean")
     learner_args,args = parted_args(kwargs)
     patch = tuple(p for p in plan.patch if ndim==3 or p>1)
     if arch is UNet or arch=='UNet': args = unet_args(plan, args)
