@@ -252,10 +252,10 @@ def _target_row(task, vocab, y):
 
 def _prediction_row(task, vocab, p):
     "The columns of what was predicted"
-    if task=='regression': return {'pred':p[0]} if len(vocab)==1 else {f'pred_{v}':o for v,o in zip(vocab, p, strict=True)}
-    probs = {f'prob_{v}':o for v,o in zip(vocab, p, strict=True)}
-    if task=='category': return {'pred':vocab[int(np.argmax(p))], **probs}
-    return {**{f'pred_{v}':int(o>.5) for v,o in zip(vocab, p, strict=True)}, **probs}
+    def named(kind, values): return {f'{kind}_{v}':o for v,o in zip(vocab, values, strict=True)}
+    if task=='regression': return {'pred':p[0]} if len(vocab)==1 else named('pred', p)
+    if task=='category': return {'pred':vocab[int(np.argmax(p))], **named('prob', p)}
+    return {**named('pred', [int(o>.5) for o in p]), **named('prob', p)}
 
 # %% ../../nbs/learn/06_answers.ipynb #c1a50006
 def _label_reader(dls, df):
