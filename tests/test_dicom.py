@@ -24,7 +24,7 @@ from pydicom.uid import (
     generate_uid,
 )
 
-import fastmed.io.dicom
+import fastmed.io.series
 from fastmed.all import (
     ArgumentError,
     FastmedError,
@@ -421,9 +421,11 @@ def test_undecodable_names_syntax_and_package(tmp_path):
 def test_each_file_is_read_once(tmp_path, monkeypatch):
     vol,_ = write(tmp_path/'s', np.random.default_rng(0).integers(0, 99, (5,4,60)))
     seen = []
-    old = fastmed.io.frames._read
-    monkeypatch.setattr(fastmed.io.frames, '_read',
-                        lambda fn, tags, pixels=False: (seen.append((Path(fn).name, pixels)), old(fn, tags, pixels))[1])
+    old = fastmed.io.frames.read_elements
+    def read(fn, tags, pixels=False):
+        seen.append((Path(fn).name, pixels))
+        return old(fn, tags, pixels)
+    for module in (fastmed.io.frames, fastmed.io.formats): monkeypatch.setattr(module, 'read_elements', read)
     s = scan_dicom(tmp_path).series[0]
     assert len(seen)==60 and not any(p for _,p in seen)
     assert np.array_equal(load_volume(s)[0].numpy(), vol) and len(seen)==120 and len({n for n,p in seen if p})==60
@@ -646,7 +648,7 @@ def test_real_series(data, tmp_path):
     inv = np.linalg.inv(np.diag([-1,-1,1,1.])@x.affine)
     from scipy.ndimage import map_coordinates
     # each slice again, read off the upright box at its own place
-    for k,(o,a) in enumerate(zip(s.frames, fastmed.io.dicom._frame_images(s.frames))):
+    for k,(o,a) in enumerate(zip(s.frames, fastmed.io.series._frame_images(s.frames))):
         if k%6: continue
         i,j = np.meshgrid(np.arange(0, 512, 4), np.arange(0, 512, 4), indexing='ij')
         w = np.array(o.position)+i[...,None]*o.px[0]*np.array(o.axes[:3])+j[...,None]*o.px[1]*np.array(o.axes[3:])

@@ -14,7 +14,8 @@ from fastmed.core import FileError, TensorVolume
 from fastmed.data.loaders import VolumeDataLoaders
 from fastmed.data.preprocess import Preprocess
 from fastmed.data.store import Store, kept_digest
-from fastmed.io.volumes import file_digest, load_volume, save_volume
+from fastmed.io.formats import file_digest
+from fastmed.io.volumes import load_volume, save_volume
 from fastmed.learn.learner import unet3d_learner
 
 

@@ -7,7 +7,7 @@ __all__ = ['smooth_field', 'deformation', 'cohort', 'sphere', 'sphere_dice', 'ph
 
 # %% ../../nbs/data/01_datasets.ipynb #62815cb1
 from ..core import ExtraError, FileError, InputError, beside, sweep, whole_file, writing
-from ..io.archive import unpack_safely
+from ..io.guard import unpack_safely
 import contextlib, errno, gzip, hashlib, importlib.util, math, os, re, warnings
 from pathlib import Path
 from urllib.parse import urlparse
@@ -330,14 +330,13 @@ def _known_url(url):
 # %% ../../nbs/data/01_datasets.ipynb #4c18427c
 @contextlib.contextmanager
 def _locked(fn):
-    "Hold the lock file `fn`, where the system has such locks"
-    try: import fcntl
-    except ImportError: fcntl = None
+    "Hold the lock file `fn`, and wait for it where another process holds it"
+    from filelock import lock_descriptor
     fn.parent.mkdir(parents=True, exist_ok=True)
     # a link that somebody planted is not followed
     fd = os.open(fn, os.O_RDWR|os.O_CREAT|getattr(os, 'O_NOFOLLOW', 0), 0o666)
     try:
-        if fcntl: fcntl.flock(fd, fcntl.LOCK_EX)
+        lock_descriptor(fd)
         yield
     finally: os.close(fd)
 

@@ -31,7 +31,8 @@ from .preprocess import all_files, Plan, Preprocess
 from .recipe import labels_of
 from .store import cache_dir, kept_digest, kept_found, label_values, Store
 from ..io.guard import memory_left
-from ..io.volumes import describe_grid, read_header, same_grid, unlike_grids
+from ..io.formats import describe_grid
+from ..io.volumes import read_header, same_grid, unlike_grids
 from torch import Tensor
 
 # %% ../../nbs/data/11_loaders.ipynb #1e3c3358

@@ -30,8 +30,7 @@ from .labels import label_block, label_splitter
 from .preprocess import all_files, Preparation
 from .recipe import labels_of, recipe_parts
 from .store import cache_dir, digest_key, each_in_threads, kept_digest, STORE_VERSION
-from ..io.frames import picture_pixels
-from ..io.volumes import file_facts
+from ..io.formats import file_facts, picture_pixels
 from torch import Tensor
 
 # %% ../../nbs/data/12_radiographs.ipynb #2b3fcee5

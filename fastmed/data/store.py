@@ -28,7 +28,8 @@ from .. import __version__
 from ..core import FileError, sweep, TensorVolume, TensorVolumeMask, whole_file, whole_folder, writing
 from .preprocess import Preprocess
 from ..io.guard import reading
-from ..io.volumes import file_digest, file_facts, load_mask, load_volume
+from ..io.formats import file_digest, file_facts
+from ..io.volumes import load_mask, load_volume
 from fastprogress.fastprogress import progress_bar
 from torch import Tensor
 

@@ -26,7 +26,8 @@ from ..data.cases import matching_files, scan_folder
 from ..data.labels import is_blank, LabelOf, TensorRegression
 from ..data.loaders import axes_grid
 from ..data.radiographs import get_prep, TensorRadiograph
-from ..io.volumes import file_digest, file_facts, load_volume, to_orientation
+from ..io.formats import file_digest, file_facts
+from ..io.volumes import load_volume, to_orientation
 from .callbacks import case_columns, case_rows, case_truth, predicted_cases
 from .fingerprint import was_seen
 from ..metrics.masks import case_scores, failed_scores, summarise

@@ -28,7 +28,8 @@ from fastmed.learn.uncertainty import (
 )
 from ..metrics.masks import case_scores, failed_scores
 from ..predict.memory import check_prediction
-from ..predict.predict import apply_post, maps_back, own_axis, predict_case, predict_grid, slicing_axes
+from ..predict.predict import maps_back, own_axis, predict_case, predict_grid, slicing_axes
+from ..predict.windows import apply_post
 from torch import nn, Tensor
 
 # %% ../../nbs/learn/16_ensemble.ipynb #e5000004

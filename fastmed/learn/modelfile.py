@@ -50,7 +50,7 @@ from ..models.encoders import create_network, is_encoder
 from ..models.weights import check_finite, FrozenNorms
 from ..models.zoo import create_model, model_names, param_splitter
 from ..predict.memory import MemoryCallback
-from ..predict.predict import POSTS
+from ..predict.windows import POSTS
 from torch import nn, Tensor
 
 # %% ../../nbs/learn/13_modelfile.ipynb #77ec1bb0

@@ -117,7 +117,7 @@ def hausdorff95(
     targ,          # Same grid as `pred`
     spacing:tuple, # (3,) voxel size, mm
 )->float:          # mm; nan where both masks are empty, inf where one is
-    "The larger of the two directed 95th percentiles of surface distance. Raises `ValueError` on unlike shapes, labels"
+    "The larger directed 95th percentile of surface distance. Raises `ValueError`. Source: Huttenlocher 1993"
     p,t = _both_masks(pred, targ, 'hausdorff95')
     _mm(spacing, p.ndim, 'hausdorff95')
     e = _empty_score(p, t, float('inf'))

@@ -16,8 +16,7 @@ import torch
 from fastai.basics import Callback, get_model, Learner, TrainEvalCallback, warn
 from fastcore.all import delegates, groupby, join_path_file, L, store_attr
 from .. import __version__
-from ..core import FileError, InputError, MissingFileError, runs_in
-from ..io.volumes import whole_file
+from ..core import FileError, InputError, MissingFileError, runs_in, whole_file
 from .adapt import adapt_weight, first_convs
 from .unet import FastInstanceNorm, UShape
 from .zoo import ENCODER_NAMES, MonaiNet

@@ -16,7 +16,7 @@ from fastai.basics import set_seed
 from fastcore.all import ifnone
 from ..core import ArgumentError, FastmedError, InputError, whole_file
 from ..data.cases import check_columns, group_values, marked_rows
-from ..io.volumes import file_digest
+from ..io.formats import file_digest
 from ..learn.pace import BudgetCallback, shared_plan
 from ..metrics.scores import roc_auc
 from ..metrics.stats import group_numbers

@@ -32,7 +32,8 @@ from ..data.cases import group_values
 from ..data.loaders import SliceDataLoaders, VolumeDataLoaders
 from ..data.preprocess import case_files
 from ..data.store import cache_dir, kept_digest
-from ..io.volumes import file_digest, read_header, to_orientation
+from ..io.formats import file_digest
+from ..io.volumes import read_header, to_orientation
 from ..learn.callbacks import case_columns, case_rows, predicted_cases
 from ..learn.ensemble import load_model
 from ..learn.learner import unet2d_learner, unet3d_learner, VolumeLearner
@@ -41,7 +42,8 @@ from ..learn.modelfile import save_model
 from ..learn.pace import BudgetCallback, CostCallback, peak_memory, reset_peak
 from ..learn.plain import UnopenedError
 from ..metrics.masks import case_scores, failed_scores, slice_consistency
-from ..predict.predict import apply_post, POSTS, predict_case
+from ..predict.predict import predict_case
+from ..predict.windows import apply_post, POSTS
 from torch import nn
 import fastai.callback.schedule  # noqa: F401, its patches
 
@@ -261,7 +263,7 @@ def case_gflops(
 )->float:          # 10⁹ multiplications and additions, each counted
     "What the network computes for one case: the count for a window times the number of windows"
     from torch.utils.flop_counter import FlopCounterMode
-    from fastmed.predict.predict import window_corners
+    from fastmed.predict.windows import window_corners
     plan,model,p = learn.dls.plan,learn.model,next(learn.model.parameters())
     size = [k for k in plan.patch if plan.ndim==3 or k>1]
     n_in = learn.n_in*(1+2*plan.get('context', 0) if plan.ndim==2 else 1)
