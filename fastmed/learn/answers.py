@@ -161,8 +161,7 @@ def predict_folder(self:MaskAnswers,
     maker,rows = _maker(self, kwargs),[]
     for case,files,out in progress_bar(list(zip(df.case, df.image, outs, strict=True))):
         try:
-            # a name that is too long says so now
-            with writing(out), contextlib.suppress(FileNotFoundError): os.lstat(out)
+            with writing(out), contextlib.suppress(FileNotFoundError): os.lstat(out)   # says that a name is too long
             mask,key = None,_mask_key(maker, files)
             if overwrite or not maker or prediction_key(out)!=key:
                 with _unchanged(files): mask = self.predict_volume(files, **kwargs)

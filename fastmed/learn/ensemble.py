@@ -281,8 +281,7 @@ def uncertainty(self:Ensemble,
 )->Uncertainty:       # mask, entropy, mutual_info, disagreement (1,X,Y,Z), and `table`
     "Segment a scan and say where the members disagree, on its own grid. Raises an error that names the file"
     t = fn if isinstance(fn, TensorVolume) else load_volume(fn)
-    # says what is wrong
-    if t.affine is None or self.n_in not in (None, len(t)): return predict_case(self, t)
+    if t.affine is None or self.n_in not in (None, len(t)): return predict_case(self, t)     # says what is wrong
     box,shape,affine,meta = [t],tuple(t.shape[1:]),t.affine,getattr(t, 'meta', {}) or {}
     del t
     mean,grid = self._mean(box, overlap, tta, axes, False, True)
