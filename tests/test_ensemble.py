@@ -189,7 +189,7 @@ np.savez(sys.argv[1]+'/there.npz', m=m.numpy(), p=p.numpy(), n=len(e), post=e.po
         mixed = Ensemble([tmp_path/'a.safetensors', tmp_path/'b.safetensors', tmp_path/'c.pkl'], lazy=lazy,
                          device='cpu', trust=True)
         assert torch.equal(raw(mixed.predict_volume(fn, post='keep_largest')),
-                                                    raw(want)) and (mixed.kept[0] is None)==lazy
+                                                    raw(want)) and (mixed.members.kept[0] is None)==lazy
     bad = bytearray((tmp_path/'e.safetensors').read_bytes())
     bad[len(bad)//2] ^= 1
     (tmp_path/'e.safetensors').write_bytes(bad)

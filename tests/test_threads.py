@@ -110,7 +110,7 @@ def test_autocast_of_one_thread_is_not_ended_by_another(monkeypatch):
     import contextlib
     import threading
 
-    import fastmed.learn.learner as L
+    import fastmed.learn.fast as L
     wrong = []
     class Own(contextlib.nullcontext):
         def __enter__(self): self.by = threading.get_ident()

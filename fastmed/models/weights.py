@@ -16,8 +16,7 @@ import torch
 from fastai.basics import Callback, get_model, Learner, TrainEvalCallback, warn
 from fastcore.all import delegates, groupby, join_path_file, L, store_attr
 from .. import __version__
-from ..core import FileError, InputError, MissingFileError
-from ..core import whole_file
+from ..core import FileError, InputError, MissingFileError, runs_in, whole_file
 from .adapt import adapt_weight, first_convs
 from .unet import FastInstanceNorm, UShape
 from .zoo import ENCODER_NAMES, MonaiNet
@@ -329,7 +328,7 @@ class EncoderMixin:
         self.model = getattr(compiled, '_orig_mod', compiled)
         try: super().load(file, device=device, **kwargs)
         finally: self.model = compiled
-        if not hasattr(self, 'lr_finder'): self.loaded = True              # lr_find puts back what was there
+        if not runs_in(self, 'lr_find'): self.loaded = True              # lr_find puts back what was there
         return self
 
     def __setstate__(self, state):
