@@ -342,6 +342,14 @@ def check_columns(
                      f"expected each name once. "
                      "Rename one, or drop it: df.loc[:, ~df.columns.duplicated()]")
 
+def case_at(
+    df, # one row a case
+    i   # number of the row
+):      # its name: the column `case`, else that of the row
+    "How errors call a case"
+    row = df.iloc[int(i)]
+    return row.get('case', row.name)
+
 def marked_rows(
     df, # one row a case
     col # column of True and False, or of 1 and 0

@@ -19,7 +19,7 @@ from fastai.data.all import (
 from fastcore.all import first, ifnone, is_listy, L, store_attr
 from ..core import ArgumentError, ColumnError, InputError, TensorVolume, TensorVolumeMask
 from .blocks import PatchTransform
-from .cases import case_splitter, group_values
+from .cases import case_at, case_splitter, group_values
 from .plan import BYTES, patch_plan, suggest_plan
 from .preprocess import all_files, Plan, Preprocess
 from .recipe import labels_of, plain_scalar
@@ -35,9 +35,6 @@ def is_blank(
             (float,np.floating)) and math.isnan(v))
 
 # %% ../../nbs/data/10_labels.ipynb #54027ed1
-def _case(df, i):
-    r = df.iloc[int(i)]
-    return r.get('case', r.name)
 def _many(v): return isinstance(v, (list,tuple,set,frozenset,np.ndarray,L))
 
 def _y_kind(y_block):
@@ -74,7 +71,7 @@ def label_kind(
         no = [i for i,v in enumerate(df[c]) if not _many(v) and is_blank(v)
               and not (label_delim and isinstance(v, str))]
         if no:
-            raise InputError(f"case {_case(df, no[0])!r} has no "
+            raise InputError(f"case {case_at(df, no[0])!r} has no "
                              f"{c}{f' ({len(no)} cases have none)' if len(no)>1 else ''}. Fill it in, or leave the "
                              f"case out: "
                              f"df.dropna(subset=[{c!r}])")
@@ -146,7 +143,7 @@ def label_block(
         num = df[L(cols)].apply(pd.to_numeric, errors='coerce')
         if (bad:=~np.isfinite(num.astype(float))).any(axis=None):
             i,c = np.argwhere(bad.values)[0]
-            raise InputError(f"case {_case(df, i)!r}: {num.columns[c]} is {df[num.columns[c]].iloc[i]!r}; expected a "
+            raise InputError(f"case {case_at(df, i)!r}: {num.columns[c]} is {df[num.columns[c]].iloc[i]!r}; expected a "
                              f"number, to be regressed")
         if train is not None:
             for c in num:
@@ -178,7 +175,7 @@ def label_block(
         seen = {v for i in train for v in each[int(i)]}
         if lost:=[v for v in vocab if v not in seen]:
             i = next(i for i,r in enumerate(each) if lost[0] in r)
-            raise InputError(f"label_col {label_col!r}: no training case is {lost[0]!r}, which case {_case(df, i)!r} "
+            raise InputError(f"label_col {label_col!r}: no training case is {lost[0]!r}, which case {case_at(df, i)!r} "
                              f"of validation is. Split otherwise (seed, valid_col), merge classes, or leave it out")
     if block is None:
         block = CategoryBlock(vocab=vocab, sort=False) if kind=='category' else MultiCategoryBlock(vocab=vocab)
