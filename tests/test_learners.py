@@ -30,7 +30,7 @@ from torch import nn
 
 from fastmed.core import InputError
 from fastmed.data.blocks import CaseFiles, PatchDL, PatchTransform, VolumeBlock, VolumeMaskBlock
-from fastmed.data.cases import GroupSplitter
+from fastmed.data.labels import GroupSplitter
 from fastmed.data.labels import WholeTransform, whole_plan
 from fastmed.data.loaders import SliceDataLoaders, VolumeDataLoaders
 from fastmed.data.radiographs import RadiographBlock, RadiographPrep

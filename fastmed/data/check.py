@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 from fastcore.all import ifnone, L
 from ..core import FileError, InputError, show_plane
-from .cases import check_codes, check_columns
+from .cases import check_columns
+from .preprocess import check_codes
 from .placement import border_profiles, misplaced_masks
 from .store import cache_dir
 from .survey import case_names, problem_row, repeated_hashes, some_of, survey_cases

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastai.data.all import (
-    DataBlock, DataLoaders, default_device, defaults, dispatch, TensorCategory, TensorMultiCategory, ToTensor, warn
+    DataBlock, DataLoaders, default_device, defaults, dispatch, TensorCategory, TensorMultiCategory, ToTensor
 )
 from fastcore.all import delegates, first, ifnone, is_listy, L, patch
 from fastmed.core import (
@@ -19,19 +19,18 @@ from fastmed.core import (
 )
 from .augment import volume_tfms
 from fastmed.data.blocks import (
-    CaseFiles, get_store, PartialPatchDL, PatchTransform, SliceBlock, SliceMaskBlock, VolumeBlock, VolumeMaskBlock,
-    WeightedPatchDL
+    CaseFiles, get_store, PartialPatchDL, SliceBlock, SliceMaskBlock, VolumeBlock, VolumeMaskBlock, WeightedPatchDL,
+    whole_plan
 )
-from fastmed.data.cases import (
-    case_at, case_splitter, check_codes, check_columns, scan_decathlon, scan_folder, warn_twins
-)
+from .cases import all_files, case_at, check_columns, scan_decathlon, scan_folder
 from fastmed.data.labels import (
-    fitted_shape, label_block, label_splitter, TensorRegression, whole_plan, WholeTransform
+    case_splitter, label_block, label_splitter, TensorRegression, warn_larger, warn_twins
 )
-from .plan import suggest_plan
-from .preprocess import all_files, Plan, Preprocess
+from .plan import check_plan, suggest_plan
+from .preprocess import check_codes, codes_of_values, Plan, Preprocess
 from .recipe import labels_of
 from .store import cache_dir, kept_digest, kept_found, label_values, Store
+from .transforms import PatchTransform, WholeTransform
 from ..io.guard import memory_left
 from ..io.volumes import describe_grid, read_header, same_grid, unlike_grids
 from torch import Tensor
@@ -73,7 +72,8 @@ def _check_same_place(case, image, mask, heads):
     "Raise `InputError` where image and mask of a case lie on unlike grids, by their headers"
     of_image,of_mask = [Preprocess().oriented(h['shape'], h['affine']) for h in heads]
     if same_grid(*of_image, *of_mask): return
-    found = [f"{f}: {describe_grid(h['shape'], h['affine'])}" for f,h in zip((first(L(image)),mask), heads, strict=True)]
+    files = first(L(image)),mask
+    found = [f"{f}: {describe_grid(h['shape'], h['affine'])}" for f,h in zip(files, heads, strict=True)]
     raise InputError(f"case {case!r}: image and mask {unlike_grids(*found)}")
 
 def _check_channels(df, heads):
@@ -99,17 +99,6 @@ def read_headers(self:CaseTable): # self
     return self
 
 # %% ../../nbs/data/11_loaders.ipynb #1acbf038
-def _codes_from(values):
-    "Names for the values of masks. Raises `InputError` where they are not 0, 1, 2 …"
-    if values!=list(range(len(values))):
-        raise InputError(f"The masks hold the values {values[:12]}{' …' if len(values)>12 else ''}: expected 0, 1, 2 … "
-                         f"without a gap. Declare them: codes={{'background':0, 'lesion':255}}, or the list of names "
-                         f"for 0,1,2…")
-    if len(values)<2:
-        raise InputError("The masks hold nothing but background (0). Check that they are the right files, or declare "
-                         "codes=['background', …]")
-    return ['background']+[str(v) for v in values[1:]]
-
 @patch
 def fitted(self:CaseTable,
     pre          # `Preprocess` as it was asked for
@@ -117,7 +106,7 @@ def fitted(self:CaseTable,
     "Fill in codes and statistics; kept in the store, so that the same cases are measured once"
     if pre.codes is None and self.masks:
         pre.codes = check_codes(self.df.attrs.get('codes'))
-        if pre.codes is None: pre.codes = _codes_from(label_values(Store(pre, self.cache), self.masks))
+        if pre.codes is None: pre.codes = codes_of_values(label_values(Store(pre, self.cache), self.masks))
     images,masks = self.of_training(self.images),self.of_training(self.masks) if self.masks else []
     digests = [[kept_digest(f, self.cache) for f in L(o)] for o in images+masks]
     found = Store(pre, self.cache).cached('fit', dict(files=digests, pre=pre.to_dict()),
@@ -125,18 +114,6 @@ def fitted(self:CaseTable,
     return Preprocess(**found)
 
 # %% ../../nbs/data/11_loaders.ipynb #506d6e33
-def _check_plan(ndim, plan, given):
-    "Raise `InputError` where a plan is none, or does not go together with the other arguments"
-    auto = dict(patch='auto', bs=None, samples_per_case='auto', spacing='auto', axis='auto', context=0, minutes=None)
-    said = [k for k,v in given.items() if type(v) is not type(auto[k]) or v!=auto[k]]
-    if said:
-        raise InputError(f"plan: it says {', '.join(said)} already. Leave {'it' if len(said)==1 else 'them'} out, or "
-                         f"change the plan")
-    needed = ('ndim','spacing','orientation','patch','strides','depth','nf','bs','samples_per_case')
-    if lacks:=[k for k in needed if k not in plan]:
-        raise InputError(f"plan: expected what suggest_plan gives; {', '.join(lacks)} not found")
-    if plan['ndim']!=ndim: raise InputError(f"plan: is of {plan['ndim']}D patches, and these DataLoaders are {ndim}D")
-
 def _check_patches(of_labels, foreground):
     "Raise `InputError` where an argument of labels is given without labels, or the foreground is no share"
     if odd:=[k for k,v in of_labels.items() if v is not None]:
@@ -147,7 +124,8 @@ def _check_patches(of_labels, foreground):
 def _check_whole(of_patches):
     "Raise `InputError` where an argument of patches is given for whole scans"
     if odd:=[k for k,v in of_patches.items() if v is not None and not (isinstance(v, str) and v=='auto')]:
-        raise InputError(f"{', '.join(odd)}: belongs to patches; with a label_col the item is the whole scan, of size=…")
+        raise InputError(f"{', '.join(odd)}: belongs to patches; with a label_col the item is the whole scan, of "
+                         f"size=…")
 
 def _check_room(plan, channels):
     "Raise `ResourceError` where a batch alone is larger than the memory"
@@ -158,18 +136,10 @@ def _check_room(plan, channels):
                             f"{need/1e9:.3g} GB before a network has seen it, and {left/1e9:.3g} GB are free. Give a "
                             f"smaller patch= or bs=")
 
-def _say_larger(cases, pre, plan):
-    "Tell which scans have to be made smaller to lie on the plan's grid"
-    grids = [pre.grid(h['shape'], h['affine'])[0] for h in cases.heads]
-    if big:=[i for i,n in enumerate(grids) if fitted_shape(n, plan)!=tuple(n)]:
-        warn(f"{len(big)} of {len(grids)} cases are larger than the {'×'.join(map(str, plan.patch))} voxels of a whole "
-             f"scan, such as {case_at(cases.df, big[0])!r} ({'×'.join(map(str, grids[big[0]]))}): they are made "
-             f"smaller, not cropped. Say a larger size or spacing to keep their scale")
-
 def _check_asked(ndim, given, plan, label_col, of_labels, foreground):
     "Raise `InputError` where arguments do not go together"
     if label_col is None:
-        if plan is not None: _check_plan(ndim, plan, given)
+        if plan is not None: check_plan(plan, ndim, given)
         _check_patches(of_labels, foreground)
     else: _check_whole(dict(minutes=given['minutes'], plan=plan, patch=given['patch'], foreground=foreground))
     if ndim==3 and (given['axis']!='auto' or given['context']):
@@ -206,11 +176,6 @@ def _case_block(ndim, cases, pre, cut, label, item_tfms, batch_tfms):
     # everything here is a tensor already
     block.item_tfms = L(f for f in block.item_tfms if not isinstance(f, ToTensor))
     return block
-
-def _augmentation(plan):
-    "`volume_tfms` for the spacing of a plan"
-    spacing = plan.spacing or (1,1,1)
-    return volume_tfms(spacing=tuple(spacing[a] for a in range(3) if plan.ndim==3 or a!=plan.axis))
 
 # %% ../../nbs/data/11_loaders.ipynb #0bc65cd8
 class VolumeDataLoaders(DataLoaders):
@@ -276,11 +241,12 @@ def from_df(cls:VolumeDataLoaders,
     minutes=None,              # of training: the plan gives enough updates in this time, see `suggest_plan`
     plan=None                  # a `Plan` made before, such as that of another fold; nothing is measured then
 ):                             # these DataLoaders, every case preprocessed and kept
-    "From a DataFrame with a row a case. Raises `KeyError` (a column), `ValueError` (a case, named, that cannot be used)"
+    "From a DataFrame with a row a case. Raises `ColumnError`, and `InputError` naming the case that cannot be used"
     given = dict(patch=patch, bs=bs, samples_per_case=samples_per_case, spacing=spacing, axis=axis, context=context,
                  minutes=minutes)
     if not len(df): raise InputError("from_df: the DataFrame has no rows")
-    _check_asked(cls._ndim, given, plan, label_col, dict(y_block=y_block, label_delim=label_delim, size=size), foreground)
+    of_labels = dict(y_block=y_block, label_delim=label_delim, size=size)
+    _check_asked(cls._ndim, given, plan, label_col, of_labels, foreground)
     df = check_columns(df).reset_index(drop=True)
     if mask_col=='auto': mask_col = 'mask' if label_col is None else None
     cases = CaseTable(df, path, image_col, mask_col, cache)
@@ -293,10 +259,13 @@ def from_df(cls:VolumeDataLoaders,
     plan = _planned(cls._ndim, cases, plan, labels, size, dict(given, device=device))
     _check_room(plan, cases.heads[0]['channels'])
     pre = cases.fitted(Preprocess(plan.spacing, normalize, plan.orientation, codes))
-    if labels is not None: _say_larger(cases, pre, plan)
+    if labels is not None: warn_larger(df, cases.heads, pre, plan)
     Store(pre, cases.cache).build(cases.images, cases.masks)
-    if isinstance(batch_tfms, str) and batch_tfms=='auto': batch_tfms = _augmentation(plan)
-    cut = PatchTransform(plan, 1/3 if foreground=='auto' else foreground) if label is None else WholeTransform(plan)
+    if isinstance(batch_tfms, str) and batch_tfms=='auto':
+        axes = [a for a in range(3) if cls._ndim==3 or a!=plan.axis]
+        batch_tfms = volume_tfms(spacing=tuple((plan.spacing or (1,1,1))[a] for a in axes))
+    share = 1/3 if foreground=='auto' else foreground
+    cut = PatchTransform(plan, share) if label is None else WholeTransform(plan)
     block = _case_block(cls._ndim, cases, pre, cut, label, item_tfms, batch_tfms)
     if num_workers is None: num_workers = 0 if device.type=='cpu' else min(8, defaults.cpus)
     return cls.from_dblock(block, df, path=path, bs=min(plan.bs, len(cases.train)*plan.samples_per_case),
@@ -313,7 +282,7 @@ def from_folder(cls:VolumeDataLoaders,
     channels=None,               # files that make a case; see `scan_folder`
     **kwargs
 ):                               # these DataLoaders
-    "From a folder of images and masks paired by name (see `scan_folder`). Raises `MissingFileError` if nothing matches"
+    "From a folder of images and masks paired by name, see `scan_folder`. Raises `MissingFileError`"
     return cls.from_df(scan_folder(path, images, masks, channels), **{'path':Path(path).resolve(), **kwargs})
 
 @patch(cls_method=True)
@@ -386,7 +355,7 @@ def _axes_of(ctxs, samples, max_n, nrows, ncols, figsize):
     "The axes that were given, or a grid of them, as fastai's `nrows`, `ncols` and `figsize` (inches) say"
     return axes_grid(min(len(samples), max_n), nrows, ncols, figsize) if ctxs is None else ctxs
 
-def _show(samples, outs, ctxs, max_n, **kwargs):
+def _show(samples, outs, ctxs, **kwargs):
     for s,o,c in zip(samples, outs, ctxs, strict=False): show_plane(s[0], s[1], pred=o, ctx=c, **kwargs)
     return ctxs
 
@@ -403,23 +372,25 @@ def label_text(
 def show_batch(x:TensorVolume|TensorSlice, y:TensorVolumeMask|TensorSliceMask, samples, ctxs=None, max_n=8, nrows=None,
                ncols=None, figsize=None, **kwargs):
     "One picture an item: a plane of the patch with the contours of its mask; `kwargs` go to `show_plane`"
-    return _show(samples, [None]*len(samples), _axes_of(ctxs, samples, max_n, nrows, ncols, figsize), max_n, **kwargs)
+    return _show(samples, [None]*len(samples), _axes_of(ctxs, samples, max_n, nrows, ncols, figsize), **kwargs)
 
 @dispatch
 def show_results(x:TensorVolume|TensorSlice, y:TensorVolumeMask|TensorSliceMask, samples, outs, ctxs=None, max_n=8,
                  nrows=None, ncols=None, figsize=None, **kwargs):
     "One picture an item, truth solid and prediction dashed; `kwargs` go to `show_plane`"
-    return _show(samples, [o[0] for o in outs], _axes_of(ctxs, samples, max_n, nrows, ncols, figsize), max_n, **kwargs)
+    return _show(samples, [o[0] for o in outs], _axes_of(ctxs, samples, max_n, nrows, ncols, figsize), **kwargs)
 
 @dispatch
-def show_batch(x:TensorVolume|TensorSlice, y:TensorCategory|TensorMultiCategory|TensorRegression|tuple, samples,
+def show_batch(x:TensorVolume|TensorSlice, # noqa: F811
+               y:TensorCategory|TensorMultiCategory|TensorRegression|tuple, samples,
                ctxs=None, max_n=8, nrows=None, ncols=None, figsize=None, **kwargs):
     "One picture an item with its label above, and the contours of its mask where it has one"
     return show_labelled(samples, [None]*len(samples), _axes_of(ctxs, samples, max_n, nrows, ncols, figsize), max_n,
                          **kwargs)
 
 @dispatch
-def show_results(x:TensorVolume|TensorSlice, y:TensorCategory|TensorMultiCategory|TensorRegression|tuple, samples, outs,
+def show_results(x:TensorVolume|TensorSlice, # noqa: F811
+                 y:TensorCategory|TensorMultiCategory|TensorRegression|tuple, samples, outs,
                  ctxs=None, max_n=8, nrows=None, ncols=None, figsize=None, **kwargs):
     "One picture an item, its label above and the prediction below it, green where they agree and red where not"
     return show_labelled(samples, outs, _axes_of(ctxs, samples, max_n, nrows, ncols, figsize), max_n, **kwargs)

@@ -22,8 +22,10 @@ from fastai.basics import Callback, set_seed, warn
 from fastai.callback.hook import total_params
 from fastcore.all import first, ifnone, L, store_attr
 from ..core import ArgumentError, beside, ColumnError, InputError, sweep, whole_file
-from ..data.cases import check_codes, check_columns, group_folds, group_values
+from ..data.cases import check_columns, group_values
+from ..data.labels import group_folds
 from ..data.loaders import SliceDataLoaders, VolumeDataLoaders
+from ..data.preprocess import check_codes
 from ..io.volumes import load_mask, load_volume, read_header, to_orientation
 from ..learn.callbacks import case_columns, case_rows
 from ..learn.learner import unet2d_learner, unet3d_learner

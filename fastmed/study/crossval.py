@@ -22,8 +22,10 @@ import torch
 from fastai.basics import set_seed
 from fastcore.all import delegates, first, ifnone, L
 from ..core import ArgumentError, ColumnError, InputError, sweep, synced, whole_file, writing
-from ..data.cases import check_codes, check_columns, group_folds, group_values
+from ..data.cases import check_columns, group_values
+from ..data.labels import group_folds
 from ..data.loaders import SliceDataLoaders, VolumeDataLoaders
+from ..data.preprocess import check_codes
 from ..data.radiographs import RadiographDataLoaders
 from ..learn.callbacks import case_rows, predicted_cases
 from ..learn.classify import classifier_learner

@@ -28,9 +28,8 @@ from fastai.callback.hook import total_params
 from fastcore.all import first, ifnone, L
 from ..core import beside, FastmedError, InputError, MissingFileError, synced, writing
 from ..data.blocks import CaseFiles, PatchTransform
-from ..data.cases import group_values
+from ..data.cases import case_files, group_values
 from ..data.loaders import SliceDataLoaders, VolumeDataLoaders
-from ..data.preprocess import case_files
 from ..data.store import cache_dir, kept_digest
 from ..io.volumes import read_header, to_orientation
 from ..learn.callbacks import case_columns, case_rows, predicted_cases
