@@ -127,7 +127,7 @@ def _check_whole(of_patches):
         raise InputError(f"{', '.join(odd)}: belongs to patches; with a label_col the item is the whole scan, of "
                          f"size=…")
 
-def _check_room(plan, channels):
+def _check_batch_room(plan, channels):
     "Raise `ResourceError` where a batch alone is larger than the memory"
     voxels = plan.bs*int(np.prod([float(p) for p in plan.patch]))*(1+2*plan.get('context', 0))
     need,left = voxels*(4*channels+1),memory_left()
@@ -257,7 +257,7 @@ def from_df(cls:VolumeDataLoaders,
     cases.read_headers()
     device = torch.device(ifnone(device, default_device()))
     plan = _planned(cls._ndim, cases, plan, labels, size, dict(given, device=device))
-    _check_room(plan, cases.heads[0]['channels'])
+    _check_batch_room(plan, cases.heads[0]['channels'])
     pre = cases.fitted(Preprocess(plan.spacing, normalize, plan.orientation, codes))
     if labels is not None: warn_larger(df, cases.heads, pre, plan)
     Store(pre, cases.cache).build(cases.images, cases.masks)
