@@ -147,8 +147,8 @@ def folds(df, made, files, a):
         pretrain(made[~made.gland.isin(test)], files, a).save_encoder(encoder)
         for k,p in arms.items():
             set_seed(0)
-            learn = measured(d, files) if 'measured' in k else train(d, files, a, encoder if 'encoder' in k else None,
-                    'depth' in k)
+            if 'measured' in k: learn = measured(d, files)
+            else: learn = train(d, files, a, encoder if 'encoder' in k else None, 'depth' in k)
             with quiet(): p[test] = learn.evaluate(d[d.held], tta=False if 'measured' in k else 8).arrays()[1][:,1]
     def of(p, i): return np.mean([roc_auc(y[j], p[j]) for j in (i[np.isin(i, t)] for _,t in parts)])
     rng = np.random.default_rng(0)

@@ -82,16 +82,16 @@ def inflation():
         print(row, flush=True)
         yield row
 
+SIDES = {'240':240, '256':256, 'visformer_tiny':224, 'inception_v4':96}
+
 @torch.no_grad()
 def adaptation():
     for name in adaptable:
         torch.manual_seed(0)
-        kw = {} if any(o in name for o in ('240','256')) else dict(img_size=64) if any(o in name
-                for o in ('vit_','deit','beit',
-                          'swin_')) and 'crossvit' not in name and 'maxvit' not in name and 'pvt' not in name else {}
-        net = shaken(timm.create_model(name, **kw))
-        n = (240 if '240' in name else 256 if '256' in name else 224 if name=='visformer_tiny' else 96
-             if name=='inception_v4' else 64)
+        small = any(o in name for o in ('vit_','deit','beit','swin_'))
+        fixed = any(o in name for o in ('240','256','crossvit','maxvit','pvt'))
+        net = shaken(timm.create_model(name, **(dict(img_size=64) if small and not fixed else {})))
+        n = next((n for k,n in SIDES.items() if k in name), 64)
         x = torch.randn(1, 1, n, n, generator=torch.Generator().manual_seed(0))
         want,row = net(x.expand(-1,3,-1,-1)),dict(family=name, first_convolution=' '.join(first_convs(net)))
         for k in (1,2,4,9): row[f'channels_{k}'] = apart(want, adapt_input(copy.deepcopy(net), k)(x.expand(-1,k,-1,-1)))

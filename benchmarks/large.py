@@ -127,13 +127,15 @@ if __name__=='__main__':
             learners = {s:train((40,56,40) if s==40 else (s,)*3, 4 if s==40 else 1,
                                 a.updates if s==40 else -(-a.updates//3), tmp) for s in a.patches}
         for s,f in learners.items():
-            patch = (s,) if a.use else (40,56,40) if s==40 else (s,)*3
+            patch = (40,56,40) if s==40 else (s,)*3
+            if a.use: patch = (s,)
             cover = [] if a.cover else ['--no-cover']
             rows.append(row(f'{a.size}³', patch,
                     child(__file__, '--learner', f, '--fn', fn, *([] if a.use else ['--truth', truth]), *cover)))
             if a.spine and s!=96:
                 for n in ('t1','t2','t2s','mt1'):
-                    rows.append(row(f'spine {n}', patch, child(__file__, '--learner', f, '--fn', Path(os.environ['FASTMED_DATA'])/'spine'/f'{n}.nii.gz', *cover)))
+                    scan = Path(os.environ['FASTMED_DATA'])/'spine'/f'{n}.nii.gz'
+                    rows.append(row(f'spine {n}', patch, child(__file__, '--learner', f, '--fn', scan, *cover)))
     keep(rows, a.out, ['what','patch'])
     bad = [r['what'] for r in rows if not (r['same_shape'] and r['same_affine'] and r['covered'] is not False)]
     if bad: sys.exit(f'shape, affine or cover is wrong: {bad}')

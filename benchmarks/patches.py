@@ -128,7 +128,7 @@ def measure(a):
     "Patches a second of one way, over whole rounds of its queue"
     make = {'fastmed':from_fastmed, 'bare 0':lambda a: from_bare(a, 0), 'bare 2':lambda a: from_bare(a, workers),
             'torchio':from_torchio, 'torchio stored':from_torchio_stored, 'monai':from_monai}
-    round_ = a.queue if a.one.startswith('torchio') else a.per_volume*workers if a.one=='monai' else 4*bs
+    round_ = {'monai':a.per_volume*workers, 'torchio':a.queue, 'torchio stored':a.queue}.get(a.one, 4*bs)
     it = make[a.one](a)
     def go(n):
         k = 0

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from common import here, keep, quiet, wait
 
+import fastmed.all as fm
+
 shapes = {3:dict(nf=16, patch=(40,56,40), bs=4), 2:dict(nf=32, patch=(56,40), bs=32)}
 
 # ---- a step
@@ -76,7 +78,7 @@ class Crops:
             x,y = x.squeeze(a),y.squeeze(a)
         return x[:,None],y
 
-def turn(x, y, rotate=math.radians(15), scale=.25, contrast=.25, noise=.1):
+def turn(x, y, rotate=math.pi/12, scale=.25, contrast=.25, noise=.1):
     "Rotation and scale by one grid, contrast and noise, for 2D and 3D"
     n,nd = len(x),x.ndim-2
     u = lambda *s: torch.rand(*s, device=x.device)*2-1
@@ -117,70 +119,60 @@ def bare(net, crops, updates, lr=3e-3, bf16=True, device='cpu'):
         opt.zero_grad()
 
 # ---- the same through fastmed
+def held_cases(ds):
+    "Cases in memory, as the bare loop wants them: image, mask, voxels of structures"
+    for i in range(len(ds)):
+        x,y = (t.as_subclass(torch.Tensor).numpy() for t in ds[i])
+        yield x[0].copy(),y.astype(np.int64),np.argwhere(y)
+
+def seconds_of_fit(dls, warm, device):
+    "One epoch through fastmed without validation; `warm`: three updates alone"
+    class NoValidation(fm.Callback):
+        def before_validate(self): raise fm.CancelValidException()
+    class Stop(fm.Callback):
+        def after_batch(self):
+            if self.iter==2: raise fm.CancelFitException()
+    learn = (fm.unet3d_learner if dls.plan.ndim==3 else fm.unet2d_learner)(dls, cbs=NoValidation())
+    t0 = time.perf_counter()
+    with quiet(): learn.fit_one_cycle(1, 3e-3, cbs=Stop() if warm else None)
+    wait(device)
+    seconds = time.perf_counter()-t0
+    assert warm or len(learn.recorder.losses)==len(dls.train)
+    return seconds
+
+def seconds_of_loop(dls, crops, warm, device):
+    "As many updates of the bare loop"
+    plan = dls.plan
+    net = fm.UNet(1, len(dls.codes), ndim=plan.ndim, nf=plan.nf, strides=plan.strides, depth=plan.depth)
+    t0 = time.perf_counter()
+    bare(net, crops, 3 if warm else len(dls.train), bf16=fm.has_bf16(device), device=device)
+    wait(device)
+    return time.perf_counter()-t0
+
 def fit(ndim, repeats, n_cases=None, samples='auto', device='cpu'):
     from hippocampus import cases
-
-    from fastmed.all import (
-        Callback,
-        CancelFitException,
-        CancelValidException,
-        DiceCELoss,
-        SliceDataLoaders,
-        UNet,
-        VolumeDataLoaders,
-        has_bf16,
-        set_seed,
-        unet2d_learner,
-        unet3d_learner,
-    )
     df = cases()
     if n_cases: df = df.groupby('valid').head(n_cases).reset_index(drop=True)
     df.attrs['codes'] = ['background','anterior','posterior']
-    set_seed(0)
+    fm.set_seed(0)
     with quiet():
-        dls = (VolumeDataLoaders if ndim==3 else SliceDataLoaders).from_df(df, valid_col='valid',
-                samples_per_case=samples, device=device)
-    plan,updates = dls.plan,len(dls.train)
-
-    class NoValidation(Callback):
-        def before_validate(self): raise CancelValidException()
-    class Stop(Callback):
-        def after_batch(self):
-            if self.iter==2: raise CancelFitException()
-    def learner(): return (unet3d_learner if ndim==3 else unet2d_learner)(dls, cbs=NoValidation())
-
-    held = []
-    for i in range(len(dls.train_ds)):
-        x,y = (t.as_subclass(torch.Tensor).numpy() for t in dls.train_ds[i])
-        held.append((x[0].copy(), y.astype(np.int64), np.argwhere(y)))
-    crops = Crops(held, plan.patch, dls.train.bs)
+        dls = (fm.VolumeDataLoaders if ndim==3 else fm.SliceDataLoaders).from_df(
+            df, valid_col='valid', samples_per_case=samples, device=device)
+    plan = dls.plan
+    crops = Crops(list(held_cases(dls.train_ds)), plan.patch, dls.train.bs)
     a,b = torch.randn(2,3,8,8),torch.randint(0,3,(2,8,8))
-    assert abs(DiceCELoss()(a,b)-dice_ce(a,b))<1e-5, 'the two losses differ'
-
-    def ours(warm=False):
-        learn = learner()
-        t0 = time.perf_counter()
-        with quiet(): learn.fit_one_cycle(1, 3e-3, cbs=Stop() if warm else None)
-        wait(device)
-        s = time.perf_counter()-t0
-        assert warm or len(learn.recorder.losses)==updates
-        return s
-    def theirs(warm=False):
-        net = UNet(1, len(dls.codes), ndim=ndim, nf=plan.nf, strides=plan.strides, depth=plan.depth)
-        t0 = time.perf_counter()
-        bare(net, crops, 3 if warm else updates, bf16=has_bf16(device), device=device)
-        wait(device)
-        return time.perf_counter()-t0
-    ours(True)
-    theirs(True)
-    took = dict(fastmed=[], bare=[])
+    assert abs(fm.DiceCELoss()(a,b)-dice_ce(a,b))<1e-5, 'the two losses differ'
+    ways = dict(fastmed=lambda warm: seconds_of_fit(dls, warm, device),
+                bare=lambda warm: seconds_of_loop(dls, crops, warm, device))
+    for f in ways.values(): f(True)
+    took = {k:[] for k in ways}
     for i in range(repeats):
-        for k,f in ((('fastmed',ours),('bare',theirs)))[::1 if i%2==0 else -1]: took[k].append(f())
-    return dict(what='fit', ndim=ndim, batch='×'.join(map(str, (dls.train.bs,*plan.patch))), nf=plan.nf, n=updates,
-                repeats=repeats,
+        for k in list(ways)[::1 if i%2==0 else -1]: took[k].append(ways[k](False))
+    return dict(what='fit', ndim=ndim, batch='×'.join(map(str, (dls.train.bs,*plan.patch))), nf=plan.nf,
+                n=len(dls.train), repeats=repeats,
                 **{f'{k}_s':' '.join(f'{o:.1f}' for o in v) for k,v in took.items()},
-            ratio=round(sum(took['fastmed'])/sum(took['bare']), 3),
-            ratio_min=round(min(took['fastmed'])/min(took['bare']), 3))
+                ratio=round(sum(took['fastmed'])/sum(took['bare']), 3),
+                ratio_min=round(min(took['fastmed'])/min(took['bare']), 3))
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

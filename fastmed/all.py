@@ -3,11 +3,11 @@ from fastai.vision.all import *
 from fastmed.core import *
 from fastmed.plot import *
 from fastmed.io.guard import *
-from fastmed.io.archive import *
-from fastmed.io.nifti import *
+from fastmed.io.headers import *
 from fastmed.io.frames import *
+from fastmed.io.formats import *
+from fastmed.io.series import *
 from fastmed.io.dicom import *
-from fastmed.io.dicomseg import *
 from fastmed.io.volumes import *
 from fastmed.metrics.masks import *
 from fastmed.metrics.stats import *
@@ -38,6 +38,7 @@ from fastmed.models.encoders import *
 from fastmed.models.classifiers import *
 from fastmed.predict.tta import *
 from fastmed.predict.memory import *
+from fastmed.predict.windows import *
 from fastmed.predict.predict import *
 from fastmed.learn.losses import *
 from fastmed.learn.callbacks import *

@@ -137,7 +137,7 @@ BAD = (
 ('a mask of a classifier', "classifier_learner(DY(), 'small_resnet').predict_volume(IM)", ValueError, 'labels alone'),
 ('point that is none', "classifier_learner(DY(), 'small_resnet').evaluate(point='best')", ValueError, 'youden'),
 ('looks below one', "classifier_learner(DY(), 'small_resnet').predict(IM, tta=0)", ValueError, 'tta'),
-('three classes to an area', "roc_auc([0,1,2], [.1,.2,.3])", ValueError, '0 and 1'),
+('three classes to an area', "roc_auc([0,1,2], [.1,.2,.3])", ValueError, '0 or 1'),
 ('subjects too few for the scores', "scores_interval('category', [0,1], [0,1], [[.5,.5],[.5,.5]], groups=['a'])",
  ValueError, 'group'),
 # radiographs

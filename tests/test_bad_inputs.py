@@ -60,7 +60,6 @@ def world(study, learner, tmp_path):
 
 @pytest.mark.parametrize('what,code,kind,words', BAD, ids=[b[0] for b in BAD])
 def test_bad_input(world, what, code, kind, words):
-    before = set(world['T'].rglob('*'))
     with pytest.raises(kind) as e: eval(code, {}, world)
     msg = str(e.value)
     assert what.startswith(('shell','argument that nobody')) or isinstance(e.value,

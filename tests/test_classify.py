@@ -66,6 +66,49 @@ def test_interval_covers_and_knows_subjects():
     c = scores_interval('category', [0,1], np.r_[t,t,t], np.c_[-x,x][np.r_[0:120,0:120,0:120]], n_boot=300)
     assert c.loc['roc_auc','high']-c.loc['roc_auc','low']<.75*(b.loc['roc_auc','high']-b.loc['roc_auc','low'])
 
+def label_cases(task, rng):
+    "Forty random cases of a task: vocab, targets, predictions"
+    if task=='regression':
+        y = rng.normal(size=(40,2))
+        return ['x','z'],y,y+rng.normal(size=(40,2))
+    if task=='multi': return list('abc'),(rng.random((40,3))<.4).astype(float),rng.random((40,3)).round(1)
+    vocab = list('ab') if task=='two' else list('abc')
+    return vocab,rng.integers(len(vocab), size=40),rng.dirichlet(np.ones(len(vocab)), 40).round(1)
+
+@pytest.mark.parametrize('task', ['two','category','multi','regression'])
+def test_statistics_are_the_scores_of_the_drawn_rows(task):
+    "Weights that say how often a case was drawn, and the drawn rows themselves, also where a class was not drawn"
+    from fastmed.metrics.scores import label_statistics
+    rng = np.random.default_rng(0)
+    vocab,y,p = label_cases(task, rng)
+    name = 'category' if task=='two' else task
+    stats = label_statistics(name, vocab, y, p)
+    for n in (40,40,3,2,1):
+        rows = rng.integers(40, size=n)
+        weights = np.bincount(rows, minlength=40)[None].astype(float)
+        expected = label_scores(name, vocab, y[rows], p[rows])
+        found = {key:float(stat(weights)[0]) for key,stat in stats.items()}
+        assert list(found)==list(expected)
+        assert np.allclose(list(found.values()), list(expected.values()), equal_nan=True)
+
+def test_r2_of_targets_that_are_alike_is_nan():
+    "Rounding of their mean is no variance, neither in the sample nor in a draw of one subject"
+    assert np.isnan(r_squared([.1]*3, [.2]*3))
+    y = np.array([50.1]*3+[61.3]*3)
+    p = y+[1,-2,1,.5,2,-1]
+    r = scores_interval('regression', ['age'], y[:,None], p[:,None], groups=list('aaabbb')).loc['r2']
+    assert .9<r.low<=r.value<=r.high<=1
+
+def test_a_rule_chooses_its_point_once():
+    "On all cases, not in each draw, for findings too; where it lacks a class there is no rate"
+    rng = np.random.default_rng(0)
+    y = (rng.random((60,2))<.4).astype(float)
+    p = .4*y+.6*rng.random((60,2))
+    by_rule = scores_interval('multi', ['a','b'], y, p, point='youden', n_boot=50).query("of=='a'")
+    given = scores_interval('multi', ['a','b'], y, p, point=choose_point(y[:,0], p[:,0], 'youden'), n_boot=50).query("of=='a'")
+    assert by_rule.equals(given)
+    assert np.isnan(sensitivity_specificity([1,1], [.2,.9], 'youden')).all()
+
 # ---- losses
 
 def test_losses():
@@ -358,6 +401,24 @@ def test_encoder_goes_from_task_to_task(cases, tmp_path):
 
 # ---- radiographs
 
+@pytest.mark.parametrize('spoil', [lambda b: bytes(len(b)), lambda b: b[:-40], lambda b: b[:300]+bytes(60)+b[360:],
+                                   lambda b: b''])
+def test_a_picture_of_the_cache_that_was_changed_is_decoded_again(tmp_path, spoil):
+    "Zeros, a part, or other pixels in its place are not trained on"
+    from PIL import Image
+
+    from fastmed.data.radiographs import LoadRadiograph, RadiographPrep
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40,40), dtype=np.uint8)).save(tmp_path/'a.png')
+    load = LoadRadiograph(RadiographPrep(32), tmp_path/'s').build([tmp_path/'a.png'])
+    was,entry = load.encodes(tmp_path/'a.png').clone(),load.entry(tmp_path/'a.png')
+    assert float(was.std())>.5
+    entry.write_bytes(spoil(entry.read_bytes()))
+    again = LoadRadiograph(RadiographPrep(32), tmp_path/'s')
+    assert torch.equal(again.encodes(tmp_path/'a.png'), was)
+    whole = again.build([tmp_path/'a.png']).entry(tmp_path/'a.png').read_bytes()
+    new = LoadRadiograph(RadiographPrep(32), tmp_path/'s')
+    assert torch.equal(new.encodes(tmp_path/'a.png'), was) and len(whole)>2000
+
 def test_radiograph_learner(tmp_path):
     rng,rows = np.random.default_rng(0),[]
     for i in range(32):
@@ -490,3 +551,15 @@ def test_command_line_answers_for_cases(measured, shapes, tmp_path, capsys):
                 *([str(tmp_path/'x')] if words[0]=='predict' else []), *words[1:]])==2
         err = capsys.readouterr().err
         assert 'answers for cases' in err and not (tmp_path/'x').exists()
+
+@pytest.mark.parametrize('cell', ('x|q', 'x,y', None))
+def test_findings_that_nobody_knows_are_errors(cell, tmp_path):
+    "They counted as not there: the target was 0, and the status ok"
+    df = pd.DataFrame([write_case(tmp_path, f'c{i}', seed=i) for i in range(4)])
+    df = df.assign(finds=['x|y','x','','y'], v=[0,0,0,1])
+    dls = VolumeDataLoaders.from_df(df, tmp_path, label_col='finds', label_delim='|', valid_col='v', size=16,
+                                    cache=tmp_path/'s', **QUIET)
+    learn = classifier_learner(dls, 'small_resnet')
+    res = learn.evaluate(df.assign(finds=['x|y','x','',cell]))
+    assert res.status[3].startswith("error: case 'c3'") and (res.status[:3]=='ok').all()
+    assert res.target_x[:3].tolist()==[1,1,0]

@@ -327,6 +327,7 @@ def forgotten(runs, name):
     for f in [runs/name, *runs.glob('*/run.json')]:
         facts = json.loads(f.read_text())
         assert facts.pop('files')
+        for k in ('sums','seal'): facts.pop(k, None)
         f.write_text(json.dumps(facts))
 
 def test_finished_runs_do_not_stand_for_a_corrected_mask(study, whole, tmp_path):
@@ -475,3 +476,31 @@ def test_report_needs_no_network(whole, tmp_path):
     page = fn.read_text(encoding='utf-8')
     assert 'https:' not in page and 'http:' not in page and '<script' not in page and page.count('data:image/png')>=5
     for word in ('Thicker slices','What it costs','Remedies','Method','staircase'): assert word in page
+
+def _edited(name, edit):
+    def go(run):
+        t = pd.read_csv(run/name)
+        edit(t).to_csv(run/name, index=False)
+    return go
+
+def _other_cost(run):
+    notes = json.loads((run/'run.json').read_text())
+    (run/'run.json').write_text(json.dumps(dict(notes, cost=dict(notes['cost'], predict_s=0.))))
+
+@pytest.mark.parametrize('name,doctor,ask', [
+    ('results.csv', _edited('results.csv', lambda t: t.assign(dice=.99)), lambda c: c.summary()),
+    ('results.csv', _edited('results.csv', lambda t: t.assign(dice=float('nan'))), lambda c: c.results),
+    ('results.csv', _edited('results.csv', lambda t: t.assign(subject='one')), lambda c: c.paired()),
+    ('results.csv', _edited('results.csv', lambda t: t.drop(columns='dice')), lambda c: c.best()),
+    ('slices.csv', _edited('slices.csv', lambda t: t[t.case!=t.case[0]]), lambda c: c.slices),
+    ('remedied.csv', _edited('remedied.csv', lambda t: t.assign(dice=3.)), lambda c: c.remedied),
+    ('model.safetensors', lambda run: shutil.copy(run.parent/'2D, fold 0, seed 0/model.safetensors', run),
+     lambda c: c.learner('3D')),
+    ('run.json', _other_cost, lambda c: c.cost)])
+def test_what_a_finished_run_did_not_write_is_noticed(study, whole, tmp_path, name, doctor, ask):
+    "Scores or a model that somebody put in the place of those of a run do not stand for it"
+    c = make(study, tmp_path)
+    shutil.copytree(whole.path, c.path)
+    ask(c)
+    doctor(c.path/'3D, fold 0, seed 0')
+    with pytest.raises(ValueError, match=f'3D, fold 0, seed 0/{name}'): ask(c)

@@ -137,7 +137,7 @@ def marker(vr):
 def plant(ds, skip):
     """Every element of the standard that `ds` has not, in the groups that describe patient, study, series, equipment
     and image"""
-    for tag,(vr,vm,name,retired,keyword) in DicomDictionary.items():
+    for tag,(vr,_vm,_name,_retired,keyword) in DicomDictionary.items():
         if tag>>16 not in (0x0008,0x0010,0x0012,0x0018,0x0020,0x0032,0x0038,0x0040,0x0054,0x0088,0x0400,
                            0x4008) or not keyword or keyword in skip or keyword in ds:
             continue

@@ -40,6 +40,7 @@ from fastmed.all import (
     untar_data,
     whole_file,
 )
+from fastmed.core import whole_folder
 
 
 @contextlib.contextmanager
@@ -75,7 +76,7 @@ def read_only(path):
     "The disk, not to be written; root would pass by the permissions of a folder"
     def go(how):
         # a file that is just being closed keeps the disk busy
-        for k in range(50):
+        for _k in range(50):
             r = subprocess.run(['mount','-o',f'remount,{how}',str(path)], capture_output=True, text=True)
             if not r.returncode: return
             gc.collect()
@@ -109,7 +110,7 @@ def web(tmp_path_factory):
 
 NOISE = np.random.default_rng(0).normal(size=(40,40,40)).astype(np.float32)
 
-def writers(learner, scans, web):    # a table
+def writers(learner, scans, web):    # a table  # noqa: PLR0915
     "name → (function of a folder that writes there, what the error must name)"
     p,df = scans
     ims = [str(p/o) for o in df.image]
@@ -263,6 +264,17 @@ def test_larger_than_allowed(tmp_path):
             f.write(bytes(10**5))
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert e.value.errno==errno.EFBIG and not list(tmp_path.iterdir())
+
+def test_larger_than_allowed_by_numpy(tmp_path):
+    "Which does not say why its bytes were not written"
+    resource = pytest.importorskip('resource')
+    soft,hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+        with pytest.raises(FileError, match='could not be written: it would be larger') as e, \
+             whole_folder(tmp_path/'a') as d: np.save(d/'data.npy', NOISE)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert e.value.errno==errno.EFBIG
 
 def test_read_only_stores_serve(small, scans):
     "A store and a download that are whole are read from a read-only disk"

@@ -16,7 +16,6 @@ for _n in [n for n in globals() if n.startswith('test')]:
 from phantoms import shaken
 
 
-
 def made(name, **kwargs):
     import timm  # noqa: F401
     torch.manual_seed(0)
@@ -350,6 +349,32 @@ def test_nnssl(tmp_path):
         with pytest.raises(InputError, match='none of its'):
             create_encoder('ResEnc', 1, 3, pretrained=tmp_path/'mae.pth', **{**dict(width=4, blocks=(1,2,1)), **kw})
     with pytest.raises(InputError, match='none of its'): load_weights(UNet(1, 3, nf=4, depth=3), tmp_path/'mae.pth')
+
+@pytest.mark.parametrize('spoilt,says', [
+    (lambda t: t*float('nan'), 'NaN or infinity'), (lambda t: t+float('inf'), 'NaN or infinity'),
+    (lambda t: t.to(torch.complex64), 'complex64'), (lambda t: t.to(torch.int16), 'int16'),
+    (lambda t: t.to_sparse(), 'sparse')])
+def test_what_are_no_weights_is_not_loaded(tmp_path, spoilt, says):
+    "NaN, numbers that would be rounded or lose a part: refused by the name of the tensor, and the network is as it was"
+    from safetensors.torch import save
+    net = UNet(1, 2, nf=4, depth=2)
+    was = {k:v.clone() for k,v in net.state_dict().items()}
+    torch.save({k:spoilt(v) for k,v in was.items()}, tmp_path/'w.pth')
+    with pytest.raises(FileError, match=rf'w.pth: .*{says}'): load_weights(net, tmp_path/'w.pth')
+    enc = {k.removeprefix('encoder.'):spoilt(v) for k,v in was.items() if k.startswith('encoder.')}
+    if says not in ('sparse','complex64'):
+        (tmp_path/'e.safetensors').write_bytes(save(enc, {'fastmed_encoder':'{"what": "x"}'}))
+        with pytest.raises(FileError, match=rf'e.safetensors: .*{says}'): load_encoder(net, tmp_path/'e.safetensors')
+    assert all(torch.equal(v, was[k]) for k,v in net.state_dict().items())
+
+@pytest.mark.parametrize('line', ['{', '['*100_000, '[]', '{}', '7'])
+def test_an_odd_line_of_an_encoder(tmp_path, line):
+    from safetensors.torch import save
+    (tmp_path/'e.safetensors').write_bytes(save({'a':torch.zeros(1)}, {'fastmed_encoder':line}))
+    (tmp_path/'none.pth').write_bytes(b'')
+    net = UNet(1, 2, nf=4, depth=2)
+    with pytest.raises(FileError, match='e.safetensors: its line'): load_encoder(net, tmp_path/'e.safetensors')
+    with pytest.raises(FileError, match='none.pth: no weights'): load_weights(net, tmp_path/'none.pth')
 
 def test_files_that_are_refused(tmp_path):
     net = UNet(1, 2, ndim=2, nf=4, depth=2)

@@ -218,3 +218,30 @@ def test_a_study_names_the_run(study, tmp_path):
                       patch=16, bs=2, nf=4, depth=2, cache=tmp_path/'s', num_workers=0, device='cpu')
     with pytest.raises(InputError, match=r"run 'high, fold \d.*epoch \d+, batch \d+.*case"): comp.run()
     assert comp.plan[comp.plan.arm=='good'].done.any() and not comp.plan[comp.plan.arm=='high'].done.any()
+
+class PoisonBatch(Callback):
+    "One batch of training is NaN or infinite"
+    order = -1
+    def __init__(self, epoch, batch, value=float('nan')): self.at,self.value = (epoch,batch),value
+    def before_batch(self):
+        if self.training and (self.epoch,self.iter)==self.at: self.learn.xb = (torch.full_like(self.xb[0], self.value),)
+
+@pytest.mark.parametrize('batch,value', [(0, float('nan')), (1, float('inf'))])
+def test_batch_norms_learn_nothing_from_a_batch_that_is_no_number(study, tmp_path, batch, value):
+    "Their running averages are changed on the way forward: they are put back, and the batch itself is named"
+    df = study[1].assign(kind=[o%2 for o in range(len(study[1]))])
+    dls = VolumeDataLoaders.from_df(df, study[0], label_col='kind', spacing=2.5, bs=2, num_workers=0, device='cpu',
+                                    cache=tmp_path/'s')
+    for ends in ([], [TerminateOnNaNCallback()]):
+        set_seed(3, reproducible=True)
+        learn,seen = classifier_learner(dls, 'resnet18', path=tmp_path),[]
+        class Watch(Callback):
+            order = -2
+            def before_batch(self):
+                if self.training: seen.append({k:v.clone() for k,v in self.model.state_dict().items()})
+        cbs = [PoisonBatch(0, batch, value), Watch(), *ends]
+        says = rf'epoch 0, batch {batch} \(both counted from 0\), .*: the loss is nan'
+        with (pytest.warns(UserWarning, match=says) if ends else pytest.raises(InputError, match=says)):
+            train(learn, cbs=cbs)
+        assert len(seen)==batch+1
+        assert all(torch.equal(v, seen[-1][k]) for k,v in learn.model.state_dict().items())

@@ -28,6 +28,8 @@ from fastmed.all import (
 from fastmed.data.radiographs import RadiographDataLoaders
 from fastmed.learn.classify import classifier_learner
 from fastmed.metrics.curves import *
+from fastmed.metrics.scores import ap_stat, area_under, auc_stat
+from fastmed.metrics.stats import *
 from fastmed.study.gradcam import *
 from fastmed.study.interpret import *
 
@@ -113,7 +115,7 @@ def test_confounding_splits_the_area(rows):
     assert np.nansum((a.auc*a.pairs)[['within levels','between levels']])==pytest.approx(a.auc['pooled']
             *a.pairs['pooled'])
     assert c.counts.values.sum()==len(y) and .5<=a.auc['confounder alone']<=1
-    for k,r in c.within.iterrows():
+    for _k,r in c.within.iterrows():
         assert np.isnan(r.auc)==(r.positive in (0,r.n)) and (not np.isnan(r.auc) or 'only' in r.note)
 
 def test_subgroups_keep_the_small_and_the_missing():
@@ -301,7 +303,7 @@ def test_interpret_a_slice_classifier_counts_cases(volumes, tmp_path):
 
 def test_cam_points_at_the_ball_in_the_scans_own_space(learn3, volumes):
     path,df = volumes
-    hits,dist = [],[]
+    hits = []
     for i in range(41, 60, 2):
         cam = grad_cam(learn3, df.drop(columns='centre').iloc[i], 'yes', space='scan')
         own = nib.load(path/df.image[i])

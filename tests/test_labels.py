@@ -148,7 +148,7 @@ def test_item_does_not_reach_the_store(cases):
 RAMP = np.tile(np.linspace(1000, 5000, 64).astype(np.uint16), (32,1))
 
 def dicom(fn, a, photometric, window=None, slope=None, bits=None, signed=False):
-    pydicom = pytest.importorskip('pydicom')
+    pytest.importorskip('pydicom')
     from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, generate_uid
     m = FileMetaDataset()
@@ -289,7 +289,6 @@ def test_radiographs_from_folder(chests, tmp_path):
 def test_augmentation_leaves_validation_alone_and_moves_training(chests, tmp_path):
     path,df = chests
     dls = RadiographDataLoaders.from_df(df, path, size=32, bs=4, cache=tmp_path, **QUIET)
-    tf = dls.valid.after_batch
     b = dls.valid.one_batch()
     assert torch.equal(b[0], dls.valid.one_batch()[0])
     raw = torch.stack([dls.valid_ds[i][0] for i in range(len(b[0]))])

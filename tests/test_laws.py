@@ -256,7 +256,6 @@ def test_law_3_learner_uses_each_argument(loaders, tmp_path, weights):
     make = lambda **k: unet3d_learner(loaders[3], **{**dict(nf=4, depth=2), **k})
     torch.save(weights[3], tmp_path/'w.pth')
     class Mine(Callback): pass
-    split = lambda m: [list(m.parameters())]
     used = dict(arch=lambda: isinstance(unet3d_learner(loaders[3], Nearest).model, Nearest),
                 loss_func=lambda: isinstance(make(loss_func=FocalLoss()).loss_func, FocalLoss),
         metrics=lambda: [m.name for m in make(metrics=DiceScore(1,'one')).metrics]==['one'],
@@ -275,7 +274,7 @@ def test_law_3_learner_uses_each_argument(loaders, tmp_path, weights):
     for k,f in used.items(): assert f(), f'unet3d_learner accepts {k} and does nothing with it'
     dls = VolumeDataLoaders(*loaders[3].loaders, path=loaders[3].path, device='cpu')
     with pytest.raises(ValueError, match='n_out=1'): unet3d_learner(dls, n_out=1)
-    assert unet3d_learner(dls, nf=4, depth=2, n_out=5).model.n_out==5
+    assert unet3d_learner(dls, nf=4, depth=2, n_out=5, loss_func=FocalLoss()).model.n_out==5
     known = set(inspect.signature(Learner.__init__).parameters)-{'self','dls','model','loss_func','metrics','splitter'}
     assert known<=set(used), f'no check for {known-set(used)}'
 
@@ -356,7 +355,7 @@ def test_law_4_unlike_grids_name_both_files(study, exact, tmp_path, how):
     block = DataBlock((VolumeBlock, VolumeMaskBlock(CODES)), get_x=CaseFiles('image', tmp_path),
             get_y=CaseFiles('mask', tmp_path), splitter=IndexSplitter([0]), item_tfms=PatchTransform((8,8,8)))
     with pytest.raises(ValueError) as e:
-        for b in block.dataloaders(df, bs=1, **QUIET).train: pass
+        for _b in block.dataloaders(df, bs=1, **QUIET).train: pass
     check(e)
     with pytest.raises(ValueError) as e:
         exact(3).evaluate(df[3:].assign(image=str(tmp_path/bad['image']), mask=str(tmp_path/bad['mask'])))
@@ -901,7 +900,7 @@ def test_law_9_in_a_worker_too(study, tmp_path):
     block = DataBlock((VolumeBlock, VolumeMaskBlock(CODES)), get_x=CaseFiles('image', tmp_path),
             get_y=CaseFiles('mask', tmp_path), splitter=IndexSplitter([0]), item_tfms=PatchTransform((8,8,8)))
     with pytest.raises(ValueError, match=r'bad\.nii.*\[90, 180\]'):
-        for b in block.dataloaders(df, bs=1, device='cpu', num_workers=1).train: pass
+        for _b in block.dataloaders(df, bs=1, device='cpu', num_workers=1).train: pass
 
 # ---- 10
 
@@ -943,7 +942,7 @@ def test_law_10_fast_gradients_are_the_gradients(study, tmp_path, patch, kw):
             learn = unet3d_learner(dls, **kw, fast=fast)
             m = learn.model.eval()                                               # no dropout, and no drift
             if fast: m.load_state_dict(state)
-            else: state = {k:v.clone() for k,v in m.state_dict().items()}
+            else: state = {k:v.clone() for k,v in m.state_dict().items()}  # noqa: F841, used in the second pass
             m.zero_grad()
             learn.loss_func(m(x.as_subclass(Tensor)), y).backward()
             g = {k:p.grad.flatten().clone() for k,p in m.named_parameters() if p.grad is not None and p.ndim>1}
@@ -986,7 +985,7 @@ def test_law_10_random_item_transforms_too(study, tmp_path):
 
 def test_law_10_epochs_differ_and_validation_does_not(loaders):
     "The draw of training patches is new in each epoch; that of validation patches is not."
-    tr,va = loaders[3].train.new(shuffle=False, batch_tfms=None, drop_last=False),loaders[3].valid
+    tr,va = loaders[3].train.new(shuffle=False, batch_tfms=None, drop_last=False, random=True),loaders[3].valid
     first = lambda dl: torch.cat([b[0].as_subclass(Tensor) for b in dl])
     tr.after_batch.fs.clear() if hasattr(tr.after_batch.fs, 'clear') else None
     assert torch.equal(first(va), first(va)) and not torch.equal(first(tr), first(tr))

@@ -29,10 +29,11 @@ from PIL import Image
 from torch import nn
 
 from fastmed.core import InputError
-from fastmed.data.blocks import CaseFiles, PatchDL, VolumeBlock, VolumeMaskBlock, whole_plan
+from fastmed.data.blocks import CaseFiles, PatchDL, VolumeBlock, VolumeMaskBlock
 from fastmed.data.labels import GroupSplitter
 from fastmed.data.loaders import SliceDataLoaders, VolumeDataLoaders
 from fastmed.data.radiographs import RadiographBlock, RadiographPrep
+from fastmed.data.recipe import whole_plan
 from fastmed.data.transforms import PatchTransform, WholeTransform
 from fastmed.learn.callbacks import DiceCallback, PictureCallback, TensorBoardVolumes
 from fastmed.learn.classify import classifier_learner, regression_learner
@@ -101,6 +102,12 @@ def test_weighted_dataloaders_of_ready_dls(cases, cache):
     assert {i%n for i in w.train.get_idxs()}=={0} and w.one_batch()[0].shape==dls.one_batch()[0].shape
     assert len(dls.partial_dataloaders(2).train)==1
     with pytest.raises(InputError, match='training cases'): dls.weighted_dataloaders([1.])
+
+def test_weights_on_one_side_of_a_split_are_refused():
+    "Ready DataLoaders of radiographs ended in an IndexError of pandas"
+    dls = Datasets(list(range(8)), [[lambda o: o]], splits=[[0,1,2,3],[4,5,6,7]]).dataloaders(bs=2)
+    with pytest.raises(InputError, match='one side of a split'): dls.weighted_dataloaders([1,1,1,1])
+    with pytest.raises(InputError, match='one side of a split'): dls.partial_dataloaders(2)
 
 def test_weighted_dataloaders_of_others_stay_fastais():
     dls = Datasets(list(range(8)), [[lambda o: o]], splits=[[0,1,2,3],[4,5,6,7]]).weighted_dataloaders([1,1,1,1], bs=2)
@@ -251,7 +258,7 @@ def test_losses_of_fastais_inside_ones_own_keep_the_axes_of_a_volume():
     logits,mask = torch.randn(2,3,4,5,6),torch.randint(0,3,(2,4,5,6))
     flat = CrossEntropyLossFlat(axis=1)
     assert float(as_loss(lambda p,t: flat(p, t))(logits, mask))==pytest.approx(float(F.cross_entropy(logits, mask)))
-    with pytest.raises(Exception): CrossEntropyLossFlat(axis=1)(logits, mask[:,:3])
+    with pytest.raises(Exception): CrossEntropyLossFlat(axis=1)(logits, mask[:,:3])  # noqa: B017
 
 def test_a_loss_put_in_by_hand_is_made_ready(cases):
     learn = patch_learner(cases)

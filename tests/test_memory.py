@@ -18,6 +18,7 @@ from fastmed.all import (
     memory_estimate,
     memory_parts,
 )
+from fastmed.io.guard import _Group
 
 
 def fit(l, *cbs):
@@ -71,9 +72,9 @@ def test_a_prediction_that_cannot_fit(learner, monkeypatch):
 
 def test_free_memory_obeys_the_group(monkeypatch):
     assert 0<free_memory('cpu')<2**50
-    monkeypatch.setattr('fastmed.io.guard._control_groups', lambda: [('most','used','stat','inactive_file')])
-    monkeypatch.setattr('fastmed.io.guard._kernel_number', lambda fn, key=None: dict(most=20000, used=8000,
-                        stat=345).get(fn))
+    monkeypatch.setattr('fastmed.io.guard._control_groups', lambda: [_Group('', 'most', 'used', 'spare')])
+    monkeypatch.setattr('fastmed.io.guard._kernel_number', lambda fn, key=None: {'most':20000, 'used':8000,
+                        'memory.stat':345}.get(str(fn)))
     assert free_memory('cpu')==12345
 
 @pytest.mark.parametrize('error',

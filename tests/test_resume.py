@@ -234,7 +234,6 @@ def test_what_was_done_is_seen_by_no_other_callback(study, tmp_path):
 def test_looking_does_not_end_a_fit(study, tmp_path):
     "`validate`, `get_preds` and `lr_find` between the kill and the call that goes on leave file and weights alone"
     path,df = study
-    whole = fit(make(path, df, tmp_path/'a'), 1)
     l = make(path, df, tmp_path/'b')
     cb = ResumeCallback('r.pth', 1)
     l.add_cb(cb)

@@ -260,10 +260,10 @@ def opened(monkeypatch):
 def odd_study(path):
     "Ten small scans, of which one has a label of its own, one NaN, and one a mask of another place"
     df = small_study(path, 10)
-    def change(fn, f, affine=np.eye(4)):
+    def change(fn, f, affine=None):
         a = np.asarray(nib.load(fn).dataobj).copy()
         f(a)
-        nib.save(nib.Nifti1Image(a, affine), fn)
+        nib.save(nib.Nifti1Image(a, np.eye(4) if affine is None else affine), fn)
     def put(v): return lambda a: a.__setitem__((0,0,0), v)
     change(df['mask'][2], put(9))
     change(df.image[4], put(np.nan))

@@ -419,6 +419,15 @@ def test_forgery_is_a_fair_test(saved, scan, tmp_path):
     (tmp_path/'same').write_bytes(forge(saved[1].read_bytes()))
     assert same_bits(load_model(tmp_path/'same', 'cpu').predict_volume(scan), saved[0].predict_volume(scan))
 
+def infinite(*keys):
+    "A number that JSON writes in digits and Python reads as infinity"
+    def f(m):
+        put('@', *keys)(m)
+        return json.dumps(m).replace('"@"', '1e999')
+    return f
+
+def ct_stats(stats): return lambda m: m['preprocess'].update(normalize='ct', stats=stats)
+
 ARGS = ('network','args','dict')
 FORGED = dict(
     newer=(put(4, 'format'), 'newer fastmed'),
@@ -442,7 +451,20 @@ FORGED = dict(
         'normalize'), drift=(lambda m: put([o*1.01+.01 for o in m['echo']], 'echo')(m), 'answers otherwise'),
         nothing=(lambda m: '{}', 'format and a sum'),
     nested=(lambda m: '['*100_000, 'JSON'), no_dict=(lambda m: json.dumps([m['sha256']]), 'format and a sum'),
-        no_sum=(put('', 'sha256'), None))
+        no_sum=(put('', 'sha256'), None),
+    infinite_echo=(infinite('echo', 0), 'JSON'), infinite_share=(infinite('foreground'), 'JSON'),
+    infinite_spacing=(infinite('preprocess', 'spacing', 0), 'JSON'),
+    spacing=(put([1e300]*3, 'preprocess', 'spacing'), 'spacing: expected three sizes'),
+    orientation=(put('XYZ', 'preprocess', 'orientation'), "orientation: expected an order of the axes such as 'RAS'"),
+    orientation2=(put('RRR', 'preprocess', 'orientation'), 'orientation: expected'),
+    orientation3=(put(7, 'preprocess', 'orientation'), 'orientation: expected'),
+    stats=(ct_stats([{}]), 'stats: expected'),
+    stats2=(ct_stats([dict(lo=0, hi=1, mean=.5, std=-1)]), 'stats: expected'),
+    stats3=(ct_stats(None), 'not fitted'), stats4=(ct_stats('abc'), 'stats: expected'),
+    auto=(put('auto', 'preprocess', 'spacing'), 'not fitted'),
+    channels=(put(['zscore']*9, 'preprocess', 'normalize'), '9 normalisations'),
+    half=(put({'tuple':[16.5,16,16]}, 'plan', 'dict', 'patch'), 'plan of slices or volumes'),
+    escape=(put(['background','\x1b[2J','b'], 'preprocess', 'codes'), 'control characters'))
 
 @pytest.mark.parametrize('what', FORGED)
 def test_forged_metadata(saved, tmp_path, what):
@@ -457,6 +479,15 @@ def test_forged_metadata(saved, tmp_path, what):
         bad = _unsealed(b, edit)
     refused(bad, tmp_path/'bad', match)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-before<600_000
+
+@pytest.mark.parametrize('axis', [7, -1, None])
+def test_forged_slices(learner, tmp_path, axis):
+    b = save_model(learner(2), tmp_path/'m.safetensors').read_bytes()
+    refused(forge(b, put(axis, 'plan', 'dict', 'axis')), tmp_path/'bad', 'plan of slices or volumes')
+
+def test_little_told_of_the_training_is_enough(saved, tmp_path):
+    (tmp_path/'m').write_bytes(forge(saved[1].read_bytes(), put({'seen':None, 'torch':'2'}, 'training')))
+    assert 'trained on ? cases of ? subjects' in repr(load_model(tmp_path/'m', 'cpu'))
 
 def _peak(code, *args):
     "Peak memory of a fresh process that runs `code`, in MB, and what it printed"

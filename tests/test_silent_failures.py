@@ -82,7 +82,7 @@ def test_row_02_two_pipelines_do_not_touch(exact, study, cache):
     b.predict_volume(path/df.image[2])
     b.dls.one_batch()
     for x,y in zip(before, state(a)): assert torch.equal(x, y) if isinstance(x, Tensor) else x==y
-    p,q = Preprocess(spacing=1.), Preprocess(spacing=2.)
+    p = Preprocess(spacing=1.)
     assert p.spacing==(1.,1.,1.) and Preprocess().spacing is None
 
 WORKERS = """
@@ -536,7 +536,7 @@ def test_row_24_export_is_whole(learner, monkeypatch):
     old = fn.read_bytes()
     import threading
     learn.wont_pickle = threading.Lock()
-    with pytest.raises(Exception): learn.export('m.pkl')
+    with pytest.raises(Exception): learn.export('m.pkl')  # noqa: B017
     del learn.wont_pickle
     assert fn.read_bytes()==old, 'half a file stands where the Learner was'
     assert len(learn.dls.train_ds)==6, 'a failed export leaves the Learner as it was'
@@ -578,3 +578,66 @@ def test_a_network_that_answers_nan_is_named(learner, study, ndim):
     assert learn.predict_volume(fn).any()
     with torch.no_grad(): next(learn.model.parameters()).fill_(float('nan'))
     with pytest.raises(ValueError, match=re.escape(Path(fn).name)+'.*NaN.*train again'): learn.predict_volume(fn)
+
+# ---- found by trying it from outside
+
+def test_a_subject_in_numbers_and_text_is_one():
+    "Two tables put together: 1.0, 1 and '1 ' are the same person, and stay on one side."
+    groups = [1.0,'1',2,'2 ',3.0,' 3',4,'4']
+    df = pd.DataFrame(dict(case=[f'c{i}' for i in range(8)], subject=groups, is_valid=[1]+[0]*7))
+    for seed in range(5):
+        train,valid = GroupSplitter(groups, .25, seed)(range(8))
+        assert len(valid)==2 and {i//2 for i in train}.isdisjoint(i//2 for i in valid)
+        fold = group_folds(df, 2, seed)
+        assert (fold[::2]==fold[1::2]).all()
+    with pytest.raises(InputError, match='both sides'):
+        VolumeDataLoaders.from_df(df.assign(image='a'), valid_col='is_valid', mask_col=None)
+
+@pytest.mark.parametrize('folds,case', [([0,.5,1,1],'c1'), ([0,np.nan,1,1],'c1'), (list('0a11'),'c1')], ids=str)
+def test_folds_are_whole_numbers(folds, case, tmp_path):
+    df = pd.DataFrame(dict(case=['c0','c1','c2','c3'], image='a', mask='b', fold=folds))
+    for make in (lambda: Comparison(df, folds='fold', path=tmp_path/'a'),
+                 lambda: cross_validate(df, folds='fold', path=tmp_path/'b')):
+        with pytest.raises(InputError, match=f"case '{case}': fold is"): make()
+
+def test_weights_and_parts_of_an_epoch_go_together(exact):
+    "The weights were forgotten by `partial_dataloaders`, and the part by `weighted_dataloaders`."
+    dls = exact(3, bs=1, samples_per_case=3).dls
+    wgts = [1]+[0]*(len(dls.train_ds)-1)
+    for o in (dls.weighted_dataloaders(wgts).partial_dataloaders(4),
+              dls.partial_dataloaders(4).weighted_dataloaders(wgts)):
+        assert len(o.train)==4 and {i%len(dls.train_ds) for i in o.train.get_idxs()}=={0}
+
+def test_codes_in_another_order_are_refused(exact, study, cache):
+    "The metrics took the new names, and the channels of the network did not."
+    learn = exact(3)
+    turned = exact(3, codes={'background':0,'small':2,'large':1}).dls
+    with pytest.raises(InputError, match='in this order'): learn.dls = turned
+
+def test_a_class_without_a_code_is_refused(exact):
+    "The mask held numbers that no code names."
+    dls = exact(3).dls
+    for n in (2,5):
+        with pytest.raises(InputError, match=f'n_out={n}'): unet3d_learner(dls, nf=4, depth=2, n_out=n)
+    assert unet3d_learner(dls, nf=4, depth=2, n_out=5, loss_func=DiceCELoss()).n_out==5
+
+def test_what_is_scored_in_training_is_what_is_shown(exact):
+    "`Interpretation(ds_idx=0)` scored one patch and showed another."
+    learn = exact(3, samples_per_case=2, batch_tfms='auto')
+    a,b = learn.get_preds(ds_idx=0),learn.get_preds(ds_idx=0)
+    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    interp = Interpretation.from_learner(learn, ds_idx=0)
+    losses,idxs = interp.top_losses(3)
+    shown = interp[idxs]
+    assert torch.allclose(torch.as_tensor(shown[-1]).float(), losses.float())
+    x = learn.dls.train.one_batch()[0]
+    assert not torch.equal(x, learn.dls.train.one_batch()[0]), 'training goes on drawing anew'
+
+@pytest.mark.parametrize('tolerance', (-1, float('nan')))
+def test_a_tolerance_below_zero_is_refused(tolerance, exact):
+    "It gave a surface Dice of 0 everywhere."
+    with pytest.raises(InputError, match='tolerance'): exact(3).evaluate(tolerance=tolerance)
+
+def test_sizes_that_are_no_number_are_refused():
+    for o in (float('nan'), float('inf')):
+        with pytest.raises(InputError, match='spacing'): Preprocess(spacing=(1,1,o))

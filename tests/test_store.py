@@ -14,7 +14,8 @@ from fastmed.core import FileError, TensorVolume
 from fastmed.data.loaders import VolumeDataLoaders
 from fastmed.data.preprocess import Preprocess
 from fastmed.data.store import Store, kept_digest
-from fastmed.io.volumes import file_digest, load_volume, save_volume
+from fastmed.io.formats import file_digest
+from fastmed.io.volumes import load_volume, save_volume
 from fastmed.learn.learner import unet3d_learner
 
 
@@ -141,7 +142,7 @@ def test_two_scans_alike_at_both_ends_are_two(tmp_path, store, settled):
 def test_voxels_that_lie_beside_their_header(tmp_path, store, settled):
     "The .img of a .hdr, the .raw of a .mhd"
     sitk = pytest.importorskip('SimpleITK')
-    for k,(fn,side) in enumerate((('a.hdr','a.img'), ('b.mhd','b.raw'))):
+    for _k,(fn,side) in enumerate((('a.hdr','a.img'), ('b.mhd','b.raw'))):
         a = np.full((40,40,40), 1, np.float32)
         fn,side = str(tmp_path/fn),tmp_path/side
         if fn.endswith('.mhd'): sitk.WriteImage(sitk.GetImageFromArray(a), fn)
@@ -188,3 +189,16 @@ def test_written_to_while_it_is_read(tmp_path, store):
     s.preprocess = Slow(normalize='none')
     with pytest.raises(FileError, match='while it was read'): s.build([fn])
     assert not [o for o in (tmp_path/'store/image').glob('*') if not o.name.startswith('.')]
+
+@pytest.mark.parametrize('mode', (False, True))
+def test_writing_into_a_read_scan_reaches_no_later_read(mode, store, tmp_path):
+    "`x += 1` stayed in the map that the next read was given"
+    import torch
+    fn = volume(tmp_path/'a.nii', 5.)
+    s = store().build([fn])
+    with torch.inference_mode(mode):
+        x,y = s.image(fn),s.image(fn)
+        x += 1
+        assert middle(s, fn)==5. and x[0,24,24,24]==6.
+        z = s.image(fn)
+        assert s.image(fn).data_ptr()==z.data_ptr(), 'still mapped once'

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['CaseFiles', 'warn_parted_subjects', 'LoadVolume', 'LoadMask', 'PatchDL', 'WeightedPatchDL', 'PartialPatchDL',
-           'VolumeBlock', 'VolumeMaskBlock', 'SliceBlock', 'SliceMaskBlock', 'whole_plan', 'get_store']
+           'VolumeBlock', 'VolumeMaskBlock', 'SliceBlock', 'SliceMaskBlock', 'get_store']
 
 # %% ../../nbs/data/09_blocks.ipynb #e732fa4e
 import contextlib
-import math
+import hashlib
 import random
 import zlib
 from pathlib import Path
@@ -18,15 +18,14 @@ import pandas as pd
 import torch
 from fastai.callback.data import PartialDL, WeightedDL
 from fastai.data.all import DataLoaders, Datasets, DisplayedTransform, TfmdDL, TransformBlock, warn
-from fastcore.all import delegates, first, ifnone, L, patch, store_attr
+from fastcore.all import delegates, first, ifnone, is_listy, L, patch, store_attr
 from ..core import InputError, TensorMed
-from .cases import all_files, case_files, check_columns
-from .plan import BYTES, patch_plan, suggest_plan
-from .preprocess import Plan, Preprocess
+from .cases import case_at, case_files, check_columns, group_text
+from .preprocess import Preprocess
 from .recipe import get_plan as get_plan, get_preprocess as get_preprocess, recipe_parts
 from .store import foreground_index, Store
 from .transforms import ActingPipeline, MaskIds, PatchTransform as PatchTransform
-from ..io.volumes import load_mask, load_volume, read_header
+from ..io.volumes import load_mask, load_volume
 from torch import Tensor
 
 # %% ../../nbs/data/09_blocks.ipynb #bbf7d31d
@@ -52,12 +51,43 @@ def warn_parted_subjects(
     rows,splits = getattr(items, 'items', None),getattr(items, 'splits', ())
     if not isinstance(rows, pd.DataFrame) or 'subject' not in rows or len(splits)<2 or isinstance(splits[0], slice):
         return
-    train,*others = [set(rows.subject.iloc[list(s)].dropna().astype(str)) for s in splits]
+    train,*others = [set(group_text(rows.subject.iloc[list(s)].dropna())) for s in splits]
     both = sorted(train & set().union(*others))
     if both:
         some = ', '.join(map(repr, both[:3]))+(' …' if len(both)>3 else '')
         warn(f"{len(both)} subjects stand on both sides of the split ({some}): the score will be of memory. Say "
              f"splitter=GroupSplitter(df.subject), or make the DataLoaders by from_df")
+
+# %% ../../nbs/data/09_blocks.ipynb #727c0b26
+def _content(fn):
+    "What tells one content from another, nothing unpacked: a .gz ends with its checksum; None where there is no file"
+    try:
+        with open(fn, 'rb') as f:
+            n = f.seek(0, 2)
+            f.seek(max(0, n-8))
+            end = f.read(8)
+            if str(fn).lower().endswith('.gz'): return end
+            return n,*(hashlib.blake2b((f.seek(k), f.read(2**14))[1], digest_size=16).digest()
+                       for k in (0, n//2, max(0, n-2**14)))
+    except (OSError, ValueError, TypeError): return None
+
+def warn_twins(
+    df,    # one row a case
+    files, # files of each case
+    train  # indices of the training cases
+):
+    "Warn where one content stands on both sides of a split, under other names too where files are of one kind"
+    seen,train = {},set(train)
+    for i,fs in enumerate(files):
+        for f in fs if is_listy(fs) else [fs]:
+            if (k:=_content(f)) is not None: seen.setdefault(k, []).append(i)
+    both = [(next(i for i in v if i in train), next(i for i in v if i not in train)) for v in seen.values()
+            if {i in train for i in v}=={True,False}]
+    if both:
+        a,b = (case_at(df, i) for i in both[0])
+        warn(f"{len(both)} images stand on both sides of the split, such as that of case {a!r} (training), which is "
+             f"that of case {b!r} (validation): the score will be of memory. Drop one of them, or give both one "
+             f"subject. find_leaks(df) looks deeper")
 
 # %% ../../nbs/data/09_blocks.ipynb #39010e18
 def acting_preprocess(
@@ -118,7 +148,9 @@ class PatchDL(TfmdDL):
         cls=None,     # another kind of DataLoader
         **kwargs      # what differs
     ):                # DataLoader like this one
-        "Another dataset starts with one patch a case"
+        "Another dataset starts with one patch a case. What `get_preds` and `Interpretation` ask for stays in place"
+        if kwargs.get('shuffle', True) is False and kwargs.get('drop_last', True) is False:
+            kwargs.setdefault('random', False)                        # what is scored is shown
         same = dataset is None or dataset is self.dataset
         own = dict(samples=self.samples if same else 1, seed=self.seed, random=self.random if same else None)
         return super().new(dataset, cls, **{**own, **kwargs})
@@ -126,6 +158,8 @@ class PatchDL(TfmdDL):
     def before_iter(self):
         super().before_iter()
         if self.random: self.epoch_seed = int(torch.randint(2**62, (1,)))
+        # what stays in place is not augmented either
+        elif getattr(self.dataset, 'split_idx', None)==0: self.after_item.split_idx = self.after_batch.split_idx = 1
 
     def create_item(self, s):
         n = len(self.dataset)
@@ -221,11 +255,10 @@ class PartialPatchDL(PartialDL, PatchDL):
 # %% ../../nbs/data/09_blocks.ipynb #5e931d89
 def _is_patched(dsets):
     "Whether `Datasets` make DataLoaders of patches"
-    if not issubclass(dsets._dl_type, PatchDL): return False
     if dsets.split_idx is not None:
         raise InputError("weighted_dataloaders, partial_dataloaders: this is one side of a split. Call them on the "
                          "DataBlock or its Datasets, which hold both")
-    return True
+    return issubclass(dsets._dl_type, PatchDL)
 
 @patch
 @delegates(Datasets.dataloaders)
@@ -281,92 +314,19 @@ def SliceMaskBlock(
     "A `TransformBlock` for the masks of slices: a label volume that `PatchTransform` cuts to `TensorSliceMask`s"
     return VolumeMaskBlock(codes, preprocess, cache)
 
-# %% ../../nbs/data/09_blocks.ipynb #60eb3d33
-def _largest_grid(heads, orientation):
-    "A function: spacing → (3,) voxels that hold every scan; scans of one grid count once"
-    each = {(tuple(h['shape']), np.asarray(h['affine']).tobytes()):h for h in heads}.values()
-    def need(spacing):
-        pre = Preprocess(spacing, orientation=orientation)
-        return np.max([pre.grid(h['shape'], h['affine'])[0] for h in each], 0)
-    return need
-
-def _padded(n, axes): return [-(-int(n[a])//8)*8 if a in axes else 1 for a in range(3)]
-
-def _scale_for_memory(need, room, axes):
-    "How much coarser the voxels must be for the largest scan to have `room` voxels; `need`: factor → (3,) voxels"
-    f = 1.
-    while math.prod(_padded(need(f), axes))>room and f<16: f *= 1.05
-    return f
-
-def _scale_for_size(need, size, axes):
-    "How much coarser the voxels must be for the largest scan to lie within `size`; `need`: factor → (3,) voxels"
-    f = 1.
-    for _ in range(200):
-        n = need(f)
-        over = max(n[a]/size[a] for a in axes)
-        if over<=1: break
-        f *= max(over, 1.001) if over>1.02 else 1.005
-    return f
-
-def _given_size(size, axes, ndim):
-    "(3,) voxels of a size that a person gave. Raises `InputError`"
-    given = [size]*len(axes) if isinstance(size, (int,np.integer)) else list(size)
-    if len(given)==3 and ndim==2: given = [given[a] for a in axes]
-    if len(given)!=len(axes) or not all(_is_count(o, 4) for o in given):
-        raise InputError(f"size: expected {len(axes)} whole numbers of 4 or more; found {size!r}")
-    full = [1]*3
-    for a,n in zip(axes, given, strict=True): full[a] = int(n)
-    return full
-
-def _is_count(v, least): return isinstance(v, (int,np.integer)) and not isinstance(v, bool) and v>=least
-
-def _whole_samples(asked, ndim, bs, cases, why):
-    "Samples of each case in an epoch. Raises `InputError`"
-    if isinstance(asked, str) and asked=='auto':
-        why['samples_per_case'] = 'the whole scan once' if ndim==3 else 'slices of each case in an epoch'
-        return 1 if ndim==3 else max(1, min(16, math.ceil(64*bs/max(1, cases))))
-    if _is_count(asked, 1): return asked
-    raise InputError(f"samples_per_case: expected 'auto' or a whole number of 1 or more; found {asked!r}")
-
-# %% ../../nbs/data/09_blocks.ipynb #f5df7f70
-def whole_plan(
-    df,                   # one row a case, with `image_col`; the training cases
-    ndim:int=3,           # 3: volumes; 2: slices, whole in their plane
-    image_col='image',    # column (or columns: channels) of the image files
-    path='.',             # stands before relative file names
-    size=None,            # voxels, one number or one an axis (of the slice, in 2D); None: from the data
-    spacing='auto',       # None: each case's own; mm; or 'auto'
-    orientation='RAS',    # order of the axes
-    bs:int=None,          # batch size
-    samples_per_case='auto', # slices of each case in an epoch
-    axis='auto',          # slices: array axis that is cut across
-    context:int=0,        # slices: neighbours on each side that become channels
-    device=None,          # device that the memory is of
-    memory:float=None,    # GiB for a training step; default: `default_memory`
-    heads=None            # what `read_header` says of each case, where it was read already
-)->Plan:                  # as of `suggest_plan`, `patch` being the grid of the whole scan, and `whole` True
-    "The grid that every training scan fits on, and its spacing. Raises `InputError` on a size that is none"
-    if heads is None: heads = [read_header(o) for o in all_files(df, image_col, path)]
-    base = suggest_plan(df, ndim, image_col, path, spacing=spacing, orientation=orientation, bs=bs, axis=axis,
-                        context=context, device=device, memory=memory, heads=heads)
-    axes = [a for a in range(3) if ndim==3 or a!=base.axis]
-    need,why,batch = _largest_grid(heads, orientation),dict(base.reasons),ifnone(bs, 4 if ndim==3 else 32)
-    full,sp,f = None if size is None else _given_size(size, axes, ndim),base.spacing,1.
-    if isinstance(spacing, str):
-        def coarser(f): return tuple(s*(f if a in axes else 1) for a,s in enumerate(base.spacing))
-        def needed(f): return need(coarser(f))
-        room = int(base.memory*2**30/(BYTES*16*batch))
-        f = _scale_for_memory(needed, room, axes) if full is None else _scale_for_size(needed, full, axes)
-        sp = coarser(f)
-    if f>1:
-        what = 'scan fits the memory' if full is None else 'training scan fits the size'
-        why['spacing'] = f'mm; {f:.2f} times the median, so that the largest {what}'
-    why['patch'] = 'voxels; holds the largest training scan, in multiples of 8' if full is None else 'given'
-    if full is None: full = _padded(need(sp), axes)
-    drawn = _whole_samples(samples_per_case, ndim, batch, len(df), why)
-    why['bs'] = 'given' if bs is not None else 'scans of a batch'
-    kept = patch_plan(tuple(full), sp, context, base.nf)
-    return Plan({**base, **kept, 'spacing':sp, 'bs':batch, 'samples_per_case':drawn, 'whole':True}, reasons=why)
+# %% ../../nbs/data/09_blocks.ipynb #b97d57aa
+def codes_of_values(
+    values # list of whole numbers that all masks together hold, in order
+)->list:   # 'background', '1', '2' …
+    "Names for the values of masks. Raises `InputError` where they are not 0, 1, 2 … up to 1 or more"
+    if values!=list(range(len(values))):
+        raise InputError(f"The masks hold the values {values[:12]}{' …' if len(values)>12 else ''}: expected 0, 1, 2 … "
+                         f"without a gap. Declare them: codes={{'background':0, 'lesion':255}}, or the list of names "
+                         f"for 0,1,2…")
+    if len(values)<2:
+        raise InputError("The masks hold nothing but background (0). Check that they are the right files, or declare "
+                         "codes=['background', …]")
+    return ['background']+[str(v) for v in values[1:]]
 
 # %% ../../nbs/data/09_blocks.ipynb #73cf256d
 def find_transform(

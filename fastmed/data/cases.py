@@ -94,6 +94,33 @@ def _subjects(df, path):
         raise InputError(f"{fn}: expected one line a case; {twice} stand twice")
     return df.merge(extra[[c for c in extra if c=='case' or c not in df]], on='case', how='left')
 
+# %% ../../nbs/data/02_cases.ipynb #c0de0c02
+def _folders_of(path, parts):
+    "The folders that a pattern of folders `parts` leads through"
+    if not parts: return [path]
+    if parts[0]=='**': return [path, *(Path(top)/o for top,folders,_ in os.walk(path) for o in folders)]
+    below = path.glob(parts[0]) if glob.has_magic(parts[0]) else [path/parts[0]]
+    return [path, *(p for o in below if os.path.isdir(o) for p in _folders_of(o, parts[1:]))]
+
+def matching_files(
+    path,         # folder
+    pattern:str,  # of the files below it
+    what='images' # which argument it is, for the message
+)->list:          # paths, sorted, hidden files left out
+    "The files that match. Raises `InputError` on a pattern that leads elsewhere, `FileError` on a folder without right"
+    path = Path(path)
+    odd = not isinstance(pattern, str) or not pattern.strip('. ') or len(pattern)>1000
+    if odd or Path(pattern).is_absolute():
+        raise InputError(
+                f"{what}: expected a pattern below {path}, such as 'images/*.nii.gz'; found {str(pattern)[:80]!r}")
+    for o in _folders_of(path, Path(pattern).parts[:-1]):
+        try: os.scandir(o).close()
+        except PermissionError as e:
+            raise FileError(f"{o}: this folder may not be read, so the files in it would be missed. Ask its owner, or "
+                            f"give a pattern that leaves it out") from e
+        except OSError: pass                                   # not there: nothing matches
+    return sorted(o for o in path.glob(pattern) if not o.name.startswith('.'))
+
 # %% ../../nbs/data/02_cases.ipynb #65e6c5f0
 def _open_folders(fn, path, parts):
     "The folders of a file that its pattern leaves open; of `**` as many as it takes"
@@ -103,10 +130,7 @@ def _open_folders(fn, path, parts):
 
 def _matches(path, what, pattern):
     "(files, the folders of each that the pattern leaves open), hidden ones left out"
-    if not isinstance(pattern, str) or not pattern.strip('. ') or Path(pattern).is_absolute() or len(pattern)>1000:
-        raise InputError(
-                f"{what}: expected a pattern below {path}, such as 'images/*.nii.gz'; found {str(pattern)[:80]!r}")
-    files = sorted(o for o in path.glob(pattern) if not o.name.startswith('.'))
+    files = matching_files(path, pattern, what)
     there = set(files)
     # an .img beside its .hdr holds the voxels of it: the header is the scan
     files = [o for o in files if o.suffix.lower()!='.img' or o.with_suffix('.hdr') not in there]
@@ -338,19 +362,13 @@ def scan_decathlon(
     return df
 
 # %% ../../nbs/data/02_cases.ipynb #c0de5a02
-def marked_rows(
-    df, # one row a case
-    col # column of True and False, or of 1 and 0
-)->np.ndarray: # (rows,) bool
-    "The rows that a column marks. Raises `ColumnError`, and `InputError` naming the case whose value is another"
-    check_columns(df)
-    if col not in df: raise ColumnError(f"valid_col {col!r}: not in the DataFrame, which has {list(df)}")
-    for i,v in enumerate(df[col]):
-        if not isinstance(v, (bool,np.bool_,int,float,np.number)) or v not in (0,1):
-            case = df['case'].iloc[i] if 'case' in df else df.index[i]
-            raise InputError(f"case {case!r}: {col} is {v!r}; expected True or False, or 1 and 0, in every row. Fill "
-                             f"it in; of a column of folds mark one: df.assign(is_valid=df[{col!r}]==0)")
-    return df[col].astype(bool).values
+def group_text(
+    groups # group of each row: text, numbers, or both
+)->pd.Series: # text
+    "Groups as text: 1, 1.0 and '1' in one column are one subject, and so are 'a' and 'a '"
+    s = pd.Series(list(groups))
+    if s.dtype==object: s = s.map(lambda v: int(v) if isinstance(v, (float,np.floating)) and v.is_integer() else v)
+    return s.astype(str).str.strip()
 
 def group_values(
     df,        # one row a case
@@ -364,4 +382,4 @@ def group_values(
     if (na:=df[group_col].isna()).any():
         r = df[na].iloc[0]
         raise InputError(f"case {r.get('case', r.name)!r} has no {group_col}. Fill the column")
-    return df[group_col].astype(str).reset_index(drop=True)
+    return group_text(df[group_col])

@@ -7,7 +7,7 @@ __all__ = ['smooth_field', 'deformation', 'cohort', 'sphere', 'sphere_dice', 'ph
 
 # %% ../../nbs/data/01_datasets.ipynb #62815cb1
 from ..core import ExtraError, FileError, InputError, beside, sweep, whole_file, writing
-from ..io.archive import unpack_safely
+from ..io.guard import unpack_safely
 import contextlib, errno, gzip, hashlib, importlib.util, math, os, re, warnings
 from pathlib import Path
 from urllib.parse import urlparse
@@ -183,6 +183,13 @@ def _save(fn, arr, affine, note):
     img.header['descrip'] = note
     _replace(fn, gzip.compress(img.to_bytes(), 4, mtime=0))
 
+_table = b'case,subject,image,image_t2,mask\n'
+
+def _check_table(fn):
+    "Raise `FileError` where a table stands that no cohort wrote"
+    if os.path.lexists(fn) and not (fn.is_file() and fn.read_bytes().startswith(_table+b'sub-01,sub-01,')):
+        raise FileError(f'{fn}: is there already and was not written by cohort. Nothing was changed. Give another path')
+
 def _is_whole(fn, note):
     "Is `fn` there, complete, and made with the arguments that `note` tells? Raises `ValueError` when others made it"
     if not fn.exists(): return False
@@ -215,6 +222,7 @@ def cohort(
     if not 1 <= spacing <= 8:
         raise InputError(f'cohort: spacing={spacing!r}, expected 1 to 8 mm (the atlas itself has 1 mm)')
     path,atlas,rows = Path(path).absolute(),None,[]
+    _check_table(path/'cases.csv')
     for d in ('images','labels'): (path/d).mkdir(parents=True, exist_ok=True)
     for k in progress_bar(range(n), leave=False):
         case = f'sub-{k+1:02d}'
@@ -322,14 +330,13 @@ def _known_url(url):
 # %% ../../nbs/data/01_datasets.ipynb #4c18427c
 @contextlib.contextmanager
 def _locked(fn):
-    "Hold the lock file `fn`, where the system has such locks"
-    try: import fcntl
-    except ImportError: fcntl = None
+    "Hold the lock file `fn`, and wait for it where another process holds it"
+    from filelock import lock_descriptor
     fn.parent.mkdir(parents=True, exist_ok=True)
     # a link that somebody planted is not followed
     fd = os.open(fn, os.O_RDWR|os.O_CREAT|getattr(os, 'O_NOFOLLOW', 0), 0o666)
     try:
-        if fcntl: fcntl.flock(fd, fcntl.LOCK_EX)
+        lock_descriptor(fd)
         yield
     finally: os.close(fd)
 
@@ -348,9 +355,9 @@ def _why(e):
     if isinstance(e, EOFError): return 'the archive ends too early'
     return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
 
-def _fetch(url, fn, expected):
-    "Download `url` to `fn` unless it is there and right; `fn` is whole and verified, or absent"
-    if expected and fn.exists() and _checksum(fn, expected)==expected: return fn
+def _fetch(url, fn, expected, anew=False):
+    "Download `url` to `fn` unless it is there and right; `fn` is whole and verified, or as it was"
+    if not anew and expected and fn.exists() and _checksum(fn, expected)==expected: return fn
     with beside(fn, True) as tmp:
         part = tmp/fn.name
         try: download_url(url, part, timeout=60)
@@ -379,8 +386,12 @@ def _unpack_beside(arch, dest, url, note):
             raise InputError(f'{url}: the archive holds a folder named .checksum, which is the name of our note beside '
                              f'the files; give the address of another')
         (top/'.checksum').write_text(note)
-        if dest.exists(): dest.rename(tmp/'old')
-        top.rename(dest)
+        was = dest.exists()
+        if was: dest.rename(tmp/'old')
+        try: top.rename(dest)
+        except OSError:
+            if was: (tmp/'old').rename(dest)
+            raise
     return dest
 
 # %% ../../nbs/data/01_datasets.ipynb #797db6ce
@@ -431,5 +442,4 @@ def untar_data(
     with writing(dest), _locked(arch.with_name(name+'.lock')):
         dest.parent.mkdir(parents=True, exist_ok=True)
         if there(): return dest
-        if force_download: arch.unlink(missing_ok=True)
-        return _unpack_beside(_fetch(url, arch, expected), dest, url, f'{expected or "unverified"} {url}\n')
+        return _unpack_beside(_fetch(url, arch, expected, force_download), dest, url, f'{expected or "unverified"} {url}\n')

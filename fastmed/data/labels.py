@@ -7,7 +7,6 @@ __all__ = ['label_kind', 'TensorRegression', 'LabelOf', 'TargetNumbers', 'label_
            'StratifiedSplitter', 'label_splitter', 'get_labels']
 
 # %% ../../nbs/data/10_labels.ipynb #bea795a6
-import hashlib
 import math
 
 import numpy as np
@@ -18,7 +17,7 @@ from fastai.data.all import (
 )
 from fastcore.all import first, ifnone, is_listy, L, store_attr
 from ..core import ArgumentError, ColumnError, InputError
-from .cases import case_at, group_values, marked_rows
+from .cases import case_at, check_columns, group_text, group_values
 from .recipe import labels_of, plain_scalar
 from .transforms import fit_in as fit_in, fitted_shape, WholeTransform as WholeTransform
 
@@ -212,7 +211,8 @@ def GroupSplitter(
     if (na:=groups.isna()).any():
         raise InputError(f"GroupSplitter: {int(na.sum())} items have no group, the first is number {int(na.idxmax())}. "
                          f"Fill the column")
-    counts = groups.astype(str).value_counts().sort_index()
+    groups = group_text(groups)
+    counts = groups.value_counts().sort_index()
     if len(counts)<2:
         raise InputError(f"GroupSplitter: expected at least two groups to split; found {len(counts)} "
                          f"({counts.index.tolist()}) in {len(groups)} items. Give more subjects, or group_col with "
@@ -223,7 +223,7 @@ def GroupSplitter(
         if valid and n+counts.iloc[k]/2>want: break
         valid.append(counts.index[k])
         n += counts.iloc[k]
-    v = groups.astype(str).isin(valid).values
+    v = groups.isin(valid).values
     def _inner(o):
         assert len(o)==len(v), f"GroupSplitter was made for {len(v)} items and got {len(o)}"
         return L(np.flatnonzero(~v).tolist()), L(np.flatnonzero(v).tolist())
@@ -248,6 +248,32 @@ def group_folds(
     for k,(_,held) in enumerate(folds): res[order[held]] = k
     return res
 
+# %% ../../nbs/data/10_labels.ipynb #c0de0d01
+def marked_rows(
+    df, # one row a case
+    col # column of True and False, or of 1 and 0
+)->np.ndarray: # (rows,) bool
+    "The rows that a column marks. Raises `ColumnError`, and `InputError` naming the case whose value is another"
+    check_columns(df)
+    if col not in df: raise ColumnError(f"valid_col {col!r}: not in the DataFrame, which has {list(df)}")
+    for i,v in enumerate(df[col]):
+        if not isinstance(v, (bool,np.bool_,int,float,np.number)) or v not in (0,1):
+            raise InputError(f"case {case_at(df, i)!r}: {col} is {v!r}; expected True or False, or 1 and 0, in every "
+                             f"row. Fill it in; of a column of folds mark one: df.assign(is_valid=df[{col!r}]==0)")
+    return df[col].astype(bool).values
+
+def fold_numbers(
+    df, # one row a case
+    col # column of the fold that holds each case out
+)->np.ndarray: # (rows,) whole numbers
+    "The folds that a column gives. Raises `ColumnError`, and `InputError` naming the case whose value is no number"
+    if col not in df: raise ColumnError(f"folds {col!r}: not in the DataFrame, which has {list(df)}")
+    whole = pd.to_numeric(df[col], errors='coerce').astype(float)
+    for i in np.flatnonzero(~(whole%1==0)):
+        raise InputError(f"case {case_at(df, i)!r}: {col} is {df[col].iloc[i]!r}; expected the number of a fold, 0, 1, "
+                         f"2 …, in every row. Names become numbers by pd.factorize(df[{col!r}])[0]")
+    return whole.astype(int).values
+
 # %% ../../nbs/data/10_labels.ipynb #c1b88ade
 def case_splitter(
     df,        # one row a case
@@ -266,44 +292,14 @@ def case_splitter(
             raise InputError(f"valid_col {valid_col!r}: expected some cases to train and some to validate; found "
                              f"{v.sum()} of {len(v)} marked")
         if group_col is not None:
-            both = sorted(set(df[group_col][v].astype(str)) & set(df[group_col][~v].astype(str)))
+            g = group_text(df[group_col])
+            both = sorted(set(g[v]) & set(g[~v]))
             if both:
                 raise InputError(f"valid_col {valid_col!r} puts {group_col} {both[:5]} on both sides of the split "
                                  f"({len(both)} in all). Keep each on one side")
         return lambda o: (L(np.flatnonzero(~v).tolist()), L(np.flatnonzero(v).tolist()))
     if not 0<valid_pct<1: raise InputError(f"valid_pct: expected a share between 0 and 1; found {valid_pct}")
     return GroupSplitter(df[group_col] if group_col is not None else range(len(df)), valid_pct, seed)
-
-# %% ../../nbs/data/10_labels.ipynb #727c0b26
-def _content(fn):
-    "What tells one content from another, nothing unpacked: a .gz ends with its checksum; None where there is no file"
-    try:
-        with open(fn, 'rb') as f:
-            n = f.seek(0, 2)
-            f.seek(max(0, n-8))
-            end = f.read(8)
-            if str(fn).lower().endswith('.gz'): return end
-            return n,*(hashlib.blake2b((f.seek(k), f.read(2**14))[1], digest_size=16).digest()
-                       for k in (0, n//2, max(0, n-2**14)))
-    except (OSError, ValueError, TypeError): return None
-
-def warn_twins(
-    df,    # one row a case
-    files, # files of each case
-    train  # indices of the training cases
-):
-    "Warn where one content stands on both sides of a split, under other names too where files are of one kind"
-    seen,train = {},set(train)
-    for i,fs in enumerate(files):
-        for f in fs if is_listy(fs) else [fs]:
-            if (k:=_content(f)) is not None: seen.setdefault(k, []).append(i)
-    both = [(next(i for i in v if i in train), next(i for i in v if i not in train)) for v in seen.values()
-            if {i in train for i in v}=={True,False}]
-    if both:
-        a,b = (case_at(df, i) for i in both[0])
-        warn(f"{len(both)} images stand on both sides of the split, such as that of case {a!r} (training), which is "
-             f"that of case {b!r} (validation): the score will be of memory. Drop one of them, or give both one "
-             f"subject. find_leaks(df) looks deeper")
 
 # %% ../../nbs/data/10_labels.ipynb #db6d8b76
 def _indicators(df, cols, kind, label_delim=None):
@@ -327,7 +323,7 @@ def StratifiedSplitter(
     seed:int=42         # of the draw
 ):                      # function: items → (training indices, validation indices)
     "A splitter that parts no group and gives both sides the same share of each class. Raises `InputError` on one group"
-    g = pd.Series(list(groups)).astype(str)
+    g = group_text(groups)
     m = np.asarray(classes, dtype=float)
     names = np.unique(g)
     if len(names)<2:

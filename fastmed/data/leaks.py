@@ -15,6 +15,8 @@ from fastai.basics import warn
 from ..core import ColumnError, InputError
 from .cases import check_columns
 from .survey import case_names, mix_hash, repeated_hashes, roughness_of, survey_cases
+from ..metrics.scores import auc_stat
+from ..metrics.stats import bootstrap_counts, percentile_interval
 
 # %% ../../nbs/data/16_leaks.ipynb #fee2ce32
 def _sketch(a, run=8, k=512):
@@ -391,10 +393,12 @@ def _shift_features(dfs, path, image_col, site_col, memory_gb, workers):
                         **{('intensity',f'decile {d+1}{of}'):s for d,s in enumerate(o['shape'])},
                           **{('intensity',f"{('roughness','curvature')[d//3]} along {'xyz'[d%3]}{of}"):s for d,
                         s in enumerate(o['rough'])}})
+            # a scan that stands in both sets, or twice, is one subject
+            scan = repr(sorted(f.items()))
             if all(site_col in o for o in dfs): f[('site',f'is {df[site_col].iloc[k]}')] = 1.
             rows.append(f)
             ys.append(y)
-            subs.append(str(df.subject.iloc[k]) if 'subject' in df and pd.notna(df.subject.iloc[k]) else f'{y} {k}')
+            subs.append(str(df.subject.iloc[k]) if 'subject' in df and pd.notna(df.subject.iloc[k]) else scan)
     X = pd.DataFrame(rows)
     site = [c for c in X if c[0]=='site']
     X[site] = X[site].fillna(0)
@@ -410,14 +414,10 @@ def _shift(X, y, g, lost, n_boot, seed):
     if least<5:
         raise InputError(f"distribution_shift: expected at least five readable subjects in each set; found "
                          f"{(y==0).sum()} and {(y==1).sum()} cases, {least} subjects in the smaller, {lost} unreadable")
-    rng = np.random.default_rng(seed)
-    def draws(k):
-        u,w = np.unique(g[y==k], return_inverse=True)
-        return rng.multinomial(len(u), np.full(len(u), 1/len(u)), n_boot)[:,w]
-    wa,wb = draws(0),draws(1)
+    draws = bootstrap_counts(len(y), g, n_boot, seed, strata=y).astype(float)
     folds = list(StratifiedGroupKFold(min(5, least), shuffle=True, random_state=seed).split(X, y, g))
     res = {}
-    def wins(p): return (p[y==1][None]>p[y==0][:,None])+.5*(p[y==1][None]==p[y==0][:,None])
+    def auc(score): return auc_stat(y, score)(np.ones((1,len(y))))[0]
     for fam in ('all', *dict.fromkeys(X.columns.get_level_values(0))):
         x = X.values if fam=='all' else X[fam].values
         cols = X.columns if fam=='all' else X[[fam]].columns
@@ -425,10 +425,10 @@ def _shift(X, y, g, lost, n_boot, seed):
         for tr,te in folds:
             p[te] = ExtraTreesClassifier(300, min_samples_leaf=2, class_weight='balanced', random_state=seed).fit(x[tr],
                                          y[tr]).predict_proba(x[te])[:,1]
-        M = wins(p.round(6))
-        boot = ((wa@M)*wb).sum(1)/(wa.sum(1)*wb.sum(1))
-        k = int(np.argmax([abs(wins(o).mean()-.5) for o in x.T]))
-        res[fam] = dict(auc=M.mean(), low=np.quantile(boot, .025), high=np.quantile(boot, .975),
+        p = p.round(6)
+        low,high = percentile_interval(auc_stat(y, p)(draws))
+        k = int(np.argmax([abs(auc(o)-.5) for o in x.T]))
+        res[fam] = dict(auc=auc(p), low=low, high=high,
                         telling=' '.join(cols[k]), a=np.median(x[y==0,k]), b=np.median(x[y==1,k]))
     return pd.DataFrame(res).T.rename_axis('family').infer_objects()
 

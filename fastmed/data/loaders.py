@@ -19,20 +19,21 @@ from fastmed.core import (
 )
 from .augment import volume_tfms
 from fastmed.data.blocks import (
-    CaseFiles, get_store, PartialPatchDL, SliceBlock, SliceMaskBlock, VolumeBlock, VolumeMaskBlock, WeightedPatchDL,
-    whole_plan
+    CaseFiles, codes_of_values, get_store, PartialPatchDL, SliceBlock, SliceMaskBlock, VolumeBlock, VolumeMaskBlock,
+    warn_twins, WeightedPatchDL
 )
 from .cases import all_files, case_at, check_columns, scan_decathlon, scan_folder
 from fastmed.data.labels import (
-    case_splitter, label_block, label_splitter, TensorRegression, warn_larger, warn_twins
+    case_splitter, label_block, label_splitter, TensorRegression, warn_larger
 )
-from .plan import check_plan, suggest_plan
-from .preprocess import check_codes, codes_of_values, Plan, Preprocess
-from .recipe import labels_of
+from .plan import suggest_plan
+from .preprocess import check_codes, Plan, Preprocess
+from .recipe import check_plan, labels_of, whole_plan
 from .store import cache_dir, kept_digest, kept_found, label_values, Store
 from .transforms import PatchTransform, WholeTransform
 from ..io.guard import memory_left
-from ..io.volumes import describe_grid, read_header, same_grid, unlike_grids
+from ..io.formats import describe_grid
+from ..io.volumes import read_header, same_grid, unlike_grids
 from torch import Tensor
 
 # %% ../../nbs/data/11_loaders.ipynb #1e3c3358
@@ -304,13 +305,14 @@ def weighted_dataloaders(self:VolumeDataLoaders,
     wgts # one number a case of training, in the order of `train_ds.items`
 ):       # the same DataLoaders, training cases drawn by weight
     "The training cases drawn by weight. Raises `InputError` on another number of weights than cases"
-    return _training_by(self, WeightedPatchDL, wgts=wgts)
+    return _training_by(self, WeightedPatchDL, wgts=wgts, n=getattr(self.train, 'partial_n', None))
 
 @patch
 def partial_dataloaders(self:VolumeDataLoaders,
     partial_n:int # patches of an epoch
 ):                # the same DataLoaders, with so many patches of training an epoch
     "So many patches of training an epoch"
+    if isinstance(self.train, WeightedPatchDL): return _training_by(self, WeightedPatchDL, n=partial_n)
     return _training_by(self, PartialPatchDL, partial_n=partial_n)
 
 # %% ../../nbs/data/11_loaders.ipynb #c7fde805

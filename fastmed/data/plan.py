@@ -265,7 +265,11 @@ def _median_grid(heads, spacing, orientation, why):
         why['spacing'] = f'mm; the median of {len(heads)} cases'
     else: why['spacing'] = 'given' if spacing is not None else "each case keeps its own"
     grids = [pre.grid(h['shape'], h['affine']) for h in heads]
-    return _Grid(pre.spacing, np.median([s for s,_ in grids], 0), np.median([spacing_of(a) for _,a in grids], 0))
+    size = np.median([s for s,_ in grids], 0)
+    if size.prod()>=2**31:
+        raise InputError(f"spacing {pre.spacing}: the median case would have {size.prod():.3g} voxels; expected under "
+                         f"{2**31:.3g}. Give a larger one, in mm")
+    return _Grid(pre.spacing, size, np.median([spacing_of(a) for _,a in grids], 0))
 
 def _slice_axis(axis, patch, grid, why):
     "The array axis that slices lie across. Raises `InputError` where a patch says another"
@@ -330,23 +334,6 @@ def _check_asked_plan(ndim, axis, minutes, counts):
         if not (v is None or v=='auto' or isinstance(v, (int,np.integer)) and v>=least):
             raise InputError(f"{k}: expected a whole number of {least} or more; found {v!r}")
     if axis not in ('auto',0,1,2): raise InputError(f"axis: expected array axis 0, 1 or 2, or 'auto'; found {axis!r}")
-
-# %% ../../nbs/data/04_plan.ipynb #04b63e26
-def check_plan(
-    plan,  # `Plan` that was given
-    ndim,  # 2: slices, 3: volumes
-    given  # other arguments of `suggest_plan` that were given with it
-):
-    "Raise `InputError` where a plan is none, or does not go together with the other arguments"
-    auto = dict(patch='auto', bs=None, samples_per_case='auto', spacing='auto', axis='auto', context=0, minutes=None)
-    said = [k for k,v in given.items() if type(v) is not type(auto[k]) or v!=auto[k]]
-    if said:
-        raise InputError(f"plan: it says {', '.join(said)} already. Leave {'it' if len(said)==1 else 'them'} out, or "
-                         f"change the plan")
-    needed = ('ndim','spacing','orientation','patch','strides','depth','nf','bs','samples_per_case')
-    if lacks:=[k for k in needed if k not in plan]:
-        raise InputError(f"plan: expected what suggest_plan gives; {', '.join(lacks)} not found")
-    if plan['ndim']!=ndim: raise InputError(f"plan: is of {plan['ndim']}D patches, and these DataLoaders are {ndim}D")
 
 # %% ../../nbs/data/04_plan.ipynb #15ff1c4d
 def suggest_plan(

@@ -7,6 +7,8 @@ __all__ = ['NORMALIZATIONS', 'normalize_channel', 'Preprocess', 'Plan']
 
 # %% ../../nbs/data/03_preprocess.ipynb #c9e29ca9
 import json
+import math
+import re
 from collections import Counter
 
 import nibabel as nib
@@ -97,6 +99,8 @@ def check_codes(
     if twice:=[n for n,k in Counter(names).items() if k>1]:
         raise InputError(
                 f"codes: expected a name of its own for each structure; {twice} stand there more than once in {names}")
+    if odd:=[n for n in names if re.search(r'[\x00-\x1f\x7f-\x9f]', n)]:
+        raise InputError(f"codes: expected names without control characters; found {odd[0][:80]!r}")
     if not isinstance(codes, dict):
         _refuse_late_background(names, names)
         return names
@@ -104,20 +108,6 @@ def check_codes(
     _refuse_shared(codes)
     _refuse_late_background(names, codes)
     return codes
-
-# %% ../../nbs/data/03_preprocess.ipynb #b97d57aa
-def codes_of_values(
-    values # list of whole numbers that all masks together hold, in order
-)->list:   # 'background', '1', '2' …
-    "Names for the values of masks. Raises `InputError` where they are not 0, 1, 2 … up to 1 or more"
-    if values!=list(range(len(values))):
-        raise InputError(f"The masks hold the values {values[:12]}{' …' if len(values)>12 else ''}: expected 0, 1, 2 … "
-                         f"without a gap. Declare them: codes={{'background':0, 'lesion':255}}, or the list of names "
-                         f"for 0,1,2…")
-    if len(values)<2:
-        raise InputError("The masks hold nothing but background (0). Check that they are the right files, or declare "
-                         "codes=['background', …]")
-    return ['background']+[str(v) for v in values[1:]]
 
 # %% ../../nbs/data/03_preprocess.ipynb #44cc39de
 class Preparation:
@@ -154,9 +144,18 @@ def _checked_spacing(spacing):
     if isinstance(spacing, (int,float,np.number)): spacing = (spacing,)*3
     if spacing is None or spacing=='auto': return spacing
     spacing = tuple(float(o) for o in spacing)
-    if len(spacing)!=3 or min(spacing)<=0:
+    if len(spacing)!=3 or not all(1e-6<=o<=1e6 for o in spacing):
         raise InputError(f"spacing: expected three sizes above 0, in mm; found {str(spacing)[:80]}")
     return spacing
+
+def _is_order(o):
+    "Whether each axis of the body stands there once"
+    pairs = ('AP','RL','SI')
+    return isinstance(o, str) and sorted(next((p for p in pairs if a in p), '') for a in o)==list(pairs)
+def _are_stats(o):
+    "Whether a channel's statistics are four finite numbers, and none of them spreads by less than nothing"
+    numbers = [o.get(k) for k in ('lo','hi','mean','std')] if isinstance(o, dict) else [None]
+    return all(isinstance(v, (int,float)) and math.isfinite(v) for v in numbers) and o['std']>=0
 
 class Preprocess(Preparation):
     "What happens to a scan before the network and is undone after it: orientation, spacing, intensity, class ids"
@@ -171,23 +170,27 @@ class Preprocess(Preparation):
     ):
         for n in ([normalize] if isinstance(normalize, str) else normalize):
             if n not in NORMALIZATIONS+('auto',):
-                raise InputError(
-                        f"normalize: expected one of {', '.join(NORMALIZATIONS)} or 'auto'; found {str(n)[:80]!r}")
+                known = ', '.join(NORMALIZATIONS)
+                raise InputError(f"normalize: expected one of {known} or 'auto'; found {str(n)[:80]!r}")
         if order not in ('linear','cubic'):
             raise InputError(f"order: expected 'linear' or 'cubic'; found {str(order)[:80]!r}")
         if mask_order not in ('smooth','nearest'):
             raise InputError(f"mask_order: expected 'smooth' or 'nearest'; found {str(mask_order)[:80]!r}")
-        spacing,codes = _checked_spacing(spacing),check_codes(codes)
+        spacing = _checked_spacing(spacing)
+        if orientation is not None and not _is_order(orientation):
+            raise InputError(f"orientation: expected an order of axes such as 'RAS'; found {str(orientation)[:80]!r}")
+        if stats is not None and not (isinstance(stats, (list,tuple)) and all(map(_are_stats, stats))):
+            raise InputError(f"stats: expected lo, hi, mean and std of each channel; found {str(stats)[:80]}")
+        codes = check_codes(codes)
         store_attr('spacing,normalize,orientation,codes,order,mask_order,stats')
 
     @property
     def vocab(self): return None if self.codes is None else list(self.codes)
-
     def to_dict(self):
         return {k:getattr(self,k) for k in ('spacing','normalize','orientation','codes','order','mask_order','stats')}
     def __repr__(self):
         d = {k:v for k,v in self.to_dict().items() if v is not None}
-        if 'stats' in d: d['stats'] = [{k:round(v,2) for k,v in o.items()} for o in d['stats']]
+        if self.stats: d['stats'] = [{k:round(v,2) for k,v in o.items()} for o in self.stats]
         return 'Preprocess(' + ', '.join(f'{k}={v!r}' for k,v in d.items()) + ')'
 
 # %% ../../nbs/data/03_preprocess.ipynb #5590216f
@@ -214,8 +217,7 @@ def grid(self:Preprocess,
 @patch
 def fitted_spacing(self:Preprocess)->tuple: # (3,) mm, or None
     "The spacing of the pipeline. Raises `InputError` where it is not fitted yet"
-    if self.spacing=='auto':
-        raise InputError("This Preprocess is not fitted: call `fit` on the training cases first")
+    if self.spacing=='auto': raise InputError("This Preprocess is not fitted: call `fit` on the training cases first")
     return self.spacing
 
 # %% ../../nbs/data/03_preprocess.ipynb #c2e89fd3
@@ -229,8 +231,7 @@ def _scaled(self:Preprocess, t):
     if 'auto' in hows or ('ct' in hows and self.stats is None):
         raise InputError("This Preprocess is not fitted: call `fit` on the training cases first")
     if self.stats is not None and len(self.stats)!=t.shape[0]:
-        raise InputError(
-                f"{_tensor_name(t)}: expected {len(self.stats)} channels, as in training; found {t.shape[0]}")
+        raise InputError(f"{_tensor_name(t)}: expected {len(self.stats)} channels, as in training; found {t.shape[0]}")
     v,stats = t.as_subclass(Tensor).numpy(),self.stats or [None]*len(hows)
     try:
         with np.errstate(over='raise'):

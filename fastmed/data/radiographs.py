@@ -7,8 +7,10 @@ __all__ = ['TensorRadiograph', 'check_window', 'load_radiograph', 'RadiographPre
            'radiograph_tfms', 'RadiographBlock', 'get_prep', 'RadiographDataLoaders']
 
 # %% ../../nbs/data/12_radiographs.ipynb #41af44b6
+import hashlib
 import os
 import tempfile
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +30,7 @@ from .labels import label_block, label_splitter
 from .preprocess import Preparation
 from .recipe import labels_of, recipe_parts
 from .store import cache_dir, digest_key, each_in_threads, kept_digest, STORE_VERSION
-from ..io.frames import picture_pixels
-from ..io.volumes import file_facts
+from ..io.formats import file_facts, picture_pixels
 from torch import Tensor
 
 # %% ../../nbs/data/12_radiographs.ipynb #2b3fcee5
@@ -217,6 +218,20 @@ class RadiographPrep(Preparation):
 
     def to_dict(self): return {k:getattr(self, k) for k in ('size','window','normalize','colour')}
 
+def _sealed_picture(a):
+    "A decoded picture as the bytes of its file: an array of NumPy's, and their sum behind it"
+    f = BytesIO()
+    np.save(f, a)
+    return f.getvalue()+hashlib.sha256(f.getvalue()).digest()
+
+def _is_whole_picture(
+    fn # file of the cache, there or not
+):
+    "Whether a file holds what `_sealed_picture` gave"
+    try: b = fn.read_bytes()
+    except OSError: return False
+    return hashlib.sha256(b[:-32]).digest()==b[-32:]
+
 class LoadRadiograph(DisplayedTransform):
     "A file as a prepared `TensorRadiograph`, out of the cache where it was decoded before"
     train_setup = False                  # `setups` sees the items of both sides
@@ -239,17 +254,17 @@ class LoadRadiograph(DisplayedTransform):
     )->Path:   # of the cache
         "Decode a picture and keep it; nothing happens where that was done. Raises what `load_radiograph` raises"
         dest = self.entry(fn)
-        if not dest.exists():
+        if not _is_whole_picture(dest):
             x = self.prep(fn)
-            with whole_file(dest, lasting=False) as tmp:
-                with open(tmp, 'wb') as f: np.save(f, x.to(self.prep.dtype).numpy())
+            with whole_file(dest, lasting=False) as tmp: tmp.write_bytes(_sealed_picture(x.to(self.prep.dtype).numpy()))
         return dest
     def build(self,
         files,          # list of files
         workers:int=None# threads; default: the cores, at most 8
     ):                  # self
         "Decode all that was not yet, in parallel. An error names its file; what was finished stays"
-        todo = [] if self.cache is None else [f for f in files if not Path(f).is_file() or not self.entry(f).exists()]
+        todo = [] if self.cache is None else [f for f in files if not Path(f).is_file()
+                                                   or not _is_whole_picture(self.entry(f))]
         if not todo: return self
         each_in_threads(self.add, [(f,) for f in todo], workers)
         return self
@@ -261,7 +276,7 @@ class LoadRadiograph(DisplayedTransform):
         if fn not in self._open or facts not in (None, self._open[fn][0]):
             e = None if facts is None else self.entry(fn)
             # a file of tomorrow is read, and not kept
-            if e is None or not e.exists():
+            if e is None or not _is_whole_picture(e):
                 return self.prep(fn)
             if len(self._open)>20_000: self._open.clear()
             self._open[fn] = facts,np.load(e, mmap_mode='r')

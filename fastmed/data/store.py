@@ -28,7 +28,8 @@ from .. import __version__
 from ..core import FileError, sweep, TensorVolume, TensorVolumeMask, whole_file, whole_folder, writing
 from .preprocess import Preprocess
 from ..io.guard import reading
-from ..io.volumes import file_digest, file_facts, load_mask, load_volume
+from ..io.formats import file_digest, file_facts
+from ..io.volumes import load_mask, load_volume
 from fastprogress.fastprogress import progress_bar
 from torch import Tensor
 
@@ -219,15 +220,18 @@ class Store:
     def _get(self, kind, fn, read):
         "The entry as a tensor with metadata of its own; it stays open until its file is written again. None where it is not there"
         k,facts = (kind, *L(fn).map(str)),_files_facts(fn)
-        if k not in self._open or facts not in (None, self._open[k][0]):
+        # somebody wrote into what an earlier read gave: that stays theirs
+        written = k in self._open and self._open[k][1]._version!=self._open[k][2]
+        if written or k not in self._open or facts not in (None, self._open[k][0]):
             dest = self._there(kind, fn)
             if dest is None: return None
             # those that were opened first
             for old in list(self._open)[:len(self._open)-1999]:
                 self._open.pop(old, None)
             with reading(f"{fn}: its entry in the store, {dest}", 'what was written there',
-                         'Remove that folder, and it is made anew'):
-                self._open[k] = facts,read(dest)
+                         'Remove that folder, and it is made anew'), torch.inference_mode(False):
+                t = read(dest)
+                self._open[k] = facts,t,t._version
         t = self._open[k][1]
         res = t.as_subclass(Tensor).view(t.shape).as_subclass(type(t))
         res.__dict__.update(t.__dict__)

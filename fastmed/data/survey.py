@@ -20,7 +20,8 @@ from fastcore.all import is_listy, L
 from ..core import ColumnError, InputError, spacing_of
 from .cases import check_columns
 from .store import kept_found
-from ..io.volumes import describe_grid, load_array, load_volume, odd_labels, read_header, same_grid
+from ..io.formats import describe_grid
+from ..io.volumes import load_array, load_volume, odd_labels, read_header, same_grid
 from fastprogress.fastprogress import progress_bar
 from torch import Tensor
 

@@ -32,6 +32,7 @@ from ..plot import figure_png, plot_volume
 from ..predict.predict import predict_case
 from fastprogress.fastprogress import progress_bar
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 # %% ../../nbs/learn/02_callbacks.ipynb #dbdd568e
 def case_truth(
@@ -168,14 +169,32 @@ def _remedy(learn):
     return (f"Lower the rate ({learn.opt.hypers[-1]['lr']:.3g} now), look at the case (check_dataset names what is "
             f"wrong with it){plain}")
 
+class _NormAverages:
+    "The running averages of the batch norms of a network, which change on the way forward, before anything is learnt"
+    def __init__(self, model):
+        norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+        self.own = [t for m in norms for t in (m.running_mean, m.running_var, m.num_batches_tracked)]
+        self.kept = [t.clone() for t in self.own]
+
+    def keep(self):
+        for k,t in zip(self.kept, self.own, strict=True): k.copy_(t)
+
+    def put_back(self):
+        for k,t in zip(self.kept, self.own, strict=True): t.copy_(k)
+
 class FiniteCallback(FitCallback):
     "Stop a fit whose loss or weights are no longer numbers, before anything is learnt from it. Raises `InputError` naming epoch, batch and case; every fit of a `VolumeLearner` has one"
     order = 100                      # after those that change the loss
     stopped = False                  # whether a fit was ended for `TerminateOnNaNCallback`
-    def before_fit(self): self.stopped = False
+    averages = None                  # of the fit, `_NormAverages`
+    def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k!='averages'}
+    def before_fit(self): self.stopped,self.averages = False,_NormAverages(self.model)
+    def before_batch(self):
+        if self.training: self.averages.keep()
 
     def after_loss(self):
         if not self.training or not len(self.yb) or self.loss_grad.isfinite().all(): return
+        self.averages.put_back()
         i,odd = self.iter,odd_weights(self.model)
         loss = f"the loss is {float(self.loss_grad.detach().float().mean()):g}"
         if not odd:

@@ -21,6 +21,7 @@ from fastmed.data.blocks import (
     chance_kept, check_one_input, find_transform, LoadMask, LoadVolume, PatchDL, PatchTransform
 )
 from ..data.labels import fit_in, fitted_shape, is_blank, LabelOf, TensorRegression, WholeTransform
+from ..data.cases import matching_files
 from ..data.loaders import axes_grid, show_labelled
 from ..data.radiographs import get_prep, LoadRadiograph, TensorRadiograph
 from ..io.volumes import load_volume
@@ -33,6 +34,7 @@ from ..models.classifiers import add_unscale, create_classifier, MultiTaskNet
 from ..models.unet import UNet
 from ..models.weights import EncoderMixin, FrozenNorms, load_weights
 from ..models.zoo import create_model, param_splitter
+from ..predict.memory import prediction_explained
 from ..predict.tta import batch_looks, mix_looks, refuse_tfms, TTA, tta_preds
 from fastprogress.fastprogress import progress_bar
 from torch import Tensor
@@ -146,7 +148,7 @@ class CaseLearner(VolumeLearner, EncoderMixin):
         d = next(model.parameters()).device
         act = getattr(self.loss_func, 'label', self.loss_func)
         ps = []
-        with torch.no_grad(), evaluating(model):
+        with prediction_explained(item if isinstance(item, (str,Path)) else 'the case'), torch.no_grad(), evaluating(model):
             for v in self._looks(x, tta):
                 out = [model(b.to(d)) for b in v.split(16)]
                 ps.append(torch.cat([act.activation(o[-1] if isinstance(o, tuple) else o).cpu() for o in out]).mean(0))
@@ -213,16 +215,12 @@ class CaseLearner(VolumeLearner, EncoderMixin):
             g = getattr(get, 'group', None)
             row = dict(case=name, subject=str(r[g]) if g and g in r else str(r.get('subject', name)))
             try:
-                if any(is_blank(r[c]) for c in L(get.cols)) and get.label_delim is None:
-                    raise InputError(f"case {name!r} has no {get.cols}")
-                y = get(r)
-                if task=='category' and y not in vocab:
-                    raise InputError(f"case {name!r}: {get.cols} is {y!r}; expected one of {vocab}")
+                y = _known_label(name, r, get, task, vocab)
                 p = [float(o) for o in self.case_answer(r, tta)]
                 if not all(map(math.isfinite, p)):
                     raise InputError(f"case {name!r}: the network answers NaN or infinity")
                 rows.append({**row, **_answer_row(task, vocab, y, p), 'status':'ok'})
-            except (OSError, ValueError) as e:
+            except (OSError, ValueError, MemoryError) as e:
                 rows.append({**row, 'status':f'error: {e}'})
                 errs.append(e)
         if len(errs)==len(rows): raise errs[0]
@@ -261,7 +259,7 @@ class CaseLearner(VolumeLearner, EncoderMixin):
         tta=False              # as of `case_answer`
     )->pd.DataFrame:           # case, file, pred, prob_<class>…, status
         "The answer for every file of a folder. A file that cannot be read is named in `status`; the others go on. Raises `MissingFileError` where nothing matches"
-        fs = sorted(o for o in Path(src).glob(images) if not o.name.startswith('.'))
+        fs = matching_files(src, images)
         task,vocab = self.dls.recipe.labels
         rows = []
         if not fs: raise MissingFileError(f"{Path(src)/images}: no file matches. Check `src` and `images=`")
@@ -271,7 +269,7 @@ class CaseLearner(VolumeLearner, EncoderMixin):
                              **{k:v for k,
                              v in _answer_row(task, vocab, None, [float(o) for o in self.case_answer(f, tta)]).items()
                              if not k.startswith('target')}, 'status':'ok'})
-            except (OSError, ValueError) as e: rows.append(dict(case=f.name, file=str(f), status=f'error: {e}'))
+            except (OSError, ValueError, MemoryError) as e: rows.append(dict(case=f.name, file=str(f), status=f'error: {e}'))
         return pd.DataFrame(rows)
 
     def tta(self,
@@ -332,6 +330,19 @@ class CaseLearner(VolumeLearner, EncoderMixin):
                     else x.as_subclass(TensorRadiograph if get_prep(self.dls) else TensorSlice)).show(ctx=ax,
                     title=f"{r.case}: "
                           f"{said if 'target' not in r or not isinstance(r.target, float) else f'{r.target:.4g} → {r.pred:.4g}'}", **kwargs)
+
+def _known_label(name, r, get, task, vocab):
+    "The label of a row. Raises `InputError` where it is missing, or none that the Learner knows"
+    if any(is_blank(r[c]) and not (get.label_delim and isinstance(r[c], str)) for c in L(get.cols)):
+        raise InputError(f"case {name!r} has no {get.cols}")
+    y = get(r)
+    if task=='category' and y not in vocab:
+        raise InputError(f"case {name!r}: {get.cols} is {y!r}; expected one of {vocab}")
+    known = vocab if isinstance(get.cols, str) else (0,1)
+    if task=='multi' and (odd:=[o for o in y if o not in known]):
+        raise InputError(f"case {name!r}: {get.cols} holds {odd}; expected some of {list(known)}"
+                         f"{f', with {get.label_delim!r} between them' if get.label_delim else ''}")
+    return y
 
 def _answer_row(task, vocab, y, p):
     "The columns of one case"

@@ -28,7 +28,8 @@ from fastmed.learn.uncertainty import (
     WeightFile
 )
 from ..metrics.masks import case_scores, failed_scores
-from ..predict.predict import apply_post, maps_back, own_axis, predict_case, predict_grid, slicing_axes
+from ..predict.predict import maps_back, own_axis, predict_case, predict_grid, slicing_axes
+from ..predict.windows import apply_post
 from fastprogress.fastprogress import progress_bar
 from torch import nn, Tensor
 

@@ -21,14 +21,15 @@ from fastai.callback.training import GradientClip
 from fastcore.all import delegates, ifnone, join_path_file, L
 from .. import __version__
 from fastmed.core import (
-    ArgumentError, beside, evaluating, InputError, show_plane, TensorSlice, TensorSliceMask, TensorVolume,
+    ArgumentError, beside, evaluating, FileError, InputError, show_plane, TensorSlice, TensorSliceMask, TensorVolume,
     TensorVolumeMask, whole_file, writing
 )
 from ..data.blocks import check_one_input, LoadMask
 from ..data.cases import scan_folder
 from ..data.loaders import axes_grid
 from ..data.plan import has_bf16
-from ..io.volumes import file_digest, load_volume, to_orientation
+from ..io.formats import file_digest, file_facts
+from ..io.volumes import load_volume, to_orientation
 from fastmed.learn.callbacks import (
     case_columns, case_rows, case_truth, DeepSupervisionLoss, FiniteCallback, predicted_cases, RememberCallback
 )
@@ -136,16 +137,24 @@ def _maker(learn, kwargs):
             h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return h.hexdigest()
 
+def _refuse_reordered(old, new):
+    "Raises `InputError` where the same names stand in another order: the network gives them in its own"
+    if list(old or ())!=list(new or ()) and set(map(str, old or ()))==set(map(str, new or ())):
+        raise InputError(f"learn.dls: the network was made for {list(old)}, in this order; these DataLoaders hold "
+                         f"{list(new)}. Make them with the same order, or make a new Learner")
+
 def _follow_codes(learn, old, new):
     "Metrics named after the codes of DataLoaders take the names of those that replace them. Raises `InputError` where the network was made for another number of codes or labels"
     try: old,new = old.recipe,new.recipe
     except InputError: return                                     # nothing of fastmed in them
     a,b = [o.labels.vocab if o.labels else [] for o in (old,new)]
+    _refuse_reordered(a, b)
     if a and b and len(a)!=len(b) and getattr(learn, 'n_out', None)==len(a):
         raise InputError(f"learn.dls: the network was made for {len(a)} labels, {list(a)}; these DataLoaders hold "
                          f"{len(b)}, {list(b)}. Make a new Learner")
     a,b = old.structures,new.structures
     if not a or not b or list(a)==list(b): return
+    _refuse_reordered(a, b)
     if len(a)!=len(b):
         if getattr(learn, 'n_out', None)!=len(a): return
         raise InputError(f"learn.dls: the network was made for {len(a)} codes, {list(a)}; these DataLoaders hold "
@@ -251,9 +260,12 @@ class VolumeLearner(EncoderMixin, Learner):
                     os.lstat(out)
                 key = hashlib.sha256(repr([maker, *[file_digest(o) for o in L(r.image)]]).encode()).hexdigest()[
                         :32] if maker else '-'
-                m = None
+                m,was = None,[file_facts(o) for o in L(r.image)]
                 if overwrite or not maker or prediction_key(out)!=key:
                     m = self.predict_volume(r.image, **kwargs)
+                    if was!=[file_facts(o) for o in L(r.image)]:
+                        raise FileError(f"{r.image}: was written to while it was read. Call again once whoever writes "
+                                        f"there has finished")
                     check_free([out], sources, overwrite)
             except (OSError, ValueError, MemoryError) as e:
                 rows.append(dict(case=r.case, mask=None, status=f'error: {e}'))
@@ -396,6 +408,10 @@ def _unet_learner(ndim, dls, arch, loss_func, metrics, pretrained, fast, n_out, 
     n_out = ifnone(n_out, len(pre.vocab))
     if n_out==1 and len(pre.vocab)!=2:
         raise InputError(f"n_out=1 is a sigmoid for one structure; the masks have {len(pre.vocab)-1}")
+    if n_out>1 and n_out!=len(pre.vocab) and loss_func is None:
+        raise InputError(f"n_out={n_out}: the masks have {len(pre.vocab)} codes, {list(pre.vocab)}, and a class without "
+                         f"a code could be predicted. Leave n_out out, name {n_out} codes=, or give a loss_func that "
+                         f"knows what the channels mean")
     lk = {k:kwargs.pop(k) for k in list(kwargs) if k in LEARNER_ARGS}
     patch = tuple(p for p in plan.patch if ndim==3 or p>1)
     if arch is UNet or arch=='UNet': kwargs = unet_args(plan, kwargs)

@@ -32,7 +32,7 @@ from ..data.loaders import SliceDataLoaders, VolumeDataLoaders
 from ..data.preprocess import Preprocess
 from ..io.guard import memory_left
 from .callbacks import DeepSupervisionLoss, RememberCallback
-from .casefiles import build_case, case_learner, case_meta, own_args, plan_of
+from .casefiles import build_case, case_learner, case_meta, check_grid, own_args, plan_of
 from .classify import CaseLearner
 from .ensemble import Ensemble
 from .fingerprint import is_sealed, salt_of, seal_of, sealed_names, was_seen
@@ -50,7 +50,7 @@ from ..models.encoders import create_network, is_encoder
 from ..models.weights import check_finite, FrozenNorms
 from ..models.zoo import create_model, model_names, param_splitter
 from ..predict.memory import MemoryCallback
-from ..predict.predict import POSTS
+from ..predict.windows import POSTS
 from torch import nn, Tensor
 
 # %% ../../nbs/learn/13_modelfile.ipynb #77ec1bb0
@@ -152,7 +152,8 @@ class SavedLearner(VolumeLearner):
         channels = f"{self.n_in} channel{'s'*(self.n_in>1)}"
         return (f"{self.arch}, {sum(p.numel() for p in self.model.parameters()):,} parameters: {channels}, "
                 f"{answers}\n{how}\n"
-                f"trained on {f['cases']} cases of {f['subjects']} subjects, by fastmed {f['fastmed']}; scores: "
+                f"trained on {f.get('cases', '?')} cases of {f.get('subjects', '?')} subjects, by fastmed "
+                f"{f.get('fastmed', '?')}; scores: "
                 f"{json.dumps(f.get('evaluation') or f.get('metrics') or 'none kept')}")
 
     def __repr__(self):
@@ -194,8 +195,7 @@ def _remembered(training):
 def _expect_masks(meta, plan, pre):
     "Raise `InputError` where the metadata of a network for masks say what cannot be"
     net,flips = meta['network'],from_plain(meta['flips'])
-    if plan.ndim not in (2,3) or len(plan.patch)!=3 or min(plan.patch)<1:
-        raise InputError(f"expected a plan of slices or volumes; found {dict(plan)}")
+    check_grid(plan, pre, net['n_in'])
     if net['n_out']!=len(pre.vocab) and not (net['n_out']==1 and len(pre.vocab)==2):
         raise InputError(f"expected {len(pre.vocab)} outputs, one a code; found {net['n_out']}")
     if odd:=[o for o in from_plain(meta['post']) if o not in POSTS]:

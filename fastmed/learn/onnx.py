@@ -100,6 +100,9 @@ def load_onnx(
 )->SavedLearner: # its network runs in ONNX Runtime, on the CPU
     "Predict whole scans from an ONNX file. Raises `OSError` where it is not there, `ValueError` where it is changed, cut off or foreign, `ImportError` without onnxruntime"
     if not Path(fn).is_file(): raise MissingFileError(f"{fn}: no such model file")
+    if (size:=Path(fn).stat().st_size)>=2**31:
+        raise InputError(f"{fn}: expected a file of export_onnx; found {size:,} bytes, and ONNX files have "
+                         f"less than 2 GB")
     b = Path(fn).read_bytes()
     i = b.rfind(b'{"sha256": "sha256:')
     if i<0:

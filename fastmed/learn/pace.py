@@ -77,7 +77,7 @@ def scan_seconds(
     "What `DiceCallback` adds to an epoch, where the Learner has one"
     dice = first(c for c in learn.cbs if type(c).__name__=='DiceCallback')
     if dice is None: return 0.
-    from fastmed.predict.predict import window_corners
+    from fastmed.predict.windows import window_corners
     plan,items = learn.dls.plan,learn.dls.valid_ds.items
     shape = learn.dls.valid_ds[0][0].shape[-3:]
     windows = len(window_corners(tuple(shape), plan.patch, dice.overlap))

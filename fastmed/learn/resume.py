@@ -26,7 +26,7 @@ from .. import __version__
 from ..core import FastmedError, InputError, sweep, whole_file
 from .callbacks import FitCallback, one_process
 from .fingerprint import content_sum, data_words, fit_changes, fit_words, rate_words, split_facts
-from ..models.weights import check_finite
+from ..models.weights import check_finite, odd_weights
 from torch import nn, Tensor
 
 # %% ../../nbs/learn/05_resume.ipynb #0ed1f693
@@ -194,12 +194,12 @@ class ResumeCallback(FitCallback):
     ):
         if every is not None and every<1: raise InputError(f"ResumeCallback: every must be 1 or more; found {every}")
         self.file,self.every,self.keep = path,every,keep
-        # fits of this training that are done, and a sum of the weights after the last
-        self.earlier,self.end = [],None
+        # fits of this training that are done, and a sum of the weights after the last; whether it was asked to stop
+        self.earlier,self.end,self.asked = [],None,False
 
     def __getstate__(self):
         return {**{k:v for k,v in self.__dict__.items() if k in ('file','every','keep','learn')}, 'earlier':[],
-                'end':None}
+                'end':None, 'asked':False}
 
 # %% ../../nbs/learn/05_resume.ipynb #c2fd1471
 _magic,_no_sum = b'fastmed ResumeCallback 2\n',b'0'*64     # at the start of the file, then the sum of what follows
@@ -297,6 +297,7 @@ def _take(self:ResumeCallback, s, found):
     "The network of a state, and of the fit that was stopped all else"
     model = get_model(self.learn.model)
     model.load_state_dict(s['model'])
+    if odd:=odd_weights(model): raise ValueError(f'NaN or infinity in {odd[0]}')
     if found is not s:
         self.past = found
         return
@@ -379,9 +380,10 @@ def before_batch(self:ResumeCallback):
 
 @patch
 def after_batch(self:ResumeCallback):
-    "Save between two epochs"
-    if self.every and self.training and not self.skip and (self.iter+1)%self.every==0:
-        self._save(self.epoch, self.iter+1)
+    "Save between two epochs, and where somebody set `asked`, which stops the fit as Ctrl-C does"
+    if not self.training or self.skip: return
+    if self.asked or self.every and (self.iter+1)%self.every==0: self._save(self.epoch, self.iter+1)
+    if self.asked: raise KeyboardInterrupt
 
 @patch
 def after_epoch(self:ResumeCallback):

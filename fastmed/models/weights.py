@@ -17,7 +17,7 @@ from fastai.basics import Callback, get_model, Learner, TrainEvalCallback, warn
 from fastcore.all import delegates, groupby, join_path_file, L, store_attr
 from .. import __version__
 from ..core import FileError, InputError, MissingFileError
-from ..io.volumes import whole_file
+from ..core import whole_file
 from .adapt import adapt_weight, first_convs
 from .unet import FastInstanceNorm, UShape
 from .zoo import ENCODER_NAMES, MonaiNet
@@ -88,7 +88,8 @@ def read_weights(
                     *(type(np.dtype(o)) for o in ('f8','f4','f2','i8','i4','u1','?'))]):
                 sd = torch.load(fn, map_location='cpu', weights_only=True)
     except Exception as e:
-        raise FileError(f"{fn}: no weights could be read ({type(e).__name__}: {str(e).splitlines()[0]}). It must hold "
+        raise FileError(f"{fn}: no weights could be read ({type(e).__name__}: {str(e).partition(chr(10))[0]}). It must "
+                        f"hold "
                         f"tensors alone: a state dict. "
                         "Where you trust its sender, open it by torch.load and save its state dict by itself") from e
     is_state = lambda o: isinstance(o, dict) and any(isinstance(v, Tensor) for v in o.values())
@@ -163,6 +164,17 @@ def match_weights(
     counter = 'num_batches_tracked'                             # belongs to its statistics, and says nothing by itself
     return {k:v for k,v in match.items() if not k.endswith(counter) or k[:-len(counter)]+'running_mean' in match},wrong
 
+def _expect_numbers(fn, model, tensors):
+    "Raise `FileError` where what goes into a network, name → tensor, is not finite or of another kind of number"
+    own = model.state_dict()
+    learnt = {k for k,_ in model.named_parameters()} | {k for k in own if '.running_' in f'.{k}'}
+    for k,v in tensors.items():
+        if v.layout is not torch.strided or v.is_floating_point()!=own[k].is_floating_point():
+            raise FileError(f"{fn}: {k}: expected numbers of the kind {own[k].dtype}; found {v.dtype}, {v.layout}")
+        if v.is_floating_point() and (v.isnan() | (v.isinf() if k in learnt else False)).any():
+            raise FileError(f"{fn}: NaN or infinity stands in {k}: the training that wrote it has diverged. Take an "
+                            f"earlier file")
+
 def load_weights(
     model:nn.Module,        # changed in place
     fn,                     # file with a state dict: torch (weights only) or .safetensors
@@ -182,6 +194,7 @@ def load_weights(
                          f"the "
                          f"model {', '.join(list(own)[:2])} … "
                          "Build the network that the file was made with")
+    _expect_numbers(fn, model, {k:sd[v] for k,v in match.items()})
     adapted = [k for k in match if own[k].shape!=sd[match[k]].shape]
     used = set(match.values())
     odd = {_bare(k) for k in wrong}
@@ -253,7 +266,11 @@ def load_encoder(
     if 'fastmed_encoder' not in meta:
         raise FileError(f"{fn}: expected a file of save_encoder; found safetensors without its line. Other weights are "
                         f"loaded by load_weights, or pretrained=")
-    what,own = json.loads(meta['fastmed_encoder'])['what'],_encoder_state(model)
+    try: what = str(json.loads(meta['fastmed_encoder'])['what'])
+    except (ValueError, RecursionError, TypeError, LookupError) as e:
+        raise FileError(f"{fn}: its line, which says what the encoder is, cannot be read ({type(e).__name__}). Save it "
+                        f"again by save_encoder") from e
+    own = _encoder_state(model)
     a,b = {k:tuple(v.shape) for k,(_,v) in own.items()},{k:tuple(v.shape) for k,v in sd.items()}
     if a!=b:
         odd = [f"{k}: {a.get(k, 'not in the network')} expected, {b.get(k, 'nothing')} found" for k in list(a|b)
@@ -262,7 +279,9 @@ def load_encoder(
                          f"{'; '.join(odd[:3])}{f' (and {len(odd)-3} more)' if len(odd)>3 else ''}. Build the network "
                          f"with "
                          f"the arguments of the file")
-    model.load_state_dict({k:sd[n] for n,(k,_) in own.items()}, strict=False)
+    tensors = {k:sd[n] for n,(k,_) in own.items()}
+    _expect_numbers(fn, model, tensors)
+    model.load_state_dict(tensors, strict=False)
     return what
 
 # %% ../../nbs/models/06_weights.ipynb #83be6604

@@ -21,9 +21,9 @@ import torch
 from fastai.basics import Callback, set_seed, warn
 from fastai.callback.hook import total_params
 from fastcore.all import first, ifnone, L, store_attr
-from ..core import ArgumentError, beside, ColumnError, InputError, sweep, whole_file
+from ..core import ArgumentError, beside, InputError, sweep, whole_file
 from ..data.cases import check_columns, group_values
-from ..data.labels import group_folds
+from ..data.labels import fold_numbers, group_folds
 from ..data.loaders import SliceDataLoaders, VolumeDataLoaders
 from ..data.preprocess import check_codes
 from ..io.volumes import load_mask, load_volume, read_header, to_orientation
@@ -86,8 +86,7 @@ class Comparison(Findings):
         self.df = df.reset_index(drop=True)
         self.df.attrs.update(df.attrs)
         if isinstance(folds, str):
-            if folds not in df: raise ColumnError(f"folds {folds!r}: not in the DataFrame, which has {list(df)}")
-            self.fold = self.df[folds].astype(int).values
+            self.fold = fold_numbers(self.df, folds)
             parted = self.df.assign(_f=self.fold, _g=group_values(self.df, group_col)).groupby('_g')._f.nunique()
             if (parted>1).any():
                 raise InputError(f"folds {folds!r}: the subjects {parted[parted>1].index[:5].tolist()} stand in "

@@ -23,7 +23,7 @@ from fastai.basics import set_seed
 from fastcore.all import delegates, first, ifnone, L
 from ..core import ArgumentError, ColumnError, InputError, sweep, synced, whole_file, writing
 from ..data.cases import check_columns, group_values
-from ..data.labels import group_folds
+from ..data.labels import fold_numbers, group_folds
 from ..data.loaders import SliceDataLoaders, VolumeDataLoaders
 from ..data.preprocess import check_codes
 from ..data.radiographs import RadiographDataLoaders
@@ -38,7 +38,7 @@ from ..plot import html_report
 from .findings import RULE, ruled_scores, seen_cases
 from fastmed.study.runs import (
     arm_settings, case_contents, check_contents, class_numbers, contents_noted, function_text, keep_model,
-    make_learner, noted_contents, open_run, PREDICT_ARGS, read_notes, read_table, run_model, setting_text,
+    make_learner, note_run, noted_contents, open_run, PREDICT_ARGS, read_notes, read_table, run_model, setting_text,
     settings_hash, train_runs
 )
 from fastprogress.fastprogress import progress_bar
@@ -149,7 +149,7 @@ def _fold_finish(learn, spec, look, folder, cost, tmp):
     with writing(folder):
         res.assign(**key)[[*key, *res]].to_csv(tmp/'results.csv', index=False)
         keep_model(learn, tmp)
-        (tmp/'run.json').write_text(json.dumps(facts, indent=1, default=str))
+        note_run(tmp, facts)
         synced(tmp)
         os.replace(tmp, folder)
     return folder
@@ -226,10 +226,9 @@ class CrossValidation:
             self.kwargs = {**kwargs, 'path':Path(kwargs.get('path', '.')).absolute(),
                     **({'codes':check_codes(kwargs['codes'])} if 'codes' in kwargs else {})}
         if isinstance(folds, str):
-            if folds not in df: raise ColumnError(f"folds {folds!r}: not in the DataFrame, which has {list(df)}")
             if stratify is not None:
                 raise ArgumentError(f"stratify: the folds stand in column {folds!r} already; leave one of them out")
-            one = self.df[folds].astype(int).values
+            one = fold_numbers(self.df, folds)
             self.fold = [one]*repeats
             parted = self.df.assign(_f=one, _g=group_values(self.df, group_col).values).groupby('_g')._f.nunique()
             if (parted>1).any():

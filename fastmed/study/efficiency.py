@@ -15,13 +15,15 @@ import pandas as pd
 from fastai.basics import set_seed
 from fastcore.all import ifnone
 from ..core import ArgumentError, FastmedError, InputError, whole_file
-from ..data.cases import check_columns, group_values, marked_rows
-from ..io.volumes import file_digest
+from ..data.cases import check_columns, group_values
+from ..data.labels import marked_rows
+from ..io.formats import file_digest
 from ..learn.pace import BudgetCallback, shared_plan
 from ..metrics.scores import roc_auc
 from ..metrics.stats import group_numbers
 from fastmed.study.runs import (
-    case_contents, check_contents, class_numbers, function_text, make_learner, noted_contents, NoValidation
+    case_contents, check_contents, class_numbers, function_text, make_learner, noted_contents, NoValidation, read_notes,
+    read_table
 )
 from fastprogress.fastprogress import progress_bar
 import fastai.callback.schedule  # noqa: F401, its patches
@@ -136,7 +138,7 @@ class LabelEfficiency:
 
 def _note_contents(path, note, df, arms, runs):
     "Refuse finished runs that saw other files, and note what the cases hold now; `note`: json of contents and of the runs since; `runs`: files of results"
-    was = json.loads(note.read_text()) if note.exists() else {}
+    was = read_notes(note) if note.exists() else {}
     there = [o for o in runs if o.exists()]
     now = case_contents(df, arms)
     check_contents(path, was.get('files'), now, [o.stem in was.get('runs', []) for o in there])
@@ -152,11 +154,10 @@ def _start(learn, init):
     else: learn.load_encoder(init)
     return learn
 
-def _read_run(fn):
-    "The table of a finished run; names stay text"
-    named = ['case','subject','structure']
-    with open(fn, encoding='utf-8') as f: named += ['target','pred']*('prob_' in f.readline())
-    return pd.read_csv(fn, dtype=dict.fromkeys(named, str), keep_default_na=False, na_values='')
+def _read_run(fn, cases):
+    "The table of a finished run, with each of its test cases; names stay text"
+    with open(fn, encoding='utf-8') as f: named = ['target','pred']*('prob_' in f.readline())
+    return read_table(fn, cases, named)
 
 def label_efficiency(
     df,                # one row a case
@@ -229,4 +230,5 @@ def label_efficiency(
         t = t.assign(init=i, size=n, repeat=r, subject=t['case'].map(dict(zip(df.case.astype(str), groups))))
         with whole_file(fn) as f: t.to_csv(f, index=False)
     _note_contents(path, note, df, arms, fns.values())                # a file may have been changed meanwhile
-    return LabelEfficiency(pd.concat(map(_read_run, fns.values()), ignore_index=True), seed=seed)
+    held_out = df.case[test].astype(str)
+    return LabelEfficiency(pd.concat([_read_run(fn, held_out) for fn in fns.values()], ignore_index=True), seed=seed)

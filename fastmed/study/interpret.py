@@ -19,10 +19,11 @@ from ..data.recipe import labels_of
 from ..learn.callbacks import epoch_table
 from ..learn.classify import CaseLearner
 from fastmed.metrics.curves import (
-    agreement, area_under, bands, Calibration, calibration, Confounding, confounding, error_by, estimate,
-    operating_point, OperatingPoint, safe_ratio, score_by, score_curve
+    agreement, area_under, bands, Calibration, calibration, Confounding, confounding, error_by, operating_point,
+    OperatingPoint, score_by, score_curve
 )
 from ..metrics.scores import choose_point
+from ..metrics.stats import estimate, safe_ratio
 from ..plot import html_report
 from .gradcam import grad_cam, is_conv, item_of, plot_cam
 from torch import Tensor

@@ -31,6 +31,7 @@ from ..data.blocks import CaseFiles, PatchTransform
 from ..data.cases import case_files, group_values
 from ..data.loaders import SliceDataLoaders, VolumeDataLoaders
 from ..data.store import cache_dir, kept_digest
+from ..io.formats import file_digest
 from ..io.volumes import read_header, to_orientation
 from ..learn.callbacks import case_columns, case_rows, predicted_cases
 from ..learn.ensemble import trusted_learner
@@ -39,7 +40,8 @@ from ..learn.modelfile import load_model, save_model
 from ..learn.pace import BudgetCallback, CostCallback, peak_memory, reset_peak
 from ..learn.plain import UnopenedError
 from ..metrics.masks import case_scores, failed_scores, slice_consistency
-from ..predict.predict import apply_post, POSTS, predict_case
+from ..predict.predict import predict_case
+from ..predict.windows import apply_post, POSTS
 from torch import nn
 import fastai.callback.schedule  # noqa: F401, its patches
 
@@ -65,10 +67,31 @@ def read_notes(
     except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{fn}: what was noted of the runs cannot be read ({type(e).__name__}). Put a copy of it "
                          f"back, or remove its folder and call run() to train again") from e
-    if not isinstance(notes, dict):
+    if not isinstance(notes, dict) or notes.get('seal', _seal_of(notes))!=_seal_of(notes):
         raise InputError(f"{fn}: expected what was noted of the runs; found {str(notes)[:80]!r}. Put a copy of it "
                          f"back, or remove its folder and call run() to train again")
     return notes
+
+def _seal_of(notes): return settings_hash({k:v for k,v in notes.items() if k!='seal'})
+
+def note_run(
+    folder, # of a run that was scored
+    facts   # what is told of it, JSON-able
+):
+    "Write run.json: the facts, a sum of each file of the run, and a seal over both"
+    sums = {f.name:file_digest(f) for f in sorted(Path(folder).iterdir()) if f.is_file()}
+    notes = json.loads(json.dumps(dict(facts, sums=sums), default=str))
+    (Path(folder)/'run.json').write_text(json.dumps(dict(notes, seal=_seal_of(notes)), indent=1))
+
+def expect_own(
+    fn # file of a finished run
+):
+    "Raise `InputError` where a file is not the one that the run wrote; runs of earlier versions noted no sums"
+    run = Path(fn).parent/'run.json'
+    told = read_notes(run).get('sums', {}).get(Path(fn).name) if run.is_file() else None
+    if told is not None and Path(fn).is_file() and file_digest(fn)!=told:
+        raise InputError(f"{fn}: is not what this run wrote: it was changed, or is of another run. Put a copy of it "
+                         f"back, or remove the run's folder and call run() to train it again")
 
 def read_table(
     fn,              # .csv of a finished run
@@ -78,6 +101,7 @@ def read_table(
 )->pd.DataFrame:     # names as text
     "A table of a finished run. Raises `InputError` where it cannot be read, lacks a case, has one twice, or is of another run"
     again = "Put a copy of it back, or remove the run's folder and call run() to train it again"
+    expect_own(fn)
     try:
         b = Path(fn).read_bytes()
         t = pd.read_csv(io.BytesIO(b), dtype=dict.fromkeys(['case','subject','arm','structure',*text], str),
@@ -93,6 +117,9 @@ def read_table(
     if odd:=[k for k,v in keys.items() if (t[k]!=v).any()]:
         raise InputError(f"{fn}: is of another run: expected {odd[0]} {keys[odd[0]]!r}; found "
                          f"{t[odd[0]][t[odd[0]]!=keys[odd[0]]].tolist()[0]!r}. {again}")
+    def is_share(v): return (pd.to_numeric(v, errors='coerce').between(0, 1) | v.isna()).all()
+    if odd:=[k for k in ('dice','nsd') if k in t and not is_share(t[k])]:
+        raise InputError(f"{fn}: expected {odd[0]} from 0 to 1; found {t[odd[0]].max()!r}. {again}")
     by = [k for k in ('case','structure') if k in t]
     if odd:=sorted({*cases}^{*t.case}):
         raise InputError(f"{fn}: expected the {len(cases)} cases that this run held out; found {t.case.nunique()}: "
@@ -121,6 +148,7 @@ def load_run(
 )->VolumeLearner:     # as it was trained
     "The Learner of a finished run. Raises `InputError` on a pickle that is not trusted, and on a network without a name where `arch` is missing"
     fn = run_model(folder)
+    expect_own(fn)
     return load_model(fn, arch=arch) if fn.suffix=='.safetensors' else trusted_learner(fn, trust)
 
 # %% ../../nbs/study/04_runs.ipynb #5207a007
@@ -233,7 +261,7 @@ def case_gflops(
 )->float:          # 10⁹ multiplications and additions, each counted
     "What the network computes for one case: the count for a window times the number of windows"
     from torch.utils.flop_counter import FlopCounterMode
-    from fastmed.predict.predict import window_corners
+    from fastmed.predict.windows import window_corners
     plan,model,p = learn.dls.plan,learn.model,next(learn.model.parameters())
     size = [k for k in plan.patch if plan.ndim==3 or k>1]
     n_in = learn.n_in*(1+2*plan.get('context', 0) if plan.ndim==2 else 1)
@@ -375,16 +403,16 @@ def finish_run(
             case_gflops=case_gflops(learn, pre.grid(h['shape'], h['affine'])[0], look.get('overlap', .5)),
                 **cost, predict_s=float(np.median(secs)), predict_peak_mb=peak_memory(dev)/1e6)
     key = {k:spec[k] for k in ('arm','fold','seed')}
-    facts = json.dumps(dict(key, budget=spec['budget'], folds=spec['hash'], files=spec.get('files'),
-            settings=arm_settings(learn, look, spec.get('lr_max')), plan=dict(learn.dls.plan),
-                                                        preprocess=pre.to_dict(), cost=cost), indent=1, default=str)
+    facts = dict(key, budget=spec['budget'], folds=spec['hash'], files=spec.get('files'),
+                 settings=arm_settings(learn, look, spec.get('lr_max')), plan=dict(learn.dls.plan),
+                 preprocess=pre.to_dict(), cost=cost)
     with writing(folder):
         for n,t in (('results',res),('slices',sl),('remedied',rem)):
             t.assign(**key)[[*key, *t]].to_csv(tmp/f'{n}.csv', index=False)
         pd.DataFrame(dict(update=range(1, len(learn.recorder.losses)+1), loss=[float(o) for o in learn.recorder.losses],
                 lr=learn.recorder.lrs[-len(learn.recorder.losses):])).to_csv(tmp/'log.csv', index=False)
         keep_model(learn, tmp)
-        (tmp/'run.json').write_text(facts)
+        note_run(tmp, facts)
         synced(tmp)
         # the same run, entered by hand before
         if folder.exists():
