@@ -353,7 +353,7 @@ def show_labelled(
     return ctxs
 
 # %% ../../nbs/data/11_loaders.ipynb #740ce9e4
-def _axes_of(ctxs, samples, max_n, nrows, ncols, figsize):
+def _grid_of(ctxs, samples, max_n, nrows, ncols, figsize):
     "The axes that were given, or a grid of them, as fastai's `nrows`, `ncols` and `figsize` (inches) say"
     return axes_grid(min(len(samples), max_n), nrows, ncols, figsize) if ctxs is None else ctxs
 
@@ -374,20 +374,20 @@ def label_text(
 def show_batch(x:TensorVolume|TensorSlice, y:TensorVolumeMask|TensorSliceMask, samples, ctxs=None, max_n=8, nrows=None,
                ncols=None, figsize=None, **kwargs):
     "One picture an item: a plane of the patch with the contours of its mask; `kwargs` go to `show_plane`"
-    return _show(samples, [None]*len(samples), _axes_of(ctxs, samples, max_n, nrows, ncols, figsize), **kwargs)
+    return _show(samples, [None]*len(samples), _grid_of(ctxs, samples, max_n, nrows, ncols, figsize), **kwargs)
 
 @dispatch
 def show_results(x:TensorVolume|TensorSlice, y:TensorVolumeMask|TensorSliceMask, samples, outs, ctxs=None, max_n=8,
                  nrows=None, ncols=None, figsize=None, **kwargs):
     "One picture an item, truth solid and prediction dashed; `kwargs` go to `show_plane`"
-    return _show(samples, [o[0] for o in outs], _axes_of(ctxs, samples, max_n, nrows, ncols, figsize), **kwargs)
+    return _show(samples, [o[0] for o in outs], _grid_of(ctxs, samples, max_n, nrows, ncols, figsize), **kwargs)
 
 @dispatch
 def show_batch(x:TensorVolume|TensorSlice, # noqa: F811
                y:TensorCategory|TensorMultiCategory|TensorRegression|tuple, samples,
                ctxs=None, max_n=8, nrows=None, ncols=None, figsize=None, **kwargs):
     "One picture an item with its label above, and the contours of its mask where it has one"
-    return show_labelled(samples, [None]*len(samples), _axes_of(ctxs, samples, max_n, nrows, ncols, figsize), max_n,
+    return show_labelled(samples, [None]*len(samples), _grid_of(ctxs, samples, max_n, nrows, ncols, figsize), max_n,
                          **kwargs)
 
 @dispatch
@@ -395,4 +395,4 @@ def show_results(x:TensorVolume|TensorSlice, # noqa: F811
                  y:TensorCategory|TensorMultiCategory|TensorRegression|tuple, samples, outs,
                  ctxs=None, max_n=8, nrows=None, ncols=None, figsize=None, **kwargs):
     "One picture an item, its label above and the prediction below it, green where they agree and red where not"
-    return show_labelled(samples, outs, _axes_of(ctxs, samples, max_n, nrows, ncols, figsize), max_n, **kwargs)
+    return show_labelled(samples, outs, _grid_of(ctxs, samples, max_n, nrows, ncols, figsize), max_n, **kwargs)
