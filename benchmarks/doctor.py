@@ -623,7 +623,7 @@ def seen_by_the_doctor(df, fit, image_col='image'):
 
 def places(a):
     "Masks that are mirrored or moved: found, and sound cases blamed"
-    from fastmed.data.placement import border_profiles, misplaced_masks
+    from fastmed.data.oddities import border_profiles, misplaced_masks
     def found(cases): return {o[0] for o in misplaced_masks(cases)}
     def put(what, others, who, hits, blamed):
         rows.append(dict(what=what, cases=others, planted=len(who), found=hits, blamed=blamed))

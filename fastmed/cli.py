@@ -6,18 +6,27 @@
 __all__ = ['MASK_ENDINGS', 'demo', 'scan', 'train', 'predict', 'evaluate', 'scan_series', 'check', 'compare', 'parser', 'main']
 
 # %% ../nbs/90_cli.ipynb #fe225344
-import argparse, contextlib, math, os, signal, sys, threading, time, warnings
+import contextlib
+import glob
+import os
+import sys
+import warnings
 from pathlib import Path
+
+from fastmed.shell import (
+    add_command, bars_on_stderr, code_names, files_of_table, is_told, LineParser, nobody_reads, number_in, one_line,
+    OneOrThree, output_file, path_text, ready_streams, say_failed, stopped_at_once, stopped_between_batches
+)
 
 # %% ../nbs/90_cli.ipynb #dc70cf1a
 def demo(
-    path='demo',        # folder for cohort, models and report
-    n:int=24,           # subjects
-    minutes:float=2.,   # training time of each model
-    seed:int=0,         # of the cohort and of the split
-    overwrite=False     # replace the files of an earlier demonstration, or whatever bears their names
+    path='demo',        # folder to write to (demo)
+    n:int=24,           # subjects (24)
+    minutes:float=2.,   # training time of each model (2)
+    seed:int=0,         # of the cohort and of the split (0)
+    overwrite=False     # replace files that are there already; never a source
 )->Path:                # the report
-    "Train 2D and 3D on the embedded cohort; write `report.html`, `overlay.png`, the models and the table of cases"
+    "Train 2D and 3D on the embedded cohort; write a report with pictures."
     from fastmed.predict.predict import check_free
     from fastmed.study.compare import demonstrate
     made = ('cases.csv','report.html','overlay.png','model_3D.safetensors','model_2D.safetensors')
@@ -40,95 +49,35 @@ def scan(
         return scan_decathlon(path)
     return scan_folder(path, images or 'images/*.nii.gz', masks or 'labels/*.nii.gz', channels)
 
-def _output(
-    fn,             # file that would be written
-    endings,        # of its name
-    sources=(),     # files that are read
-    overwrite=False # whether a file may be replaced
-):
-    "The path of a file that a command will write, checked before the work begins. Raises `FileError`, `InputError`"
-    from fastmed.core import FileError, InputError, beside, writing
-    from fastmed.io.guard import check_plain
-    from fastmed.predict.predict import check_free
-    fn = Path(fn)
-    if os.path.isdir(fn): raise FileError(f"{fn}: is a folder; expected a file such as {fn/'name'}{endings[0]}")
-    if not fn.name.lower().endswith(endings) or fn.name.lower() in endings:
-        raise InputError(f"{fn}: expected a name that ends in {', '.join(endings)}; found {fn.suffix or 'no ending'}. "
-                         f"Nothing was done")
-    check_plain(fn)                                                  # a pipe of somebody is no file to replace
-    check_free([fn], sources, overwrite)
-    with writing(fn), beside(fn): pass                               # a disk that refuses says so now
-    return fn
-
-def _read_files(
-    path, # folder of a data set
-    df    # its cases
-):        # list
-    "Every file that a table of cases was read from, and that it names"
-    cells = [o for col in ('image','mask') if col in df for cell in df[col]
-                           for o in (cell if isinstance(cell, list) else [cell])]
-    return [Path(path)/'cases.csv', Path(path)/'dataset.json', *(o for o in cells if isinstance(o, (str,Path)))]
-
-def _cases_table(a):
-    "The table of the cases that a command was given"
-    return scan(Path(a.path).resolve(), a.images, a.masks, a.channels)
-
-@contextlib.contextmanager
-def _stopped_between_batches(cb):
-    "Ctrl-C and SIGTERM end a training when the batch that runs is learnt and all is kept; asked again, at once"
-    me = os.getpid()
-    def ask(sig, frame):
-        if os.getpid()!=me: return                                   # a worker process ends with the training
-        if cb.asked: raise KeyboardInterrupt
-        cb.asked = sig
-        os.write(2, b'fastmed: stops after this batch; --resume goes on from there\n')
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    was = {s:signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    try: yield
-    except KeyboardInterrupt:
-        if cb.asked!=signal.SIGTERM: raise
-        print('fastmed: stopped', file=sys.stderr)
-        raise SystemExit(128+signal.SIGTERM) from None
-    finally:
-        for s,f in was.items(): signal.signal(s, f)
-
-def train(
-    a # the parsed arguments
-):
-    "`fastmed train`: a folder of scans and masks becomes a model file"
-    from fastmed.core import beside, FileError
-    out = _output(a.out, ('.safetensors','.pkl'), overwrite=a.overwrite)
-    with beside(out, alone=True) as held:
-        if held is None:
-            raise FileError(f"{out}: another process is about to write it. Wait for it, or give another --out")
-        _train(a, out)
-
-def _train(a, out):
-    "Train, and write the model to a place that is free"
-    from fastmed.all import VolumeDataLoaders, SliceDataLoaders, unet3d_learner, unet2d_learner, set_seed, ResumeCallback, save_model, whole_file
-    from fastmed.learn.fingerprint import check_kept, check_still_free, kept_plan
-    set_seed(a.seed)
-    kw = dict(codes=a.codes, valid_pct=a.valid_pct, seed=a.seed, cache=a.cache, num_workers=a.workers,
-              path=out.parent.resolve())
-    if a.spacing: kw['spacing'] = tuple(a.spacing) if len(a.spacing)==3 else a.spacing[0]
-    kept,plan = out.with_name(f'{out.name}.resume'),out.with_name(f'{out.name}.plan.json')
-    check_kept(out, kept, plan, a.resume, a.overwrite)
-    if a.resume and kept.exists() and plan.exists(): kw['plan'] = kept_plan(plan, kw.pop('spacing', None))
-    elif not a.epochs: kw['minutes'] = a.minutes
-    dls = (VolumeDataLoaders if a.ndim==3 else SliceDataLoaders).from_df(_cases_table(a), **kw)
-    if not a.resume: kept.unlink(missing_ok=True)
+# %% ../nbs/90_cli.ipynb #cc43f661
+def _new_learner(ndim, arch, cases, given, plan, going_on, minutes):
+    "The Learner of a folder; its plan is kept, and taken from where it was kept when a training goes on"
+    from fastmed.all import set_seed, SliceDataLoaders, unet2d_learner, unet3d_learner, VolumeDataLoaders, whole_file
+    from fastmed.learn.fingerprint import kept_plan
+    set_seed(given['seed'])
+    if going_on and plan.exists(): given['plan'] = kept_plan(plan, given.pop('spacing', None))
+    elif minutes: given['minutes'] = minutes
+    loaders,learner = (VolumeDataLoaders,unet3d_learner) if ndim==3 else (SliceDataLoaders,unet2d_learner)
+    dls = loaders.from_df(cases(), **given)
     with whole_file(plan) as tmp: tmp.write_text(dls.plan.to_json())
-    learn = (unet3d_learner if a.ndim==3 else unet2d_learner)(dls, arch=a.arch)
+    learn = learner(dls, arch=arch)
     print(f'{len(dls.train_ds)} cases train, {len(dls.valid_ds)} validate\n{dls.plan}\n{dls.preprocess}', flush=True)
-    if a.resume and not kept.exists(): print(f'{kept}: not there, so there is nothing to resume; training starts anew')
-    cb = ResumeCallback(kept.name, every=50, keep=True)              # until the model is written
-    with _stopped_between_batches(cb):
-        if a.epochs is not None: learn.fit_one_cycle(a.epochs, cbs=cb)
-        else: learn.fit_for(a.minutes, cbs=cb)
+    return learn
+
+def _fit(learn, kept, epochs, minutes):
+    "Train; what is learnt is kept until the model is written"
+    from fastmed.all import ResumeCallback
+    cb = ResumeCallback(kept.name, every=50, keep=True)
+    with stopped_between_batches(cb):
+        if epochs is not None: learn.fit_one_cycle(epochs, cbs=cb)
+        else: learn.fit_for(minutes, cbs=cb)
+
+def _write_model(learn, out, kept, overwrite):
+    "Write and score the model; 1 where it could not be scored"
+    from fastmed.all import save_model
+    from fastmed.learn.fingerprint import check_still_free
     safe = out.suffix.lower()=='.safetensors'
-    check_still_free(out, kept, a.overwrite)
+    check_still_free(out, kept, overwrite)
     if not safe:
         learn.export(out.name)
         print(f'fastmed: {out} is a pickle: whoever opens it runs what is in it, so predict and evaluate ask for '
@@ -137,17 +86,55 @@ def _train(a, out):
     try: ev = learn.evaluate()
     except (OSError, ValueError, MemoryError) as e: failed = e
     if safe: save_model(learn, out, evaluation=ev)
-    kept.unlink(missing_ok=True)
-    plan.unlink(missing_ok=True)
     if failed is None: print(ev.summary().round(4).to_string())
     else: print(f'fastmed: the model was not scored: {failed}', file=sys.stderr)
     print(f'{out} written')
     return int(failed is not None)
 
-def _load_file(
-    fn,   # model file
-    trust # whether a pickle may be opened
-):
+# %% ../nbs/90_cli.ipynb #cc43f662
+def train(
+    path,                    # folder: a Decathlon task, or images/ and labels/
+    out='model.safetensors', # file for the model (model.safetensors); .pkl: an exported Learner, which is a pickle
+    overwrite=False,         # replace files that are there already; never a source
+    channels:int=None,       # files that make a case, case_0000, case_0001 …; 1: each file is a case (found out)
+    ndim:int=3,              # 2: slices, 3: volumes (3)
+    arch='UNet',             # 'UNet', or a MONAI network by name
+    minutes:float=10.,       # training time (10)
+    epochs:int=None,         # train for epochs instead of minutes
+    images=None,             # pattern of the images ('images/*.nii.gz')
+    masks=None,              # pattern of the masks ('labels/*.nii.gz')
+    codes=None,              # names of the structures, by commas, background first
+    spacing=None,            # mm, one number or three
+    valid_pct:float=.2,      # share of validation cases (0.2)
+    seed:int=42,             # of the split and of the training (42)
+    cache=None,              # folder of the store
+    resume=False,            # go on with a training that was killed; give the same arguments
+    workers:int=None         # worker processes
+)->int:                      # 1 where the model could not be scored
+    "Train on a folder of scans and masks."
+    from fastmed.core import beside, FileError
+    from fastmed.learn.fingerprint import check_kept
+    out = output_file(out, ('.safetensors','.pkl'), overwrite=overwrite)
+    kept,plan = out.with_name(f'{out.name}.resume'),out.with_name(f'{out.name}.plan.json')
+    check_kept(out, kept, plan, resume, overwrite)
+    given = dict(codes=codes, valid_pct=valid_pct, seed=seed, cache=cache, num_workers=workers,
+                 path=out.parent.resolve())
+    if spacing: given['spacing'] = tuple(spacing) if len(spacing)==3 else spacing[0]
+    with beside(out, alone=True) as held:
+        if held is None:
+            raise FileError(f"{out}: another process is about to write it. Wait for it, or give another --out")
+        going_on = resume and kept.exists()
+        learn = _new_learner(ndim, arch, lambda: scan(Path(path).resolve(), images, masks, channels), given,
+                             plan, going_on, None if epochs else minutes)
+        if resume and not going_on: print(f'{kept}: not there, so there is nothing to resume; training starts anew')
+        if not resume: kept.unlink(missing_ok=True)
+        _fit(learn, kept, epochs, minutes)
+        failed = _write_model(learn, out, kept, overwrite)
+        for fn in (kept, plan): fn.unlink(missing_ok=True)
+    return failed
+
+# %% ../nbs/90_cli.ipynb #cc43f663
+def _load_file(fn, trust):
     "The Learner of a model file. Raises `InputError` on a pickle that is not trusted, and on what is no model"
     from fastmed.core import InputError, MissingFileError
     fn = Path(fn)
@@ -158,8 +145,7 @@ def _load_file(
     if not trust:
         raise InputError(f"{fn}: is not a .safetensors file, and a pickle runs whatever its sender put into it. Only "
                          f"where you trust the sender, say --trust; save_model(load_learner(…), 'model.safetensors') "
-                         f"makes "
-                         f"a file that runs nothing")
+                         f"makes a file that runs nothing")
     learn = _load_pickle(fn)
     print(f'fastmed: {fn} was opened as a pickle, and what is in it was run, because you said --trust', file=sys.stderr)
     return learn
@@ -177,124 +163,145 @@ def _load_pickle(fn):
         raise InputError(f"{fn}: holds a {type(learn).__name__} that was not made by fastmed")
     return learn
 
+# %% ../nbs/90_cli.ipynb #cc43f664
 MASK_ENDINGS = ('.nii.gz','.nii','.nrrd','.mha','.png')
 
-def _one_line(text):
-    "A message in one line, without the signs that tell a terminal what to do: names of files may hold them"
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in ' '.join(str(text).split()))
-
-def _failed(res):
-    "1 where a scan failed, each named on stderr"
-    for r in res[res.status!='ok'].itertuples(): print(_one_line(f'{r.case}: {r.status}'), file=sys.stderr)
-    return int((res.status!='ok').any())
-
-def _answers(learn, a, one):
-    "`fastmed predict` with a model that answers for cases: a table in `a.dst`, or in answers.csv of that folder"
-    import glob
-    from fastmed.core import InputError, whole_file
-    if a.post or a.overlap!=.5:
-        raise InputError(
-                f"{a.model}: answers for cases and writes no masks: leave --{'post' if a.post else 'overlap'} out")
-    if a.channels not in (None,1): raise InputError(f"{a.model}: takes each file for a case: leave --channels out")
-    src,dst = Path(a.src),Path(a.dst)
+def _answers(learn, src, dst, images, one, overwrite, model, tta):
+    "`fastmed predict` with a model of cases: a table in `dst`, or in answers.csv of that folder"
+    from fastmed.core import whole_file
     if dst.suffix.lower()!='.csv': dst = dst/'answers.csv'
-    _output(dst, ('.csv',), [a.model, src], a.overwrite)
-    folder,images = (src.resolve().parent, glob.escape(src.resolve().name)) if one else (src, a.images)
-    res = learn.predict_folder(folder, images, tta=a.tta)
-    if not (res.status=='ok').any() and one: return _failed(res)     # no table that would stand in the way
+    output_file(dst, ('.csv',), [model, src], overwrite)
+    if one: src,images = src.resolve().parent,glob.escape(src.resolve().name)
+    res = learn.predict_folder(src, images, tta=tta)
+    if one and not (res.status=='ok').any(): return say_failed(res)     # no table that would stand in the way
     # bytes of a name that are no letters are written as numbers, since no table holds them
     with whole_file(dst) as tmp: res.to_csv(tmp, index=False, errors='backslashreplace')
     print(dst)
-    return _failed(res)
+    return say_failed(res)
 
-def _mask(learn, a, **kwargs):
+def _mask(learn, src, dst, overwrite, model, **kwargs):
     "`fastmed predict` of one scan"
     from fastmed.data.cases import case_name
-    from fastmed.core import InputError
     from fastmed.io.volumes import check_one_slice, read_header
     from fastmed.predict.predict import save_prediction
-    src,dst = Path(a.src),Path(a.dst)
-    if a.channels not in (None,1): raise InputError(f"{src}: is one scan: leave --channels out")
-    if os.path.isdir(dst) or str(a.dst).endswith('/'): dst = dst/f'{case_name(src)}.nii.gz'
-    sources = [a.model, src] if src.is_file() else [a.model, *src.iterdir()]
-    _output(dst, MASK_ENDINGS, sources, a.overwrite)
+    if os.path.isdir(dst) or dst.endswith('/'): dst = Path(dst)/f'{case_name(src)}.nii.gz'
+    dst = output_file(dst, MASK_ENDINGS, [model, src] if src.is_file() else [model, *src.iterdir()], overwrite)
     if dst.suffix.lower()=='.png': check_one_slice(dst, read_header(src)['shape'])
     print(save_prediction(learn.predict_volume(src, **kwargs), dst))
     return 0
 
+# %% ../nbs/90_cli.ipynb #cc43f665
 def predict(
-    a # the parsed arguments
-):
-    "`fastmed predict`: masks for a file or a folder, or a table of answers; 1 where a scan of a folder failed"
+    model,            # model file (.safetensors, .onnx); an exported Learner with --trust
+    src,              # scan, DICOM folder, or folder of scans
+    dst,              # mask file or folder; table (.csv) or folder
+    images='*.nii.gz',# pattern inside a folder ('*.nii.gz')
+    trust=False,      # open a model file that is a pickle, and run what is in it
+    overlap:float=.5, # share of a window that its neighbour covers too (0.5)
+    tta=False,        # test-time augmentation
+    post=None,        # post-processing, may be given more than once
+    overwrite=False,  # replace files that are there already; never a source
+    channels:int=None # files that make a case, case_0000, case_0001 …; 1: each file is a case (found out)
+)->int:               # 1 where a scan of a folder failed
+    "Write masks for a scan or a folder of scans; of a classifier or regression, a table of answers."
     from fastmed.core import InputError, MissingFileError
     from fastmed.data.cases import matching_files
     from fastmed.io.guard import check_plain
-    src = Path(a.src)
+    src = Path(src)
     if not src.exists(): raise MissingFileError(f"{src}: no such file or folder")
     check_plain(src)
-    one = src.is_file() or not matching_files(src, a.images)
-    learn = _load_file(a.model, a.trust)
-    if getattr(learn, 'task', 'segmentation')!='segmentation': return _answers(learn, a, one)
-    kw = dict(overlap=a.overlap, tta=a.tta, post=a.post or None)
-    if one: return _mask(learn, a, **kw)
-    if a.dst.lower().endswith(MASK_ENDINGS):
-        raise InputError(f"{a.dst}: is the name of a file, and {src} is a folder of scans: give a folder")
-    res = learn.predict_folder(src, a.dst, a.images, a.overwrite, a.channels, **kw)
+    one = src.is_file() or not matching_files(src, images)
+    learn = _load_file(model, trust)
+    cases = getattr(learn, 'task', 'segmentation')!='segmentation'
+    if cases and (post or overlap!=.5):
+        raise InputError(f"{model}: answers for cases and writes no masks: leave --{'post' if post else 'overlap'} out")
+    if (cases or one) and channels not in (None,1):
+        raise InputError(f"{src}: each file is a case here: leave --channels out")
+    if cases: return _answers(learn, src, Path(dst), images, one, overwrite, model, tta)
+    kw = dict(overlap=overlap, tta=tta, post=post or None)
+    if one: return _mask(learn, src, str(dst), overwrite, model, **kw)
+    if str(dst).lower().endswith(MASK_ENDINGS):
+        raise InputError(f"{dst}: is the name of a file, and {src} is a folder of scans: give a folder")
+    res = learn.predict_folder(src, dst, images, overwrite, channels, **kw)
     for fn in res['mask'][res.status=='ok']: print(fn)
-    return _failed(res)
+    return say_failed(res)
 
+# %% ../nbs/90_cli.ipynb #cc43f666
 def evaluate(
-    a # the parsed arguments
-):
-    "`fastmed evaluate`: a model against the masks of a folder; 1 where a case could not be read or predicted"
+    model,              # model file (.safetensors, .onnx); an exported Learner with --trust
+    path,               # folder: a Decathlon task, or images/ and labels/
+    images=None,        # pattern of the images
+    masks=None,         # pattern of the masks
+    tolerance:float=1., # of the surface Dice, mm (1)
+    csv=None,           # file for the table of cases
+    trust=False,        # open a model file that is a pickle, and run what is in it
+    overlap:float=.5,   # share of a window that its neighbour covers too (0.5)
+    tta=False,          # test-time augmentation
+    post=None,          # post-processing, may be given more than once
+    overwrite=False,    # replace files that are there already; never a source
+    channels:int=None   # files that make a case, case_0000, case_0001 …; 1: each file is a case (found out)
+)->int:                 # 1 where a case could not be read or predicted
+    "Score a model on a folder of scans and masks."
     from fastmed.core import InputError, whole_file
-    learn = _load_file(a.model, a.trust)
+    learn = _load_file(model, trust)
     if getattr(learn, 'task', 'segmentation')!='segmentation':
-        raise InputError(f"{a.model}: answers for cases, and their truth stands in a table, not in a folder: use "
+        raise InputError(f"{model}: answers for cases, and their truth stands in a table, not in a folder: use "
                          f"learn.evaluate(df)")
-    df = _cases_table(a)
-    if a.csv: _output(a.csv, ('.csv',), [a.model, *_read_files(a.path, df)], a.overwrite)
-    ev = learn.evaluate(df, tolerance=a.tolerance, overlap=a.overlap, tta=a.tta, post=a.post or None)
-    if a.csv:
-        with whole_file(a.csv) as tmp: ev.to_csv(tmp, index=False)
+    df = scan(Path(path).resolve(), images, masks, channels)
+    if csv: output_file(csv, ('.csv',), [model, *files_of_table(path, df)], overwrite)
+    ev = learn.evaluate(df, tolerance=tolerance, overlap=overlap, tta=tta, post=post or None)
+    if csv:
+        with whole_file(csv) as tmp: ev.to_csv(tmp, index=False)
     for s in ('dice','hd95'): print(f'{s}\n{ev.summary(s).round(4).to_string()}')
-    return _failed(ev[ev.status.str.startswith('error')].drop_duplicates('case'))
+    return say_failed(ev[ev.status.str.startswith('error')].drop_duplicates('case'))
 
 # %% ../nbs/90_cli.ipynb #cb95e491
+def _series_words(t):
+    "A table of series as it is printed"
+    spacing = [o and ' '.join(f'{x:.4g}' for x in o) for o in t.spacing]
+    shape = [o and '×'.join(map(str, o)) for o in t['shape']]
+    return t.assign(spacing=spacing, shape=shape, problem=t.problem.str.split(': `| Or ').str[0])
+
 def scan_series(
-    a # the parsed arguments
+    path,           # folder, DICOMDIR or file
+    csv=None,       # file for the table
+    overwrite=False # replace files that are there already; never a source
 ):
-    "`fastmed scan`: the DICOM series of a tree, without the patients' names"
+    "List the DICOM series of a folder and all below it, and what is wrong with each."
     import pandas as pd
+    from fastmed.core import whole_file
     from fastmed.io.dicom import scan_dicom
     from fastmed.io.guard import check_plain
-    from fastmed.core import whole_file
-    check_plain(a.path)
-    if a.csv: _output(a.csv, ('.csv',), [a.path], a.overwrite)
-    df = scan_dicom(a.path)
+    check_plain(path)
+    if csv: output_file(csv, ('.csv',), [path], overwrite)
+    df = scan_dicom(path)
     n,t = df.attrs,df.drop(columns='series')
-    with pd.option_context('display.max_colwidth', 120):
-        print(t.assign(spacing=[o and ' '.join(f'{x:.4g}' for x in o) for o in t.spacing],
-                shape=[o and '×'.join(map(str, o)) for o in t['shape']],
-                problem=t.problem.str.split(': `| Or ').str[0]).to_string(index=False, na_rep=''))
+    with pd.option_context('display.max_colwidth', 120): print(_series_words(t).to_string(index=False, na_rep=''))
     def are(k, what): return f"{k} {'file is' if k==1 else 'files are'} {what}"
-    print('; '.join([f"{len(df)} series, {df.subject.nunique()} subjects",
-            *(are(n[k], w) for k,w in (('no_dicom','no DICOM'), ('no_image','DICOM without an image')) if n[k]),
-            *(f'{k}: {v}' for k,v in n['unreadable'].items())]))
-    if a.csv:
-        with whole_file(a.csv) as tmp: t.to_csv(tmp, index=False)
+    odd = [are(n[k], w) for k,w in (('no_dicom','no DICOM'), ('no_image','DICOM without an image')) if n[k]]
+    print('; '.join([f"{len(df)} series, {df.subject.nunique()} subjects", *odd,
+                     *(f'{k}: {v}' for k,v in n['unreadable'].items())]))
+    if csv:
+        with whole_file(csv) as tmp: t.to_csv(tmp, index=False)
 
 def check(
-    a # the parsed arguments
-)->int: # 1 where there is an error
-    "`fastmed check`: what is wrong with a folder of scans"
+    path,             # folder: a Decathlon task, or images/ and labels/
+    images=None,      # pattern of the images
+    masks=None,       # pattern of the masks
+    codes=None,       # names of the structures, by commas, background first
+    html=None,        # file for the report with pictures
+    cache=None,       # folder where what a file holds is kept
+    overwrite=False,  # replace files that are there already; never a source
+    channels:int=None # files that make a case, case_0000, case_0001 …; 1: each file is a case (found out)
+)->int:               # 1 where there is an error
+    "Find what is wrong with a folder of scans and masks; exit code 1 where there are errors."
     from fastmed.all import check_dataset
-    df = _cases_table(a)
-    if a.html: _output(a.html, ('.html','.htm'), overwrite=a.overwrite)
-    r = check_dataset(df, a.codes, cache=a.cache)
+    df = scan(Path(path).resolve(), images, masks, channels)
+    if html: output_file(html, ('.html','.htm'), overwrite=overwrite)
+    r = check_dataset(df, codes, cache=cache)
     print(r.answer())
     if len(r): print(r.summary().to_string(index=False))
-    if a.html: print(f'{r.html(a.html)} written')
+    if html: print(f'{r.html(html)} written')
     return int(len(r.errors)>0)
 
 # %% ../nbs/90_cli.ipynb #141416cf
@@ -303,253 +310,91 @@ def _is_report(fn):
     with contextlib.suppress(OSError):
         return fn.is_file() and b'<meta name="generator" content="fastmed">' in fn.read_bytes()[:2000]
 
-def compare(
-    a # the parsed arguments
-):
-    "`fastmed compare plan.toml`: train what is not trained yet, print the tables, write the report"
+def _read_plan(fn):
+    "What a plan says, in TOML. Raises `FileError`, `InputError`"
     try: import tomllib
-    except ImportError: import tomli as tomllib                    # Python 3.10
-    from fastmed.all import Comparison, FileError, InputError
-    fn = Path(a.plan).resolve()
-    if not fn.is_file(): raise FileError(f"{a.plan}: expected a file, a plan in TOML; found none")
+    except ImportError: import tomli as tomllib                      # Python 3.10
+    from fastmed.core import FileError, InputError
+    if not fn.is_file(): raise FileError(f"{fn}: expected a file, a plan in TOML; found none")
     try: plan = tomllib.loads(fn.read_text(encoding='utf-8-sig'))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
         raise InputError(f"{fn}: not TOML: {str(e)[:200]}") from e
     if odd:=[k for k in ('data','images','masks','path','report') if not isinstance(plan.get(k, ''), str)]:
         raise InputError(f"{fn}: {odd[0]}: expected text; found {str(plan[odd[0]])[:80]}")
     if 'data' not in plan: raise InputError(f"{fn}: there is no `data = \"folder of scans\"`; found {sorted(plan)}")
-    images,masks = plan.pop('images', None),plan.pop('masks', None)
-    df = scan((fn.parent/plan.pop('data')).resolve(), images, masks)
-    report = fn.parent/plan.pop('report', Path(plan.get('path', 'comparison'))/'report.html')
-    plan['path'] = fn.parent/plan.get('path', 'comparison')
     if 'trust' in plan: raise InputError(f"{fn}: a plan does not say whom you trust; say --trust in the shell")
+    if odd:=[k for k in ('df','self') if k in plan]: raise InputError(f"{fn}: {odd[0]}: a plan does not say this")
+    return plan
+
+def compare(
+    plan,            # TOML file: data, arms, folds, budget, …
+    overwrite=False, # replace files that are there already; never a source
+    trust=False      # open models of an earlier fastmed, which are pickles, for the pictures of the report
+):
+    "Train and compare models as a plan says; finished runs are not repeated."
+    from fastmed.all import Comparison, InputError
+    fn = Path(plan).resolve()
+    told = _read_plan(fn)
+    df = scan((fn.parent/told.pop('data')).resolve(), told.pop('images', None), told.pop('masks', None))
+    report = fn.parent/told.pop('report', Path(told.get('path', 'comparison'))/'report.html')
+    told['path'] = fn.parent/told.get('path', 'comparison')
     if not report.name.lower().endswith(('.html','.htm')):
         raise InputError(f"{fn}: report: expected a name that ends in .html; found {report.name!r}. Nothing was done")
-    if odd:=[k for k in ('df','self') if k in plan]: raise InputError(f"{fn}: {odd[0]}: a plan does not say this")
-    _output(report, ('.html','.htm'), [fn], a.overwrite or _is_report(report))
-    comp = Comparison(df, **plan, trust=a.trust)
+    output_file(report, ('.html','.htm'), [fn], overwrite or _is_report(report))
+    comp = Comparison(df, **told, trust=trust)
     print(f"{len(df)} cases, {len(comp.plan)} runs, {int(comp.plan.done.sum())} of them done", flush=True)
     comp.run()
     for t in (comp.summary(), comp.paired()): print(t.drop(columns='rule').round(4).to_string()+'\n')
     print(comp.answer(), comp.best().sentence)
     print(f"{comp.report(report)} written")
 
-# %% ../nbs/90_cli.ipynb #7c19e0d2
-class _Parser(argparse.ArgumentParser):
-    "Says what is wrong in one line"
-    def error(self, message): self.exit(2, f'{self.prog}: {message}. See {self.prog} --help\n')
-
-def _number_in(
-    low,         # smallest value
-    kind=float,  # int or float
-    below=None,  # every value is smaller than this
-    above=False  # `low` itself is too small
-):
-    "A type of argparse: a finite number in a range"
-    ends = f"{'more than' if above else 'at least'} {low}" + ('' if below is None else f' and less than {below}')
-    def number(text):
-        v = kind(text)                                               # argparse says what is no number
-        if not math.isfinite(v) or v<low or above and v==low or below is not None and v>=below:
-            raise argparse.ArgumentTypeError(f'expected {ends}; found {text}')
-        return v
-    number.__name__ = 'whole number' if kind is int else 'number'
-    return number
-
-def _path(text):
-    "A type of argparse: a path. An empty one, as of a variable that is not set, would be the folder one stands in"
-    if not text.strip(): raise argparse.ArgumentTypeError('expected a path; found an empty text')
-    return text
-
-def _codes(text):
-    "A type of argparse: names by commas"
-    names = [o.strip() for o in text.split(',')]
-    if '=' in text:
-        raise argparse.ArgumentTypeError(
-                f"expected names alone, of the values 0, 1, 2 … in their order; found {text!r}. "
-                                         "Other values are told in Python: from_folder(…, codes={'background':0, "
-                                         "'lesion':255})")
-    if '' in names or len(set(names))<len(names):
-        raise argparse.ArgumentTypeError(
-                f'expected names by commas, each another one and none of them empty; found {text!r}')
-    return names
-
-class _OneOrThree(argparse.Action):
-    "One number, or one an axis"
-    def __call__(self, parser, namespace, values, option_string=None):
-        if len(values) not in (1,3):
-            raise argparse.ArgumentError(self, f'expected one number or three; found {len(values)}')
-        setattr(namespace, self.dest, values)
-
 # %% ../nbs/90_cli.ipynb #0197b520
-def parser()->argparse.ArgumentParser:
+def _argument_kinds():
+    "What an argument of each name may be; the others are text"
+    # those of `fastmed.predict.windows`, which would take seconds to import
+    posts = ('keep_largest','fill_holes','close_slices','blur_slices')
+    paths = ('path','model','src','dst','out','csv','html','cache','plan')
+    return dict(**{k:dict(type=path_text) for k in paths},
+        n=dict(type=number_in(2, int, 2**31)), seed=dict(type=number_in(0, int, 2**32)),
+        epochs=dict(type=number_in(1, int)), channels=dict(type=number_in(1, int)),
+        workers=dict(type=number_in(0, int)), minutes=dict(type=number_in(0, above=True)),
+        valid_pct=dict(type=number_in(0, below=1, above=True)),
+        overlap=dict(type=number_in(0, below=1)), tolerance=dict(type=number_in(0)), codes=dict(type=code_names),
+        ndim=dict(type=int, choices=[2,3]), post=dict(action='append', choices=posts),
+        spacing=dict(type=number_in(0, above=True), nargs='+', action=OneOrThree))
+
+def parser()->LineParser: # with a command for each function
     "The command line of fastmed"
     from fastmed import __version__
-    # those of `fastmed.predict.predict`, which would take seconds to import
-    POSTS = ('keep_largest','fill_holes','close_slices','blur_slices')
-    p = _Parser(prog='fastmed', description='Train, compare and ship deep-learning models on medical scans.')
+    p = LineParser(prog='fastmed', description='Train, compare and ship deep-learning models on medical scans.')
     p.add_argument('--version', action='version', version=f'fastmed {__version__}')
-    sub = p.add_subparsers(dest='command', required=True,
-                           metavar='demo | scan | check | train | predict | evaluate | compare')
-    def cmd(name, f, help):
-        s = sub.add_parser(name, help=help, description=help)
-        s.set_defaults(func=f)
-        return s
-    def channels(s):
-        s.add_argument('--channels', type=_number_in(1, int),
-                       help='files that make a case, case_0000, case_0001 …; 1: each file is a case (found out)')
-    def overwrite(s):
-        s.add_argument('--overwrite', action='store_true', help='replace files that are there already; never a source')
-    def look(s):
-        s.add_argument('--trust', action='store_true', help='open a model file that is a pickle, and run what is in it')
-        s.add_argument('--overlap', type=_number_in(0, below=1), default=.5,
-                       help='share of a window that its neighbour covers too (0.5)')
-        s.add_argument('--tta', action='store_true', help='test-time augmentation')
-        s.add_argument('--post', action='append', choices=POSTS, help='post-processing, may be given more than once')
-    d = cmd('demo', lambda a: demo(a.path, a.n, a.minutes, a.seed, a.overwrite),
-            'Train 2D and 3D on the embedded cohort; write a report with pictures.')
-    d.add_argument('--path', type=_path, default='demo', help='folder to write to (demo)')
-    d.add_argument('--n', type=_number_in(2, int, 2**31), default=24, help='subjects (24)')
-    d.add_argument('--minutes', type=_number_in(0, above=True), default=2., help='training time of each model (2)')
-    d.add_argument('--seed', type=_number_in(0, int, 2**32), default=0)
-    overwrite(d)
-    q = cmd('scan', scan_series, 'List the DICOM series of a folder and all below it, and what is wrong with each.')
-    q.add_argument('path', type=_path, help='folder, DICOMDIR or file')
-    q.add_argument('--csv', type=_path, help='file for the table')
-    overwrite(q)
-    k = cmd('check', check, 'Find what is wrong with a folder of scans and masks; exit code 1 where there are errors.')
-    k.add_argument('path', type=_path, help='folder: a Decathlon task, or images/ and labels/')
-    k.add_argument('--images', help='pattern of the images')
-    k.add_argument('--masks', help='pattern of the masks')
-    k.add_argument('--codes', type=_codes, help='names of the structures, by commas, background first')
-    k.add_argument('--html', type=_path, help='file for the report with pictures')
-    k.add_argument('--cache', type=_path, help='folder where what a file holds is kept')
-    overwrite(k)
-    channels(k)
-    t = cmd('train', train, 'Train on a folder of scans and masks.')
-    t.add_argument('path', type=_path, help='folder: a Decathlon task, or images/ and labels/')
-    t.add_argument('--out', type=_path, default='model.safetensors',
-                   help='file for the model (model.safetensors); .pkl: an exported Learner, which is a pickle')
-    overwrite(t)
-    channels(t)
-    t.add_argument('--ndim', type=int, choices=[2,3], default=3, help='2: slices, 3: volumes (3)')
-    t.add_argument('--arch', default='UNet', help="'UNet', or a MONAI network by name")
-    length = t.add_mutually_exclusive_group()
-    length.add_argument('--minutes', type=_number_in(0, above=True), default=10., help='training time (10)')
-    length.add_argument('--epochs', type=_number_in(1, int), help='train for epochs instead of minutes')
-    t.add_argument('--images', help="pattern of the images ('images/*.nii.gz')")
-    t.add_argument('--masks', help="pattern of the masks ('labels/*.nii.gz')")
-    t.add_argument('--codes', type=_codes, help='names of the structures, by commas, background first')
-    t.add_argument('--spacing', type=_number_in(0, above=True), nargs='+', action=_OneOrThree,
-                   help='mm, one number or three')
-    t.add_argument('--valid-pct', type=_number_in(0, below=1, above=True), default=.2,
-                   help='share of validation cases (0.2)')
-    t.add_argument('--seed', type=_number_in(0, int, 2**32), default=42)
-    t.add_argument('--cache', type=_path, help='folder of the store')
-    t.add_argument('--resume', action='store_true',
-                   help='go on with a training that was killed; give the same arguments')
-    t.add_argument('--workers', type=_number_in(0, int), help='worker processes')
-    r = cmd('predict', predict,
-            'Write masks for a scan or a folder of scans; of a classifier or regression, a table of answers.')
-    r.add_argument('model', type=_path, help='model file (.safetensors, .onnx); an exported Learner with --trust')
-    r.add_argument('src', type=_path, help='scan, DICOM folder, or folder of scans')
-    r.add_argument('dst', type=_path, help='mask file or folder; table (.csv) or folder')
-    r.add_argument('--images', default='*.nii.gz', help="pattern inside a folder ('*.nii.gz')")
-    look(r)
-    overwrite(r)
-    channels(r)
-    e = cmd('evaluate', evaluate, 'Score a model on a folder of scans and masks.')
-    e.add_argument('model', type=_path, help='model file (.safetensors, .onnx); an exported Learner with --trust')
-    e.add_argument('path', type=_path, help='folder: a Decathlon task, or images/ and labels/')
-    e.add_argument('--images', help="pattern of the images")
-    e.add_argument('--masks', help="pattern of the masks")
-    e.add_argument('--tolerance', type=_number_in(0), default=1., help='of the surface Dice, mm (1)')
-    e.add_argument('--csv', type=_path, help='file for the table of cases')
-    look(e)
-    overwrite(e)
-    channels(e)
-    c = cmd('compare', compare, 'Train and compare models as a plan says; finished runs are not repeated.')
-    c.add_argument('plan', type=_path, help='TOML file: data, arms, folds, budget, …')
-    overwrite(c)
-    c.add_argument('--trust', action='store_true',
-                   help='open models of an earlier fastmed, which are pickles, for the pictures of the report')
+    commands = dict(demo=demo, scan=scan_series, check=check, train=train, predict=predict, evaluate=evaluate,
+                    compare=compare)
+    sub = p.add_subparsers(dest='command', required=True, metavar=' | '.join(commands))
+    for name,f in commands.items():
+        add_command(sub, name, f, _argument_kinds(), ('minutes','epochs') if f is train else ())
     return p
 
 # %% ../nbs/90_cli.ipynb #a3f0be51
-@contextlib.contextmanager
-def _stopped_at_once():
-    "Ctrl-C ends the process: in the middle of an import, libraries would turn it into errors of their own"
-    def stop(*args):
-        os.write(2, b'fastmed: stopped\n')
-        os._exit(130)
-    own = threading.current_thread() is threading.main_thread() and signal.getsignal(
-            signal.SIGINT) is signal.default_int_handler
-    if own: signal.signal(signal.SIGINT, stop)
-    try: yield
-    finally:
-        if own: signal.signal(signal.SIGINT, signal.default_int_handler)
-
-@contextlib.contextmanager
-def _bars():
-    "Bars and logs of training on stderr, so that stdout holds nothing but paths and tables; without a terminal no bars"
-    from fastprogress import fastprogress
-    terminal = sys.stderr.isatty()
-    def log(*args, **kwargs): print(*args, **{**kwargs, 'file':sys.stderr})
-    def draw(*args, **kwargs):
-        if terminal: log(*args, **kwargs)
-    own,ours = vars(fastprogress),dict(NO_BAR=not terminal, WRITER_FN=log, print=draw)
-    was = {k:own[k] for k in ours if k in own}
-    own.update(ours)
-    try: yield
-    finally:
-        for k in ours: own.pop(k)
-        own.update(was)
-
-def _ready_streams():
-    "A name of a file that the terminal has no letters for is written all the same, and a stream that is closed swallows what is said: no file gets its number, into which others would write"
-    while (fd:=os.open(os.devnull, os.O_RDWR))<3: pass
-    os.close(fd)
-    for k in ('stdout','stderr'):
-        s = getattr(sys, k)
-        if s is None: setattr(sys, k, open(os.devnull, 'w'))
-        elif hasattr(s, 'reconfigure'):
-            s.reconfigure(errors='surrogateescape' if s.encoding.lower().replace('-', '')=='utf8'
-                          else 'backslashreplace')
-
-def _is_told(e):
-    "Whether an error is of the user's input or of a limit of the machine: one line says it. Any other is of the program"
-    from fastmed.predict.memory import is_out_of_memory
-    kinds = (OSError, ValueError, KeyError, TypeError, ImportError, MemoryError)
-    return isinstance(e, kinds) or is_out_of_memory(e) or "can't start new thread" in str(e)
-
-def _unread():
-    "Whether nobody reads stdout any more; it is closed then, so that Python does not complain at the end"
-    import select
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        out,asked = sys.stdout.fileno(),select.poll()
-        asked.register(out, 0)
-        if not any(e & select.POLLERR for _,e in asked.poll(0)): return False
-        os.dup2(os.open(os.devnull, os.O_WRONLY), out)
-        return True
-    return False
-
 def main(
     argv=None # arguments; default: those of the process
 )->int:       # 0: done; 1: some scans failed; 2: a user's mistake
     "The `fastmed` command: one line and exit code 2 where the user's input is at fault"
-    _ready_streams()
+    ready_streams()
     try:
-        a = parser().parse_args(argv)
-        with _stopped_at_once(): import fastmed.all                  # noqa: F401
-        with _bars(): res = a.func(a)
+        told = vars(parser().parse_args(argv))
+        f,_ = told.pop('func'),told.pop('command')
+        with stopped_at_once(): import fastmed.all                   # noqa: F401
+        with bars_on_stderr(): res = f(**told)
         sys.stdout.flush()
     except SystemExit as e: return e.code                            # what was wrong, or the help, is said already
-    except Exception as e:
-        if os.environ.get('FASTMED_DEBUG') or not _is_told(e): raise
-        if isinstance(e, BrokenPipeError) and _unread(): return 141  # as of every program before `| head`
-        msg = e.args[0] if isinstance(e, KeyError) and e.args else str(e) or type(e).__name__
-        print('fastmed: '+_one_line(msg), file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print('fastmed: stopped', file=sys.stderr)
         return 130
+    except Exception as e:
+        if os.environ.get('FASTMED_DEBUG') or not is_told(e): raise
+        if isinstance(e, BrokenPipeError) and nobody_reads(): return 141  # as of every program before `| head`
+        msg = e.args[0] if isinstance(e, KeyError) and e.args else str(e) or type(e).__name__
+        print('fastmed: '+one_line(msg), file=sys.stderr)
+        return 2
     return res if isinstance(res, int) else 0

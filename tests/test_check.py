@@ -15,6 +15,7 @@ from fastmed.data.check import *
 from fastmed.data.datasets import cohort, phantom
 from fastmed.data.leaks import *
 from fastmed.data.leaks import _quantum
+from fastmed.data.oddities import *
 
 N,BAD = 12,5    # cases of the study; the one that gets the fault
 
@@ -215,7 +216,7 @@ def test_mask_off_its_image(beside, tmp_path, change, place):
 
 def test_every_place_is_tried_as_if_the_mask_lay_there():
     "The profile at a place is that of the mask mirrored or moved there; outside of the image it is nan"
-    from fastmed.data.placement import _median, _placements, border_profiles
+    from fastmed.data.oddities import _median, _placements, border_profiles
     rng = np.random.default_rng(0)
     lab = np.zeros((18,17,16), np.int32)
     lab[6:11,7:12,6:10],lab[2:6,7:11,7:10] = 1,2
@@ -584,6 +585,6 @@ def test_other_real_sets(data):
 
 def test_a_set_does_not_differ_from_itself(tmp_path):
     "The twin of a case stood among those that the trees were grown on: AUC 0.0"
-    from fastmed.data.leaks import distribution_shift
+    from fastmed.data.oddities import distribution_shift
     df = pd.DataFrame([write_case(tmp_path, f'c{i}', seed=i) for i in range(6)])
     assert (distribution_shift(df, df.assign(case='z'+df.case), tmp_path).auc==.5).all()

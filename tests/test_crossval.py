@@ -130,6 +130,7 @@ def test_folds_that_noted_no_content_open_with_a_word(study, whole, tmp_path):
     for f in [tmp_path/'cv'/'crossval.json', *(tmp_path/'cv').glob('*/run.json')]:
         facts = json.loads(f.read_text())
         assert facts.pop('files')
+        for k in ('sums','seal'): facts.pop(k, None)
         f.write_text(json.dumps(facts))
     for _ in range(2):
         with pytest.warns(UserWarning, match='4 of 4 finished runs are of a version that did not note'):
@@ -248,3 +249,40 @@ def test_classes_come_back_as_they_were_written(tmp_path, names):
     t = cv.summary()
     assert (t.loc[['accuracy','roc_auc'],'mean']==1).all() and (t.failed==1).all()
     assert set(cv.results.target.dropna())==set(names)
+
+def three_classes(own, rng):
+    y = [int(o[1:])%3 for o in own.case]
+    p = rng.random((len(own),3))+np.eye(3)[y]*.5
+    p /= p.sum(1, keepdims=True)
+    return dict(target=y, pred=p.argmax(1), **{f'prob_{i}':p[:,i] for i in range(3)})
+
+def one_number(own, rng):
+    y = np.array([float(o[1:]) for o in own.case])
+    return dict(target=y, pred=y+rng.normal(size=len(y)))
+
+@pytest.mark.parametrize('task,vocab,columns,score,found', [
+    ('category', [0,1,2], three_classes, 'roc_auc', (.924479166667,.887126037047,.967044821980)),
+    ('category', [0,1,2], three_classes, 'average_precision', (.878590969216,.837274689907,.950573593074)),
+    ('category', [0,1,2], three_classes, 'accuracy', (.75,.645833333333,.854166666667)),
+    ('regression', ['v'], one_number, 'mae', (.705318860201,.557060519486,.868227691257)),
+    ('regression', ['v'], one_number, 'r2', (.984328624934,.958213654763,.991622966436))])
+def test_numbers_of_labels_stay(tmp_path, task, vocab, columns, score, found):
+    "Mean and interval to the digit, as version 0.1.0 gave them; and each table is read once"
+    df = pd.DataFrame(dict(case=[f'c{i}' for i in range(24)], subject=[f's{i//2}' for i in range(24)]))
+    cv = CrossValidation(df, 3, 2, fit=train, path=tmp_path)
+    for r,k in [(r, k) for r in range(2) for k in range(3)]:
+        (d:=cv._folder(r, k)).mkdir()
+        own = df[cv.fold[r]==k]
+        own.assign(repeat=r, fold=k, **columns(own, np.random.default_rng(10*r+k)), status='ok').to_csv(
+            d/'results.csv', index=False)
+        (d/'run.json').write_text(json.dumps(dict(repeat=r, fold=k, task=task, vocab=vocab, cost={}, settings={},
+                                                  files=cv.files)))
+    r = cv.summary(n_boot=200).loc[score]
+    assert (r['mean'], r.low, r.high)==pytest.approx(found, abs=1e-11)
+
+def test_a_report_reads_each_fold_once(whole, study, tmp_path, monkeypatch):
+    c,read = CrossValidation(cases(study), 2, 2, path=whole.path, cache=tmp_path, **ARGS),[]
+    own = pd.read_csv
+    monkeypatch.setattr(pd, 'read_csv', lambda *args, **kwargs: (read.append(1), own(*args, **kwargs))[1])
+    c.report(tmp_path/'r.html')
+    assert len(read)==len(c.plan)

@@ -685,7 +685,7 @@ def test_images_that_do_not_belong_together_are_no_volume(tag, values, tmp_path)
 
 def test_two_kernels_at_the_same_places_are_two_parts(tmp_path):
     "One acquisition, reconstructed soft and sharp into one series"
-    for k,(kernel,value) in enumerate((('B30f',10), ('B70f',20))):
+    for kernel,value in (('B30f',10), ('B70f',20)):
         write(tmp_path/kernel, np.full((4,4,3), value), inter=lambda k: 0.,
               uids=dict(series='1.2.3', study='1.2.4', frame='1.2.5'),
               each=lambda ds, _, kernel=kernel: setattr(ds, 'ConvolutionKernel', kernel))

@@ -459,21 +459,21 @@ def test_another_network_of_the_same_weights_is_refused(killed):
     lambda s: {**s, 'callbacks':{k:{**v, 'values':{'before_batch':1}} for k,v in s['callbacks'].items()}}])
 def test_a_state_that_no_fit_wrote_is_refused(killed, tmp_path, edit):
     "A right sum does not make a state right: the file is named, not a line of fastai"
-    from fastmed.learn.resume import _read_state, _write_state
+    from fastmed.learn.fingerprint import read_state, write_state
     was,again = killed
     fn = tmp_path/'r.pth'
-    _write_state(fn, edit(_read_state(fn)))
+    write_state(fn, edit(read_state(fn)))
     odd = fn.read_bytes()
     with pytest.raises(ValueError, match='r.pth: does not hold what a fit left there.*Remove it'):
         fit_so(again(), ResumeCallback('r.pth', 1))
     assert fn.read_bytes()==odd
 
 def test_a_state_does_not_say_where_callbacks_write(study, tmp_path):
-    from fastmed.learn.resume import _read_state, _write_state
+    from fastmed.learn.fingerprint import read_state, write_state
     learn = lambda: make(*study, tmp_path)
     with pytest.raises(KeyboardInterrupt): fit_so(learn(), [ResumeCallback('r.pth', 1), SaveModelCallback(), Lights(8)])
-    s = _read_state(tmp_path/'r.pth')
+    s = read_state(tmp_path/'r.pth')
     s['callbacks']['SaveModelCallback 1']['values'] = {'fname':'planted'}
-    _write_state(tmp_path/'r.pth', s)
+    write_state(tmp_path/'r.pth', s)
     fit_so(learn(), [ResumeCallback('r.pth', 1), SaveModelCallback()])
     assert [o.name for o in (tmp_path/'models').iterdir()]==['model.pth']

@@ -643,6 +643,13 @@ def test_what_is_no_model_is_not_read(tmp_path, monkeypatch):
     with open(fn, 'r+b') as f: f.write((10**9).to_bytes(8, 'little')+b'{')
     with pytest.raises(ValueError, match='expected a safetensors file'): load_model(fn, 'cpu')
 
+def test_an_onnx_file_of_gigabytes_is_not_read(tmp_path, monkeypatch):
+    "ONNX files have less than two"
+    with open(tmp_path/'zeros.onnx', 'wb') as f: f.truncate(5*10**9)
+    monkeypatch.setattr(Path, 'read_bytes', lambda self: pytest.fail('the whole file is read'))
+    with pytest.raises(ValueError, match='zeros.onnx: expected a file of export_onnx; found 5,000,000,000 bytes'):
+        load_onnx(tmp_path/'zeros.onnx')
+
 @pytest.mark.parametrize('error', [ZeroDivisionError('division by zero'), np.linalg.LinAlgError('SVD did not converge'),
         AssertionError('x'), RecursionError('deep')])
 def test_an_error_of_the_network_itself_names_the_file(saved, monkeypatch, error):

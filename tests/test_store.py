@@ -197,7 +197,7 @@ def test_writing_into_a_read_scan_reaches_no_later_read(mode, store, tmp_path):
     fn = volume(tmp_path/'a.nii', 5.)
     s = store().build([fn])
     with torch.inference_mode(mode):
-        x,y = s.image(fn),s.image(fn)
+        x = s.image(fn)
         x += 1
         assert middle(s, fn)==5. and x[0,24,24,24]==6.
         z = s.image(fn)

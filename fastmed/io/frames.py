@@ -358,7 +358,7 @@ def _position_of(h, f, axes):
     if len(h.offsets)!=h.count or not h.offsets.any(): return None
     return tuple((np.array(pos)+slice_normal(axes)*(h.offsets[f]-h.offsets[0])).tolist())
 
-def _axes_of(h, f):
+def _frame_axes(h, f):
     axes = h.numbers(f, 6, 'PlaneOrientationSequence', 'ImageOrientationPatient')
     if axes and not (np.linalg.norm(np.cross(axes[:3], axes[3:]))>.5 and abs(np.dot(axes[:3], axes[3:]))<2e-3):
         raise FileError(f"{h.fn}: expected rows and columns at right angles; found ImageOrientationPatient {axes}. "
@@ -380,7 +380,7 @@ def frame_of(
     f  # which frame, from 0
 )->Frame:
     "What is kept of a frame. Raises `FileError` where its axes or its values make no sense"
-    ds,axes = h.ds,_axes_of(h, f)
+    ds,axes = h.ds,_frame_axes(h, f)
     px = h.numbers(f, 2, 'PixelMeasuresSequence', *_size_tags)
     thick = [h.numbers(f, 1, 'PixelMeasuresSequence', k) for k in ('SpacingBetweenSlices','SliceThickness')]
     slope,inter = _line_of(h, f)

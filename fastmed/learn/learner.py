@@ -31,10 +31,11 @@ from ..data.plan import has_bf16
 from ..io.formats import file_digest, file_facts
 from ..io.volumes import load_volume, to_orientation
 from fastmed.learn.callbacks import (
-    case_columns, case_rows, case_truth, DeepSupervisionLoss, FiniteCallback, predicted_cases, RememberCallback
+    case_columns, case_rows, case_truth, check_mixing, DeepSupervisionLoss, predicted_cases, RememberCallback
 )
+from .finite import FiniteCallback
 from .fingerprint import salt_of, sealed_names
-from .losses import as_loss, check_mixing, DiceCELoss, PlainLoss
+from .losses import as_loss, DiceCELoss, PlainLoss
 from .pace import BudgetCallback, PaceCallback
 from ..metrics.masks import case_scores, dice_metrics, DiceScore, failed_scores, metric_names, summarise
 from ..models.encoders import create_network, thin_axis

@@ -17,7 +17,7 @@ from fastcore.all import first, ifnone, L
 from ..core import InputError
 from ..data.radiographs import get_prep
 from .learner import LEARNER_ARGS, make_fast, unet_args, VolumeLearner
-from .losses import mixing_callbacks
+from .callbacks import mixing_callbacks
 from ..models.encoders import create_network
 from ..models.unet import UNet
 from ..models.zoo import param_splitter

@@ -207,7 +207,7 @@ def slide_window(
     return buffer.labels, buffer.probs
 
 # %% ../../nbs/predict/03_windows.ipynb #4211c221
-def _class_ids(mask, name):
+def _mask_ids(mask, name):
     "The class ids of a mask as an array. Raises `ArgumentError` on one that is not integer"
     m = mask.detach().cpu().as_subclass(Tensor).numpy() if isinstance(mask, Tensor) else np.asarray(mask)
     if m.dtype.kind in 'biu': return m
@@ -221,7 +221,7 @@ def _as_mask(ids, mask):
 def _cleaned(mask, structures, clean, name):
     "Run `clean` (bool array → bool array) on the box of each structure; another structure keeps its voxels"
     from scipy.ndimage import find_objects
-    m = _class_ids(mask, name)
+    m = _mask_ids(mask, name)
     boxes,res = find_objects(m.astype(np.int32)),m.copy()
     if structures is None: structures = [k for k,b in enumerate(boxes, 1) if b is not None]
     structures = [int(k) for k in ([structures] if isinstance(structures, int) else structures)]
@@ -261,7 +261,7 @@ def fill_holes(
     return _cleaned(mask, structures, binary_fill_holes, 'fill_holes')
 
 # %% ../../nbs/predict/03_windows.ipynb #4211c223
-def _across(mask, axis):
+def _slice_axis(mask, axis):
     "The axis to smooth across: as given, else the coarsest of the mask's spacing"
     if axis is not None: return axis
     spacing = getattr(mask, 'spacing', None)
@@ -275,7 +275,7 @@ def close_slices(
 ):                 # the same kind as `mask`
     "Close gaps and cut off spurs of one slice in each structure: morphological closing, then opening, along one axis"
     from scipy.ndimage import binary_closing, binary_opening
-    axis = _across(mask, axis)
+    axis = _slice_axis(mask, axis)
     def close(own):
         line = np.ones([3 if a==axis else 1 for a in range(own.ndim)], bool)
         wide = np.pad(own, [(2,2) if a==axis else (0,0) for a in range(own.ndim)])
@@ -290,8 +290,8 @@ def blur_slices(
 ):                  # the same kind as `mask`
     "Smooth every class across slices by a Gaussian; the strongest wins. Raises `TypeError` on a mask not integer"
     from scipy.ndimage import gaussian_filter1d
-    m,best = _class_ids(mask, 'blur_slices'),None
-    axis,res = _across(mask, axis),np.zeros_like(m)
+    m,best = _mask_ids(mask, 'blur_slices'),None
+    axis,res = _slice_axis(mask, axis),np.zeros_like(m)
     for k in np.unique(m):                                     # background first, so that it wins a tie
         v = gaussian_filter1d((m==k).astype(np.float32), sigma, axis=axis, mode='nearest')
         if best is None: best = np.full_like(v, -np.inf)
