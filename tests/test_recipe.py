@@ -155,6 +155,6 @@ def test_headers_are_read_once(cases, monkeypatch, tmp_path):
     def counted(fn):
         seen.append(str(fn))
         return read(fn)
-    for m in (blocks, module, plan, preprocess): monkeypatch.setattr(m, 'read_header', counted)
+    for m in (module, plan, preprocess, recipe): monkeypatch.setattr(m, 'read_header', counted)
     VolumeDataLoaders.from_df(df, path=folder, cache=tmp_path/'new', device='cpu', codes=CODES, bs=2, valid_pct=.5)
     assert len(seen) == 8 and len(set(seen)) == 8
