@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 from fastcore.all import ifnone, L, patch
 from ..core import FileError, InputError, show_plane
-from .cases import check_codes, check_columns
+from .cases import check_columns
+from .preprocess import check_codes
 from fastmed.data.oddities import (
     border_profiles, far_from_others, Findings, grey_findings, misplaced_masks, order_findings
 )

@@ -25,9 +25,9 @@ from fastcore.all import delegates, first, ifnone, is_listy, L, patch
 from ..core import ArgumentError, FileError, InputError, MissingFileError, TensorSlice, whole_file
 from .augment import IntensityTfm, SpatialTfm
 from .blocks import CaseFiles, PatchDL, warn_parted_subjects
-from .cases import check_columns
+from .cases import all_files, check_columns
 from .labels import label_block, label_splitter
-from .preprocess import all_files, Preparation
+from .preprocess import Preparation
 from .recipe import labels_of, recipe_parts
 from .store import cache_dir, digest_key, each_in_threads, kept_digest, STORE_VERSION
 from ..io.formats import file_facts, picture_pixels

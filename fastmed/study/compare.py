@@ -17,7 +17,8 @@ from fastai.basics import Callback, set_seed
 from fastai.callback.hook import total_params
 from fastcore.all import first, ifnone, L, patch, store_attr
 from ..core import beside, InputError, runs_in, whole_file
-from ..data.cases import check_codes, group_folds
+from ..data.labels import group_folds
+from ..data.preprocess import check_codes
 from ..data.loaders import SliceDataLoaders, VolumeDataLoaders
 from ..io.volumes import load_mask, load_volume, to_orientation
 from ..learn.callbacks import case_rows

@@ -17,7 +17,9 @@ import pandas as pd
 import torch
 from fastcore.all import delegates, first, ifnone, L, patch
 from ..core import ArgumentError, ColumnError, InputError
-from ..data.cases import check_codes, check_columns, group_folds, group_values
+from ..data.cases import check_columns, group_values
+from ..data.labels import group_folds
+from ..data.preprocess import check_codes
 from ..data.loaders import SliceDataLoaders, VolumeDataLoaders
 from ..data.radiographs import RadiographDataLoaders
 from ..learn.answers import ScanModel

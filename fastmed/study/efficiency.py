@@ -16,7 +16,8 @@ import torch
 from fastai.basics import set_seed, warn
 from fastcore.all import ifnone, patch
 from ..core import ArgumentError, FastmedError, InputError, TensorVolume, whole_file
-from ..data.cases import check_columns, group_values, marked_rows
+from ..data.cases import check_columns, group_values
+from ..data.labels import marked_rows
 from ..io.formats import file_digest
 from ..io.volumes import load_volume
 from ..learn.callbacks import case_columns, case_rows, case_truth

@@ -23,8 +23,8 @@ import torch
 from fastai.basics import defaults, set_seed, warn
 from fastcore.all import L
 from ..core import beside, FastmedError, InputError, sweep, synced, whole_file, writing
-from ..data.cases import check_columns, fold_numbers, group_values
-from ..data.preprocess import case_files
+from ..data.cases import case_files, check_columns, group_values
+from ..data.labels import fold_numbers
 from ..data.store import cache_dir, kept_digest
 from ..learn.pace import CostCallback
 from fastmed.study.arms import (
