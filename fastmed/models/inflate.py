@@ -8,7 +8,7 @@ __all__ = ['InflatedConv', 'InflatedPool', 'InflatedBlur', 'InflatedPad', 'ConvN
 
 # %% ../../nbs/models/04_inflate.ipynb #e8155f37
 from ..core import InputError
-from .adapt import first_convs, standardized_weight, pads_same
+from .zoo import first_convs, standardized_weight, pads_same
 from numbers import Integral
 import copy, inspect, math, re, torch, torch.nn.functional as F
 from torch import nn, Tensor
