@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd, timm, torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]/'tests'))
 from phantoms import shaken
-from fastmed.models.zoo import adapt_input, first_convs
+from fastmed.models.adapt import adapt_input, first_convs
 from fastmed.models.inflate import inflate
 
 inflatable = '''resnet18 resnet50 resnext50_32x4d wide_resnet50_2 seresnet18 ecaresnet26t resnetblur18 resnetaa34d skresnet18 resnest14d res2net50_26w_4s gcresnet33ts densenet121 densenetblur121d efficientnet_b0 tf_efficientnet_b0

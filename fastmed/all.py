@@ -30,6 +30,7 @@ from fastmed.data.check import *
 from fastmed.data.leaks import *
 from fastmed.models.unet import *
 from fastmed.models.zoo import *
+from fastmed.models.adapt import *
 from fastmed.models.inflate import *
 from fastmed.models.weights import *
 from fastmed.models.encoders import *

@@ -7,7 +7,7 @@ from fastmed.all import *
 # fastcore's own, which pytest would collect
 for _n in [n for n in globals() if n.startswith('test')]:
     del globals()[_n]
-from fastmed.models.zoo import standardized_weight
+from fastmed.models.adapt import standardized_weight
 from phantoms import python, shaken
 
 def made(name, **kwargs):

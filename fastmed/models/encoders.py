@@ -14,14 +14,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from ..core import ArgumentError, FileError, InputError
+from .adapt import adapt_input, grey_scale, GreyToRGB
 from .inflate import inflate
 from fastmed.models.unet import (
     conv_class, conv_stage, init_weights, per_axis, ResEncoder, total_strides, UNet, UNetEncoder
 )
 from .weights import load_weights, loaded_encoder, stepwise_weights, whole_weights
-from fastmed.models.zoo import (
-    adapt_input, create_model, fit_input, grey_scale, GreyToRGB, model_names, n_levels, refuse_unknown
-)
+from .zoo import create_model, fit_input, model_names, n_levels, refuse_unknown
 from torch import nn, Tensor
 
 # %% ../../nbs/models/07_encoders.ipynb #b850d49d
@@ -55,7 +54,9 @@ def encoder_names(
     ndim:int=3    # spatial axes, 2 or 3
 )->list:          # sorted
     "Names of encoders: ours, MONAI's and timm's; `inflate` says which can be made 3D"
-    import timm, fnmatch
+    import fnmatch
+
+    import timm
     names = {'UNet','ResEnc',*_monai_encoders,*timm.list_models(include_tags=False)}
     return sorted(o for o in names if fnmatch.fnmatch(o.lower(), like.lower() if '*' in like else f'*{like.lower()}*'))
 

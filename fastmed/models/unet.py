@@ -152,8 +152,8 @@ class UShape(nn.Module):
         if x.ndim!=self.ndim+2 or x.shape[1]!=self.n_in:
             raise InputError(f"{type(self).__name__}: expected (B,{self.n_in},{','.join('XYZ'[:self.ndim])}), found "
                              f"{tuple(x.shape)}")
-        if any(n%d for n,d in zip(x.shape[2:], self.divisor)):
-            up = [-(-n//d)*d for n,d in zip(x.shape[2:], self.divisor)]
+        if any(n%d for n,d in zip(x.shape[2:], self.divisor, strict=True)):
+            up = [-(-n//d)*d for n,d in zip(x.shape[2:], self.divisor, strict=True)]
             raise InputError(f"{type(self).__name__}: size {size_text(x.shape[2:])} is no multiple of the total stride "
                              f"{size_text(self.divisor)}; pad it to {size_text(up)}, or use fewer levels")
 
@@ -309,7 +309,7 @@ class _DenseBlock(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(_layer(n_in+i*growth, growth, drop) for i in range(layers))
     def forward(self, x):
-        for l in self.layers: x = torch.cat([x, l(x)], 1)
+        for layer in self.layers: x = torch.cat([x, layer(x)], 1)
         return x
 
 class DenseVoxelNet(nn.Module):

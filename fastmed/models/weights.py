@@ -20,7 +20,8 @@ from .. import __version__
 from ..core import FileError, InputError, MissingFileError
 from ..io.volumes import whole_file
 from .unet import FastInstanceNorm, unet_words, UShape
-from .zoo import adapt_weight, ENCODER_NAMES, first_convs, MonaiNet
+from .adapt import adapt_weight, first_convs
+from .zoo import ENCODER_NAMES, MonaiNet
 from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 import fastai.callback.schedule  # noqa: F401, its patches
