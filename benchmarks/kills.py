@@ -38,7 +38,9 @@ import pandas as pd
 import torch
 
 from fastmed.all import *
+from fastmed.core import whole_file
 from fastmed.learn.fingerprint import read_state
+from fastmed.study.arms import load_run
 
 torch.set_num_threads(1)
 

@@ -13,11 +13,14 @@ from phantoms import *
 from torch import nn
 
 from fastmed.all import *
+from fastmed.data.recipe import get_plan
 from fastmed.learn import modelfile, plain
 from fastmed.learn.ensemble import load_model
 from fastmed.learn.modelfile import save_model
 from fastmed.learn.modelmeta import SavedLearner
 from fastmed.learn.onnx import export_onnx, load_onnx
+from fastmed.predict.tta import tta_views
+from fastmed.study.arms import seen_cases
 
 for k in [o for o in globals() if o.startswith('test')]: del globals()[k]    # fastcore's own
 

@@ -238,7 +238,8 @@ class CaseEvaluation(pd.DataFrame):
         "Every score with its interval over subjects. Cases that could not be read are counted as failed"
         t,p,g = self.arrays()
         if not len(t): raise InputError("summary: no case could be read")
-        res = scores_interval(self.task, self.vocab, t, p, g, ifnone(point, self.point), level, n_boot, seed)
+        res = scores_interval(self.task, self.vocab, pred=p, targ=t, groups=g, point=ifnone(point, self.point),
+                              level=level, n_boot=n_boot, seed=seed)
         return res.assign(failed=len(self)-len(t))
 
 # %% ../../nbs/learn/06_answers.ipynb #c1a50003
@@ -299,7 +300,7 @@ def case_table(
     if not isinstance(given, pd.DataFrame):
         raise ArgumentError(f"evaluate: expected a DataFrame, one row a case; found {type(given).__name__}")
     df,task,vocab = learn.cases_to_score(df),learn.task,learn.label_vocab
-    choose_point([0,1], [0.,1.], point)
+    choose_point(pred=[0.,1.], targ=[0,1], point=point)
     get = _label_reader(learn.dls, df)
     rows,more,errors = [],{},[]
     for name,row in progress_bar(case_rows(df), leave=False):

@@ -207,7 +207,7 @@ def save_model(  # noqa: F811, the method above stands on `Learner`
     evaluation=None, # `Evaluation` whose summary is kept; the last line of the training log always is
     seen:bool=True   # keep salted fingerprints of the training cases, by which `saw` knows them; False: leave them out
 )->Path:             # `fn`
-    "One file that `load_model` opens without running anything. Raises `ValueError` on a network that was changed by hand"
+    "One file that `load_model` opens without running anything. Raises `ValueError` on a changed network"
     return learn.save_model(fn, post, evaluation, seen)
 
 # %% ../../nbs/learn/13_modelfile.ipynb #76c468ae

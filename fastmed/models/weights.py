@@ -81,7 +81,8 @@ def read_weights(
     if not Path(fn).is_file(): raise MissingFileError(f"{fn}: no such file of weights")
     try: found = _tensors_of_file(fn)
     except Exception as e:
-        raise FileError(f"{fn}: no weights could be read ({type(e).__name__}: {str(e).partition(chr(10))[0]}). It must hold "
+        raise FileError(
+                f"{fn}: no weights could be read ({type(e).__name__}: {str(e).partition(chr(10))[0]}). It must hold "
                         f"tensors alone: a state dict. Where you trust its sender, open it by torch.load and save its "
                         f"state dict by itself") from e
     if isinstance(found, dict): found = next((found[k] for k in _containers if _is_state(found.get(k))), found)
