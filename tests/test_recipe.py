@@ -146,7 +146,7 @@ def test_radiographs(tmp_path):
 
 def test_headers_are_read_once(cases, monkeypatch, tmp_path):
     "Of each file, however many steps ask"
-    from fastmed.data import blocks, plan, preprocess
+    from fastmed.data import plan, preprocess, recipe
     from fastmed.data import loaders as module
     df, folder = cases
     seen = []
