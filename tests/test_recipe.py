@@ -147,8 +147,8 @@ def test_radiographs(tmp_path):
 
 def test_headers_are_read_once(cases, monkeypatch, tmp_path):
     "Of each file, however many steps ask"
-    from fastmed.data import blocks, plan, preprocess
     from fastmed.data import loaders as module
+    from fastmed.data import plan, preprocess, recipe
     df, folder = cases
     seen = []
     read = module.read_header

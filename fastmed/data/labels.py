@@ -124,7 +124,7 @@ class TargetNumbers(RegressionSetup):
     def setups(self, dsets): pass
 
 # %% ../../nbs/data/10_labels.ipynb #ef35b103
-def _columns(label_col):
+def _one_or_several(label_col):
     "One column, or a list of several"
     if not is_listy(label_col): return label_col
     return list(label_col) if len(label_col)>1 else list(label_col)[0]
@@ -191,7 +191,7 @@ def label_block(
     "The block for these labels and what reads them. Raises `InputError` on labels from which nothing can be learnt"
     found = label_kind(df, label_col, label_delim)
     kind,block = (found,None) if y_block is None else _y_kind(y_block)
-    cols = _columns(label_col)
+    cols = _one_or_several(label_col)
     if kind=='category' and is_listy(cols): raise InputError(f"y_block='category': expected one column; found {cols}")
     get = LabelOf(cols, kind, label_delim, ifnone(group_col, 'subject' if 'subject' in df else None))
     if kind=='regression': made = _number_block(df, cols, train)
@@ -363,7 +363,7 @@ def label_splitter(
     "The split of labelled cases: by `valid_col`, else balanced, subjects whole. Raises `InputError`, `ColumnError`"
     if not stratify or valid_col is not None: return case_splitter(df, group_col, valid_col, valid_pct, seed)
     g = group_values(df, group_col) if group_col is not None or 'subject' in df else range(len(df))
-    return StratifiedSplitter(g, _indicators(df, _columns(label_col), kind, label_delim), valid_pct, seed)
+    return StratifiedSplitter(g, _indicators(df, _one_or_several(label_col), kind, label_delim), valid_pct, seed)
 
 # %% ../../nbs/data/10_labels.ipynb #848419b6
 def warn_larger(

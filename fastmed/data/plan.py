@@ -271,7 +271,7 @@ def _median_grid(heads, spacing, orientation, why):
                          f"{2**31:.3g}. Give a larger one, in mm")
     return _Grid(pre.spacing, size, np.median([spacing_of(a) for _,a in grids], 0))
 
-def _slice_axis(axis, patch, grid, why):
+def _plan_axis(axis, patch, grid, why):
     "The array axis that slices lie across. Raises `InputError` where a patch says another"
     thin = [a for a,p in enumerate(patch) if p==1] if is_listy(patch) and len(patch)==3 else []
     if len(thin)==1:
@@ -362,7 +362,7 @@ def suggest_plan(
     why['memory'] = 'given' if memory is not None else f'GiB for a training step on {device.type}'
     if heads is None: heads = [read_header(o) for o in all_files(df, image_col, path)]
     grid = _median_grid(heads, spacing, orientation, why)
-    across = _slice_axis(axis, patch, grid, why) if ndim==2 else None
+    across = _plan_axis(axis, patch, grid, why) if ndim==2 else None
     axes = [a for a in range(3) if a!=across]
     features = ifnone(nf, 16 if ndim==3 and device.type=='cpu' else 32)
     why['nf'] = _nf_reason(nf, features)
