@@ -2683,6 +2683,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fastmed.models.zoo._fill_arguments': ('models/zoo.html#_fill_arguments', 'fastmed/models/zoo.py'),
                                     'fastmed.models.zoo._from_monai': ('models/zoo.html#_from_monai', 'fastmed/models/zoo.py'),
                                     'fastmed.models.zoo._make_monai': ('models/zoo.html#_make_monai', 'fastmed/models/zoo.py'),
+                                    'fastmed.models.zoo._mark_sizes': ('models/zoo.html#_mark_sizes', 'fastmed/models/zoo.py'),
                                     'fastmed.models.zoo._monai_divisor': ('models/zoo.html#_monai_divisor', 'fastmed/models/zoo.py'),
                                     'fastmed.models.zoo._seq': ('models/zoo.html#_seq', 'fastmed/models/zoo.py'),
                                     'fastmed.models.zoo._up': ('models/zoo.html#_up', 'fastmed/models/zoo.py'),

@@ -239,9 +239,9 @@ class InflatedConv(nn.Conv3d, ThirdAxis):
         if conv.padding=='same': p = tuple((b-1)*c//2 for b,c in zip(k, d, strict=True))
         i = 0 if k[0]<=k[1] else 1                            # the new axis is as the one with the smaller kernel
         plane = None if conv.padding_mode=='zeros' else p
+        pad = insert_axis(p, 0, axis) if plane is None else 0
         nn.Conv3d.__init__(self, conv.in_channels, conv.out_channels, insert_axis(k, k3, axis),
-                           insert_axis(s, s3, axis),
-                           insert_axis(p, 0, axis) if plane is None else 0, insert_axis(d, d[i], axis), conv.groups,
+                           insert_axis(s, s3, axis), pad, insert_axis(d, d[i], axis), conv.groups,
                            conv.bias is not None, device=conv.weight.device, dtype=conv.weight.dtype)
         self._third(axis, k3, s3, d[i], _pad_of_third(conv, k[i], s[i], d[i], p[i], k3, s3), padding=='zeros')
         self.same,self.mode,self.plane = pads_same(conv),conv.padding_mode,plane

@@ -105,6 +105,7 @@ def _layer3d(m, name, to):
         mode = 'trilinear' if m.mode=='bilinear' else m.mode
         return nn.Upsample(scale_factor=m.scale_factor, mode=mode, align_corners=m.align_corners)
 
+# %% ../../nbs/models/04_inflate.ipynb #6e2a4b81
 def _adopted(m, name, to, memo):
     "The twin of a layer that keeps its parts, or None. Raises `InputError` naming a layer that has none"
     cls,twin = type(m),_twin_class(m)

@@ -219,6 +219,12 @@ def _make_monai(cls, sig, n_in, n_out, ndim, patch, kwargs):
     return MonaiNet(cls(**args), n_in, n_out, ndim, per_axis(size, ndim, 'img_size') if fixed else None)
 
 # %% ../../nbs/models/02_zoo.ipynb #23c40974
+def _mark_sizes(model, n_in, ndim, patch):
+    "Let a network without convolutions say which sizes it takes"
+    if any(isinstance(m, CONVS+TRANSPOSED_CONVS) for m in model.modules()) or hasattr(model, 'divisor'): return
+    try: model.n_in,model.divisor = n_in,model_divisor(model, ndim, n_in)
+    except InputError: model.n_in,model.divisor,model.size = n_in,patch,patch              # it takes no other size
+
 def create_model(
     arch,          # Callable `(n_in, n_out, …)`, a class of MONAI, or one of `model_names()`
     n_in:int,      # Channels of the image
@@ -244,9 +250,7 @@ def create_model(
     elif arch in (unet_cicek, DenseVoxelNet) and ndim!=3:
         raise InputError(f"{name} is a network for volumes (ndim=3), found ndim={ndim}; use UNet")
     model = arch(n_in, n_out, **kwargs)
-    if not any(isinstance(m, CONVS+TRANSPOSED_CONVS) for m in model.modules()) and not hasattr(model, 'divisor'):
-        try: model.n_in,model.divisor = n_in,model_divisor(model, ndim, n_in)
-        except InputError: model.n_in,model.divisor,model.size = n_in,patch,patch          # it takes no other size
+    _mark_sizes(model, n_in, ndim, patch)
     if not patch or not isinstance(model, (UShape, DenseVoxelNet)): return model
     up = [-(-n//d)*d for n,d in zip(patch, model.divisor, strict=True)]
     if up!=list(patch):
