@@ -24,7 +24,7 @@ from fastmed.all import (
 )
 from fastmed.data.plan import patch_plan
 from fastmed.learn.uncertainty import MEASURES, RunningMean, UncertainEvaluation, entropy, finds_worst
-from fastmed.predict.tta import Look, look_back, look_through, tta_views
+from fastmed.predict.tta import TTAView, tta_views
 from fastmed.predict.windows import slide_window
 
 
@@ -304,16 +304,16 @@ def test_turned_looks_are_undone(tmp_path):
             ax = [a for a in range(3) if plan.ndim==3 or a!=plan.axis]
             for v in TTA('all', rotate=8, scale=.1).views(ax, spacing=sp)[1:]:
                 plain = slide_window(t, point, plan, 2, proba=True)[1][1].float()
-                p = slide_window(t, point, plan, 2, views=[Look(), v], proba=True)[1][1].float()
+                p = slide_window(t, point, plan, 2, views=[TTAView(), v], proba=True)[1][1].float()
                 assert (p-plain).abs().max()<.06 and (p-plain).abs().mean()<3e-3, (patch, sp, v)
 
 def test_a_turn_is_a_turn():
     "Ninety degrees in a plane is a permutation of voxels, both ways"
     x = torch.randn(2,3,9,9,5)
-    v = Look(axis=2, degrees=90.)
-    y = look_through(x, v, (9,9,5), (1,1,3))
+    v = TTAView(axis=2, degrees=90.)
+    y = v.apply(x, (9,9,5), (1,1,3))
     assert torch.allclose(y, x.rot90(1, (2,3)), atol=1e-5) or torch.allclose(y, x.rot90(-1, (2,3)), atol=1e-5)
-    back,w = look_back(y, v, (1,1,3))
+    back,w = v.undo(y, (1,1,3))
     assert torch.allclose(back, x, atol=1e-5) and torch.allclose(w, torch.ones_like(w), atol=1e-5)
 
 def test_looks_travel_and_are_refused(learner, study, tmp_path):
