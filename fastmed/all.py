@@ -6,11 +6,12 @@ from fastai.vision.all import *
 from fastmed.core import FastmedError, InputError, TensorSlice, TensorSliceMask, TensorVolume, TensorVolumeMask
 from fastmed.io.dicom import load_dicom_seg, save_dicom_seg, scan_dicom
 from fastmed.io.volumes import load_mask, load_volume, read_header, resample_to, save_volume, to_orientation
-from fastmed.data.radiographs import load_radiograph, TensorRadiograph
+from fastmed.io.radiographs import load_radiograph, TensorRadiograph
 from fastmed.plot import plot_volume
 
 # ---- a data set: cases, subjects, splits, checks
-from fastmed.data.datasets import cohort, phantom, untar_data, URLs
+from fastmed.data.downloads import untar_data, URLs
+from fastmed.data.datasets import cohort, phantom
 from fastmed.data.labels import group_folds, GroupSplitter
 from fastmed.data.cases import scan_decathlon, scan_folder
 from fastmed.data.check import check_dataset
@@ -27,7 +28,8 @@ from fastmed.data.transforms import PatchTransform, WholeTransform
 from fastmed.data.labels import LabelOf
 from fastmed.data.loaders import SliceDataLoaders, VolumeDataLoaders
 from fastmed.data.radiographs import radiograph_tfms, RadiographBlock, RadiographDataLoaders
-from fastmed.data.augment import IntensityTfm, SpatialTfm, TorchIOTransform, volume_tfms
+from fastmed.data.augment import IntensityTfm, SpatialTfm, volume_tfms
+from fastmed.data.torchio import TorchIOTransform
 
 # ---- networks and weights
 from fastmed.models.unet import UNet

@@ -21,7 +21,7 @@ import torch
 from phantoms import write_case
 
 import fastmed.core
-import fastmed.data.datasets
+import fastmed.data.downloads
 import fastmed.data.store
 from fastmed.all import (
     InputError,
@@ -408,7 +408,7 @@ class TestDownloads:
         b = packed(name)
         for k,(url,says) in enumerate(((web(f'0{name}', b, 9000), 'fewer bytes'),
                 (web(f'1{name}', b[:9000]), 'not a zip|too early'))):
-            monkeypatch.setattr(fastmed.data.datasets.external.URLs, 'OURS', url, raising=False)
+            monkeypatch.setattr(fastmed.data.downloads.external.URLs, 'OURS', url, raising=False)
             with pytest.raises(FileError, match=says): untar_data(url, archive=tmp_path/f'a{k}', data=tmp_path/f'd{k}')
 
     def test_planted_links_are_not_written_through(self, web, tmp_path):

@@ -150,7 +150,6 @@ def _follow_codes(learn, old, new):
         k = getattr(m, 'structure_index', None)
         if isinstance(m, DiceScore) and k and m._name==was[k-1]: m._name = now[k-1]
 
-
 # %% ../../nbs/learn/07_learner.ipynb #1ea40010
 class VolumeLearner(MaskAnswers, ScanLearner):
     "A `Learner` on patches that answers for whole scans, in their own space"

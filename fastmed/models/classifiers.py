@@ -234,8 +234,6 @@ def create_encoder_classifier(
     model.weights_report = whole_weights(model, pretrained, report)
     return model
 
-
-
 # %% ../../nbs/models/08_classifiers.ipynb #aaf29235
 _own_networks = (('small_resnet',SmallResNet),('shape_net',ShapeNet))
 

@@ -17,7 +17,7 @@ from fastai.data.all import retain_meta
 from fastcore.all import ifnone, L, patch
 from ..core import ArgumentError, InputError, TensorVolumeMask
 from ..data.preprocess import Plan
-from ..data.store import cut
+from ..data.transforms import cut
 from .tta import TTAView
 from fastprogress.fastprogress import progress_bar
 from torch import Tensor
