@@ -38,7 +38,7 @@ import pandas as pd
 import torch
 
 from fastmed.all import *
-from fastmed.core import whole_file
+from fastmed.core import atomic_file
 from fastmed.learn.fingerprint import read_state
 from fastmed.study.arms import load_run
 
@@ -213,7 +213,7 @@ class Train(Job):
         learn = unet3d_learner(dataloaders(self.df, self.base/'cache'), nf=4, depth=2, path=path, fast=False)
         with learn.no_bar(), learn.no_logging():
             learn.fit_one_cycle(3, 1e-2, cbs=[ResumeCallback('r.pth', 1, keep=True), Count(self._steps(path))])
-        with whole_file(path/'weights.pth') as tmp:
+        with atomic_file(path/'weights.pth') as tmp:
             torch.save(dict(model=learn.model.state_dict(), losses=[float(o) for o in learn.recorder.losses],
                             values=[list(map(float, o)) for o in learn.recorder.values]), tmp)
         (path/'r.pth').unlink()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FastmedError', 'InputError', 'ArgumentError', 'ColumnError', 'FileError', 'MissingFileError', 'ExtraError',
-           'ResourceError', 'writing', 'beside', 'sweep', 'synced', 'whole_file', 'whole_folder', 'spacing_of',
+           'ResourceError', 'writing', 'beside', 'sweep', 'synced', 'atomic_file', 'atomic_folder', 'spacing_of',
            'orientation_of', 'evaluating', 'TensorMed', 'TensorVolume', 'TensorVolumeMask', 'TensorSlice',
            'TensorSliceMask', 'structure_colors', 'best_plane', 'show_plane']
 
@@ -210,7 +210,7 @@ def _check_same(held, at, fn):
                         f"another path")
 
 @contextlib.contextmanager
-def whole_file(
+def atomic_file(
     fn,                # destination
     lasting:bool=True, # wait for the disk before the rename; False for what can be made again
     scan:bool=False    # whether a scan or a mask is written; anything else never replaces one
@@ -231,7 +231,7 @@ def whole_file(
             _check_same(held, fn, fn)
 
 @contextlib.contextmanager
-def whole_folder(
+def atomic_folder(
     fn, # destination
 ):      # folder to write to
     "The same for a folder with all that is in it. Where another process was faster, its folder stays"

@@ -16,7 +16,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 from fastprogress.fastprogress import progress_bar
-from ..core import ExtraError, FileError, InputError, whole_file
+from ..core import ExtraError, FileError, InputError, atomic_file
 
 # %% ../../nbs/data/01_datasets.ipynb #36947dbe
 def _basis(
@@ -173,7 +173,7 @@ def _place_structure(
 
 def _replace(fn, data):
     "Write `data` beside `fn` and rename: `fn` is whole or absent"
-    with whole_file(fn, lasting=False, scan=True) as tmp: tmp.write_bytes(data)
+    with atomic_file(fn, lasting=False, scan=True) as tmp: tmp.write_bytes(data)
 
 def _save(fn, arr, affine, note):
     "Write a NIfTI whose bytes depend on its contents alone"

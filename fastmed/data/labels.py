@@ -19,7 +19,7 @@ from fastcore.all import first, ifnone, is_listy, L, store_attr
 from ..core import ArgumentError, ColumnError, InputError
 from .cases import case_at, check_columns, group_text, group_values
 from .recipe import labels_of, plain_scalar
-from .transforms import fit_in as fit_in, fitted_shape, WholeTransform as WholeTransform
+from .transforms import shrink_to as shrink_to, shrunk_shape, WholeTransform as WholeTransform
 
 # %% ../../nbs/data/10_labels.ipynb #54027ed1
 def is_blank(
@@ -374,7 +374,7 @@ def warn_larger(
 ):
     "Tell which scans have to be made smaller to lie on the plan's grid"
     grids = [pre.grid(h['shape'], h['affine'])[0] for h in heads]
-    if big:=[i for i,n in enumerate(grids) if fitted_shape(n, plan)!=tuple(n)]:
+    if big:=[i for i,n in enumerate(grids) if shrunk_shape(n, plan)!=tuple(n)]:
         warn(f"{len(big)} of {len(grids)} cases are larger than the {'×'.join(map(str, plan.patch))} voxels of a whole "
              f"scan, such as {case_at(df, big[0])!r} ({'×'.join(map(str, grids[big[0]]))}): they are made smaller, not "
              f"cropped. Say a larger size or spacing to keep their scale")

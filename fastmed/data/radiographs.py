@@ -20,7 +20,7 @@ from fastai.data.all import (
 )
 from fastcore.all import delegates, first, ifnone, is_listy, L, patch
 from torch import Tensor
-from ..core import ArgumentError, InputError, MissingFileError, TensorSlice, whole_file
+from ..core import ArgumentError, InputError, MissingFileError, TensorSlice, atomic_file
 from .augment import IntensityTfm, SpatialTfm
 from .blocks import CaseFiles, PatchDL, warn_parted_subjects
 from .cases import all_files, check_columns
@@ -118,7 +118,8 @@ class LoadRadiograph(DisplayedTransform):
         dest = self.entry(fn)
         if not _is_whole_picture(dest):
             x = self.prep(fn)
-            with whole_file(dest, lasting=False) as tmp: tmp.write_bytes(_sealed_picture(x.to(self.prep.dtype).numpy()))
+            with atomic_file(dest, lasting=False) as tmp:
+                tmp.write_bytes(_sealed_picture(x.to(self.prep.dtype).numpy()))
         return dest
     def build(self,
         files,          # list of files

@@ -26,7 +26,7 @@ from fastcore.all import ifnone, is_listy, L, patch
 from fastprogress.fastprogress import progress_bar
 from torch import Tensor
 from .. import __version__
-from ..core import FileError, sweep, TensorVolume, TensorVolumeMask, whole_file, whole_folder, writing
+from ..core import FileError, sweep, TensorVolume, TensorVolumeMask, atomic_file, atomic_folder, writing
 from .preprocess import Preprocess
 from ..io.formats import file_digest, file_facts
 from ..io.guard import reading
@@ -84,7 +84,7 @@ def _kept_fact(path, name, key, func):
         with contextlib.suppress(ValueError, OSError): return json.loads(dest.read_text())   # one that is not whole
     res = func()
     _private_folder(path)
-    with whole_file(dest, lasting=False) as tmp: tmp.write_text(json.dumps(res))
+    with atomic_file(dest, lasting=False) as tmp: tmp.write_text(json.dumps(res))
     return res
 
 def kept_digest(
@@ -225,7 +225,7 @@ def _add(self:Store, kind, fn):
 def _keep(self:Store, dest, t):
     "Write an entry and its seal, in place of one that is not whole"
     _private_folder(self.path)
-    with whole_folder(dest) as p:
+    with atomic_folder(dest) as p:
         np.save(p/'data.npy', t.as_subclass(Tensor).numpy())
         if hasattr(t, 'fg'): np.savez(p/'fg.npz', **{str(k):v for k,v in t.fg.items()})
         affine = t.affine.tolist()
@@ -389,6 +389,6 @@ def kept_found(
     with contextlib.suppress(FileError):
         found = _packed(res, names)
         _private_folder(path)
-        with whole_file(dest, lasting=False) as tmp:
+        with atomic_file(dest, lasting=False) as tmp:
             tmp.write_text(json.dumps(dict(seal=digest_key(dest.name, found), found=found)))
     return res

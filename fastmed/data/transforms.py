@@ -309,7 +309,7 @@ def as_slice(self:PatchTransform,
     return t
 
 # %% ../../nbs/data/08_transforms.ipynb #9f103231
-def fitted_shape(
+def shrunk_shape(
     shape, # (3,) voxels of a preprocessed scan
     plan   # `Plan` of `whole_plan`
 )->tuple:  # (3,) voxels, none above those of the plan
@@ -320,12 +320,12 @@ def fitted_shape(
     def smaller(a, n): return max(1, min(plan.patch[a], int(round(n/f))))
     return tuple(smaller(a, n) if a in axes else int(n) for a,n in enumerate(shape))
 
-def fit_in(
+def shrink_to(
     t,   # `TensorVolume` or `TensorVolumeMask`, preprocessed
     plan # `Plan` of `whole_plan`
 ):       # the same, or a smaller one where it did not fit
     "A scan larger than the grid, made smaller: averaged where that is by two or more, else interpolated"
-    to = fitted_shape(t.shape[-3:], plan)
+    to = shrunk_shape(t.shape[-3:], plan)
     if to==tuple(t.shape[-3:]): return t
     mask = isinstance(t, TensorVolumeMask)
     x = t.as_subclass(Tensor)
@@ -352,7 +352,7 @@ class WholeTransform(PatchTransform):
         if not isinstance(x, TensorVolume): return b
         if m is not None: check_same_grid(x, m)
         at = self.place(x, getattr(x, 'draw', None), split_idx)
-        def cut_out(o): return self.patch(fit_in(o, self.plan), at)
+        def cut_out(o): return self.patch(shrink_to(o, self.plan), at)
         res = tuple(cut_out(o) if isinstance(o, (TensorVolume,TensorVolumeMask)) else o for o in xs)
         return res if isinstance(b, (tuple,list)) else res[0]
 
@@ -362,7 +362,7 @@ class WholeTransform(PatchTransform):
         split_idx=None # 0: training, where the slice is drawn
     )->tuple:          # (3,) corner of the scan's grid, negative where it hangs over the edge
         "The scan in the middle; in 2D a slice drawn anew in training, else spread evenly from the middle one outwards"
-        n = fitted_shape(x.shape[-3:], self.plan)
+        n = shrunk_shape(x.shape[-3:], self.plan)
         c = [-((p-s)//2) for s,p in zip(n, self.plan.patch, strict=True)]
         if self.plan.ndim==2:
             a = self.plan.axis

@@ -22,7 +22,8 @@ from fastai.data.all import dispatch, Module, num_distrib
 from fastai.losses import LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat
 from fastcore.all import ifnone, L, patch, store_attr, tuplify
 from fastmed.core import (
-    ExtraError, InputError, runs_in, TensorMed, TensorSlice, TensorSliceMask, TensorVolume, TensorVolumeMask, whole_file
+    ExtraError, InputError, runs_in, TensorMed, TensorSlice, TensorSliceMask, TensorVolume, TensorVolumeMask,
+    atomic_file
 )
 from ..data.blocks import LoadMask, LoadVolume
 from ..data.cases import case_name, check_columns
@@ -316,7 +317,7 @@ class PictureCallback(Callback):
         typed = [TensorMed(o).as_subclass(type(t)) for o,t in zip(tuplify(dec), b[1:], strict=False)]
         dl.show_results(b, typed if len(typed)>1 else typed[0], max_n=self.n)
         fn = self.learn.path/self.path/f'epoch_{self.epoch:03d}.png'
-        with whole_file(fn) as tmp: plt.savefig(tmp, dpi=80)
+        with atomic_file(fn) as tmp: plt.savefig(tmp, dpi=80)
         plt.close()
 
 # %% ../../nbs/learn/02_callbacks.ipynb #d1be81e4

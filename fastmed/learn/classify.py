@@ -15,7 +15,7 @@ from fastai.basics import dispatch, TensorCategory, TensorMultiCategory, warn
 from fastcore.all import delegates, ifnone, L, patch
 from ..core import evaluating, InputError, TensorSlice, TensorVolume
 from ..data.blocks import check_one_input, find_transform, LoadMask, LoadVolume, PatchDL, PatchTransform
-from ..data.labels import fit_in, fitted_shape, TensorRegression, WholeTransform
+from ..data.labels import shrink_to, shrunk_shape, TensorRegression, WholeTransform
 from ..data.loaders import axes_grid, show_labelled
 from ..data.radiographs import get_prep, LoadRadiograph, TensorRadiograph
 from ..io.volumes import load_volume
@@ -83,10 +83,10 @@ def _scan_to_ask(learn, item):
         raise InputError(f"{ifnone(name, 'the tensor')}: the model was trained on {n_in} channel{'s'*(n_in>1)}; found "
                          f"{t.shape[0]}. Give as many, in the order of training")
     x,plan = learn.dls.preprocess(t),learn.dls.plan
-    if fitted_shape(x.shape[-3:], plan)!=tuple(x.shape[-3:]):
+    if shrunk_shape(x.shape[-3:], plan)!=tuple(x.shape[-3:]):
         warn(f"{ifnone(name, 'the scan')}: {'×'.join(map(str, x.shape[-3:]))} voxels are more than the "
              f"{'×'.join(map(str, plan.patch))} of training: it is made smaller, not cropped")
-    return fit_in(x, plan)
+    return shrink_to(x, plan)
 
 @patch
 def case_input(self:CaseLearner,

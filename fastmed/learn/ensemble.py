@@ -29,7 +29,7 @@ from fastmed.learn.uncertainty import (
 )
 from ..metrics.masks import case_scores, failed_scores
 from ..predict.memory import check_prediction
-from ..predict.predict import maps_back, own_axis, predict_case, predict_grid, slicing_axes
+from ..predict.predict import to_scan_grid, scan_axis, predict_case, predict_grid, slicing_axes
 from ..predict.windows import apply_post
 from torch import nn, Tensor
 
@@ -174,7 +174,7 @@ class _Grid(NamedTuple):
     pre:object      # `Preprocess` that leads back
     affine:object   # (4,4)
     def back(self, maps, shape, affine):
-        return maps if self.pre is None else maps_back(maps, self.pre, self.affine, shape, affine)
+        return maps if self.pre is None else to_scan_grid(maps, self.pre, self.affine, shape, affine)
 
 def _slide_into(mean, learn, x, ways, overlap, tta, axes, progress):
     "A member's probabilities into a mean, each of its `ways` to slice as a part of it; and its labels"
@@ -244,7 +244,7 @@ def _finish(self:Ensemble, labels, grid, shape, affine, meta, post):
     if grid.pre is not None: mask = grid.pre.inverse(mask, shape, affine)
     plans,axis = [a.plan for a in self.about],None
     if all(p.ndim==2 and p.axis==plans[0].axis for p in plans):
-        axis = own_axis(self.about[0].pre, affine, plans[0].axis)
+        axis = scan_axis(self.about[0].pre, affine, plans[0].axis)
     mask = apply_post(mask, self.post if post is None else post, axis)
     mask.meta = meta
     return mask

@@ -13,7 +13,7 @@ from fastai.basics import DataLoaders, dispatch, Learner, rank_distrib, save_mod
 from fastai.callback.training import GradientClip
 from fastcore.all import delegates, ifnone, join_path_file, L, patch
 from fastmed.core import (
-    evaluating, InputError, show_plane, TensorSlice, TensorSliceMask, TensorVolume, TensorVolumeMask, whole_file,
+    evaluating, InputError, show_plane, TensorSlice, TensorSliceMask, TensorVolume, TensorVolumeMask, atomic_file,
     writing
 )
 from ..data.blocks import check_one_input, LoadMask
@@ -80,7 +80,7 @@ def save(self:ScanLearner,
     opt = getattr(self, 'opt', None)
     check_finite(self.model, fn, opt if kwargs.get('with_opt', True) else None)
     # of a compiled network, as of a plain one
-    with whole_file(fn) as tmp: save_model(tmp, getattr(self.model, '_orig_mod', self.model), opt, **kwargs)
+    with atomic_file(fn) as tmp: save_model(tmp, getattr(self.model, '_orig_mod', self.model), opt, **kwargs)
     return fn
 
 @patch
@@ -95,7 +95,7 @@ def export(self:ScanLearner,
     path,dls,opt,names = self.path,self.dls,self.opt,getattr(self, 'seen', None)
     if names: self.seen = sealed_names(names, salt_of(self.model)) if seen else {}
     try:
-        with evaluating(self.model), whole_file(Path(path)/fname) as tmp:
+        with evaluating(self.model), atomic_file(Path(path)/fname) as tmp:
             super(ScanLearner, self).export(tmp.resolve(), **kwargs)
     finally:
         self.dls = dls

@@ -18,7 +18,7 @@ from fastai.basics import deepcopy, default_device, Learner, warn
 from fastcore.all import ifnone, L, patch
 from .. import __version__
 from fastmed.core import (
-    ArgumentError, evaluating, FastmedError, InputError, MissingFileError, ResourceError, whole_file
+    ArgumentError, evaluating, FastmedError, InputError, MissingFileError, ResourceError, atomic_file
 )
 from ..io.guard import memory_left
 from .fast import make_fast, make_plain
@@ -196,7 +196,7 @@ def save_model(self:Learner,
              f"load_model(fn, arch=make)")
     b = seal_file(save(tensors, {'fastmed':json_text(meta)}))
     _checked(b, self, fn, size, model_channels(net, plan), model if own or not echo else None)
-    with whole_file(fn) as tmp: tmp.write_bytes(b)
+    with atomic_file(fn) as tmp: tmp.write_bytes(b)
     return Path(fn)
 
 # %% ../../nbs/learn/13_modelfile.ipynb #5a7e0003
@@ -297,7 +297,7 @@ def save_members(
         training['evaluation'] = {str(k):finite_scores(r) for k,r in evaluation.summary().iterrows()}
     meta = dict(sha256=NO_DIGEST, format=FORMAT_VERSION, members=len(parts), post=list(post), training=training)
     b = seal_file(save(parts, {'fastmed':json_text(meta)}))
-    with whole_file(fn) as tmp: tmp.write_bytes(b)
+    with atomic_file(fn) as tmp: tmp.write_bytes(b)
     return Path(fn)
 
 # %% ../../nbs/learn/13_modelfile.ipynb #5a7e0004

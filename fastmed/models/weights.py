@@ -17,7 +17,7 @@ import torch
 from fastai.basics import Callback, get_model, Learner, TrainEvalCallback, warn
 from fastcore.all import delegates, groupby, join_path_file, L, store_attr
 from .. import __version__
-from ..core import FileError, InputError, MissingFileError, runs_in, whole_file
+from ..core import FileError, InputError, MissingFileError, runs_in, atomic_file
 from .unet import FastInstanceNorm, unet_words, UShape
 from .adapt import adapt_weight, first_convs
 from .zoo import ENCODER_NAMES, MonaiNet
@@ -295,7 +295,7 @@ def save_encoder(
                          f"of our networks, or one of MONAI's")
     check_finite(model, fn)
     meta = dict(what=_what(model), tensors=len(state), fastmed=__version__)
-    with whole_file(fn) as tmp: tmp.write_bytes(save(state, {'fastmed_encoder':json.dumps(meta)}))
+    with atomic_file(fn) as tmp: tmp.write_bytes(save(state, {'fastmed_encoder':json.dumps(meta)}))
     return Path(fn)
 
 def load_encoder(

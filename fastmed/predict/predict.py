@@ -99,7 +99,7 @@ def predict_grid(
     return TensorVolumeMask(lab, affine=x.affine, codes=pre.vocab, meta=getattr(x, 'meta', None)), probs
 
 # %% ../../nbs/predict/04_predict.ipynb #31ffb753
-def own_axis(
+def scan_axis(
     pre:Preprocess, # that orders the axes
     affine,         # (4,4) of the scan
     axis:int        # array axis inside the pipeline
@@ -107,7 +107,7 @@ def own_axis(
     "Which axis of a scan in its own order lies along an axis of the pipeline"
     return int(np.flatnonzero(nib.io_orientation(affine)[:,0]==axis)[0]) if pre.orientation else axis
 
-def maps_back(
+def to_scan_grid(
     maps,           # (n,X,Y,Z) on the pipeline's grid
     pre:Preprocess, # that made the grid
     grid_affine,    # (4,4) of the grid
@@ -156,10 +156,10 @@ def segment(self:Learner,
     del t
     lab,probs = predict_grid(self, x, overlap, tta, proba, progress, axes)
     del x
-    across = own_axis(pre, affine, plan.axis) if plan.ndim==2 else None
+    across = scan_axis(pre, affine, plan.axis) if plan.ndim==2 else None
     mask = apply_post(pre.inverse(lab, shape, affine), getattr(self, 'post', None) if post is None else post, across)
     if not proba: return mask
-    return mask, TensorVolume(maps_back(probs, pre, lab.affine, shape, affine), affine=affine)
+    return mask, TensorVolume(to_scan_grid(probs, pre, lab.affine, shape, affine), affine=affine)
 
 def predict_case(
     learn,             # Learner

@@ -17,7 +17,7 @@ from fastai.basics import Learner, retain_meta
 from fastcore.all import first, patch
 from ..core import ArgumentError, InputError, orientation_of, show_plane, TensorMed, TensorSlice, TensorVolume
 from ..data.blocks import LoadVolume
-from ..data.labels import fit_in, WholeTransform
+from ..data.labels import shrink_to, WholeTransform
 from ..data.radiographs import get_prep, LoadRadiograph, TensorRadiograph
 from ..data.recipe import labels_of
 from ..io.volumes import load_volume, resample_to, to_orientation
@@ -143,7 +143,7 @@ def _row_files(learn, item):
 def _middle_patch(learn, item, whole):
     "A whole volume, or the middle slice of it, as `whole` places it"
     t = item if isinstance(item, TensorVolume) else load_volume(_row_files(learn, item))
-    x = fit_in(learn.dls.preprocess(t), whole.plan)
+    x = shrink_to(learn.dls.preprocess(t), whole.plan)
     corner = list(whole.place(x))
     if whole.plan.ndim==2: corner[whole.plan.axis] = x.shape[whole.plan.axis+1]//2
     return whole.patch(x, corner)
