@@ -279,7 +279,7 @@ class TestKept:
     def test_a_demonstration_over_files_of_somebody(self, shell, tmp_path):
         (tmp_path/'cases.csv').write_text('mine')
         was = snapshot(tmp_path)
-        code,out,err = shell('demo', '--path', tmp_path, '--n', 1)
+        code,out,err = shell('demo', '--path', tmp_path, '--n', 2)
         assert code==2 and not out and '--overwrite' in err and snapshot(tmp_path)==was
 
     def test_a_report_is_no_scan(self, shell, cases, tmp_path):

@@ -460,7 +460,7 @@ FORGED = dict(
     infinite_echo=(infinite('echo', 0), 'JSON'), infinite_share=(infinite('foreground'), 'JSON'),
     infinite_spacing=(infinite('preprocess', 'spacing', 0), 'JSON'),
     spacing=(put([1e300]*3, 'preprocess', 'spacing'), 'spacing: expected three sizes'),
-    orientation=(put('XYZ', 'preprocess', 'orientation'), "orientation: expected an order of the axes such as 'RAS'"),
+    orientation=(put('XYZ', 'preprocess', 'orientation'), "orientation: expected an order of axes such as 'RAS'"),
     orientation2=(put('RRR', 'preprocess', 'orientation'), 'orientation: expected'),
     orientation3=(put(7, 'preprocess', 'orientation'), 'orientation: expected'),
     stats=(ct_stats([{}]), 'stats: expected'),

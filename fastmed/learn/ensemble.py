@@ -169,7 +169,7 @@ def get_preds(self:Ensemble,
     return total,t
 
 # %% ../../nbs/learn/16_ensemble.ipynb #e5000008
-class _Grid(NamedTuple):
+class _MemberGrid(NamedTuple):
     "Where a mean lies: on the pipeline's grid, or, with `pre` None, on the scan's own"
     pre:object      # `Preprocess` that leads back
     affine:object   # (4,4)
@@ -212,7 +212,7 @@ def _empty_mean(self:Ensemble, grids, common, shape, ways, spread):
 
 @patch
 def _mean(self:Ensemble, box, overlap, tta, axes, progress, spread):
-    "Every member's probabilities of a scan in one `RunningMean`, and its `_Grid`"
+    "Every member's probabilities of a scan in one `RunningMean`, and its `_MemberGrid`"
     t = box.pop()
     shape,affine,first = tuple(t.shape[1:]),t.affine,self.about[0]
     grids = [a.pre.grid(shape, affine) for a in self.about]
@@ -229,12 +229,12 @@ def _mean(self:Ensemble, box, overlap, tta, axes, progress, spread):
         if not alike: x = a.pre(t)
         own = mean if common else RunningMean(len(self.vocab), grids[i][0], most=most)
         labels = _slide_into(own, learn, x, ways[i], overlap, tta, axes_of[i], progress)
-        if not common: _move_into(mean, own, _Grid(a.pre, x.affine), shape, affine, most)
+        if not common: _move_into(mean, own, _MemberGrid(a.pre, x.affine), shape, affine, most)
         elif mean.tie is None: mean.decides(labels)
         grid_affine = x.affine
         if self.members.filed[i] is not None: self.members.filed[i].rest()
         del learn,labels,own
-    return mean,_Grid(first.pre, grid_affine) if common else _Grid(None, affine)
+    return mean,_MemberGrid(first.pre, grid_affine) if common else _MemberGrid(None, affine)
 
 # %% ../../nbs/learn/16_ensemble.ipynb #e500000a
 @patch

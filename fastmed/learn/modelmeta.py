@@ -342,7 +342,7 @@ def _expect_masks(meta, plan, pre):
     if not isinstance(meta['seed'], int): raise InputError(f"expected a seed; found {meta['seed']!r}")
     if not all(f in range(plan.ndim) for f in flips): raise InputError(f"expected axes to flip; found {flips!r}")
 
-def _mask_learner(meta, plan, pre, device, network):
+def _learner_of_masks(meta, plan, pre, device, network):
     _expect_masks(meta, plan, pre)
     learn = SavedLearner(_mask_loaders(meta, plan, pre, device), network(plan).to(device).eval(),
                          loss_func=DeepSupervisionLoss(DiceCELoss(batch=plan.ndim==2)), metrics=dice_metrics(pre.vocab),
@@ -375,7 +375,7 @@ def learner_of(
     seen,plan,net = _remembered(meta['training']),plan_of(meta),meta['network']
     pre = None if meta.get('picture') else Preprocess.from_json(json.dumps(meta['preprocess']))
     if pre is not None: check_grid(plan, pre, net['n_in'])
-    learn = (_case_learner if 'labels' in meta else _mask_learner)(meta, plan, pre, device, network)
+    learn = (_case_learner if 'labels' in meta else _learner_of_masks)(meta, plan, pre, device, network)
     learn.arch,learn.arch_args,learn.arch_patch = net['arch'],from_plain(net['args']),from_plain(net['patch'])
     learn.n_in,learn.n_out,learn.own_arch,learn.pretrained = net['n_in'],net['n_out'],net.get('own', False),True
     learn.facts,learn.seen = meta['training'],seen

@@ -268,12 +268,12 @@ def seal_file(
     return b[:i+7]+hashlib.sha256(b).hexdigest().encode()+b[i+len(NO_DIGEST):]
 
 # %% ../../nbs/learn/09_plain.ipynb #0f11e002
-_kinds = (('F64',torch.float64),('F32',torch.float32),('F16',torch.float16),('BF16',torch.bfloat16),('I64',torch.int64),
+_number_kinds = (('F64',torch.float64),('F32',torch.float32),('F16',torch.float16),('BF16',torch.bfloat16),('I64',torch.int64),
           ('I32',torch.int32),('I16',torch.int16),('I8',torch.int8),('U8',torch.uint8),('BOOL',torch.bool))
 
 def _declared(head):
     "name → (type, shape, first byte, last byte) of the tensors of a header, which lie in a row; and where they end"
-    kinds,res,at = dict(_kinds),{},0
+    kinds,res,at = dict(_number_kinds),{},0
     tensors = ((k,v) for k,v in head.items() if k!='__metadata__')
     for k,v in sorted(tensors, key=lambda o: o[1]['data_offsets']):
         dtype,shape,(a,b) = kinds[v['dtype']],v['shape'],v['data_offsets']

@@ -41,7 +41,7 @@ class LayerRun(NamedTuple):
 
 def _shape(o): return tuple(o.shape) if isinstance(o, Tensor) else None
 
-def _run(model, x):
+def _run_layer(model, x):
     was = {m for m in model.modules() if m.training}
     model.eval()
     try:
@@ -57,7 +57,7 @@ def _watch(model, x):
         return note
     try:
         for n,m in model.named_modules(): hooks.append(m.register_forward_hook(watcher(n)))
-        out = _run(model, x)
+        out = _run_layer(model, x)
     finally:
         for h in hooks: h.remove()
     return runs,out

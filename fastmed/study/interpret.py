@@ -185,7 +185,7 @@ def decoded(self:CaseInterpretation)->np.ndarray: # (n,) class numbers; (n,K) 0/
 def _ask(self:CaseInterpretation, f, label, **kwargs):
     "What a function of `metrics.curves` says of one label, with the subjects and draws of this interpretation"
     y,p,_ = self.one(label)
-    return f(y, p, groups=self.groups, **self._boot, **kwargs)
+    return f(pred=p, targ=y, groups=self.groups, **self._boot, **kwargs)
 
 @patch
 def _curve(self:CaseInterpretation, label, kind): return self._ask(score_curve, label, kind=kind)
