@@ -268,7 +268,8 @@ def seal_file(
     return b[:i+7]+hashlib.sha256(b).hexdigest().encode()+b[i+len(NO_DIGEST):]
 
 # %% ../../nbs/learn/09_plain.ipynb #0f11e002
-_number_kinds = (('F64',torch.float64),('F32',torch.float32),('F16',torch.float16),('BF16',torch.bfloat16),('I64',torch.int64),
+_number_kinds = (('F64',torch.float64),('F32',torch.float32),('F16',torch.float16),('BF16',torch.bfloat16),
+        ('I64',torch.int64),
           ('I32',torch.int32),('I16',torch.int16),('I8',torch.int8),('U8',torch.uint8),('BOOL',torch.bool))
 
 def _declared(head):
