@@ -11,6 +11,7 @@ from torch import Tensor
 from fastmed.core import TensorSlice, TensorSliceMask, TensorVolume, TensorVolumeMask
 from fastmed.data.augment import *
 from fastmed.data.augment import IntensityTfm, SpatialTfm
+from fastmed.data.torchio import TorchIOTransform
 
 NO = dict(p_rotate=0., p_scale=0.)
 QUIET = {f'p_{k}':0. for k in ('contrast','brightness','gamma','noise','blur','low_res','bias')}
