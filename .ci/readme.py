@@ -1,12 +1,19 @@
 "README.md from nbs/index.ipynb: nbdev's own processors, then nbconvert's Markdown exporter. `--check` only compares."
-import contextlib, io, json, re, sys, tempfile
+import contextlib
+import io
+import json
+import re
+import sys
+import tempfile
 from pathlib import Path
+
 
 def render(
     root:Path, # Folder of the project
 )->str:        # Markdown of README.md
     "What README.md must hold."
-    import nbformat, yaml
+    import nbformat
+    import yaml
     from fastcore.nbio import read_nb, write_nb
     from nbconvert import MarkdownExporter
     from nbdev.processors import FilterDefaults, add_links

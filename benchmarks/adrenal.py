@@ -1,16 +1,27 @@
-"""Volumes from nothing: is the adrenal gland normal, or enlarged or grown? 1188 shapes of 64³ voxels to train, 98 to judge by, as MedMNIST divides them.
+"""Volumes from nothing: is the adrenal gland normal, or enlarged or grown? 1188 shapes of 64³ voxels to train, 98 to
+judge by, as MedMNIST divides them.
 
-    FASTMED_DATA=… python benchmarks/adrenal.py                       # at most 20 minutes on two cores, after the files are written; --nets 0: measured alone, 3 minutes
+    # at most 20 minutes on two cores, after the files are written; --nets 0: measured alone, 3 minutes
+    FASTMED_DATA=… python benchmarks/adrenal.py
 
-The arrays become NIfTI files once (fastmed reads files), and a few lines train. The 98 choose nothing: what is measured, the depth and the encoder were chosen on folds of the 1188 (`--folds`).
-A linear model on a grid of 16³ reaches an AUC of 0.855, the mean thickness of the gland alone 0.843. A mask is measured best: `shape_net` weighs 122 measures of its shape.
-Beside it, convolutional networks of several seeds. Thickness is what a mask says least plainly to a convolution, so they also see how deep each voxel lies below the surface, as a second channel.
-259 diseased glands are few. So their encoder first learns a question that needs no labels but "normal": which glands did we give a round growth, or make thicker?
+The arrays become NIfTI files once (fastmed reads files), and a few lines train. The 98 choose nothing: what is
+measured, the depth and the encoder were chosen on folds of the 1188 (`--folds`).
+A linear model on a grid of 16³ reaches an AUC of 0.855, the mean thickness of the gland alone 0.843. A mask is measured
+best: `shape_net` weighs 122 measures of its shape.
+Beside it, convolutional networks of several seeds. Thickness is what a mask says least plainly to a convolution, so
+they also see how deep each voxel lies below the surface, as a second channel.
+259 diseased glands are few. So their encoder first learns a question that needs no labels but "normal": which glands
+did we give a round growth, or make thicker?
 """
-import argparse, os, time
+import argparse
+import os
+import time
 from pathlib import Path
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
 from common import here, keep, quiet
+
 
 def shapes(part):
     "The masks (n,64,64,64) of 'train' or 'val', and whether each is diseased"
@@ -18,7 +29,8 @@ def shapes(part):
         return z[f'{part}_images']>0, z[f'{part}_labels'].ravel()>0
 
 def save(folder, name, make):
-    "Write the mask that `make()` gives, and the depth of its voxels below the surface in units of four, as NIfTI files where they are not there yet; their names"
+    """Write the mask that `make()` gives, and the depth of its voxels below the surface in units of four, as NIfTI
+    files where they are not there yet; their names"""
     import nibabel as nib
     from scipy.ndimage import distance_transform_edt
     shape,deep = folder/f'{name}.nii.gz',folder/f'{name}_depth.nii.gz'
@@ -53,7 +65,8 @@ def grown(x, seed):
         if y.sum()>=1.05*x.sum(): return y
 
 def tables(folder):
-    "Two tables of files, which are written where they are missing: the glands with their labels, and normal glands of the training part beside what we made of them"
+    """Two tables of files, which are written where they are missing: the glands with their labels, and normal glands of
+    the training part beside what we made of them"""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows,made = [],[]
@@ -117,8 +130,10 @@ def train(df, files, a, encoder=None, depth=True):
     return learn
 
 def folds(df, made, files, a):
-    "Out-of-fold AUC of a convolutional network from the shape, with the depth, and with the encoder too; and from the measures. The encoder of a fold has seen none of its glands"
+    """Out-of-fold AUC of a convolutional network from the shape, with the depth, and with the encoder too; and from the
+    measures. The encoder of a fold has seen none of its glands"""
     from sklearn.model_selection import StratifiedKFold
+
     from fastmed.all import roc_auc, set_seed
     df = df[~df.held].reset_index(drop=True)
     y = (df.label.cat.codes==1).to_numpy(float)
@@ -132,8 +147,8 @@ def folds(df, made, files, a):
         pretrain(made[~made.gland.isin(test)], files, a).save_encoder(encoder)
         for k,p in arms.items():
             set_seed(0)
-            learn = measured(d, files) if 'measured' in k else train(d, files, a, encoder if 'encoder' in k else None,
-                    'depth' in k)
+            if 'measured' in k: learn = measured(d, files)
+            else: learn = train(d, files, a, encoder if 'encoder' in k else None, 'depth' in k)
             with quiet(): p[test] = learn.evaluate(d[d.held], tta=False if 'measured' in k else 8).arrays()[1][:,1]
     def of(p, i): return np.mean([roc_auc(y[j], p[j]) for j in (i[np.isin(i, t)] for _,t in parts)])
     rng = np.random.default_rng(0)

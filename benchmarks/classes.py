@@ -1,19 +1,31 @@
-"""A scan of a clinic's size with a hundred structures: seconds and peak memory of `predict_volume`, file to mask, in a fresh process.
+"""A scan of a clinic's size with a hundred structures: seconds and peak memory of `predict_volume`, file to mask, in a
+fresh process.
 
     python benchmarks/classes.py                         # 512×512×400, 100 classes, windows of 64³
     python benchmarks/classes.py --size 128 128 100
 
-The network is a convolution of 1×1×1 with random weights, so that what is measured is what a hundred classes cost: to be answered, added up and decided between.
-`network_s` are the seconds that even this network took. `added_gb` is what prediction put on top of the process that holds the Learner.
+The network is a convolution of 1×1×1 with random weights, so that what is measured is what a hundred classes cost: to
+be answered, added up and decided between.
+`network_s` are the seconds that even this network took. `added_gb` is what prediction put on top of the process that
+holds the Learner.
 """
-import argparse, json, sys, tempfile, time
+import argparse
+import json
+import sys
+import tempfile
+import time
 from pathlib import Path
-import numpy as np, nibabel as nib, torch
+
+import nibabel as nib
+import numpy as np
+import torch
 from common import child, here, keep, peak, quiet, reset_peak, rss
+
 
 def learner(tmp, classes, patch):
     "A Learner with so many structures, not trained"
     import pandas as pd
+
     from fastmed.all import VolumeDataLoaders, set_seed, unet3d_learner
     set_seed(0)
     rng,rows = np.random.default_rng(0),[]

@@ -1,7 +1,14 @@
 "What the benchmarks share: the facts of the machine, peak memory, and one way to keep a table."
-import contextlib, io, json, os, subprocess, sys
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
-import pandas as pd, torch
+
+import pandas as pd
+import torch
 
 here = Path(__file__).resolve().parent
 
@@ -56,7 +63,9 @@ def keep(
     fn,by = Path(fn),[*by,'machine']
     if fn.exists():
         old = pd.read_csv(fn)
-        def name(v): return '' if pd.isna(v) else f'{v:g}' if isinstance(v, (int,float)) else str(v)
+        def name(v):
+            if pd.isna(v): return ''
+            return f'{v:g}' if isinstance(v, (int,float)) else str(v)
         def key(d):
             return pd.Series([tuple(name(r.get(c)) for c in by) for r in d.to_dict('records')], index=d.index,
                     dtype=object)

@@ -2,21 +2,39 @@
 
 python benchmarks/doctor.py [--what faults real leaks shift memory places]
 
-faults   each kind of fault, planted one at a time into copies of real scans and of the embedded cohort: doctor_faults.csv, in short doctor_kinds.csv
+faults   each kind of fault, planted one at a time into copies of real scans and of the embedded cohort:
+         doctor_faults.csv, in short doctor_kinds.csv
 real     the real sets as they are, every finding judged: doctor_real.csv
-leaks    precision and recall of find_leaks on the hippocampus without its subjects; on halves of the subjects; with the ladders of grey values hidden: doctor_leaks.csv
+leaks    precision and recall of find_leaks on the hippocampus without its subjects; on halves of the subjects;
+         with the ladders of grey values hidden: doctor_leaks.csv
 shift    distribution_shift where the answer is known: doctor_shift.csv
 memory   peak memory over 10 and over 1,000 scans: doctor_memory.csv
-places   masks of the hippocampus mirrored or moved under their headers, one at a time and many together; false alarms on sets that are whole and on draws from them: doctor_places.csv
+places   masks of the hippocampus mirrored or moved under their headers, one at a time and many together; false
+         alarms on sets that are whole and on draws from them: doctor_places.csv
 
 Needs FASTMED_DATA. Minutes are those of one thread of a two-core machine.
 """
-import argparse, contextlib, gzip, io, os, shutil, sys, tempfile, time, warnings
+import argparse
+import contextlib
+import gzip
+import io
+import os
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from functools import partial
 from pathlib import Path
-import nibabel as nib, numpy as np, pandas as pd
-from common import child, here, keep
-import fastmed.all as fm
+
 import fastprogress
+import nibabel as nib
+import numpy as np
+import pandas as pd
+from common import child, here, keep
+
+import fastmed.all as fm
+
 fastprogress.fastprogress.NO_BAR = True
 
 data = Path(os.environ.get('FASTMED_DATA', ''))
@@ -304,11 +322,14 @@ def edit(fn, f):
 # ---- planting
 
 def bases(tmp):
-    "name → (rows of sound cases, the one that gets the faults, arguments, properties): the hippocampus once for each regime of intensity"
+    """name → (rows of sound cases, the one that gets the faults, arguments, properties): the hippocampus once for each
+    regime of intensity"""
     hip = fm.scan_decathlon(data/'hippocampus')
     top = np.array([float(fm.load_volume(f).max()) for f in hip.image])
-    kind = np.array([0 if t>1e4 else 1 if str(fm.read_header(f)['dtype'])=='uint8' else 2 for t,
-                     f in zip(top, hip.image)])
+    def regime(t, f):
+        if t>1e4: return 0
+        return 1 if str(fm.read_header(f)['dtype'])=='uint8' else 2
+    kind = np.array([regime(t, f) for t,f in zip(top, hip.image)])
     few = np.sort(np.r_[np.flatnonzero(kind==0)[:4], np.flatnonzero(kind==1)[:6], np.flatnonzero(kind==2)[:14]])
     hip,top = hip.iloc[few].reset_index(drop=True),top[few]
     kw = dict(codes=['background','anterior','posterior'])
@@ -342,66 +363,85 @@ def fresh(old, new):
     was = set(zip(old.case, old.problem, old.found))
     return pd.DataFrame(new)[[k not in was for k in zip(new.case, new.problem, new.found)]]
 
-def faults(a):
-    tmp,out = Path(tempfile.mkdtemp()),[]
-    for name,(df,bad,kw,has) in bases(tmp).items():
-        rows = df.to_dict('records')
-        plain_kw = {k:v for k,v in kw.items() if k!='codes'}
-        case = str(rows[bad]['case'])
-        before = {}
-        for fault,(kind,want,needs,f) in FAULTS.items():
-            if a.only and a.only not in fault: continue
-            if not set(needs)<=set(has) and not (needs=='p' and 'p' in has): continue
-            use = plain_kw if 'nothing declared' in fault or '255' in fault else kw
-            key = 'codes' in use
-            with contextlib.redirect_stdout(io.StringIO()):
-                if key not in before: before[key] = fm.check_dataset(df, workers=1, **use)
-                p = Path(tempfile.mkdtemp(dir=tmp))
-                rs = [dict(r, image=list(r['image']) if isinstance(r['image'], list) else r['image']) for r in rows]
-                f(rs[bad], p, rs) if f.__code__.co_argcount==3 else f(rs[bad], p)
-                r = fresh(before[key], fm.check_dataset(pd.DataFrame(rs).astype(object), workers=1, **use))
-                shutil.rmtree(p)
-            hit = r[r.problem.isin(want) & ((r.case==case) | (r.case=='(all)'))]
-            others = r[(r.case!=case) & (r.case!='(all)')]
-            also = sorted(set(r.problem[r.case==case])-set(hit.problem))
-            out.append(dict(kind=kind, fault=fault, base=name, found=bool(len(hit)) if want else not len(r),
-                    found_as=', '.join(dict.fromkeys(hit.problem)), severity=', '.join(sorted(set(hit.severity))),
-                    named=bool((hit.case==case).any()), also=', '.join(also), other_cases_blamed=len(others),
-                    blamed_for='; '.join(f'{o.case} {o.problem}: {o.found}' for o in others.itertuples())[:160],
-                    example=next(iter(hit.found), '').replace(str(tmp), '')[:110]))
-        print(f'{time.process_time():.0f} s, {name}: missed',
-                [o['fault'] for o in out if o['base']==name and not o['found']], 'blamed',
-                [(o['fault'], o['other_cases_blamed']) for o in out if o['base']==name and o['other_cases_blamed']],
-                flush=True)
+def planted(f, row, p, rows):
+    "Plant a fault into `row`, a case of `rows`; its files are written into the folder `p`"
+    if f.__code__.co_argcount==3: f(row, p, rows)
+    else: f(row, p)
+
+def scored(r, hit, want, **more):
+    "What the doctor said of one planted fault, as a row"
+    return dict(found=bool(len(hit)) if want else not len(r), found_as=', '.join(dict.fromkeys(hit.problem)),
+                severity=', '.join(sorted(set(hit.severity))), example=next(iter(hit.found), ''), **more)
+
+def faults_of(name, base, tmp, only):
+    "Each fault of `FAULTS` that the set has a place for, planted alone: rows"
+    df,bad,kw,has = base
+    rows,case,before = df.to_dict('records'),str(df.case.iloc[bad]),{}
+    for fault,(kind,want,needs,f) in FAULTS.items():
+        if only and only not in fault or not set(needs)<=set(has) and not (needs=='p' and 'p' in has): continue
+        bare = 'nothing declared' in fault or '255' in fault
+        use = {k:v for k,v in kw.items() if k!='codes'} if bare else kw
+        key = 'codes' in use
+        with contextlib.redirect_stdout(io.StringIO()):
+            if key not in before: before[key] = fm.check_dataset(df, workers=1, **use)
+            p = Path(tempfile.mkdtemp(dir=tmp))
+            rs = [dict(r, image=list(r['image']) if isinstance(r['image'], list) else r['image']) for r in rows]
+            planted(f, rs[bad], p, rs)
+            r = fresh(before[key], fm.check_dataset(pd.DataFrame(rs).astype(object), workers=1, **use))
+            shutil.rmtree(p)
+        hit = r[r.problem.isin(want) & ((r.case==case) | (r.case=='(all)'))]
+        others = r[(r.case!=case) & (r.case!='(all)')]
+        also = sorted(set(r.problem[r.case==case])-set(hit.problem))
+        blamed = '; '.join(f'{o.case} {o.problem}: {o.found}' for o in others.itertuples())[:160]
+        yield dict(kind=kind, fault=fault, base=name, named=bool((hit.case==case).any()),
+                   **scored(r, hit, want, also=', '.join(also), other_cases_blamed=len(others), blamed_for=blamed))
+
+def dicom_faults(tmp, only):
+    "The faults of `DICOM`, planted into parts of one series: rows"
     import pydicom
+    def height(f): return float(pydicom.dcmread(f, stop_before_pixels=True).ImagePositionPatient[2])
     src = data/'ct_dicom/philips_phantom_no_tilt_5mm'
-    fs = sorted((f for f in src.rglob('*') if f.is_file()),
-                                      key=lambda f: float(pydicom.dcmread(f,
-            stop_before_pixels=True).ImagePositionPatient[2]))
+    fs = sorted((f for f in src.rglob('*') if f.is_file()), key=height)
     for part,cut in (('slices 1 to 28',slice(None)), ('slices 1 to 12',slice(0,12)), ('slices 17 to 28',slice(16,28))):
         for fault,(kind,want,f) in {'':('(no fault)', set(), lambda *_: None), **DICOM}.items():
-            if a.only and a.only not in fault: continue
+            if only and only not in fault: continue
             p = Path(tempfile.mkdtemp(dir=tmp))
-            mine = [Path(shutil.copy(o, p/f'{k:03d}.dcm')) for k,o in enumerate(fs[cut])]
-            f(mine, p)
+            f([Path(shutil.copy(o, p/f'{k:03d}.dcm')) for k,o in enumerate(fs[cut])], p)
             with contextlib.redirect_stdout(io.StringIO()):
                 r = pd.DataFrame(fm.check_dataset(pd.DataFrame([dict(case='ct', image=p)]), workers=1))
             hit = r[r.problem.isin(want)]
-            out.append(dict(kind=kind, fault=fault or 'as it is', base=f'ct_dicom, {part}',
-                    found=bool(len(hit)) if want else not len(r), found_as=', '.join(dict.fromkeys(hit.problem)),
-                    severity=', '.join(sorted(set(hit.severity))), named=bool(len(hit)),
-                    also=', '.join(sorted(set(r.problem)-want)), other_cases_blamed=0,
-                    example=next(iter(hit.found), '').replace(str(tmp), '')[:110]))
-    shutil.rmtree(tmp)
-    t = pd.DataFrame(out)
-    t.loc[t.kind.str.startswith('(no'), 'kind'] = '(no fault)'
-    if not a.only: t.to_csv(here/'doctor_faults.csv', index=False)
-    k = t.groupby('kind', sort=False).agg(planted=('found','size'), found=('found','sum'), bases=('base','nunique'),
-            found_as=('found_as', lambda s: '; '.join(f'{n} × {v}' for v,n in s.value_counts().items() if v)),
-            severity=('severity', lambda s: ', '.join(sorted({o for v in s for o in v.split(', ') if o}))),
-            other_cases_blamed=('other_cases_blamed','sum')).reset_index()
+            also = ', '.join(sorted(set(r.problem)-want))
+            yield dict(kind=kind, fault=fault or 'as it is', base=f'ct_dicom, {part}', named=bool(len(hit)),
+                       **scored(r, hit, want, also=also, other_cases_blamed=0))
+
+def by_kind(t):
+    "A line a kind of fault"
+    def counted(s): return '; '.join(f'{n} × {v}' for v,n in s.value_counts().items() if v)
+    def joined(s): return ', '.join(sorted({o for v in s for o in v.split(', ') if o}))
+    k = t.groupby('kind', sort=False).agg(
+        planted=('found','size'), found=('found','sum'), bases=('base','nunique'), found_as=('found_as',counted),
+        severity=('severity',joined), other_cases_blamed=('other_cases_blamed','sum')).reset_index()
     k.insert(3, 'missed', k.planted-k.found)
-    if not a.only: k.to_csv(here/'doctor_kinds.csv', index=False)
+    return k
+
+COLUMNS = 'kind fault base found found_as severity named also other_cases_blamed blamed_for example'.split()
+def faults(a):
+    "Faults planted one at a time, and what was found"
+    tmp,out = Path(tempfile.mkdtemp()),[]
+    for name,base in bases(tmp).items():
+        mine = list(faults_of(name, base, tmp, a.only))
+        print(f'{time.process_time():.0f} s, {name}: missed', [o['fault'] for o in mine if not o['found']], 'blamed',
+              [(o['fault'], o['other_cases_blamed']) for o in mine if o['other_cases_blamed']], flush=True)
+        out += mine
+    out += dicom_faults(tmp, a.only)
+    for o in out: o['example'] = o['example'].replace(str(tmp), '')[:110]
+    shutil.rmtree(tmp)
+    t = pd.DataFrame(out).reindex(columns=COLUMNS)
+    t.loc[t.kind.str.startswith('(no'), 'kind'] = '(no fault)'
+    k = by_kind(t)
+    if not a.only:
+        t.to_csv(here/'doctor_faults.csv', index=False)
+        k.to_csv(here/'doctor_kinds.csv', index=False)
     print(k.to_string(index=False))
     print('\nmissed:')
     print(t[~t.found].to_string(index=False))
@@ -453,73 +493,75 @@ def real(a):
 
 # ---- leaks
 
+def hide(v): return {**v, 'prints':[{**p, 'quantum':np.nan, 'gaps':None} for p in v['prints']]}
+
+def pair_score(subjects, idx, prints, ask=None, kinds=('proved','likely'), **kw):
+    "precision, recall, pairs there of the cases `idx`; `ask`: those of them that pairs are asked of"
+    from fastmed.data.leaks import _pairs
+    s,ask = subjects[idx],set(range(len(idx)) if ask is None else ask)
+    found = dict(zip(('proved','likely'), _pairs(prints, **kw)))
+    got = [p for k in kinds for p in found[k] if p[0] in ask and p[1] in ask]
+    there = sum(s[i]==s[j] for n,i in enumerate(sorted(ask)) for j in sorted(ask)[n+1:])
+    true = sum(s[i]==s[j] for i,j in got)
+    return dict(named=len(got), true=true, there=there, precision=true/len(got) if got else np.nan,
+                recall=true/there if there else np.nan)
+
+def mean_score(what, rs):
+    "A row of the table, over several draws"
+    rs = pd.DataFrame(rs)
+    return dict(what=what, draws=len(rs), named=rs.named.mean(), true=rs.true.mean(), there=rs.there.mean(),
+                precision=rs.true.sum()/max(1, rs.named.sum()), recall=rs.true.sum()/rs.there.sum(),
+                worst_precision=rs.precision.min(), worst_recall=rs.recall.min())
+
+def halves_of(score, subjects, prints, draws):
+    "Random halves of the subjects: name of a row → scores"
+    rng,subs,every = np.random.default_rng(0),np.unique(subjects),np.arange(len(subjects))
+    bare,res = [hide(v) for v in prints],{k:[] for k in HALVES}
+    def f1(r): return 2*r['true']/max(1, r['named']+r['there'])
+    def best_of(values, argument, idx, vs): return max(values, key=lambda c: f1(score(idx, vs, **{argument:c})))
+    for _ in range(draws):
+        side = np.isin(subjects, rng.permutation(subs)[:len(subs)//2])
+        ia,ib = np.flatnonzero(side),np.flatnonzero(~side)
+        va,vb,na,nb = [[o[i] for i in k] for o,k in ((prints,ia), (prints,ib), (bare,ia), (bare,ib))]
+        whole,taught,sure,ahead = res.values()
+        whole += [score(ia, va), score(ib, vb)]
+        taught.append(score(every, [bare[i] if side[i] else v for i,v in enumerate(prints)], ask=ia))
+        sure.append(score(ib, vb, sure=best_of((.5,.7,.8,.9,.95,.98,.99), 'sure', ia, va)))
+        ahead.append(score(ib, nb, ahead=best_of((.8,1.,1.3,1.6,2.,2.5), 'ahead', ia, na)))
+    return res
+
+HALVES = ('random halves of the subjects, as it is',
+          'a random half of the subjects with ladders and gaps hidden, the other half teaches',
+          'least probability chosen on one half of the subjects, used on the other',
+          'ladders and gaps hidden, lead chosen on one half, used on the other')
 def leaks(a):
     "find_leaks against cases.csv, and as it would do where its thresholds were not chosen"
+    from fastmed.data.leaks import _pairs, _scan_print
     from fastmed.data.survey import survey_cases
-    from fastmed.data.leaks import _scan_print, _pairs
     df = fm.scan_decathlon(data/'hippocampus')
     s = df.subject.astype(str).values
     t = time.process_time()
     with contextlib.redirect_stdout(io.StringIO()):
         vox = survey_cases(df, '.', 'image', None, .05, None, 1, prints=_scan_print)[1]
     took = time.process_time()-t
-    rows,rng = [],np.random.default_rng(0)
+    every,score = np.arange(len(df)),partial(pair_score, s)
     whole = np.array([float(v['channels'][0]['level'])<np.log10(300) and float(v['prints'][0]['quantum'])==1
-            for v in vox])
-    def hide(v): return {**v, 'prints':[{**p, 'quantum':np.nan, 'gaps':None} for p in v['prints']]}
-    def score(idx, vs, ask=None, kinds=('proved','likely'), **kw):
-        "precision, recall, pairs there; `ask`: cases that pairs are asked of"
-        ask = set(range(len(idx)) if ask is None else ask)
-        proof,like = _pairs(vs, **kw)
-        got = [p for k,d in (('proved',proof),('likely',like)) if k in kinds for p in d if p[0] in ask and p[1] in ask]
-        there = sum(s[idx[i]]==s[idx[j]] for n,i in enumerate(sorted(ask)) for j in sorted(ask)[n+1:])
-        true = sum(s[idx[i]]==s[idx[j]] for i,j in got)
-        return dict(named=len(got), true=true, there=there, precision=true/len(got) if got else np.nan,
-                    recall=true/there if there else np.nan)
-    def put(what, rs):
-        rs = pd.DataFrame(rs)
-        rows.append(dict(what=what, draws=len(rs), named=rs.named.mean(), true=rs.true.mean(), there=rs.there.mean(),
-                         precision=rs.true.sum()/max(1, rs.named.sum()), recall=rs.true.sum()/rs.there.sum(),
-                         worst_precision=rs.precision.min(), worst_recall=rs.recall.min()))
-    every = np.arange(len(df))
-    bare = [hide(v) for v in vox]
-    put('all 208, as it is', [score(every, vox)])
-    put('all 208, proved alone', [score(every, vox, likely=False)])
-    put('all 208, likely alone', [score(every, vox, kinds=('likely',))])
-    put('whole-numbered crops alone, learnt from the ladders of the others',
-        [score(every, vox, ask=np.flatnonzero(whole))])
-    put('all 208, ladders and gaps hidden: nothing teaches', [score(every, bare)])
-    halves,hidden,cut,lead = [],[],[],[]
-    subs = np.unique(s)
-    for k in range(a.draws):
-        side = np.isin(s, rng.permutation(subs)[:len(subs)//2])
-        ia,ib = np.flatnonzero(side),np.flatnonzero(~side)
-        va,vb = [vox[i] for i in ia],[vox[i] for i in ib]
-        halves.append(score(ia, va))
-        halves.append(score(ib, vb))
-        # of one half the ladders are hidden: the other half teaches
-        hidden.append(score(every, [bare[i] if side[i] else v for i,v in enumerate(vox)], ask=ia))
-        f1 = lambda r: 2*r['true']/max(1, r['named']+r['there'])
-        best = max((.5,.7,.8,.9,.95,.98,.99), key=lambda c: f1(score(ia, va, sure=c)))
-        cut.append(score(ib, vb, sure=best))
-        na,nb = [bare[i] for i in ia],[bare[i] for i in ib]
-        best = max((.8,1.,1.3,1.6,2.,2.5), key=lambda c: f1(score(ia, na, ahead=c)))
-        lead.append(score(ib, nb, ahead=best))
-    put('random halves of the subjects, as it is', halves)
-    put('a random half of the subjects with ladders and gaps hidden, the other half teaches', hidden)
-    put('least probability chosen on one half of the subjects, used on the other', cut)
-    put('ladders and gaps hidden, lead chosen on one half, used on the other', lead)
-    t = pd.DataFrame(rows).round(3)
+                      for v in vox])
+    rows = {'all 208, as it is':[score(every, vox)],
+            'all 208, proved alone':[score(every, vox, likely=False)],
+            'all 208, likely alone':[score(every, vox, kinds=('likely',))],
+            'whole-numbered crops alone, learnt from the ladders of the others':
+                [score(every, vox, ask=np.flatnonzero(whole))],
+            'all 208, ladders and gaps hidden: nothing teaches':[score(every, [hide(v) for v in vox])],
+            **halves_of(score, s, vox, a.draws)}
+    t = pd.DataFrame([mean_score(k, v) for k,v in rows.items()]).round(3)
     t.to_csv(here/'doctor_leaks.csv', index=False)
     print(t.to_string(index=False))
     print(f'fingerprints of 208 crops: {took:.1f} s of one core')
-    fm_names = df.case.tolist()
-    proof,like = _pairs(vox)
-    print('not of one subject:', [(fm_names[i], fm_names[j], w) for d in (proof,like) for (i,j),
-          w in d.items() if s[i]!=s[j]])
+    names,(proof,like) = df.case.tolist(),_pairs(vox)
     found = {**proof, **like}
-    print('missed:', [(fm_names[i], fm_names[j]) for i in every for j in every[i+1:] if s[i]==s[j]
-          and (i,j) not in found])
+    print('not of one subject:', [(names[i], names[j], w) for (i,j),w in found.items() if s[i]!=s[j]])
+    print('missed:', [(names[i], names[j]) for i in every for j in every[i+1:] if s[i]==s[j] and (i,j) not in found])
 
 # ---- shift
 
@@ -581,7 +623,7 @@ def seen_by_the_doctor(df, fit, image_col='image'):
 
 def places(a):
     "Masks that are mirrored or moved: found, and sound cases blamed"
-    from fastmed.data.placement import border_profiles, misplaced_masks
+    from fastmed.data.oddities import border_profiles, misplaced_masks
     def found(cases): return {o[0] for o in misplaced_masks(cases)}
     def put(what, others, who, hits, blamed):
         rows.append(dict(what=what, cases=others, planted=len(who), found=hits, blamed=blamed))
@@ -628,6 +670,7 @@ def places(a):
 def one_memory(a):
     "Peak memory of one run, in a process of its own"
     import json
+
     from common import peak, reset_peak, rss
     df = pd.DataFrame([dict(case=f'{k}', image=f'{a.path}/{k:04d}.nii') for k in range(a.n)])
     f = fm.find_leaks if a.which=='find_leaks' else fm.check_dataset

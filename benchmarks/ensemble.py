@@ -1,14 +1,24 @@
-"""Five fold models of the hippocampus against their ensemble, on subjects that none of them has seen; whether their disagreement finds the worst cases; and what the ensemble costs in memory.
+"""Five fold models of the hippocampus against their ensemble, on subjects that none of them has seen; whether their
+disagreement finds the worst cases; and what the ensemble costs in memory.
 
-    FASTMED_DATA=… python benchmarks/ensemble.py --path ensemble_runs                # about 20 minutes on two cores; stopped and started again, it goes on
+    # about 20 minutes on two cores; stopped and started again, it goes on
+    FASTMED_DATA=… python benchmarks/ensemble.py --path ensemble_runs
 
-One of the five folds of `hippocampus_folds.csv` is the test set. The other subjects are split in five by `cross_validate`, which trains a 3D model on each four fifths of them. All five, and their ensemble, then predict the test set.
-Writes `ensemble.csv` (scores and differences), `ensemble_worst.csv` (uncertainty against Dice), `ensemble_cases.csv` (a row a test case and structure), `ensemble_memory.csv` (a row a fresh process).
+One of the five folds of `hippocampus_folds.csv` is the test set. The other subjects are split in five by
+`cross_validate`, which trains a 3D model on each four fifths of them. All five, and their ensemble, then predict the
+test set.
+Writes `ensemble.csv` (scores and differences), `ensemble_worst.csv` (uncertainty against Dice), `ensemble_cases.csv` (a
+row a test case and structure), `ensemble_memory.csv` (a row a fresh process).
 """
-import argparse, json, shutil, sys, tempfile
+import argparse
+import json
+import sys
+import tempfile
 from pathlib import Path
-import numpy as np, pandas as pd
-from common import child, here, keep, machine, peak, quiet, reset_peak, rss
+
+import numpy as np
+import pandas as pd
+from common import child, here, keep, peak, quiet, reset_peak, rss
 
 CODES = ['background','anterior','posterior']
 
@@ -70,8 +80,9 @@ def scores(a):
 
 def predict(a):
     "What a fresh process does: open, predict, and say the most that it held"
-    from fastmed.all import Ensemble, load_model, TensorVolume, load_volume
     import torch
+
+    from fastmed.all import Ensemble, TensorVolume, load_model, load_volume
     files = sorted(a.learners.glob('*.safetensors'))
     before = rss()
     l = load_model(files[0], 'cpu') if a.what=='one' else Ensemble(files, lazy=a.what=='lazy', device='cpu')

@@ -1,6 +1,10 @@
-"Subject-grouped folds of the hippocampus cases, written to `hippocampus_folds.csv`: every benchmark on these scans uses the same split."
+"""Subject-grouped folds of the hippocampus cases, written to `hippocampus_folds.csv`: every benchmark on these scans
+uses the same split."""
+import os
+import re
+import sys
 from pathlib import Path
-import os, re, sys
+
 import pandas as pd
 
 here = Path(__file__).resolve().parent
@@ -11,7 +15,8 @@ def hippocampus_folds(
     n:int=5,    # Folds
     seed:int=42,
 ):              # DataFrame with case, subject and fold, sorted by case
-    "Folds by subject. Ids 2k-1 and 2k are the two hippocampi of one scan, so that case 3 and case 4 are both of subject 2."
+    """Folds by subject. Ids 2k-1 and 2k are the two hippocampi of one scan, so that case 3 and case 4 are both of
+    subject 2."""
     from sklearn.model_selection import GroupKFold
     path = Path(path or Path(os.environ['FASTMED_DATA'])/'hippocampus')
     names = sorted(o.name.split('.')[0] for o in (path/'labelsTr').glob('hippocampus_*.nii.gz'))

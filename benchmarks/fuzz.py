@@ -1,11 +1,35 @@
-"""Every reader against files that are broken on purpose: `python benchmarks/fuzz.py` (about 20,000 files), `--quick` for a few hundred.
+"""Every reader against files that are broken on purpose: `python benchmarks/fuzz.py` (about 20,000 files), `--quick`
+for a few hundred.
 
-Real scans (where FASTMED_DATA names them) and files written here are mutated: bits flipped, cut, spliced, fields of the header set to values that have broken readers before, headers given anew with a right checksum, packed
-payloads unpacked, changed and packed again. Each is read in a child process with a limit of memory and of time. What may come out is a right result or a `FastmedError`; anything else is written down with the number that makes
+Real scans (where FASTMED_DATA names them) and files written here are mutated: bits flipped, cut, spliced, fields of the
+header set to values that have broken readers before, headers given anew with a right checksum, packed
+payloads unpacked, changed and packed again. Each is read in a child process with a limit of memory and of time. What
+may come out is a right result or a `FastmedError`; anything else is written down with the number that makes
 the same file again: `python benchmarks/fuzz.py --reader nrrd --only 1234 --keep DIR`."""
-import argparse, collections, csv, gzip, hashlib, io, json, os, resource, select, shutil, signal, struct, sys, tarfile, tempfile, time, traceback, zipfile, zlib
+import argparse
+import collections
+import contextlib
+import csv
+import gzip
+import io
+import json
+import os
+import resource
+import select
+import shutil
+import signal
+import struct
+import sys
+import tarfile
+import tempfile
+import time
+import traceback
+import zipfile
+import zlib
 from pathlib import Path
+
 import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # of the draw; a read may take so long; and so many bytes beyond what the libraries take
 SEED,SECONDS,ROOM = 20240,10,3*2**30
@@ -79,9 +103,7 @@ def nifti(rng, b, other):
         f,at = pick(rng, FIELDS2 if two and len(b)>540 else FIELDS)
         s = struct.calcsize(f)
         if f in 'fd':
-            with np.errstate(over='ignore'):
-                v = np.array(pick(rng, FLOATS)).astype(o+f+'' if f=='d'
-                        else o+'f4').tobytes() if f=='d' else np.array(pick(rng, FLOATS)).astype(o+'f4').tobytes()
+            with np.errstate(over='ignore'): v = np.array(pick(rng, FLOATS)).astype(o+dict(d='d', f='f4')[f]).tobytes()
         elif f.endswith('s'):
             v = pick(rng, (b'n+1\0', b'ni1\0', b'n+2\0', b'\0'*4, b'\1\0\0\0', b'\xff'*4)).ljust(s, b'\0')[:s]
         else:
@@ -130,12 +152,22 @@ def text_lines(rng, ls, words=()):
     j = int(rng.integers(len(toks)))
     toks[j] = pick(rng, WORDS) if rng.random()<.7 else pick(rng, [str(o) for o in INTS])
     return ls[:i]+[''.join(toks)]+ls[i+1:]
-NRRD = tuple(
-        '''dimension: $|sizes: 4 4 $|type: double|type: block|type: uint64|type: int8|block size: $|encoding: raw|encoding: gzip|encoding: ascii|encoding: hex|encoding: bz2|endian: big|space: left-posterior-superior-time|space directions: none (1,0,0) (0,1,0) (0,0,1)
-space directions: (1,0,$) (0,1,0) (0,0,1)|space origin: ($,0,0)|kinds: vector domain domain domain|kinds: domain domain $|line skip: $|byte skip: $|data file: $|data file: x%03d.raw 1 $ 1|data file: LIST|data file: SKIPLIST|space dimension: $|spacings: 1 1 $|thicknesses: nan nan nan|measurement frame: (1,0,0) (0,1,0) (0,0,1)|old min: $|content: $|key:=$|# $'''.replace('\n','|').split('|'))
-META = tuple(
-        '''NDims = $|DimSize = 4 4 $|DimSize = 4 $|ElementType = MET_DOUBLE|ElementType = MET_UCHAR|ElementType = MET_STRING|ElementType = MET_LONG_LONG|ElementType = MET_$|ElementNumberOfChannels = $|CompressedData = True|CompressedData = False|CompressedDataSize = $|BinaryData = False|BinaryDataByteOrderMSB = True
-HeaderSize = $|ElementSpacing = 1 1 $|ElementSize = $ 1 1|Offset = $ 0 0|TransformMatrix = 1 0 0 0 1 0 0 0 $|TransformMatrix = $|Position = $|AnatomicalOrientation = $|ObjectType = Scene|ObjectType = Mesh|ElementMin = $|ElementDataFile = $|ElementDataFile = LIST|ElementDataFile = x%03d.raw 1 $ 1|Modality = $|Comment = $|$ = 1'''.replace('\n','|').split('|'))
+NRRD = tuple('''\
+dimension: $|sizes: 4 4 $|type: double|type: block|type: uint64|type: int8|block size: $|encoding: raw
+encoding: gzip|encoding: ascii|encoding: hex|encoding: bz2|endian: big|space: left-posterior-superior-time
+space directions: none (1,0,0) (0,1,0) (0,0,1)|space directions: (1,0,$) (0,1,0) (0,0,1)|space origin: ($,0,0)
+kinds: vector domain domain domain|kinds: domain domain $|line skip: $|byte skip: $|data file: $
+data file: x%03d.raw 1 $ 1|data file: LIST|data file: SKIPLIST|space dimension: $|spacings: 1 1 $
+thicknesses: nan nan nan|measurement frame: (1,0,0) (0,1,0) (0,0,1)|old min: $|content: $
+key:=$|# $'''.replace('\n','|').split('|'))
+META = tuple('''\
+NDims = $|DimSize = 4 4 $|DimSize = 4 $|ElementType = MET_DOUBLE|ElementType = MET_UCHAR
+ElementType = MET_STRING|ElementType = MET_LONG_LONG|ElementType = MET_$|ElementNumberOfChannels = $
+CompressedData = True|CompressedData = False|CompressedDataSize = $|BinaryData = False
+BinaryDataByteOrderMSB = True|HeaderSize = $|ElementSpacing = 1 1 $|ElementSize = $ 1 1|Offset = $ 0 0
+TransformMatrix = 1 0 0 0 1 0 0 0 $|TransformMatrix = $|Position = $|AnatomicalOrientation = $
+ObjectType = Scene|ObjectType = Mesh|ElementMin = $|ElementDataFile = $|ElementDataFile = LIST
+ElementDataFile = x%03d.raw 1 $ 1|Modality = $|Comment = $|$ = 1'''.replace('\n','|').split('|'))
 
 def chunks(rng, b, other):
     "PNG: chunks changed, dropped, doubled or made up, their sums right"
@@ -193,6 +225,30 @@ def tiff(rng, b, other):
 TAGS = ((0x28,0x10),(0x28,0x11),(0x28,0x100),(0x28,0x101),(0x28,0x102),(0x28,0x103),(0x28,2),(0x28,4),(0x28,6),(0x28,8),
         (0x28,0x30),(0x28,0x1052),(0x28,0x1053),(0x20,0x32),(0x20,0x37),(0x18,0x50),(0x18,0x88),(0x20,0xd),(0x20,0xe),
         (0x20,0x13),(2,0x10),(2,0),(8,0x16),(8,0x18),(8,0x60),(0x7fe0,0x10))
+UIDS = ('1.2.840.10008.1.2','1.2.840.10008.1.2.1','1.2.840.10008.1.2.2','1.2.840.10008.1.2.5','1.2.840.10008.1.2.4.50',
+        '1.2.840.10008.1.2.4.90','1.2.840.10008.1.2.1.99')
+NUMBERS = ('1\\1','0\\0','1\\0\\0\\0\\1\\0','nan\\nan\\nan','1e300')
+KINDS = (b'OB',b'OW',b'SQ',b'UN',b'DS',b'US',b'UI',b'LO',b'AT',b'FD',b'\0\0')
+def element(rng, b, at):
+    "Change the element of a DICOM file that begins at byte `at`"
+    vr = bytes(b[at+4:at+6])
+    long = vr in (b'OB',b'OW',b'SQ',b'UN',b'UT')
+    kind,size,head = ('<I',4,8) if long else ('<H',2,6)
+    n,v = struct.unpack_from(kind, b, at+head)[0],at+head+size
+    how = rng.integers(5)
+    if how==0: struct.pack_into(kind, b, at+head, clip(pick(rng, INTS), size, False))
+    elif how==1: b[at+4:at+6] = pick(rng, KINDS)
+    elif how==2: del b[at:min(len(b), v+n)]
+    elif vr in (b'US',b'SS'): struct.pack_into('<H', b, v, clip(pick(rng, INTS), 2, False))
+    elif n<200:
+        new = pick(rng, WORDS+UIDS+NUMBERS).encode('utf-8')[:1000]
+        new += b' '*(len(new)%2)
+        b[v:v+n] = new
+        struct.pack_into(kind, b, at+head, len(new)%65536)
+    else:
+        i = v+int(rng.integers(max(1, min(n, len(b)-v))))
+        b[i:i+4] = rng.bytes(4)
+
 def dicom(rng, b, other):
     "DICOM: length, kind and value of elements that matter"
     if rng.random()<.3: return blind(rng, b, other, 3000)
@@ -201,27 +257,7 @@ def dicom(rng, b, other):
         g,e = pick(rng, TAGS)
         at = b.find(struct.pack('<HH', g, e), 128)
         if at<0 or at+12>len(b): continue
-        how = rng.integers(5)
-        vr = bytes(b[at+4:at+6])
-        long = vr in (b'OB',b'OW',b'SQ',b'UN',b'UT')
-        n = struct.unpack_from('<I' if long else '<H', b, at+(8 if long else 6))[0]
-        v = at+(12 if long else 8)
-        if how==0:
-            struct.pack_into('<I' if long else '<H', b, at+(8 if long else 6),
-                             clip(pick(rng, INTS), 4 if long else 2, False))
-        elif how==1: b[at+4:at+6] = pick(rng, (b'OB',b'OW',b'SQ',b'UN',b'DS',b'US',b'UI',b'LO',b'AT',b'FD',b'\0\0'))
-        elif how==2: del b[at:min(len(b), v+n)]
-        elif vr in (b'US',b'SS'): struct.pack_into('<H', b, v, clip(pick(rng, INTS), 2, False))
-        elif n<200:
-            new = pick(rng, WORDS+('1.2.840.10008.1.2','1.2.840.10008.1.2.1','1.2.840.10008.1.2.2',
-                    '1.2.840.10008.1.2.5','1.2.840.10008.1.2.4.50','1.2.840.10008.1.2.4.90','1.2.840.10008.1.2.1.99',
-                    '1\\1','0\\0','1\\0\\0\\0\\1\\0','nan\\nan\\nan','1e300')).encode('utf-8')[:1000]
-            new += b' '*(len(new)%2)
-            b[v:v+n] = new
-            struct.pack_into('<I' if long else '<H', b, at+(8 if long else 6), len(new)%65536)
-        else:
-            i = v+int(rng.integers(max(1, min(n, len(b)-v))))
-            b[i:i+4] = rng.bytes(4)
+        element(rng, b, at)
     return bytes(b)
 def text(rng, b, other):
     if rng.random()<.2: return blind(rng, b, other, len(b))
@@ -284,8 +320,9 @@ def resealed(rng, b, other):
         j = z.rfind(b'{"sha256": "sha256:')
         end = json.JSONDecoder().raw_decode(z[j:].decode('latin-1'))[1]
         meta = json.loads(z[j:j+end])
-        t = (((((
-                (json.dumps({'sha256':plain.NO_DIGEST, **{k:v for k,v in (lambda m: m if isinstance(m, dict) else {'x':m})(values(rng, meta)).items() if k!='sha256'}}).encode()))))))
+        got = values(rng, meta)
+        if not isinstance(got, dict): got = {'x':got}
+        t = json.dumps({'sha256':plain.NO_DIGEST, **{k:v for k,v in got.items() if k!='sha256'}}).encode()
         if len(t)<=end: z = z[:j]+t.ljust(end)+z[j+end:]
         return plain.seal_file(z)
     z = blind(rng, z, other, len(z))
@@ -323,7 +360,8 @@ def tars(rng, b, other):
         if rng.random()<.9: b[at+148:at+156] = b'%06o\0 '%sum(s)
     return pack(rng, bytes(b) if rng.random()<.8 else blind(rng, bytes(b), other))
 def pack(rng, b):
-    import bz2, lzma
+    import bz2
+    import lzma
     return pick(rng, (lambda o: o,lambda o: o,gzip.compress,bz2.compress,lzma.compress))(b)
 def zips(rng, b, other):
     if rng.random()<.5:
@@ -357,6 +395,7 @@ def wrong(msg): raise AssertionError(msg)
 def volume(p, f):
     "Read image, mask and header of a scan; they must agree"
     import torch
+
     from fastmed.all import FastmedError, load_mask, load_volume, read_header
     heard = []
     try: h = read_header(p)
@@ -393,6 +432,7 @@ def onnx(p, f):
 def plan(p, f):
     "The command line: one line and exit code 2; what is right would begin to train, and is stopped there"
     import contextlib
+
     import fastmed.all
     from fastmed.cli import main
     class Right(BaseException): pass
@@ -454,120 +494,163 @@ def settings(p, f):
     from fastmed.all import Preprocess
     Preprocess.from_json(p.read_bytes().decode('utf-8', 'replace'))
 
-def seeds(data):
-    "dict reader → list of dict file name → bytes: real scans where there are any, and files written here"
-    import nibabel as nib, SimpleITK as sitk, pydicom
-    from fastmed.all import TensorVolume, TensorVolumeMask, save_volume
-    rng = np.random.default_rng(0)
-    d = Path(tempfile.mkdtemp())
-    out = collections.defaultdict(list)
-    aff = np.array([[0,1.5,0,-20],[-.9,0,.1,31],[0,0,2.2,7],[0,0,0,1.]])
-    a = np.round(rng.gamma(2, 200, (9,8,7)))
-    m = (a>400).astype(np.uint8)+(a>700).astype(np.uint8)
-    def add(reader, *names): out[reader].append({n:(d/n).read_bytes() for n in names})
-    for i,(dt,cls,order) in enumerate((('u1',nib.Nifti1Image,'<'),('i2',nib.Nifti1Image,'>'),('f4',nib.Nifti1Image,'<'),
-            ('f8',nib.Nifti2Image,'<'),('i8',nib.Nifti2Image,'>'))):
-        x = m if dt=='u1' else a
-        im = cls(x.astype(dt), aff, header=cls.header_class(endianness=order), dtype=np.dtype(dt))
-        im.set_qform(aff, 1)
-        nib.save(im, d/f'{i}.nii')
-        add('nifti', f'{i}.nii')
-        nib.save(im, d/f'{i}.nii.gz')
-        add('nifti.gz', f'{i}.nii.gz')
-    nib.save(nib.Nifti1Image(np.stack([a,a+1], -1).astype('i2'), aff), d/'4d.nii')
-    add('nifti', '4d.nii')
-    e = nib.Nifti1Image(m, aff)
-    e.header.extensions.append(nib.nifti1.Nifti1Extension('comment', b'a note'))
-    nib.save(e, d/'e.nii')
-    add('nifti', 'e.nii')
-    nib.save(nib.Nifti1Pair(a.astype('i2'), aff), d/'p.hdr')
-    add('nifti pair', 'p.hdr', 'p.img')
-    nib.save(nib.Spm2AnalyzeImage(a.astype('i2'), aff), d/'s.img')
-    add('nifti pair', 's.hdr', 's.img')
-    vol,lab = TensorVolume(a[None].astype(np.float32), affine=aff),TensorVolumeMask(m, affine=aff)
-    def im(x, cast=None):
-        i = sitk.GetImageFromArray(np.ascontiguousarray(x.transpose(2,1,0)).astype(cast or x.dtype))
+class Seeds:
+    "dict reader → list of dict file name → bytes, from files that are written into `d`"
+    def __init__(self, d):
+        self.d,self.out,self.rng = d,collections.defaultdict(list),np.random.default_rng(0)
+        self.aff = np.array([[0,1.5,0,-20],[-.9,0,.1,31],[0,0,2.2,7],[0,0,0,1.]])
+        self.a = np.round(self.rng.gamma(2, 200, (9,8,7)))
+        self.m = (self.a>400).astype(np.uint8)+(self.a>700).astype(np.uint8)
+
+    def add(self, reader, *names): self.out[reader].append({n:(self.d/n).read_bytes() for n in names})
+
+    def nifti(self):
+        import nibabel as nib
+        d,a,aff = self.d,self.a,self.aff
+        kinds = (('u1',nib.Nifti1Image,'<'),('i2',nib.Nifti1Image,'>'),('f4',nib.Nifti1Image,'<'),
+                 ('f8',nib.Nifti2Image,'<'),('i8',nib.Nifti2Image,'>'))
+        for i,(dt,cls,order) in enumerate(kinds):
+            x = self.m if dt=='u1' else a
+            im = cls(x.astype(dt), aff, header=cls.header_class(endianness=order), dtype=np.dtype(dt))
+            im.set_qform(aff, 1)
+            for reader,n in (('nifti',f'{i}.nii'), ('nifti.gz',f'{i}.nii.gz')):
+                nib.save(im, d/n)
+                self.add(reader, n)
+        nib.save(nib.Nifti1Image(np.stack([a,a+1], -1).astype('i2'), aff), d/'4d.nii')
+        self.add('nifti', '4d.nii')
+        e = nib.Nifti1Image(self.m, aff)
+        e.header.extensions.append(nib.nifti1.Nifti1Extension('comment', b'a note'))
+        nib.save(e, d/'e.nii')
+        self.add('nifti', 'e.nii')
+        nib.save(nib.Nifti1Pair(a.astype('i2'), aff), d/'p.hdr')
+        self.add('nifti pair', 'p.hdr', 'p.img')
+        nib.save(nib.Spm2AnalyzeImage(a.astype('i2'), aff), d/'s.img')
+        self.add('nifti pair', 's.hdr', 's.img')
+
+    def sitk(self, x, cast=None):
+        import SimpleITK
+        i = SimpleITK.GetImageFromArray(np.ascontiguousarray(x.transpose(2,1,0)).astype(cast or x.dtype))
         i.SetSpacing((1.5,.9,2))
         i.SetOrigin((1,2,3))
         return i
-    for ext in ('nrrd','mha'):
-        for i,(x,c,z) in enumerate(((m,'u1',False),(a,'i2',True),(a,'f4',False),(a,'f8',True))):
-            sitk.WriteImage(im(x, c), str(d/f'{i}.{ext}'), z)
-            add(ext, f'{i}.{ext}')
-        sitk.WriteImage(sitk.GetImageFromArray(np.stack([a,a], -1).transpose(2,1,0,3).astype('i2'), isVector=True),
-                str(d/f'v.{ext}'), False)
-        add(ext, f'v.{ext}')
-    sitk.WriteImage(im(a,'i2'), str(d/'q.mhd'), False)
-    add('mhd + nhdr', 'q.mhd', 'q.raw')
-    sitk.WriteImage(im(a,'i2'), str(d/'w.nhdr'), False)
-    add('mhd + nhdr', 'w.nhdr', *[o.name for o in d.glob('w.raw*')])
-    flat = (a[:,:,:1]%256)
-    big = np.clip(rng.gamma(2, 40, (40,33,1)), 0, 255)
-    for i,(x,c) in enumerate(((flat,'u1'),(big,'u1'),(a[:,:,:1],'u2'))):
-        sitk.WriteImage(im(x, c)[:,:,0], str(d/f'{i}.png'))
-        add('png', f'{i}.png')
-        for z in (False, True):
-            sitk.WriteImage(im(x, c)[:,:,0], str(d/f'{i}{z:d}.tif'), z)
-            add('tiff', f'{i}{z:d}.tif')
-    sitk.WriteImage(im(a,'f4'), str(d/'3d.tif'))
-    add('tiff', '3d.tif')
-    sitk.WriteImage(im(big,'u1')[:,:,0], str(d/'x.jpg'))
-    add('jpeg, bmp', 'x.jpg')
-    sitk.WriteImage(im(big,'u1')[:,:,0], str(d/'x.bmp'))
-    add('jpeg, bmp', 'x.bmp')
-    series = slices(a, pydicom)
-    out['dicom slice'] += [{'x.dcm':o} for o in series[:2]]
-    out['dicom folder'] = [{f'{i}.dcm':o for i,o in enumerate(series[:6])}]
-    out['dicom slice'].append({'m.dcm':slices(a, pydicom, frames=True)[0]})
-    if data:
-        real = sorted((data/'hippocampus'/'imagesTr').glob('*.nii.gz'))[:2]+sorted(
-                (data/'hippocampus'/'labelsTr').glob('*.nii.gz'))[:1]
-        for f in real:
+
+    def itk(self):
+        import SimpleITK
+        d,a = self.d,self.a
+        for ext in ('nrrd','mha'):
+            for i,(x,c,z) in enumerate(((self.m,'u1',False),(a,'i2',True),(a,'f4',False),(a,'f8',True))):
+                SimpleITK.WriteImage(self.sitk(x, c), str(d/f'{i}.{ext}'), z)
+                self.add(ext, f'{i}.{ext}')
+            two = np.stack([a,a], -1).transpose(2,1,0,3).astype('i2')
+            SimpleITK.WriteImage(SimpleITK.GetImageFromArray(two, isVector=True), str(d/f'v.{ext}'), False)
+            self.add(ext, f'v.{ext}')
+        SimpleITK.WriteImage(self.sitk(a,'i2'), str(d/'q.mhd'), False)
+        self.add('mhd + nhdr', 'q.mhd', 'q.raw')
+        SimpleITK.WriteImage(self.sitk(a,'i2'), str(d/'w.nhdr'), False)
+        self.add('mhd + nhdr', 'w.nhdr', *[o.name for o in d.glob('w.raw*')])
+
+    def pictures(self):
+        import SimpleITK
+        d,a = self.d,self.a
+        big = np.clip(self.rng.gamma(2, 40, (40,33,1)), 0, 255)
+        for i,(x,c) in enumerate(((a[:,:,:1]%256,'u1'),(big,'u1'),(a[:,:,:1],'u2'))):
+            SimpleITK.WriteImage(self.sitk(x, c)[:,:,0], str(d/f'{i}.png'))
+            self.add('png', f'{i}.png')
+            for z in (False, True):
+                SimpleITK.WriteImage(self.sitk(x, c)[:,:,0], str(d/f'{i}{z:d}.tif'), z)
+                self.add('tiff', f'{i}{z:d}.tif')
+        SimpleITK.WriteImage(self.sitk(a,'f4'), str(d/'3d.tif'))
+        self.add('tiff', '3d.tif')
+        for n in ('x.jpg','x.bmp'):
+            SimpleITK.WriteImage(self.sitk(big,'u1')[:,:,0], str(d/n))
+            self.add('jpeg, bmp', n)
+
+    def dicom(self):
+        import pydicom
+        series = slices(self.a, pydicom)
+        self.out['dicom slice'] += [{'x.dcm':o} for o in series[:2]]
+        self.out['dicom folder'] = [{f'{i}.dcm':o for i,o in enumerate(series[:6])}]
+        self.out['dicom slice'].append({'m.dcm':slices(self.a, pydicom, frames=True)[0]})
+
+    def real(self, data):
+        import nibabel as nib
+        import SimpleITK
+        d,out,hip = self.d,self.out,data/'hippocampus'
+        for f in sorted((hip/'imagesTr').glob('*.nii.gz'))[:2]+sorted((hip/'labelsTr').glob('*.nii.gz'))[:1]:
             b = f.read_bytes()
             out['nifti.gz'].append({'r.nii.gz':b})
             out['nifti'].append({'r.nii':gzip.decompress(b)})
-            x = nib.load(f)
-            sitk.WriteImage(im(np.asarray(x.dataobj)), str(d/'r.nrrd'), True)
-            add('nrrd', 'r.nrrd')
-            sitk.WriteImage(im(np.asarray(x.dataobj)), str(d/'r.mha'), True)
-            add('mha', 'r.mha')
+            x = np.asarray(nib.load(f).dataobj)
+            for ext in ('nrrd','mha'):
+                SimpleITK.WriteImage(self.sitk(x), str(d/f'r.{ext}'), True)
+                self.add(ext, f'r.{ext}')
         out['png'] += [{'r.png':o.read_bytes()} for o in sorted((data/'chest_xray'/'images').glob('*.png'))[:2]]
         out['dicom slice'] += [{'r.dcm':o.read_bytes()} for o in sorted((data/'ct_dicom').rglob('*.dcm'))[::25]]
-        out['dataset.json'].append({'dataset.json':(data/'hippocampus'/'dataset.json').read_bytes()[:6000],
-                                    'a.nii':b''})
-    out['dataset.json'].append({'dataset.json':json.dumps(dict(name='x', modality={'0':'MR'},
-                                labels={'0':'background','1':'a'}, training=[dict(image='./a.nii', label='./b.nii')]),
-                                indent=1).encode(), 'a.nii':b'', 'b.nii':b''})
-    out['cases.csv'] = [{'cases.csv':b'case,subject,age\na,s1,30\nb,s1,31\nc,s2,29\n',
-            **{f'images/{o}.nii.gz':b'' for o in 'abc'}}]
-    nib.save(nib.Nifti1Image(m, aff), d/'scan.nii')
-    from fastmed.all import Preprocess, Store
-    s = Store(Preprocess(codes=['background','a','b']), d/'c')
-    ei,em = s.add_image(d/'scan.nii'),s.add_mask(d/'scan.nii')
-    out['store'] = [{f'{k} {n}':(e/n).read_bytes(), 'scan.nii':(d/'scan.nii').read_bytes()} for k,e,
-            n in (('image',ei,'data.npy'), ('image',ei,'meta.json'), ('mask',em,'data.npy'), ('mask',em,'meta.json'),
-            ('mask',em,'fg.npz'))]
-    out['preprocess.json'] = [{'p.json':Preprocess(spacing=(1,1,2), normalize='ct', codes={'background':0,'a':[1,2]},
-            stats=[dict(lo=0.,hi=1.,mean=.5,std=.2)]).to_json().encode()}]
-    out['plan.toml'] = [{'plan.toml':b'data = "d"\nfolds = 2\nseed = 1\nbudget = {updates = 2}\nimages = '
-                                     b'"images/*.nii"\nmasks = "labels/*.nii"\npath = "out"\n\n[arms.3D]\nndim = '
-                                     b'3\npatch = [8, 8, '
-                                     b'8]\n\n[arms.2D]\nndim = 2\ncontext = 1\n',
-                         **{f'd/{k}/{c}.nii':(d/'scan.nii').read_bytes() for k in ('images','labels') for c in 'abcd'}}]
-    out['model file'],out['onnx'] = models(d)
-    f = io.BytesIO()
-    with tarfile.open(fileobj=f, mode='w') as t:
-        for n in ('a/b.txt','a/c.txt','a/d/e.txt'):
-            i = tarfile.TarInfo(n)
-            i.size = 700
-            t.addfile(i, io.BytesIO(bytes(700)))
-    out['tar'] = [{'x.tar':f.getvalue()}]
-    f = io.BytesIO()
-    with zipfile.ZipFile(f, 'w', zipfile.ZIP_DEFLATED) as z:
-        for n in ('a/b.txt','a/c.txt','a/d/e.txt'): z.writestr(n, bytes(700))
-    out['zip'] = [{'x.zip':f.getvalue()}]
-    shutil.rmtree(d)
-    return out
+        out['dataset.json'].append({'dataset.json':(hip/'dataset.json').read_bytes()[:6000], 'a.nii':b''})
+
+    def tables(self):
+        case = dict(image='./a.nii', label='./b.nii')
+        facts = dict(name='x', modality={'0':'MR'}, labels={'0':'background','1':'a'}, training=[case])
+        self.out['dataset.json'].append({'dataset.json':json.dumps(facts, indent=1).encode(), 'a.nii':b'', 'b.nii':b''})
+        self.out['cases.csv'] = [{'cases.csv':b'case,subject,age\na,s1,30\nb,s1,31\nc,s2,29\n',
+                                  **{f'images/{o}.nii.gz':b'' for o in 'abc'}}]
+
+    def ours(self):
+        import nibabel as nib
+
+        from fastmed.all import Preprocess, Store
+        d,out = self.d,self.out
+        nib.save(nib.Nifti1Image(self.m, self.aff), d/'scan.nii')
+        scan = (d/'scan.nii').read_bytes()
+        s = Store(Preprocess(codes=['background','a','b']), d/'c')
+        ei,em = s.add_image(d/'scan.nii'),s.add_mask(d/'scan.nii')
+        kept = [('image',ei,'data.npy'), ('image',ei,'meta.json'), ('mask',em,'data.npy'), ('mask',em,'meta.json'),
+                ('mask',em,'fg.npz')]
+        out['store'] = [{f'{k} {n}':(e/n).read_bytes(), 'scan.nii':scan} for k,e,n in kept]
+        pre = Preprocess(spacing=(1,1,2), normalize='ct', codes={'background':0,'a':[1,2]},
+                         stats=[dict(lo=0.,hi=1.,mean=.5,std=.2)])
+        out['preprocess.json'] = [{'p.json':pre.to_json().encode()}]
+        out['plan.toml'] = [{'plan.toml':PLAN, **{f'd/{k}/{c}.nii':scan for k in ('images','labels') for c in 'abcd'}}]
+        out['model file'],out['onnx'] = models(d)
+
+    def archives(self):
+        f = io.BytesIO()
+        with tarfile.open(fileobj=f, mode='w') as t:
+            for n in ('a/b.txt','a/c.txt','a/d/e.txt'):
+                i = tarfile.TarInfo(n)
+                i.size = 700
+                t.addfile(i, io.BytesIO(bytes(700)))
+        self.out['tar'] = [{'x.tar':f.getvalue()}]
+        f = io.BytesIO()
+        with zipfile.ZipFile(f, 'w', zipfile.ZIP_DEFLATED) as z:
+            for n in ('a/b.txt','a/c.txt','a/d/e.txt'): z.writestr(n, bytes(700))
+        self.out['zip'] = [{'x.zip':f.getvalue()}]
+
+PLAN = b"""data = "d"
+folds = 2
+seed = 1
+budget = {updates = 2}
+images = "images/*.nii"
+masks = "labels/*.nii"
+path = "out"
+
+[arms.3D]
+ndim = 3
+patch = [8, 8, 8]
+
+[arms.2D]
+ndim = 2
+context = 1
+"""
+
+def seeds(data):
+    "dict reader → list of dict file name → bytes: real scans where there are any, and files written here"
+    with tempfile.TemporaryDirectory() as d:
+        s = Seeds(Path(d))
+        for write in (s.nifti, s.itk, s.pictures, s.dicom): write()
+        if data: s.real(data)
+        for write in (s.tables, s.ours, s.archives): write()
+    return s.out
 
 def slices(a, pydicom, frames=False):
     "The bytes of a small CT series, or of one multi-frame file"
@@ -585,7 +668,9 @@ def slices(a, pydicom, frames=False):
                 '1.2.3.8',k+1)
         ds.ImagePositionPatient,ds.ImageOrientationPatient,ds.PixelSpacing,ds.SliceThickness = [0,0,2.5*k],[1,0,0,0,1,
                 0],[.8,.8],2.5
-        ds.SamplesPerPixel,ds.PhotometricInterpretation,ds.Rows,ds.Columns,ds.BitsAllocated,ds.BitsStored,ds.HighBit,ds.PixelRepresentation,ds.RescaleSlope,ds.RescaleIntercept = (((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((1,'MONOCHROME2',a.shape[0],a.shape[1],16,16,15,1,1,-1024)))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))
+        ds.SamplesPerPixel,ds.PhotometricInterpretation,ds.Rows,ds.Columns = 1,'MONOCHROME2',a.shape[0],a.shape[1]
+        ds.BitsAllocated,ds.BitsStored,ds.HighBit,ds.PixelRepresentation = 16,16,15,1
+        ds.RescaleSlope,ds.RescaleIntercept = 1,-1024
         if frames: ds.NumberOfFrames = a.shape[2]
         ds.PixelData = (a.transpose(2,0,1) if frames else a[:,:,k]).astype('<i2').tobytes()
         f = io.BytesIO()
@@ -595,8 +680,10 @@ def slices(a, pydicom, frames=False):
 
 def models(d):
     "A small model file, and the same network as ONNX where onnx is installed"
-    import nibabel as nib, pandas as pd, torch
-    from fastmed.all import VolumeDataLoaders, unet3d_learner, save_model
+    import nibabel as nib
+    import pandas as pd
+
+    from fastmed.all import VolumeDataLoaders, save_model, unet3d_learner
     rows = []
     for i in range(4):
         x = np.random.default_rng(i).random((16,16,16)).astype(np.float32)
@@ -607,7 +694,9 @@ def models(d):
                                     device='cpu', cache=d/'cc', path=d)
     learn = unet3d_learner(dls, nf=4, depth=2)
     st,ox = [{'m.safetensors':save_model(learn, d/'m.safetensors').read_bytes()}],[]
-    try: import onnx, onnxruntime
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
     except ImportError: return st,ox
     from fastmed.all import export_onnx
     return st,[{'m.onnx':export_onnx(learn, d/'m.onnx').read_bytes()}]
@@ -664,8 +753,9 @@ def attempt(reader, read, f, name, short, folder):
         return 'refused'
     except AssertionError as e: return f'wrong: {e or traceback.format_exc()[-600:]}'
     except BaseException as e:
-        return (f'wrong: {type(e).__name__}: {str(e)[:200]} | '
-                f'{" < ".join(f"{Path(o.filename).name}:{o.lineno}" for o in traceback.extract_tb(e.__traceback__)[::-1][:5])}')
+        where = traceback.extract_tb(e.__traceback__)[::-1][:5]
+        at = ' < '.join(f'{Path(o.filename).name}:{o.lineno}' for o in where)
+        return f'wrong: {type(e).__name__}: {str(e)[:200]} | {at}'
     if short and reader in WHOLE: return 'wrong: a file that was cut short is read'
     return 'read'
 
@@ -696,9 +786,51 @@ def child(w, reader, mutate, read, given, todo, room):
             shutil.rmtree(d, ignore_errors=True)
     os._exit(0)
 
+class Tally:
+    "What came of the files of one reader"
+    def __init__(self): self.res,self.bad,self.peak,self.slow = collections.Counter(),[],0,0.
+
+    def note(self, n, what, seconds, memory):
+        self.slow,self.peak = max(self.slow, seconds),max(self.peak, memory)
+        if seconds>SECONDS: self.fault('hangs', n, f'took {seconds:.0f} s')
+        elif what.startswith('wrong'): self.fault('wrong', n, what)
+        else: self.res[what] += 1
+
+    def fault(self, kind, n, what):
+        self.res[kind] += 1
+        self.bad.append((n, what))
+
+    def died(self, n, over, status):
+        "A child that ended in the middle of file `n`"
+        if over: self.fault('hangs', n, f'hang of over {SECONDS} s')
+        elif os.WIFSIGNALED(status): self.fault('crashes', n, f'crash: signal {os.WTERMSIG(status)}')
+        else: self.fault('crashes', n, f'exit {status>>8}')
+
+    def row(self, reader):
+        res = self.res
+        return dict(reader=reader, files=sum(res.values()), refused=res['refused'], read=res['read'],
+                    wrong=res['wrong'], crashes=res['crashes'], hangs=res['hangs'], slowest_s=round(self.slow, 2),
+                    peak_mb=round(self.peak/2**20))
+
+def follow(pid, r, tally):
+    "Read what a child says until it ends: (files done, the one it was at or None, whether it hung)"
+    buf,at,done = b'',None,0
+    while True:
+        if not select.select([r], [], [], SECONDS+2)[0]:
+            os.kill(pid, signal.SIGKILL)
+            return done,at,True
+        got = os.read(r, 65536)
+        if not got: return done,at,False
+        *ls,buf = (buf+got).split(b'\n')
+        for n,what,*more in map(json.loads, ls):
+            at = n if what=='begin' else None
+            if what=='begin': continue
+            done += 1
+            tally.note(n, what, *more)
+
 def run(reader, mutate, read, given, todo, room=ROOM, batch=400):
     "Every file of `todo` in child processes; a dict of counts, and the list of what was wrong"
-    todo,res,bad,peak,slow = list(todo),collections.Counter(),[],0,0.
+    todo,tally = list(todo),Tally()
     while todo:
         r,w = os.pipe()
         pid = os.fork()
@@ -709,42 +841,17 @@ def run(reader, mutate, read, given, todo, room=ROOM, batch=400):
             except BaseException: traceback.print_exc(file=open('/tmp/fuzz_child.log','a'))
             finally: os._exit(1)
         os.close(w)
-        buf,at,over,done = b'',None,False,0
-        while True:
-            if not select.select([r], [], [], SECONDS+2)[0]:
-                over = True
-                os.kill(pid, signal.SIGKILL)
-                break
-            got = os.read(r, 65536)
-            if not got: break
-            buf += got
-            *ls,buf = buf.split(b'\n')
-            for l in ls:
-                n,what,*more = json.loads(l)
-                at = n if what=='begin' else None
-                if what=='begin': continue
-                done += 1
-                slow,peak = max(slow, more[0]),max(peak, more[1])
-                if more[0]>SECONDS:
-                    res['hangs'] += 1
-                    bad.append((n, f'took {more[0]:.0f} s'))
-                elif what.startswith('wrong'):
-                    res['wrong'] += 1
-                    bad.append((n, what))
-                else: res[what] += 1
+        done,at,over = follow(pid, r, tally)
         os.close(r)
         _,status = os.waitpid(pid, 0)
         if at is not None:
-            res['hangs' if over else 'crashes'] += 1
+            tally.died(at, over, status)
             done += 1
-            bad.append((at, f'hang of over {SECONDS} s' if over else f'crash: signal {os.WTERMSIG(status)}'
-                        if os.WIFSIGNALED(status) else f'exit {status>>8}'))
         elif not done: raise RuntimeError(f'{reader}: a child did nothing, status {status}')
         todo = todo[done:]
-    return dict(reader=reader, files=sum(res.values()), refused=res['refused'], read=res['read'], wrong=res['wrong'],
-            crashes=res['crashes'], hangs=res['hangs'], slowest_s=round(slow, 2), peak_mb=round(peak/2**20)),bad
+    return tally.row(reader),tally.bad
 
-def main():
+def options():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('--quick', action='store_true', help='a few hundred files')
     p.add_argument('--reader', action='append', help='of these readers alone')
@@ -754,41 +861,59 @@ def main():
     p.add_argument('--keep', help='folder for the file of --only')
     p.add_argument('--out', help='CSV')
     p.add_argument('--json', action='store_true', help='the table as JSON, on the last line')
-    a = p.parse_args()
-    data = os.environ.get('FASTMED_DATA')
-    data = Path(data) if data and not a.quick else None
-    import torch, SimpleITK, nibabel, fastmed.all, fastmed.cli
+    return p.parse_args()
+
+def load_libraries():
+    "Everything that a child needs, before the forks"
+    import nibabel
+    import SimpleITK
+    import torch
+
+    import fastmed.all
+    import fastmed.cli  # noqa: F401
     SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
     torch.set_num_threads(1)
     nibabel.imageglobals.logger.setLevel(60)
+
+def one_file(a, name, mutate, read, given):
+    "File number `--only`, in this process"
+    f,which,short = make(name, mutate, given, a.only)
+    d = Path(a.keep or tempfile.mkdtemp())/f'f{a.only}'
+    d.mkdir(parents=True)
+    print(d, which, short)
+    print(attempt(name, read, f, which, short, d))
+
+def write_table(fn, rows):
+    def together(k):
+        if k=='reader': return 'all'
+        return (max if k in ('slowest_s','peak_mb') else sum)(r[k] for r in rows)
+    with open(fn, 'w', newline='') as f:
+        w = csv.DictWriter(f, list(rows[0]))
+        w.writeheader()
+        w.writerows([*rows, {k:together(k) for k in rows[0]}])
+
+def main():
+    a = options()
+    data = os.environ.get('FASTMED_DATA')
+    data = Path(data) if data and not a.quick else None
+    load_libraries()
     t0 = time.perf_counter()
-    import contextlib
     with contextlib.redirect_stdout(io.StringIO()): given = seeds(data)
     rows,bad = [],{}
     for name,mutate,read,n,quick in READERS:
         if a.reader and name not in a.reader or not given[name]: continue
         if a.only is not None:
-            f,which,short = make(name, mutate, given[name], a.only)
-            d = Path(a.keep or tempfile.mkdtemp())/f'f{a.only}'
-            d.mkdir(parents=True)
-            print(d, which, short)
-            print(attempt(name, read, f, which, short, d))
+            one_file(a, name, mutate, read, given[name])
             continue
-        r,b = run(name, mutate, read, given[name], range(a.first, a.first+int((quick if a.quick else n)*a.scale)))
+        count = int((quick if a.quick else n)*a.scale)
+        r,bad[name] = run(name, mutate, read, given[name], range(a.first, a.first+count))
         rows.append(r)
-        bad[name] = b
         if not a.json:
             print(*(f'{k} {v}' for k,v in r.items()), sep=', ', flush=True)
-            [print('   ', *o, flush=True) for o in b[:40]]
+            for o in bad[name][:40]: print('   ', *o, flush=True)
     if a.json: print(json.dumps(dict(rows=rows, bad=bad)))
     elif rows: print(f'{sum(r["files"] for r in rows):,} files in {time.perf_counter()-t0:.0f} s')
-    if a.out and rows:
-        rows.append({k:('all' if k=='reader' else max(r[k] for r in rows) if k in ('slowest_s','peak_mb')
-                else sum(r[k] for r in rows)) for k in rows[0]})
-        with open(a.out, 'w', newline='') as f:
-            w = csv.DictWriter(f, list(rows[0]))
-            w.writeheader()
-            w.writerows(rows)
+    if a.out and rows: write_table(a.out, rows)
     sys.exit(1 if any(r['wrong']+r['crashes']+r['hangs'] for r in rows) else 0)
 
 if __name__=='__main__': main()

@@ -1,10 +1,16 @@
-"""Ten minutes of training on the hippocampus with fastmed's defaults, scored by the exported Learner in a fresh process.
+"""Ten minutes of training on the hippocampus with fastmed's defaults, scored by the exported Learner in a fresh
+process.
 
     FASTMED_DATA=… python benchmarks/hippocampus.py --ndim 3 --minutes 10
     FASTMED_DATA=… python benchmarks/hippocampus.py --ndim 3 --minutes 1 --device cuda
 """
-import argparse, subprocess, sys, tempfile, time
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
+
 import pandas as pd
 from common import keep
 
@@ -12,13 +18,13 @@ here = Path(__file__).parent
 
 def cases(fold=0):
     "The 208 cases with their fold; one fold is held out"
-    from fastmed.all import scan_decathlon, untar_data, URLs
+    from fastmed.all import URLs, scan_decathlon, untar_data
     df = scan_decathlon(untar_data(URLs.HIPPOCAMPUS))
     folds = pd.read_csv(here/'hippocampus_folds.csv', dtype={'subject':str})
     return df.merge(folds[['case','fold']], on='case').assign(valid=lambda d: d.fold==fold)
 
 def train(ndim, minutes, fold, out, device):
-    from fastmed.all import VolumeDataLoaders, SliceDataLoaders, unet3d_learner, unet2d_learner, set_seed
+    from fastmed.all import SliceDataLoaders, VolumeDataLoaders, set_seed, unet2d_learner, unet3d_learner
     set_seed(42)
     df = cases(fold)
     df.attrs['codes'] = ['background','anterior','posterior']

@@ -1,20 +1,45 @@
-"""SIGKILL at random instants, and a second start: what is corrupt, changed, done twice or left behind. Also several processes at one piece of work.
+"""SIGKILL at random instants, and a second start: what is corrupt, changed, done twice or left behind. Also several
+processes at one piece of work.
 
-Each job runs in a child that is forked from this process, which has imported fastmed once and has no threads. Half of the instants are spread over the time that the job takes, the other half are moments
-of writing: the child kills itself just before its n-th opening, renaming or removing of a file, or a few milliseconds after. Then the job is started again and runs to its end.
+Each job runs in a child that is forked from this process, which has imported fastmed once and has no threads. Half of
+the instants are spread over the time that the job takes, the other half are moments
+of writing: the child kills itself just before its n-th opening, renaming or removing of a file, or a few milliseconds
+after. Then the job is started again and runs to its end.
 
     python benchmarks/kills.py                       # all jobs, 20 kills each, a few minutes
     python benchmarks/kills.py --jobs store --kills 2 --out /tmp/kills.csv
 """
-import argparse, contextlib, hashlib, http.server, io, json, math, os, pickle, random, shutil, signal, sys, tarfile, tempfile, threading, time, traceback
+import argparse
+import contextlib
+import hashlib
+import http.server
+import io
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+import traceback
 from pathlib import Path
+
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('MPLBACKEND', 'agg')
 here = Path(__file__).resolve().parent
 sys.path.insert(0, str(here.parent))
-import nibabel as nib, numpy as np, pandas as pd, torch
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import torch
+
 from fastmed.all import *
 from fastmed.learn.resume import _read_state
+
 torch.set_num_threads(1)
 
 CODES = ['background','large','small']
@@ -91,7 +116,8 @@ def dataloaders(df, cache, seed=3):
                                      cache=cache, seed=seed)
 
 class Job:
-    "Work in a folder. `whole` reads every finished product and gives its stamp; `result` is what a run that was never killed must give too"
+    """Work in a folder. `whole` reads every finished product and gives its stamp; `result` is what a run that was never
+    killed must give too"""
     def __init__(self, base): self.base = base
     def left(self, path): return hidden(path)
     def done(self, path): return 0                     # parts of the work that are kept inside of one file
@@ -253,70 +279,75 @@ JOBS = (BuildStore, Download, Train, Predict, Compare)
 
 # --- the measurements
 
-def kills(job, work, n, seed):
-    "Kill and start again, `n` times: one row"
-    rng,log = random.Random(f'{seed} {job.name}'),work/'log'
-    def folder(k):
-        p = (work/f'{job.name}-{k}')
+class Kills:
+    "One job, killed and started again in folders below `work`; `row` counts what came of it"
+    def __init__(self, job, work):
+        self.job,self.work,self.log = job,work,work/'log'
+        self.tell = os.open(work/'tell', os.O_RDWR|os.O_CREAT|os.O_TRUNC)
+        ref = self.folder('never')
+        t0 = time.perf_counter()
+        pid = fork(watched, job, ref, None, 0., self.tell, log=self.log)
+        assert ended(pid)==0, self.log.read_text()[-3000:]
+        self.took,self.events,self.want = time.perf_counter()-t0,int(os.pread(self.tell, 8, 0)),job.result(ref)
+        again = job.whole(ref)
+        assert ended(fork(job.work, ref, log=self.log))==0, self.log.read_text()[-3000:]
+        assert job.whole(ref)==again and job.left(ref)==[], 'a start after the end changed something'
+        self.row = dict(job=job.name, kills=0, while_writing=0, corrupted=0, changed=0, done_twice=0, left_behind=0,
+                        parts=len(again) or 1, writes=self.events, seconds=round(self.took, 2))
+
+    def folder(self, k):
+        p = self.work/f'{self.job.name}-{k}'
         p.mkdir(parents=True)
         return p
-    def start(path): assert ended(fork(job.work, path, log=log))==0, log.read_text()[-3000:]
-    ref = folder('never')
-    tell = os.open(work/'tell', os.O_RDWR|os.O_CREAT|os.O_TRUNC)
-    t0 = time.perf_counter()
-    pid = fork(watched, job, ref, None, 0., tell, log=log)
-    assert ended(pid)==0, log.read_text()[-3000:]
-    took,events,want = time.perf_counter()-t0,int(os.pread(tell, 8, 0)),job.result(ref)
-    again = job.whole(ref)
-    start(ref)
-    assert job.whole(ref)==again and job.left(ref)==[], 'a start after the end changed something'
-    row = dict(job=job.name, kills=0, while_writing=0, corrupted=0, changed=0, done_twice=0, left_behind=0,
-               parts=len(again) or 1, writes=events, seconds=round(took, 2))
-    tries = 0
-    while row['kills']<n and tries<5*n:
-        k,tries = row['kills'],tries+1
-        path = folder(tries)
-        writing = k%2==1
-        share = (k//2+rng.random())/math.ceil(n/2)                     # one instant in each stretch of the work
+
+    def kill(self, path, share, writing, rng):
+        "Start the job and kill it after this share of its time or of its writes; how it ended"
         if writing:
-            pid = fork(watched, job, path, max(1, math.ceil(share*events)), rng.choice([0.,0.,rng.uniform(0, .004)]),
-                       log=log)
-        else:
-            pid,t0 = fork(job.work, path, log=log),time.perf_counter()
-            while (over:=time.perf_counter()-t0)<share*took and (gone:=os.waitid(os.P_PID, pid,
-                    os.WEXITED|os.WNOWAIT|os.WNOHANG)) is None:
-                time.sleep(min(.005, share*took-over))
-            # quicker than the first time: the instants move up
-            if over<share*took:
-                took = over
-            with contextlib.suppress(ProcessLookupError): os.kill(pid, signal.SIGKILL)
-        if ended(pid)==-signal.SIGKILL:
-            row['kills'] += 1
-            row['while_writing'] += writing
-            try: before,done = job.whole(path),job.done(path)
-            except Exception:
-                row['corrupted'] += 1
-                traceback.print_exc()
-                continue
+            wait = rng.choice([0.,0.,rng.uniform(0, .004)])
+            event = max(1, math.ceil(share*self.events))
+            return ended(fork(watched, self.job, path, event, wait, self.tell, log=self.log))
+        pid,t0 = fork(self.job.work, path, log=self.log),time.perf_counter()
+        def running(): return os.waitid(os.P_PID, pid, os.WEXITED|os.WNOWAIT|os.WNOHANG) is None
+        while (over:=time.perf_counter()-t0)<share*self.took and running():
+            time.sleep(min(.005, share*self.took-over))
+        if over<share*self.took: self.took = over        # quicker than the first time: the instants move up
+        with contextlib.suppress(ProcessLookupError): os.kill(pid, signal.SIGKILL)
+        return ended(pid)
+
+    def start_again(self, path, when):
+        "Run what was killed to its end, and count what is wrong"
+        job,row = self.job,self.row
+        try:
+            before,done = job.whole(path),job.done(path)
             if isinstance(job, Train): job._steps(path).unlink(missing_ok=True)
-            code = ended(fork(job.work, path, log=log))
-            try:
-                assert code==0, log.read_text()[-3000:]
-                job.whole(path)
-                got = job.result(path)
-            except Exception:
-                row['corrupted'] += 1
-                traceback.print_exc()
-                continue
-            row['changed'] += got!=want
-            row['done_twice'] += max(0, job.repeated(path, before, done))
-            row['left_behind'] += len(job.left(path))
-            if got!=want or job.left(path):
-                print(job.name, 'kill', k, 'writing' if writing else f'{share*took:.2f} s',
-                      [k for k in want if got.get(k)!=want[k]], job.left(path), file=sys.stderr)
+            code = ended(fork(job.work, path, log=self.log))
+            assert code==0, self.log.read_text()[-3000:]
+            job.whole(path)
+            got = job.result(path)
+        except Exception:
+            row['corrupted'] += 1
+            traceback.print_exc()
+            return
+        row['changed'] += got!=self.want
+        row['done_twice'] += max(0, job.repeated(path, before, done))
+        row['left_behind'] += len(job.left(path))
+        if got!=self.want or job.left(path):
+            print(job.name, when, [k for k in self.want if got.get(k)!=self.want[k]], job.left(path), file=sys.stderr)
+
+def kills(job, work, n, seed):
+    "Kill and start again, `n` times: one row"
+    rng,it,tries = random.Random(f'{seed} {job.name}'),Kills(job, work),0
+    while it.row['kills']<n and tries<5*n:
+        k,tries = it.row['kills'],tries+1
+        path,writing = it.folder(tries),k%2==1
+        share = (k//2+rng.random())/math.ceil(n/2)       # one instant in each stretch of the work
+        if it.kill(path, share, writing, rng)==-signal.SIGKILL:
+            it.row['kills'] += 1
+            it.row['while_writing'] += writing
+            it.start_again(path, f'kill {k} '+('writing' if writing else f'{share*it.took:.2f} s'))
         shutil.rmtree(path)
-    os.close(tell)
-    return row
+    os.close(it.tell)
+    return it.row
 
 def together(job, work, n):
     "`n` processes at the same work at once: one row"

@@ -3,14 +3,22 @@
     FASTMED_DATA=… python benchmarks/label_efficiency.py                      # both, about three hours of one core
     FASTMED_DATA=… python benchmarks/label_efficiency.py --what chest
 
-The test subjects (30 %, drawn with a seed) are the same for every training, and are seen by no pretraining. Every start gets the same network, the same training subjects and the same number of updates.
-chest_xray, target pneumonia: from scratch; from an encoder that repaired damaged pictures of the training patients, without labels; from an encoder that learnt their sex and age, the labels that every hospital has.
-hippocampus: from scratch; from an encoder, and from all the weights, of a network that repaired damaged patches of the training subjects.
+The test subjects (30 %, drawn with a seed) are the same for every training, and are seen by no pretraining. Every start
+gets the same network, the same training subjects and the same number of updates.
+chest_xray, target pneumonia: from scratch; from an encoder that repaired damaged pictures of the training patients,
+without labels; from an encoder that learnt their sex and age, the labels that every hospital has.
+hippocampus: from scratch; from an encoder, and from all the weights, of a network that repaired damaged patches of the
+training subjects.
 """
-import argparse, os, tempfile, time
+import argparse
+import os
+import tempfile
+import time
 from pathlib import Path
+
 import pandas as pd
 from common import here, quiet
+
 
 def test_subjects(df, group):
     from fastmed.all import draw_order
@@ -51,8 +59,15 @@ def chest(a, out):
 
 def hippocampus(a, out):
     "`LabelEfficiency` of the hippocampus"
-    from fastmed.all import VolumeDataLoaders, label_efficiency, load_weights, restoration_learner, save_model, scan_decathlon, set_seed
-    from fastmed.all import torch
+    from fastmed.all import (
+        VolumeDataLoaders,
+        label_efficiency,
+        load_weights,
+        restoration_learner,
+        scan_decathlon,
+        set_seed,
+        torch,
+    )
     df = scan_decathlon(Path(os.environ['FASTMED_DATA'])/'hippocampus')
     df['test'] = test_subjects(df, 'subject')
     codes = ['background','anterior','posterior']

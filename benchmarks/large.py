@@ -1,16 +1,29 @@
-"""A scan far larger than any patch: peak memory, time and cover of `predict_volume` in a fresh process, for a 300³ NIfTI file; and the spine scans on their own grids.
+"""A scan far larger than any patch: peak memory, time and cover of `predict_volume` in a fresh process, for a 300³
+NIfTI file; and the spine scans on their own grids.
 
     FASTMED_DATA=… python benchmarks/large.py            # about 12 minutes on two cores
 
-A Learner of default size (16 features, 4 levels) is trained for moments on phantoms of two balls, with patches of 40×56×40 and of 96³, and exported. The large scan is a block of
-5×5×5 phantoms, stored as int16 .nii.gz in the order LPS. `peak` is the most the predicting process held, everything included; `added` is what prediction put on top of the
-loaded Learner. `dice_worst_block` is the lowest foreground Dice of the 125 blocks, the corners among them. `covered`: once the network's last bias is raised so that it must say
+A Learner of default size (16 features, 4 levels) is trained for moments on phantoms of two balls, with patches of
+40×56×40 and of 96³, and exported. The large scan is a block of
+5×5×5 phantoms, stored as int16 .nii.gz in the order LPS. `peak` is the most the predicting process held, everything
+included; `added` is what prediction put on top of the
+loaded Learner. `dice_worst_block` is the lowest foreground Dice of the 125 blocks, the corners among them. `covered`:
+once the network's last bias is raised so that it must say
 class 1 wherever it looks, every voxel of the mask is 1.
 """
-import argparse, json, os, shutil, sys, tempfile, time
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
 from pathlib import Path
-import numpy as np, nibabel as nib
+
+import nibabel as nib
+import numpy as np
 from common import child, here, keep, peak, quiet, reset_peak, rss
+
 
 def write(fn, a, affine):
     nib.openers.Opener.default_compresslevel = 1
@@ -20,6 +33,7 @@ def write(fn, a, affine):
 def train(patch, bs, updates, tmp):
     "A Learner on phantoms, exported"
     import pandas as pd
+
     from fastmed.all import VolumeDataLoaders, phantom, set_seed, unet3d_learner
     set_seed(0)
     shape,rows = [p+4 for p in patch],[]
@@ -113,13 +127,15 @@ if __name__=='__main__':
             learners = {s:train((40,56,40) if s==40 else (s,)*3, 4 if s==40 else 1,
                                 a.updates if s==40 else -(-a.updates//3), tmp) for s in a.patches}
         for s,f in learners.items():
-            patch = (s,) if a.use else (40,56,40) if s==40 else (s,)*3
+            patch = (40,56,40) if s==40 else (s,)*3
+            if a.use: patch = (s,)
             cover = [] if a.cover else ['--no-cover']
             rows.append(row(f'{a.size}³', patch,
                     child(__file__, '--learner', f, '--fn', fn, *([] if a.use else ['--truth', truth]), *cover)))
             if a.spine and s!=96:
                 for n in ('t1','t2','t2s','mt1'):
-                    rows.append(row(f'spine {n}', patch, child(__file__, '--learner', f, '--fn', Path(os.environ['FASTMED_DATA'])/'spine'/f'{n}.nii.gz', *cover)))
+                    scan = Path(os.environ['FASTMED_DATA'])/'spine'/f'{n}.nii.gz'
+                    rows.append(row(f'spine {n}', patch, child(__file__, '--learner', f, '--fn', scan, *cover)))
     keep(rows, a.out, ['what','patch'])
     bad = [r['what'] for r in rows if not (r['same_shape'] and r['same_affine'] and r['covered'] is not False)]
     if bad: sys.exit(f'shape, affine or cover is wrong: {bad}')

@@ -1,12 +1,20 @@
-"""Many small scans in one folder and few files open: seconds and peak memory of a check, of an epoch and of a prediction.
+"""Many small scans in one folder and few files open: seconds and peak memory of a check, of an epoch and of a
+prediction.
 
     python benchmarks/many.py                  # 1,000 cases, 256 files at a time
     python benchmarks/many.py --cases 60 --files 96
-    python benchmarks/many.py --prints 4000              # the comparison of find_leaks alone, of drawn prints without files
+    # the comparison of find_leaks alone, of drawn prints without files
+    python benchmarks/many.py --prints 4000
 """
-import argparse, os, sys, tempfile, time
+import argparse
+import sys
+import tempfile
+import time
 from pathlib import Path
-import nibabel as nib, numpy as np
+
+import nibabel as nib
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import common
 

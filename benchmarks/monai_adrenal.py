@@ -1,19 +1,26 @@
 """The adrenal glands by MONAI's own recipe for 3D classification: the number that `adrenal.py` is compared with.
 
-    FASTMED_DATA=… python benchmarks/monai_adrenal.py --minutes 30           # of one thread, as `OMP_NUM_THREADS=1 python benchmarks/adrenal.py` takes
+    # of one thread, as `OMP_NUM_THREADS=1 python benchmarks/adrenal.py` takes
+    FASTMED_DATA=… python benchmarks/monai_adrenal.py --minutes 30
 
-DenseNet121, Adam at 1e-4, cross-entropy, quarter turns as augmentation, no schedule, as MONAI's tutorial on 3D classification has them. Three things are set by the comparison: the shapes lie in memory on the grid of `adrenal.py`,
-and training ends by the clock. Batches of 8, since batch norm over the tutorial's 2 would be unfair. The last state is scored, since the 98 must not choose one.
+DenseNet121, Adam at 1e-4, cross-entropy, quarter turns as augmentation, no schedule, as MONAI's tutorial on 3D
+classification has them. Three things are set by the comparison: the shapes lie in memory on the grid of `adrenal.py`,
+and training ends by the clock. Batches of 8, since batch norm over the tutorial's 2 would be unfair. The last state is
+scored, since the 98 must not choose one.
 """
-import argparse, time
-import numpy as np, torch, torch.nn.functional as F
+import argparse
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from adrenal import shapes
+from common import here, keep
 from monai.data import ArrayDataset
 from monai.networks.nets import DenseNet121
 from monai.transforms import RandRotate90
 from monai.utils import set_determinism
 from torch.utils.data import DataLoader
-from adrenal import shapes
-from common import here, keep
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

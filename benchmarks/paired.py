@@ -1,10 +1,12 @@
-"""Whose ten minutes were better? The per-case tables of `hippocampus.py` and `fastmonai_hippocampus.py --cases`, paired by case, subjects drawn.
+"""Whose ten minutes were better? The per-case tables of `hippocampus.py` and `fastmonai_hippocampus.py --cases`, paired
+by case, subjects drawn.
 
     python benchmarks/paired.py            # a second; reads hippocampus_cases.csv and hippocampus_fastmonai_cases.csv
 """
 import itertools
-from common import here
+
 import pandas as pd
+from common import here
 
 if __name__=='__main__':
     from fastmed.metrics.stats import paired_comparison

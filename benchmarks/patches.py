@@ -1,19 +1,32 @@
-"""64³ four-channel patches a second, with their masks, from whole brains (ms_lesions: 2 patients, 182×218×182), by five ways of serving them.
+"""64³ four-channel patches a second, with their masks, from whole brains (ms_lesions: 2 patients, 182×218×182), by five
+ways of serving them.
 
     FASTMED_DATA=… python benchmarks/patches.py          # about 5 minutes on two cores
 
 fastmed        the stored volumes through `VolumeDataLoaders`, two workers, batches of 4, no batch augmentation
-bare, 0 and 2  the same stored arrays: `np.load(mmap_mode='r')`, a slice, a copy, `torch.stack`; in this process, and in a DataLoader with two workers
-torchio        `Queue` with `UniformSampler` and two workers on the files as they were downloaded, with `ToCanonical` and `ZNormalization`, as its users have them
-torchio stored the same Queue on the preprocessed volumes in uncompressed NIfTI, with no transform left to do: kinder to it than its users are
-monai          `PersistentDataset` (read, reoriented and normalised once, then from its cache) and `RandSpatialCropSamplesd`, two workers
+bare, 0 and 2  the same stored arrays: `np.load(mmap_mode='r')`, a slice, a copy, `torch.stack`; in this process, and in
+a DataLoader with two workers
+torchio        `Queue` with `UniformSampler` and two workers on the files as they were downloaded, with
+               `ToCanonical` and `ZNormalization`, as its users have them
+torchio stored the same Queue on the preprocessed volumes in uncompressed NIfTI, with no transform left to do: kinder to
+it than its users are
+monai          `PersistentDataset` (read, reoriented and normalised once, then from its cache) and
+               `RandSpatialCropSamplesd`, two workers
 
-Each runs in a process of its own, twice, in turned order; the start (workers, the first queue) is not timed. TorchIO and MONAI get the list of patients many times over, so that
+Each runs in a process of its own, twice, in turned order; the start (workers, the first queue) is not timed. TorchIO
+and MONAI get the list of patients many times over, so that
 their workers never restart, and as many patches from a read volume as `--per-volume` says.
 """
-import argparse, itertools, json, os, tempfile, time
+import argparse
+import itertools
+import json
+import os
+import tempfile
+import time
 from pathlib import Path
-import numpy as np, torch
+
+import numpy as np
+import torch
 from common import child, here, keep, quiet
 
 size,bs,workers = (64,64,64),4,2
@@ -24,8 +37,10 @@ def table():
     return scan_folder(Path(os.environ['FASTMED_DATA'])/'ms_lesions')
 
 def loaders(n):
-    "fastmed's DataLoaders; the first patient stands a second time as the validation case that fastai wants and nothing reads here"
+    """fastmed's DataLoaders; the first patient stands a second time as the validation case that fastai wants and
+    nothing reads here"""
     import pandas as pd
+
     from fastmed.all import VolumeDataLoaders
     df = table()
     df = pd.concat([df.assign(valid=False), df.iloc[:1].assign(valid=True)], ignore_index=True)
@@ -78,7 +93,8 @@ def from_torchio(a):
     return queue(a, subjects, tio.Compose([tio.ToCanonical(), tio.ZNormalization()]))
 
 def from_torchio_stored(a):
-    import nibabel as nib, torchio as tio
+    import nibabel as nib
+    import torchio as tio
     tmp,subjects = Path(a.tmp),[]
     for k,(i,m) in enumerate(stored()):
         for n,f in (('image',i),('mask',m)):
@@ -90,7 +106,14 @@ def from_torchio_stored(a):
 
 def from_monai(a):
     from monai.data import DataLoader, PersistentDataset
-    from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, NormalizeIntensityd, Orientationd, RandSpatialCropSamplesd
+    from monai.transforms import (
+        Compose,
+        EnsureChannelFirstd,
+        LoadImaged,
+        NormalizeIntensityd,
+        Orientationd,
+        RandSpatialCropSamplesd,
+    )
     ks = ['image','mask']
     ts = Compose([LoadImaged(ks), EnsureChannelFirstd(ks), Orientationd(ks, 'RAS', labels=None),
             NormalizeIntensityd('image', channel_wise=True),
@@ -105,7 +128,7 @@ def measure(a):
     "Patches a second of one way, over whole rounds of its queue"
     make = {'fastmed':from_fastmed, 'bare 0':lambda a: from_bare(a, 0), 'bare 2':lambda a: from_bare(a, workers),
             'torchio':from_torchio, 'torchio stored':from_torchio_stored, 'monai':from_monai}
-    round_ = a.queue if a.one.startswith('torchio') else a.per_volume*workers if a.one=='monai' else 4*bs
+    round_ = {'monai':a.per_volume*workers, 'torchio':a.queue, 'torchio stored':a.queue}.get(a.one, 4*bs)
     it = make[a.one](a)
     def go(n):
         k = 0

@@ -1,11 +1,15 @@
-"""Slices or volumes, on the hippocampus: 3D, 2D and 2.5D on five subject-grouped folds with equal minutes, and the same models on thicker slices.
+"""Slices or volumes, on the hippocampus: 3D, 2D and 2.5D on five subject-grouped folds with equal minutes, and the same
+models on thicker slices.
 
-    FASTMED_DATA=… python benchmarks/slices_or_volumes.py --minutes 2 --path comparison     # about 45 minutes on two cores; stopped and started again, it goes on
+    # about 45 minutes on two cores; stopped and started again, it goes on
+    FASTMED_DATA=… python benchmarks/slices_or_volumes.py --minutes 2 --path comparison
 
-Writes `slices_or_volumes_summary.csv`, `_paired.csv`, `_cost.csv`, `_remedies.csv`, `_shift.csv` here, and `report.html` into the folder of the runs.
+Writes `slices_or_volumes_summary.csv`, `_paired.csv`, `_cost.csv`, `_remedies.csv`, `_shift.csv` here, and
+`report.html` into the folder of the runs.
 """
 import argparse
 from pathlib import Path
+
 from common import here, machine
 
 if __name__=='__main__':
@@ -15,8 +19,9 @@ if __name__=='__main__':
     p.add_argument('--no-shift', dest='shift', action='store_false', help='leave the thicker slices out')
     p.add_argument('--seeds', type=int, default=1)
     a = p.parse_args()
-    from fastmed.all import Comparison, URLs, scan_decathlon, untar_data
     import pandas as pd
+
+    from fastmed.all import Comparison, URLs, scan_decathlon, untar_data
     comp = Comparison(scan_decathlon(untar_data(URLs.HIPPOCAMPUS)),
             {'3D':dict(ndim=3), '2D':dict(ndim=2), '2.5D':dict(ndim=2, context=2)},
             codes=['background','anterior','posterior'],

@@ -1,17 +1,30 @@
-"""Labels of a whole volume with many classes: fastmed's `slide_window` against MONAI's `sliding_window_inference`, same network, windows, overlap and blending.
+"""Labels of a whole volume with many classes: fastmed's `slide_window` against MONAI's `sliding_window_inference`, same
+network, windows, overlap and blending.
 
-    python benchmarks/sliding.py                         # 200³, 15 classes, windows of 64³ and 96³: about 10 minutes on two cores
-    python benchmarks/sliding.py --device cuda           # on a GPU, four windows at a time; what is measured is the GPU's memory
+    # 200³, 15 classes, windows of 64³ and 96³: about 10 minutes on two cores
+    python benchmarks/sliding.py
+    # on a GPU, four windows at a time; what is measured is the GPU's memory
+    python benchmarks/sliding.py --device cuda
     python benchmarks/sliding.py --net point             # a 1×1×1 convolution: what is left is the blending itself
 
-Both run the same channels-last bfloat16 network (`make_fast`), one window at a time, overlap one half, Gaussian weights of an eighth, and both end with class ids.
-Each run has a process of its own, in turned order. `peak` is what the process held at most above what it held before, the volume (not the answer) being there already.
-The two place their windows alike only where the size minus the window is a multiple of the step, such as 192; `--size 192` therefore shows the agreement of the two.
+Both run the same channels-last bfloat16 network (`make_fast`), one window at a time, overlap one half, Gaussian weights
+of an eighth, and both end with class ids.
+Each run has a process of its own, in turned order. `peak` is what the process held at most above what it held before,
+the volume (not the answer) being there already.
+The two place their windows alike only where the size minus the window is a multiple of the step, such as 192; `--size
+192` therefore shows the agreement of the two.
 """
-import argparse, json, tempfile, time
+import argparse
+import json
+import tempfile
+import time
 from pathlib import Path
-import numpy as np, torch, torch.nn.functional as F
+
+import numpy as np
+import torch
+import torch.nn.functional as F
 from common import child, here, keep, peak, reset_peak, rss, wait
+
 
 def network(name, classes):
     from fastmed.all import UNet, make_fast

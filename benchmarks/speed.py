@@ -5,19 +5,30 @@
     FASTMED_DATA=… python benchmarks/speed.py --what fit --ndim 3
     FASTMED_DATA=… python benchmarks/speed.py --device cuda      # the same on a GPU, about 2 minutes
 
-`step`: forward, loss, backward and AdamW of the default network with the hooks of `make_fast`, against the same weights in plain contiguous float32; the two take turns.
-`fit`: `learn.fit_one_cycle` on the hippocampus with the defaults, against a bare PyTorch loop on the same network (channels-last and bfloat16 too), with cases held in memory,
-its own crops, augmentation, loss and one-cycle; the same number of updates, no validation in either. They run one after the other, and the order changes every time.
+`step`: forward, loss, backward and AdamW of the default network with the hooks of `make_fast`, against the same weights
+in plain contiguous float32; the two take turns.
+`fit`: `learn.fit_one_cycle` on the hippocampus with the defaults, against a bare PyTorch loop on the same network
+(channels-last and bfloat16 too), with cases held in memory,
+its own crops, augmentation, loss and one-cycle; the same number of updates, no validation in either. They run one after
+the other, and the order changes every time.
 """
-import argparse, copy, math, time
-import numpy as np, torch, torch.nn.functional as F
+import argparse
+import copy
+import math
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
 from common import here, keep, quiet, wait
+
+import fastmed.all as fm
 
 shapes = {3:dict(nf=16, patch=(40,56,40), bs=4), 2:dict(nf=32, patch=(56,40), bs=32)}
 
 # ---- a step
 def step(ndim, steps, nf, patch, bs, depth=4, n_out=3, device='cpu'):
-    from fastmed.all import UNet, DiceCELoss, make_fast
+    from fastmed.all import DiceCELoss, UNet, make_fast
     torch.manual_seed(0)
     net = UNet(1, n_out, ndim=ndim, nf=nf, depth=depth).to(device)
     x,y = torch.randn(bs, 1, *patch, device=device),torch.randint(0, n_out, (bs,*patch), device=device)
@@ -41,7 +52,8 @@ def step(ndim, steps, nf, patch, bs, depth=4, n_out=3, device='cpu'):
 
 # ---- the bare loop
 class Crops:
-    "Batches of random crops of cases in memory, padded by the edge value; one in three is drawn around a structure, as fastmed draws them"
+    """Batches of random crops of cases in memory, padded by the edge value; one in three is drawn around a structure,
+    as fastmed draws them"""
     def __init__(self, cases, patch, bs, foreground=1/3):
         self.cases,self.patch,self.bs,self.foreground,self.rng = cases,np.array(
                 patch),bs,foreground,np.random.default_rng(0)
@@ -66,7 +78,7 @@ class Crops:
             x,y = x.squeeze(a),y.squeeze(a)
         return x[:,None],y
 
-def turn(x, y, rotate=math.radians(15), scale=.25, contrast=.25, noise=.1):
+def turn(x, y, rotate=math.pi/12, scale=.25, contrast=.25, noise=.1):
     "Rotation and scale by one grid, contrast and noise, for 2D and 3D"
     n,nd = len(x),x.ndim-2
     u = lambda *s: torch.rand(*s, device=x.device)*2-1
@@ -107,59 +119,60 @@ def bare(net, crops, updates, lr=3e-3, bf16=True, device='cpu'):
         opt.zero_grad()
 
 # ---- the same through fastmed
+def held_cases(ds):
+    "Cases in memory, as the bare loop wants them: image, mask, voxels of structures"
+    for i in range(len(ds)):
+        x,y = (t.as_subclass(torch.Tensor).numpy() for t in ds[i])
+        yield x[0].copy(),y.astype(np.int64),np.argwhere(y)
+
+def seconds_of_fit(dls, warm, device):
+    "One epoch through fastmed without validation; `warm`: three updates alone"
+    class NoValidation(fm.Callback):
+        def before_validate(self): raise fm.CancelValidException()
+    class Stop(fm.Callback):
+        def after_batch(self):
+            if self.iter==2: raise fm.CancelFitException()
+    learn = (fm.unet3d_learner if dls.plan.ndim==3 else fm.unet2d_learner)(dls, cbs=NoValidation())
+    t0 = time.perf_counter()
+    with quiet(): learn.fit_one_cycle(1, 3e-3, cbs=Stop() if warm else None)
+    wait(device)
+    seconds = time.perf_counter()-t0
+    assert warm or len(learn.recorder.losses)==len(dls.train)
+    return seconds
+
+def seconds_of_loop(dls, crops, warm, device):
+    "As many updates of the bare loop"
+    plan = dls.plan
+    net = fm.UNet(1, len(dls.codes), ndim=plan.ndim, nf=plan.nf, strides=plan.strides, depth=plan.depth)
+    t0 = time.perf_counter()
+    bare(net, crops, 3 if warm else len(dls.train), bf16=fm.has_bf16(device), device=device)
+    wait(device)
+    return time.perf_counter()-t0
+
 def fit(ndim, repeats, n_cases=None, samples='auto', device='cpu'):
-    from fastmed.all import (VolumeDataLoaders, SliceDataLoaders, unet3d_learner, unet2d_learner, UNet, DiceCELoss,
-                             Callback, CancelValidException, CancelFitException,
-                             set_seed, has_bf16)
     from hippocampus import cases
     df = cases()
     if n_cases: df = df.groupby('valid').head(n_cases).reset_index(drop=True)
     df.attrs['codes'] = ['background','anterior','posterior']
-    set_seed(0)
+    fm.set_seed(0)
     with quiet():
-        dls = (VolumeDataLoaders if ndim==3 else SliceDataLoaders).from_df(df, valid_col='valid',
-                samples_per_case=samples, device=device)
-    plan,updates = dls.plan,len(dls.train)
-
-    class NoValidation(Callback):
-        def before_validate(self): raise CancelValidException()
-    class Stop(Callback):
-        def after_batch(self):
-            if self.iter==2: raise CancelFitException()
-    def learner(): return (unet3d_learner if ndim==3 else unet2d_learner)(dls, cbs=NoValidation())
-
-    held = []
-    for i in range(len(dls.train_ds)):
-        x,y = (t.as_subclass(torch.Tensor).numpy() for t in dls.train_ds[i])
-        held.append((x[0].copy(), y.astype(np.int64), np.argwhere(y)))
-    crops = Crops(held, plan.patch, dls.train.bs)
+        dls = (fm.VolumeDataLoaders if ndim==3 else fm.SliceDataLoaders).from_df(
+            df, valid_col='valid', samples_per_case=samples, device=device)
+    plan = dls.plan
+    crops = Crops(list(held_cases(dls.train_ds)), plan.patch, dls.train.bs)
     a,b = torch.randn(2,3,8,8),torch.randint(0,3,(2,8,8))
-    assert abs(DiceCELoss()(a,b)-dice_ce(a,b))<1e-5, 'the two losses differ'
-
-    def ours(warm=False):
-        learn = learner()
-        t0 = time.perf_counter()
-        with quiet(): learn.fit_one_cycle(1, 3e-3, cbs=Stop() if warm else None)
-        wait(device)
-        s = time.perf_counter()-t0
-        assert warm or len(learn.recorder.losses)==updates
-        return s
-    def theirs(warm=False):
-        net = UNet(1, len(dls.codes), ndim=ndim, nf=plan.nf, strides=plan.strides, depth=plan.depth)
-        t0 = time.perf_counter()
-        bare(net, crops, 3 if warm else updates, bf16=has_bf16(device), device=device)
-        wait(device)
-        return time.perf_counter()-t0
-    ours(True)
-    theirs(True)
-    took = dict(fastmed=[], bare=[])
+    assert abs(fm.DiceCELoss()(a,b)-dice_ce(a,b))<1e-5, 'the two losses differ'
+    ways = dict(fastmed=lambda warm: seconds_of_fit(dls, warm, device),
+                bare=lambda warm: seconds_of_loop(dls, crops, warm, device))
+    for f in ways.values(): f(True)
+    took = {k:[] for k in ways}
     for i in range(repeats):
-        for k,f in ((('fastmed',ours),('bare',theirs)))[::1 if i%2==0 else -1]: took[k].append(f())
-    return dict(what='fit', ndim=ndim, batch='×'.join(map(str, (dls.train.bs,*plan.patch))), nf=plan.nf, n=updates,
-                repeats=repeats,
+        for k in list(ways)[::1 if i%2==0 else -1]: took[k].append(ways[k](False))
+    return dict(what='fit', ndim=ndim, batch='×'.join(map(str, (dls.train.bs,*plan.patch))), nf=plan.nf,
+                n=len(dls.train), repeats=repeats,
                 **{f'{k}_s':' '.join(f'{o:.1f}' for o in v) for k,v in took.items()},
-            ratio=round(sum(took['fastmed'])/sum(took['bare']), 3),
-            ratio_min=round(min(took['fastmed'])/min(took['bare']), 3))
+                ratio=round(sum(took['fastmed'])/sum(took['bare']), 3),
+                ratio_min=round(min(took['fastmed'])/min(took['bare']), 3))
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -1,14 +1,24 @@
-"""Whole scans at full size: four channels (ms_lesions, 182×218×182) and fifteen classes (ixi_brains, 120×120×90, 149 label values put together in 14 groups).
+"""Whole scans at full size: four channels (ms_lesions, 182×218×182) and fifteen classes (ixi_brains, 120×120×90, 149
+label values put together in 14 groups).
 
     FASTMED_DATA=… python benchmarks/whole_scans.py --minutes 1      # both sets, about 6 minutes on two cores
 
-Each set is read, stored, trained for `--minutes` with the defaults, exported, and its validation cases are predicted and scored by the exported Learner in a fresh process.
-The point is that it runs, in what memory, and how long a scan takes; a minute of training promises no Dice, and two patients promise none after an hour.
+Each set is read, stored, trained for `--minutes` with the defaults, exported, and its validation cases are predicted
+and scored by the exported Learner in a fresh process.
+The point is that it runs, in what memory, and how long a scan takes; a minute of training promises no Dice, and two
+patients promise none after an hour.
 """
-import argparse, json, os, sys, tempfile, time
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
 from pathlib import Path
-import numpy as np, pandas as pd
+
+import numpy as np
 from common import child, here, keep, peak, quiet, reset_peak
+
 
 def table(name):
     "Cases and codes of a set"

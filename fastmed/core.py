@@ -6,7 +6,7 @@
 __all__ = ['FastmedError', 'InputError', 'ArgumentError', 'ColumnError', 'FileError', 'MissingFileError', 'ExtraError',
            'ResourceError', 'writing', 'beside', 'sweep', 'synced', 'whole_file', 'whole_folder', 'spacing_of',
            'orientation_of', 'evaluating', 'TensorMed', 'TensorVolume', 'TensorVolumeMask', 'TensorSlice',
-           'TensorSliceMask', 'structure_colors', 'show_plane', 'best_plane']
+           'TensorSliceMask', 'structure_colors', 'best_plane', 'show_plane']
 
 # %% ../nbs/00_core.ipynb #9aca8ea2
 import contextlib
@@ -25,73 +25,68 @@ import numpy as np
 import torch
 from fastai.data.all import retain_meta, to_cpu
 from fastai.torch_core import TensorImageBase
-from fastcore.all import ifnone
+from fastcore.all import first, ifnone
 from torch import Tensor
 
 # %% ../nbs/00_core.ipynb #9c0aaeb4
 class FastmedError(Exception):
-    "The base of every error that fastmed raises itself. Of a message of more than 4000 characters, such as one with a whole header in it, the two ends are kept"
+    "The base of every error of fastmed. Of a message of more than 4000 characters the two ends are kept"
     def __init__(self, *args):
         super().__init__(*(f'{a[:3000]} … {a[-900:]}' if isinstance(a, str) and len(a)>4000 else a for a in args))
-
 class InputError(FastmedError, ValueError): "A scan, table or value that would give a wrong answer"
-
 class ArgumentError(FastmedError, TypeError): "An argument that is not known, or of the wrong kind"
-
 class ColumnError(FastmedError, KeyError):
     "A column or case that the table does not have"
     __str__ = Exception.__str__              # KeyError would put the message in quotes
-
 class FileError(FastmedError, OSError): "A file that cannot be read or written"
-
 class MissingFileError(FileError, FileNotFoundError): "A file that is not there"
-
 class ExtraError(FastmedError, ImportError): "An optional package that is not installed"
-
 class ResourceError(FastmedError, MemoryError): "Work that is larger than the memory"
 
 # %% ../nbs/00_core.ipynb #af8a77a1
-_refusals = (('ENOSPC','the disk is full'), ('EDQUOT','the disk quota is used up'),
-        ('EFBIG','it would be larger than the system allows a file to be'), ('EROFS','the disk is read-only'),
-        ('EACCES','there is no right to write there'),
-             ('EPERM','there is no right to write there'), ('EISDIR','a folder stands in its place'),
-        ('ENOTDIR','a file stands where a folder should'), ('EEXIST','a file stands where a folder should'),
-        ('ENAMETOOLONG','the name is too long'))
+def _refusal(n):
+    "Why the system refuses to write, in words, by its `errno`; None for a number without words"
+    said = dict(ENOSPC='the disk is full', EDQUOT='the disk quota is used up', EROFS='the disk is read-only',
+                EFBIG='it would be larger than the system allows a file to be', EISDIR='a folder stands in its place',
+                EACCES='there is no right to write there', EPERM='there is no right to write there',
+                ENOTDIR='a file stands where a folder should', EEXIST='a file stands where a folder should',
+                ENAMETOOLONG='the name is too long')
+    return {getattr(errno, k, -1):v for k,v in said.items()}.get(n) or (os.strerror(n) if n else None)
+
+def _errno_behind(e):
+    "The `errno` of an error, or of the first behind it that has one; None where none has"
+    while e is not None and not getattr(e, 'errno', None): e = e.__cause__ or e.__context__
+    return getattr(e, 'errno', None)
 
 @contextlib.contextmanager
 def writing(
     fn # file or folder that is written
 ):
-    "Whatever goes wrong in writing becomes a `FileError` with the file, the reason and its `errno`; one of fastmed's own errors stays as it is"
+    "Whatever goes wrong in writing becomes a `FileError` with file, reason and `errno`; fastmed's own errors stay"
     try: yield
     except FastmedError: raise
     except (OSError, RuntimeError) as e:                    # of some writers only a RuntimeError comes through
-        at,said = Path(fn).absolute().parent,e
+        at,n = Path(fn).absolute().parent,_errno_behind(e)
         while not os.path.isdir(at): at = at.parent         # `Path.is_dir` raises where a folder may not be entered
-        while said is not None and not getattr(said, 'errno', None): said = said.__cause__ or said.__context__
         disk = shutil.disk_usage(at)
-        if said is not None: n = said.errno
-        elif disk.total and disk.free<2**20:
-            # of a writer in C that does not say why; /proc has no room at all
+        if n is None and disk.total and disk.free<2**20:    # a writer in C may not say why; /proc has no room at all
             n = errno.ENOSPC
-        elif isinstance(e, OSError): n = None
-        else: raise
-        why = {getattr(errno, k):v for k,v in _refusals if hasattr(errno, k)}.get(n) or (os.strerror(n) if n else e)
-        full = n in (errno.ENOSPC, getattr(errno, 'EDQUOT', None))
-        room = f' ({disk.free/1e6:.3g} MB are free)' if full else ''
-        err = FileError(f"{fn}: could not be written: {why}{room}. Nothing was changed. "
-                        f"{'Make room, or give' if full else 'Give'} another path")
+        if n is None and ' requested and ' in str(e): n = errno.EFBIG    # of NumPy, which does not say why
+        if n is None and not isinstance(e, OSError): raise
+        full = n in (errno.ENOSPC, getattr(errno, 'EDQUOT', -1))
+        why,advice = _refusal(n) or e,'Make room, or give' if full else 'Give'
+        if full: why = f'{why} ({disk.free/1e6:.3g} MB are free)'
+        err = FileError(f"{fn}: could not be written: {why}. Nothing was changed. {advice} another path")
         err.errno = n
         raise err from e
 
-# of this machine: locks may not reach further
-def _mark():
+# %% ../nbs/00_core.ipynb #0a9b14e6
+def _mark():    # how temporaries begin, with the machine in it, since locks may not reach further
     return '.part-'+hashlib.blake2b(platform.node().encode(), digest_size=3).hexdigest()
 
-class _Planted(Exception): "What stands at the name of a temporary file was not made by this user"
-
-def _open(p, folder, make):
-    "A descriptor of the temporary `p`, made where it is missing; None where it was taken away between two looks. Raises `_Planted` on a link, and on what belongs to somebody else or has a second name"
+class _Planted(Exception): "What stands at the name of a temporary was not made by this user"
+def _open_temporary(p, folder, make):
+    "A descriptor of `p`, made where it is missing; None where it was taken away meanwhile. Raises `_Planted`"
     how = os.O_NOFOLLOW|(os.O_RDONLY|os.O_DIRECTORY if folder else os.O_RDWR|os.O_NONBLOCK)
     new = make
     try:
@@ -100,15 +95,12 @@ def _open(p, folder, make):
     except FileExistsError: new = False
     try: fd = os.open(p, how)
     except FileNotFoundError: return
-    # a link, a folder in place of a file, or a file that may not be opened
-    except OSError as e:
+    except OSError as e:           # a link, a folder in place of a file, or a file that may not be opened
         if os.path.lexists(p): raise _Planted from e
         raise
     s = os.fstat(fd)
-    alone = stat.S_ISDIR(s.st_mode) if folder else stat.S_ISREG(s.st_mode) and s.st_nlink<=1
-    # what is new is ours, whatever owner a network disk gives it
-    if new or alone and s.st_uid==os.geteuid():
-        return fd
+    plain = stat.S_ISDIR(s.st_mode) if folder else stat.S_ISREG(s.st_mode) and s.st_nlink<=1
+    if new or plain and s.st_uid==os.geteuid(): return fd       # new is ours, whatever owner a network disk gives it
     os.close(fd)
     raise _Planted
 
@@ -123,15 +115,16 @@ def _empty_folder(fd):
             os.rmdir(o.name, dir_fd=fd)
         else: os.unlink(o.name, dir_fd=fd)
 
+# %% ../nbs/00_core.ipynb #9a1c3b90
 def _hold(p, folder, make=True):
-    "A descriptor of `p`, made or emptied, that holds it for this process; None where another holds it or took it away. Raises `NotImplementedError` where the system has no such locks, `_Planted` as `_open`"
-    try: import fcntl
-    except ImportError: raise NotImplementedError
-    if (fd:=_open(p, folder, make)) is None: return
+    "A descriptor that holds the emptied `p` for this process, None where another does. `NotImplementedError`: no locks"
+    if os.name=='nt': raise NotImplementedError            # there what is open can neither be locked nor renamed
+    from filelock import lock_descriptor
+    fd = _open_temporary(p, folder, make)
+    if fd is None: return
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX|fcntl.LOCK_NB)
-        # else it was renamed into place between the two lines above
-        if os.path.samestat(os.fstat(fd), os.lstat(p)):
+        # where these are two, it was renamed into place between opening and locking
+        if lock_descriptor(fd, blocking=False) and os.path.samestat(os.fstat(fd), os.lstat(p)):
             if folder: _empty_folder(fd)
             else: os.ftruncate(fd, 0)
             return fd
@@ -141,9 +134,35 @@ def _hold(p, folder, make=True):
         raise NotImplementedError from e
     os.close(fd)
 
-def _remove(p):
-    if p.is_dir() and not p.is_symlink(): shutil.rmtree(p, ignore_errors=True)
-    else: p.unlink(missing_ok=True)
+def _let_go(tmp, fd):
+    "Remove a temporary that was not renamed, and end its lock"
+    with contextlib.suppress(OSError if fd is None else FileNotFoundError):
+        if fd is None or os.path.samestat(os.fstat(fd), os.lstat(tmp)):
+            if tmp.is_dir() and not tmp.is_symlink(): shutil.rmtree(tmp, ignore_errors=True)
+            else: tmp.unlink(missing_ok=True)
+    if fd is not None: os.close(fd)
+
+# %% ../nbs/00_core.ipynb #36cff4bf
+def _held_beside(fn, folder, work, alone):
+    "(temporary for `fn` in `work`, its descriptor), which is None without locks; both where `alone` and it is taken"
+    # in small letters: nibabel and ITK know no others, and write somewhere else
+    sfx = '.nii.gz' if fn.name.lower().endswith('.nii.gz') else fn.suffix.lower()
+    name = hashlib.blake2b(os.fsencode(fn.name), digest_size=8).hexdigest()
+    for i in range(1000):
+        try: work.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            if work.exists(): raise
+            continue                                         # taken away between two looks
+        tmp = work/f'{_mark()}-{name}-{i}{sfx}'
+        try: fd = _hold(tmp, folder)
+        except _Planted: continue
+        except NotImplementedError:
+            tmp = work/f'{_mark()}-{uuid.uuid4().hex}{sfx}'
+            tmp.mkdir() if folder else tmp.touch(exist_ok=False)
+            return tmp,None
+        if fd is not None: return tmp,fd
+        if alone: return None,None
+    raise FileNotFoundError(errno.ENOENT, 'no place beside it could be held', str(fn))
 
 @contextlib.contextmanager
 def beside(
@@ -154,65 +173,41 @@ def beside(
 ):                     # an empty hidden file or folder, gone at the end unless it was renamed
     "A place to prepare `fn` in, which no other process writes to; one that a killed process left is taken over"
     fn = Path(fn)
-    work,sfx,fd,tmp = Path(ifnone(work, fn.parent)),'.nii.gz' if fn.name.lower().endswith(
-            '.nii.gz') else fn.suffix,None,None
-    try:
-        for i in range(1000):
-            try: work.mkdir(parents=True, exist_ok=True)
-            except FileExistsError:
-                if work.exists(): raise
-                continue                                     # taken away between two looks
-            tmp = work/f'{_mark()}-{hashlib.blake2b(os.fsencode(fn.name), digest_size=8).hexdigest()}-{i}{sfx}'
-            try: fd = _hold(tmp, folder)
-            except _Planted:
-                tmp = None
-                continue
-            except NotImplementedError:                      # no locks here: a name of its own
-                tmp = work/f'{_mark()}-{uuid.uuid4().hex}{sfx}'
-                tmp.mkdir() if folder else tmp.touch(exist_ok=False)
-                break
-            if fd is not None: break
-            tmp = None
-            if alone: break
-        else: raise FileNotFoundError(errno.ENOENT, 'no place beside it could be held', str(fn))
-        yield tmp
+    tmp,fd = _held_beside(fn, folder, Path(ifnone(work, fn.parent)), alone)
+    try: yield tmp
     finally:
-        if fd is None:
-            with contextlib.suppress(OSError): tmp is None or _remove(tmp)
-        else:
-            try: ours = os.path.samestat(os.fstat(fd), os.lstat(tmp))
-            except FileNotFoundError: ours = False
-            if ours: _remove(tmp)
-            os.close(fd)
+        if tmp is not None: _let_go(tmp, fd)
 
 def sweep(
     folder # where `beside` has worked
 ):
-    "Remove what killed processes of this user and machine left there; links, and what belongs to somebody else, stay"
+    "Remove what killed processes of this user and machine left; links, and what belongs to somebody else, stay"
     for p in Path(folder).glob(f'{_mark()}-*'):
-        try: fd = _hold(p, p.is_dir() and not p.is_symlink(), False)
+        try: fd = _hold(p, p.is_dir() and not p.is_symlink(), make=False)
         except (OSError,NotImplementedError,_Planted): continue
-        if fd is not None:
-            _remove(p)
-            os.close(fd)
+        if fd is not None: _let_go(p, fd)
 
+# %% ../nbs/00_core.ipynb #79beef2f
 def synced(
     path # a file, or a folder with all that is in it
 ):
-    "Wait until what was written there is on the disk, so that a power cut after the rename leaves no empty file. Raises `OSError` where the disk failed"
+    "Wait until what was written is on the disk: a power cut after the rename leaves no empty file. Raises `OSError`"
     path = Path(path)
-    for p in path.rglob('*') if path.is_dir() else [path]:
-        if not p.is_file(): continue
+    for p in filter(Path.is_file, path.rglob('*') if path.is_dir() else [path]):
         fd = os.open(p, os.O_RDWR if os.name=='nt' else os.O_RDONLY)
         try: os.fsync(fd)
-        except OSError as e:
-            # a disk that cannot be asked
-            if e.errno not in (errno.EINVAL, getattr(errno, 'ENOTSUP', None), getattr(errno, 'ENOSYS', None)):
-                raise
+        except OSError as e:         # but for a disk that cannot be asked
+            if e.errno not in [getattr(errno, k, -1) for k in ('EINVAL','ENOTSUP','ENOSYS')]: raise
         finally: os.close(fd)
 
-# names of files that hold scans
-_scans = ('.nii','.nii.gz','.nrrd','.nhdr','.mha','.mhd','.hdr','.img','.dcm','.dicom','.ima')
+_scan_names = ('.nii','.nii.gz','.nrrd','.nhdr','.mha','.mhd','.hdr','.img','.dcm','.dicom','.ima')
+
+def _check_same(held, at, fn):
+    "Raise `FileError` where the file that was held is another now"
+    if not os.path.samestat(held, os.lstat(at)):
+        raise FileError(f"{fn}: {at.name} was replaced while it was written, and what stands there now is not to be "
+                        f"trusted. Others may write to {fn.absolute().parent}: chmod +t or chmod go-w it, or give "
+                        f"another path")
 
 @contextlib.contextmanager
 def whole_file(
@@ -220,41 +215,31 @@ def whole_file(
     lasting:bool=True, # wait for the disk before the rename; False for what can be made again
     scan:bool=False    # whether a scan or a mask is written; anything else never replaces one
 ):                     # path to write to
-    "Write to a neighbour of `fn`, rename it into place when all went well, remove it otherwise. Raises `FileError` where the disk refuses"
+    "Write to a neighbour of `fn`, rename it into place when all went well, remove it otherwise. Raises `FileError`"
     fn = Path(fn)
-    if not scan and fn.name.lower().endswith(_scans) and os.path.lexists(fn):
+    if not scan and fn.name.lower().endswith(_scan_names) and os.path.lexists(fn):
         raise FileError(f"{fn}: is a scan or a mask, and what would be written there is none. Nothing was changed. "
                         f"Give another path")
     with writing(fn):
         if fn.is_dir(): raise IsADirectoryError(errno.EISDIR, 'a folder', str(fn))
         with beside(fn) as tmp:
+            held = os.lstat(tmp)
             yield tmp
+            _check_same(held, tmp, fn)
             if lasting: synced(tmp)
             os.replace(tmp, fn)
+            _check_same(held, fn, fn)
 
 @contextlib.contextmanager
 def whole_folder(
     fn, # destination
 ):      # folder to write to
     "The same for a folder with all that is in it. Where another process was faster, its folder stays"
-    fn = Path(fn)
     with writing(fn), beside(fn, True) as tmp:
         yield tmp
         try: os.rename(tmp, fn)
         except OSError:
-            if not fn.is_dir(): raise
-
-# %% ../nbs/00_core.ipynb #c0de15b1
-def check_not_source(
-    fn,     # file that would be written
-    sources # files that it is made from, paths or what no path is
-):
-    "Raise `FileError` where a file would replace what it is made from"
-    if not os.path.exists(fn): return
-    for o in sources:
-        if os.path.exists(o) and os.path.samefile(o, fn):
-            raise FileError(f"{fn}: is what this was made from, and a prediction never replaces it. Nothing was "
-                            f"changed. Give another path")
+            if not os.path.isdir(fn): raise
 
 # %% ../nbs/00_core.ipynb #d3c6f6ed
 def spacing_of(
@@ -271,7 +256,7 @@ def orientation_of(
 
 # %% ../nbs/00_core.ipynb #c2c84fa4
 class _Asked:
-    "How many ask a network at once, and which of its modules were in training before; no copy and no file takes it along"
+    "How many ask a network at once, and which of its modules were in training; no copy and no file takes it along"
     def __init__(self): self.n,self.was,self.lock = 0,[],threading.Lock()
     def __reduce__(self): return _Asked,()
 
@@ -279,11 +264,11 @@ class _Asked:
 def evaluating(
     model # network
 ):        # the same network
-    "`model` in evaluation, and each of its modules as it was when the last of several threads that ask it at once is done; one that is in evaluation already is not touched"
+    "`model` in evaluation, and each module as it was when the last of several threads that ask at once is done"
     asked = model.__dict__.setdefault('_asked', _Asked())
     with asked.lock:
         asked.n += 1
-        if new:=[m for m in model.modules() if m.training]:
+        if new:=[m for m in model.modules() if m.training]:    # of a network in evaluation nothing is touched
             asked.was += new
             model.eval()
     try: yield model
@@ -299,42 +284,32 @@ class TensorMed(TensorImageBase):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if all(issubclass(t, Tensor) for t in types): types = (cls,)
         return super().__torch_function__(func, types, args, kwargs)
-
     def clone(self, *, memory_format=torch.preserve_format):
         return retain_meta(self, self.as_subclass(Tensor).clone(memory_format=memory_format).as_subclass(type(self)))
-
     def set_meta(self, x, as_copy=True):
         super().set_meta(x, as_copy=True)       # shared, as in fastai, a new affine of a copy would move the original
         if self.affine is not None: self.affine = self.affine
 
     @property
-    # (4,4) float64, or None where the place is unknown (a batch)
-    def affine(self):
-        return self.__dict__.get('_affine')
+    def affine(self): return self.__dict__.get('_affine')        # (4,4) float64, or None where unknown (a batch)
     @affine.setter
     def affine(self, v): self._affine = None if v is None else np.array(v, dtype=np.float64)
-
     @property
-    def spacing(self): return None if self.affine is None else spacing_of(self.affine)              # (3,) mm, or None
+    def spacing(self): return None if self.affine is None else spacing_of(self.affine)            # (3,) mm, or None
     @property
-    # such as 'RAS', or None
-    def orientation(self):
-        return None if self.affine is None else orientation_of(self.affine)
+    def orientation(self): return None if self.affine is None else orientation_of(self.affine)    # such as 'RAS'
 
 class TensorVolume(TensorMed):
     "An image volume (C,X,Y,Z), float32"
     def show(self, ctx=None, mask=None, axis=2, index=None, **kwargs):
         return show_plane(self, mask, axis, index, ctx, **kwargs)
-
 class TensorVolumeMask(TensorMed):
     "A label volume (X,Y,Z), integer class ids; 0 is background"
     def show(self, ctx=None, axis=2, index=None, **kwargs): return show_plane(None, self, axis, index, ctx, **kwargs)
-
 class TensorSlice(TensorMed):
     "An image slice (C,H,W), float32"
     rows_first = False                       # its axes are the scan's: shown turned, the first from left to right
     def show(self, ctx=None, mask=None, **kwargs): return show_plane(self, mask, ctx=ctx, **kwargs)
-
 class TensorSliceMask(TensorMed):
     "A label slice (H,W), integer class ids; 0 is background"
     def show(self, ctx=None, **kwargs): return show_plane(None, self, ctx=ctx, **kwargs)
@@ -345,29 +320,46 @@ def structure_colors(
 )->list:   # RGBA tuples
     "As many well-told-apart colours as there are structures"
     import matplotlib
-    cm = matplotlib.colormaps['tab10' if n<=10 else 'tab20' if n<=20 else 'gist_rainbow']
-    return [cm(i) if n<=20 else cm(i/n) for i in range(n)]
+    if n>20: return [matplotlib.colormaps['gist_rainbow'](i/n) for i in range(n)]
+    return [matplotlib.colormaps['tab10' if n<=10 else 'tab20'](i) for i in range(n)]
 
-def _plane(t, axis, index, keep):
-    "The plane `index` of `axis`, as an array of `keep`+2 axes, and its aspect"
-    if t is None: return None
+def best_plane(
+    mask,     # `TensorVolumeMask` or None
+    axis:int, # array axis
+    n:int,    # planes along it
+)->int:       # plane number
+    "The plane that shows most foreground, or the middle one where there is none"
+    if mask is None: return n//2
+    area = (to_cpu(mask).as_subclass(Tensor)>0).sum([i for i in range(3) if i!=axis])
+    return int(area.argmax()) if area.max()>0 else n//2
+
+def _plane(t, axis, index, channels):
+    "The plane `index` of `axis` as an array: (C,a,b) where `t` has channels, else (a,b)"
     a = to_cpu(t).as_subclass(Tensor).detach()
-    if a.ndim>2+keep: a = a.select(axis+keep, index)
-    return a.float().numpy() if keep else a.numpy()
+    if a.ndim>2+channels: a = a.select(axis+channels, index)
+    return a.float().numpy() if channels else a.numpy()
 
 def _check_over(ref, m, nsp):
     "Raise `InputError` where a mask does not lie on what it is drawn over, up to half a voxel"
-    if tuple(m.shape[-nsp:])!=tuple(ref.shape[-nsp:]):
-        raise InputError(f"show_plane: expected a mask of {tuple(ref.shape[-nsp:])}; found {tuple(m.shape[-nsp:])}. "
-                         "Resample it: resample_to(mask, image.shape[1:], image.affine)")
+    how = "Resample it: resample_to(mask, image.shape[1:], image.affine)"
+    want,found = tuple(ref.shape[-nsp:]),tuple(m.shape[-nsp:])
+    if found!=want: raise InputError(f"show_plane: expected a mask of {want}; found {found}. {how}")
     a,b = getattr(ref, 'affine', None),getattr(m, 'affine', None)
     if nsp==2 or a is None or b is None: return
     corners = np.array([[*c,1] for c in np.ndindex(2,2,2)])*[*(np.array(m.shape[-3:])-1),1]
     off = np.abs((np.linalg.inv(a)@b-np.eye(4))@corners.T).max()
     if not off<=.5:
-        raise InputError(f"show_plane: the mask lies elsewhere than the image, up to {off:.3g} voxels off. "
-                         "Resample it: resample_to(mask, image.shape[1:], image.affine)")
+        raise InputError(f"show_plane: the mask lies elsewhere than the image, up to {off:.3g} voxels off. {how}")
 
+def _draw_contours(ctx, mask, plane, style):
+    "The outline of each structure in a plane of `mask`, in its colour"
+    codes = getattr(mask, 'codes', None)
+    n = max(int(mask.max()), len(codes)-1 if codes is not None else 1)
+    for k,c in enumerate(structure_colors(n), 1):
+        if (plane==k).any() and min(plane.shape)>1:
+            ctx.contour((plane==k).T.astype(float), levels=[.5], colors=[c], linewidths=1.2, linestyles=style)
+
+# %% ../nbs/00_core.ipynb #3942016c
 def show_plane(
     x=None,          # `TensorVolume` (C,X,Y,Z), `TensorSlice` (C,H,W) or None
     mask=None,       # mask on the same grid, its structures drawn as contours, or None
@@ -383,43 +375,26 @@ def show_plane(
 ):                   # matplotlib axes
     "Draw one plane of a scan, grey, with the contours of `mask` (solid) and `pred` (dashed), in its true proportions"
     import matplotlib.pyplot as plt
-    ref = mask if x is None else x
-    nsp = ref.ndim - (0 if x is None else 1)
+    ref,masks = ifnone(x, mask),[m for m in (mask,pred) if m is not None]
+    nsp = ref.ndim - (x is not None)
     if nsp not in (2,3):
         raise InputError(f"show_plane: expected a volume (C,X,Y,Z), a slice (C,H,W) or a mask of one; found shape "
                          f"{tuple(ref.shape)}. Show one item of the batch")
-    for m in (mask, pred):
-        if m is not None: _check_over(ref, m, nsp)
-    if nsp==3 and index is None: index = best_plane(mask if mask is not None else pred, axis, ref.shape[axis-3])
+    for m in masks: _check_over(ref, m, nsp)
+    if nsp==3 and index is None: index = best_plane(first(masks), axis, ref.shape[axis-3])
     if ctx is None: ctx = plt.subplots(figsize=figsize)[1]
-    sp = ref.spacing or (1,1,1)
-    rest = [i for i in range(3) if i!=axis]
-    aspect = sp[rest[1]]/sp[rest[0]] if nsp==3 else getattr(ref, 'aspect', 1)
-    if x is None: im = np.zeros([ref.shape[i] for i in (rest if nsp==3 else (0,1))])
+    across,up = [i for i in range(3) if i!=axis] if nsp==3 else (0,1)
+    spacing = ref.spacing or (1,1,1)
+    aspect = spacing[up]/spacing[across] if nsp==3 else getattr(ref, 'aspect', 1)
+    if x is None: im = np.zeros((ref.shape[across], ref.shape[up]))
     else:
-        im = _plane(x, axis, index, 1)
-        im = im[ifnone(channel, getattr(x, 'context', 0) if nsp==2 else 0)]
-        lo,hi = np.percentile(im[np.isfinite(im)], (0.5,99.5)) if np.isfinite(im).any() else (0,1)
-        kwargs = {'vmin':lo, 'vmax':max(hi,lo+1e-6), **kwargs}
+        im = _plane(x, axis, index, 1)[ifnone(channel, getattr(x, 'context', 0) if nsp==2 else 0)]
+        seen = im[np.isfinite(im)]
+        lo,hi = np.percentile(seen, (0.5,99.5)) if seen.size else (0,1)
+        kwargs = {'vmin':lo, 'vmax':max(hi, lo+1e-6), **kwargs}
     ctx.imshow(im.T, origin='lower', cmap=cmap, aspect=aspect, interpolation='nearest', **kwargs)
     for m,style in ((mask,'solid'),(pred,'dashed')):
-        if m is None: continue
-        m_ = _plane(m, axis, index, 0)
-        codes = getattr(m, 'codes', None)
-        n = max(int(m.max()), len(codes)-1 if codes is not None else 1)
-        for k,c in enumerate(structure_colors(n), 1):
-            if (m_==k).any() and min(m_.shape)>1:
-                ctx.contour((m_==k).T.astype(float), levels=[.5], colors=[c], linewidths=1.2, linestyles=style)
+        if m is not None: _draw_contours(ctx, m, _plane(m, axis, index, 0), style)
     ctx.set_axis_off()
     if title is not None: ctx.set_title(str(title), fontsize=8)
     return ctx
-
-def best_plane(
-    mask,     # `TensorVolumeMask` or None
-    axis:int, # array axis
-    n:int,    # planes along it
-)->int:       # plane number
-    "The plane that shows most foreground, or the middle one where there is none"
-    if mask is None: return n//2
-    area = (to_cpu(mask).as_subclass(Tensor)>0).sum([i for i in range(3) if i!=axis])
-    return int(area.argmax()) if area.max()>0 else n//2

@@ -19,6 +19,45 @@ from .core import ArgumentError, best_plane, show_plane, structure_colors, whole
 from torch import Tensor
 
 # %% ../nbs/01_plot.ipynb #c7641bb2
+def picture_grid(
+    n:int,        # pictures
+    cols:int,     # in a row
+    imsize:float, # inches a picture
+):
+    "(figure, its axes one after the other, those that stay empty hidden) for pictures of one size"
+    import matplotlib.pyplot as plt
+    rows = -(-n//cols)
+    fig,axs = plt.subplots(rows, cols, figsize=(cols*imsize, rows*imsize), squeeze=False)
+    for ax in axs.flat[n:]: ax.set_axis_off()
+    return fig,list(axs.flat)
+
+def _slider(show, axis, shape):
+    import ipywidgets
+    import matplotlib.pyplot as plt
+    def draw(index):                                   # gives nothing back: the widget would print it
+        show(axis=axis, index=index)
+        plt.show()
+    last = shape[axis]-1
+    return ipywidgets.interactive(draw, index=ipywidgets.IntSlider((last+1)//2, 0, last))
+
+def _planes_with(mask, axis, size, n):
+    "Numbers of `n` planes spread over those that hold foreground, or over all"
+    others = [i for i in range(3) if i!=axis]
+    has = [] if mask is None else (mask.as_subclass(Tensor)>0).sum(others).nonzero().flatten().tolist()
+    lo,hi = (has[0],has[-1]) if has else (0,size-1)
+    return np.unique(np.linspace(lo, hi, n).round().astype(int)).tolist()
+
+def _name_structures(fig, *masks):
+    "A legend of the structures of the first mask that names them"
+    from matplotlib.lines import Line2D
+    said = [getattr(m, 'codes', None) for m in masks if m is not None]
+    codes = next((list(c) for c in said if c is not None), None)
+    if codes is None: return
+    lines = [Line2D([0], [0], color=c, label=s) for c,s in zip(structure_colors(len(codes)-1), codes[1:], strict=True)]
+    fig.legend(handles=lines, loc='lower center', ncol=min(6, len(codes)), fontsize=8, frameon=False,
+               bbox_to_anchor=(.5,-.06))
+
+# %% ../nbs/01_plot.ipynb #98e5aa72
 def plot_volume(
     t,                    # `TensorVolume` (C,X,Y,Z)
     mask=None,            # `TensorVolumeMask` (X,Y,Z) on the same grid
@@ -33,39 +72,14 @@ def plot_volume(
     **kwargs              # to `show_plane`
 ):                        # matplotlib figure, or the widget of the slider
     "Show a volume in three planes, as a montage, or behind a slider, with the contours of its masks"
-    import matplotlib.pyplot as plt
     show = partial(show_plane, t, mask, pred=pred, channel=channel, **kwargs)
-    if slider:
-        import ipywidgets
-        axis = ifnone(axis, 2)
-        last = t.shape[axis+1]-1
-        def draw(index):                                   # gives nothing back: the widget would print it
-            show(axis=axis, index=index)
-            plt.show()
-        return ipywidgets.interactive(draw, index=ipywidgets.IntSlider((last+1)//2, 0, last))
-    if axis is None:
-        names = [f'{a} = {{}}' for a in 'xyz']
-        fig,axs = plt.subplots(1, 3, figsize=(3*imsize, imsize))
-        for a,ax in enumerate(axs):
-            i = best_plane(mask if mask is not None else pred, a, t.shape[a+1])
-            show(axis=a, index=i, ctx=ax, title=names[a].format(i))
-    else:
-        m = mask if mask is not None else pred
-        has = (m.as_subclass(Tensor)>0).sum([i for i in range(3)
-                                             if i!=axis]).nonzero().flatten() if m is not None else []
-        lo,hi = (int(has[0]),int(has[-1])) if len(has) else (0, t.shape[axis+1]-1)
-        idxs = np.unique(np.linspace(lo, hi, n).round().astype(int))
-        cols = min(4, len(idxs))
-        rows = -(-len(idxs)//cols)
-        fig,axs = plt.subplots(rows, cols, figsize=(cols*imsize, rows*imsize), squeeze=False)
-        for ax in axs.flat: ax.set_axis_off()
-        for i,ax in zip(idxs, axs.flat): show(axis=axis, index=int(i), ctx=ax, title=f"{'xyz'[axis]} = {i}")
-    codes = next((c for c in (getattr(m, 'codes', None) for m in (mask,pred) if m is not None) if c is not None), None)
-    if legend and codes is not None:
-        from matplotlib.lines import Line2D
-        lines = [Line2D([0],[0], color=c, label=s) for c,s in zip(structure_colors(len(codes)-1), list(codes)[1:])]
-        fig.legend(handles=lines, loc='lower center', ncol=min(6,len(codes)), fontsize=8, frameon=False,
-                   bbox_to_anchor=(.5,-.06))
+    shape,drawn = t.shape[1:],ifnone(mask, pred)
+    if slider: return _slider(show, ifnone(axis, 2), shape)
+    if axis is None: planes = [(a, best_plane(drawn, a, shape[a])) for a in range(3)]
+    else: planes = [(axis, i) for i in _planes_with(drawn, axis, shape[axis], n)]
+    fig,axs = picture_grid(len(planes), min(4, len(planes)), imsize)
+    for (a,i),ax in zip(planes, axs, strict=False): show(axis=a, index=i, ctx=ax, title=f"{'xyz'[a]} = {i}")
+    if legend: _name_structures(fig, mask, pred)
     if title: fig.suptitle(title, fontsize=10)
     fig.tight_layout()
     return fig
@@ -75,7 +89,8 @@ _css = """
 body{font:16px/1.5 system-ui,sans-serif;color:#222;max-width:60rem;margin:0 auto;padding:1rem}
 h1{font-size:1.6rem;line-height:1.2} h2{font-size:1.2rem;margin-top:2rem;border-bottom:1px solid #ddd}
 .answer{font-size:1.15rem;background:#f3f6f9;padding:.8rem 1rem;border-left:4px solid #3572a5}
-.wide{overflow-x:auto} table{border-collapse:collapse;font-size:.9rem} th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #e5e5e5}
+.wide{overflow-x:auto} table{border-collapse:collapse;font-size:.9rem}
+th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #e5e5e5}
 th{background:#fafafa} td:first-child,th:first-child,tbody th{text-align:left} img{max-width:100%;height:auto}
 """
 
@@ -105,9 +120,10 @@ def html_report(
     answer:str,   # the result in a sentence or two
     sections:dict # heading → what stands below it, or a list: text, DataFrame, figure, or PNG bytes
 )->Path:          # `fn`
-    "Write a report as one file, pictures inside, whole or not at all. Raises `TypeError` on content that is none of these"
+    "Write a report as one file, pictures inside, whole or not at all. Raises `TypeError` on other content"
     body = ''.join(f'<h2>{html.escape(h)}</h2>' + ''.join(_report_block(o) for o in L(bs)) for h,bs in sections.items())
-    page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+    page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="generator" content="fastmed">'
+            f'<meta name="viewport" '
             f'content="width=device-width,initial-scale=1"><title>{html.escape(title)}</title>'
             f'<style>{_css}</style></head><body><h1>{html.escape(title)}</h1><p '
             f'class="answer">{html.escape(answer)}</p>{body}</body></html>')

@@ -1,7 +1,10 @@
-"""What people give by mistake, and what they are told: (what it is, the code that does it, kind of error, words that the message must hold).
+"""What people give by mistake, and what they are told: (what it is, the code that does it, kind of error, words that
+the message must hold).
 
-The code sees everything of `fastmed.all` and: `T` an empty folder, `P` and `D` the folder and the table of a small study, `IM` and `MA` the first image and mask, `KW` settings of a quick
-`from_df`, `L3` and `L2` trained Learners, `t` the first image read, `put(name, bytes or array, affine=None)` that writes a file and gives its path, `sh(*words)` the command line (raises its one line)."""
+The code sees everything of `fastmed.all` and: `T` an empty folder, `P` and `D` the folder and the table of a small
+study, `IM` and `MA` the first image and mask, `KW` settings of a quick
+`from_df`, `L3` and `L2` trained Learners, `t` the first image read, `put(name, bytes or array, affine=None)` that
+writes a file and gives its path, `sh(*words)` the command line (raises its one line)."""
 BAD = (
 # files
 ('file that is not there', "load_volume(T/'none.nii')", OSError, 'none.nii'),

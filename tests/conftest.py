@@ -1,6 +1,7 @@
 "What every test may ask for."
 import os
 from pathlib import Path
+
 import pytest
 
 os.environ.setdefault('MPLBACKEND', 'agg')
@@ -59,8 +60,9 @@ def study(tmp_path_factory):
 @pytest.fixture(scope='session')
 def loaders(study, tmp_path_factory):
     "DataLoaders of the study, 3D and 2D: dict ndim → DataLoaders."
-    from fastmed.all import VolumeDataLoaders, SliceDataLoaders
     from phantoms import CODES
+
+    from fastmed.all import SliceDataLoaders, VolumeDataLoaders
     path,df = study
     kw = dict(path=path, codes=CODES, valid_pct=.25, spacing=1.25, patch=16, bs=2, samples_per_case=2, num_workers=0,
             device='cpu', cache=tmp_path_factory.mktemp('cache'))
@@ -69,7 +71,7 @@ def loaders(study, tmp_path_factory):
 @pytest.fixture(scope='session')
 def weights(loaders):
     "What tiny networks learnt in a few epochs: dict ndim → state dict."
-    from fastmed.all import unet3d_learner, unet2d_learner, set_seed
+    from fastmed.all import set_seed, unet2d_learner, unet3d_learner
     res = {}
     for nd,f in ((3,unet3d_learner),(2,unet2d_learner)):
         set_seed(0)
@@ -81,7 +83,7 @@ def weights(loaders):
 @pytest.fixture
 def learner(loaders, weights, tmp_path):
     "`learner(ndim)` gives a trained Learner of its own, which writes into a folder of its own."
-    from fastmed.all import unet3d_learner, unet2d_learner
+    from fastmed.all import unet2d_learner, unet3d_learner
     def make(ndim=3, **kwargs):
         dls = type(loaders[ndim])(*loaders[ndim].loaders, path=loaders[ndim].path, device=loaders[ndim].device)
         learn = (unet3d_learner if ndim==3 else unet2d_learner)(dls, nf=4, depth=2, path=tmp_path, **kwargs)
@@ -91,10 +93,13 @@ def learner(loaders, weights, tmp_path):
 
 @pytest.fixture(scope='session')
 def fresh(study, loaders, weights, tmp_path_factory):
-    "What exported Learners answer here, and what they answer in a fresh process, beside a second pipeline with other settings: (here, there), dicts of arrays."
-    import numpy as np, torch
-    from fastmed.all import unet3d_learner, unet2d_learner, set_seed
-    from phantoms import ANSWERS, python, affine_of, write_case
+    """What exported Learners answer here, and what they answer in a fresh process, beside a second pipeline with other
+    settings: (here, there), dicts of arrays."""
+    import numpy as np
+    import torch
+    from phantoms import ANSWERS, affine_of, python, write_case
+
+    from fastmed.all import unet2d_learner, unet3d_learner
     path,df = study
     tmp = tmp_path_factory.mktemp('fresh')
     new = write_case(tmp, 'new', affine_of('PIL', (.8,1.4,2.), (5,6,7)), (34,22,15), seed=99)['image']
@@ -105,18 +110,21 @@ def fresh(study, loaders, weights, tmp_path_factory):
         learn = f(loaders[nd], nf=4, depth=2, path=tmp)
         learn.model.load_state_dict(weights[nd])
         learn.export(f'm{nd}.pkl')
-        here.update({f'{k}_{nd}':v for k,v in ns['answers'](learn, str(tmp/new), [str(path/o) for o in df.image[:3]]).items()})
+        answers = ns['answers'](learn, str(tmp/new), [str(path/o) for o in df.image[:3]])
+        here.update({f'{k}_{nd}':v for k,v in answers.items()})
     python(ANSWERS+f"""
 import sys, torch, pandas as pd
 tmp,path = sys.argv[1:]
 torch.set_num_threads({torch.get_num_threads()})
 df = pd.read_csv(f'{{path}}/cases.csv')
-other = VolumeDataLoaders.from_df(df, path, spacing=3., patch=8, normalize='minmax', codes=['nothing','a','b'], cache=f'{{tmp}}/other', device='cpu', num_workers=0)
+other = VolumeDataLoaders.from_df(df, path, spacing=3., patch=8, normalize='minmax', codes=['nothing','a','b'],
+                                  cache=f'{{tmp}}/other', device='cpu', num_workers=0)
 res = {{}}
 for nd in (3,2):
     learn = load_learner(f'{{tmp}}/m{{nd}}.pkl')
     unet3d_learner(other, nf=2, depth=2).predict_volume(f'{{tmp}}/{new}')
-    res.update({{f'{{k}}_{{nd}}':v for k,v in answers(learn, f'{{tmp}}/{new}', [f'{{path}}/{{o}}' for o in df.image[:3]]).items()}})
+    given = answers(learn, f'{{tmp}}/{new}', [f'{{path}}/{{o}}' for o in df.image[:3]])
+    res.update({{f'{{k}}_{{nd}}':v for k,v in given.items()}})
 np.savez(f'{{tmp}}/there.npz', **res)
 """, tmp, path)
     with np.load(tmp/'there.npz') as z: return here,{k:z[k] for k in z.files}

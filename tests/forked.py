@@ -1,7 +1,14 @@
-"""Processes that begin where `import fastmed.all` has ended, by a server that forks: importing it anew takes longer than most of what tests do there.
+"""Processes that begin where `import fastmed.all` has ended, by a server that forks: importing it anew takes longer
+than most of what tests do there.
 
-They hold modules and nothing else: no network, no random state, no OpenMP threads of whoever asked. Where the import itself matters, start an interpreter."""
-import multiprocessing, os, runpy, subprocess, sys, tempfile
+They hold modules and nothing else: no network, no random state, no OpenMP threads of whoever asked. Where the import
+itself matters, start an interpreter."""
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -36,7 +43,8 @@ def child(
     os.environ.update(env)
     sys.argv = argv
     sys.path[:0] = [os.path.dirname(argv[0]), *filter(None, env.get('PYTHONPATH', '').split(os.pathsep))]
-    import numpy, torch
+    import numpy
+    import torch
     numpy.random.seed()
     if threads:=env.get('OMP_NUM_THREADS'): torch.set_num_threads(int(threads))
     runpy.run_path(argv[0], run_name='__main__')
@@ -62,5 +70,5 @@ def run(
             p.kill()
             p.join()
             raise subprocess.TimeoutExpired(argv, timeout)
-        return ((subprocess.CompletedProcess(argv, p.exitcode,
-                *[o.read_text(encoding='utf-8') if o.exists() else '' for o in (out, err)])))
+        return (subprocess.CompletedProcess(argv, p.exitcode,
+                *[o.read_text(encoding='utf-8') if o.exists() else '' for o in (out, err)]))

@@ -1,9 +1,13 @@
 "What several tests share: phantoms on any grid, a network that needs no training, a fresh process."
 import os
 from pathlib import Path
+
 import forked
-import nibabel as nib, numpy as np, torch
+import nibabel as nib
+import numpy as np
+import torch
 from torch import nn
+
 import fastmed
 from fastmed.data.datasets import phantom
 
@@ -33,7 +37,7 @@ def write_case(
     "A phantom on disk, under relative names"
     im,m = phantom(shape, affine, seed)
     for sub,x,f,aff in (
-            (((('images',im,image,im.affine),('labels',m,mask,im.affine if mask_affine is None else mask_affine))))):
+            (('images',im,image,im.affine),('labels',m,mask,im.affine if mask_affine is None else mask_affine))):
         (Path(folder)/sub).mkdir(parents=True, exist_ok=True)
         a = f(np.asarray(x.dataobj))
         nib.save(nib.Nifti1Image(a, aff), Path(folder)/sub/f'{name}.nii')
@@ -76,7 +80,8 @@ def python(
 def dies(
     when # expression of `self`, the Learner, and `i`, the batch
 ):       # code to be put before a script
-    "A process that ends itself by SIGKILL in front of a batch; one killed from outside, by the clock, would be outrun on a fast machine"
+    """A process that ends itself by SIGKILL in front of a batch; one killed from outside, by the clock, would be outrun
+    on a fast machine"""
     return f"""
 import os, signal
 from pathlib import Path
@@ -96,7 +101,9 @@ def answers(learn, new, files):
         mp,p = learn.predict_volume(new, proba=True, tta=True)
         dec,ids,probs = learn.predict(new)
         preds,_ = learn.get_preds(dl=learn.dls.test_dl(files, num_workers=0))
-    return dict(volume=m.numpy(), affine=m.affine, tta=mp.numpy(), proba=p.numpy(), decoded=dec.numpy(), ids=ids.numpy(), probs=probs.numpy(), preds=preds.numpy(), pre=np.array(get_preprocess(learn.dls).to_json()))
+    return dict(volume=m.numpy(), affine=m.affine, tta=mp.numpy(), proba=p.numpy(), decoded=dec.numpy(),
+                ids=ids.numpy(), probs=probs.numpy(), preds=preds.numpy(),
+                pre=np.array(get_preprocess(learn.dls).to_json()))
 """
 
 def shaken(m, seed=0):

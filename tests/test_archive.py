@@ -1,9 +1,19 @@
-"Archives from strangers: nothing outside the folder, no links, no devices, no bombs, no two members that are one file elsewhere; and whole or not at all."
-import bz2, gzip, io, lzma, os, stat, struct, tarfile, zipfile, zlib
-from pathlib import Path
+"""Archives from strangers: nothing outside the folder, no links, no devices, no bombs, no two members that are one file
+elsewhere; and whole or not at all."""
+import bz2
+import gzip
+import io
+import lzma
+import os
+import stat
+import tarfile
+import zipfile
+
 import pytest
-from fastmed.io.archive import unpack_safely
+
 from fastmed.core import FastmedError, FileError, InputError, ResourceError
+from fastmed.io.guard import unpack_safely
+
 
 def tar(fn, *members, fmt=tarfile.PAX_FORMAT, pack=lambda b: b):
     "(name, bytes), (name, type, link target) or a TarInfo"
@@ -142,15 +152,15 @@ def test_a_tar_that_lies_about_its_sizes(place, field):
     clean()
 
 def test_many_members(place, monkeypatch):
-    import fastmed.io.archive as A
+    import fastmed.io.guard as A
     src,dest,clean = place
-    monkeypatch.setattr(A, '_files', 50)
+    monkeypatch.setattr(A, '_most_files', 50)
     with pytest.raises(InputError, match='more than 50 files'):
         unpack_safely(zipped(src/'x', *((f'{i}',b'') for i in range(60))), dest)
     clean()
 
 def test_a_disk_that_is_too_small(place, monkeypatch):
-    import fastmed.io.archive as A
+    import fastmed.io.guard as A
     src,dest,clean = place
     monkeypatch.setattr(A.shutil, 'disk_usage', lambda p: type('U', (), dict(free=1000))())
     with pytest.raises(ResourceError, match='Make room'): unpack_safely(zipped(src/'x', ('a',bytes(2000))), dest)

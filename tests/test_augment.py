@@ -1,12 +1,16 @@
 "Batch augmentation: alignment of image and mask, known answers, replay, bad inputs"
 import pickle
-import numpy as np, pytest, torch
-from torch import Tensor
+
+import numpy as np
+import pytest
+import torch
 from fastai.data.all import Pipeline, TensorCategory
 from scipy import ndimage as ndi
-from fastmed.core import TensorVolume, TensorVolumeMask, TensorSlice, TensorSliceMask
+from torch import Tensor
+
+from fastmed.core import TensorSlice, TensorSliceMask, TensorVolume, TensorVolumeMask
 from fastmed.data.augment import *
-from fastmed.data.augment import SpatialTfm, IntensityTfm
+from fastmed.data.augment import IntensityTfm, SpatialTfm
 
 NO = dict(p_rotate=0., p_scale=0.)
 QUIET = {f'p_{k}':0. for k in ('contrast','brightness','gamma','noise','blur','low_res','bias')}

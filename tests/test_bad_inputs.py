@@ -1,13 +1,24 @@
-"""Every line of the table of bad inputs: the error, in one breath, with the words that help; nothing half-written, no hang.
+"""Every line of the table of bad inputs: the error, in one breath, with the words that help; nothing half-written, no
+hang.
 
 `BAD_INPUTS_CSV=benchmarks/bad_inputs.csv pytest tests/test_bad_inputs.py` keeps what each was told."""
-import contextlib, csv, gzip, io, os, struct
-from pathlib import Path
-import nibabel as nib, numpy as np, pytest, torch
-import fastmed.all
-from fastmed.cli import main
+import contextlib
+import csv
+import gzip
+import io
+import os
+import struct
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
 from bad_inputs import BAD
 from phantoms import CODES
+
+import fastmed.all
+from fastmed.cli import main
+
 
 @pytest.fixture
 def world(study, learner, tmp_path):
@@ -49,7 +60,6 @@ def world(study, learner, tmp_path):
 
 @pytest.mark.parametrize('what,code,kind,words', BAD, ids=[b[0] for b in BAD])
 def test_bad_input(world, what, code, kind, words):
-    before = set(world['T'].rglob('*'))
     with pytest.raises(kind) as e: eval(code, {}, world)
     msg = str(e.value)
     assert what.startswith(('shell','argument that nobody')) or isinstance(e.value,

@@ -1,14 +1,21 @@
 "The doctor: each kind of fault planted once is found, clean data raises nothing, leaks are named, sets are told apart."
-import gzip, re, warnings
-import nibabel as nib, numpy as np, pandas as pd, pytest
+import gzip
+import warnings
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+from phantoms import CODES, affine_of, python, write_case
+from scipy.ndimage import gaussian_filter
+
 from fastmed.core import FastmedError
+from fastmed.data.cases import scan_decathlon, scan_folder
 from fastmed.data.check import *
+from fastmed.data.datasets import cohort, phantom
 from fastmed.data.leaks import *
 from fastmed.data.leaks import _quantum
-from fastmed.data.datasets import phantom, cohort
-from scipy.ndimage import gaussian_filter
-from fastmed.data.cases import scan_decathlon, scan_folder
-from phantoms import CODES, affine_of, python
+from fastmed.data.oddities import *
 
 N,BAD = 12,5    # cases of the study; the one that gets the fault
 
@@ -160,7 +167,8 @@ def test_planted_fault_is_found(healthy, tmp_path, name):
     assert len(r.clean())==N-bool(len(r.errors)) and (r.severity.isin(['error','warning'])).all()
 
 def test_no_form_codes_names_every_such_file(healthy, tmp_path):
-    "Image and mask agree, and yet neither header says where left is: each is named, and one code is enough to be silent"
+    """Image and mask agree, and yet neither header says where left is: each is named, and one code is enough to be
+    silent"""
     df = sick(healthy, both(header=no_codes), tmp_path)
     r = check_dataset(df, CODES)
     got = pd.DataFrame(r)[r.problem=='no form codes']
@@ -208,7 +216,7 @@ def test_mask_off_its_image(beside, tmp_path, change, place):
 
 def test_every_place_is_tried_as_if_the_mask_lay_there():
     "The profile at a place is that of the mask mirrored or moved there; outside of the image it is nan"
-    from fastmed.data.placement import border_profiles, _median, _placements
+    from fastmed.data.oddities import _median, _placements, border_profiles
     rng = np.random.default_rng(0)
     lab = np.zeros((18,17,16), np.int32)
     lab[6:11,7:12,6:10],lab[2:6,7:11,7:10] = 1,2
@@ -339,7 +347,8 @@ def test_what_most_cases_have_is_told_once(healthy, tmp_path):
     assert list(o.case)==['(all)'] and '8 of 12' in o.found.iloc[0]
 
 def test_odd_tables(healthy, tmp_path, monkeypatch):
-    "One case, names with umlauts and spaces, relative paths, empty cells of every kind, threads, nothing readable: an answer or an error of ours"
+    """One case, names with umlauts and spaces, relative paths, empty cells of every kind, threads, nothing readable: an
+    answer or an error of ours"""
     one = healthy.iloc[[0]]
     assert not len(check_dataset(one)) and not len(find_leaks(one)) and not len(
             check_dataset(one.drop(columns=['case','subject','mask'])))
@@ -467,7 +476,8 @@ def test_leak_in_any_channel(tmp_path):
             both.image)])))==1, 'cases may have unlike numbers of channels'
 
 def test_likeness_is_learnt_from_proved_pairs(tmp_path):
-    "Ladders of some pairs teach what two halves of one scan share; pairs without a ladder are then found, and no others"
+    """Ladders of some pairs teach what two halves of one scan share; pairs without a ladder are then found, and no
+    others"""
     rows,rng = [],np.random.default_rng(0)
     for i in range(40):
         a = gaussian_filter(rng.normal(size=(48,24,24)), rng.uniform(1, 3))*rng.uniform(800, 4000)+rng.uniform(500,
@@ -572,3 +582,9 @@ def test_other_real_sets(data):
             ('mt1','mt1_cord.nii.gz'))])
     r = check_dataset(df)
     assert not len(r.errors) and set(r.problem)=={'mixed orientation','touches border'}
+
+def test_a_set_does_not_differ_from_itself(tmp_path):
+    "The twin of a case stood among those that the trees were grown on: AUC 0.0"
+    from fastmed.data.oddities import distribution_shift
+    df = pd.DataFrame([write_case(tmp_path, f'c{i}', seed=i) for i in range(6)])
+    assert (distribution_shift(df, df.assign(case='z'+df.case), tmp_path).auc==.5).all()

@@ -1,10 +1,17 @@
 "Learners that answer for cases: they learn, they answer the same everywhere, their scores are right."
-import json, math
-import numpy as np, pandas as pd, pytest, torch
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from phantoms import affine_of, python, write_case
 from PIL import Image
 from torch import nn
+
 from fastmed.all import *
-from phantoms import affine_of, python, write_case
+
 for k in [o for o in globals() if o.startswith('test')]: del globals()[k]    # fastcore's own
 
 QUIET = dict(device='cpu', num_workers=0)
@@ -201,7 +208,8 @@ def test_orientation_of_the_file_does_not_matter(trained, cases, tmp_path):
 
 @pytest.fixture(scope='module')
 def answers(trained, cases, tmp_path_factory):
-    "What a Learner answers here; exported and saved, in a fresh process beside another pipeline: (here, exported, saved)"
+    """What a Learner answers here; exported and saved, in a fresh process beside another pipeline: (here, exported,
+    saved)"""
     tmp = tmp_path_factory.mktemp('answers')
     path,df = cases
     fn = str(path/df.image[5])
@@ -213,13 +221,16 @@ def answers(trained, cases, tmp_path_factory):
     save_model(r, tmp/'r.safetensors')
     here = [trained.predict(fn)[2].tolist(), trained.predict(fn, tta=3)[2].tolist(), r.predict(fn)[2].tolist()]
     out = python(f"""
-import sys, json; from fastmed.all import *
+import sys, json
+from fastmed.all import *
 torch.set_num_threads({torch.get_num_threads()})
 tmp,path = sys.argv[1:]
 df = pd.read_json(f'{{tmp}}/df.json')
-VolumeDataLoaders.from_df(df, path, label_col='size', spacing=2., normalize='minmax', cache=f'{{tmp}}/other', device='cpu', num_workers=0)
+VolumeDataLoaders.from_df(df, path, label_col='size', spacing=2., normalize='minmax', cache=f'{{tmp}}/other',
+                          device='cpu', num_workers=0)
 res = []
-for a,r in ((load_learner(f'{{tmp}}/a.pkl'),load_learner(f'{{tmp}}/r.pkl')), (load_model(f'{{tmp}}/a.safetensors','cpu'),load_model(f'{{tmp}}/r.safetensors','cpu'))):
+for a,r in ((load_learner(f'{{tmp}}/a.pkl'),load_learner(f'{{tmp}}/r.pkl')),
+        (load_model(f'{{tmp}}/a.safetensors','cpu'),load_model(f'{{tmp}}/r.safetensors','cpu'))):
     res.append([a.predict({fn!r})[2].tolist(), a.predict({fn!r}, tta=3)[2].tolist(), r.predict({fn!r})[2].tolist()])
 print('\\n'+json.dumps(res))
 """, *[df.to_json(tmp/'df.json') or tmp, path])
@@ -301,7 +312,8 @@ def test_mask_and_label_are_both_learnt(cases):
     assert row['dice']>.5 and row['roc_auc']>.9, row
 
 def test_numbers_keep_their_unit(cases):
-    "The same targets a thousand times larger give answers a thousand times larger; predictions, targets and metrics are in the column's unit"
+    """The same targets a thousand times larger give answers a thousand times larger; predictions, targets and metrics
+    are in the column's unit"""
     out = []
     for k in (1.,1000.):
         set_seed(0)
@@ -388,6 +400,24 @@ def test_encoder_goes_from_task_to_task(cases, tmp_path):
     with b.no_bar(), b.no_logging(): b.fine_tune(1, 1e-3)
 
 # ---- radiographs
+
+@pytest.mark.parametrize('spoil', [lambda b: bytes(len(b)), lambda b: b[:-40], lambda b: b[:300]+bytes(60)+b[360:],
+                                   lambda b: b''])
+def test_a_picture_of_the_cache_that_was_changed_is_decoded_again(tmp_path, spoil):
+    "Zeros, a part, or other pixels in its place are not trained on"
+    from PIL import Image
+
+    from fastmed.data.radiographs import LoadRadiograph, RadiographPrep
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40,40), dtype=np.uint8)).save(tmp_path/'a.png')
+    load = LoadRadiograph(RadiographPrep(32), tmp_path/'s').build([tmp_path/'a.png'])
+    was,entry = load.encodes(tmp_path/'a.png').clone(),load.entry(tmp_path/'a.png')
+    assert float(was.std())>.5
+    entry.write_bytes(spoil(entry.read_bytes()))
+    again = LoadRadiograph(RadiographPrep(32), tmp_path/'s')
+    assert torch.equal(again.encodes(tmp_path/'a.png'), was)
+    whole = again.build([tmp_path/'a.png']).entry(tmp_path/'a.png').read_bytes()
+    new = LoadRadiograph(RadiographPrep(32), tmp_path/'s')
+    assert torch.equal(new.encodes(tmp_path/'a.png'), was) and len(whole)>2000
 
 def test_radiograph_learner(tmp_path):
     rng,rows = np.random.default_rng(0),[]
@@ -521,3 +551,15 @@ def test_command_line_answers_for_cases(measured, shapes, tmp_path, capsys):
                 *([str(tmp_path/'x')] if words[0]=='predict' else []), *words[1:]])==2
         err = capsys.readouterr().err
         assert 'answers for cases' in err and not (tmp_path/'x').exists()
+
+@pytest.mark.parametrize('cell', ('x|q', 'x,y', None))
+def test_findings_that_nobody_knows_are_errors(cell, tmp_path):
+    "They counted as not there: the target was 0, and the status ok"
+    df = pd.DataFrame([write_case(tmp_path, f'c{i}', seed=i) for i in range(4)])
+    df = df.assign(finds=['x|y','x','','y'], v=[0,0,0,1])
+    dls = VolumeDataLoaders.from_df(df, tmp_path, label_col='finds', label_delim='|', valid_col='v', size=16,
+                                    cache=tmp_path/'s', **QUIET)
+    learn = classifier_learner(dls, 'small_resnet')
+    res = learn.evaluate(df.assign(finds=['x|y','x','',cell]))
+    assert res.status[3].startswith("error: case 'c3'") and (res.status[:3]=='ok').all()
+    assert res.target_x[:3].tolist()==[1,1,0]

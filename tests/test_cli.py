@@ -1,10 +1,22 @@
 "The command line: what it refuses before any work, what it prints where, what it opens, and how it stops."
-import io, os, re, shutil, signal, subprocess, sys, time
+import io
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
-import nibabel as nib, numpy as np, pytest
-from fastmed.all import Plan, ResumeCallback, save_model
-from fastmed.cli import main
+from types import SimpleNamespace
+
+import nibabel as nib
+import numpy as np
+import pytest
 from test_nothing_lost import correct, snapshot, write_gz
+
+from fastmed.all import FileError, Plan, ResumeCallback, save_model
+from fastmed.cli import main
 
 root = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, 'PYTHONPATH':os.pathsep.join([str(root), os.environ.get('PYTHONPATH', '')]),
@@ -179,7 +191,8 @@ def test_stopped_at_the_start(study, after):
 
 def test_a_training_that_goes_on_keeps_its_plan(shell, study, tmp_path, monkeypatch):
     "The machine is measured once; another spacing is refused, and the finished model leaves no plan behind"
-    import fastmed.all, fastmed.data.loaders as data
+    import fastmed.all
+    import fastmed.data.loaders as data
     words = ['train', study[0], '--images', 'images/*.nii', '--masks', 'labels/*.nii', '--out',
              tmp_path/'m.safetensors',
              '--minutes', .05, '--cache', tmp_path/'s', '--workers', 0]
@@ -312,6 +325,18 @@ class TestNames:
         assert main(['predict', str(model), str(cases/'images'), str(tmp_path/'o'), '--images', '*.nii'])==0
         assert len(said.getvalue().splitlines())==len(list((cases/'images').iterdir()))
 
+@pytest.mark.parametrize('out', ['m.safetensors','m.pkl'])
+def test_a_model_that_cannot_be_scored_is_written(shell, study, cases, tmp_path, monkeypatch, out):
+    "Where the masks are gone when the training ends"
+    from fastmed.learn.learner import VolumeLearner
+    def evaluate(self): raise FileError('c0.nii: no such file')
+    monkeypatch.setattr(VolumeLearner, 'evaluate', evaluate)
+    code,said,err = shell('train', study[0], *words_of(study), '--codes', 'background,large,small',
+                          '--epochs', 1, '--spacing', 2,
+                          '--workers', 0, '--cache', tmp_path/'s', '--out', tmp_path/out)
+    assert code==1 and 'was not scored: c0.nii: no such file' in err and f'{out} written' in said
+    assert (tmp_path/out).stat().st_size>10_000 and not list(tmp_path.glob('*.resume'))
+
 def test_closed_streams(shell, model, cases, tmp_path, monkeypatch):
     "As a daemon has them"
     for k in ('stdout','stderr'): monkeypatch.setattr(sys, k, None)
@@ -331,3 +356,164 @@ def test_a_mask_is_no_image(shell, tmp_path):
     for images,masks in (('*/*.nii.gz','*/seg.nii.gz'), ('**/*.nii.gz','**/seg.nii.gz'), ('*/*.nii.gz','*/*.nii.gz')):
         code,_,err = shell('check', tmp_path, '--images', images, '--masks', masks)
         assert code==2 and 'image and mask at once' in err, (images, err)
+
+# --- an attack on the shell
+
+@pytest.mark.parametrize('words', ['train E', 'train D --out E', 'train D --cache E', 'check E', 'check D --html E',
+    'check D --cache E', 'predict M E O', 'predict M D E', 'predict E D O', 'evaluate E D', 'evaluate M E',
+    'evaluate M D --csv E', 'scan E', 'scan D --csv E', 'compare E', 'demo --path E'])
+def test_an_empty_path_is_not_the_folder_one_stands_in(shell, study, tmp_path, words, monkeypatch):
+    "As of a variable of the shell that is not set"
+    monkeypatch.chdir(tmp_path)
+    at = dict(D=study[0], M='m.safetensors', O='o', E='')
+    code,out,err = shell(*[at.get(o, o) for o in words.split()])
+    assert code==2 and 'found an empty text' in err and not out and not list(tmp_path.iterdir())
+
+@pytest.mark.parametrize('words,says', [
+    ('train D --seed 99999999999999999999', 'seed'), ('demo --n 1', '--n'), ('demo --n 99999999999999999999', '--n'),
+    ('train D --out .safetensors', 'ends in .safetensors'), ('compare .', 'expected a file'),
+    ('predict M D O --images /etc/*', 'expected a pattern'), ('predict M /dev/null O', 'found a device'),
+    ('scan /dev/null', 'found a device'),
+    ('train D --spacing 1e-9 --cache S IM', 'spacing')])
+def test_a_clumsy_argument_is_named(shell, study, tmp_path, words, says, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'m.safetensors').write_text('')
+    at = dict(D=[study[0]], M=['m.safetensors'], O=['o'], S=[tmp_path/'s'], IM=words_of(study))
+    code,out,err = shell(*[x for o in words.split() for x in at.get(o, [o])])
+    assert code==2 and says in err and not out and {o.name for o in tmp_path.iterdir()} <= {'m.safetensors','s'}, err
+
+def test_masks_are_written_to_a_folder_and_of_one_scan_no_channels_are_taken(shell, model, study, tmp_path):
+    write_gz(study[0], tmp_path/'in')
+    for words,says in (([tmp_path/'in', tmp_path/'m.nii.gz'], 'give a folder'),
+                       ([tmp_path/'in/c0.nii.gz', tmp_path/'m.nii.gz', '--channels', 2], 'leave --channels out'),
+                       ([tmp_path/'in/c0.nii.gz', tmp_path/'m.png'], 'holds one slice')):
+        code,out,err = shell('predict', model, *words)
+        assert code==2 and says in err and not out and {o.name for o in tmp_path.iterdir()}=={'in','m.safetensors'}
+
+class TestAnswers:
+    @pytest.fixture
+    def classifier(self, monkeypatch):
+        "A model of cases that fails where it is told to"
+        import fastmed.cli, pandas as pd
+        res = {}
+        def predict_folder(folder, images, tta=False):
+            return pd.DataFrame([dict(case=o.name, file=str(o), pred='a', status=res.get('status', 'ok'))
+                                 for o in sorted(Path(folder).glob(images))])
+        learn = SimpleNamespace(task='category', predict_folder=predict_folder)
+        monkeypatch.setattr(fastmed.cli, '_load_file', lambda *a: learn)
+        return res
+
+    def test_channels_are_not_taken_and_dropped(self, shell, classifier, study, tmp_path):
+        code,_,err = shell('predict', 'm', study[0]/'images', tmp_path/'o.csv', '--images', '*.nii', '--channels', 2)
+        assert code==2 and '--channels' in err and not list(tmp_path.iterdir())
+
+    def test_one_that_fails_leaves_no_table_in_the_way(self, shell, classifier, study, tmp_path):
+        classifier['status'] = 'error: no'
+        code,out,err = shell('predict', 'm', study[0]/'images/c0.nii', tmp_path/'o.csv')
+        assert code==1 and 'error: no' in err and not out and not list(tmp_path.iterdir())
+
+    @pytest.mark.skipif(sys.platform!='linux', reason='names of any bytes')
+    def test_a_name_of_bytes_that_are_no_letters(self, shell, classifier, study, tmp_path):
+        (tmp_path/'in').mkdir()
+        shutil.copy(study[0]/'images/c0.nii', os.fsencode(tmp_path/'in')+b'/c\xff.nii')
+        code,_,err = shell('predict', 'm', tmp_path/'in', tmp_path/'o.csv', '--images', '*.nii')
+        assert code==0 and '\\udcff' in (tmp_path/'o.csv').read_text()
+
+    def test_no_sign_for_the_terminal_is_passed_on(self, shell, classifier, study, tmp_path):
+        classifier['status'] = 'error: \x1b]0;owned\x07'
+        err = shell('predict', 'm', study[0]/'images/c0.nii', tmp_path/'o.csv')[2]
+        assert '\\x1b]0;owned\\x07' in err and err.rstrip('\n').isprintable()
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='pipes of POSIX')
+def test_a_pipe_is_no_file_to_replace(shell, model, study, tmp_path):
+    os.mkfifo(tmp_path/'o.nii.gz')
+    code,_,err = shell('predict', model, study[0]/'images/c0.nii', tmp_path/'o.nii.gz', '--overwrite')
+    assert code==2 and 'found a named pipe' in err and (tmp_path/'o.nii.gz').is_fifo()
+
+def test_check_keeps_what_it_found_where_it_is_told(shell, study, tmp_path):
+    assert shell('check', study[0], *words_of(study, '--cache', tmp_path/'s'))[0] in (0,1)
+    assert (tmp_path/'s/facts').is_dir()
+
+@pytest.mark.skipif(sys.platform=='win32', reason='descriptors of POSIX')
+class TestStreams:
+    def run(self, code, *args, **kwargs):
+        return subprocess.run([sys.executable, '-c', code, *map(str, args)], env=ENV, capture_output=True, text=True,
+                              **kwargs)
+
+    def test_no_file_gets_the_number_of_a_closed_stream(self, tmp_path):
+        "What a library writes to 2 would stand in it"
+        r = self.run("""import os, sys
+for i in range(3): os.close(i)
+sys.stdin = sys.stdout = sys.stderr = None
+import fastmed.cli
+fastmed.cli.main(['--version'])
+fd = os.open(sys.argv[1], os.O_CREAT|os.O_WRONLY)
+os.write(fd, str(fd).encode())""", tmp_path/'fd')
+        assert int((tmp_path/'fd').read_text())>2, r
+
+    @pytest.mark.parametrize('where', ['pipe','full'])
+    def test_nobody_reads(self, study, where):
+        "As before `| head`: quiet, with the code of every other program; a full disk is told"
+        if where=='full' and not Path('/dev/full').exists(): pytest.skip('needs /dev/full')
+        r,w = os.pipe()
+        os.close(r)
+        if where=='full': w = os.open('/dev/full', os.O_WRONLY)
+        p = subprocess.run([sys.executable, '-m', 'fastmed', 'check', study[0], *words_of(study)], env=ENV, stdout=w,
+                           stderr=subprocess.PIPE, text=True)
+        os.close(w)
+        assert (p.returncode, p.stderr)==(141, '') if where=='pipe' else p.returncode==2 and 'No space left' in p.stderr
+
+def test_a_module_of_the_folder_one_stands_in_is_not_run(tmp_path):
+    "`python -m` puts that folder first"
+    (tmp_path/'argparse.py').write_text("open('ran', 'w')")
+    r = subprocess.run([sys.executable, '-m', 'fastmed', '--version'], env=ENV, cwd=tmp_path, capture_output=True,
+                       text=True)
+    assert r.stdout.startswith('fastmed') and not (tmp_path/'ran').exists(), r
+
+def test_a_report_of_somebody_is_kept(shell, study, tmp_path, monkeypatch):
+    "Before anything is trained; the next one replaces its own"
+    import fastmed.all
+    from fastmed.plot import html_report
+    class Trained(Exception): pass
+    def comparison(*args, **kwargs): raise Trained
+    monkeypatch.setattr(fastmed.all, 'Comparison', comparison)
+    plan,report = tmp_path/'plan.toml',tmp_path/'index.html'
+    plan.write_text(f"data = '{study[0]}'\nimages = 'images/*.nii'\nmasks = 'labels/*.nii'\nreport = 'index.html'\n")
+    report.write_text('of somebody')
+    code,_,err = shell('compare', plan)
+    assert code==2 and '--overwrite' in err and report.read_text()=='of somebody'
+    with pytest.raises(Trained): shell('compare', plan, '--overwrite')
+    html_report(report, 'a', 'b', {})
+    with pytest.raises(Trained): shell('compare', plan)
+    plan.write_text('df = 1\n'+plan.read_text())
+    code,_,err = shell('compare', plan)
+    assert code==2 and 'df: a plan does not say this' in err
+
+class TestTraining:
+    def words(self, study, tmp_path, *more):
+        return ['train', study[0], *words_of(study, '--out', tmp_path/'m.safetensors', '--epochs', 2, '--cache',
+                                             tmp_path/'s', '--spacing', 1.25, '--workers', 0, *more)]
+
+    def test_two_of_one_name_at_once(self, shell, study, tmp_path):
+        "The second is told so before it trains"
+        from fastmed.core import beside
+        with beside(tmp_path/'m.safetensors', alone=True):
+            code,out,err = shell(*self.words(study, tmp_path))
+        assert code==2 and 'another process' in err and not out
+
+    @pytest.mark.skipif(sys.platform=='win32', reason='signals of POSIX')
+    @pytest.mark.parametrize('sign,code', [('SIGINT',130), ('SIGTERM',143)])
+    def test_asked_to_stop(self, shell, study, tmp_path, monkeypatch, sign, code):
+        "What was learnt so far is kept, though it is no 50th batch"
+        from fastai.learner import Learner
+        was = Learner.one_batch
+        def one_batch(self, i, b):
+            if self.training and i==3: os.kill(os.getpid(), getattr(signal, sign))
+            was(self, i, b)
+        with monkeypatch.context() as m:
+            m.setattr(Learner, 'one_batch', one_batch)
+            res,_,err = shell(*self.words(study, tmp_path))
+        assert res==code and err.endswith('fastmed: stopped\n')
+        assert (tmp_path/'m.safetensors.resume').exists() and not (tmp_path/'m.safetensors').exists()
+        code,_,err = shell(*self.words(study, tmp_path, '--resume'))
+        assert code==0 and (tmp_path/'m.safetensors').exists(), err

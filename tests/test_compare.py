@@ -1,16 +1,39 @@
 "Comparisons: statistics against SciPy, experiments that are killed, twins, and executors."
-import contextlib, json, os, shutil, signal, subprocess, sys
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-import multiprocessing
-import nibabel as nib, numpy as np, pandas as pd, pytest, torch
+
 import forked
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from phantoms import CODES, affine_of, dies, write_case
 from scipy import stats
-from fastmed.all import (Comparison, Findings, LabelEfficiency, anisotropy_shift, bootstrap_means, compare_learners,
-                         group_folds, holm, label_efficiency, load_run, load_volume, paired_comparison, ruled_scores,
-                         slice_consistency, thick_slices)
-from fastmed.study.runs import keep_model
-from phantoms import CODES, affine_of, dies, python, write_case
+
+from fastmed.all import (
+    Comparison,
+    Findings,
+    LabelEfficiency,
+    compare_learners,
+    group_folds,
+    holm,
+    label_efficiency,
+    load_run,
+    load_volume,
+    paired_comparison,
+    ruled_scores,
+    slice_consistency,
+    thick_slices,
+)
+from fastmed.study.arms import keep_model
+
 
 # --- statistics
 def scores(n=40, shift=.01, seed=0):
@@ -34,7 +57,8 @@ def test_interval_is_scipys():
     assert r.mean==pytest.approx((a-b).mean()) and r.median==pytest.approx(np.median(a-b))
 
 def test_subjects_are_drawn_whole():
-    "Each case twice, as two cases of one subject: the interval is that of the cases once; without groups it is narrower by the root of two"
+    """Each case twice, as two cases of one subject: the interval is that of the cases once; without groups it is
+    narrower by the root of two"""
     a,b = scores(40)
     once = paired_comparison(a, b, n_boot=20_000)
     aa,bb,g = np.repeat(a,2),np.repeat(b,2),np.repeat(np.arange(40),2)
@@ -148,10 +172,13 @@ def table(c): return c.results.sort_values(['arm','fold','seed','case','structur
 
 @pytest.mark.slow
 def test_killed_and_started_again(study, whole, tmp_path):
-    "SIGKILL in the middle of the first, the second and the third run, each time started again: the same table, and nothing trained twice"
+    """SIGKILL in the middle of the first, the second and the third run, each time started again: the same table, and
+    nothing trained twice"""
     code = """
-import sys; sys.path.insert(0, sys.argv[2])
-import torch; torch.set_num_threads(1)
+import sys
+sys.path.insert(0, sys.argv[2])
+import torch
+torch.set_num_threads(1)
 from test_compare import make
 import pandas as pd
 make((Path(sys.argv[3]), pd.read_csv(sys.argv[3]+'/cases.csv')), sys.argv[1]).run()
@@ -300,6 +327,7 @@ def forgotten(runs, name):
     for f in [runs/name, *runs.glob('*/run.json')]:
         facts = json.loads(f.read_text())
         assert facts.pop('files')
+        for k in ('sums','seal'): facts.pop(k, None)
         f.write_text(json.dumps(facts))
 
 def test_finished_runs_do_not_stand_for_a_corrected_mask(study, whole, tmp_path):
@@ -448,3 +476,98 @@ def test_report_needs_no_network(whole, tmp_path):
     page = fn.read_text(encoding='utf-8')
     assert 'https:' not in page and 'http:' not in page and '<script' not in page and page.count('data:image/png')>=5
     for word in ('Thicker slices','What it costs','Remedies','Method','staircase'): assert word in page
+
+def test_a_report_reads_each_table_once(study, whole, tmp_path, monkeypatch):
+    "One report of three arms read every table some forty times"
+    c,read = make(study, whole.path.parent),[]
+    own = pd.read_csv
+    monkeypatch.setattr(pd, 'read_csv', lambda *args, **kwargs: (read.append(1), own(*args, **kwargs))[1])
+    c.report(tmp_path/'r.html', pictures=0)
+    # results, slices and remedied of four runs
+    assert 0<len(read)<=3*len(c.plan)
+    c.summary()
+    assert len(read)<=3*len(c.plan)
+
+def test_a_table_that_is_changed_by_hand_does_not_change_the_findings(study, whole):
+    c = make(study, whole.path.parent)
+    t = c.results
+    t['dice'] = 0.
+    pd.testing.assert_frame_equal(c.results, whole.results)
+
+def test_a_run_that_was_written_anew_is_read_again(study, whole, tmp_path):
+    "What was read once is not kept against what is there now"
+    c = make(study, tmp_path)
+    shutil.copytree(whole.path, c.path)
+    before = c.results
+    fn = next(c.path.glob('3D, fold 0*'))/'results.csv'
+    pd.read_csv(fn).assign(dice=.25).to_csv(fn, index=False)
+    with pytest.raises(ValueError, match='is not what this run wrote'): c.summary()
+    shutil.rmtree(fn.parent)
+    assert len(c.results)<len(before)
+
+def test_one_arm_alone_has_an_answer_and_a_report(tmp_path):
+    "It said that it expected two arms"
+    rows = [dict(arm='A', fold=0, seed=0, case=f'c{i}', subject=f's{i}', structure='x', dice=.5, hd95=3., nsd=.5,
+                 volume_mm3=1., target_mm3=1., status='ok') for i in range(4)]
+    f = Findings(pd.DataFrame(rows))
+    assert f.answer()=='On 4 held-out cases of 4 subjects A reached a mean Dice of 0.500.'
+    assert f.best().sentence.endswith('what the arms cost is not known.')
+    assert '4 held-out cases' in f.report(tmp_path/'r.html').read_text(encoding='utf-8')
+
+def test_label_efficiency_refuses_a_table_that_is_cut_off(tmp_path):
+    "It went on with the cases that were left"
+    df = pd.DataFrame(dict(case=[f'c{i}' for i in range(8)], subject=[f's{i}' for i in range(8)],
+                           test=[i<4 for i in range(8)]))
+    rows = pd.DataFrame(dict(case=df.case[:4], target=[0,1,0,1], prob_0=[.9,.1,.9,.1], prob_1=[.1,.9,.1,.9],
+                             status='ok'))
+    def made(d): return Answers(rows)
+    def run(): return label_efficiency(df, (2,), repeats=1, make=made, budget=dict(updates=1), valid_col='test',
+                                       path=tmp_path/'e')
+    assert run().summary().score.item()==1
+    fn, = (tmp_path/'e').glob('scratch*.csv')
+    fn.write_bytes(fn.read_bytes()[:-30])
+    with pytest.raises(ValueError, match='expected whole lines'): run()
+
+def test_numbers_of_label_efficiency_stay():
+    "To the digit, as version 0.1.0 gave them"
+    t = pd.DataFrame([dict(init=i, size=5, repeat=r, case=f'c{c}', subject=f's{c//2}', target='ab'[c%2], pred='a',
+                           prob_a=1-p, prob_b=p, status='ok')
+                      for i in ('scratch','better') for r in range(2) for c in range(20)
+                      for p in [((c%2)*(.9 if i=='better' else .1)+(c*7%20)/20)/2]])
+    e = LabelEfficiency(t, n_boot=200)
+    found = e.summary().set_index('init').loc['scratch', ['score','low','high']].tolist()
+    assert found==pytest.approx([.64,.35,.89025], abs=1e-12)
+    assert e.gain()[['gain','low','high']].values[0]==pytest.approx([.36,.10975,.65], abs=1e-12)
+    rows = [dict(init='scratch', size=5, repeat=r, case=f'c{i}', subject=f's{i//2}', structure=s,
+                 dice=.8+.01*i+.003*r, status='ok') for i in range(6) for r in (0,1) for s in 'xy']
+    rows[0].update(dice=np.nan, status='error: gone')
+    found = LabelEfficiency(pd.DataFrame(rows), n_boot=100).summary()[['score','low','high','sd']].values[0]
+    assert found==pytest.approx([.793166666667,.7065,.8465,.049261772423], abs=1e-12)
+
+def _edited(name, edit):
+    def go(run):
+        t = pd.read_csv(run/name)
+        edit(t).to_csv(run/name, index=False)
+    return go
+
+def _other_cost(run):
+    notes = json.loads((run/'run.json').read_text())
+    (run/'run.json').write_text(json.dumps(dict(notes, cost=dict(notes['cost'], predict_s=0.))))
+
+@pytest.mark.parametrize('name,doctor,ask', [
+    ('results.csv', _edited('results.csv', lambda t: t.assign(dice=.99)), lambda c: c.summary()),
+    ('results.csv', _edited('results.csv', lambda t: t.assign(dice=float('nan'))), lambda c: c.results),
+    ('results.csv', _edited('results.csv', lambda t: t.assign(subject='one')), lambda c: c.paired()),
+    ('results.csv', _edited('results.csv', lambda t: t.drop(columns='dice')), lambda c: c.best()),
+    ('slices.csv', _edited('slices.csv', lambda t: t[t.case!=t.case[0]]), lambda c: c.slices),
+    ('remedied.csv', _edited('remedied.csv', lambda t: t.assign(dice=3.)), lambda c: c.remedied),
+    ('model.safetensors', lambda run: shutil.copy(run.parent/'2D, fold 0, seed 0/model.safetensors', run),
+     lambda c: c.learner('3D')),
+    ('run.json', _other_cost, lambda c: c.cost)])
+def test_what_a_finished_run_did_not_write_is_noticed(study, whole, tmp_path, name, doctor, ask):
+    "Scores or a model that somebody put in the place of those of a run do not stand for it"
+    c = make(study, tmp_path)
+    shutil.copytree(whole.path, c.path)
+    ask(c)
+    doctor(c.path/'3D, fold 0, seed 0')
+    with pytest.raises(ValueError, match=f'3D, fold 0, seed 0/{name}'): ask(c)

@@ -1,9 +1,16 @@
-"On a GPU: the answers of the CPU, training of every kind, files that move between the two, memory. Skipped where there is none."
+"""On a GPU: the answers of the CPU, training of every kind, files that move between the two, memory. Skipped where
+there is none."""
 import gc
-import numpy as np, pandas as pd, pytest, torch
-from torch import Tensor
-from fastmed.all import *
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
 from phantoms import CODES, affine_of, python, write_case
+from torch import Tensor
+
+from fastmed.all import *
+
 for k in [o for o in globals() if o.startswith('test')]: del globals()[k]    # fastcore's own
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')

@@ -1,9 +1,27 @@
 "Cohort, phantoms and downloads: determinism, no folding, exact labels; and a hostile server on loopback"
-import functools, gzip, hashlib, http.server, io, os, signal, stat, subprocess, sys, tarfile, threading, time, zipfile
+import functools
+import hashlib
+import http.server
+import io
+import os
+import signal
+import stat
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import zipfile
 from pathlib import Path
-import nibabel as nib, numpy as np, pandas as pd, pytest
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+
 from fastmed.data import datasets as D
-from fastmed.data.datasets import URLs, cohort, deformation, phantom, smooth_field, sphere, sphere_dice, untar_data
+from fastmed.data.datasets import URLs, cohort, deformation, phantom, sphere, sphere_dice, untar_data
+
 
 def digests(p):
     return {str(f.relative_to(p)): hashlib.md5(f.read_bytes()).hexdigest() for f in sorted(Path(p).rglob('*'))

@@ -1,16 +1,47 @@
 "DICOM: what lies in a tree, how slices stack, what is refused and why, segmentations, and nobody's name."
-import os, shutil, subprocess, sys, warnings
+import shutil
+import sys
+import warnings
 from pathlib import Path
-import nibabel as nib, numpy as np, pandas as pd, pytest, torch
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
 pydicom = pytest.importorskip('pydicom')
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence
-from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittleEndian, JPEGLSLossless, HTJ2K, MRImageStorage, RLELossless, generate_uid
-import fastmed.io.dicom
-from fastmed.all import (DicomSeries, FastmedError, FileError, InputError, ArgumentError, TensorVolumeMask,
-                         check_dataset, dicom_series, load_dicom_seg, load_mask, load_volume, orientation_of,
-                         read_header, save_dicom_seg, save_volume, scan_dicom, spacing_of,
-                         to_orientation)
+from pydicom.uid import (
+    HTJ2K,
+    CTImageStorage,
+    EnhancedCTImageStorage,
+    ExplicitVRLittleEndian,
+    JPEGLSLossless,
+    MRImageStorage,
+    RLELossless,
+    generate_uid,
+)
+
+import fastmed.io.series
+from fastmed.all import (
+    ArgumentError,
+    FastmedError,
+    FileError,
+    InputError,
+    TensorVolumeMask,
+    check_dataset,
+    dicom_series,
+    load_dicom_seg,
+    load_mask,
+    load_volume,
+    read_header,
+    save_dicom_seg,
+    save_volume,
+    scan_dicom,
+    to_orientation,
+)
 from fastmed.cli import main
 
 NAME,ID,BIRTH = 'Plantedname^Gertrud','PID-4711-PLANTED','19430217'
@@ -32,7 +63,9 @@ def header(uid=None, series=None, study=None, frame=None, cls=CTImageStorage, mo
     ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID = uid or generate_uid()
     ds.SeriesInstanceUID,ds.StudyInstanceUID,ds.FrameOfReferenceUID = (series or generate_uid(),study or generate_uid(),
             frame or generate_uid())
-    ds.Modality,ds.PatientName,ds.PatientID,ds.PatientBirthDate,ds.PatientSex,ds.ReferringPhysicianName,ds.AccessionNumber,ds.StudyID,ds.InstitutionName = ((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((modality,NAME,ID,BIRTH,'F','Plantedname^Doctor','PID-4711-ACC','1','Plantedname Clinic'))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))
+    ds.Modality,ds.PatientName,ds.PatientID,ds.PatientBirthDate,ds.PatientSex = modality,NAME,ID,BIRTH,'F'
+    ds.ReferringPhysicianName,ds.AccessionNumber,ds.StudyID = 'Plantedname^Doctor','PID-4711-ACC','1'
+    ds.InstitutionName = 'Plantedname Clinic'
     ds.StudyDate,ds.StudyTime,ds.SeriesDescription,ds.SeriesNumber,ds.ImageType,ds.PositionReferenceIndicator = (
             '20200101','120000','head thin',3,['ORIGINAL','PRIMARY','AXIAL'],'')
     ds.Manufacturer = 'Maker'
@@ -50,8 +83,8 @@ def pixels(ds, a, stored=16, signed=False, high=0):
     return ds
 
 def write(path, vol=None, plane='axial', px=(.7,.9), gap=2.5, origin=(-30.,20.,100.), seed=0, at=None, shear=0.,
-          slope=lambda k: 1., inter=lambda k: -1024., names=None, each=lambda ds, k: None, drop=(), bits={}, uids=None,
-          **kw):
+          slope=lambda k: 1., inter=lambda k: -1024., names=None, each=lambda ds, k: None, drop=(), bits=None,
+          uids=None, **kw):
     "A series on disk in shuffled order of names; gives (volume of physical values (X,Y,Z), affine)"
     path.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
@@ -63,7 +96,7 @@ def write(path, vol=None, plane='axial', px=(.7,.9), gap=2.5, origin=(-30.,20.,1
     for k in range(vol.shape[2]):
         if k in drop: continue
         ds = header(**ids, **kw)
-        pixels(ds, vol[:,:,k], **bits)
+        pixels(ds, vol[:,:,k], **(bits or {}))
         ds.ImagePositionPatient = [f'{o:.8g}'[:16] for o in np.array(origin)+n*t[k]+q*shear*t[k]]
         ds.ImageOrientationPatient = [f'{o:.9f}'[:16] for o in (*r,*q)]
         ds.PixelSpacing = [px[1],px[0]]
@@ -266,7 +299,7 @@ def ball(aff, shape, center, radius):
 def test_regridded_anatomy_is_where_it_was(plane, tilt, at, tmp_path):
     "A ball, imaged by slices that are sheared and unevenly spaced, is a ball of the same size at the same place"
     r,q,n = axes_of(plane)
-    origin,px,shape = np.array((-30.,20,100)),(.9,1.1),(60,50,20)
+    origin,px = np.array((-30.,20,100)),(.9,1.1)
     t = 2.*np.arange(20) if at is None else np.array(at)
     sh = np.tan(np.radians(tilt))
     center = origin+r*27+q*(27+sh*18)+n*18
@@ -388,9 +421,11 @@ def test_undecodable_names_syntax_and_package(tmp_path):
 def test_each_file_is_read_once(tmp_path, monkeypatch):
     vol,_ = write(tmp_path/'s', np.random.default_rng(0).integers(0, 99, (5,4,60)))
     seen = []
-    old = fastmed.io.frames._read
-    monkeypatch.setattr(fastmed.io.frames, '_read',
-                        lambda fn, tags, pixels=False: (seen.append((Path(fn).name, pixels)), old(fn, tags, pixels))[1])
+    old = fastmed.io.frames.read_elements
+    def read(fn, tags, pixels=False):
+        seen.append((Path(fn).name, pixels))
+        return old(fn, tags, pixels)
+    for module in (fastmed.io.frames, fastmed.io.formats): monkeypatch.setattr(module, 'read_elements', read)
     s = scan_dicom(tmp_path).series[0]
     assert len(seen)==60 and not any(p for _,p in seen)
     assert np.array_equal(load_volume(s)[0].numpy(), vol) and len(seen)==120 and len({n for n,p in seen if p})==60
@@ -502,17 +537,18 @@ def test_identity_in_a_segmentation(tmp_path):
     a,k = pydicom.dcmread(tmp_path/'a.dcm'),pydicom.dcmread(save_dicom_seg(m, tmp_path/'s', tmp_path/'b.dcm',
             strip_identity=False))
     src = pydicom.dcmread(next((tmp_path/'s').iterdir()))
-    assert (a.PatientName,a.PatientID,a.PatientBirthDate)==('','',
-                                                            '') and a.PatientIdentityRemoved=='YES' and a.StudyInstanceUID==src.StudyInstanceUID==k.StudyInstanceUID and len(a.ReferencedSeriesSequence[0].ReferencedInstanceSequence)==7
+    assert (a.PatientName,a.PatientID,a.PatientBirthDate)==('','','') and a.PatientIdentityRemoved=='YES'
+    assert a.StudyInstanceUID==src.StudyInstanceUID==k.StudyInstanceUID
+    assert len(a.ReferencedSeriesSequence[0].ReferencedInstanceSequence)==7
     assert (k.PatientName,k.PatientID,k.PatientBirthDate)==(NAME,ID,BIRTH)
     write(tmp_path/'u', PatientName='Müller^Jörg', SpecificCharacterSet='ISO_IR 100')
     assert str(pydicom.dcmread(save_dicom_seg(m, tmp_path/'u', tmp_path/'u.dcm',
                                               strip_identity=False)).PatientName)=='Müller^Jörg'
 
-def test_identity_stays_in_the_files(tmp_path, capfd, cache):
-    "Nothing of the patient in tables, NIfTI, reports, logs, exported models; the words are planted in every header, and an invalid birth date makes others warn"
-    from fastmed.all import VolumeDataLoaders, unet3d_learner, save_model
-    rows = []
+def test_identity_stays_in_the_files(tmp_path, capfd, cache):    # a table  # noqa: PLR0915
+    """Nothing of the patient in tables, NIfTI, reports, logs, exported models; the words are planted in every header,
+    and an invalid birth date makes others warn"""
+    from fastmed.all import VolumeDataLoaders, save_model, unet3d_learner
     for i in range(4):
         v = np.random.default_rng(i).integers(0, 500, (16,16,16))
         v[4:12,4:12,4:12] += 800
@@ -612,7 +648,7 @@ def test_real_series(data, tmp_path):
     inv = np.linalg.inv(np.diag([-1,-1,1,1.])@x.affine)
     from scipy.ndimage import map_coordinates
     # each slice again, read off the upright box at its own place
-    for k,(o,a) in enumerate(zip(s.frames, fastmed.io.dicom._frame_images(s.frames))):
+    for k,(o,a) in enumerate(zip(s.frames, fastmed.io.series._frame_images(s.frames))):
         if k%6: continue
         i,j = np.meshgrid(np.arange(0, 512, 4), np.arange(0, 512, 4), indexing='ij')
         w = np.array(o.position)+i[...,None]*o.px[0]*np.array(o.axes[:3])+j[...,None]*o.px[1]*np.array(o.axes[3:])
@@ -640,8 +676,20 @@ def test_a_damaged_header_is_refused_not_guessed(tmp_path):
     assert read_header(f)['spacing'][2]==1. and load_volume(f).spacing[2]==1.
 
 @pytest.mark.parametrize('tag,values', [('FrameOfReferenceUID', ('1.2.3','1.2.4')), ('Modality', ('CT','MR')),
-        ('PhotometricInterpretation', ('MONOCHROME1','MONOCHROME2')), ('Units', ('BQML','CNTS'))])
+        ('PhotometricInterpretation', ('MONOCHROME1','MONOCHROME2')), ('Units', ('BQML','CNTS')),
+        ('ConvolutionKernel', ('B30f','B70f')), ('KVP', ('80','120'))])
 def test_images_that_do_not_belong_together_are_no_volume(tag, values, tmp_path):
     "They were stacked without a word: two places or two meanings of a number in one volume"
     write(tmp_path, each=lambda ds, k: setattr(ds, tag, values[k%2]))
     with pytest.raises(ValueError, match=tag): load_volume(tmp_path)
+
+def test_two_kernels_at_the_same_places_are_two_parts(tmp_path):
+    "One acquisition, reconstructed soft and sharp into one series"
+    for kernel,value in (('B30f',10), ('B70f',20)):
+        write(tmp_path/kernel, np.full((4,4,3), value), inter=lambda k: 0.,
+              uids=dict(series='1.2.3', study='1.2.4', frame='1.2.5'),
+              each=lambda ds, _, kernel=kernel: setattr(ds, 'ConvolutionKernel', kernel))
+    s = scan_dicom(tmp_path).series[0]
+    with pytest.raises(ValueError, match='split.*ConvolutionKernel B30f'): load_volume(s)
+    parts = {o.part:float(load_volume(o).max()) for o in s.split()}
+    assert parts=={'ConvolutionKernel B30f':10., 'ConvolutionKernel B70f':20.}

@@ -11,7 +11,16 @@ from pydicom.sequence import Sequence
 from test_dicom import by_frames, enhanced, write
 from test_frames import mosaic
 
-from fastmed.all import InputError, TensorVolumeMask, dicom_series, load_dicom_seg, load_volume, save_dicom_seg, scan_dicom
+from fastmed.all import (
+    InputError,
+    TensorVolumeMask,
+    dicom_series,
+    load_dicom_seg,
+    load_volume,
+    save_dicom_seg,
+    scan_dicom,
+)
+
 
 def mask_on(t, top=3):
     a = np.random.default_rng(5).integers(0, top+1, t.shape[1:])
@@ -126,8 +135,9 @@ def marker(vr):
                 UI='1.2.974133.974133').get(vr)
 
 def plant(ds, skip):
-    "Every element of the standard that `ds` has not, in the groups that describe patient, study, series, equipment and image"
-    for tag,(vr,vm,name,retired,keyword) in DicomDictionary.items():
+    """Every element of the standard that `ds` has not, in the groups that describe patient, study, series, equipment
+    and image"""
+    for tag,(vr,_vm,_name,_retired,keyword) in DicomDictionary.items():
         if tag>>16 not in (0x0008,0x0010,0x0012,0x0018,0x0020,0x0032,0x0038,0x0040,0x0054,0x0088,0x0400,
                            0x4008) or not keyword or keyword in skip or keyword in ds:
             continue
@@ -142,7 +152,8 @@ def found(b): return [o for o in (MARK,'19430217','041337','097Y','97.4133','974
 
 @pytest.mark.parametrize('kind', ['slices','multi-frame'])
 def test_nothing_of_the_patient_is_in_a_segmentation(kind, tmp_path):
-    "Each element of the standard holds a marker in the source, and none is in the segmentation (PS3.15, table E.1-1); UIDs by which it is found stay"
+    """Each element of the standard holds a marker in the source, and none is in the segmentation (PS3.15, table E.1-1);
+    UIDs by which it is found stay"""
     skip = ('SpecificCharacterSet','TimezoneOffsetFromUTC','NumberOfFrames','ImagePositionVolume','FrameOfReferenceUID',
             'SOPClassUID','SpacingBetweenSlices','TransferSyntaxUID','GridFrameOffsetVector','RescaleType',
             'ImagerPixelSpacing','NominalScannedPixelSpacing','ImagePlanePixelSpacing','ImageOrientationPatient',

@@ -1,12 +1,47 @@
-"A disk that is full or read-only, a destination that is a folder: one clear error, the old file as it was, nothing half-written beside it."
-import contextlib, errno, functools, gc, hashlib, time, http.server, os, shutil, subprocess, sys, tarfile, threading
-from pathlib import Path
-import numpy as np, pandas as pd, pytest, torch
-from fastmed.all import (Callback, Comparison, FastmedError, FileError, PictureCallback, Preprocess, ResumeCallback,
-                         Store, TensorVolume, TensorVolumeMask, beside, check_dataset, cohort, html_report,
-                         label_values, load_volume,
-                         phantom, save_model, save_volume, untar_data, whole_file, whole_folder)
+"""A disk that is full or read-only, a destination that is a folder: one clear error, the old file as it was, nothing
+half-written beside it."""
+import contextlib
+import errno
+import functools
+import gc
+import hashlib
+import http.server
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
 from phantoms import CODES, write_case
+
+from fastmed.all import (
+    Comparison,
+    FastmedError,
+    FileError,
+    PictureCallback,
+    Preprocess,
+    ResumeCallback,
+    Store,
+    TensorVolume,
+    TensorVolumeMask,
+    beside,
+    check_dataset,
+    html_report,
+    label_values,
+    load_volume,
+    save_model,
+    save_volume,
+    untar_data,
+    whole_file,
+)
+from fastmed.core import whole_folder
+
 
 @contextlib.contextmanager
 def disk(path, size):
@@ -41,7 +76,7 @@ def read_only(path):
     "The disk, not to be written; root would pass by the permissions of a folder"
     def go(how):
         # a file that is just being closed keeps the disk busy
-        for k in range(50):
+        for _k in range(50):
             r = subprocess.run(['mount','-o',f'remount,{how}',str(path)], capture_output=True, text=True)
             if not r.returncode: return
             gc.collect()
@@ -75,7 +110,7 @@ def web(tmp_path_factory):
 
 NOISE = np.random.default_rng(0).normal(size=(40,40,40)).astype(np.float32)
 
-def writers(learner, scans, web):
+def writers(learner, scans, web):    # a table  # noqa: PLR0915
     "name → (function of a folder that writes there, what the error must name)"
     p,df = scans
     ims = [str(p/o) for o in df.image]
@@ -129,7 +164,7 @@ def writers(learner, scans, web):
             'check html':(lambda d: check_dataset(df.assign(image=ims, mask=ms), CODES).html(d/'c.html'), 'c.html'),
             'untar_data':(lambda d: untar_data(web[0], base=d, checksum=web[1]), 'big')}
     with contextlib.suppress(ImportError):
-        import safetensors
+        import safetensors  # noqa: F401
         res['save_model'] = (lambda d: save_model(learner(3), d/'m.safetensors'), 'm.safetensors')
     return res
 
@@ -151,7 +186,8 @@ def clear(path):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_full(small, writer, name):
-    "Full to the last byte, and with a little room, so that it breaks off in the middle: what is there afterwards is whole"
+    """Full to the last byte, and with a little room, so that it breaks off in the middle: what is there afterwards is
+    whole"""
     go,word = writer(name)
     for left in (0, 8192):
         with filled(small, left):
@@ -228,6 +264,17 @@ def test_larger_than_allowed(tmp_path):
             f.write(bytes(10**5))
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert e.value.errno==errno.EFBIG and not list(tmp_path.iterdir())
+
+def test_larger_than_allowed_by_numpy(tmp_path):
+    "Which does not say why its bytes were not written"
+    resource = pytest.importorskip('resource')
+    soft,hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+        with pytest.raises(FileError, match='could not be written: it would be larger') as e, \
+             whole_folder(tmp_path/'a') as d: np.save(d/'data.npy', NOISE)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert e.value.errno==errno.EFBIG
 
 def test_read_only_stores_serve(small, scans):
     "A store and a download that are whole are read from a read-only disk"

@@ -1,17 +1,23 @@
-"Adapted and inflated networks equal their parents; encoders by name train, move between tasks and ship; foreign checkpoints load by matching names."
+"""Adapted and inflated networks equal their parents; encoders by name train, move between tasks and ship; foreign
+checkpoints load by matching names."""
 import pickle
 from copy import deepcopy
-import numpy as np, pytest, torch
-from torch import nn, Tensor
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
 from fastmed.all import *
+
 # fastcore's own, which pytest would collect
 for _n in [n for n in globals() if n.startswith('test')]:
     del globals()[_n]
-from fastmed.models.adapt import standardized_weight
-from phantoms import python, shaken
+from phantoms import shaken
+
 
 def made(name, **kwargs):
-    import timm
+    import timm  # noqa: F401
     torch.manual_seed(0)
     return shaken(timm.create_model(name, **kwargs))
 
@@ -104,7 +110,6 @@ def test_inflated_along_any_axis(axis):
 
 def test_whole_networks_and_others():
     import torchvision
-    from monai.networks.nets import BasicUNet, EfficientNetBN
     for net in (made('resnet10t'), made('mobilenetv3_small_050'), shaken(torchvision.models.resnet18()),
             shaken(torchvision.models.squeezenet1_1()),
             shaken(nn.Sequential(nn.Conv2d(3,4,3,padding='same'), nn.AvgPool2d(3,2,1,ceil_mode=True),
@@ -118,7 +123,7 @@ def test_whole_networks_and_others():
         ('mobilevit_xxs','MobileVitBlock'), ('inception_v3','InceptionA'), ('efficientvit_b0','LiteMLA'),
         ('hgnetv2_b0','StemV2')])
 def test_no_third_axis_is_said(name, says):
-    import timm
+    import timm  # noqa: F401
     net = timm.create_model(name, features_only=True)
     with pytest.raises(InputError, match=f'{says}.*two axes'): inflate(net)
 
@@ -165,8 +170,8 @@ def test_inflated_trains_pickles_and_is_fast():
         ('visformer_tiny',2,(224,224)), ('timm.lcnet_050',3,(20,33,16)), ('resnet10',3,(20,20,9)),
         ('DenseNet121',2,(32,40))])
 def test_a_decoder_on_any_encoder(name, ndim, size):
-    kw = dict(block_config=(2,2,2,2)) if name=='DenseNet121' else dict(widen_factor=.25) if name=='resnet10' else dict(
-            levels=3) if name=='inception_v4' else {}
+    kw = {'DenseNet121':dict(block_config=(2,2,2,2)), 'resnet10':dict(widen_factor=.25),
+          'inception_v4':dict(levels=3)}.get(name, {})
     net,_ = create_network(name, 2, 3, ndim, patch=size, nf=4, **kw)
     x = torch.randn(2,2,*size)
     assert net(x).shape==(2,3,*size)
@@ -197,7 +202,7 @@ def test_names_and_arguments():
         create_encoder('convnext_atto_rms', 1, 2, pretrained=True)
 
 def test_weights_that_cannot_be_fetched(monkeypatch):
-    import timm
+    import timm  # noqa: F401
     real = timm.create_model
     def offline(name, pretrained=False, **kwargs):
         if pretrained: raise ConnectionError('Name or service not known')
@@ -345,6 +350,32 @@ def test_nnssl(tmp_path):
             create_encoder('ResEnc', 1, 3, pretrained=tmp_path/'mae.pth', **{**dict(width=4, blocks=(1,2,1)), **kw})
     with pytest.raises(InputError, match='none of its'): load_weights(UNet(1, 3, nf=4, depth=3), tmp_path/'mae.pth')
 
+@pytest.mark.parametrize('spoilt,says', [
+    (lambda t: t*float('nan'), 'NaN or infinity'), (lambda t: t+float('inf'), 'NaN or infinity'),
+    (lambda t: t.to(torch.complex64), 'complex64'), (lambda t: t.to(torch.int16), 'int16'),
+    (lambda t: t.to_sparse(), 'sparse')])
+def test_what_are_no_weights_is_not_loaded(tmp_path, spoilt, says):
+    "NaN, numbers that would be rounded or lose a part: refused by the name of the tensor, and the network is as it was"
+    from safetensors.torch import save
+    net = UNet(1, 2, nf=4, depth=2)
+    was = {k:v.clone() for k,v in net.state_dict().items()}
+    torch.save({k:spoilt(v) for k,v in was.items()}, tmp_path/'w.pth')
+    with pytest.raises(FileError, match=rf'w.pth: .*{says}'): load_weights(net, tmp_path/'w.pth')
+    enc = {k.removeprefix('encoder.'):spoilt(v) for k,v in was.items() if k.startswith('encoder.')}
+    if says not in ('sparse','complex64'):
+        (tmp_path/'e.safetensors').write_bytes(save(enc, {'fastmed_encoder':'{"what": "x"}'}))
+        with pytest.raises(FileError, match=rf'e.safetensors: .*{says}'): load_encoder(net, tmp_path/'e.safetensors')
+    assert all(torch.equal(v, was[k]) for k,v in net.state_dict().items())
+
+@pytest.mark.parametrize('line', ['{', '['*100_000, '[]', '{}', '7'])
+def test_an_odd_line_of_an_encoder(tmp_path, line):
+    from safetensors.torch import save
+    (tmp_path/'e.safetensors').write_bytes(save({'a':torch.zeros(1)}, {'fastmed_encoder':line}))
+    (tmp_path/'none.pth').write_bytes(b'')
+    net = UNet(1, 2, nf=4, depth=2)
+    with pytest.raises(FileError, match='e.safetensors: its line'): load_encoder(net, tmp_path/'e.safetensors')
+    with pytest.raises(FileError, match='none.pth: no weights'): load_weights(net, tmp_path/'none.pth')
+
 def test_files_that_are_refused(tmp_path):
     net = UNet(1, 2, ndim=2, nf=4, depth=2)
     with pytest.raises(MissingFileError): load_weights(net, tmp_path/'none.pth')
@@ -364,7 +395,7 @@ def test_files_that_are_refused(tmp_path):
     with pytest.raises(InputError, match='no part'): save_encoder(nn.Linear(2,2), tmp_path/'x.safetensors')
 
 def test_timm_files_by_name(tmp_path):
-    import timm
+    import timm  # noqa: F401
     from safetensors.torch import save_file
     for name in ('resnet10t','convnext_atto','mobilenetv3_small_050','vit_tiny_patch16_224'):
         full = made(name)

@@ -1,12 +1,39 @@
 "Ensembles and test-time augmentation: equal members, means by hand, grids, files, memory, uncertainty."
-import gc, pickle
-import numpy as np, pandas as pd, pytest, torch
+import gc
+import pickle
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from phantoms import CODES, Nearest, affine_of, python, write_case
 from torch import Tensor, nn
-from fastmed.all import (MEASURES, TTA, Ensemble, Look, RunningMean, TensorVolume, UNet, UncertainEvaluation,
-                         VolumeDataLoaders, entropy, finds_worst, load_learner, load_model, load_volume, look_back,
-                         look_through, set_seed,
-                         patch_plan, save_model, slide_window, tta_views, unet3d_learner)
-from phantoms import CODES, Edge, Nearest, affine_of, python, write_case
+
+from fastmed.all import (
+    MEASURES,
+    TTA,
+    Ensemble,
+    Look,
+    RunningMean,
+    TensorVolume,
+    UncertainEvaluation,
+    UNet,
+    VolumeDataLoaders,
+    entropy,
+    finds_worst,
+    load_learner,
+    load_model,
+    load_volume,
+    look_back,
+    look_through,
+    patch_plan,
+    save_model,
+    set_seed,
+    slide_window,
+    tta_views,
+    unet3d_learner,
+)
+
 
 def raw(t): return t.as_subclass(Tensor)
 
@@ -147,7 +174,8 @@ def test_one_file_and_a_fresh_process(others, study, tmp_path):
 import sys, torch, numpy as np
 from fastmed.all import *
 torch.set_num_threads({torch.get_num_threads()})
-e = load_model(sys.argv[1]+'/e.safetensors', 'cpu'); m,p = e.predict_volume(sys.argv[2], proba=True)
+e = load_model(sys.argv[1]+'/e.safetensors', 'cpu')
+m,p = e.predict_volume(sys.argv[2], proba=True)
 np.savez(sys.argv[1]+'/there.npz', m=m.numpy(), p=p.numpy(), n=len(e), post=e.post)
 """, tmp_path, fn)
     with np.load(tmp_path/'there.npz') as z:
@@ -169,19 +197,29 @@ np.savez(sys.argv[1]+'/there.npz', m=m.numpy(), p=p.numpy(), n=len(e), post=e.po
 
 @pytest.mark.slow
 def test_memory_is_that_of_one_member_and_the_weights(tmp_path):
-    "The most that a prediction holds, in a fresh process: five members against one, of a scan whose probabilities would be much larger than the weights"
+    """The most that a prediction holds, in a fresh process: five members against one, of a scan whose probabilities
+    would be much larger than the weights"""
     out = python("""
 import sys, torch, numpy as np, nibabel as nib, pandas as pd
 from fastmed.all import *
 from phantoms import write_case
-torch.set_num_threads(1); tmp = Path(sys.argv[1]); codes = ['background']+[str(i) for i in range(1,24)]
+torch.set_num_threads(1)
+tmp = Path(sys.argv[1])
+codes = ['background']+[str(i) for i in range(1,24)]
 rows = [dict(write_case(tmp, f'c{i}', shape=(24,24,24), seed=i)) for i in range(2)]
-dls = VolumeDataLoaders.from_df(pd.DataFrame(rows), path=tmp, codes=codes, patch=24, bs=1, samples_per_case=1, spacing=None, normalize='zscore', valid_pct=.5, cache=tmp/'s', device='cpu')
+dls = VolumeDataLoaders.from_df(pd.DataFrame(rows), path=tmp, codes=codes, patch=24, bs=1, samples_per_case=1,
+                                spacing=None, normalize='zscore', valid_pct=.5, cache=tmp/'s', device='cpu')
 for i in range(5): unet3d_learner(dls, nf=2, depth=1).export(f'{i}.pkl')     # small networks: what counts is the scan
-x = TensorVolume(torch.randn(1,96,96,160), affine=np.eye(4)); ens = Ensemble(tmp, trust=True); one = ens[0]
+x = TensorVolume(torch.randn(1,96,96,160), affine=np.eye(4))
+ens = Ensemble(tmp, trust=True)
+one = ens[0]
 one.predict_volume(x, overlap=0)
-def most(l): reset_peak('cpu'); l.predict_volume(x, overlap=0); return peak_memory('cpu')
-a,b = min(most(one) for _ in range(2)),min(most(ens) for _ in range(3))     # the heap's holes and a processor's workspaces differ from call to call
+def most(l):
+    reset_peak('cpu')
+    l.predict_volume(x, overlap=0)
+    return peak_memory('cpu')
+# the heap's holes and a processor's workspaces differ from call to call
+a,b = min(most(one) for _ in range(2)),min(most(ens) for _ in range(3))
 print(a, b, sum(o.bytes for o in ens.about), 24*x.numel()*4)
 """, tmp_path)
     one,five,weights,probabilities = map(float, out.split()[-4:])
@@ -190,21 +228,30 @@ print(a, b, sum(o.bytes for o in ens.about), 24*x.numel()*4)
 
 @pytest.mark.slow
 def test_members_that_rest_take_no_memory(tmp_path):
-    "Five large members read from files, in a fresh process: less than one in its own, and half the weights; and they answer as Learners in memory do"
+    """Five large members read from files, in a fresh process: less than one in its own, and half the weights; and they
+    answer as Learners in memory do"""
     python("""
 import sys, pandas as pd
 from fastmed.all import *
 from phantoms import write_case
-tmp = Path(sys.argv[1]); rows = [dict(write_case(tmp, f'c{i}', shape=(24,24,24), seed=i)) for i in range(2)]
-dls = VolumeDataLoaders.from_df(pd.DataFrame(rows), path=tmp, codes=['background','large','small'], patch=24, bs=1, samples_per_case=1, spacing=None, valid_pct=.5, cache=tmp/'s', device='cpu')
-for i in range(5): set_seed(i); save_model(unet3d_learner(dls, nf=24, depth=4), tmp/f'{i}.safetensors')
+tmp = Path(sys.argv[1])
+rows = [dict(write_case(tmp, f'c{i}', shape=(24,24,24), seed=i)) for i in range(2)]
+dls = VolumeDataLoaders.from_df(pd.DataFrame(rows), path=tmp, codes=['background','large','small'], patch=24, bs=1,
+                                samples_per_case=1, spacing=None, valid_pct=.5, cache=tmp/'s', device='cpu')
+for i in range(5):
+    set_seed(i)
+    save_model(unet3d_learner(dls, nf=24, depth=4), tmp/f'{i}.safetensors')
 """, tmp_path)
     def most(what):
         return python(f"""
 import sys, torch, numpy as np
 from fastmed.all import *
-torch.set_num_threads(1); files = sorted(Path(sys.argv[1]).glob('*.safetensors')); x = TensorVolume(torch.randn(1,24,24,24, generator=torch.Generator().manual_seed(0)), affine=np.eye(4))
-l = {what}; reset_peak('cpu'); p = l.predict_volume(x, proba=True)[1]
+torch.set_num_threads(1)
+files = sorted(Path(sys.argv[1]).glob('*.safetensors'))
+x = TensorVolume(torch.randn(1,24,24,24, generator=torch.Generator().manual_seed(0)), affine=np.eye(4))
+l = {what}
+reset_peak('cpu')
+p = l.predict_volume(x, proba=True)[1]
 print(peak_memory('cpu'), sum(f.stat().st_size for f in files), p.double().sum().item())
 """, tmp_path).split()[-3:]
     one,weights,_ = map(float, most("load_model(files[0], 'cpu')"))
@@ -250,7 +297,8 @@ def test_looks_change_nothing_of_a_constant(study, loaders, tmp_path, tta):
     assert (raw(p)-torch.linspace(-1, 1, 3).softmax(0).view(1,3,1,1,1)).abs().max()<1e-5
 
 def test_turned_looks_are_undone(tmp_path):
-    "A network that answers voxel by voxel, on a smooth scan: the looks agree where they see it, in 3D, on slices, and with thick slices"
+    """A network that answers voxel by voxel, on a smooth scan: the looks agree where they see it, in 3D, on slices, and
+    with thick slices"""
     g = torch.stack(torch.meshgrid(*[torch.linspace(-2, 2, n) for n in (40,44,36)], indexing='ij'))
     x = torch.sin(g[0])+torch.cos(1.3*g[1])+g[2]
     point = lambda b: torch.cat([-b[:,:1], b[:,:1]], 1)

@@ -1,18 +1,50 @@
-"What files, tables and codes say, and what is refused by name: units, both forms of a header, codes, marks, relative names, layouts."
-import json, os
-import nibabel as nib, numpy as np, pandas as pd, pytest, torch
-from fastai.data.all import DataBlock, RandomSplitter
+"""What files, tables and codes say, and what is refused by name: units, both forms of a header, codes, marks, relative
+names, layouts."""
+import json
+import os
 from pathlib import Path
-from fastmed.all import (ArgumentError, CaseFiles, Comparison, FileError, InputError, PatchTransform, Preprocess,
-                         RadiographDataLoaders, SliceDataLoaders, TensorVolumeMask,
-                         VolumeBlock, VolumeDataLoaders, VolumeMaskBlock, check_dataset, check_same_grid, find_leaks,
-                         label_efficiency, load_mask, load_volume, read_header,
-                         resample_to, resampled_grid, save_volume, scan_decathlon, scan_folder, to_orientation,
-                         unet2d_learner, unet3d_learner)
-from fastmed.core import FastmedError
-from fastmed.study.crossval import CrossValidation
-from fastmed.data.datasets import phantom
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fastai.data.all import DataBlock, RandomSplitter
 from phantoms import CODES, affine_of, write_case
+
+from fastmed.all import (
+    ArgumentError,
+    CaseFiles,
+    Comparison,
+    FileError,
+    InputError,
+    PatchTransform,
+    Preprocess,
+    RadiographDataLoaders,
+    SliceDataLoaders,
+    TensorVolumeMask,
+    VolumeBlock,
+    VolumeDataLoaders,
+    VolumeMaskBlock,
+    check_dataset,
+    check_same_grid,
+    find_leaks,
+    label_efficiency,
+    load_mask,
+    load_volume,
+    read_header,
+    resample_to,
+    resampled_grid,
+    save_volume,
+    scan_decathlon,
+    scan_folder,
+    to_orientation,
+    unet2d_learner,
+    unet3d_learner,
+)
+from fastmed.core import FastmedError
+from fastmed.data.datasets import phantom
+from fastmed.study.crossval import CrossValidation
 
 NESTED = {'background':0, 'WT':[1,2,3], 'TC':[1,3], 'ET':3}
 QUIET = dict(spacing=None, patch=16, bs=2, samples_per_case=1, num_workers=0, device='cpu')
@@ -395,7 +427,8 @@ def test_an_image_of_nibabels_is_taken(tmp_path, learner):
 
 @pytest.fixture
 def named(tmp_path):
-    "Write files of these names, images into `images` and masks into `labels` below a folder each: {'a/images/1.nii.gz': …}"
+    """Write files of these names, images into `images` and masks into `labels` below a folder each:
+    {'a/images/1.nii.gz': …}"""
     im,m = phantom((6,6,6))
     def write(*names):
         for n in names:

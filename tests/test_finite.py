@@ -1,14 +1,30 @@
 "Training that is no longer of numbers stops, says where, and nothing that is not finite is ever saved."
-import re, warnings
+import re
+import warnings
 from pathlib import Path
-import pytest, torch
+
+import pytest
+import torch
 from fastai.callback.all import Callback, SaveModelCallback, TerminateOnNaNCallback
-from fastai.callback.core import CancelStepException
 from fastai.data.all import Transform
-from fastmed.all import (Comparison, InputError, ResumeCallback, TensorVolume, VolumeDataLoaders, SliceDataLoaders,
-                         classifier_learner, load_learner,
-                         save_encoder, save_model, set_seed, unet2d_learner, unet3d_learner)
 from phantoms import CODES
+
+from fastmed.all import (
+    Comparison,
+    InputError,
+    ResumeCallback,
+    SliceDataLoaders,
+    TensorVolume,
+    VolumeDataLoaders,
+    classifier_learner,
+    load_learner,
+    save_encoder,
+    save_model,
+    set_seed,
+    unet2d_learner,
+    unet3d_learner,
+)
+
 
 class Poison(Transform):
     "The patches of some cases are NaN"
@@ -47,7 +63,8 @@ def nan_weight(learn): next(learn.model.parameters()).data.view(-1)[0] = float('
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_the_case_is_named(study, tmp_path, workers):
-    "Of a batch of two the one whose scan is NaN; epoch and batch are those in which it came; the weights are those of before"
+    """Of a batch of two the one whose scan is NaN; epoch and batch are those in which it came; the weights are those of
+    before"""
     learn = make(study, tmp_path, num_workers=workers)
     case = str(learn.dls.train_ds.items['case'].iloc[3])
     learn = make(study, tmp_path, poison=[case], num_workers=workers)
@@ -82,7 +99,8 @@ def test_a_loss_that_is_nan_on_purpose(study, tmp_path):
     assert all(torch.equal(a, b) for a,b in zip(was, learn.model.parameters()))
 
 def test_an_update_that_spoils_the_weights(study, tmp_path):
-    "A finite loss with a gradient that is not: named is the batch of the update, at the next batch or at the end of the epoch"
+    """A finite loss with a gradient that is not: named is the batch of the update, at the next batch or at the end of
+    the epoch"""
     with pytest.raises(InputError, match=r'epoch 0, batch 1 \(.*its update left weights'):
         train(make(study, tmp_path), cbs=At(0, 1, 'before_step', nan_gradient))
     learn = make(study, tmp_path)
@@ -140,7 +158,8 @@ def test_terminate_on_nan_ends_quietly(study, tmp_path):
 
 @pytest.mark.parametrize('every', [None, 1])
 def test_the_last_good_state_stays(study, tmp_path, every):
-    "`ResumeCallback` writes no state of a network that diverged; the same call with the cause mended ends as one that never met it"
+    """`ResumeCallback` writes no state of a network that diverged; the same call with the cause mended ends as one that
+    never met it"""
     whole = make(study, tmp_path/'a')
     train(whole, cbs=ResumeCallback('r.pth', every))
     learn = make(study, tmp_path/'b')
@@ -199,3 +218,30 @@ def test_a_study_names_the_run(study, tmp_path):
                       patch=16, bs=2, nf=4, depth=2, cache=tmp_path/'s', num_workers=0, device='cpu')
     with pytest.raises(InputError, match=r"run 'high, fold \d.*epoch \d+, batch \d+.*case"): comp.run()
     assert comp.plan[comp.plan.arm=='good'].done.any() and not comp.plan[comp.plan.arm=='high'].done.any()
+
+class PoisonBatch(Callback):
+    "One batch of training is NaN or infinite"
+    order = -1
+    def __init__(self, epoch, batch, value=float('nan')): self.at,self.value = (epoch,batch),value
+    def before_batch(self):
+        if self.training and (self.epoch,self.iter)==self.at: self.learn.xb = (torch.full_like(self.xb[0], self.value),)
+
+@pytest.mark.parametrize('batch,value', [(0, float('nan')), (1, float('inf'))])
+def test_batch_norms_learn_nothing_from_a_batch_that_is_no_number(study, tmp_path, batch, value):
+    "Their running averages are changed on the way forward: they are put back, and the batch itself is named"
+    df = study[1].assign(kind=[o%2 for o in range(len(study[1]))])
+    dls = VolumeDataLoaders.from_df(df, study[0], label_col='kind', spacing=2.5, bs=2, num_workers=0, device='cpu',
+                                    cache=tmp_path/'s')
+    for ends in ([], [TerminateOnNaNCallback()]):
+        set_seed(3, reproducible=True)
+        learn,seen = classifier_learner(dls, 'resnet18', path=tmp_path),[]
+        class Watch(Callback):
+            order = -2
+            def before_batch(self):
+                if self.training: seen.append({k:v.clone() for k,v in self.model.state_dict().items()})
+        cbs = [PoisonBatch(0, batch, value), Watch(), *ends]
+        says = rf'epoch 0, batch {batch} \(both counted from 0\), .*: the loss is nan'
+        with (pytest.warns(UserWarning, match=says) if ends else pytest.raises(InputError, match=says)):
+            train(learn, cbs=cbs)
+        assert len(seen)==batch+1
+        assert all(torch.equal(v, seen[-1][k]) for k,v in learn.model.state_dict().items())

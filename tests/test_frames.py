@@ -14,7 +14,7 @@ from pydicom.uid import MRImageStorage, generate_uid
 from test_dicom import axes_of, header, pixels, refused, write
 
 from fastmed.all import FileError, InputError, dicom_series, load_radiograph, load_volume, read_header, scan_dicom
-from fastmed.io.frames import picture_pixels
+from fastmed.io.formats import picture_pixels
 
 LPS = np.diag([-1,-1,1,1.])
 

@@ -1,9 +1,16 @@
-"""Broken on purpose. A few hundred mutated files of every kind that fastmed reads (benchmarks/fuzz.py makes 20,000), the very files that once crashed or hung a library, and headers that promise what neither file nor memory holds.
+"""Broken on purpose. A few hundred mutated files of every kind that fastmed reads (benchmarks/fuzz.py makes 20,000),
+the very files that once crashed or hung a library, and headers that promise what neither file nor memory holds.
 
 Everything is read in a child process: a crash of a library in C is a failed test, not the end of all tests."""
-import gzip, io, json, os, struct, subprocess, sys, zlib
+import json
+import os
+import struct
+import subprocess
+import sys
 from pathlib import Path
-import numpy as np, pytest
+
+import numpy as np
+import pytest
 from phantoms import python
 
 ROOT = Path(__file__).parents[1]
@@ -78,9 +85,13 @@ res = {}
 for p in sorted(Path(sys.argv[1]).iterdir()):
     if p.suffix=='.py': continue
     for f in (read_header, load_volume):
-        try: f(p); res[p.stem] = 'read'
+        try:
+            f(p)
+            res[p.stem] = 'read'
         except FastmedError as e: res[p.stem] = str(e)
-        except Exception as e: res[p.stem] = f'{type(e).__name__}: {e}'; break
+        except Exception as e:
+            res[p.stem] = f'{type(e).__name__}: {e}'
+            break
 print(json.dumps(res))
 """, d).splitlines()[-1])
 
@@ -112,57 +123,101 @@ import numpy as np, nibabel as nib
 from fastmed.core import FastmedError, FileError, ResourceError
 from fastmed.io.volumes import load_volume, load_mask
 import SimpleITK, pydicom
-d = Path(sys.argv[1]); BIG = (30000,30000,3000)
+d = Path(sys.argv[1])
+BIG = (30000,30000,3000)
 def st(k): return int(next(o for o in open('/proc/self/status') if o.startswith(k)).split()[1])*1024
-a = np.arange(60, dtype='<i2').reshape(3,4,5); files = {}
+a = np.arange(60, dtype='<i2').reshape(3,4,5)
+files = {}
 def put(n, b, size=None):
     (d/n).write_bytes(b)
-    if size: os.truncate(d/n, size)                                     # full of holes: the file is as long as the header says, and takes no room
+    # full of holes: the file is as long as the header says, and takes no room
+    if size:
+        os.truncate(d/n, size)
     files[n] = d/n
-n1 = bytearray(nib.Nifti1Image(a, np.eye(4)).to_bytes()); struct.pack_into('<8h', n1, 40, 3, *BIG, 1, 1, 1, 1)
-n2 = bytearray(nib.Nifti2Image(a, np.eye(4)).to_bytes()); struct.pack_into('<8q', n2, 16, 3, 2**40, 2**40, 2**40, 1, 1, 1, 1)
-n3 = bytearray(nib.Nifti2Image(a, np.eye(4)).to_bytes()); struct.pack_into('<8q', n3, 16, 3, 2**62, 4, 2**62, 1, 1, 1, 1)
-put('claim.nii', n1); put('claim2.nii', n2); put('wraps.nii', n3); put('claim.nii.gz', gzip.compress(n1)); put('claim2.nii.gz', gzip.compress(n2))
-put('claim.hdr', n1[:348]); (d/'claim.img').write_bytes(a.tobytes())
-n4 = bytearray(n1); struct.pack_into('<8h', n4, 40, 3, 1000, 1000, 60, 1, 1, 1, 1); put('bomb.nii.gz', gzip.compress(bytes(n4)+bytes(118_000_000), 9))      # 120 MB promised, 118 MB there, packed 1000 times
-n5 = bytearray(n1); struct.pack_into('<8h', n5, 40, 3, 10000, 10000, 400, 1, 1, 1, 1); put('holes.nii', n5, 352+80_000_000_000)
-mha = b'ObjectType = Image\\nNDims = 3\\nBinaryData = True\\nCompressedData = %s\\nElementSpacing = 1 1 1\\nDimSize = 30000 30000 3000\\nElementType = MET_SHORT\\nElementDataFile = LOCAL\\n'
-put('claim.mha', mha%b'False'+bytes(100)); put('packed.mha', mha%b'True'+zlib.compress(bytes(10**6))); put('holes.mha', (mha%b'False').replace(b'30000 30000 3000', b'10000 10000 400'), 80_000_001_000)
+n1 = bytearray(nib.Nifti1Image(a, np.eye(4)).to_bytes())
+struct.pack_into('<8h', n1, 40, 3, *BIG, 1, 1, 1, 1)
+n2 = bytearray(nib.Nifti2Image(a, np.eye(4)).to_bytes())
+struct.pack_into('<8q', n2, 16, 3, 2**40, 2**40, 2**40, 1, 1, 1, 1)
+n3 = bytearray(nib.Nifti2Image(a, np.eye(4)).to_bytes())
+struct.pack_into('<8q', n3, 16, 3, 2**62, 4, 2**62, 1, 1, 1, 1)
+put('claim.nii', n1)
+put('claim2.nii', n2)
+put('wraps.nii', n3)
+put('claim.nii.gz', gzip.compress(n1))
+put('claim2.nii.gz', gzip.compress(n2))
+put('claim.hdr', n1[:348])
+(d/'claim.img').write_bytes(a.tobytes())
+# 120 MB promised, 118 MB there, packed 1000 times
+n4 = bytearray(n1)
+struct.pack_into('<8h', n4, 40, 3, 1000, 1000, 60, 1, 1, 1, 1)
+put('bomb.nii.gz', gzip.compress(bytes(n4)+bytes(118_000_000), 9))
+n5 = bytearray(n1)
+struct.pack_into('<8h', n5, 40, 3, 10000, 10000, 400, 1, 1, 1, 1)
+put('holes.nii', n5, 352+80_000_000_000)
+mha = (b'ObjectType = Image\\nNDims = 3\\nBinaryData = True\\nCompressedData = %s\\nElementSpacing = 1 1 1\\nDimSize = '
+       b'30000 30000 3000\\nElementType = MET_SHORT\\nElementDataFile = LOCAL\\n')
+put('claim.mha', mha%b'False'+bytes(100))
+put('packed.mha', mha%b'True'+zlib.compress(bytes(10**6)))
+put('holes.mha', (mha%b'False').replace(b'30000 30000 3000', b'10000 10000 400'), 80_000_001_000)
 nrrd = b'NRRD0004\\ntype: short\\ndimension: 3\\nsizes: 30000 30000 3000\\nendian: little\\nencoding: %s\\n\\n'
-put('claim.nrrd', nrrd%b'raw'+bytes(100)); put('packed.nrrd', nrrd%b'gzip'+gzip.compress(bytes(10**6))); put('holes.nrrd', (nrrd%b'raw').replace(b'30000 30000 3000', b'10000 10000 400'), 80_000_001_000); put('ascii.nrrd', nrrd%b'ascii'+b'1 2 3 ')
+put('claim.nrrd', nrrd%b'raw'+bytes(100))
+put('packed.nrrd', nrrd%b'gzip'+gzip.compress(bytes(10**6)))
+put('holes.nrrd', (nrrd%b'raw').replace(b'30000 30000 3000', b'10000 10000 400'), 80_000_001_000)
+put('ascii.nrrd', nrrd%b'ascii'+b'1 2 3 ')
 def chunk(t, b): return len(b).to_bytes(4, 'big')+t+b+zlib.crc32(t+b).to_bytes(4, 'big')
-def png(w, h, bits, raw): return b'\\x89PNG\\r\\n\\x1a\\n'+chunk(b'IHDR', struct.pack('>IIBBBBB', w, h, bits, 0, 0, 0, 0))+chunk(b'IDAT', zlib.compress(raw, 9))+chunk(b'IEND', b'')
-put('claim.png', png(2**31-1, 2**31-1, 8, bytes(100))); put('bomb.png', png(100000, 100000, 16, bytes(10**7)))
+def png(w, h, bits, raw):
+    return b'\\x89PNG\\r\\n\\x1a\\n'+chunk(b'IHDR', struct.pack('>IIBBBBB', w, h, bits, 0, 0, 0, 0))+chunk(b'IDAT',
+            zlib.compress(raw, 9))+chunk(b'IEND', b'')
+put('claim.png', png(2**31-1, 2**31-1, 8, bytes(100)))
+put('bomb.png', png(100000, 100000, 16, bytes(10**7)))
 def tif(w, h, comp, n): 
     e = [(256,4,1,w),(257,4,1,h),(258,3,1,8),(259,3,1,comp),(262,3,1,1),(273,4,1,8),(277,3,1,1),(278,4,1,h),(279,4,1,n)]
-    return b'II*\\0'+struct.pack('<I', 8+n)+bytes(n)+struct.pack('<H', len(e))+b''.join(struct.pack('<HHII', *o) for o in e)+bytes(4)
-put('claim.tif', tif(2**31-1, 2**31-1, 1, 100)); put('packed.tif', tif(2**31-1, 2**31-1, 8, 100))
+    return b'II*\\0'+struct.pack('<I', 8+n)+bytes(n)+struct.pack('<H', len(e))+b''.join(struct.pack('<HHII', *o)
+            for o in e)+bytes(4)
+put('claim.tif', tif(2**31-1, 2**31-1, 1, 100))
+put('packed.tif', tif(2**31-1, 2**31-1, 8, 100))
 from pydicom.dataset import Dataset, FileMetaDataset
 def dcm(n, **kw):
-    ds = Dataset(); ds.file_meta = FileMetaDataset(); ds.file_meta.TransferSyntaxUID = '1.2.840.10008.1.2.1'
-    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = '1.2.840.10008.5.1.4.1.1.2'; ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = '1.2.3.4'
+    ds = Dataset()
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = '1.2.840.10008.1.2.1'
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = '1.2.840.10008.5.1.4.1.1.2'
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = '1.2.3.4'
     ds.Modality,ds.StudyInstanceUID,ds.SeriesInstanceUID,ds.InstanceNumber = 'CT','1.2.3','1.2.3.9',1
     ds.ImagePositionPatient,ds.ImageOrientationPatient,ds.PixelSpacing,ds.SliceThickness = [0,0,0],[1,0,0,0,1,0],[1,1],2
-    ds.SamplesPerPixel,ds.PhotometricInterpretation,ds.Rows,ds.Columns,ds.BitsAllocated,ds.BitsStored,ds.HighBit,ds.PixelRepresentation = 1,'MONOCHROME2',4,5,16,16,15,1
+    ds.SamplesPerPixel,ds.PhotometricInterpretation,ds.Rows,ds.Columns = 1,'MONOCHROME2',4,5
+    ds.BitsAllocated,ds.BitsStored,ds.HighBit,ds.PixelRepresentation = 16,16,15,1
     ds.PixelData = bytes(40)
     for k,v in kw.items(): setattr(ds, k, v)
-    pydicom.dcmwrite(d/n, ds, enforce_file_format=True); files[n] = d/n
-dcm('claim.dcm', Rows=65535, Columns=65535); dcm('frames.dcm', NumberOfFrames=2**31-1); dcm('both.dcm', Rows=65535, Columns=65535, NumberOfFrames=30, SpacingBetweenSlices=2); dcm('many.dcm', NumberOfFrames=300, SpacingBetweenSlices=2)
-(d/'series').mkdir(); dcm('series/1.dcm', Rows=60000, Columns=60000); dcm('series/2.dcm', Rows=60000, Columns=60000, SOPInstanceUID='1.2.3.5', ImagePositionPatient=[0,0,2], InstanceNumber=2); del files['series/1.dcm'], files['series/2.dcm']; files['series'] = d/'series'
+    pydicom.dcmwrite(d/n, ds, enforce_file_format=True)
+    files[n] = d/n
+dcm('claim.dcm', Rows=65535, Columns=65535)
+dcm('frames.dcm', NumberOfFrames=2**31-1)
+dcm('both.dcm', Rows=65535, Columns=65535, NumberOfFrames=30, SpacingBetweenSlices=2)
+dcm('many.dcm', NumberOfFrames=300, SpacingBetweenSlices=2)
+(d/'series').mkdir()
+dcm('series/1.dcm', Rows=60000, Columns=60000)
+dcm('series/2.dcm', Rows=60000, Columns=60000, SOPInstanceUID='1.2.3.5', ImagePositionPatient=[0,0,2], InstanceNumber=2)
+del files['series/1.dcm'], files['series/2.dcm']
+files['series'] = d/'series'
 base,vm = st('VmRSS:'),st('VmSize:')
 resource.setrlimit(resource.RLIMIT_AS, (vm+2*2**30,)*2)
 res = {}
 for n,p in files.items():
     for f in (load_volume, load_mask):
-        open('/proc/self/clear_refs', 'w').write('5'); base = st('VmRSS:')
-        try: f(p); kind,msg = 'read',''
+        open('/proc/self/clear_refs', 'w').write('5')
+        base = st('VmRSS:')
+        try:
+            f(p)
+            kind,msg = 'read',''
         except (FileError,ResourceError) as e: kind,msg = type(e).__name__,str(e)
         except Exception as e: kind,msg = 'other',f'{type(e).__name__}: {e}'
         res[f'{n} {f.__name__}'] = [kind, msg, st('VmHWM:')-base]
 print(json.dumps(res))
 """
 def test_headers_that_promise_too_much(tmp_path):
-    "Refused by name, in every format, before anything of that size is allocated: at most 100 MB more, under a limit of 2 GB"
+    """Refused by name, in every format, before anything of that size is allocated: at most 100 MB more, under a limit
+    of 2 GB"""
     res = json.loads(python(CLAIMS, tmp_path).splitlines()[-1])
     assert len(res)>=40
     for k,(kind,msg,grown) in res.items():
@@ -175,6 +230,7 @@ def test_headers_that_promise_too_much(tmp_path):
 def test_a_grid_that_no_memory_holds(tmp_path):
     "A scan of 8 mm brought to a thousandth of a millimetre"
     import torch
+
     from fastmed.core import ResourceError, TensorVolume
     from fastmed.data.preprocess import Preprocess
     with pytest.raises(ResourceError, match='huge.nii.*need'):

@@ -1,21 +1,38 @@
-"Numbers against scikit-learn and by hand, Grad-CAM against planted evidence and another way to reckon it, interpret() on every kind of Learner."
-import numpy as np, pandas as pd, pytest, torch
-import sklearn.metrics as skm
-from torch import nn
-import torch.nn.functional as F
-from PIL import Image
+"""Numbers against scikit-learn and by hand, Grad-CAM against planted evidence and another way to reckon it, interpret()
+on every kind of Learner."""
 import nibabel as nib
-from hypothesis import given, settings, strategies as st
-from fastai.vision.all import load_learner, Interpretation, ClassificationInterpretation, vision_learner
-from fastmed.all import set_seed, InputError, ArgumentError, ColumnError, TensorVolume, SliceDataLoaders, VolumeDataLoaders, unet3d_learner, sphere
+import numpy as np
+import pandas as pd
+import pytest
+import sklearn.metrics as skm
+import torch
+import torch.nn.functional as F
+from fastai.vision.all import ClassificationInterpretation, Interpretation, load_learner, vision_learner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from phantoms import affine_of
+from PIL import Image
+from torch import nn
+
+from fastmed.all import (
+    ArgumentError,
+    ColumnError,
+    InputError,
+    SliceDataLoaders,
+    TensorVolume,
+    VolumeDataLoaders,
+    set_seed,
+    sphere,
+    unet3d_learner,
+)
 from fastmed.data.radiographs import RadiographDataLoaders
-from fastmed.learn.classify import classifier_learner, regression_learner
+from fastmed.learn.classify import classifier_learner
 from fastmed.metrics.curves import *
 from fastmed.metrics.scores import ap_stat, area_under, auc_stat
 from fastmed.metrics.stats import *
 from fastmed.study.gradcam import *
 from fastmed.study.interpret import *
-from phantoms import affine_of, CODES
+
 
 @pytest.fixture(autouse=True, scope='module')
 def quiet():
@@ -98,7 +115,7 @@ def test_confounding_splits_the_area(rows):
     assert np.nansum((a.auc*a.pairs)[['within levels','between levels']])==pytest.approx(a.auc['pooled']
             *a.pairs['pooled'])
     assert c.counts.values.sum()==len(y) and .5<=a.auc['confounder alone']<=1
-    for k,r in c.within.iterrows():
+    for _k,r in c.within.iterrows():
         assert np.isnan(r.auc)==(r.positive in (0,r.n)) and (not np.isnan(r.auc) or 'only' in r.note)
 
 def test_subgroups_keep_the_small_and_the_missing():
@@ -150,7 +167,8 @@ class Tiny(nn.Sequential):
         super().__init__(*block(n_in, 1), *block(nf, 2), *block(nf, 1), pool(1), nn.Flatten(), nn.Linear(nf, n_out))
 
 def test_grad_cam_by_hand():
-    "In-place activations behind the layer change nothing; each item for itself; frozen weights do no harm; the model is left as it was"
+    """In-place activations behind the layer change nothing; each item for itself; frozen weights do no harm; the model
+    is left as it was"""
     torch.manual_seed(0)
     m = Tiny(1, 3)
     x = torch.randn(2, 1, 16, 16)
@@ -185,7 +203,7 @@ def test_cam_layer_of_timm(name):
     assert a.shape==(1,128,128) and torch.isfinite(a).all() and 0<=float(a.min())<=float(a.max())<=1
 
 def test_cam_layer_of_monai():
-    from monai.networks.nets import resnet10, DenseNet, ViT
+    from monai.networks.nets import DenseNet, ViT, resnet10
     for m in (resnet10(spatial_dims=3, n_input_channels=1, num_classes=2, widen_factor=.25),
               DenseNet(3, 1, 2, init_features=8, growth_rate=4, block_config=(2,2))):
         a = grad_cam(m.eval(), torch.randn(1,1,32,32,32), 1)
@@ -209,7 +227,8 @@ def test_cam_of_a_network_with_masks_and_labels():
     assert a.shape==(2,32,32) and float(a.max())>.99 and torch.equal(a, grad_cam(m, x, 1, m.encoder[-1]))
 
 @pytest.mark.parametrize('name,kw',
-        [('vit_tiny_patch16_224',dict(depth=1)), ('swin_tiny_patch4_window7_224',dict(embed_dim=24, depths=(1,1), num_heads=(2,2)))])
+        [('vit_tiny_patch16_224',dict(depth=1)),
+         ('swin_tiny_patch4_window7_224',dict(embed_dim=24, depths=(1,1), num_heads=(2,2)))])
 def test_transformers_are_refused_by_name(name, kw):
     import timm
     m = timm.create_model(name, num_classes=2, in_chans=1, **kw)
@@ -284,7 +303,7 @@ def test_interpret_a_slice_classifier_counts_cases(volumes, tmp_path):
 
 def test_cam_points_at_the_ball_in_the_scans_own_space(learn3, volumes):
     path,df = volumes
-    hits,dist = [],[]
+    hits = []
     for i in range(41, 60, 2):
         cam = grad_cam(learn3, df.drop(columns='centre').iloc[i], 'yes', space='scan')
         own = nib.load(path/df.image[i])

@@ -1,7 +1,11 @@
 "A short version of benchmarks/kills.py: killed, started again, and several processes at once."
-import os, subprocess, sys
+import os
+import subprocess
+import sys
 from pathlib import Path
-import pandas as pd, pytest
+
+import pandas as pd
+import pytest
 
 root = Path(__file__).resolve().parent.parent
 
@@ -9,7 +13,8 @@ root = Path(__file__).resolve().parent.parent
                     reason='needs fork, and the benchmarks of a checkout')
 @pytest.mark.slow
 def test_killed_and_started_again(tmp_path):
-    "Store, download, training and a folder of predictions: nothing corrupt, nothing changed, nothing done twice, nothing left behind; four processes at one store"
+    """Store, download, training and a folder of predictions: nothing corrupt, nothing changed, nothing done twice,
+    nothing left behind; four processes at one store"""
     env = {**os.environ, 'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg'}
     r = subprocess.run([sys.executable, root/'benchmarks'/'kills.py', '--jobs',
                         'store,download,training,predict_folder', '--kills', '2', '--seed', '7', '--together', '4',
@@ -22,11 +27,15 @@ def test_killed_and_started_again(tmp_path):
     assert not m[['failed','corrupted','changed','left_behind']].to_numpy().any(), f'{m}\n{r.stderr[-2000:]}'
 
 BUILD = """
-import sys; sys.path.insert(0, sys.argv[1])
+import sys
+sys.path.insert(0, sys.argv[1])
 from fastmed.data.store import Store
 from fastmed.data.preprocess import Preprocess
 from pathlib import Path
-p = Path(sys.argv[2]); Store(Preprocess(spacing=1.25, codes=['background','large','small']), sys.argv[3]).build(sorted(map(str, (p/'images').glob('*'))), sorted(map(str, (p/'labels').glob('*'))), workers=2)
+p = Path(sys.argv[2])
+Store(Preprocess(spacing=1.25, codes=['background','large','small']),
+        sys.argv[3]).build(sorted(map(str, (p/'images').glob('*'))), sorted(map(str, (p/'labels').glob('*'))),
+        workers=2)
 """
 def test_two_fresh_processes_build_one_store(study, tmp_path):
     "Not forked: each imports for itself, as spawned ones do"

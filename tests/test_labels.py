@@ -1,10 +1,16 @@
 "Labels of cases: which block, which split, the whole scan as an item, radiographs as they were meant."
-import math, struct, warnings
-import numpy as np, pandas as pd, pytest, torch
-from PIL import Image
-from fastmed.all import *
-from fastmed.data.labels import _indicators
+import math
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
 from phantoms import affine_of, write_case
+from PIL import Image
+
+from fastmed.all import *
+
 for k in [o for o in globals() if o.startswith('test')]: del globals()[k]    # fastcore's own
 
 QUIET = dict(device='cpu', num_workers=0)
@@ -142,7 +148,7 @@ def test_item_does_not_reach_the_store(cases):
 RAMP = np.tile(np.linspace(1000, 5000, 64).astype(np.uint16), (32,1))
 
 def dicom(fn, a, photometric, window=None, slope=None, bits=None, signed=False):
-    pydicom = pytest.importorskip('pydicom')
+    pytest.importorskip('pydicom')
     from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, generate_uid
     m = FileMetaDataset()
@@ -283,7 +289,6 @@ def test_radiographs_from_folder(chests, tmp_path):
 def test_augmentation_leaves_validation_alone_and_moves_training(chests, tmp_path):
     path,df = chests
     dls = RadiographDataLoaders.from_df(df, path, size=32, bs=4, cache=tmp_path, **QUIET)
-    tf = dls.valid.after_batch
     b = dls.valid.one_batch()
     assert torch.equal(b[0], dls.valid.one_batch()[0])
     raw = torch.stack([dls.valid_ds[i][0] for i in range(len(b[0]))])

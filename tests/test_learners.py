@@ -1,31 +1,47 @@
-"Learners and DataLoaders that a fastai user builds by hand: what fastai offers works, or is refused by name before training."
-import copy, pickle, warnings
-import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
-from PIL import Image
-from torch import nn
+"""Learners and DataLoaders that a fastai user builds by hand: what fastai offers works, or is refused by name before
+training."""
+import copy
+import pickle
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
 from fastai.callback.data import WeightedDL
 from fastai.callback.mixup import CutMix, MixUp
-from fastai.callback.schedule import lr_find
+from fastai.callback.schedule import lr_find  # noqa: F401
 from fastai.data.all import CategoryBlock, ColReader, DataBlock, Datasets, IndexSplitter, RegressionBlock, TfmdDL
 from fastai.interpret import Interpretation
 from fastai.learner import Callback, Learner, load_learner
-from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, DiceLoss, FocalLossFlat, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, MSELossFlat
-from fastmed.data.blocks import CaseFiles, PatchDL, PatchTransform, VolumeBlock, VolumeMaskBlock
-from fastmed.learn.callbacks import DiceCallback, PictureCallback
-from fastmed.learn.classify import classifier_learner, regression_learner
-from fastmed.core import InputError
-from fastmed.data.loaders import SliceDataLoaders, VolumeDataLoaders
-from fastmed.data.cases import GroupSplitter
-from fastmed.learn.losses import MultiTaskLoss
-from fastmed.data.labels import WholeTransform, whole_plan
-from fastmed.learn.learner import make_fast, unet2d_learner, unet3d_learner
-from fastmed.learn.losses import as_loss
-from fastmed.models.zoo import create_model, model_names, param_splitter
-from fastmed.learn.pretrain import restoration_learner
-from fastmed.data.radiographs import RadiographBlock, RadiographPrep
-from fastmed.learn.callbacks import TensorBoardVolumes
-from fastmed.predict.tta import mix_looks
+from fastai.losses import (
+    BCEWithLogitsLossFlat,
+    CrossEntropyLossFlat,
+    DiceLoss,
+    FocalLossFlat,
+    LabelSmoothingCrossEntropy,
+    LabelSmoothingCrossEntropyFlat,
+    MSELossFlat,
+)
 from phantoms import CODES, write_case
+from PIL import Image
+from torch import nn
+
+from fastmed.core import InputError
+from fastmed.data.blocks import CaseFiles, PatchDL, PatchTransform, VolumeBlock, VolumeMaskBlock
+from fastmed.data.cases import GroupSplitter
+from fastmed.data.labels import WholeTransform, whole_plan
+from fastmed.data.loaders import SliceDataLoaders, VolumeDataLoaders
+from fastmed.data.radiographs import RadiographBlock, RadiographPrep
+from fastmed.learn.callbacks import DiceCallback, PictureCallback, TensorBoardVolumes
+from fastmed.learn.classify import classifier_learner, regression_learner
+from fastmed.learn.learner import make_fast, unet2d_learner, unet3d_learner
+from fastmed.learn.losses import MultiTaskLoss, as_loss
+from fastmed.learn.pretrain import restoration_learner
+from fastmed.models.zoo import create_model, model_names, param_splitter
+from fastmed.predict.tta import mix_looks
+
 
 @pytest.fixture
 def cases(tmp_path):
@@ -86,6 +102,12 @@ def test_weighted_dataloaders_of_ready_dls(cases, cache):
     assert len(dls.partial_dataloaders(2).train)==1
     with pytest.raises(InputError, match='training cases'): dls.weighted_dataloaders([1.])
 
+def test_weights_on_one_side_of_a_split_are_refused():
+    "Ready DataLoaders of radiographs ended in an IndexError of pandas"
+    dls = Datasets(list(range(8)), [[lambda o: o]], splits=[[0,1,2,3],[4,5,6,7]]).dataloaders(bs=2)
+    with pytest.raises(InputError, match='one side of a split'): dls.weighted_dataloaders([1,1,1,1])
+    with pytest.raises(InputError, match='one side of a split'): dls.partial_dataloaders(2)
+
 def test_weighted_dataloaders_of_others_stay_fastais():
     dls = Datasets(list(range(8)), [[lambda o: o]], splits=[[0,1,2,3],[4,5,6,7]]).weighted_dataloaders([1,1,1,1], bs=2)
     assert type(dls.train) is WeightedDL
@@ -128,8 +150,8 @@ def test_freeze_leaves_the_decoder_and_no_more(name, ndim):
     model = create_model(name, 1, 2, ndim=ndim, patch=(32,)*ndim)
     enc,rest = param_splitter(model)
     share = sum(p.numel() for p in enc)/sum(p.numel() for p in model.parameters())
-    assert .3<share<.99 and .25<len(enc)/(len(enc)
-                                          +len(rest))<.95, f'{name}: {len(enc)} tensors of {len(enc)+len(rest)} are the encoder'
+    tensors = len(enc)+len(rest)
+    assert .3<share<.99 and .25<len(enc)/tensors<.95, f'{name}: {len(enc)} tensors of {tensors} are the encoder'
 
 def patch_learner(cases, arch='UNet', **kwargs):
     path,df = cases
@@ -235,7 +257,7 @@ def test_losses_of_fastais_inside_ones_own_keep_the_axes_of_a_volume():
     logits,mask = torch.randn(2,3,4,5,6),torch.randint(0,3,(2,4,5,6))
     flat = CrossEntropyLossFlat(axis=1)
     assert float(as_loss(lambda p,t: flat(p, t))(logits, mask))==pytest.approx(float(F.cross_entropy(logits, mask)))
-    with pytest.raises(Exception): CrossEntropyLossFlat(axis=1)(logits, mask[:,:3])
+    with pytest.raises(Exception): CrossEntropyLossFlat(axis=1)(logits, mask[:,:3])  # noqa: B017
 
 def test_a_loss_put_in_by_hand_is_made_ready(cases):
     learn = patch_learner(cases)

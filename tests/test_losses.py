@@ -1,7 +1,11 @@
 "Losses: parity with MONAI, gradients, one channel, ignored voxels, what fastai asks."
 import pickle
-import pytest, torch, torch.nn.functional as F
-from torch import nn, Tensor
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
 from fastmed.learn.losses import *
 
 torch.set_num_threads(1)
@@ -17,7 +21,9 @@ def data(shape, dtype=torch.float32, seed=0):
 @pytest.mark.parametrize('batch', [False,True])
 @pytest.mark.parametrize('smooth', [1.,1e-5])
 def test_monai_dice(shape, batch, smooth):
-    from monai.losses import DiceLoss as M, TverskyLoss as T, DiceCELoss as DC
+    from monai.losses import DiceCELoss as DC
+    from monai.losses import DiceLoss as M
+    from monai.losses import TverskyLoss as T
     x,t = data(shape)
     one = shape[1]==1
     kw = dict(include_background=one, softmax=not one, sigmoid=one, to_onehot_y=not one, smooth_nr=smooth,
@@ -202,8 +208,9 @@ def test_training_finds_a_small_structure():
 @pytest.mark.parametrize('shape', [(2,3,4,5), (2,3,4,5,6), (2,3)])
 def test_label_smoothing_of_a_plain_learner_decides_along_the_classes(shape):
     "fastai's took the last axis, which in a mask is a place"
-    import fastmed.all                                                      # noqa: F401
     from fastai.losses import LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat
+
+    import fastmed.all  # noqa: F401
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     for loss in (LabelSmoothingCrossEntropy(), LabelSmoothingCrossEntropyFlat(axis=1)):
         assert torch.equal(loss.activation(x), x.softmax(1)) and torch.equal(loss.decodes(x), x.argmax(1))

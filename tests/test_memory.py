@@ -1,10 +1,25 @@
-"What a training and a prediction need, said before they begin: refused, warned of, let through; a real lack of memory in words."
-import shutil, warnings
-import numpy as np, pytest, torch
+"""What a training and a prediction need, said before they begin: refused, warned of, let through; a real lack of memory
+in words."""
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import torch
 from fastai.callback.core import Callback
+
 import fastmed.predict.memory as M
-from fastmed.all import (Ensemble, MemoryCallback, ResourceError, TensorVolume, free_memory, memory_estimate,
-                         memory_parts)
+from fastmed.all import (
+    Ensemble,
+    MemoryCallback,
+    ResourceError,
+    TensorVolume,
+    free_memory,
+    memory_estimate,
+    memory_parts,
+)
+from fastmed.io.guard import _Group
+
 
 def fit(l, *cbs):
     with l.no_bar(), l.no_logging(): l.fit(1, cbs=list(cbs))
@@ -47,7 +62,7 @@ def test_another_error_stays(learner):
     assert not isinstance(e.value, ResourceError)
 
 def test_a_prediction_that_cannot_fit(learner, monkeypatch):
-    import fastmed.predict.predict
+    import fastmed.predict.predict  # noqa: F401
     l = learner(3)
     t = TensorVolume(torch.randn(1,24,24,24), affine=np.eye(4))
     t.meta = dict(fn='huge.nii')
@@ -57,9 +72,9 @@ def test_a_prediction_that_cannot_fit(learner, monkeypatch):
 
 def test_free_memory_obeys_the_group(monkeypatch):
     assert 0<free_memory('cpu')<2**50
-    monkeypatch.setattr('fastmed.io.guard._control_groups', lambda: [('most','used','stat','inactive_file')])
-    monkeypatch.setattr('fastmed.io.guard._kernel_number', lambda fn, key=None: dict(most=20000, used=8000,
-                        stat=345).get(fn))
+    monkeypatch.setattr('fastmed.io.guard._control_groups', lambda: [_Group('', 'most', 'used', 'spare')])
+    monkeypatch.setattr('fastmed.io.guard._kernel_number', lambda fn, key=None: {'most':20000, 'used':8000,
+                        'memory.stat':345}.get(str(fn)))
     assert free_memory('cpu')==12345
 
 @pytest.mark.parametrize('error',

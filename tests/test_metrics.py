@@ -1,13 +1,20 @@
 "Metrics: parity with MONAI, known answers, the rule for empty structures, fastai metrics"
 import pickle
 from types import SimpleNamespace
-import numpy as np, pandas as pd, pytest, torch
-from hypothesis import given, settings, strategies as st
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import ndimage as ndi
-from fastmed.core import TensorVolumeMask, TensorVolume
+
+from fastmed.core import TensorVolume, TensorVolumeMask
 from fastmed.metrics.masks import *
 from fastmed.metrics.masks import DiceCounts, mask_surface
+
 
 def blob(seed, size=(18,16,14), t=0.):
     return ndi.gaussian_filter(np.random.default_rng(seed).normal(size=size), 2) > t*.05
@@ -18,7 +25,7 @@ def ball(r, c=(0,0,0), n=41, sp=(1.,1.,1.)):
 
 @pytest.mark.parametrize('spacing', [(1.,1.,1.),(.7,.7,5.),(2.,.5,1.3)])
 def test_parity_with_monai(spacing):
-    from monai.metrics import compute_hausdorff_distance, compute_surface_dice, compute_dice
+    from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
     for s in range(4):
         p,t = blob(s),blob(s+50, t=s/2)
         if s==2: p,t = p&t,t                                    # one inside the other, both at the border of the image
@@ -266,10 +273,10 @@ def test_pickle_keeps_the_sharing():
 
 def test_in_a_learner():
     "The columns of the training table, and `monitor` by name"
+    import fastai.callback.progress  # noqa: F401, gives `no_bar`
+    from fastai.callback.tracker import TrackerCallback
     from fastai.data.all import DataLoaders
     from fastai.learner import Learner
-    from fastai.callback.tracker import TrackerCallback
-    import fastai.callback.progress         # gives `no_bar`
     g = torch.Generator().manual_seed(0)
     y = torch.randint(0,3,(8,6,6),generator=g)
     x = torch.nn.functional.one_hot(y,3).movedim(-1,1).float()+torch.randn(8,3,6,6,generator=g)

@@ -1,7 +1,12 @@
 "Networks: every name forward, one step, pickle; sizes, strides, refusals; parity of the instance norm."
-import copy, pickle
-import pytest, torch, torch.nn.functional as F
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
 from torch import nn
+
 from fastmed.models.unet import *
 from fastmed.models.zoo import *
 

@@ -1,8 +1,11 @@
 "What somebody else plants, sends or asks at the same time: nothing of theirs is written to, run or waited for."
-import os, stat
-from pathlib import Path
+import os
+import stat
+
 import pytest
+
 from fastmed.all import beside, sweep, whole_file, whole_folder
+
 
 def names(path): return sorted(o.name for o in path.iterdir())
 

@@ -1,8 +1,14 @@
 "What a person has made by hand, or cannot get back, is never replaced without being asked."
 import shutil
 from pathlib import Path
-import nibabel as nib, numpy as np, pytest, torch
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
 from fastmed.all import ArgumentError, FileError, TensorVolumeMask, save_volume
+
 
 def snapshot(path):
     return {str(f.relative_to(path)):f.read_bytes() for f in sorted(Path(path).rglob('*')) if f.is_file()}

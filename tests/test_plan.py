@@ -1,12 +1,16 @@
 "A plan for the minutes that there are: measured once, kept, shared; and what fit_for says before it begins."
 import pickle
-import numpy as np, pytest, torch
+
+import numpy as np
+import pytest
+import torch
+from phantoms import CODES
+
 from fastmed.all import *
-from fastmed.data import loaders as data
-from fastmed.learn import pace
 from fastmed.data import plan as planning
 from fastmed.data.plan import UPDATES, update_seconds
-from phantoms import CODES
+from fastmed.learn import pace
+
 for k in [o for o in globals() if o.startswith('test')]: del globals()[k]    # fastcore's own
 
 KW = dict(codes=CODES, valid_pct=.25, spacing=1.25, num_workers=0, device='cpu')

@@ -1,9 +1,16 @@
 "Two processes that train together (gloo, on the CPU): no file is lost, and they stay together."
-import os, socket, subprocess, sys
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
-import numpy as np, pandas as pd, pytest
+
+import numpy as np
+import pandas as pd
+import pytest
+from phantoms import write_case
+
 import fastmed
-from phantoms import CODES, write_case
 
 SCRIPT = '''
 import os, sys, torch
@@ -13,8 +20,10 @@ rank,tmp = int(os.environ['RANK']),Path(sys.argv[1])
 torch.set_num_threads(1)
 torch.distributed.init_process_group('gloo', init_method='env://')
 df = pd.read_csv(tmp/'cases.csv')
-dls = VolumeDataLoaders.from_df(df, tmp, codes=['background','large','small'], patch=16, bs=2, samples_per_case=4, cache=tmp/f's{rank}', device='cpu', batch_tfms=None)
-set_seed(rank); learn = unet3d_learner(dls, nf=4, depth=2, path=tmp)
+dls = VolumeDataLoaders.from_df(df, tmp, codes=['background','large','small'], patch=16, bs=2, samples_per_case=4,
+                                cache=tmp/f's{rank}', device='cpu', batch_tfms=None)
+set_seed(rank)
+learn = unet3d_learner(dls, nf=4, depth=2, path=tmp)
 def said(s): (tmp/f'{s}_{rank}').touch()
 
 learn.save('w'); distrib_barrier()
@@ -69,6 +78,7 @@ def marks(tmp_path_factory):
 
 @pytest.mark.parametrize('what', ['files','refused','together','counted'])
 def test_two_processes(marks, what):
-    "Save and export are the first one's; what works in one process alone says so; `fit_for` ends together, with the same rates; Dice counts the cases of both"
+    """Save and export are the first one's; what works in one process alone says so; `fit_for` ends together, with the
+    same rates; Dice counts the cases of both"""
     reached,errs = marks
     assert {f'{what}_0',f'{what}_1'}<=reached, errs

@@ -1,15 +1,41 @@
 "Training that is killed and started again ends as if it had not been."
-import os, signal, subprocess, sys, time
+import os
+import shutil
+import signal
+import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-import nibabel as nib, pandas as pd, pytest, shutil, torch
+
 import forked
-from fastai.callback.all import CSVLogger, Callback, EarlyStoppingCallback, GradientAccumulation, ReduceLROnPlateau, SaveModelCallback, TerminateOnNaNCallback
+import nibabel as nib
+import pytest
+import torch
+from fastai.callback.all import (
+    Callback,
+    CSVLogger,
+    EarlyStoppingCallback,
+    GradientAccumulation,
+    ReduceLROnPlateau,
+    SaveModelCallback,
+    TerminateOnNaNCallback,
+)
 from fastai.optimizer import OptimWrapper, ranger
 from fastcore.foundation import L
-from fastmed.all import BudgetCallback, CostCallback, DiceCallback, ResumeCallback, TorchIOTransform, VolumeDataLoaders, SliceDataLoaders, set_seed, unet2d_learner, unet3d_learner
 from phantoms import CODES, dies
+
+from fastmed.all import (
+    BudgetCallback,
+    CostCallback,
+    DiceCallback,
+    ResumeCallback,
+    SliceDataLoaders,
+    TorchIOTransform,
+    VolumeDataLoaders,
+    set_seed,
+    unet2d_learner,
+    unet3d_learner,
+)
 
 # batches between two states that are written: the cut falls between them, on one, or within an epoch
 EVERY = [3, *[pytest.param(o, marks=pytest.mark.slow) for o in (1,None)]]
@@ -55,8 +81,8 @@ def test_the_same_bits(study, tmp_path, ndim, every, cuts):
         with pytest.raises(KeyboardInterrupt): fit(make(path, df, tmp_path/'b', ndim), every, n)
     cut = fit(make(path, df, tmp_path/'b', ndim), every)
     assert same(whole, cut) and not (tmp_path/'b'/'r.pth').exists()
-    assert [float(o) for o in whole.recorder.losses]==[float(o)
-                                                       for o in cut.recorder.losses] and whole.recorder.lrs==cut.recorder.lrs
+    assert [float(o) for o in whole.recorder.losses]==[float(o) for o in cut.recorder.losses]
+    assert whole.recorder.lrs==cut.recorder.lrs
     assert [list(map(float, o)) for o in whole.recorder.values]==[list(map(float, o)) for o in cut.recorder.values]
 
 def test_random_item_transforms_too(study, tmp_path):
@@ -142,7 +168,8 @@ def fit_with(learn, cbs, every, lights=None):
 @pytest.mark.parametrize('every', EVERY)
 @pytest.mark.parametrize('which', [*trackers(), 'all'])
 def test_trackers_and_loggers_go_on(study, tmp_path, which, every):
-    "Those that watch the table, write it or count keep what they had: weights, rates, table, log and counts are those of a fit that was never stopped"
+    """Those that watch the table, write it or count keep what they had: weights, rates, table, log and counts are those
+    of a fit that was never stopped"""
     path,df = study
     def cbs():
         some = {k:f() for k,f in trackers().items() if which in (k,'all')}
@@ -170,8 +197,8 @@ def test_trackers_and_loggers_go_on(study, tmp_path, which, every):
         assert without_time(log_of(tmp_path/'a'))==without_time(log_of(tmp_path/'b'))
         assert len(log_of(tmp_path/'b'))==1+len(whole.recorder.values)+(which=='appended')
     if which in ('best','all'):
-        assert ((
-                ((all(torch.equal(x, y) for x,y in zip(*[torch.load(tmp_path/o/'models'/'model.pth').values() for o in 'ab']))))))
+        a,b = [torch.load(tmp_path/o/'models'/'model.pth').values() for o in 'ab']
+        assert all(torch.equal(x, y) for x,y in zip(a, b, strict=True))
 
 def test_the_graph_and_training_metrics_go_on(study, tmp_path):
     "The recorder's own metrics of training, which count within an epoch, and the schedule that is plotted"
@@ -207,7 +234,6 @@ def test_what_was_done_is_seen_by_no_other_callback(study, tmp_path):
 def test_looking_does_not_end_a_fit(study, tmp_path):
     "`validate`, `get_preds` and `lr_find` between the kill and the call that goes on leave file and weights alone"
     path,df = study
-    whole = fit(make(path, df, tmp_path/'a'), 1)
     l = make(path, df, tmp_path/'b')
     cb = ResumeCallback('r.pth', 1)
     l.add_cb(cb)
@@ -240,6 +266,7 @@ def test_sigkill_from_the_shell(study, tmp_path):
     r = train('b.pkl', '--resume')
     assert r.returncode==0 and 'nothing to resume' not in r.stdout and not kept.exists(), r.stderr
     import warnings
+
     from fastai.learner import load_learner
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -367,7 +394,8 @@ def test_a_file_of_another_version_is_named(killed, tmp_path):
 @pytest.mark.parametrize('keep', [False, True])
 @pytest.mark.parametrize('cuts', [(2,), (8,), (9,), (14,), (10,2)])
 def test_fine_tune_goes_on_in_its_second_fit(study, tmp_path, keep, cuts):
-    "Cut in the first, between the two, or in the second: what was done is passed over, and the end is that of one that was never stopped"
+    """Cut in the first, between the two, or in the second: what was done is passed over, and the end is that of one
+    that was never stopped"""
     path,df = study
     def tune(folder, *cbs):
         learn = make(path, df, tmp_path/folder)
@@ -431,21 +459,21 @@ def test_another_network_of_the_same_weights_is_refused(killed):
     lambda s: {**s, 'callbacks':{k:{**v, 'values':{'before_batch':1}} for k,v in s['callbacks'].items()}}])
 def test_a_state_that_no_fit_wrote_is_refused(killed, tmp_path, edit):
     "A right sum does not make a state right: the file is named, not a line of fastai"
-    from fastmed.learn.resume import _read_state, _write_state
+    from fastmed.learn.fingerprint import read_state, write_state
     was,again = killed
     fn = tmp_path/'r.pth'
-    _write_state(fn, edit(_read_state(fn)))
+    write_state(fn, edit(read_state(fn)))
     odd = fn.read_bytes()
     with pytest.raises(ValueError, match='r.pth: does not hold what a fit left there.*Remove it'):
         fit_so(again(), ResumeCallback('r.pth', 1))
     assert fn.read_bytes()==odd
 
 def test_a_state_does_not_say_where_callbacks_write(study, tmp_path):
-    from fastmed.learn.resume import _read_state, _write_state
+    from fastmed.learn.fingerprint import read_state, write_state
     learn = lambda: make(*study, tmp_path)
     with pytest.raises(KeyboardInterrupt): fit_so(learn(), [ResumeCallback('r.pth', 1), SaveModelCallback(), Lights(8)])
-    s = _read_state(tmp_path/'r.pth')
+    s = read_state(tmp_path/'r.pth')
     s['callbacks']['SaveModelCallback 1']['values'] = {'fname':'planted'}
-    _write_state(tmp_path/'r.pth', s)
+    write_state(tmp_path/'r.pth', s)
     fit_so(learn(), [ResumeCallback('r.pth', 1), SaveModelCallback()])
     assert [o.name for o in (tmp_path/'models').iterdir()]==['model.pth']

@@ -1,30 +1,49 @@
-"""There and back, whatever a NIfTI can hold: 1 to 70 voxels an axis, the 48 orientations, 0.2 to 8 mm, any rotation, every data type, either byte order, scaled or not.
+"""There and back, whatever a NIfTI can hold: 1 to 70 voxels an axis, the 48 orientations, 0.2 to 8 mm, any rotation,
+every data type, either byte order, scaled or not.
 
-**The bound.** s is the scan's spacing along an axis, t the pipeline's. A voxel is *sure* where the voxels around it decide its label alone, however the two grids lie against each other:
+**The bound.** s is the scan's spacing along an axis, t the pipeline's. A voxel is *sure* where the voxels around it
+decide its label alone, however the two grids lie against each other:
 
-- `nearest`: the way back takes the label of the pipeline voxel whose centre is nearest, at most t/2 away, and at the border at most 3t/4 - s/2, because whole pipeline voxels may leave up to t/4 of the box free at
-  either end; that voxel took the label of the scan voxel at most s/2 from it. So a voxel is sure where all voxels within ⌊max((t/s+1)/2, 3t/4s)⌋ along each axis have its label. With t < s that is the voxel itself: the
+- `nearest`: the way back takes the label of the pipeline voxel whose centre is nearest, at most t/2 away, and at the
+border at most 3t/4 - s/2, because whole pipeline voxels may leave up to t/4 of the box free at
+  either end; that voxel took the label of the scan voxel at most s/2 from it. So a voxel is sure where all voxels
+  within ⌊max((t/s+1)/2, 3t/4s)⌋ along each axis have its label. With t < s that is the voxel itself: the
   mask comes back **exactly**.
-- `smooth`: the way back weighs the pipeline voxels less than t away, each of which weighed scan voxels less than s from it. So a voxel is sure where all voxels within ⌈t/s⌉ have its label.
-  And where t ≤ s along one axis and the neighbourhood changes along this axis alone (a flat border), the nearest pipeline voxel, at most t/2 ≤ s/2 away, weighs its own scan voxel more than half, and is itself weighed
+- `smooth`: the way back weighs the pipeline voxels less than t away, each of which weighed scan voxels less than s from
+it. So a voxel is sure where all voxels within ⌈t/s⌉ have its label.
+  And where t ≤ s along one axis and the neighbourhood changes along this axis alone (a flat border), the nearest
+  pipeline voxel, at most t/2 ≤ s/2 away, weighs its own scan voxel more than half, and is itself weighed
   at least half: flat borders come back exactly too. Only voxels at a bend of a border can change.
 
-Let A be the structure, E ⊆ A its sure voxels, D ⊇ A all voxels that are not sure to lie outside it. Then E ⊆ B ⊆ D for the B that comes back, whatever the grids, and the worst such B, E ∪ (D∖A), gives
+Let A be the structure, E ⊆ A its sure voxels, D ⊇ A all voxels that are not sure to lie outside it. Then E ⊆ B ⊆ D for
+the B that comes back, whatever the grids, and the worst such B, E ∪ (D∖A), gives
 
     Dice ≥ 2|E| / (|E|+|D|)        (1 where E = A = D: everything is sure)
 
-For a cuboid n voxels thick in pipeline voxels of any size this is near (1-2/n)³ / ((1-2/n)³ + (1+2/n)³) · 2; a line thinner than one pipeline voxel may vanish, and the bound then says 0, as it must.
-What is lost in truth is far less than the bound allows; `benchmarks/roundtrip.py` measures it. Below, balls of at least `FLOOR` pipeline voxels radius must also keep the Dice given there.
+For a cuboid n voxels thick in pipeline voxels of any size this is near (1-2/n)³ / ((1-2/n)³ + (1+2/n)³) · 2; a line
+thinner than one pipeline voxel may vanish, and the bound then says 0, as it must.
+What is lost in truth is far less than the bound allows; `benchmarks/roundtrip.py` measures it. Below, balls of at least
+`FLOOR` pipeline voxels radius must also keep the Dice given there.
 
 `FASTMED_EXAMPLES=2000` runs that many examples of each, drawn anew each time; without it a fixed draw is run."""
-import copy, itertools, math, os, tempfile
+import copy
+import itertools
+import math
+import os
+import tempfile
 from pathlib import Path
-import nibabel as nib, numpy as np, pytest, torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter, maximum_filter, minimum_filter
-from fastmed.core import FastmedError, TensorVolume, TensorVolumeMask, orientation_of, spacing_of
-from fastmed.io.volumes import load_mask, load_volume, read_header, same_grid, save_volume
+
+from fastmed.core import FastmedError, TensorVolume, spacing_of
 from fastmed.data.preprocess import Preprocess
+from fastmed.io.volumes import load_mask, load_volume, read_header, same_grid, save_volume
 
 MANY = int(os.environ.get('FASTMED_EXAMPLES', 0))
 def examples(n):
@@ -104,9 +123,10 @@ kinds = st.tuples(st.sampled_from(TYPES), st.sampled_from('<>'), st.sampled_from
         st.sampled_from(('.nii','.nii','.nii.gz','.hdr','n2')))
 
 def write(a, affine, fn, kind):
-    "Write physical values `a` as a NIfTI of this type, byte order, scale and layout; the path, or None where the type cannot hold them"
+    """Write physical values `a` as a NIfTI of this type, byte order, scale and layout; the path, or None where the type
+    cannot hold them"""
     dt,order,scale,layout = kind
-    cls = nib.Nifti2Image if layout=='n2' else nib.Nifti1Pair if layout=='.hdr' else nib.Nifti1Image
+    cls = {'n2':nib.Nifti2Image, '.hdr':nib.Nifti1Pair}.get(layout, nib.Nifti1Image)
     hdr = cls.header_class(endianness=order)
     slope,inter = scale or (1,0)
     stored = (np.asarray(a, dtype=np.float64)-inter)/slope
@@ -125,7 +145,8 @@ def write(a, affine, fn, kind):
 
 def scl(fn, order, slope, inter, layout):
     "Set scl_slope and scl_inter of a header on disk"
-    import gzip, struct
+    import gzip
+    import struct
     b = bytearray(gzip.decompress(fn.read_bytes()) if fn.name.endswith('.gz') else fn.read_bytes())
     at,f = (176,'d') if layout=='n2' else (112,'f')
     struct.pack_into(f'{order}2{f}', b, at, slope, inter)
@@ -137,7 +158,8 @@ def sure(a, ratio, order):
     "Voxels that must keep their label: see the top of this file. `ratio` is t/s along each axis of `a`"
     r = [1 if abs(o-1)<1e-3 else o for o in ratio]                  # there the axis stays as it is
     if all(o==1 for o in r): return np.ones(a.shape, bool)
-    k = [0 if o==1 else math.floor(max((o+1)/2, .75*o)+1e-9) if order=='nearest' else math.ceil(o) for o in r]
+    def reach(o): return math.floor(max((o+1)/2, .75*o)+1e-9) if order=='nearest' else math.ceil(o)
+    k = [0 if o==1 else reach(o) for o in r]
     def flat(size): return maximum_filter(a, size, mode='nearest')==minimum_filter(a, size, mode='nearest')
     res = flat([2*o+1 for o in k])
     if order=='smooth':
@@ -152,7 +174,8 @@ def dice(a, b):
     return 2*(a&b).sum()/n if n else 1.
 
 def bounded(a, b, ratio, order):
-    "Check that `b` keeps the bound against `a`; (least Dice, its bound) over the structures of `a`, (1,1) where there is none"
+    """Check that `b` keeps the bound against `a`; (least Dice, its bound) over the structures of `a`, (1,1) where there
+    is none"""
     ok,least = sure(a, ratio, order),(1.,1.)
     assert (a==b)[ok].all(), f'{int((a!=b)[ok].sum())} voxels changed that could not, of {ok.sum()} sure ones'
     for v in np.unique(a)[np.unique(a)>0]:
@@ -172,7 +195,8 @@ def ratios(shape, affine, pre):
     return [float(r[i]) for i in back] if pre.orientation else r.tolist()
 
 def there_and_back(a, affine, mm, kind, order, folder):
-    "Write, load, preprocess, go back; what is wrong raises; (ratios, least Dice, bound), or None where the type cannot hold the labels"
+    """Write, load, preprocess, go back; what is wrong raises; (ratios, least Dice, bound), or None where the type
+    cannot hold the labels"""
     fn = write(a, affine, Path(folder)/'m', kind)
     if fn is None: return
     m,h = load_mask(fn),read_header(fn)
@@ -284,7 +308,7 @@ def test_a_label_too_large_is_refused_and_not_wrapped(dt, value, tmp_path):
 
 def with_preprocess(learn, pre):
     "The Learner with another `Preprocess`"
-    from fastmed.data.loaders import LoadMask, LoadVolume
+    from fastmed.data.blocks import LoadMask, LoadVolume
     for tl in learn.dls.train_ds.tls:
         for f in tl.tfms.fs:
             if isinstance(f, (LoadVolume,LoadMask)): f.preprocess = pre

@@ -1,22 +1,29 @@
 "Many cases: nobody's scans are merged, few files are open at a time, and nothing is read or held twice."
-import errno, json, os, shutil, subprocess, sys, tracemalloc
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tracemalloc
 from pathlib import Path
-import nibabel as nib, numpy as np, pandas as pd, pytest, torch
-from fastmed.data import loaders as data
-from fastmed.io import volumes as io
-from fastmed.data import labels
-from fastmed.data import leaks
-from fastmed.data import plan
-from fastmed.data import preprocess
-from fastmed.data import store
-from fastmed.data import survey
-from fastmed.data.check import check_dataset
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
 from fastmed.core import FileError, InputError, ResourceError
+from fastmed.data import labels, leaks, plan, preprocess, store, survey
+from fastmed.data import loaders as data
 from fastmed.data.cases import scan_decathlon, scan_folder
-from fastmed.io.guard import reading
-from fastmed.io.volumes import load_volume
+from fastmed.data.check import check_dataset
 from fastmed.data.preprocess import Preprocess
 from fastmed.data.store import Store
+from fastmed.io import volumes as io
+from fastmed.io.guard import reading
+from fastmed.io.volumes import load_volume
 
 # --- which files make a case
 
@@ -153,7 +160,8 @@ def test_too_many_open_files_are_no_fault_of_the_file():
 # --- leaks, in blocks
 
 def prints(n, seed=0, size=20, runs=512):
-    "What `find_leaks` knows of `n` cases, with ten pairs that are one picture, ten with the same gaps and ten merely alike"
+    """What `find_leaks` knows of `n` cases, with ten pairs that are one picture, ten with the same gaps and ten merely
+    alike"""
     rng = np.random.default_rng(seed)
     def one(i):
         gaps = rng.random(300)<.2
@@ -252,10 +260,10 @@ def opened(monkeypatch):
 def odd_study(path):
     "Ten small scans, of which one has a label of its own, one NaN, and one a mask of another place"
     df = small_study(path, 10)
-    def change(fn, f, affine=np.eye(4)):
+    def change(fn, f, affine=None):
         a = np.asarray(nib.load(fn).dataobj).copy()
         f(a)
-        nib.save(nib.Nifti1Image(a, affine), fn)
+        nib.save(nib.Nifti1Image(a, np.eye(4) if affine is None else affine), fn)
     def put(v): return lambda a: a.__setitem__((0,0,0), v)
     change(df['mask'][2], put(9))
     change(df.image[4], put(np.nan))

@@ -1,13 +1,47 @@
-"Somebody else's files on a shared machine: pipes among scans, a store that was purged or overwritten, no home, a disk that says no."
-import contextlib, errno, http.server, io, os, shutil, signal, socket, stat, tarfile, threading, zipfile
+"""Somebody else's files on a shared machine: pipes among scans, a store that was purged or overwritten, no home, a disk
+that says no."""
+import contextlib
+import errno
+import http.server
+import io
+import os
+import shutil
+import signal
+import socket
+import stat
+import tarfile
+import threading
+import zipfile
 from pathlib import Path
-import nibabel as nib, numpy as np, pytest, torch
-import fastmed.core, fastmed.data.datasets, fastmed.data.store
-from fastmed.all import (FileError, InputError, MissingFileError, Preprocess, Store, TensorVolume, cache_dir,
-                         check_dataset,
-                         file_digest, load_mask, load_volume, read_header, save_volume, scan_dicom, scan_folder,
-                         untar_data, whole_file)
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
 from phantoms import write_case
+
+import fastmed.core
+import fastmed.data.datasets
+import fastmed.data.store
+from fastmed.all import (
+    FileError,
+    InputError,
+    MissingFileError,
+    Preprocess,
+    Store,
+    TensorVolume,
+    cache_dir,
+    check_dataset,
+    file_digest,
+    load_mask,
+    load_volume,
+    read_header,
+    save_volume,
+    scan_dicom,
+    scan_folder,
+    untar_data,
+    whole_file,
+)
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='pipes and owners of POSIX')
 
@@ -213,7 +247,8 @@ class TestCacheDir:
     @pytest.fixture
     def nowhere(self, tmp_path, monkeypatch):
         "A user without a home: (folder of temporary files, the place in it)"
-        import pwd, tempfile
+        import pwd
+        import tempfile
         def none(uid): raise KeyError(uid)
         for k in ('HOME','FASTMED_CACHE'): monkeypatch.delenv(k, raising=False)
         monkeypatch.setattr(pwd, 'getpwuid', none)
@@ -442,3 +477,114 @@ class TestOverflow:
         with pytest.raises(InputError, match='training diverged'): learn.predict_volume(study_like(tmp_path))
 
 def study_like(path): return load_volume(scan(path/'c.nii', []))
+
+# --- an attack on the shared machine
+
+@contextlib.contextmanager
+def as_somebody():
+    "Inside, without the rights of root; skipped where there are none to give up"
+    if os.geteuid(): pytest.skip('only root may become somebody else')
+    os.seteuid(12345)
+    try: yield
+    finally: os.seteuid(0)
+
+@pytest.fixture
+def open_path(tmp_path):
+    "A folder that everybody may enter"
+    for o in (tmp_path, tmp_path.parent, tmp_path.parent.parent): o.chmod(0o755)
+    return tmp_path
+
+class TestNoRight:
+    @pytest.mark.parametrize('closed', ['b/images','b'])
+    @pytest.mark.parametrize('images', ['*/images/*.nii','**/*.nii'])
+    def test_a_closed_folder_is_not_passed_over(self, open_path, closed, images):
+        "Its cases would be missing from every score without a word"
+        for c in 'ab': write_case(open_path/c, f'c{c}')
+        (open_path/closed).chmod(0)
+        with as_somebody(), pytest.raises(FileError, match=f'{closed}: this folder may not be read'):
+            scan_folder(open_path, images, masks=None)
+        (open_path/closed).chmod(0o755)
+        assert len(scan_folder(open_path, '*/images/*.nii', masks=None))==2
+
+    def test_nor_in_a_tree_of_dicom(self, open_path):
+        (open_path/'a').mkdir(mode=0)
+        with as_somebody(), pytest.raises(FileError, match='a: this folder may not be read'): scan_dicom(open_path)
+
+    def test_a_closed_file_is_not_called_damaged(self, open_path):
+        fn = open_path/write_case(open_path, 'c')['image']
+        fn.chmod(0)
+        with as_somebody(), pytest.raises(FileError, match='c.nii: there is no right to read it'): load_volume(fn)
+        with as_somebody(): res = check_dataset(scan_folder(open_path, 'images/*.nii', masks=None), cache=open_path/'s')
+        assert 'no right' in res.to_string() and 'damaged' not in res.to_string()
+
+class TestReplaced:
+    @pytest.mark.parametrize('when', ['before','after'])
+    def test_a_link_in_place_of_the_temporary_is_not_the_result(self, tmp_path, monkeypatch, when):
+        "In a folder without the sticky bit others may swap it: the file is refused, not handed over"
+        (tmp_path/'theirs').write_text('theirs')
+        put = os.replace
+        def swapped(a, b):
+            put(a, b)
+            b.unlink()
+            b.symlink_to(tmp_path/'theirs')
+        if when=='after': monkeypatch.setattr(os, 'replace', swapped)
+        with pytest.raises(FileError, match='was replaced while it was written'), whole_file(tmp_path/'t.csv') as tmp:
+            tmp.write_text('mine')
+            if when=='before':
+                tmp.unlink()
+                tmp.symlink_to(tmp_path/'theirs')
+        assert (tmp_path/'theirs').read_text()=='theirs'
+
+def test_a_scan_that_is_written_while_it_is_read(learner, study, tmp_path, monkeypatch):
+    "Half of one, half of the other: no mask, and a row that says so"
+    from fastmed.all import VolumeLearner
+    (tmp_path/'in').mkdir()
+    for i in range(2): nib.save(nib.load(study[0]/f'images/c{i}.nii'), tmp_path/f'in/c{i}.nii.gz')
+    was = VolumeLearner.predict_volume
+    def predict_volume(self, fn, **kwargs):
+        res = was(self, fn, **kwargs)
+        if 'c0' in str(fn): shutil.copy(tmp_path/'in/c1.nii.gz', tmp_path/'in/c0.nii.gz')
+        return res
+    monkeypatch.setattr(VolumeLearner, 'predict_volume', predict_volume)
+    learn = learner(3)
+    with learn.no_bar(): res = learn.predict_folder(tmp_path/'in', tmp_path/'out')
+    assert res.status[1]=='ok' and 'written to while it was read' in res.status[0]
+    assert [o.name for o in (tmp_path/'out').iterdir()]==['c1.nii.gz']
+
+class TestNames:
+    @pytest.mark.parametrize('end', ['.Nii','.NII','.nii.GZ','.Mha','.NRRD'])
+    def test_an_ending_in_any_letters(self, tmp_path, end):
+        "nibabel wrote `.Nii` under another name, and an empty file took its place"
+        fn = save_volume(TensorVolume(np.arange(60.).reshape(1,3,4,5), affine=np.eye(4)), tmp_path/f'v{end}')
+        assert [o.name for o in tmp_path.iterdir()]==[fn.name]
+        fn.rename(tmp_path/f'w{end.lower()}')
+        assert load_volume(tmp_path/f'w{end.lower()}').flatten().tolist()==list(range(60))
+
+    def test_a_picture_keeps_no_slice_of_several(self, tmp_path):
+        m = fastmed.all.TensorVolumeMask(np.ones((3,4,5), np.uint8), affine=np.eye(4))
+        with pytest.raises(InputError, match='v.png: a .png holds one slice, and this scan has 5'):
+            m.save(tmp_path/'v.png')
+        assert not list(tmp_path.iterdir())
+
+class TestKeptTables:
+    def test_a_table_of_somebody(self, tmp_path):
+        "`cohort` in a folder of one's own scans"
+        from fastmed.all import cohort
+        (tmp_path/'cases.csv').write_text('case,subject\np1,7\n')
+        with pytest.raises(FileError, match='cases.csv: is there already'): cohort(tmp_path, n=1, spacing=8)
+        assert [o.name for o in tmp_path.iterdir()]==['cases.csv']
+
+    def test_its_own(self, tmp_path):
+        from fastmed.all import cohort
+        pytest.importorskip('nilearn')
+        for n in (1,2,1): assert len(cohort(tmp_path, n=n, spacing=8))==n
+
+@pytest.mark.filterwarnings('ignore')
+def test_the_old_archive_stays_until_the_new_one_is_there(web, tmp_path):
+    b = packed('a.tgz')
+    there = untar_data(web('a.tgz', b), base=tmp_path)
+    with pytest.raises(FileError, match='fewer bytes'):
+        untar_data(web('a.tgz', b, len(b)//2), base=tmp_path, force_download=True)
+    assert (tmp_path/'archive/a.tgz').read_bytes()==b and (there/'a.bin').stat().st_size==60_000
+    untar_data(web('a.tgz', packed('a.tgz')), base=tmp_path, force_download=True)
+    assert (there/'a.bin').stat().st_size==60_000

@@ -1,13 +1,22 @@
 "A model file: the same bits out of it, nothing run by it, and what is refused."
-import hashlib, json, os, pickle, time
+import hashlib
+import json
+import os
+import pickle
 from pathlib import Path
-import numpy as np, pandas as pd, pytest, torch
-from torch import nn
-from fastmed.all import *
-from fastmed.learn.onnx import save_model, load_model, export_onnx, load_onnx, SavedLearner
-from fastmed.learn import modelfile
-from fastmed.learn import plain
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
 from phantoms import *
+from torch import nn
+
+from fastmed.all import *
+from fastmed.learn import modelfile, plain
+from fastmed.learn.modelfile import SavedLearner, load_model, save_model
+from fastmed.learn.onnx import export_onnx, load_onnx
+
 for k in [o for o in globals() if o.startswith('test')]: del globals()[k]    # fastcore's own
 
 def same_bits(a, b): return a.shape==b.shape and a.cpu().numpy().tobytes()==b.cpu().numpy().tobytes()
@@ -61,7 +70,8 @@ def test_flips_of_the_augmentation_are_kept(study, scan, tmp_path):
 @pytest.mark.parametrize('ndim,arch,kw', SMALL, ids=[f'{a}{n}d-{i}' for i,(n,a,_) in enumerate(SMALL)])
 @pytest.mark.parametrize('fast', (True,False))
 def test_networks_by_name(loaders, study, scan, tmp_path, ndim, arch, kw, fast):
-    "Deep supervision, other norms and activations, a sigmoid, MONAI's networks: after a step of training, so that running statistics count"
+    """Deep supervision, other norms and activations, a sigmoid, MONAI's networks: after a step of training, so that
+    running statistics count"""
     path,df = study
     dls = loaders[ndim]
     if kw.get('n_out')==1:
@@ -81,7 +91,8 @@ def test_a_class_of_monai_is_known_by_its_name(loaders, tmp_path):
     assert load_model(save_model(learn, tmp_path/'m.safetensors'), 'cpu').arch=='monai.UNet'
 
 def test_fresh_process_and_no_pickle(learner, study, scan, tmp_path):
-    "In a process that kills itself when anything is unpickled, run or fetched, the file gives the answers of the Learner"
+    """In a process that kills itself when anything is unpickled, run or fetched, the file gives the answers of the
+    Learner"""
     path,df = study
     ns = {}
     exec(ANSWERS, ns)
@@ -91,12 +102,16 @@ def test_fresh_process_and_no_pickle(learner, study, scan, tmp_path):
     python(ANSWERS+f"""
 import sys, torch
 torch.set_num_threads({torch.get_num_threads()})
-from fastmed.learn.onnx import load_model
+from fastmed.learn.modelfile import load_model
 tmp,new,*files = sys.argv[1:]
 import scipy.ndimage
 armed = True
 def hook(event, args):
-    if armed and event in ('pickle.find_class','subprocess.Popen','os.system','socket.connect','urllib.Request','os.exec','os.posix_spawn'): print(event, args, flush=True); import os; os._exit(3)
+    if armed and event in ('pickle.find_class','subprocess.Popen','os.system','socket.connect','urllib.Request',
+                           'os.exec','os.posix_spawn'):
+        print(event, args, flush=True)
+        import os
+        os._exit(3)
 sys.addaudithook(hook)
 learns = {{nd:load_model(f'{{tmp}}/m{{nd}}.safetensors', 'cpu') for nd in (3,2)}}
 for nd,l in learns.items(): l.predict_volume(new)
@@ -155,7 +170,8 @@ def test_facts_tell_no_names(loaders, study, tmp_path):
     assert back.saw(pd.DataFrame([dict(case='x', subject=subject), dict(case='y', subject='z')]))==['x']
 
 def test_fingerprints_are_salted(learner, tmp_path):
-    "Two models that know the same cases share no fingerprint, so that no table of names fits both; and they know a case as before"
+    """Two models that know the same cases share no fingerprint, so that no table of names fits both; and they know a
+    case as before"""
     learn = learner(3)
     learn.seen = names = {'c1':'s1', 'c2':'s1', 'c3':'s3'}
     fn = save_model(learn, tmp_path/'a.safetensors')
@@ -194,7 +210,8 @@ def test_an_exported_learner_tells_no_names(loaders, study, tmp_path, seen):
     learn.export('e.pkl', seen=seen)
     b = (tmp_path/'e.pkl').read_bytes()
     assert learn.seen=={'MUELLER_1':'Anna-1', 'MUELLER_2':'Anna-1'}
-    import zipfile, io
+    import io
+    import zipfile
     b = b''.join(zipfile.ZipFile(io.BytesIO(b)).read(o) for o in zipfile.ZipFile(io.BytesIO(b)).namelist())
     assert b'MUELLER' not in b and b'Anna' not in b
     back = load_learner(tmp_path/'e.pkl')
@@ -238,7 +255,9 @@ def test_the_same_learner_gives_the_same_bytes(learner, tmp_path):
     assert a==b
 
 def test_fastais_own_save_stays(learner):
-    import fastai.learner as f, fastmed.learn.learner as l
+    import fastai.learner as f
+
+    import fastmed.learn.learner as l
     assert l.save_model is f.save_model and f.save_model is not save_model and f.load_model is not load_model
     learn = learner(3)
     w = learn.model.state_dict()['heads.0.bias'].clone()
@@ -400,6 +419,15 @@ def test_forgery_is_a_fair_test(saved, scan, tmp_path):
     (tmp_path/'same').write_bytes(forge(saved[1].read_bytes()))
     assert same_bits(load_model(tmp_path/'same', 'cpu').predict_volume(scan), saved[0].predict_volume(scan))
 
+def infinite(*keys):
+    "A number that JSON writes in digits and Python reads as infinity"
+    def f(m):
+        put('@', *keys)(m)
+        return json.dumps(m).replace('"@"', '1e999')
+    return f
+
+def ct_stats(stats): return lambda m: m['preprocess'].update(normalize='ct', stats=stats)
+
 ARGS = ('network','args','dict')
 FORGED = dict(
     newer=(put(4, 'format'), 'newer fastmed'),
@@ -423,7 +451,20 @@ FORGED = dict(
         'normalize'), drift=(lambda m: put([o*1.01+.01 for o in m['echo']], 'echo')(m), 'answers otherwise'),
         nothing=(lambda m: '{}', 'format and a sum'),
     nested=(lambda m: '['*100_000, 'JSON'), no_dict=(lambda m: json.dumps([m['sha256']]), 'format and a sum'),
-        no_sum=(put('', 'sha256'), None))
+        no_sum=(put('', 'sha256'), None),
+    infinite_echo=(infinite('echo', 0), 'JSON'), infinite_share=(infinite('foreground'), 'JSON'),
+    infinite_spacing=(infinite('preprocess', 'spacing', 0), 'JSON'),
+    spacing=(put([1e300]*3, 'preprocess', 'spacing'), 'spacing: expected three sizes'),
+    orientation=(put('XYZ', 'preprocess', 'orientation'), "orientation: expected an order of the axes such as 'RAS'"),
+    orientation2=(put('RRR', 'preprocess', 'orientation'), 'orientation: expected'),
+    orientation3=(put(7, 'preprocess', 'orientation'), 'orientation: expected'),
+    stats=(ct_stats([{}]), 'stats: expected'),
+    stats2=(ct_stats([dict(lo=0, hi=1, mean=.5, std=-1)]), 'stats: expected'),
+    stats3=(ct_stats(None), 'not fitted'), stats4=(ct_stats('abc'), 'stats: expected'),
+    auto=(put('auto', 'preprocess', 'spacing'), 'not fitted'),
+    channels=(put(['zscore']*9, 'preprocess', 'normalize'), '9 normalisations'),
+    half=(put({'tuple':[16.5,16,16]}, 'plan', 'dict', 'patch'), 'plan of slices or volumes'),
+    escape=(put(['background','\x1b[2J','b'], 'preprocess', 'codes'), 'control characters'))
 
 @pytest.mark.parametrize('what', FORGED)
 def test_forged_metadata(saved, tmp_path, what):
@@ -439,11 +480,24 @@ def test_forged_metadata(saved, tmp_path, what):
     refused(bad, tmp_path/'bad', match)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-before<600_000
 
+@pytest.mark.parametrize('axis', [7, -1, None])
+def test_forged_slices(learner, tmp_path, axis):
+    b = save_model(learner(2), tmp_path/'m.safetensors').read_bytes()
+    refused(forge(b, put(axis, 'plan', 'dict', 'axis')), tmp_path/'bad', 'plan of slices or volumes')
+
+def test_little_told_of_the_training_is_enough(saved, tmp_path):
+    (tmp_path/'m').write_bytes(forge(saved[1].read_bytes(), put({'seen':None, 'torch':'2'}, 'training')))
+    assert 'trained on ? cases of ? subjects' in repr(load_model(tmp_path/'m', 'cpu'))
+
 def _peak(code, *args):
     "Peak memory of a fresh process that runs `code`, in MB, and what it printed"
-    code = (f"import resource, sys\nfrom fastmed.learn.onnx import load_model\nfrom fastmed.core import "
-            f"FastmedError\nbase = "
-            f"resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n{code}\nprint((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-base)/1024)")
+    peak = 'resource.getrusage(resource.RUSAGE_SELF).ru_maxrss'
+    code = f"""import resource, sys
+from fastmed.learn.modelfile import load_model
+from fastmed.core import FastmedError
+base = {peak}
+{code}
+print(({peak}-base)/1024)"""
     *said,mb = python(code, *args).splitlines()
     return float(mb),said
 
@@ -528,19 +582,27 @@ def test_some_hundred_forged_headers(loaders, tmp_path):
     out = python("""
 import json, resource, signal, sys, warnings
 from fastmed.all import *
-warnings.simplefilter('ignore'); res,tmp = {},Path(sys.argv[1])
+warnings.simplefilter('ignore')
+res,tmp = {},Path(sys.argv[1])
 class Slow(BaseException): pass
 def slow(*args): raise Slow
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024
-signal.signal(signal.SIGALRM, slow); load_model(tmp/'s.safetensors', 'cpu'); import monai.networks.nets
-now = int(Path('/proc/self/statm').read_text().split()[0])*resource.getpagesize(); resource.setrlimit(resource.RLIMIT_AS, (now+3*2**30, now+3*2**30)); was = peak()
+signal.signal(signal.SIGALRM, slow)
+load_model(tmp/'s.safetensors', 'cpu')
+import monai.networks.nets
+now = int(Path('/proc/self/statm').read_text().split()[0])*resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now+3*2**30, now+3*2**30))
+was = peak()
 for f in sorted(tmp.glob('bad*')):
     signal.alarm(120)
-    try: load_model(f, 'cpu'); said = 'opened'
+    try:
+        load_model(f, 'cpu')
+        said = 'opened'
     except FastmedError as e: said = 'refused' if f.name in str(e) and len(str(e))<2000 else f'says {e}'
     except Slow: said = 'takes for ever'
     except Exception as e: said = f'{type(e).__name__}: {e}'
-    signal.alarm(0); mb,was = peak()-was,peak()
+    signal.alarm(0)
+    mb,was = peak()-was,peak()
     res[f.name] = said if mb<700 else f'{said}, and took {mb} MB'
 print(json.dumps(res))
 """, tmp_path)
@@ -580,6 +642,13 @@ def test_what_is_no_model_is_not_read(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='expected a safetensors file'): load_model(fn, 'cpu')
     with open(fn, 'r+b') as f: f.write((10**9).to_bytes(8, 'little')+b'{')
     with pytest.raises(ValueError, match='expected a safetensors file'): load_model(fn, 'cpu')
+
+def test_an_onnx_file_of_gigabytes_is_not_read(tmp_path, monkeypatch):
+    "ONNX files have less than two"
+    with open(tmp_path/'zeros.onnx', 'wb') as f: f.truncate(5*10**9)
+    monkeypatch.setattr(Path, 'read_bytes', lambda self: pytest.fail('the whole file is read'))
+    with pytest.raises(ValueError, match='zeros.onnx: expected a file of export_onnx; found 5,000,000,000 bytes'):
+        load_onnx(tmp_path/'zeros.onnx')
 
 @pytest.mark.parametrize('error', [ZeroDivisionError('division by zero'), np.linalg.LinAlgError('SVD did not converge'),
         AssertionError('x'), RecursionError('deep')])
@@ -621,7 +690,8 @@ def test_tensors_missing_too_many_or_otherwise(saved, tmp_path):
 def test_pretrained_fetches_nothing(loaders, tmp_path, monkeypatch):
     learn = unet2d_learner(loaders[2], 'SegResNet', init_filters=8, path=tmp_path)
     b = save_model(learn, tmp_path/'m.safetensors').read_bytes()
-    import urllib.request, socket
+    import socket
+    import urllib.request
     def never(*a, **k): raise AssertionError('fetched')
     monkeypatch.setattr(urllib.request, 'urlopen', never)
     monkeypatch.setattr(socket, 'socket', never)
@@ -640,8 +710,8 @@ def onnx():
 @pytest.mark.parametrize('ndim,kw', [(3,{}), (2,{}), (3,dict(arch='SegResNet', init_filters=8)),
         (3,dict(deep_supervision=True, depth=3, nf=4, arch='UNet'))])
 def test_onnx_answers_alike(onnx, learner, loaders, scan, tmp_path, ndim, kw):
-    learn = (unet3d_learner if ndim==3 else unet2d_learner)(loaders[ndim], fast=False, path=tmp_path,
-                                                            **kw) if kw else learner(ndim, fast=False)
+    make = unet3d_learner if ndim==3 else unet2d_learner
+    learn = make(loaders[ndim], fast=False, path=tmp_path, **kw) if kw else learner(ndim, fast=False)
     back = load_onnx(export_onnx(learn, tmp_path/'m.onnx', post='keep_largest'))
     (m,p),(m2,p2) = learn.predict_volume(scan, proba=True, tta=True, post='keep_largest'),back.predict_volume(scan,
                                          proba=True, tta=True)

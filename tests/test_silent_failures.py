@@ -1,9 +1,18 @@
 "Wrong answers given without a word elsewhere in this field: what happens here instead."
-import inspect, json, os, re
-import nibabel as nib, numpy as np, pandas as pd, pytest, torch
-from torch import nn, Tensor
-from fastmed.all import *
+import json
+import os
+import re
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
 from phantoms import *
+from torch import Tensor, nn
+
+from fastmed.all import *
+
 for k in [o for o in globals() if o.startswith('test')]: del globals()[k]    # fastcore's own
 
 QUIET = dict(device='cpu', num_workers=0)
@@ -29,7 +38,8 @@ def dice_of(learn, df): return pd.DataFrame(learn.evaluate(df)).groupby('structu
 
 @pytest.mark.parametrize('ndim', (3,2))
 def test_row_01_fresh_process_keeps_the_preprocessing(fresh, ndim):
-    "A Learner that is loaded elsewhere still turns and resamples a scan as in training: the scan here has other axes and another spacing."
+    """A Learner that is loaded elsewhere still turns and resamples a scan as in training: the scan here has other axes
+    and another spacing."""
     here,there = fresh
     assert json.loads(str(there[f'pre_{ndim}']))['spacing']==[1.25]*3 and json.loads(str(there[f'pre_{ndim}']))[
             'orientation']=='RAS'
@@ -38,7 +48,8 @@ def test_row_01_fresh_process_keeps_the_preprocessing(fresh, ndim):
     assert here[f'volume_{ndim}'].shape==(34,22,15) and here[f'volume_{ndim}'].any()
 
 def test_row_01_export_holds_everything(learner, study):
-    "Patch, spacing, orientation, normalisation with its numbers, and codes are inside the exported file; the cases are not."
+    """Patch, spacing, orientation, normalisation with its numbers, and codes are inside the exported file; the cases
+    are not."""
     path,df = study
     learn = learner(3)
     learn.export('m.pkl')
@@ -71,20 +82,23 @@ def test_row_02_two_pipelines_do_not_touch(exact, study, cache):
     b.predict_volume(path/df.image[2])
     b.dls.one_batch()
     for x,y in zip(before, state(a)): assert torch.equal(x, y) if isinstance(x, Tensor) else x==y
-    p,q = Preprocess(spacing=1.), Preprocess(spacing=2.)
+    p = Preprocess(spacing=1.)
     assert p.spacing==(1.,1.,1.) and Preprocess().spacing is None
 
 WORKERS = """
 import sys, torch, hashlib, json
 from fastmed.all import *
 import torch.multiprocessing as mp
-def digest(dl): return hashlib.sha256(b''.join(t.as_subclass(Tensor).numpy().tobytes() for b in dl for t in b)).hexdigest()
+def digest(dl):
+    return hashlib.sha256(b''.join(t.as_subclass(Tensor).numpy().tobytes() for b in dl for t in b)).hexdigest()
 if __name__=='__main__':
     torch.set_num_threads(1)
     path,tmp = sys.argv[2],sys.argv[1]
     df = pd.read_csv(f'{path}/cases.csv')
     res = {}
-    dls = VolumeDataLoaders.from_df(df, path, codes=['background','large','small'], spacing=1.5, patch=12, normalize='minmax', batch_tfms=None, bs=2, samples_per_case=2, cache=tmp, device='cpu', num_workers=0)
+    dls = VolumeDataLoaders.from_df(df, path, codes=['background','large','small'], spacing=1.5, patch=12,
+                                    normalize='minmax', batch_tfms=None, bs=2, samples_per_case=2, cache=tmp,
+                                    device='cpu', num_workers=0)
     mp.set_forkserver_preload(['fastmed.all'])
     for how,n in (('none',0),('fork',2),('forkserver',2),('spawn',1)):
         if n: mp.set_start_method(how, force=True)
@@ -93,12 +107,14 @@ if __name__=='__main__':
         tr,va = [d.new(num_workers=n) for d in dls.loaders]
         tr.rng = random.Random(5)
         test = dls.test_dl(df[:3].assign(image=[f'{path}/{o}' for o in df.image[:3]]), num_workers=n)
-        res[how] = [digest(o) for o in ((tr,va,test) if how!='spawn' else (tr,))]        # a spawned worker takes seconds to start
+        # a spawned worker takes seconds to start
+        res[how] = [digest(o) for o in ((tr,va,test) if how!='spawn' else (tr,))]
     print(json.dumps(res))
 """
 
 def test_row_03_workers_keep_the_settings(study, tmp_path):
-    "However the workers are started, or with none, the batches are the same to the last bit: of training, of validation and of new files."
+    """However the workers are started, or with none, the batches are the same to the last bit: of training, of
+    validation and of new files."""
     res = json.loads(python(WORKERS, tmp_path, study[0]).strip().splitlines()[-1])
     assert set(res)=={'none','fork','spawn','forkserver'} and len(set(res['none']))==3
     for how in ('fork','forkserver','spawn'): assert res[how]==res['none'][:len(res[how])], how
@@ -121,13 +137,15 @@ def test_row_04_each_case_keeps_its_affine(exact, study, ndim):
 @pytest.mark.parametrize('ndim', (3,2))
 @pytest.mark.parametrize('shape', [(60,51,44),(10,41,12),(9,9,9)], ids=['larger','mixed','smaller'])
 def test_row_05_whole_scan_is_covered(exact, tmp_path, ndim, shape):
-    "A structure that fills a scan of any size keeps every voxel: nothing is cropped to the patch of training, nothing filled with zeros."
+    """A structure that fills a scan of any size keeps every voxel: nothing is cropped to the patch of training, nothing
+    filled with zeros."""
     two = lambda a: np.full_like(a, 2)
     c = write_case(tmp_path, 'big', shape=shape, image=two, mask=two)
     for overlap in (0,.5): assert (exact(ndim).predict_volume(tmp_path/c['image'], overlap=overlap)==2).all()
 
 def test_row_06_mask_in_another_order(exact, tmp_path, cache):
-    "A mask whose file runs from right to left is brought to the image's order by its own affine: Dice stays 1. Out of place in space, both files are named."
+    """A mask whose file runs from right to left is brought to the image's order by its own affine: Dice stays 1. Out of
+    place in space, both files are named."""
     flip = nib.orientations.axcodes2ornt('LAS')
     rows = []
     for i in range(3):
@@ -151,7 +169,8 @@ def test_row_06_mask_in_another_order(exact, tmp_path, cache):
 
 @pytest.mark.parametrize('ndim', (3,2))
 def test_row_07_flips_are_undone(exact, study, ndim):
-    "Averaging over flips changes nothing for a network that answers voxel by voxel; for one that knows left from right each view is undone before the mean."
+    """Averaging over flips changes nothing for a network that answers voxel by voxel; for one that knows left from
+    right each view is undone before the mean."""
     path,df = study
     fn = path/df.image[2]
     learn = exact(ndim)
@@ -228,7 +247,8 @@ def test_row_09_perfect_sigmoid_scores_one(exact, study, tmp_path):
     assert len(pr)==2 and torch.equal(pr.argmax(0), m.long())
 
 def test_row_10_empty_structures_follow_a_rule(exact, tmp_path):
-    "Voxels predicted where there is nothing score 0 and count as failed; nothing predicted where there is nothing is nan, and counted apart."
+    """Voxels predicted where there is nothing score 0 and count as failed; nothing predicted where there is nothing is
+    nan, and counted apart."""
     assert np.isnan(dice_score(np.zeros((3,3,3),bool), np.zeros((3,3,3),bool))) and dice_score(np.ones((3,3,3),bool),
             np.zeros((3,3,3),bool))==0
     no2,no2i = lambda m: np.where(m==2, 0, m),lambda a: np.where(a>1.5, 0, a)
@@ -252,7 +272,8 @@ def test_row_11_surface_distance_per_structure():
     assert r['small']['hd95']>5 and r['large']['status']=='false positive'
 
 def test_row_12_keep_largest_per_structure(exact, study):
-    "Each structure keeps its own largest part: a small structure that touches nothing is not thrown away, two that touch are not one."
+    """Each structure keeps its own largest part: a small structure that touches nothing is not thrown away, two that
+    touch are not one."""
     m = np.zeros((20,20,20), np.uint8)
     m[1:9,1:9,1:9],m[9:12,1:9,1:9],m[15:17,15:17,15:17],m[0,19,0] = 1,2,1,2
     want = m.copy()
@@ -270,7 +291,8 @@ def test_row_12_keep_largest_per_structure(exact, study):
                                             learn.predict_volume(path/df.image[0])), 'both balls stay'
 
 def test_row_14_a_missed_structure_is_counted(exact, tmp_path):
-    "A structure that was not found has an infinite distance: it leaves no mean by stealth, the summary says how many failed."
+    """A structure that was not found has an infinite distance: it leaves no mean by stealth, the summary says how many
+    failed."""
     rows = [write_case(tmp_path, 'right'), write_case(tmp_path, 'missed', image=lambda a: np.where(a>1.5, 0, a))]
     ev = exact(3).evaluate(row(tmp_path, rows))
     r = pd.DataFrame(ev).set_index(['case','structure']).loc['missed','small']
@@ -289,7 +311,8 @@ def test_row_14_an_unreadable_scan_is_counted(exact, tmp_path):
 # ---- 13, 15 to 17
 
 def test_row_13_unlike_shapes_are_refused(study, tmp_path):
-    "Image and mask of unlike shape are refused with both names and shapes: by from_df, by a plain DataBlock, and by evaluation."
+    """Image and mask of unlike shape are refused with both names and shapes: by from_df, by a plain DataBlock, and by
+    evaluation."""
     rows = [write_case(tmp_path, f'g{i}') for i in range(3)]+[write_case(tmp_path, 'bad', mask=lambda m: m[:,:-2])]
     parts = ('images/bad.nii','labels/bad.nii','(20, 20, 20)','(20, 18, 20)')
     block = DataBlock((VolumeBlock, VolumeMaskBlock(CODES)), get_x=CaseFiles('image', tmp_path),
@@ -305,9 +328,12 @@ def test_row_13_unlike_shapes_are_refused(study, tmp_path):
     with pytest.raises(ValueError, match=r'\(3, 3, 3\).*\(3, 3, 4\)'):
         case_scores(np.zeros((3,3,3),int), np.zeros((3,3,4),int), CODES, (1,1,1))
 
+def hounsfield(k, a): return np.round(a*300*k-1000).astype(np.float32)
+
 def test_row_15_statistics_come_from_training_cases(tmp_path):
-    "The scans of the validation cases are a thousand times brighter and twice as coarse: neither the intensity statistics nor the spacing know."
-    ct = lambda k: lambda a: np.round(a*300*k-1000).astype(np.float32)
+    """The scans of the validation cases are a thousand times brighter and twice as coarse: neither the intensity
+    statistics nor the spacing know."""
+    def ct(k): return partial(hounsfield, k)
     rows = [write_case(tmp_path, f't{i}', seed=i, image=ct(1)) for i in range(3)]+[write_case(tmp_path, f'v{i}',
             affine_of(spacing=(2,2,2)), seed=i, image=ct(3)) for i in range(4)]
     df = pd.DataFrame(rows).assign(v=[False]*3+[True]*4)
@@ -326,7 +352,8 @@ def test_row_15_statistics_come_from_training_cases(tmp_path):
     assert a!=b, 'in one store, other training cases have statistics of their own'
 
 def test_row_16_subject_on_one_side(study, cache):
-    "Where there is a subject column it groups the split, unasked; a validation column that parts a subject is refused by name."
+    """Where there is a subject column it groups the split, unasked; a validation column that parts a subject is refused
+    by name."""
     path,df = study
     for seed in range(6):
         dls = VolumeDataLoaders.from_df(df, **{**EXACT, **dict(path=path, cache=cache, seed=seed, valid_pct=.4)})
@@ -366,7 +393,8 @@ def test_row_17_labels_are_declared_or_refused(tmp_path, values):
 
 @pytest.mark.parametrize('n_in', [1,2,4,7])
 def test_row_18_channels_are_adapted(n_in):
-    "One channel takes the sum; more are repeated and rescaled: none starts at zero, and equal channels give what equal colours gave."
+    """One channel takes the sum; more are repeated and rescaled: none starts at zero, and equal channels give what
+    equal colours gave."""
     import timm
     torch.manual_seed(0)
     net = timm.create_model('resnet10t', features_only=True).eval()
@@ -384,7 +412,8 @@ def test_row_18_channels_are_adapted(n_in):
 
 @pytest.mark.parametrize('how', ['average','centre'])
 def test_row_19_inflated_equals_its_parent(how):
-    "On a volume constant along the third axis, the border repeated, the inflated network answers what its parent answers for the slice; with zeros around it does not."
+    """On a volume constant along the third axis, the border repeated, the inflated network answers what its parent
+    answers for the slice; with zeros around it does not."""
     import timm
     torch.manual_seed(0)
     net = timm.create_model('resnet10t', features_only=True).eval()
@@ -415,7 +444,8 @@ def test_row_20_broken_voxels_do_not_train(tmp_path):
             VolumeDataLoaders.from_df(pd.DataFrame(good+[r]), tmp_path, **{**EXACT, 'cache':tmp_path/'c'})
 
 def test_row_21_physical_values(exact, tmp_path):
-    "Slope and intercept of the header are applied, in float: what is read is what the scanner meant, and nothing overflows."
+    """Slope and intercept of the header are applied, in float: what is read is what the scanner meant, and nothing
+    overflows."""
     raw = np.arange(8*8*8, dtype=np.uint8).reshape(8,8,8)
     im = nib.Nifti1Image(raw, np.eye(4))
     im.header.set_slope_inter(4, -1024)
@@ -506,7 +536,7 @@ def test_row_24_export_is_whole(learner, monkeypatch):
     old = fn.read_bytes()
     import threading
     learn.wont_pickle = threading.Lock()
-    with pytest.raises(Exception): learn.export('m.pkl')
+    with pytest.raises(Exception): learn.export('m.pkl')  # noqa: B017
     del learn.wont_pickle
     assert fn.read_bytes()==old, 'half a file stands where the Learner was'
     assert len(learn.dls.train_ds)==6, 'a failed export leaves the Learner as it was'
@@ -548,3 +578,66 @@ def test_a_network_that_answers_nan_is_named(learner, study, ndim):
     assert learn.predict_volume(fn).any()
     with torch.no_grad(): next(learn.model.parameters()).fill_(float('nan'))
     with pytest.raises(ValueError, match=re.escape(Path(fn).name)+'.*NaN.*train again'): learn.predict_volume(fn)
+
+# ---- found by trying it from outside
+
+def test_a_subject_in_numbers_and_text_is_one():
+    "Two tables put together: 1.0, 1 and '1 ' are the same person, and stay on one side."
+    groups = [1.0,'1',2,'2 ',3.0,' 3',4,'4']
+    df = pd.DataFrame(dict(case=[f'c{i}' for i in range(8)], subject=groups, is_valid=[1]+[0]*7))
+    for seed in range(5):
+        train,valid = GroupSplitter(groups, .25, seed)(range(8))
+        assert len(valid)==2 and {i//2 for i in train}.isdisjoint(i//2 for i in valid)
+        fold = group_folds(df, 2, seed)
+        assert (fold[::2]==fold[1::2]).all()
+    with pytest.raises(InputError, match='both sides'):
+        VolumeDataLoaders.from_df(df.assign(image='a'), valid_col='is_valid', mask_col=None)
+
+@pytest.mark.parametrize('folds,case', [([0,.5,1,1],'c1'), ([0,np.nan,1,1],'c1'), (list('0a11'),'c1')], ids=str)
+def test_folds_are_whole_numbers(folds, case, tmp_path):
+    df = pd.DataFrame(dict(case=['c0','c1','c2','c3'], image='a', mask='b', fold=folds))
+    for make in (lambda: Comparison(df, folds='fold', path=tmp_path/'a'),
+                 lambda: cross_validate(df, folds='fold', path=tmp_path/'b')):
+        with pytest.raises(InputError, match=f"case '{case}': fold is"): make()
+
+def test_weights_and_parts_of_an_epoch_go_together(exact):
+    "The weights were forgotten by `partial_dataloaders`, and the part by `weighted_dataloaders`."
+    dls = exact(3, bs=1, samples_per_case=3).dls
+    wgts = [1]+[0]*(len(dls.train_ds)-1)
+    for o in (dls.weighted_dataloaders(wgts).partial_dataloaders(4),
+              dls.partial_dataloaders(4).weighted_dataloaders(wgts)):
+        assert len(o.train)==4 and {i%len(dls.train_ds) for i in o.train.get_idxs()}=={0}
+
+def test_codes_in_another_order_are_refused(exact, study, cache):
+    "The metrics took the new names, and the channels of the network did not."
+    learn = exact(3)
+    turned = exact(3, codes={'background':0,'small':2,'large':1}).dls
+    with pytest.raises(InputError, match='in this order'): learn.dls = turned
+
+def test_a_class_without_a_code_is_refused(exact):
+    "The mask held numbers that no code names."
+    dls = exact(3).dls
+    for n in (2,5):
+        with pytest.raises(InputError, match=f'n_out={n}'): unet3d_learner(dls, nf=4, depth=2, n_out=n)
+    assert unet3d_learner(dls, nf=4, depth=2, n_out=5, loss_func=DiceCELoss()).n_out==5
+
+def test_what_is_scored_in_training_is_what_is_shown(exact):
+    "`Interpretation(ds_idx=0)` scored one patch and showed another."
+    learn = exact(3, samples_per_case=2, batch_tfms='auto')
+    a,b = learn.get_preds(ds_idx=0),learn.get_preds(ds_idx=0)
+    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    interp = Interpretation.from_learner(learn, ds_idx=0)
+    losses,idxs = interp.top_losses(3)
+    shown = interp[idxs]
+    assert torch.allclose(torch.as_tensor(shown[-1]).float(), losses.float())
+    x = learn.dls.train.one_batch()[0]
+    assert not torch.equal(x, learn.dls.train.one_batch()[0]), 'training goes on drawing anew'
+
+@pytest.mark.parametrize('tolerance', (-1, float('nan')))
+def test_a_tolerance_below_zero_is_refused(tolerance, exact):
+    "It gave a surface Dice of 0 everywhere."
+    with pytest.raises(InputError, match='tolerance'): exact(3).evaluate(tolerance=tolerance)
+
+def test_sizes_that_are_no_number_are_refused():
+    for o in (float('nan'), float('inf')):
+        with pytest.raises(InputError, match='spacing'): Preprocess(spacing=(1,1,o))

@@ -1,18 +1,27 @@
 "A store serves the content that a file has now, whatever its times and size say, and reads nothing twice."
-import os, shutil
+import os
+import shutil
 from pathlib import Path
-import nibabel as nib, numpy as np, pandas as pd, pytest
-from fastmed.core import FileError, TensorVolume
-from fastmed.data.loaders import VolumeDataLoaders, get_preprocess
-from fastmed.io.volumes import file_digest, load_volume, save_volume
-from fastmed.learn.learner import unet3d_learner
-from fastmed.data.preprocess import Preprocess
-from fastmed.data.store import Store, kept_digest
-import fastmed.data.store
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
 from phantoms import CODES, write_case
 
+import fastmed.data.store
+from fastmed.core import FileError, TensorVolume
+from fastmed.data.loaders import VolumeDataLoaders
+from fastmed.data.preprocess import Preprocess
+from fastmed.data.store import Store, kept_digest
+from fastmed.io.formats import file_digest
+from fastmed.io.volumes import load_volume, save_volume
+from fastmed.learn.learner import unet3d_learner
+
+
 def same_size(fn, value, at=slice(None), packed=False):
-    "Write a scan again with other voxels, the same size and the same time; of a packed one, whose size may differ, the same time"
+    """Write a scan again with other voxels, the same size and the same time; of a packed one, whose size may differ,
+    the same time"""
     st,im = os.stat(fn),nib.load(fn)
     a = np.asarray(im.dataobj).copy()
     a.reshape(-1)[at] = value
@@ -64,10 +73,10 @@ def test_training_sees_the_new_content(tmp_path, settled):
     kwargs = dict(codes=CODES, valid_pct=.25, patch=16, bs=2, num_workers=0, device='cpu', cache=tmp_path/'store',
                   spacing=None, normalize='ct')
     def loaders(): return VolumeDataLoaders.from_df(df, tmp_path, **kwargs)
-    was = get_preprocess(loaders()).to_dict()
+    was = loaders().preprocess.to_dict()
     for f in df.image: same_size(tmp_path/f, 900., slice(0, 4000))
     for f in df['mask']: same_size(tmp_path/f, 2, slice(0, 4000))
-    pre = get_preprocess(loaders())
+    pre = loaders().preprocess
     s = Store(pre, tmp_path/'store')
     assert pre.to_dict()!=was
     for im,m in zip(df.image, df['mask']):
@@ -133,7 +142,7 @@ def test_two_scans_alike_at_both_ends_are_two(tmp_path, store, settled):
 def test_voxels_that_lie_beside_their_header(tmp_path, store, settled):
     "The .img of a .hdr, the .raw of a .mhd"
     sitk = pytest.importorskip('SimpleITK')
-    for k,(fn,side) in enumerate((('a.hdr','a.img'), ('b.mhd','b.raw'))):
+    for _k,(fn,side) in enumerate((('a.hdr','a.img'), ('b.mhd','b.raw'))):
         a = np.full((40,40,40), 1, np.float32)
         fn,side = str(tmp_path/fn),tmp_path/side
         if fn.endswith('.mhd'): sitk.WriteImage(sitk.GetImageFromArray(a), fn)
@@ -180,3 +189,16 @@ def test_written_to_while_it_is_read(tmp_path, store):
     s.preprocess = Slow(normalize='none')
     with pytest.raises(FileError, match='while it was read'): s.build([fn])
     assert not [o for o in (tmp_path/'store/image').glob('*') if not o.name.startswith('.')]
+
+@pytest.mark.parametrize('mode', (False, True))
+def test_writing_into_a_read_scan_reaches_no_later_read(mode, store, tmp_path):
+    "`x += 1` stayed in the map that the next read was given"
+    import torch
+    fn = volume(tmp_path/'a.nii', 5.)
+    s = store().build([fn])
+    with torch.inference_mode(mode):
+        x = s.image(fn)
+        x += 1
+        assert middle(s, fn)==5. and x[0,24,24,24]==6.
+        z = s.image(fn)
+        assert s.image(fn).data_ptr()==z.data_ptr(), 'still mapped once'

@@ -1,9 +1,20 @@
 "Several threads ask one Learner at once, as a server does: each gets the answer that it would get alone."
 from concurrent.futures import ThreadPoolExecutor
-import pytest, torch
-from torch import nn
-from fastmed.all import SliceDataLoaders, VolumeDataLoaders, classifier_learner, load_learner, load_model, make_fast, save_model
+
+import pytest
+import torch
 from phantoms import CODES
+from torch import nn
+
+from fastmed.all import (
+    VolumeDataLoaders,
+    classifier_learner,
+    load_learner,
+    load_model,
+    make_fast,
+    save_model,
+)
+
 
 def modes(model): return {m.training for m in model.modules()}
 def state(model): return {k:v.clone() for k,v in model.state_dict().items()}
@@ -96,7 +107,10 @@ def test_a_network_in_training_is_in_evaluation_until_the_last_is_done():
 
 def test_autocast_of_one_thread_is_not_ended_by_another(monkeypatch):
     "`FastForward` enters a context and leaves it: each thread its own"
-    import fastmed.learn.learner as L, contextlib, threading
+    import contextlib
+    import threading
+
+    import fastmed.learn.learner as L
     wrong = []
     class Own(contextlib.nullcontext):
         def __enter__(self): self.by = threading.get_ident()
@@ -126,7 +140,6 @@ def test_the_masks_of_a_learner_of_both_do_not_disturb_its_answers(study, tmp_pa
     learn.model.eval()
     model = learn.model
     seen = []
-    from fastmed.all import VolumeLearner
     net = model.net
     net.register_forward_hook(lambda *a: seen.append(learn.model is model))
     learn.predict_volume(path/df.image[0])

@@ -1,11 +1,36 @@
 "Callbacks and evaluation, where a fit is cut short, interrupted, or a case fails."
-import copy, pickle
+import copy
+import pickle
 from contextlib import nullcontext
-import numpy as np, pandas as pd, pytest, torch
-from fastai.callback.all import Callback, CancelStepException, EarlyStoppingCallback, GradientAccumulation, ReduceLROnPlateau
-from fastmed.all import (BudgetCallback, CostCallback, DiceCallback, InputError, set_seed, VolumeDataLoaders,
-                         unet3d_learner, TensorVolumeMask, load_mask, save_volume, scan_folder, summarise)
-from phantoms import write_case, CODES
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fastai.callback.all import (
+    Callback,
+    CancelStepException,
+    EarlyStoppingCallback,
+    GradientAccumulation,
+    ReduceLROnPlateau,
+)
+from phantoms import CODES, write_case
+
+from fastmed.all import (
+    BudgetCallback,
+    CostCallback,
+    DiceCallback,
+    InputError,
+    TensorVolumeMask,
+    VolumeDataLoaders,
+    load_mask,
+    save_volume,
+    scan_folder,
+    set_seed,
+    summarise,
+    unet3d_learner,
+)
+
 
 @pytest.fixture
 def learn(tmp_path):
@@ -95,7 +120,8 @@ class Waits(Callback):
     def after_epoch(self): self.seen.append(self.of.wait)
 
 def test_epochs_without_a_look_are_not_without_improvement(learn):
-    "Of six epochs the second, fourth and sixth are looked at; with patience 2 the fit ends after two looks that were no better, not before"
+    """Of six epochs the second, fourth and sixth are looked at; with patience 2 the fit ends after two looks that were
+    no better, not before"""
     for patience,every,epochs in ((2,2,6),(1,3,6),(0,2,4)):
         early = EarlyStoppingCallback('case_dice', patience=patience)
         w = Waits(early)

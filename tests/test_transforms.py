@@ -1,8 +1,13 @@
 "fastai's transforms on our items: they act, image and mask together, or they are refused by name."
-import numpy as np, pandas as pd, pytest, torch
-from PIL import Image
-from fastmed.all import *
+import numpy as np
+import pandas as pd
+import pytest
+import torch
 from phantoms import affine_of, python, write_case
+from PIL import Image
+
+from fastmed.all import *
+
 for k in [o for o in globals() if o.startswith('test')]: del globals()[k]    # fastcore's own
 
 QUIET = dict(device='cpu', num_workers=0)

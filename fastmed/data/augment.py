@@ -7,11 +7,16 @@ __all__ = ['bspline_basis', 'blur_matrix', 'low_res_matrix', 'along_axes', 'Spat
            'TorchIOTransform']
 
 # %% ../../nbs/data/07_augment.ipynb #d6cc45ed
-import math, numbers
-import torch, torch.nn.functional as F
+import math
+import numbers
+
+import torch
+import torch.nn.functional as F
+from fastcore.all import patch
+from fasttransform import ItemTransform, Transform
 from torch import Tensor
-from fasttransform import Transform, ItemTransform
-from ..core import ArgumentError, InputError, TensorVolume, TensorVolumeMask, TensorSlice, TensorSliceMask
+
+from ..core import ArgumentError, InputError, TensorSlice, TensorSliceMask, TensorVolume, TensorVolumeMask
 
 # %% ../../nbs/data/07_augment.ipynb #93c1ab32
 _image_types,_masks = (TensorVolume,TensorSlice),(TensorVolumeMask,TensorSliceMask)
@@ -92,7 +97,7 @@ class _BatchTfm(Transform):
     def name(self): return repr(self)
 
 class SpatialTfm(_BatchTfm):
-    "Rotation, scale, elastic deformation and flips: one grid an item, one resample for image and mask. Raises `ValueError` on a value out of range."
+    "Rotation, scale, elastic deformation and flips, one resample for image and mask. Raises `ValueError` out of range"
     order,_args = 30,('spacing','max_rotate','p_rotate','max_scale','p_scale','max_elastic','p_elastic','flips',
                       'p_flip')
     def __init__(self,
@@ -110,11 +115,11 @@ class SpatialTfm(_BatchTfm):
         super().__init__(split_idx=split_idx)
         self.split_idx = split_idx
         self.spacing = None if spacing is None else tuple(_bounded('spacing', float(s), 1e-6) for s in spacing)
-        turn = lambda r: _bounded('max_rotate', r, 0, 180)
-        self.max_rotate = tuple(turn(float(r)) for r in max_rotate) if isinstance(max_rotate,
-                (tuple,list)) else turn(max_rotate)
-        self.max_scale,self.max_elastic = _bounded('max_scale', max_scale, 0, .95),_bounded('max_elastic', max_elastic,
-                0, .4)
+        def turn(o): return _bounded('max_rotate', o, 0, 180)
+        many = isinstance(max_rotate, (tuple,list))
+        self.max_rotate = tuple(turn(float(o)) for o in max_rotate) if many else turn(max_rotate)
+        self.max_scale = _bounded('max_scale', max_scale, 0, .95)
+        self.max_elastic = _bounded('max_elastic', max_elastic, 0, .4)
         for k,v in dict(p_rotate=p_rotate, p_scale=p_scale, p_elastic=p_elastic, p_flip=p_flip).items():
             setattr(self, k, _bounded(k, v, 0, 1))
         self.flips = (flips,) if isinstance(flips, int) else tuple(flips)
@@ -125,118 +130,125 @@ class SpatialTfm(_BatchTfm):
         sp = self.spacing or (1.,)*d
         if len(sp)!=d:
             raise InputError(f"SpatialTfm: expected a spacing of {d} values for patches of {tuple(size)}, found {sp}")
-        return sp, [n>1 and s<=3*min(sp) for n,s in zip(size, sp)]
+        return sp, [n>1 and s<=3*min(sp) for n,s in zip(size, sp, strict=True)]
 
-    def draw(self,
-        n:int,      # items
-        size:tuple, # voxels along each space axis
-        generator=None # where the numbers come from; default: torch's global one
-    )->dict:        # angle (n,1|3) degrees, zoom (n,), flip (n,d) bool, bend (n,d,*spans+3) or None
-        "Draw the parameters of `n` items from a generator"
-        d = len(size)
-        free = self._free(size)[1]
-        na = 3 if d==3 else 1
-        mr = self.max_rotate if isinstance(self.max_rotate, tuple) else (self.max_rotate,)*na
-        if len(mr)!=na:
-            raise InputError(
-                    f"SpatialTfm: expected max_rotate as one number or {na} for patches of {tuple(size)}, found {mr}")
-        planes = [all(f for j,f in enumerate(free) if j!=a) for a in range(3)] if d==3 else [all(free)]
-        angle = _between((n,na), 1., generator)*torch.tensor(mr)*torch.tensor(planes)*_hit((n,1), self.p_rotate,
-                generator)
-        zoom = 1+_between(n, self.max_scale, generator)*_hit(n, self.p_scale, generator)
-        if bad:=[a for a in self.flips if not isinstance(a, int) or not 0<=a<d]:
-            raise InputError(
-                    f"SpatialTfm: flips holds {bad}; expected axes from 0 to {d-1} for patches of {tuple(size)}")
-        flip = _hit((n,d), self.p_flip, generator) & torch.tensor([a in self.flips for a in range(d)])
-        bend = None
-        if self.max_elastic and self.p_elastic:
-            on = _hit((n,)+(1,)*(d+1), self.p_elastic, generator)*torch.tensor(free).view(1,d,*(1,)*d)
-            bend = _between((n,d,*[self._spans(s)+3 for s in size]), self.max_elastic, generator)*on
-        return dict(angle=angle, zoom=zoom, flip=flip, bend=bend)
+# %% ../../nbs/data/07_augment.ipynb #7912d0a9
+def _spans(n): return max(1, min(4, n//8))
 
-    @staticmethod
-    def _spans(n): return max(1, min(4, n//8))
+@patch
+def draw(self:SpatialTfm,
+    n:int,      # items
+    size:tuple, # voxels along each space axis
+    generator=None # where the numbers come from; default: torch's global one
+)->dict:        # angle (n,1|3) degrees, zoom (n,), flip (n,d) bool, bend (n,d,*spans+3) or None
+    "Draw the parameters of `n` items from a generator"
+    d = len(size)
+    free = self._free(size)[1]
+    na = 3 if d==3 else 1
+    mr = self.max_rotate if isinstance(self.max_rotate, tuple) else (self.max_rotate,)*na
+    if len(mr)!=na:
+        raise InputError(
+                f"SpatialTfm: expected max_rotate as one number or {na} for patches of {tuple(size)}, found {mr}")
+    planes = [all(f for j,f in enumerate(free) if j!=a) for a in range(3)] if d==3 else [all(free)]
+    angle = _between((n,na), 1., generator)*torch.tensor(mr)*torch.tensor(planes)*_hit((n,1), self.p_rotate,
+            generator)
+    zoom = 1+_between(n, self.max_scale, generator)*_hit(n, self.p_scale, generator)
+    if bad:=[a for a in self.flips if not isinstance(a, int) or not 0<=a<d]:
+        raise InputError(
+                f"SpatialTfm: flips holds {bad}; expected axes from 0 to {d-1} for patches of {tuple(size)}")
+    flip = _hit((n,d), self.p_flip, generator) & torch.tensor([a in self.flips for a in range(d)])
+    bend = None
+    if self.max_elastic and self.p_elastic:
+        on = _hit((n,)+(1,)*(d+1), self.p_elastic, generator)*torch.tensor(free).view(1,d,*(1,)*d)
+        bend = _between((n,d,*[_spans(s)+3 for s in size]), self.max_elastic, generator)*on
+    return dict(angle=angle, zoom=zoom, flip=flip, bend=bend)
 
-    def matrix(self,
-        p:dict,     # from `draw`
-        size:tuple, # voxels along each space axis
-    )->Tensor:      # (n,d,d), output → input, in coordinates that run from -1 to 1
-        "Where each output point is read from: turned and scaled in millimetres about the centre of the patch"
-        sp,free = self._free(size)
-        d = len(size)
-        a = torch.deg2rad(p['angle'].double())
-        R = torch.eye(d, dtype=torch.double).repeat(len(a),1,1)
-        for k in range(a.shape[1]):
-            i,j = ((1,2),(2,0),(0,1))[k] if d==3 else (0,1)
-            r = torch.eye(d, dtype=torch.double).repeat(len(a),1,1)
-            c,s = a[:,k].cos(),a[:,k].sin()
-            r[:,i,i],r[:,j,j],r[:,i,j],r[:,j,i] = c,c,-s,s
-            R = R @ r
-        z = torch.where(torch.tensor(free), p['zoom'].double()[:,None], 1.)
-        e = torch.tensor([n*s/2 for n,s in zip(size, sp)], dtype=torch.double)
-        return (R.transpose(1,2)/z[:,:,None]*e/e[:,None]).float()
+# %% ../../nbs/data/07_augment.ipynb #15f237cc
+@patch
+def matrix(self:SpatialTfm,
+    p:dict,     # from `draw`
+    size:tuple, # voxels along each space axis
+)->Tensor:      # (n,d,d), output → input, in coordinates that run from -1 to 1
+    "Where each output point is read from: turned and scaled in millimetres about the centre of the patch"
+    sp,free = self._free(size)
+    d = len(size)
+    a = torch.deg2rad(p['angle'].double())
+    R = torch.eye(d, dtype=torch.double).repeat(len(a),1,1)
+    for k in range(a.shape[1]):
+        i,j = ((1,2),(2,0),(0,1))[k] if d==3 else (0,1)
+        r = torch.eye(d, dtype=torch.double).repeat(len(a),1,1)
+        c,s = a[:,k].cos(),a[:,k].sin()
+        r[:,i,i],r[:,j,j],r[:,i,j],r[:,j,i] = c,c,-s,s
+        R = R @ r
+    z = torch.where(torch.tensor(free), p['zoom'].double()[:,None], 1.)
+    e = torch.tensor([n*s/2 for n,s in zip(size, sp, strict=True)], dtype=torch.double)
+    return (R.transpose(1,2)/z[:,:,None]*e/e[:,None]).float()
 
-    def grid(self,
-        p:dict,      # from `draw`
-        size:tuple,  # voxels along each space axis
-        items,       # numbers of the items wanted
-        device='cpu' # where the grid is made
-    )->Tensor:       # (K,*size,d) for `F.grid_sample`
-        "The sampling points of `items`"
-        d = len(size)
-        m = self.matrix(p, size)[items].to(device)
-        K = len(m)
-        us = [((torch.arange(n, device=device)*2+1.)/n-1).view(1, *[-1 if j==i else 1 for j in range(d)]) for i,
-              n in enumerate(size)]
-        if p['bend'] is not None and p['bend'][items].any():
-            ks = [self._spans(n) for n in size]
-            f = along_axes(p['bend'][items].to(device), [bspline_basis(n, k) for n,k in zip(size, ks)])
-            us = [u + f[:,i]*(2/k) for i,(u,k) in enumerate(zip(us, ks))]
-        g = torch.empty(K, *size, d, device=device)
-        for i in range(d): g[..., d-1-i] = sum(m[:,i,j].view(K, *(1,)*d)*us[j] for j in range(d))
-        return g
+@patch
+def grid(self:SpatialTfm,
+    p:dict,      # from `draw`
+    size:tuple,  # voxels along each space axis
+    items,       # numbers of the items wanted
+    device='cpu' # where the grid is made
+)->Tensor:       # (K,*size,d) for `F.grid_sample`
+    "The sampling points of `items`"
+    d = len(size)
+    m = self.matrix(p, size)[items].to(device)
+    K = len(m)
+    us = [((torch.arange(n, device=device)*2+1.)/n-1).view(1, *[-1 if j==i else 1 for j in range(d)]) for i,
+          n in enumerate(size)]
+    if p['bend'] is not None and p['bend'][items].any():
+        ks = [_spans(n) for n in size]
+        f = along_axes(p['bend'][items].to(device), [bspline_basis(n, k) for n,k in zip(size, ks, strict=True)])
+        us = [u + f[:,i]*(2/k) for i,(u,k) in enumerate(zip(us, ks, strict=True))]
+    g = torch.empty(K, *size, d, device=device)
+    for i in range(d): g[..., d-1-i] = sum(m[:,i,j].view(K, *(1,)*d)*us[j] for j in range(d))
+    return g
 
-    def apply(self,
-        b,     # batch (xb, yb), (xb,) or one tensor of it
-        p:dict # from `draw`
-    ):         # the same kinds, dtypes and device
-        "Move every image and mask of the batch by `p`; other things pass. Raises `ValueError` where mask and image differ in shape."
-        one = not isinstance(b, (tuple,list))
-        bs = (b,) if one else b
-        d,n = p['flip'].shape[1],len(p['zoom'])
-        todo = [o for o in bs if isinstance(o, _image_types+_masks)]
-        sizes = {tuple(o.shape[-d:]) for o in todo}
-        if len(sizes)>1 or any(len(o)!=n for o in todo):
-            found = [(type(o).__name__, tuple(o.shape)) for o in todo]
-            raise InputError(f"SpatialTfm: expected image and mask of one size and {n} items, found {found}")
-        if not todo: return b
-        size = sizes.pop()
-        dev = todo[0].device
-        move = (p['angle']!=0).any(1) | (p['zoom']!=1)
-        if p['bend'] is not None: move = move | p['bend'].flatten(1).any(1)
-        items = move.nonzero().flatten()
-        g = self.grid(p, size, items, dev) if len(items) else None
-        res = [self._move(o, p['flip'], items, g, d) if isinstance(o, _image_types+_masks) else o for o in bs]
-        return res[0] if one else type(b)(res)
+# %% ../../nbs/data/07_augment.ipynb #27835978
+@patch
+def apply(self:SpatialTfm,
+    b,     # batch (xb, yb), (xb,) or one tensor of it
+    p:dict # from `draw`
+):         # the same kinds, dtypes and device
+    "Move every image and mask of the batch by `p`; other things pass. Raises `ValueError` on unlike shapes"
+    one = not isinstance(b, (tuple,list))
+    bs = (b,) if one else b
+    d,n = p['flip'].shape[1],len(p['zoom'])
+    todo = [o for o in bs if isinstance(o, _image_types+_masks)]
+    sizes = {tuple(o.shape[-d:]) for o in todo}
+    if len(sizes)>1 or any(len(o)!=n for o in todo):
+        found = [(type(o).__name__, tuple(o.shape)) for o in todo]
+        raise InputError(f"SpatialTfm: expected image and mask of one size and {n} items, found {found}")
+    if not todo: return b
+    size = sizes.pop()
+    dev = todo[0].device
+    move = (p['angle']!=0).any(1) | (p['zoom']!=1)
+    if p['bend'] is not None: move = move | p['bend'].flatten(1).any(1)
+    items = move.nonzero().flatten()
+    g = self.grid(p, size, items, dev) if len(items) else None
+    res = [self._move(o, p['flip'], items, g, d) if isinstance(o, _image_types+_masks) else o for o in bs]
+    return res[0] if one else type(b)(res)
 
-    def _move(self, o, flip, items, g, d):
-        if g is None and not flip.any(): return o
-        mask = isinstance(o, _masks)
-        x = o.as_subclass(Tensor)
-        if flip.any():
-            x = x.clone()
-            for i in flip.any(1).nonzero().flatten().tolist(): x[i] = x[i].flip([a-d for a in range(d) if flip[i,a]])
-        if g is not None:
-            whole = len(items)==len(x)
-            s = x if whole else x[items.to(x.device)]
-            s = s[:,None].float() if mask else s.float()
-            s = F.grid_sample(s, g, mode='nearest' if mask else 'bilinear', padding_mode='border', align_corners=False)
-            s = (s[:,0] if mask else s).to(x.dtype)
-            if whole: x = s
-            else:
-                x = x if flip.any() else x.clone()
-                x[items.to(x.device)] = s
-        return _like(x, o)
+@patch
+def _move(self:SpatialTfm, o, flip, items, g, d):
+    if g is None and not flip.any(): return o
+    mask = isinstance(o, _masks)
+    x = o.as_subclass(Tensor)
+    if flip.any():
+        x = x.clone()
+        for i in flip.any(1).nonzero().flatten().tolist(): x[i] = x[i].flip([a-d for a in range(d) if flip[i,a]])
+    if g is not None:
+        whole = len(items)==len(x)
+        s = x if whole else x[items.to(x.device)]
+        s = s[:,None].float() if mask else s.float()
+        s = F.grid_sample(s, g, mode='nearest' if mask else 'bilinear', padding_mode='border', align_corners=False)
+        s = (s[:,0] if mask else s).to(x.dtype)
+        if whole: x = s
+        else:
+            x = x if flip.any() else x.clone()
+            x[items.to(x.device)] = s
+    return _like(x, o)
 
 def _like(x, o):
     x = x.as_subclass(type(o))
@@ -247,11 +259,10 @@ def _like(x, o):
 _strengths = ('bias','contrast','brightness','gamma','blur','low_res','noise')
 
 class IntensityTfm(_BatchTfm):
-    "Bias field, contrast, brightness, gamma, blur, low resolution and noise, drawn for each item. Raises `ValueError` on a value out of range."
+    "Bias field, contrast, brightness, gamma, blur, low resolution and noise. Raises `ValueError` out of range"
     order,_args = 40,('spacing',*[f'{a}_{k}' for k in _strengths for a in ('max','p')])
     def __init__(self,
-        # voxel size an axis, mm; None: isotropic. Blur is round in mm, coarse axes keep their resolution
-        spacing=None,
+        spacing=None,            # mm; None: isotropic. Blur is round in mm, coarse axes keep their resolution
         max_bias:float=0.,       # largest log of the multiplied field at a control point
         p_bias:float=.5,         # probability, an item
         max_contrast:float=.25,  # factor about the mean, from 1-`max_contrast` to 1+`max_contrast`
@@ -271,96 +282,106 @@ class IntensityTfm(_BatchTfm):
         super().__init__(split_idx=split_idx)
         self.split_idx = split_idx
         self.spacing = None if spacing is None else tuple(_bounded('spacing', float(s), 1e-6) for s in spacing)
-        given = locals()
-        top = dict(max_bias=2, max_contrast=.95)
+        given,top = locals(),dict(max_bias=2, max_contrast=.95)
         for k in _strengths:
             m,p = f'max_{k}',f'p_{k}'
             setattr(self, m, _bounded(m, given[m], 1 if k=='low_res' else 0, top.get(m, float('inf'))))
             setattr(self, p, _bounded(p, given[p], 0, 1))
 
-    def draw(self,
-        n:int,      # items
-        size:tuple, # voxels along each space axis
-    )->dict:        # one value an item of each name; the value that changes nothing where it is not drawn
-        "Draw the parameters of `n` items from torch's global generator"
-        if self.spacing is not None and len(self.spacing)!=len(size):
-            raise InputError(f"IntensityTfm: expected a spacing of {len(size)} values for patches of {tuple(size)}, "
-                             f"found {self.spacing}")
-        bias = None
-        if self.max_bias and self.p_bias:
-            bias = _between((n, *[min(3, s)+3 for s in size]), self.max_bias)*_hit((n,)+(1,)*len(size), self.p_bias)
-        return dict(bias=bias,
-            contrast=1+_between(n, self.max_contrast)*_hit(n, self.p_contrast),
-            brightness=_between(n, self.max_brightness)*_hit(n, self.p_brightness),
-            gamma=(_between(n, math.log1p(self.max_gamma))*_hit(n, self.p_gamma)).exp(),
-            blur=(.25+.75*torch.rand(n))*self.max_blur*_hit(n, self.p_blur),
-            low_res=1+torch.rand(n)*(self.max_low_res-1)*_hit(n, self.p_low_res),
-            noise=torch.rand(n)*self.max_noise*_hit(n, self.p_noise),
-            seed=int(torch.randint(2**62, (1,))))
+# %% ../../nbs/data/07_augment.ipynb #5eeb41c3
+@patch
+def draw(self:IntensityTfm,  # noqa: F811, of another class
+    n:int,      # items
+    size:tuple, # voxels along each space axis
+)->dict:        # one value an item of each name; the value that changes nothing where it is not drawn
+    "Draw the parameters of `n` items from torch's global generator"
+    if self.spacing is not None and len(self.spacing)!=len(size):
+        raise InputError(f"IntensityTfm: expected a spacing of {len(size)} values for patches of {tuple(size)}, "
+                         f"found {self.spacing}")
+    bias = None
+    if self.max_bias and self.p_bias:
+        bias = _between((n, *[min(3, s)+3 for s in size]), self.max_bias)*_hit((n,)+(1,)*len(size), self.p_bias)
+    return dict(bias=bias,
+        contrast=1+_between(n, self.max_contrast)*_hit(n, self.p_contrast),
+        brightness=_between(n, self.max_brightness)*_hit(n, self.p_brightness),
+        gamma=(_between(n, math.log1p(self.max_gamma))*_hit(n, self.p_gamma)).exp(),
+        blur=(.25+.75*torch.rand(n))*self.max_blur*_hit(n, self.p_blur),
+        low_res=1+torch.rand(n)*(self.max_low_res-1)*_hit(n, self.p_low_res),
+        noise=torch.rand(n)*self.max_noise*_hit(n, self.p_noise),
+        seed=int(torch.randint(2**62, (1,))))
 
-    def apply(self,
-        b,     # batch (xb, yb), (xb,) or one tensor of it
-        p:dict # from `draw`
-    ):         # the same kinds, dtypes and device
-        "Change the first image of the batch by `p`; masks and everything else pass"
-        if not isinstance(b, (tuple,list)): return self._shade(b, p) if isinstance(b, _image_types) else b
-        i = next((i for i,o in enumerate(b) if isinstance(o, _image_types)), None)
-        return b if i is None else type(b)(self._shade(o, p) if j==i else o for j,o in enumerate(b))
+@patch
+def apply(self:IntensityTfm,  # noqa: F811, of another class
+    b,     # batch (xb, yb), (xb,) or one tensor of it
+    p:dict # from `draw`
+):         # the same kinds, dtypes and device
+    "Change the first image of the batch by `p`; masks and everything else pass"
+    if not isinstance(b, (tuple,list)): return self._shade(b, p) if isinstance(b, _image_types) else b
+    i = next((i for i,o in enumerate(b) if isinstance(o, _image_types)), None)
+    if i is None: return b
+    return type(b)(self._shade(o, p) if j==i else o for j,o in enumerate(b))
 
-    def _shade(self, o, p):
-        if len(o)!=len(p['noise']):
-            raise InputError(f"IntensityTfm: parameters are for {len(p['noise'])} items, the batch holds {len(o)}")
-        off = torch.zeros(len(o), dtype=torch.bool)
-        on = dict(bias=off if p['bias'] is None else p['bias'].flatten(1).any(1),
-                contrast=(p['contrast']!=1)|(p['brightness']!=0), gamma=p['gamma']!=1,
-                  blur=(p['blur']>0)|(p['low_res']>1), noise=p['noise']>0)
-        if not any(v.any() for v in on.values()): return o
-        x = o.as_subclass(Tensor).to(torch.float32, copy=True)
-        for k,v in on.items():
-            if v.any():
-                i = v.nonzero().flatten()
-                f = getattr(self, f'_{k}')
-                at = i.to(x.device)
-                if len(i)==len(x): x = f(x, p, i)
-                else: x[at] = f(x[at], p, i)
-        return _like(x.to(o.dtype), o)
+@patch
+def _shade(self:IntensityTfm, o, p):
+    if len(o)!=len(p['noise']):
+        raise InputError(f"IntensityTfm: parameters are for {len(p['noise'])} items, the batch holds {len(o)}")
+    off = torch.zeros(len(o), dtype=torch.bool)
+    on = dict(bias=off if p['bias'] is None else p['bias'].flatten(1).any(1),
+            contrast=(p['contrast']!=1)|(p['brightness']!=0), gamma=p['gamma']!=1,
+              blur=(p['blur']>0)|(p['low_res']>1), noise=p['noise']>0)
+    if not any(v.any() for v in on.values()): return o
+    x = o.as_subclass(Tensor).to(torch.float32, copy=True)
+    for k,v in on.items():
+        if v.any():
+            i = v.nonzero().flatten()
+            f = getattr(self, f'_{k}')
+            at = i.to(x.device)
+            if len(i)==len(x): x = f(x, p, i)
+            else: x[at] = f(x[at], p, i)
+    return _like(x.to(o.dtype), o)
 
-    def _bias(self, x, p, i):
-        size = x.shape[2:]
-        lo = x.amin(tuple(range(2, x.ndim)), keepdim=True)
-        f = along_axes(p['bias'][i][:,None].to(x.device), [bspline_basis(n, min(3, n)) for n in size])
-        return (x-lo)*f.exp()+lo
-
-    def _contrast(self, x, p, i):
-        ax = tuple(range(2, x.ndim))
-        c,br = [_col(p[k][i], x) for k in ('contrast','brightness')]
-        s,m = torch.std_mean(x, ax, correction=0, keepdim=True)
-        return torch.addcmul(m*(1-c)+br*s, x, c)
-
-    def _gamma(self, x, p, i):
-        ax = tuple(range(2, x.ndim))
-        lo = x.amin(ax, keepdim=True)
-        r = (x.amax(ax, keepdim=True)-lo).clamp(min=1e-8)
-        return ((x-lo)/r).pow_(_col(p['gamma'][i], x)).mul_(r).add_(lo)
-
-    def _blur(self, x, p, i):
-        size = x.shape[2:]
-        sp = self.spacing or (1.,)*len(size)
-        ms = []
-        for n,s in zip(size, sp):
-            w = torch.eye(n).repeat(len(i),1,1)
-            for k,j in enumerate(i.tolist()):
-                if (sg:=p['blur'][j].item()*min(sp)/s)>0: w[k] = blur_matrix(n, sg)
-                if (lr:=p['low_res'][j].item())>1 and s<=3*min(sp): w[k] = low_res_matrix(n, lr) @ w[k]
-            ms.append(w.to(x.device))
-        return along_axes(x, ms)
-
-    def _noise(self, x, p, i):
-        g = torch.Generator(x.device).manual_seed(p['seed'])
-        sd = x.std(tuple(range(2, x.ndim)), correction=0, keepdim=True)
-        return torch.addcmul(x, torch.randn(x.shape, generator=g, device=x.device), sd*_col(p['noise'][i], x))
-
+# %% ../../nbs/data/07_augment.ipynb #f78dc674
 def _col(v, x): return v.to(x).view(-1, *(1,)*(x.ndim-1))
+
+@patch
+def _bias(self:IntensityTfm, x, p, i):
+    size = x.shape[2:]
+    lo = x.amin(tuple(range(2, x.ndim)), keepdim=True)
+    f = along_axes(p['bias'][i][:,None].to(x.device), [bspline_basis(n, min(3, n)) for n in size])
+    return (x-lo)*f.exp()+lo
+
+@patch
+def _contrast(self:IntensityTfm, x, p, i):
+    ax = tuple(range(2, x.ndim))
+    c,br = [_col(p[k][i], x) for k in ('contrast','brightness')]
+    s,m = torch.std_mean(x, ax, correction=0, keepdim=True)
+    return torch.addcmul(m*(1-c)+br*s, x, c)
+
+@patch
+def _gamma(self:IntensityTfm, x, p, i):
+    ax = tuple(range(2, x.ndim))
+    lo = x.amin(ax, keepdim=True)
+    r = (x.amax(ax, keepdim=True)-lo).clamp(min=1e-8)
+    return ((x-lo)/r).pow_(_col(p['gamma'][i], x)).mul_(r).add_(lo)
+
+@patch
+def _blur(self:IntensityTfm, x, p, i):
+    size = x.shape[2:]
+    sp = self.spacing or (1.,)*len(size)
+    ms = []
+    for n,s in zip(size, sp, strict=True):
+        w = torch.eye(n).repeat(len(i),1,1)
+        for k,j in enumerate(i.tolist()):
+            if (sg:=p['blur'][j].item()*min(sp)/s)>0: w[k] = blur_matrix(n, sg)
+            if (lr:=p['low_res'][j].item())>1 and s<=3*min(sp): w[k] = low_res_matrix(n, lr) @ w[k]
+        ms.append(w.to(x.device))
+    return along_axes(x, ms)
+
+@patch
+def _noise(self:IntensityTfm, x, p, i):
+    g = torch.Generator(x.device).manual_seed(p['seed'])
+    sd = x.std(tuple(range(2, x.ndim)), correction=0, keepdim=True)
+    return torch.addcmul(x, torch.randn(x.shape, generator=g, device=x.device), sd*_col(p['noise'][i], x))
 
 # %% ../../nbs/data/07_augment.ipynb #96512ed0
 def volume_tfms(
@@ -392,16 +413,36 @@ def volume_tfms(
     "Batch augmentation for volumes and slices, image and mask together. Raises `ValueError` on a value out of range."
     sp = SpatialTfm(spacing, max_rotate, p_rotate, max_scale, p_scale, max_elastic, p_elastic, flips, p_flip)
     it = IntensityTfm(spacing, max_bias, p_bias, max_contrast, p_contrast, max_brightness, p_brightness, max_gamma,
-                      p_gamma,
-                      max_blur, p_blur, max_low_res, p_low_res, max_noise, p_noise)
+                      p_gamma, max_blur, p_blur, max_low_res, p_low_res, max_noise, p_noise)
     rot = max(sp.max_rotate) if isinstance(sp.max_rotate, tuple) else sp.max_rotate
     moves = rot*p_rotate or max_scale*p_scale or max_elastic*p_elastic or (len(sp.flips) and p_flip)
     shades = any((getattr(it, f'max_{k}')-(k=='low_res'))*getattr(it, f'p_{k}') for k in _strengths)
     return [t for t,on in ((sp,moves),(it,shades)) if on] + list(xtra_tfms or [])
 
 # %% ../../nbs/data/07_augment.ipynb #c1ea0303
+def _as_torchio(o):
+    "An image or mask as TorchIO's; a slice gets a third axis of one voxel"
+    import torchio as tio
+    d = o.as_subclass(Tensor).detach().cpu()
+    if isinstance(o, _masks): d = d[None]
+    kind = tio.LabelMap if isinstance(o, _masks) else tio.ScalarImage
+    if not isinstance(o, (TensorSlice,TensorSliceMask)): return kind(tensor=d, affine=o.affine)
+    affine = torch.diag(torch.tensor([1., getattr(o,'aspect',1), 1., 1.])).double().numpy()
+    return kind(tensor=d[...,None], affine=affine)
+
+def _from_torchio(t, o, name):
+    "What TorchIO gave, as `o` was"
+    d,flat = t.data,isinstance(o, (TensorSlice,TensorSliceMask))
+    if isinstance(o, _masks):
+        if len(d)!=1:
+            raise InputError(f"TorchIOTransform: {name} gave a mask of {len(d)} channels; expected one of class ids")
+        d = d[0]
+    res = _like((d[...,0] if flat else d).to(o.device, o.dtype), o)
+    if not flat and o.affine is not None: res.affine = t.affine
+    return res
+
 class TorchIOTransform(ItemTransform):
-    "A TorchIO transform for image and mask together, on single items. Raises `TypeError` on anything that is no TorchIO transform."
+    "A TorchIO transform for image and mask together, on single items. Raises `TypeError` on anything else"
     order = 5
     def __init__(self,
         t,              # `torchio.Transform`, such as `torchio.RandomMotion()`
@@ -415,33 +456,14 @@ class TorchIOTransform(ItemTransform):
 
     def __call__(self, x, split_idx=None, **kwargs):
         if self.split_idx is not None and split_idx!=self.split_idx: return x
-        one = not isinstance(x, (tuple,list))
-        xs = [x] if one else list(x)
         import torchio as tio
-        sub = {}
-        for i,o in enumerate(xs):
-            if not isinstance(o, _image_types+_masks): continue
-            flat,mask = isinstance(o, (TensorSlice,TensorSliceMask)),isinstance(o, _masks)
-            d = o.as_subclass(Tensor).detach().cpu()
-            d = d[None] if mask else d
-            aff = torch.diag(torch.tensor([1., getattr(o,'aspect',1), 1., 1.])).double().numpy() if flat else o.affine
-            sub[f't{i}'] = (tio.LabelMap if mask else tio.ScalarImage)(tensor=d[...,None] if flat else d, affine=aff)
-        if not sub: return x
-        if len({o.spatial_shape for o in sub.values()})>1:
+        xs = list(x) if isinstance(x, (tuple,list)) else [x]
+        subject = {f't{i}':_as_torchio(o) for i,o in enumerate(xs) if isinstance(o, _image_types+_masks)}
+        if not subject: return x
+        if len({o.spatial_shape for o in subject.values()})>1:
             raise InputError(f"TorchIOTransform: image and mask differ in shape: {[tuple(o.shape) for o in xs]}")
-        out = self.t(tio.Subject(**sub))
-        for k in sub:
-            i = int(k[1:])
-            o = xs[i]
-            flat,mask = isinstance(o, (TensorSlice,TensorSliceMask)),isinstance(o, _masks)
-            d = out[k].data
-            if mask and len(d)!=1:
-                raise InputError(
-                        f"TorchIOTransform: {self.t.name} gave a mask of {len(d)} channels; expected one of class ids")
-            d = d[0] if mask else d
-            r = _like((d[...,0] if flat else d).to(o.device, o.dtype), o)
-            if not flat and o.affine is not None: r.affine = out[k].affine
-            xs[i] = r
-        return xs[0] if one else type(x)(xs)
+        out = self.t(tio.Subject(**subject))
+        for k in subject: xs[int(k[1:])] = _from_torchio(out[k], xs[int(k[1:])], self.t.name)
+        return type(x)(xs) if isinstance(x, (tuple,list)) else xs[0]
 
     def __repr__(self): return f"TorchIOTransform({self.t!r})"

@@ -21,9 +21,10 @@ from fastai.data.all import DataLoaders, Datasets, DisplayedTransform, TfmdDL, T
 from fastai.vision.augment import RandTransform
 from fastcore.all import delegates, first, ifnone, L, patch, store_attr
 from ..core import InputError, TensorMed, TensorSlice, TensorSliceMask, TensorVolume, TensorVolumeMask
-from .cases import check_columns
+from .cases import check_columns, group_text
 from .plan import patch_plan
 from .preprocess import case_files, Plan, Preprocess
+from .recipe import recipe_parts
 from .store import cut, foreground_index, foreground_voxel, random_corner, Store
 from .transforms import ActingPipeline, MaskIds
 from ..io.volumes import check_same_grid, load_mask, load_volume
@@ -45,6 +46,7 @@ class CaseFiles(DisplayedTransform):
         if not isinstance(o, (pd.Series, dict)): return o
         if isinstance(o, pd.Series): check_columns(o)
         return case_files(o, self.cols, ifnone(self.path, '.'))
+    def in_recipe(self): return dict(columns=self.cols)
 
 def warn_parted_subjects(
     items # `TfmdLists` of rows, split
@@ -53,7 +55,7 @@ def warn_parted_subjects(
     rows,splits = getattr(items, 'items', None),getattr(items, 'splits', ())
     if not isinstance(rows, pd.DataFrame) or 'subject' not in rows or len(splits)<2 or isinstance(splits[0], slice):
         return
-    train,*others = [set(rows.subject.iloc[list(s)].dropna().astype(str)) for s in splits]
+    train,*others = [set(group_text(rows.subject.iloc[list(s)].dropna())) for s in splits]
     both = sorted(train & set().union(*others))
     if both:
         some = ', '.join(map(repr, both[:3]))+(' …' if len(both)>3 else '')
@@ -72,6 +74,7 @@ class LoadVolume(DisplayedTransform):
         self.store = Store(self.preprocess, cache) if cache else None
     def setups(self, items): warn_parted_subjects(items)
     def encodes(self, fn): return self.store.image(fn) if self.store else self.preprocess(load_volume(fn))
+    def in_recipe(self): return dict(preprocess=self.preprocess, store=self.store)
 
 class LoadMask(DisplayedTransform):
     "A file as a preprocessed `TensorVolumeMask` with its `codes`"
@@ -88,6 +91,7 @@ class LoadMask(DisplayedTransform):
         t = self.preprocess(load_mask(fn))
         t.fg = foreground_index(t.as_subclass(Tensor).numpy())
         return t
+    def in_recipe(self): return dict(codes=self.preprocess.codes)
 
 # %% ../../nbs/data/09_blocks.ipynb #39010e18
 class PatchTransform(RandTransform):
@@ -101,6 +105,7 @@ class PatchTransform(RandTransform):
         self.plan = plan if isinstance(plan, Plan) else patch_plan(plan)
         self.foreground = foreground
 
+    def in_recipe(self): return dict(plan=self.plan)
     def setups(self, dl:TfmdDL):
         if isinstance(dl, PatchDL): return
         raise InputError(f"{type(self).__name__} needs a PatchDL, which keeps validation patches in place; found a "
@@ -182,7 +187,9 @@ class PatchDL(TfmdDL):
         cls=None,     # another kind of DataLoader
         **kwargs      # what differs
     ):                # DataLoader like this one
-        "Another dataset starts with one patch a case"
+        "Another dataset starts with one patch a case. What fastai's `get_preds` and `Interpretation` ask for stays in place: what is scored is shown"
+        if kwargs.get('shuffle', True) is False and kwargs.get('drop_last', True) is False:
+            kwargs.setdefault('random', False)
         return super().new(dataset, cls, **{'samples':self.samples if dataset is None or dataset is self.dataset else 1,
                                             'seed':self.seed,
                                                 'random':self.random if dataset is None or dataset is self.dataset
@@ -191,6 +198,8 @@ class PatchDL(TfmdDL):
     def before_iter(self):
         super().before_iter()
         if self.random: self.epoch_seed = int(torch.randint(2**62, (1,)))
+        # what stays in place is not augmented either
+        elif getattr(self.dataset, 'split_idx', None)==0: self.after_item.split_idx = self.after_batch.split_idx = 1
 
     def create_item(self, s):
         n = len(self.dataset)
@@ -287,11 +296,10 @@ class PartialPatchDL(PartialDL, PatchDL):
 # %% ../../nbs/data/09_blocks.ipynb #5e931d89
 def _is_patched(dsets):
     "Whether `Datasets` make DataLoaders of patches"
-    if not issubclass(dsets._dl_type, PatchDL): return False
     if dsets.split_idx is not None:
         raise InputError("weighted_dataloaders, partial_dataloaders: this is one side of a split. Call them on the "
                          "DataBlock or its Datasets, which hold both")
-    return True
+    return issubclass(dsets._dl_type, PatchDL)
 
 @patch
 @delegates(Datasets.dataloaders)
@@ -359,29 +367,20 @@ def find_transform(
 def get_preprocess(
     dls # DataLoaders with a `VolumeBlock`
 )->Preprocess: # fitted
-    "The `Preprocess` of the images, with the codes of the masks. Raises `ValueError` where there is no block of ours"
-    tls = dls.train_ds.tls
-    x = first(f for tl in tls for f in [find_transform(tl.tfms, LoadVolume)] if f)
-    y = first(f for tl in tls for f in [find_transform(tl.tfms, LoadMask)] if f)
-    if x is None: raise InputError("These DataLoaders hold no VolumeBlock or SliceBlock")
-    if y is None or x.preprocess.codes==y.preprocess.codes: return x.preprocess
-    return Preprocess(**{**x.preprocess.to_dict(), 'codes':y.preprocess.codes})
+    "`dls.preprocess`, under its older name"
+    return dls.preprocess
 
 def get_store(
     dls # DataLoaders with a `VolumeBlock`
 )->Store: # or None, where nothing is kept
     "The `Store` of the images"
-    return first(f for tl in dls.train_ds.tls for f in [find_transform(tl.tfms, LoadVolume)] if f).store
+    return first(o['store'] for o in recipe_parts(dls) if 'store' in o)
 
 def get_plan(
     dls # DataLoaders with a `PatchTransform`
 )->Plan: # with patch, ndim, spacing, …
-    "The `Plan` whose patches are drawn. Raises `ValueError` where no patches are cut"
-    t = find_transform(dls.train.after_item, PatchTransform)
-    if t is None:
-        raise InputError(
-                "These DataLoaders cut no patches: add item_tfms=PatchTransform((48,48,48)), or (1,64,64) for slices")
-    return t.plan
+    "`dls.plan`, under its older name"
+    return dls.plan
 
 # %% ../../nbs/data/09_blocks.ipynb #0e4b8d73
 def check_one_input(

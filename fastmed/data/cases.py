@@ -22,6 +22,33 @@ from fastcore.all import first, is_listy, L
 from ..core import ArgumentError, ColumnError, FileError, InputError, MissingFileError
 from ..io.guard import reading
 
+# %% ../../nbs/data/02_cases.ipynb #c0de0c02
+def _folders_of(path, parts):
+    "The folders that a pattern of folders `parts` leads through"
+    if not parts: return [path]
+    if parts[0]=='**': return [path, *(Path(top)/o for top,folders,_ in os.walk(path) for o in folders)]
+    below = path.glob(parts[0]) if glob.has_magic(parts[0]) else [path/parts[0]]
+    return [path, *(p for o in below if os.path.isdir(o) for p in _folders_of(o, parts[1:]))]
+
+def matching_files(
+    path,         # folder
+    pattern:str,  # of the files below it
+    what='images' # which argument it is, for the message
+)->list:          # paths, sorted, hidden files left out
+    "The files that match. Raises `InputError` on a pattern that leads elsewhere, `FileError` on a folder that may not be read, whose files would be missed"
+    path = Path(path)
+    odd = not isinstance(pattern, str) or not pattern.strip('. ') or len(pattern)>1000
+    if odd or Path(pattern).is_absolute():
+        raise InputError(
+                f"{what}: expected a pattern below {path}, such as 'images/*.nii.gz'; found {str(pattern)[:80]!r}")
+    for o in _folders_of(path, Path(pattern).parts[:-1]):
+        try: os.scandir(o).close()
+        except PermissionError as e:
+            raise FileError(f"{o}: this folder may not be read, so the files in it would be missed. Ask its owner, or "
+                            f"give a pattern that leaves it out") from e
+        except OSError: pass                                   # not there: nothing matches
+    return sorted(o for o in path.glob(pattern) if not o.name.startswith('.'))
+
 # %% ../../nbs/data/02_cases.ipynb #0b13bb1b
 def case_name(
     fn, # image or mask file
@@ -52,17 +79,13 @@ _few = 8   # channels of a case that need no declaration
 
 def _matches(path, what, pattern):
     "(files, the folders of each that the pattern leaves open), hidden ones left out"
-    if not isinstance(pattern, str) or not pattern.strip('. ') or Path(pattern).is_absolute() or len(pattern)>1000:
-        raise InputError(
-                f"{what}: expected a pattern below {path}, such as 'images/*.nii.gz'; found {str(pattern)[:80]!r}")
-    parts = Path(pattern).parts[:-1]
+    files,parts = matching_files(path, pattern, what),Path(pattern).parts[:-1]
     wild = [glob.has_magic(o) for o in parts]
     def folders(fn):
         own = fn.relative_to(path).parts[:-1]
         if '**' not in parts: return tuple(o for o,w in zip(own, wild) if w)
         # as many as `**` takes, without the named ones around them
         return own[wild.index(True):len(own)-wild[::-1].index(True)]
-    files = sorted(o for o in path.glob(pattern) if not o.name.startswith('.'))
     there = set(files)
     # its voxels, of which the header is the name
     files = [o for o in files if o.suffix.lower()!='.img' or o.with_suffix('.hdr') not in there]
@@ -322,6 +345,8 @@ def check_codes(
     if twice:=[n for n,k in Counter(names).items() if k>1]:
         raise InputError(
                 f"codes: expected a name of its own for each structure; {twice} stand there more than once in {names}")
+    if odd:=[n for n in names if re.search(r'[\x00-\x1f\x7f-\x9f]', n)]:
+        raise InputError(f"codes: expected names without control characters; found {odd[0][:80]!r}")
     if not isinstance(codes, dict):
         _refuse_late_background(names, names)
         return names
@@ -356,7 +381,28 @@ def marked_rows(
                              f"it in; of a column of folds mark one: df.assign(is_valid=df[{col!r}]==0)")
     return df[col].astype(bool).values
 
+def fold_numbers(
+    df, # one row a case
+    col # column of the fold that holds each case out
+)->np.ndarray: # (rows,) whole numbers
+    "The folds that a column gives. Raises `ColumnError` where there is none, `InputError` naming the case whose value is no whole number"
+    if col not in df: raise ColumnError(f"folds {col!r}: not in the DataFrame, which has {list(df)}")
+    whole = pd.to_numeric(df[col], errors='coerce').astype(float)
+    for i in np.flatnonzero(~(whole%1==0)):
+        case = df['case'].iloc[i] if 'case' in df else df.index[i]
+        raise InputError(f"case {case!r}: {col} is {df[col].iloc[i]!r}; expected the number of a fold, 0, 1, 2 …, in "
+                         f"every row. Names become numbers by pd.factorize(df[{col!r}])[0]")
+    return whole.astype(int).values
+
 # %% ../../nbs/data/02_cases.ipynb #dda1494c
+def group_text(
+    groups # group of each row: text, numbers, or both
+)->pd.Series: # text
+    "Groups as text: 1, 1.0 and '1' in one column are one subject, and so are 'a' and 'a '"
+    s = pd.Series(list(groups))
+    if s.dtype==object: s = s.map(lambda v: int(v) if isinstance(v, (float,np.floating)) and v.is_integer() else v)
+    return s.astype(str).str.strip()
+
 def case_splitter(
     df,        # one row a case
     group_col, # column whose groups are never parted, or None
@@ -374,7 +420,8 @@ def case_splitter(
             raise InputError(f"valid_col {valid_col!r}: expected some cases to train and some to validate; found "
                              f"{v.sum()} of {len(v)} marked")
         if group_col is not None:
-            both = sorted(set(df[group_col][v].astype(str)) & set(df[group_col][~v].astype(str)))
+            g = group_text(df[group_col])
+            both = sorted(set(g[v]) & set(g[~v]))
             if both:
                 raise InputError(f"valid_col {valid_col!r} puts {group_col} {both[:5]} on both sides of the split "
                                  f"({len(both)} in all). Keep each on one side")
@@ -395,7 +442,7 @@ def group_values(
     if (na:=df[group_col].isna()).any():
         r = df[na].iloc[0]
         raise InputError(f"case {r.get('case', r.name)!r} has no {group_col}. Fill the column")
-    return df[group_col].astype(str).reset_index(drop=True)
+    return group_text(df[group_col])
 
 # %% ../../nbs/data/02_cases.ipynb #db5b5fab
 def warn_twins(
@@ -427,7 +474,8 @@ def GroupSplitter(
     if (na:=groups.isna()).any():
         raise InputError(f"GroupSplitter: {int(na.sum())} items have no group, the first is number {int(na.idxmax())}. "
                          f"Fill the column")
-    counts = groups.astype(str).value_counts().sort_index()
+    groups = group_text(groups)
+    counts = groups.value_counts().sort_index()
     if len(counts)<2:
         raise InputError(f"GroupSplitter: expected at least two groups to split; found {len(counts)} "
                          f"({counts.index.tolist()}) in {len(groups)} items. "
@@ -438,7 +486,7 @@ def GroupSplitter(
         if valid and n+counts.iloc[k]/2>want: break
         valid.append(counts.index[k])
         n += counts.iloc[k]
-    v = groups.astype(str).isin(valid).values
+    v = groups.isin(valid).values
     def _inner(o):
         assert len(o)==len(v), f"GroupSplitter was made for {len(v)} items and got {len(o)}"
         return L(np.flatnonzero(~v).tolist()), L(np.flatnonzero(v).tolist())

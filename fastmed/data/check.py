@@ -11,18 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from fastcore.all import ifnone, L
+from fastcore.all import ifnone, L, patch
 from ..core import FileError, InputError, show_plane
 from .cases import check_codes, check_columns
-from .placement import border_profiles, misplaced_masks
+from fastmed.data.oddities import (
+    border_profiles, far_from_others, Findings, grey_findings, misplaced_masks, order_findings
+)
 from .store import cache_dir
 from .survey import case_names, problem_row, repeated_hashes, some_of, survey_cases
 from ..io.volumes import load_mask, load_volume, resample_to, same_grid, to_orientation
 from ..plot import html_report
 
 # %% ../../nbs/data/15_check.ipynb #2f36f4d7
-_grid_kinds = ('shape','orientation','spacing','direction','place')
-PROBLEMS = ( # kind, severity, what would be right, how to mend it
+_file_problems = ( # kind, severity, what would be right, how to fix it
     ('case named twice', 'error', 'one row a case', 'give each case a name of its own, or drop the second row'),
     ('no image', 'error', 'an image beside the mask', 'add the image, or drop the case'),
     ('no mask', 'error', 'a mask beside the image',
@@ -39,19 +40,25 @@ PROBLEMS = ( # kind, severity, what would be right, how to mend it
     ('sform against qform', 'warning', 'two transforms that agree',
      'find out which one is right and write it into both; fastmed takes the sform'),
     ('no form codes', 'warning', 'sform_code or qform_code above 0',
-     'left and right are a guess here: find out how it was scanned, and save it with im.set_sform(affine, 1) of nibabel'),
+     'left and right are a guess here: find out how it was scanned, then save it: im.set_sform(affine, 1) of nibabel'),
     ('unit of length', 'warning', 'a header in mm',
      'nothing for fastmed, which converts to mm; other tools may ignore the unit: save the scan again in mm'),
-    ('too large', 'error', 'a scan that fits into memory', 'crop or resample it, or raise memory_gb'),
+    ('too large', 'error', 'a scan that fits into memory', 'crop or resample it, or raise memory_gb'))
+
+_kinds = ('shape','orientation','spacing','direction','place')
+_grid_problems = (
     *((f'mask {k}', 'error', '',
        'find the right mask, or resample it: resample_to(load_mask(mask), image.shape[1:], image.affine)')
-       for k in _grid_kinds),
+       for k in _kinds),
     ('mask turned', 'warning', '',
      'nothing for fastmed, which turns both; for other tools save both in one orientation'),
-    *((f'channel {k}', 'error', '', 'register and resample this channel onto the first') for k in _grid_kinds),
+    *((f'channel {k}', 'error', '', 'register and resample this channel onto the first') for k in _kinds),
     ('channel turned', 'error', '', 'save all channels in one orientation'),
     ('mask channels', 'error', 'one channel of class ids', 'merge one-hot channels into class ids'),
-    ('number of channels', 'error', '', 'add the missing channel, take out the one too many, or drop the case'),
+    ('number of channels', 'error', '', 'add the missing channel, take out the one too many, or drop the case'))
+
+# %% ../../nbs/data/15_check.ipynb #48f9c880
+_label_problems = (
     ('label not whole', 'error', 'whole numbers',
      'a probability map, or resampled with interpolation: take the original, or round it knowingly'),
     ('unexpected label', 'error', '', 'declare it in codes, or correct the mask'),
@@ -64,7 +71,9 @@ PROBLEMS = ( # kind, severity, what would be right, how to mend it
      'look at image and mask together; save the mask again from where it was drawn, or mirror or move its voxels back'),
     ('touches border', 'warning', 'structures within the field of view', 'look whether the structure is cut off'),
     ('stray pieces', 'warning', 'one piece a structure, as in most cases',
-     'look at the small pieces; they are often slips of the pen'),
+     'look at the small pieces; they are often slips of the pen'))
+
+_image_problems = (
     ('NaN or Inf', 'error', 'finite values', 'export it again, or say what stands there'),
     ('constant', 'error', 'an image', 'export it again'),
     ('nearly constant', 'warning', 'an image', 'look at it; it may be empty, or its intensities lost'),
@@ -86,13 +95,13 @@ PROBLEMS = ( # kind, severity, what would be right, how to mend it
     ('same mask, one subject', 'warning', 'a mask of its own',
      'right where the two scans are registered, wrong where they are not'))
 
+PROBLEMS = _file_problems+_grid_problems+_label_problems+_image_problems
+
 # %% ../../nbs/data/15_check.ipynb #709598d5
 class Report(pd.DataFrame):
-    "What `check_dataset` found, one row a finding: case, file, severity, problem, expected, found, mend; the index is the row of the case, -1 for the whole set"
+    "What `check_dataset` found, one row a finding; the index is the row of the case, -1 for the whole set"
     @property
-    # the cases that were looked at; their numbers, a row a case
-    def _metadata(self):
-        return ['table','facts']
+    def _metadata(self): return ['table','facts']              # the cases that were looked at, and their numbers
     @property
     def _constructor(self): return Report
     @property
@@ -106,92 +115,81 @@ class Report(pd.DataFrame):
         return res.sort_values('severity', kind='stable', ignore_index=True)
 
     def clean(self):
-        "The table without the cases that have an error; prints what it left out, which also stands in `attrs['left_out']`"
+        "The table without the cases that have an error; what was left out is printed, and in `attrs['left_out']`"
         bad = {i:', '.join(g.problem.unique()) for i,g in pd.DataFrame(self.errors).groupby(level=0) if i>=0}
         res = self.table[~np.isin(np.arange(len(self.table)), list(bad))].copy()
         names = case_names(self.table)
         res.attrs['left_out'] = {names[i]:p for i,p in bad.items()}
-        print(f"clean: {len(res)} of {len(self.table)} cases"
-                + (f"; left out: {', '.join(f'{names[i]} ({p})' for i,p in bad.items())}" if bad else ''))
+        left_out = ', '.join(f'{k} ({p})' for k,p in res.attrs['left_out'].items())
+        print(f"clean: {len(res)} of {len(self.table)} cases"+(f"; left out: {left_out}" if bad else ''))
         return res
 
     def answer(self):
         "The report in a sentence"
+        if not len(self): return f"{len(self.table)} cases: nothing was found."
         e,w = ((len(o), o.case[o.case!='(all)'].nunique()) for o in (self.errors, self.warnings))
-        return f"{len(self.table)} cases: " + ('nothing was found.' if not len(self)
-                                               else f"{e[0]} errors in {e[1]} cases, {w[0]} warnings in {w[1]} cases.")
+        return f"{len(self.table)} cases: {e[0]} errors in {e[1]} cases, {w[0]} warnings in {w[1]} cases."
 
-    def html(self,
-        fn,     # .html file to write
-        n:int=12# suspicious cases to show at most, the gravest first
-    )->Path:    # `fn`
-        "One page: the findings, and pictures of suspicious cases beside typical ones"
-        # folders bear names of patients
-        t = pd.DataFrame(self).assign(found=[s.replace(o, Path(o).name) if o else s for s,
-                o in zip(self.found, self.file)], file=[Path(o).name if o else '' for o in self.file])
-        sec = {'In short':Report(t).summary().assign(found=lambda d: [s if len(s)<=90 else s[:88]+' …'
-               for s in d.found]) if len(self) else 'No finding.',
-               'Suspicious cases beside typical ones':self.show(n)}
-        if len(self): sec['Every finding'] = t.reset_index(drop=True)
-        return html_report(fn, 'What the doctor found', self.answer(), sec)
+# %% ../../nbs/data/15_check.ipynb #9c51ef9c
+def _shown_case(facts):
+    "Image and mask of a case in RAS order, the mask where it truly lies; None for what cannot be read"
+    image = mask = None
+    with contextlib.suppress(Exception): image = to_orientation(load_volume(facts.image[0]))
+    with contextlib.suppress(Exception): mask = to_orientation(load_mask(facts['mask']))
+    if image is None or mask is None: return image,mask
+    if not same_grid(image.shape[1:], image.affine, mask.shape, mask.affine):
+        try: mask = resample_to(mask, image.shape[1:], image.affine, 'nearest')
+        except Exception: mask = None
+    return image,mask
 
-    def show(self,
-        n:int=12 # suspicious cases to show at most, the gravest first
-    ):           # matplotlib figure
-        "Suspicious cases (red) beside up to four typical ones, the foreground of the mask drawn as contours"
-        import matplotlib.pyplot as plt
-        grave = pd.DataFrame(self[self.index>=0]).sort_values('severity', kind='stable')
-        odd = list(dict.fromkeys(grave.index))[:n]
-        well = self.facts.index[~self.facts.index.isin(grave.index[grave.severity=='error']) & self.facts.level.notna()]
-        quiet = [i for i in well if i not in set(grave.index)] or list(well)
-        typical = [quiet[k]
-                   for k in np.unique(np.linspace(0, len(quiet)-1, min(4, len(quiet))).astype(int))] if quiet else []
-        cols,k = 4,-(-len(typical)//4)
-        fig,axs = plt.subplots(max(1, k-(-len(odd)//cols)), cols, figsize=(11, 3.1*max(1, k-(-len(odd)//cols))),
-                               squeeze=False)
-        for ax in axs.flat: ax.set_axis_off()
-        for i,ax in [*zip(typical, axs[:k].flat), *zip(odd, axs[k:].flat)]:
-            f,ps = self.facts.loc[i],[] if i in typical else list(dict.fromkeys(grave.problem[grave.index==i]))
-            t = m = None
-            with contextlib.suppress(Exception): t = to_orientation(load_volume(f.image[0]))
-            with contextlib.suppress(Exception): m = to_orientation(load_mask(f['mask']))
-            if t is not None and m is not None and not same_grid(t.shape[1:], t.affine, m.shape, m.affine):
-                try: m = resample_to(m, t.shape[1:], t.affine, 'nearest')     # where it truly lies
-                except Exception: m = None
-            with contextlib.suppress(Exception):
-                show_plane(t, m, ctx=ax) if t is not None or m is not None else ax.text(.5, .5, 'nothing to show',
-                        ha='center', color='grey')
-            ax.set_title(f"{f['case']}\n" + ('typical' if i in typical
-                         else ', '.join(ps[:3])+(' …' if len(ps)>3 else '')), fontsize=8, color='k' if i in typical
-                         else 'firebrick')
-        fig.tight_layout()
-        return fig
+def _show_case(ax, facts, problems):
+    "Draw a case; in red where it has problems"
+    image,mask = _shown_case(facts)
+    with contextlib.suppress(Exception):
+        if image is None and mask is None: ax.text(.5, .5, 'nothing to show', ha='center', color='grey')
+        else: show_plane(image, mask, ctx=ax)
+    what = ', '.join([*problems[:3]])+' …'*(len(problems)>3) or 'typical'
+    ax.set_title(f"{facts['case']}\n{what}", fontsize=8, color='firebrick' if problems else 'k')
+
+@patch
+def show(self:Report,
+    n:int=12 # suspicious cases to show at most, the gravest first
+):           # matplotlib figure
+    "Suspicious cases (red) beside up to four typical ones, the foreground of the mask drawn as contours"
+    import matplotlib.pyplot as plt
+    grave = pd.DataFrame(self[self.index>=0]).sort_values('severity', kind='stable')
+    odd = list(dict.fromkeys(grave.index))[:n]
+    unfit = self.facts.index.isin(grave.index[grave.severity=='error'])
+    well = self.facts.index[~unfit & self.facts.level.notna()]
+    quiet = [i for i in well if i not in set(grave.index)] or list(well)
+    at = np.unique(np.linspace(0, len(quiet)-1, min(4, len(quiet))).astype(int)) if quiet else []
+    typical = [quiet[k] for k in at]
+    above = -(-len(typical)//4)                                         # rows of typical cases
+    rows = max(1, above+-(-len(odd)//4))
+    fig,axs = plt.subplots(rows, 4, figsize=(11, 3.1*rows), squeeze=False)
+    for ax in axs.flat: ax.set_axis_off()
+    for i,ax in zip(typical, axs[:above].flat, strict=False): _show_case(ax, self.facts.loc[i], [])
+    for i,ax in zip(odd, axs[above:].flat, strict=False):
+        _show_case(ax, self.facts.loc[i], list(dict.fromkeys(grave.problem[grave.index==i])))
+    fig.tight_layout()
+    return fig
+
+@patch
+def html(self:Report,
+    fn,     # .html file to write
+    n:int=12# suspicious cases to show at most, the gravest first
+)->Path:    # `fn`
+    "One page: the findings, and pictures of suspicious cases beside typical ones"
+    # folders bear names of patients
+    found = [s.replace(o, Path(o).name) if o else s for s,o in zip(self.found, self.file, strict=True)]
+    t = Report(pd.DataFrame(self).assign(found=found, file=[Path(o).name if o else '' for o in self.file]))
+    def shortened(d): return [o if len(o)<=90 else o[:88]+' …' for o in d.found]
+    sections = {'In short':t.summary().assign(found=shortened) if len(self) else 'No finding.',
+                'Suspicious cases beside typical ones':self.show(n)}
+    if len(self): sections['Every finding'] = pd.DataFrame(t).reset_index(drop=True)
+    return html_report(fn, 'What the doctor found', self.answer(), sections)
 
 # %% ../../nbs/data/15_check.ipynb #591dba88
-def _far(v, least, sds=6.):
-    "(n,) bool: values further from the median than `sds` robust standard deviations, more of them where cases are few, and than `least`"
-    v = np.asarray(v, dtype=float)
-    n = int(np.isfinite(v).sum())
-    if n<5: return np.zeros(len(v), bool)
-    d = np.abs(v-np.nanmedian(v))
-    return d>max(least, sds*(1+4/n)*1.4826*np.nanmedian(d))
-
-def _regimes(level):
-    "Number of the intensity regime of each case, 0 the most frequent: groups that lie a factor of three apart, where the whole spans more than ten; a few cases within ten of the most frequent are no regime"
-    v = np.asarray(level, dtype=float)
-    ok = np.flatnonzero(np.isfinite(v))
-    o = ok[np.argsort(v[ok])]
-    res = np.zeros(len(v), int)
-    if len(o)<2 or v[o[-1]]-v[o[0]]<1: return res
-    g = np.r_[0, np.cumsum(np.diff(v[o])>np.log10(3))]
-    mid = np.median(v[o][g==np.bincount(g).argmax()])
-    for j in range(g[-1]+1):
-        if (g==j).sum()<=max(1, len(o)//20) and abs(np.median(v[o][g==j])-mid)<1: g[g==j] = np.bincount(g).argmax()
-    g = np.unique(g, return_inverse=True)[1]
-    rank = np.argsort(np.argsort(-np.bincount(g), kind='stable'))
-    res[o] = rank[g]
-    return res
-
 def _minority(problem, values, names, what=str):
     "Findings for a property in which the cases differ: by case where few do, else once for the set"
     s = pd.Series({i:v for i,v in enumerate(values) if v is not None}, dtype=object)
@@ -199,192 +197,147 @@ def _minority(problem, values, names, what=str):
     if len(n)<2: return []
     few = s[s!=n.index[0]]
     if len(few)<=max(1, len(s)//5) and len(s)>2:
-        return [(i, problem_row(problem, what(v), expected=f'{what(n.index[0])}, as {n.iloc[0]} of {len(s)} cases'))
-                                for i,v in few.items()]
-    return [(-1, problem_row(problem, '; '.join(f'{what(v)}: {k} cases, such as {names[s.index[s==v][0]]}' for v,
-                             k in n.items()), expected='one for all'))]
+        usual = f'{what(n.index[0])}, as {n.iloc[0]} of {len(s)} cases'
+        return [(i, problem_row(problem, what(v), expected=usual)) for i,v in few.items()]
+    kinds = '; '.join(f'{what(v)}: {k} cases, such as {names[s.index[s==v][0]]}' for v,k in n.items())
+    return [(-1, problem_row(problem, kinds, expected='one for all'))]
 
-def _across(heads, vox, names, subject):
-    "Findings that only show beside the other cases: (case number, finding)"
-    out,n = [],len(heads)
-    add = lambda i,*a,**k: out.append((int(i), problem_row(*a, **k)))
-    for i in np.flatnonzero(pd.Series(names).duplicated()): add(i, 'case named twice', names[i])
-    out += _minority('number of channels', [h['channels'] for h in heads], names, lambda v: f'{v} channels')
-    out += _minority('mixed orientation', [h.get('orientation') for h in heads], names)
-    for p,key,least,unit in (('odd size','size',1.5,'voxels'),('odd spacing','spacing',1.3,'mm')):
+def _odd_grids(heads):
+    "Findings about sizes and spacings far from those of the other cases"
+    out = Findings()
+    for problem,key,least,unit in (('odd size','size',1.5,'voxels'), ('odd spacing','spacing',1.3,'mm')):
         x = np.array([h.get(key, (np.nan,)*3) for h in heads], dtype=float)
         m = np.nanmedian(x, 0) if np.isfinite(x).any() else x
-        for i in np.flatnonzero(np.any([_far(np.log(x[:,k]), np.log(least)) for k in range(3)], 0)):
-            add(i, p, f"{' × '.join(f'{o:.3g}' for o in x[i])} {unit} (RAS)",
-                expected=f"about {' × '.join(f'{o:.3g}' for o in m)}")
+        for i in np.flatnonzero(np.any([far_from_others(np.log(x[:,k]), np.log(least)) for k in range(3)], 0)):
+            out.add(i, problem, f"{' × '.join(f'{o:.3g}' for o in x[i])} {unit} (RAS)",
+                    expected=f"about {' × '.join(f'{o:.3g}' for o in m)}")
+    return out
+
+def _same_images(vox, names, subject):
+    "Findings about images whose voxels stand under another name too"
+    out = Findings()
+    there = [(c, i) for i,v in enumerate(vox) for c in v['channels'] if c and not c['constant']]
+    for twins in repeated_hashes((c['bag'], i, c) for c,i in there):
+        j,first = twins[0]
+        for i,c in twins[1:]:
+            found = f"the voxels of {first['file'].name}"
+            if c['hash']!=first['hash']: found += ', mirrored or turned'
+            found += f' (case {names[j]})' if j!=i else ', another channel of this case'
+            if subject is not None and subject[i]!=subject[j]:
+                found += ', and of another subject: a split may part them'
+            out.add(i, 'same image', found, c['file'])
+    return out
+
+def _same_masks(heads, vox, names, subject):
+    "Findings about masks whose voxels stand under another name too, of images that differ"
+    out = Findings()
+    def image_of(i): return next((c['hash'] for c in vox[i]['channels'] if c), i)
+    def unfit(i):                                # no image of its own, or one that it does not fit
+        return not heads[i]['images'] or any(o['problem'].startswith('mask') for o in heads[i]['findings'])
+    for twins in repeated_hashes((v['mask'].get('hash'), i, heads[i]['mask']) for i,v in enumerate(vox)):
+        blamed = [o for o in twins if unfit(o[0])] if not all(unfit(i) for i,_ in twins) else twins[1:]
+        for i,file in blamed or twins:
+            j = next(k for k,_ in twins if k!=i)
+            if image_of(i)==image_of(j): continue
+            kind = 'same mask' if subject is None or subject[i]!=subject[j] else 'same mask, one subject'
+            out.add(i, kind, f'the voxels of the mask of case {names[j]}', file)
+    return out
+
+# %% ../../nbs/data/15_check.ipynb #aa1fa752
+def _across(heads, vox, names, subject):
+    "Findings that only show beside the other cases: (case number, finding)"
+    out = Findings()
+    for i in np.flatnonzero(pd.Series(names).duplicated()): out.add(i, 'case named twice', names[i])
+    out += _minority('number of channels', [h['channels'] for h in heads], names, lambda v: f'{v} channels')
+    out += _minority('mixed orientation', [h.get('orientation') for h in heads], names)
+    out += _odd_grids(heads)
     most = max((len(v['channels']) for v in vox), default=0)
     for c in range(most):
-        out += _grey_findings([v['channels'][c] if c<len(v['channels']) else None for v in vox], names,
-                              f'channel {c}: ' if most>1 else '')
-    out += _order(heads, vox, names)
-    there = [(c, i) for i,v in enumerate(vox) for c in v['channels'] if c and not c['constant']]
-    for t in repeated_hashes((c['bag'], i, c) for c,i in there):
-        j,a = t[0]
-        for i,c in t[1:]:
-            add(i, 'same image', f"the voxels of {a['file'].name}" + (', mirrored or turned' if c['hash']!=a['hash']
-                    else '') + (f' (case {names[j]})' if j!=i else ', another channel of this case')
-                              + (f', and of another subject: a split may part them' if subject is not None
-                    and subject[i]!=subject[j] else ''), c['file'])
-    first = lambda i: next((c['hash'] for c in vox[i]['channels'] if c), i)
-    for t in repeated_hashes((v['mask'].get('hash'), i, h['mask']) for i,(h,v) in enumerate(zip(heads, vox))):
-        # no image of its own, or one that it does not fit
-        bad = lambda i: not heads[i]['images'] or any(o['problem'].startswith('mask') for o in heads[i]['findings'])
-        blame = [o for o in t if bad(o[0])] if not all(bad(o[0]) for o in t) else t[1:]
-        for i,f in blame or t:
-            j,g = next(o for o in t if o[0]!=i)
-            if first(i)!=first(j):
-                add(i, 'same mask' if subject is None or subject[i]!=subject[j] else 'same mask, one subject',
-                    f'the voxels of the mask of case {names[j]}', f)
-    return out
+        channel = [v['channels'][c] if c<len(v['channels']) else None for v in vox]
+        out += grey_findings(channel, names, f'channel {c}: ' if most>1 else '')
+    out += order_findings(heads, vox, names)+_same_images(vox, names, subject)
+    return out+_same_masks(heads, vox, names, subject)
 
-def _contrast(ch):
-    "(cases, features) what tells one sequence from another whatever the units: deciles, and means of the structures that at least half of the cases (and five) have"
-    ks = sorted({s for o in ch if o for s in o['means']})
-    ks = [s for s in ks if sum(s in o['means'] for o in ch if o)>=max(5, len(ch)/2)]
-    return np.array([np.full(9+len(ks), np.nan) if o is None
-            else np.r_[o['shape'], [o['means'].get(s, np.nan) for s in ks]] for o in ch])
+# %% ../../nbs/data/15_check.ipynb #918e98e9
+def _named_codes(codes, count):
+    "{name: values in the file} of the codes; of none, of the values that occur"
+    if isinstance(codes, dict): return {k:{int(o) for o in L(v)} for k,v in codes.items()}
+    if codes is not None: return {c:{k} for k,c in enumerate(codes)}
+    return {str(k):{int(k)} for k in count.index}
 
-def _grey_findings(ch, names, of):
-    "Findings about the intensities of one channel of all cases"
-    out,n = [],len(ch)
-    add = lambda i,*a,**k: out.append((int(i), problem_row(*a, **k)))
-    get = lambda k, none=np.nan: np.array([none if o is None else o[k] for o in ch], dtype=float)
-    level,base,file = get('level'),get('base'),[None if o is None else o['file'] for o in ch]
-    has = np.isfinite(level)
-    r = _regimes(level)
-    k = np.bincount(r[has]) if has.any() else np.zeros(1, int)
-    mid = [np.median(level[(r==j)&has]) for j in range(len(k)) if k[j]]
-    small = [j for j in range(1, len(k)) if k[j]<=max(1, n//20)] if n>2 else []
-    for i in np.flatnonzero(np.isin(r, small)):
-        add(i, 'intensity regime', f'{of}range {10**level[i]:.3g}', file[i],
-            f'about {10**mid[0]:.3g}, as {k[0]} of {n} cases')
-    if len(k)-len(small)>1:
-        add(-1, 'intensity regime', of+'; '.join(f'{k[j]} cases with a range of about {10**mid[j]:.3g}, such as {names[np.flatnonzero((r==j)&has)[0]]}' for j in range(len(k)) if j not in small))
-    far,off = np.zeros(n, bool),_far(base, .4)
-    for j in range(len(k)):
-        g = np.flatnonzero((r==j)&has)
-        far[g] = _far(level[g], np.log10(3))
-    for i in np.flatnonzero(far|off):
-        add(i, 'odd intensity', f'{of}range {10**level[i]:.3g}, from {base[i]*10**level[i]:.3g}', file[i],
-            f'a range of about {10**mid[r[i]]:.3g}, from {np.nanmedian(base)*10**mid[r[i]]:.3g}')
-    X = np.array([np.full(6, np.nan) if o is None else o['rough'] for o in ch])
-    x = np.log(np.where(X>0, X, np.nan))
-    for i in np.flatnonzero(np.sum([_far(c, np.log(2)) for c in x.T], 0)>=2):
-        add(i, 'odd texture', f"{of}neighbours differ by {some_of((f'{100*o:.2g}' for o in X[i,:3]), 3)} % of the "
-                              f"range along x, y, z", file[i],
-                              f"about {some_of((f'{100*o:.2g}' for o in np.nanmedian(X[:,:3], 0)), 3)} %")
-    V = _contrast(ch)
-    have = np.isfinite(V).any(1)
-    if have.sum()>=5:
-        lo,hi = np.nanmin(V[have], 1, keepdims=True),np.nanmax(V[have], 1, keepdims=True)
-        U = (V[have]-lo)/np.maximum(hi-lo, 1e-9)
-        m = np.nanmedian(U, 0)
-        d = np.full(n, np.nan)
-        d[have] = [1-np.corrcoef(u[k], m[k])[0,1] if (k:=np.isfinite(u)).sum()>2 and np.ptp(u[k])>0 else np.nan
-                   for u in U]
-        lim = max(.1, np.nanmedian(d)+8*1.4826*np.nanmedian(np.abs(d-np.nanmedian(d))))
-        for i in np.flatnonzero(d>lim):
-            add(i, 'odd contrast', f'{of}deciles and structures correlate {1-d[i]:.2f} with those of the typical case',
-                file[i], f'at least {1-lim:.2f}')
-    few = get('distinct')
-    plain = np.array([o is not None and not o['constant'] and not o['flat'] for o in ch])
-    for i in np.flatnonzero((few<=20) & (few>1) & plain & (few*10<np.nanmedian(few))) if n>2 else []:
-        add(i, 'looks like a mask', f'{of}{int(few[i])} distinct values', file[i], f'about {int(np.nanmedian(few))}')
-    return out
+def _has_gaps(s): return sorted(s|{0})!=list(range(len(s|{0})))
 
-def _order(heads, vox, names):
-    "Findings about channels that would fit those of the other cases clearly better in another order"
-    from scipy.optimize import linear_sum_assignment
-    C = pd.Series([len(v['channels']) for v in vox]).mode().iloc[0]
-    who = [i for i,v in enumerate(vox) if len(v['channels'])==C
-            and all(c and np.isfinite(c['shape']).all() for c in v['channels'])]
-    if C<2 or len(who)<2: return []
-    V = np.array([[np.r_[c['shape'], np.log(c['rough'][:3].mean()+1e-9), np.log(c['rough'][3:].mean()+1e-9)]
-            for c in vox[i]['channels']] for i in who])
-    odd = {}
-    for i,v in enumerate(V):
-        d = np.linalg.norm(v[:,None]-np.median(np.delete(V, i, 0), 0)[None], axis=-1)
-        to = linear_sum_assignment(d)[1]
-        own = np.trace(d)
-        if (to!=np.arange(C)).any() and own-d[np.arange(C),to].sum()>max(.2*own, .3):
-            odd[who[i]] = 'by their histograms '+some_of(f'channel {a} is like channel {b}' for a,
-                                                         b in enumerate(to) if a!=b)
-    if len(odd)>max(1, len(who)/3):
-        i,w = next(iter(odd.items()))
-        return [(-1, problem_row('channel order', f"{some_of((names[k] for k in odd), 3)}: the channels are in another "
-                                                  f"order than in the other cases; {w} of the others"))]
-    return [(i, problem_row('channel order', f'{w} of the other cases', heads[i]['images'][0])) for i,w in odd.items()]
+def _value_findings(heads, seen, names, codes):
+    "Findings about the values of masks; `seen`: {case number: values}"
+    out,n = Findings(),len(seen)
+    count = pd.Series([v for s in seen.values() for v in s]).value_counts()
+    named,every = _named_codes(codes, count),set().union(*seen.values())
+    known = set().union(*named.values())
+    def in_cases(values): return sum(bool(values&s) for s in seen.values())
+    structures = {str(c):k for c,k in named.items() if k!={0}}
+    rare = {int(k) for k in count.index if codes is None and k and n>=3 and count[k]<=max(1, n//50)}
+    stray = rare if n>=10 or _has_gaps(every) and not _has_gaps(every-rare) else set()
+    for i,values in seen.items():
+        file = heads[i]['mask']
+        if codes is not None and (odd:=sorted(values-known-{0})):
+            out.add(i, 'unexpected label', some_of(odd), file, some_of(sorted(known), 12))
+        if odd:=sorted(values&stray):
+            out.add(i, 'rare label', f'{some_of(odd)}, in {int(max(count[odd]))} of {n} cases', file)
+        if values<={0}: out.add(i, 'empty mask', 'background alone', file)
+        elif gone:=[c for c,k in structures.items() if not k&values and in_cases(k)>=max(2, .8*n)]:
+            out.add(i, 'missing label', f'no {some_of(gone)}', file, 'as in most cases')
+    if codes is not None and (gone:=[c for c,k in structures.items() if not in_cases(k)]):
+        out.add(-1, 'missing label', f'{some_of(gone)} in no case', expected='each of codes in some case')
+    if codes is None and _has_gaps(every):
+        # in the order of their frequency
+        few = [int(k) for k in count.index if k in stray]
+        alone = f"; {some_of(few)} in {some_of((names[i] for i in seen if seen[i]&stray), 3)} alone" if few else ''
+        out.add(-1, 'labels not consecutive', some_of(sorted(every|{0}), 12)+alone)
+    return out,named
+
+# %% ../../nbs/data/15_check.ipynb #0929fb2a
+def _often(out, problem, by_case, names, heads, n):
+    "A finding a case, or one for the set where more than half of `n` cases have it"
+    by_case = {i:o for i,o in by_case.items() if o}
+    if n>2 and len(by_case)>n/2:
+        some = '; '.join(f"{names[i]} ({some_of(o, 3)})" for i,o in list(by_case.items())[:3])
+        return out.add(-1, problem, f"{len(by_case)} of {n} cases, such as {some}")
+    for i,o in by_case.items(): out.add(i, problem, some_of(o, 4), heads[i]['mask'])
+
+def _odd_volumes(vox, k):
+    "(case numbers that have structure `k`, {case number: (its ml, the median)} of those that are odd)"
+    v = np.array([np.log(x['mask'].get('volume', {}).get(k, np.nan)) for x in vox])
+    has = np.flatnonzero(np.isfinite(v))
+    middle = np.exp(np.median(v[has]))/1000 if len(has) else 0
+    voxels = np.median([sum(o for o,_ in vox[i]['mask']['pieces'][k]) for i in has]) if len(has) else 1
+    return has,{i:(np.exp(v[i])/1000, middle) for i in np.flatnonzero(far_from_others(v, np.log(2+20/voxels)))}
 
 def _label_findings(heads, vox, names, codes):
     "Findings about labels: (case number, finding)"
-    out,has = [],[i for i,v in enumerate(vox) if v['mask'].get('values')]
-    add = lambda i,*a,**k: out.append((int(i), problem_row(*a, **k)))
-    if not has: return out
-    seen = {i:set(vox[i]['mask']['values']) for i in has}
-    count = pd.Series([v for s in seen.values() for v in s]).value_counts()
-    named = {k:{int(o) for o in L(v)} for k,v in codes.items()} if isinstance(codes, dict) else {c:{k} for k,
-            c in enumerate(codes)} if codes is not None else {str(k):{int(k)} for k in count.index}
-    known,file = set().union(*named.values()),lambda i: heads[i]['mask']
-    name = lambda k: next((str(c) for c,v in named.items() if k in v), str(k))
-    rare = [int(k) for k in count.index if codes is None and k and len(has)>=3 and count[k]<=max(1, len(has)//50)]
-    gaps = lambda s: sorted(s|{0})!=list(range(len(s|{0})))
-    every = set().union(*seen.values())
-    stray = [k for k in rare if len(has)>=10 or gaps(every) and not gaps(every-set(rare))]
-    for i in has:
-        v = vox[i]['mask']
-        if codes is not None and (odd:=sorted(seen[i]-known-{0})):
-            add(i, 'unexpected label', some_of(odd), file(i), f'{some_of(sorted(known), 12)}')
-        if odd:=sorted(seen[i]&set(stray)):
-            add(i, 'rare label', f'{some_of(odd)}, in {int(max(count[odd]))} of {len(has)} cases', file(i))
-        if seen[i]<={0}: add(i, 'empty mask', 'background alone', file(i))
-        else:
-            gone = [str(c) for c,k in named.items() if k!={0} and not k&seen[i]
-                    and sum(bool(k&s) for s in seen.values())>=max(2, .8*len(has))]
-            if gone: add(i, 'missing label', f'no {some_of(gone)}', file(i), 'as in most cases')
-    if codes is not None and (gone:=[str(c) for c,k in named.items() if k!={0}
-                                     and not any(k&s for s in seen.values())]):
-        add(-1, 'missing label', f'{some_of(gone)} in no case', expected='each of codes in some case')
-    if codes is None and gaps(every):
-        add(-1, 'labels not consecutive',
-                some_of(sorted(every|{0}), 12)+(f"; {some_of(stray)} in {some_of((names[i] for i in has if seen[i]&set(stray)), 3)} alone" if stray else ''))
-    _often(out, 'touches border', {i:[name(k) for k in vox[i]['mask'].get('border', [])] for i in has}, names, file,
-            sum(bool(seen[i]-{0}) for i in has), .5)
-    odd,crumbs,far = {},{},{}
-    for k in sorted(every-{0}):
-        v = np.array([np.log(x['mask'].get('volume', {}).get(k, np.nan)) for x in vox])
-        ok = np.flatnonzero(np.isfinite(v))
-        mid = np.exp(np.median(v[ok]))/1000 if len(ok) else 0
-        n = np.median([sum(o for o,_ in vox[i]['mask']['pieces'][k]) for i in ok]) if len(ok) else 1
-        for i in np.flatnonzero(_far(v, np.log(2+20/n))):
-            odd.setdefault(i, []).append((name(k), np.exp(v[i])/1000, mid))
-        p = {i:vox[i]['mask']['pieces'][k] for i in ok}
-        more = [i for i in ok if len(p[i])>1]
-        if len(ok)<3 or len(more)>max(1, .2*len(ok)): continue
-        for i in more:
-            crumbs.setdefault(i, []).append(f"{name(k)}: {some_of(s for s,_ in p[i][1:])} voxels, up to "
-                                            f"{max(g for _,g in p[i][1:]):.3g} mm away")
+    seen = {i:set(v['mask']['values']) for i,v in enumerate(vox) if v['mask'].get('values')}
+    if not seen: return []
+    out,named = _value_findings(heads, seen, names, codes)
+    def name(k): return next((str(c) for c,v in named.items() if k in v), str(k))
+    borders = {i:[name(k) for k in vox[i]['mask'].get('border', [])] for i in seen}
+    _often(out, 'touches border', borders, names, heads, sum(bool(s-{0}) for s in seen.values()))
+    odd,crumbs = {},{}
+    for k in sorted(set().union(*seen.values())-{0}):
+        has,far = _odd_volumes(vox, k)
+        for i,volumes in far.items(): odd.setdefault(i, []).append([f'{name(k)} {ml:.3g} ml' for ml in volumes])
+        pieces = {i:vox[i]['mask']['pieces'][k] for i in has}
+        several = [i for i in has if len(pieces[i])>1]
+        if len(has)<3 or len(several)>max(1, .2*len(has)): continue
+        for i in several:
+            loose = pieces[i][1:]
+            crumbs.setdefault(i, []).append(f"{name(k)}: {some_of(s for s,_ in loose)} voxels, up to "
+                                            f"{max(g for _,g in loose):.3g} mm away")
     for i,o in odd.items():
-        add(i, 'odd volume', some_of(f'{s} {v:.3g} ml' for s,v,_ in o), file(i),
-                'about '+some_of(f'{s} {m:.3g} ml' for s,_,m in o))
-    _often(out, 'stray pieces', crumbs, names, file, len(has), .5)
+        found,usual = (some_of(t) for t in zip(*o, strict=True))
+        out.add(i, 'odd volume', found, heads[i]['mask'], f'about {usual}')
+    _often(out, 'stray pieces', crumbs, names, heads, len(seen))
     return out
 
-def _often(out, problem, by_case, names, file, n, share):
-    "A finding a case, or one for the set where more than `share` of `n` cases have it"
-    by_case = {i:o for i,o in by_case.items() if o}
-    if n>2 and len(by_case)>share*n:
-        return out.append((-1,
-                problem_row(problem,
-                f"{len(by_case)} of {n} cases, such as " + '; '.join(f"{names[i]} ({some_of(o, 3)})" for i,
-                o in list(by_case.items())[:3]))))
-    for i,o in by_case.items(): out.append((i, problem_row(problem, some_of(o, 4), file(i))))
-
-# %% ../../nbs/data/15_check.ipynb #918e98e9
+# %% ../../nbs/data/15_check.ipynb #3beac9b9
 def _off_image(heads, vox):
     "Findings about masks that fit their image better at another place"
     res = []
@@ -393,17 +346,21 @@ def _off_image(heads, vox):
         res.append((i, problem_row('mask does not lie on the image', found, heads[i]['mask'])))
     return res
 
+def _case_facts(case, h, v):
+    "What a report keeps of a case, to show it"
+    level = next((c['level'] for c in v['channels'] if c), np.nan)
+    return dict(case=case, image=h['images'], mask=h['mask'], size=h.get('size'), spacing=h.get('spacing'),
+                orientation=h.get('orientation'), channels=h['channels'], level=level, labels=v['mask'].get('values'),
+                volume=v['mask'].get('volume'))
+
 def _found_folder(cache):
     "Where what was found is kept; None where no folder is safe"
     if cache is not None: return Path(cache)
     with contextlib.suppress(FileError): return cache_dir()
 
 def check_dataset(
-    # one row a case: `case`, `image` (a path, or a list: channels), `mask`, and where it is known `subject`
-    df,
-    # structures: list of names for 0, 1, 2 …, or dict name → value(s) in the file; default: `df.attrs['codes']`, else
-    # from the masks
-    codes=None,
+    df,                   # one row a case: `case`, `image` (a path, or a list: channels), `mask`, `subject` if known
+    codes=None,           # names for 0, 1, 2 …, or dict name → value(s); default: `df.attrs['codes']`, else the masks'
     path='.',             # stands before relative names
     image_col='image',    # column of the images, or several: channels
     mask_col:str='mask',  # column of the masks; where there is none, masks are not asked for
@@ -412,26 +369,23 @@ def check_dataset(
     workers:int=None,     # threads; default: a thread a core, 8 at most
     cache=None            # folder of the store, where what a file holds is kept; default: `cache_dir()`
 )->Report:                # one row a finding; `.errors`, `.warnings`, `.summary()`, `.clean()`, `.html(fn)`
-    "Find what is wrong with a data set: headers first, every voxel once, and the second time only those of files that changed. Raises `KeyError` where a column of images is missing, `ValueError` on an empty table"
+    "Headers first, then every voxel once. Raises `KeyError` where a column is missing, `ValueError` on an empty table"
     if not len(df): raise InputError("check_dataset: the table has no rows")
     codes = check_codes(ifnone(codes, df.attrs.get('codes')))
     names = case_names(check_columns(df))
     heads,vox = survey_cases(df, path, image_col, mask_col, tol, memory_gb, workers, fit=border_profiles,
                              cache=_found_folder(cache))
-    subject = None if 'subject' not in df else [str(o) if pd.notna(o) else i for i,o in enumerate(df.subject)]
-    found = [(i,o) for i,(h,v) in enumerate(zip(heads, vox))
-            for o in h['findings']+v['findings']] + _label_findings(heads, vox, names, codes) + _across(heads, vox,
-                                     names, subject) + _off_image(heads, vox)
-    kinds = {p:(s,e,m) for p,s,e,m in PROBLEMS}
+    subject = None
+    if 'subject' in df: subject = [str(o) if pd.notna(o) else i for i,o in enumerate(df.subject)]
+    found = [(i,o) for i,(h,v) in enumerate(zip(heads, vox, strict=True)) for o in h['findings']+v['findings']]
+    found += _label_findings(heads, vox, names, codes)+_across(heads, vox, names, subject)+_off_image(heads, vox)
+    kinds = {p:rest for p,*rest in PROBLEMS}
     rows = []
     for i,o in sorted(found, key=lambda o: o[0]):
-        s,e,m = kinds[o['problem']]
-        rows.append(dict(row=i, case='(all)' if i<0 else names[i], file=o['file'], severity=s, problem=o['problem'],
-                expected=o['expected'] or e, found=o['found'], mend=m))
-    res = Report(pd.DataFrame(rows, columns=['row','case','file','severity','problem','expected','found',
-            'mend']).set_index('row'))
-    res.table,res.facts = df,pd.DataFrame([dict(case=c, image=h['images'], mask=h['mask'], size=h.get('size'),
-            spacing=h.get('spacing'), orientation=h.get('orientation'), channels=h['channels'],
-        level=next((c['level'] for c in v['channels'] if c), np.nan), labels=v['mask'].get('values'),
-            volume=v['mask'].get('volume')) for c,h,v in zip(names, heads, vox)])
+        severity,right,mend = kinds[o['problem']]
+        rows.append(dict(row=i, case='(all)' if i<0 else names[i], file=o['file'], severity=severity,
+                         problem=o['problem'], expected=o['expected'] or right, found=o['found'], mend=mend))
+    columns = ['row','case','file','severity','problem','expected','found','mend']
+    res = Report(pd.DataFrame(rows, columns=columns).set_index('row'))
+    res.table,res.facts = df,pd.DataFrame([_case_facts(*o) for o in zip(names, heads, vox, strict=True)])
     return res

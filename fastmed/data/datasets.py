@@ -6,15 +6,27 @@
 __all__ = ['smooth_field', 'deformation', 'cohort', 'sphere', 'sphere_dice', 'phantom', 'URLs', 'untar_data']
 
 # %% ../../nbs/data/01_datasets.ipynb #62815cb1
-from ..core import ExtraError, FileError, InputError, beside, sweep, whole_file, writing
-from ..io.archive import unpack_safely
-import contextlib, errno, gzip, hashlib, importlib.util, math, os, re, warnings
+import contextlib
+import errno
+import gzip
+import hashlib
+import importlib.util
+import math
+import os
+import re
+import warnings
 from pathlib import Path
 from urllib.parse import urlparse
-import numpy as np, pandas as pd, nibabel as nib
-from fastprogress.fastprogress import progress_bar
-from fastdownload.core import download_url
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
 from fastai.data import external
+from fastdownload.core import download_url
+from fastprogress.fastprogress import progress_bar
+
+from ..core import beside, ExtraError, FileError, InputError, sweep, whole_file, writing
+from ..io.guard import unpack_safely
 
 # %% ../../nbs/data/01_datasets.ipynb #36947dbe
 def _basis(
@@ -43,14 +55,13 @@ def smooth_field(
     knot,                       # Distance of control points, mm: the scale of the field
     seed=0,                     # int or `np.random.Generator`
     spacing=1.,                 # Voxel size, mm
-    # (3,) box that the control points cover, mm; the same box and seed give the same field at any spacing
-    fov=(160.,192.,160.),
+    fov=(160.,192.,160.),       # (3,) box of the control points, mm; with the seed it fixes the field at any spacing
     channels=1,                 # How many independent fields
 )->np.ndarray:                  # (channels,X,Y,Z) float32, mean 0, standard deviation about 1
     "Random cubic B-spline field around the centre of the grid. Source: Rueckert 1999, eq. 1"
     rng = np.random.default_rng(seed)
     c = rng.standard_normal((channels, *(math.ceil(f/knot)+4 for f in fov)), dtype=np.float32)/_rms
-    return _apply(c, [_basis(x, f, knot) for x,f in zip(_points(shape, spacing), fov)])
+    return _apply(c, [_basis(x, f, knot) for x,f in zip(_points(shape, spacing), fov, strict=True)])
 
 # %% ../../nbs/data/01_datasets.ipynb #1b30c763
 def _rotation(degrees):
@@ -69,9 +80,8 @@ def deformation(
     scale=(1.07,1.18),          # Range of the overall scale, grid to atlas; each axis varies by 3 % besides
     min_jacobian=.2,            # The bending is weakened until the Jacobian is above this everywhere; at least 0
     fov=(160.,192.,160.),       # (3,) box that the control points cover, mm
-# (3,X,Y,Z) float32: where each voxel comes from, mm from the centre; (X,Y,Z) float32: Jacobian determinant
-)->tuple:
-    "Random smooth map that does not fold, with its exact Jacobian. Raises `ValueError` on settings that cannot be met. Source: Rueckert 1999"
+)->tuple:                     # (3,X,Y,Z) where each voxel comes from, mm from the centre; (X,Y,Z) Jacobian; float32
+    "Smooth map that does not fold. Raises `ValueError` on settings that cannot be met. Source: Rueckert 1999"
     if len(knots)!=len(sd):
         raise InputError(
                 f'deformation: knots has {len(knots)} entries and sd {len(sd)}; give one sd for each distance of knots')
@@ -82,9 +92,9 @@ def deformation(
                          f'{np.linalg.det(A):.2f}, the Jacobian with no bending at all; lower it')
     xs = _points(shape, spacing)
     u,du = np.zeros((3,*shape), np.float32), np.zeros((3,3,*shape), np.float32)
-    for knot,amount in zip(knots, sd):
+    for knot,amount in zip(knots, sd, strict=True):
         ctrl = amount/_rms*rng.standard_normal((3, *(math.ceil(f/knot)+4 for f in fov)), dtype=np.float32)
-        B,D = ([_basis(x, f, knot, d) for x,f in zip(xs, fov)] for d in (0,1))
+        B,D = ([_basis(x, f, knot, d) for x,f in zip(xs, fov, strict=True)] for d in (0,1))
         u += _apply(ctrl, B)
         for d in range(3): du[:,d] += _apply(ctrl, [D[k] if k==d else B[k] for k in range(3)])
     def det(w):
@@ -99,7 +109,7 @@ def deformation(
 
 # %% ../../nbs/data/01_datasets.ipynb #4ceba585
 def _atlas(spacing):
-    "Blurred to `spacing` mm: brain, grey, white, T1 (4,X,Y,Z) float32 in 0 to 1, at 1 mm RAS, and the voxel that is its centre"
+    "Blurred to `spacing` mm: brain, grey, white, T1 (4,X,Y,Z) float32 in 0 to 1, at 1 mm RAS; its central voxel"
     from scipy.ndimage import binary_dilation, gaussian_filter
     spec = importlib.util.find_spec('nilearn')    # Looked up and not imported: nilearn takes seconds to load
     if spec is None:
@@ -125,7 +135,7 @@ def _subject(atlas, centre, spacing, rng):
     from scipy.ndimage import gaussian_filter, map_coordinates
     fov = (160.,192.,160.)
     shape = tuple(round(f/spacing) for f in fov)
-    field = lambda knot, n=1: smooth_field(shape, knot, rng, spacing, fov, n)
+    def field(knot, n=1): return smooth_field(shape, knot, rng, spacing, fov, n)
     phi,_ = deformation(shape, spacing, rng, fov=fov)
     where = phi + centre.reshape(3,1,1,1).astype(np.float32)
     brain,gm,wm,t1 = (map_coordinates(o, where, order=1) for o in atlas)
@@ -145,7 +155,8 @@ def _subject(atlas, centre, spacing, rng):
     shade = field(70, 3)
     out = []
     for i,(means,gain) in enumerate(((m1, rng.uniform(.5,.9)), (m2, -rng.uniform(.2,.5)))):
-        x = sum(m*w for m,w in zip(means, mix)) + gain*detail + sum(mix[k+1]*tex[k] for k in range(3))*(1-2*i)
+        texture = sum(mix[k+1]*tex[k] for k in range(3))*(1-2*i)
+        x = sum(m*w for m,w in zip(means, mix, strict=True)) + gain*detail + texture
         x = np.clip(x, 0, None)**rng.uniform(.85,1.2)*np.exp(rng.uniform(.09,.2)*(shade[0]+.6*shade[1+i]))
         sd = rng.uniform(.045,.085)
         n1,n2 = (sd*rng.standard_normal(shape, dtype=np.float32) for _ in range(2))
@@ -183,6 +194,13 @@ def _save(fn, arr, affine, note):
     img.header['descrip'] = note
     _replace(fn, gzip.compress(img.to_bytes(), 4, mtime=0))
 
+_table = b'case,subject,image,image_t2,mask\n'
+
+def _check_table(fn):
+    "Raise `FileError` where a table stands that no cohort wrote"
+    if os.path.lexists(fn) and not (fn.is_file() and fn.read_bytes().startswith(_table+b'sub-01,sub-01,')):
+        raise FileError(f'{fn}: is there already and was not written by cohort. Nothing was changed. Give another path')
+
 def _is_whole(fn, note):
     "Is `fn` there, complete, and made with the arguments that `note` tells? Raises `ValueError` when others made it"
     if not fn.exists(): return False
@@ -204,10 +222,8 @@ def cohort(
     n:int=24,         # Number of subjects
     seed:int=0,       # Case k depends on `seed`, `spacing` and k alone
     spacing:float=2., # Voxel size, mm, 1 to 8
-# `case, subject, image, image_t2, mask`: one row a subject, whole paths; the same with relative paths is in cases.csv
-)->pd.DataFrame:
-    """Subjects made from a real brain atlas: T1, T2 (X,Y,Z) int16 and exact labels uint8 (0 air, 1 CSF, 2 grey, 3 white). Finished cases are kept.
-    Raises `ImportError` without nilearn, `ValueError` on bad arguments or on a folder made with others. Source: atlas Fonov 2011, bending Rueckert 1999"""
+)->pd.DataFrame:   # `case, subject, image, image_t2, mask`: a row a subject, whole paths; cases.csv has relative ones
+    "Subjects with exact labels (1 CSF, 2 grey, 3 white). Raises `ImportError`, `ValueError`. Source: Fonov 2011"
     if not isinstance(n, (int,np.integer)) or n<1:
         raise InputError(f'cohort: n={n!r}, expected a whole number of subjects, at least 1')
     if not isinstance(seed, (int,np.integer)) or seed<0:
@@ -215,21 +231,22 @@ def cohort(
     if not 1 <= spacing <= 8:
         raise InputError(f'cohort: spacing={spacing!r}, expected 1 to 8 mm (the atlas itself has 1 mm)')
     path,atlas,rows = Path(path).absolute(),None,[]
+    _check_table(path/'cases.csv')
     for d in ('images','labels'): (path/d).mkdir(parents=True, exist_ok=True)
     for k in progress_bar(range(n), leave=False):
         case = f'sub-{k+1:02d}'
         row = dict(case=case, subject=case, image=f'images/{case}_T1.nii.gz', image_t2=f'images/{case}_T2.nii.gz',
                    mask=f'labels/{case}.nii.gz')
         rows.append(row)
-        fns,note = [path/row[o] for o in ('image','image_t2',
-                                          'mask')], f'fastmed cohort seed={seed} spacing={float(spacing):g} {case}'
+        fns = [path/row[o] for o in ('image','image_t2','mask')]
+        note = f'fastmed cohort seed={seed} spacing={float(spacing):g} {case}'
         if all([_is_whole(f, note) for f in fns]): continue
         atlas = atlas or _atlas(spacing)
         rng = np.random.default_rng([int(seed), k])
         lbl,(t1,t2) = _subject(*atlas, spacing, rng)
         tilt = rng.uniform(-8, 8, 3)*(k%2)
         shift = rng.uniform(-30, 30, 3)
-        for f,arr in zip(fns, (t1,t2,lbl)):
+        for f,arr in zip(fns, (t1,t2,lbl), strict=True):
             _save(f, *_place_structure(arr, spacing, ('RAS','LAS','PSR')[k%3], tilt, shift), note)
     df = pd.DataFrame(rows)
     _replace(path/'cases.csv', df.to_csv(index=False, lineterminator='\n').encode())
@@ -248,8 +265,8 @@ def sphere(
         raise InputError(f'sphere: shape {tuple(shape)}, center {center} and spacing {spacing} differ in their number '
                          f'of axes; give one of each an axis')
     c = (np.array(shape)-1)/2*sp if center is None else np.array(center, float)
-    d2 = sum(((np.arange(n)*s-o)**2).reshape([-1 if k==i else 1 for k in range(len(shape))]) for i,
-             (n,s,o) in enumerate(zip(shape, sp, c)))
+    d2 = sum(((np.arange(n)*s-o)**2).reshape([-1 if k==i else 1 for k in range(len(shape))])
+             for i,(n,s,o) in enumerate(zip(shape, sp, c, strict=True)))
     return (d2 <= radius**2).astype(np.uint8)
 
 def sphere_dice(
@@ -268,11 +285,10 @@ def phantom(
     shape=(32,32,32),    # (3,) voxels
     affine=None,         # (4,4) voxel index → mm in RAS+; None: 1 mm, origin 0
     seed=0,              # Of the noise; the bodies are the same for every seed
-    # Of the large ball, mm; the small one has 0.45 of it; None: 0.27 of the shortest side of the grid
-    radius=None,
+    radius=None,         # Of the large ball, mm; the small one has 0.45 of it; None: 0.27 of the shortest side
     noise=.05,           # Standard deviation; the bodies have 1 and 2, the ground 0
 )->tuple:                # Image float32 and mask uint8 (0 ground, 1 large ball, 2 small ball), both `nib.Nifti1Image`
-    "Two balls side by side in the world, on any grid: volumes 4/3·π·r³, the small one to the right, front and top. Raises `ValueError` when they do not fit or `affine` is none"
+    "Two balls in the world: 4/3·π·r³, the small one right, front and top. Raises `ValueError` where they do not fit"
     affine = np.eye(4) if affine is None else np.array(affine, float)
     if affine.shape!=(4,4) or abs(np.linalg.det(affine[:3,:3]))<1e-9:
         raise InputError(f'phantom: affine of shape {affine.shape} is no invertible (4,4) matrix; give one, such as '
@@ -285,7 +301,7 @@ def phantom(
                          f'at most {side.min()/3.7:.3g}')
     c = affine[:3,:3]@((np.array(shape)-1)/2) + affine[:3,3]
     xyz = np.einsum('ij,j...->i...', affine[:3,:3], np.indices(shape)) + (affine[:3,3]-c).reshape(3,1,1,1)
-    ball = lambda o, r: sum((xyz[i]-o[i])**2 for i in range(3)) <= r*r
+    def ball(o, r): return sum((xyz[i]-o[i])**2 for i in range(3)) <= r*r
     off = np.full(3, 1.4*r/np.sqrt(3))
     mask = np.where(ball(off, .45*r), 2, ball(-.15*off, r)).astype(np.uint8)
     img = mask + noise*np.random.default_rng(seed).standard_normal(shape)
@@ -308,11 +324,10 @@ class URLs(external.URLs):
 
 _msd = (    # Name in `URLs`, and in lower case the folder in FASTMED_DATA; MD5 of the archive
     ('BRAIN_TUMOUR','240a19d752f0d9e9101544901065d872'), ('HEART','06ee59366e1e5124267b774dbd654057'),
-        ('LIVER','a90ec6c4aa7f6a3d087205e23d4e6397'),
-    ('HIPPOCAMPUS','9d24dba78a72977dbd1d2e110310f31b'), ('PROSTATE','35138f08b1efaef89d7424d2bcc928db'),
-        ('LUNG','8afd997733c7fc0432f71255ba4e52dc'),
+    ('LIVER','a90ec6c4aa7f6a3d087205e23d4e6397'), ('HIPPOCAMPUS','9d24dba78a72977dbd1d2e110310f31b'),
+    ('PROSTATE','35138f08b1efaef89d7424d2bcc928db'), ('LUNG','8afd997733c7fc0432f71255ba4e52dc'),
     ('PANCREAS','4f7080cfca169fa8066d17ce6eb061e4'), ('HEPATIC_VESSEL','641d79e80ec66453921d997fbf12a29c'),
-        ('SPLEEN','410d4a301da4e5b2f6f86ec3ddba524e'),
+    ('SPLEEN','410d4a301da4e5b2f6f86ec3ddba524e'),
     ('COLON','bad7a188931dc2f6acf72b08eb6202d0'))
 
 def _known_url(url):
@@ -322,14 +337,13 @@ def _known_url(url):
 # %% ../../nbs/data/01_datasets.ipynb #4c18427c
 @contextlib.contextmanager
 def _locked(fn):
-    "Hold the lock file `fn`, where the system has such locks"
-    try: import fcntl
-    except ImportError: fcntl = None
+    "Hold the lock file `fn`, and wait for it where another process holds it"
+    from filelock import lock_descriptor
     fn.parent.mkdir(parents=True, exist_ok=True)
     # a link that somebody planted is not followed
     fd = os.open(fn, os.O_RDWR|os.O_CREAT|getattr(os, 'O_NOFOLLOW', 0), 0o666)
     try:
-        if fcntl: fcntl.flock(fd, fcntl.LOCK_EX)
+        lock_descriptor(fd)
         yield
     finally: os.close(fd)
 
@@ -348,9 +362,10 @@ def _why(e):
     if isinstance(e, EOFError): return 'the archive ends too early'
     return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
 
-def _fetch(url, fn, expected):
-    "Download `url` to `fn` unless it is there and right; `fn` is whole and verified, or absent"
-    if expected and fn.exists() and _checksum(fn, expected)==expected: return fn
+# %% ../../nbs/data/01_datasets.ipynb #c0bb5d1e
+def _fetch(url, fn, expected, anew=False):
+    "Download `url` to `fn` unless it is there and right; `fn` is whole and verified, or as it was"
+    if not anew and expected and fn.exists() and _checksum(fn, expected)==expected: return fn
     with beside(fn, True) as tmp:
         part = tmp/fn.name
         try: download_url(url, part, timeout=60)
@@ -363,7 +378,7 @@ def _fetch(url, fn, expected):
         found = _checksum(part, expected)
         if not expected:
             warnings.warn(f'{url}: no checksum was given, so what arrived could not be verified. Next time pass '
-                          f'checksum={found!r}')
+                          f'checksum={found!r}', stacklevel=2)
         elif found!=expected:
             raise InputError(f'{url}: expected checksum {expected}, found {found}. Nothing was unpacked; call '
                              f'untar_data again, or pass checksum= if the file was changed on purpose')
@@ -379,11 +394,41 @@ def _unpack_beside(arch, dest, url, note):
             raise InputError(f'{url}: the archive holds a folder named .checksum, which is the name of our note beside '
                              f'the files; give the address of another')
         (top/'.checksum').write_text(note)
-        if dest.exists(): dest.rename(tmp/'old')
-        top.rename(dest)
+        was = dest.exists()
+        if was: dest.rename(tmp/'old')
+        try: top.rename(dest)
+        except OSError:
+            if was: (tmp/'old').rename(dest)
+            raise
     return dest
 
 # %% ../../nbs/data/01_datasets.ipynb #797db6ce
+def _hand_to_fastai(url, **kwargs):
+    "fastai's own `untar_data`. Raises `FileError` where the download fails"
+    try: return external.untar_data(url, **kwargs)
+    except Exception as e:
+        raise FileError(f"{url}: could not be fetched ({_why(e)}). Check the address and the connection; "
+                        f"force_download=True takes it anew") from e
+
+def _checked_checksum(url, checksum, md5):
+    "The checksum that is expected, '' for none. Raises `InputError` on one of no known length"
+    expected = (checksum or md5 or '').lower()
+    if expected and not re.fullmatch('[0-9a-f]{32}|[0-9a-f]{64}', expected):
+        raise InputError(f'{url}: checksum={checksum!r} is neither MD5 (32 hexadecimal digits) nor SHA-256 (64); give '
+                         f'one of them')
+    return expected
+
+def _is_unpacked(url, dest, expected):
+    "Whether the folder is there. Raises `InputError` where it came from an archive with another checksum"
+    if not dest.exists(): return False
+    mark = dest/'.checksum'
+    found = mark.read_text().split()[0] if expected and mark.exists() else expected
+    if found!=expected and len(found)==len(expected):
+        raise InputError(f'{url}: {dest} was unpacked from an archive with checksum {found}, expected {expected}. Pass '
+                         f'force_download=True to replace it, or data= for another folder')
+    return True
+
+# %% ../../nbs/data/01_datasets.ipynb #3f194ee6
 def untar_data(
     url:str,                   # A name of `URLs`, or any archive (.tar, .tar.gz, .zip), best together with `checksum`
     archive=None,              # Folder for the archive; None: `archive` of FASTMED_HOME, else of fastai's configuration
@@ -393,19 +438,11 @@ def untar_data(
     base=None,                 # Folder used in place of FASTMED_HOME
     checksum:str=None,         # MD5 or SHA-256 in hexadecimal; None: the Decathlon's own, else none: a warning says so
 )->Path:                       # The unpacked folder, or `$FASTMED_DATA/<task>` where that is there
-    "Download, verify, unpack; whole or absent. Raises `OSError` when the download stops, `ValueError` on a wrong checksum or an unsafe archive. Hands fastai's own URLs to fastai"
+    "Download, verify, unpack; whole or absent. Raises `OSError`, `ValueError`. Hands fastai's own URLs to fastai"
     folder,md5 = _known_url(url)
     if not (checksum or md5) and url in [v for o in external.URLs.__mro__ for v in vars(o).values()]:
-        try:
-            return external.untar_data(url, archive=archive, data=data, c_key=c_key, force_download=force_download,
-                                       base=base)
-        except Exception as e:
-            raise FileError(f"{url}: could not be fetched ({_why(e)}). Check the address and the connection; "
-                            f"force_download=True takes it anew") from e
-    expected = (checksum or md5 or '').lower()
-    if expected and not re.fullmatch('[0-9a-f]{32}|[0-9a-f]{64}', expected):
-        raise InputError(f'{url}: checksum={checksum!r} is neither MD5 (32 hexadecimal digits) nor SHA-256 (64); give '
-                         f'one of them')
+        return _hand_to_fastai(url, archive=archive, data=data, c_key=c_key, force_download=force_download, base=base)
+    expected = _checked_checksum(url, checksum, md5)
     name = Path(urlparse(url).path).name
     stem = re.sub(r'(\.tar)?\.(tar|tgz|gz|bz2|xz|zip)$', '', name)
     if not stem: raise InputError(f'{url}: the address names no file; give the address of an archive')
@@ -413,17 +450,10 @@ def untar_data(
         local = Path(os.environ['FASTMED_DATA']).expanduser().absolute()/folder
         if local.is_dir(): return local
     base = base or os.environ.get('FASTMED_HOME')
-    place = lambda given, key: Path(given
-                                    or (Path(base)/key if base else external.fastai_path(key))).expanduser().absolute()
+    def place(given, key):
+        return Path(given or (Path(base)/key if base else external.fastai_path(key))).expanduser().absolute()
     arch,dest = place(archive, 'archive')/name, place(data, c_key)/stem
-    def there():
-        if not dest.exists() or force_download: return False
-        mark = dest/'.checksum'
-        if expected and mark.exists() and mark.read_text().split()[0]!=expected and len(
-                mark.read_text().split()[0])==len(expected):
-            raise InputError(f'{url}: {dest} was unpacked from an archive with checksum {mark.read_text().split()[0]}, '
-                             f'expected {expected}. Pass force_download=True to replace it, or data= for another folder')
-        return True
+    def there(): return not force_download and _is_unpacked(url, dest, expected)
     # what a process that was killed had begun
     for o in (arch.parent, dest.parent):
         sweep(o)
@@ -431,5 +461,5 @@ def untar_data(
     with writing(dest), _locked(arch.with_name(name+'.lock')):
         dest.parent.mkdir(parents=True, exist_ok=True)
         if there(): return dest
-        if force_download: arch.unlink(missing_ok=True)
-        return _unpack_beside(_fetch(url, arch, expected), dest, url, f'{expected or "unverified"} {url}\n')
+        arch = _fetch(url, arch, expected, force_download)
+        return _unpack_beside(arch, dest, url, f'{expected or "unverified"} {url}\n')

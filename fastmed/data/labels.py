@@ -19,9 +19,10 @@ from fastai.data.all import (
 from fastcore.all import first, ifnone, is_listy, L, store_attr
 from ..core import ArgumentError, ColumnError, InputError, TensorVolume, TensorVolumeMask
 from .blocks import PatchTransform
-from .cases import case_splitter, group_values
+from .cases import case_splitter, group_text, group_values
 from .plan import BYTES, patch_plan, suggest_plan
 from .preprocess import all_files, Plan, Preprocess
+from .recipe import labels_of, plain_scalar
 from ..io.volumes import check_same_grid, read_header
 from torch import Tensor
 
@@ -38,7 +39,6 @@ def _case(df, i):
     r = df.iloc[int(i)]
     return r.get('case', r.name)
 def _many(v): return isinstance(v, (list,tuple,set,frozenset,np.ndarray,L))
-def _scalar(v): return v.item() if isinstance(v, np.generic) else v
 
 def _y_kind(y_block):
     "'category', 'multi' or 'regression' of what a person gave as `y_block`, and the block itself where it is one"
@@ -107,14 +107,15 @@ class LabelOf(DisplayedTransform):
     ): store_attr()
     def encodes(self, o):
         if not isinstance(o, (pd.Series, dict)): return o
-        vs = [_scalar(o[c]) for c in L(self.cols)]
+        vs = [plain_scalar(o[c]) for c in L(self.cols)]
         if self.kind=='regression': return [float(v) for v in vs]
         if self.kind=='category': return vs[0]
         if len(vs)>1: return [float(v) for v in vs]
         v = vs[0]
         if isinstance(v, str): v = [s for s in (s.strip() for s in v.split(self.label_delim)) if s]
         elif not _many(v): v = [] if is_blank(v) else [v]
-        return sorted({_scalar(i) for i in v}, key=str)
+        return sorted({plain_scalar(i) for i in v}, key=str)
+    def in_recipe(self): return dict(label=self.cols, group=self.group, label_delim=self.label_delim)
 
 class TargetNumbers(RegressionSetup):
     "Numbers as a `TensorRegression` with their names"
@@ -165,7 +166,7 @@ def label_block(
     vocab = sorted({v for r in each for v in r}, key=lambda v: (isinstance(v, str), v))
     # in the order that was said
     if kind=='category' and isinstance(df[cols].dtype, pd.CategoricalDtype):
-        vocab = [v for v in map(_scalar, df[cols].cat.categories) if v in vocab]
+        vocab = [v for v in map(plain_scalar, df[cols].cat.categories) if v in vocab]
     if len(vocab)<(2 if kind=='category' else 1):
         raise InputError(f"label_col {label_col!r}: expected "
                          f"{'two classes or more' if kind=='category' else 'at least one finding'}; found {vocab} in "
@@ -205,7 +206,7 @@ def StratifiedSplitter(
     seed:int=42         # of the draw
 ):                      # function: items → (training indices, validation indices)
     "A splitter that never parts a group and gives both sides the same share of each class, as nearly as that allows. Raises `InputError` on fewer than two groups"
-    g = pd.Series(list(groups)).astype(str)
+    g = group_text(groups)
     m = np.asarray(classes, dtype=float)
     names = np.unique(g)
     if len(names)<2:
@@ -383,11 +384,5 @@ def fit_in(
 def get_labels(
     dls # DataLoaders
 ):      # (kind, names) of their labels: classes, findings or targets; None where they hold none
-    "'category', 'multi' or 'regression', and the names. None where nothing of the kind is there"
-    for tl in reversed(list(dls.train_ds.tls)):
-        for f in getattr(tl.tfms, 'fs', []):
-            if isinstance(f, TargetNumbers): return 'regression',list(f.vocab)
-            if isinstance(f, RegressionSetup):
-                return 'regression',[f'target_{i}' for i in range(ifnone(f.c, 1))] if ifnone(f.c, 1)>1 else ['target']
-            if isinstance(f, (MultiCategorize,EncodedMultiCategorize)): return 'multi',[_scalar(o) for o in f.vocab]
-            if isinstance(f, Categorize): return 'category',[_scalar(o) for o in f.vocab]
+    "'category', 'multi' or 'regression', and the names; None where nothing of the kind is there. In a recipe: `dls.recipe.labels`"
+    return labels_of(dls)

@@ -19,28 +19,28 @@ from fastmed.core import (
 )
 from .augment import volume_tfms
 from fastmed.data.blocks import (
-    CaseFiles, get_plan, get_preprocess, get_store, PartialPatchDL, PatchTransform, SliceBlock, SliceMaskBlock,
-    VolumeBlock, VolumeMaskBlock, WeightedPatchDL
+    CaseFiles, get_store, PartialPatchDL, PatchTransform, SliceBlock, SliceMaskBlock, VolumeBlock, VolumeMaskBlock,
+    WeightedPatchDL
 )
 from .cases import case_splitter, check_codes, check_columns, scan_decathlon, scan_folder, warn_twins
 from fastmed.data.labels import (
-    fitted_shape, get_labels, label_block, label_splitter, TensorRegression, whole_plan, WholeTransform
+    fitted_shape, label_block, label_splitter, TensorRegression, whole_plan, WholeTransform
 )
 from .plan import suggest_plan
 from .preprocess import all_files, Plan, Preprocess
+from .recipe import labels_of
 from .store import cache_dir, kept_digest, kept_found, label_values, Store
 from ..io.guard import memory_left
-from ..io.volumes import describe_grid, read_header, same_grid, unlike_grids
+from ..io.formats import describe_grid
+from ..io.volumes import read_header, same_grid, unlike_grids
 from torch import Tensor
 
 # %% ../../nbs/data/11_loaders.ipynb #1e3c3358
 class VolumeDataLoaders(DataLoaders):
     "DataLoaders of volume patches"
     _ndim = 3
-    preprocess = property(get_preprocess)
-    plan = property(get_plan)
     store = property(get_store)
-    labels = property(get_labels)
+    labels = property(labels_of)
     @property
     def codes(self): return self.preprocess.vocab                            # of the masks
     @property
@@ -190,12 +190,13 @@ class VolumeDataLoaders(DataLoaders):
         wgts # one number a case of training, in the order of `train_ds.items`
     ):       # the same DataLoaders, training cases drawn by weight
         "fastai's `weighted_dataloaders`, of DataLoaders that are ready. Raises `InputError` on another number of weights than cases"
-        return self._training_by(WeightedPatchDL, wgts=wgts)
+        return self._training_by(WeightedPatchDL, wgts=wgts, n=getattr(self.train, 'partial_n', None))
 
     def partial_dataloaders(self,
         partial_n:int # patches of an epoch
     ):                # the same DataLoaders, with so many patches of training an epoch
         "fastai's `partial_dataloaders`, of DataLoaders that are ready"
+        if isinstance(self.train, WeightedPatchDL): return self._training_by(WeightedPatchDL, n=partial_n)
         return self._training_by(PartialPatchDL, partial_n=partial_n)
 
     @classmethod

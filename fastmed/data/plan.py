@@ -292,6 +292,9 @@ def suggest_plan(
     else: why['spacing'] = 'given' if spacing is not None else "each case keeps its own"
     grids = [pre.grid(h['shape'], h['affine']) for h in heads]
     med = np.median([s for s,_ in grids], 0)
+    if med.prod()>=2**31:
+        raise InputError(f"spacing {pre.spacing}: the median case would have {med.prod():.3g} voxels; expected under "
+                         f"{2**31:.3g}. Give a larger one, in mm")
     sp = np.median([spacing_of(a) for _,a in grids], 0)
     if ndim==2:
         thin = [a for a,p in enumerate(patch) if p==1] if is_listy(patch) and len(patch)==3 else []

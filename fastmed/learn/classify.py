@@ -18,10 +18,10 @@ from fastcore.all import delegates, first, ifnone, L
 from ..core import ArgumentError, ColumnError, evaluating, InputError, MissingFileError, TensorSlice, TensorVolume
 from ..data.augment import SpatialTfm
 from fastmed.data.blocks import (
-    chance_kept, check_one_input, find_transform, get_plan, get_preprocess, LoadMask, LoadVolume, PatchDL,
-    PatchTransform
+    chance_kept, check_one_input, find_transform, LoadMask, LoadVolume, PatchDL, PatchTransform
 )
-from ..data.labels import fit_in, fitted_shape, get_labels, is_blank, LabelOf, TensorRegression, WholeTransform
+from ..data.labels import fit_in, fitted_shape, is_blank, LabelOf, TensorRegression, WholeTransform
+from ..data.cases import matching_files
 from ..data.loaders import axes_grid, show_labelled
 from ..data.radiographs import get_prep, LoadRadiograph, TensorRadiograph
 from ..io.volumes import load_volume
@@ -34,6 +34,7 @@ from ..models.classifiers import add_unscale, create_classifier, MultiTaskNet
 from ..models.unet import UNet
 from ..models.weights import EncoderMixin, FrozenNorms, load_weights
 from ..models.zoo import create_model, param_splitter
+from ..predict.memory import prediction_explained
 from ..predict.tta import batch_looks, mix_looks, refuse_tfms, TTA, tta_preds
 from fastprogress.fastprogress import progress_bar
 from torch import Tensor
@@ -86,9 +87,9 @@ class _Look(Callback):
 class CaseLearner(VolumeLearner, EncoderMixin):
     "A `Learner` that says what a case is: its class, its findings, or its numbers"
     @property
-    def task(self): return get_labels(self.dls)[0]
+    def task(self): return self.dls.recipe.labels.task
     @property
-    def label_vocab(self): return get_labels(self.dls)[1]
+    def label_vocab(self): return self.dls.recipe.labels.vocab
 
     def case_input(self,
         item             # file, list of channel files, row of the DataFrame, or a `TensorVolume` or `TensorRadiograph`
@@ -98,7 +99,7 @@ class CaseLearner(VolumeLearner, EncoderMixin):
         if prep is not None:
             fn = item if isinstance(item, (TensorRadiograph,str,Path)) else self._file(item)
             return prep(fn).as_subclass(Tensor)[None]
-        pre,wt = get_preprocess(self.dls),find_transform(self.dls.train.after_item, PatchTransform)
+        pre,wt = self.dls.preprocess,find_transform(self.dls.train.after_item, PatchTransform)
         fn = item if isinstance(item, (TensorVolume,str,Path,list)) else self._file(item)
         t = fn if isinstance(fn, TensorVolume) else load_volume(fn)
         if t.affine is None:
@@ -147,7 +148,7 @@ class CaseLearner(VolumeLearner, EncoderMixin):
         d = next(model.parameters()).device
         act = getattr(self.loss_func, 'label', self.loss_func)
         ps = []
-        with torch.no_grad(), evaluating(model):
+        with prediction_explained(item if isinstance(item, (str,Path)) else 'the case'), torch.no_grad(), evaluating(model):
             for v in self._looks(x, tta):
                 out = [model(b.to(d)) for b in v.split(16)]
                 ps.append(torch.cat([act.activation(o[-1] if isinstance(o, tuple) else o).cpu() for o in out]).mean(0))
@@ -201,7 +202,7 @@ class CaseLearner(VolumeLearner, EncoderMixin):
             raise ArgumentError(f"evaluate: expected a DataFrame, one row a case; found {type(df).__name__}")
         if not len(df): raise InputError("evaluate: no cases. A loaded Learner holds no data: give it a DataFrame")
         get = find_transform(self.dls.train_ds.tls[-1].tfms, LabelOf)
-        task,vocab = get_labels(self.dls)
+        task,vocab = self.dls.recipe.labels
         if get is None:
             raise InputError(
                     "evaluate: these DataLoaders do not say how a label is read from a row; make them by from_df")
@@ -214,16 +215,12 @@ class CaseLearner(VolumeLearner, EncoderMixin):
             g = getattr(get, 'group', None)
             row = dict(case=name, subject=str(r[g]) if g and g in r else str(r.get('subject', name)))
             try:
-                if any(is_blank(r[c]) for c in L(get.cols)) and get.label_delim is None:
-                    raise InputError(f"case {name!r} has no {get.cols}")
-                y = get(r)
-                if task=='category' and y not in vocab:
-                    raise InputError(f"case {name!r}: {get.cols} is {y!r}; expected one of {vocab}")
+                y = _known_label(name, r, get, task, vocab)
                 p = [float(o) for o in self.case_answer(r, tta)]
                 if not all(map(math.isfinite, p)):
                     raise InputError(f"case {name!r}: the network answers NaN or infinity")
                 rows.append({**row, **_answer_row(task, vocab, y, p), 'status':'ok'})
-            except (OSError, ValueError) as e:
+            except (OSError, ValueError, MemoryError) as e:
                 rows.append({**row, 'status':f'error: {e}'})
                 errs.append(e)
         if len(errs)==len(rows): raise errs[0]
@@ -262,8 +259,8 @@ class CaseLearner(VolumeLearner, EncoderMixin):
         tta=False              # as of `case_answer`
     )->pd.DataFrame:           # case, file, pred, prob_<class>…, status
         "The answer for every file of a folder. A file that cannot be read is named in `status`; the others go on. Raises `MissingFileError` where nothing matches"
-        fs = sorted(o for o in Path(src).glob(images) if not o.name.startswith('.'))
-        task,vocab = get_labels(self.dls)
+        fs = matching_files(src, images)
+        task,vocab = self.dls.recipe.labels
         rows = []
         if not fs: raise MissingFileError(f"{Path(src)/images}: no file matches. Check `src` and `images=`")
         for f in progress_bar(fs, leave=False):
@@ -272,7 +269,7 @@ class CaseLearner(VolumeLearner, EncoderMixin):
                              **{k:v for k,
                              v in _answer_row(task, vocab, None, [float(o) for o in self.case_answer(f, tta)]).items()
                              if not k.startswith('target')}, 'status':'ok'})
-            except (OSError, ValueError) as e: rows.append(dict(case=f.name, file=str(f), status=f'error: {e}'))
+            except (OSError, ValueError, MemoryError) as e: rows.append(dict(case=f.name, file=str(f), status=f'error: {e}'))
         return pd.DataFrame(rows)
 
     def tta(self,
@@ -329,10 +326,23 @@ class CaseLearner(VolumeLearner, EncoderMixin):
             x = x[len(x)//2]
             said = f"{r.target} → {r.pred}" if 'target' in r else ', '.join(
                     f"{v} {r[f'target_{v}']:.4g} → {r[f'pred_{v}']:.4g}" for v in res.vocab)
-            (TensorVolume(x, affine=np.diag([*(get_plan(self.dls).spacing or (1,1,1)),1])) if x.ndim==4
+            (TensorVolume(x, affine=np.diag([*(self.dls.plan.spacing or (1,1,1)),1])) if x.ndim==4
                     else x.as_subclass(TensorRadiograph if get_prep(self.dls) else TensorSlice)).show(ctx=ax,
                     title=f"{r.case}: "
                           f"{said if 'target' not in r or not isinstance(r.target, float) else f'{r.target:.4g} → {r.pred:.4g}'}", **kwargs)
+
+def _known_label(name, r, get, task, vocab):
+    "The label of a row. Raises `InputError` where it is missing, or none that the Learner knows"
+    if any(is_blank(r[c]) and not (get.label_delim and isinstance(r[c], str)) for c in L(get.cols)):
+        raise InputError(f"case {name!r} has no {get.cols}")
+    y = get(r)
+    if task=='category' and y not in vocab:
+        raise InputError(f"case {name!r}: {get.cols} is {y!r}; expected one of {vocab}")
+    known = vocab if isinstance(get.cols, str) else (0,1)
+    if task=='multi' and (odd:=[o for o in y if o not in known]):
+        raise InputError(f"case {name!r}: {get.cols} holds {odd}; expected some of {list(known)}"
+                         f"{f', with {get.label_delim!r} between them' if get.label_delim else ''}")
+    return y
 
 def _answer_row(task, vocab, y, p):
     "The columns of one case"
@@ -407,14 +417,14 @@ def classifier_learner(
     **kwargs            # of the network and of `Learner` (`lr`, `cbs`, `opt_func`, …), by name
 )->CaseLearner:         # ready to train
     "A Learner for what a case is: outputs, loss and metrics follow from the labels. Raises `InputError` where `dls` holds none, `ArgumentError` on an argument that nobody takes"
-    labels = get_labels(dls)
+    labels = dls.recipe.labels
     if labels is None:
         raise InputError("classifier_learner: these DataLoaders hold no labels: say from_df(label_col=…). For masks "
                          "there are unet3d_learner and unet2d_learner")
     check_one_input(dls, 'classifier_learner')
     task,vocab = labels
     prep = get_prep(dls)
-    plan = None if prep else get_plan(dls)
+    plan = None if prep else dls.plan
     if plan is not None and find_transform(dls.train.after_item, WholeTransform) is None:
         raise InputError("classifier_learner: these DataLoaders cut patches, and a label belongs to the whole scan. "
                          "Say VolumeDataLoaders.from_df(df, label_col=…), "
@@ -432,7 +442,7 @@ def classifier_learner(
     if masks:
         if arch not in ('resnet18','UNet') and arch is not UNet:
             raise InputError(f"arch={arch!r}: with masks and labels together the network is a U-Net; leave arch out")
-        pre,kwargs,arch = get_preprocess(dls),unet_args(plan, kwargs),'UNet'
+        pre,kwargs,arch = dls.preprocess,unet_args(plan, kwargs),'UNet'
         if kwargs.get('deep_supervision'):
             raise InputError("deep_supervision is not offered with masks and labels together")
         model = MultiTaskNet(create_model('UNet', n_in, len(pre.vocab), ndim=have, patch=patch, **kwargs), len(vocab))
@@ -467,7 +477,7 @@ def regression_learner(
     **kwargs         # of `classifier_learner`
 )->CaseLearner:      # ready to train
     "`classifier_learner` under the name of what it does to numbers. Raises `InputError` where the labels are classes"
-    labels = get_labels(dls)
+    labels = dls.recipe.labels
     if labels is not None and labels[0]!='regression':
         raise InputError("regression_learner: these labels are classes; say from_df(y_block='regression') where they "
                          "are numbers, or use classifier_learner")

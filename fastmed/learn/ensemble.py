@@ -15,7 +15,7 @@ import torch
 from fastai.basics import default_device, load_learner, warn
 from fastcore.all import AttrDict, ifnone, is_listy, L
 from ..core import InputError, MissingFileError, TensorVolume, TensorVolumeMask
-from ..data.blocks import chance_kept, get_plan, get_preprocess
+from ..data.blocks import chance_kept
 from ..data.radiographs import get_prep
 from ..io.volumes import load_volume, same_grid
 from .callbacks import case_columns, case_rows, case_truth
@@ -28,7 +28,8 @@ from fastmed.learn.uncertainty import (
     WeightFile
 )
 from ..metrics.masks import case_scores, failed_scores
-from ..predict.predict import apply_post, maps_back, own_axis, predict_case, predict_grid, slicing_axes
+from ..predict.predict import maps_back, own_axis, predict_case, predict_grid, slicing_axes
+from ..predict.windows import apply_post
 from fastprogress.fastprogress import progress_bar
 from torch import nn, Tensor
 
@@ -73,7 +74,7 @@ def _about(learn, name):
                          f"unet3d_learner or its like")
     case = hasattr(learn, 'case_answer')
     prep = get_prep(learn.dls) if case else None
-    pre,plan = prep or get_preprocess(learn.dls),None if prep else get_plan(learn.dls)
+    pre,plan = learn.dls.preprocess,None if prep else learn.dls.plan
     kind = ('radiographs' if prep else f"{'slices' if plan.ndim==2 else 'volumes'}, patch "
                                        f"{'×'.join(map(str, plan.patch))}, spacing {plan.spacing}")
     return AttrDict(name=name, kind=kind, pre=pre, plan=plan, task=learn.task if case else 'segmentation',

@@ -21,20 +21,21 @@ from fastai.callback.training import GradientClip
 from fastcore.all import delegates, ifnone, join_path_file, L
 from .. import __version__
 from fastmed.core import (
-    ArgumentError, beside, evaluating, InputError, show_plane, TensorSlice, TensorSliceMask, TensorVolume,
+    ArgumentError, beside, evaluating, FileError, InputError, show_plane, TensorSlice, TensorSliceMask, TensorVolume,
     TensorVolumeMask, whole_file, writing
 )
-from ..data.blocks import check_one_input, get_plan, get_preprocess, LoadMask
+from ..data.blocks import check_one_input, LoadMask
 from ..data.cases import scan_folder
-from ..data.labels import get_labels
 from ..data.loaders import axes_grid
 from ..data.plan import has_bf16
-from ..io.volumes import file_digest, load_volume, to_orientation
+from ..io.formats import file_digest, file_facts
+from ..io.volumes import load_volume, to_orientation
 from fastmed.learn.callbacks import (
-    case_columns, case_rows, case_truth, DeepSupervisionLoss, FiniteCallback, predicted_cases, RememberCallback
+    case_columns, case_rows, case_truth, check_mixing, DeepSupervisionLoss, predicted_cases, RememberCallback
 )
+from .finite import FiniteCallback
 from .fingerprint import salt_of, sealed_names
-from .losses import as_loss, check_mixing, DiceCELoss, PlainLoss
+from .losses import as_loss, DiceCELoss, PlainLoss
 from .pace import BudgetCallback, PaceCallback
 from ..metrics.masks import case_scores, dice_metrics, DiceScore, failed_scores, metric_names, summarise
 from ..models.encoders import create_network, thin_axis
@@ -132,20 +133,29 @@ def _maker(learn, kwargs):
             f"{__version__} {torch.__version__} {sorted(kwargs.items(), key=str)} {getattr(learn, 'post', None)}".encode())
     if any(callable(p) for p in [*L(kwargs.get('post')), *L(getattr(learn, 'post', None))]): return None
     for l in learn if hasattr(learn, '_answer_together') else [learn]:
-        h.update(f"{l.model} {dict(get_plan(l.dls))} {get_preprocess(l.dls).to_json()}".encode())
+        h.update(f"{l.model} {dict(l.dls.plan)} {l.dls.preprocess.to_json()}".encode())
         for v in l.model.state_dict().values():
             h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return h.hexdigest()
 
+def _refuse_reordered(old, new):
+    "Raises `InputError` where the same names stand in another order: the network gives them in its own"
+    if list(old or ())!=list(new or ()) and set(map(str, old or ()))==set(map(str, new or ())):
+        raise InputError(f"learn.dls: the network was made for {list(old)}, in this order; these DataLoaders hold "
+                         f"{list(new)}. Make them with the same order, or make a new Learner")
+
 def _follow_codes(learn, old, new):
     "Metrics named after the codes of DataLoaders take the names of those that replace them. Raises `InputError` where the network was made for another number of codes or labels"
-    a,b = [(get_labels(o) or (None,()))[1] for o in (old,new)]
+    try: old,new = old.recipe,new.recipe
+    except InputError: return                                     # nothing of fastmed in them
+    a,b = [o.labels.vocab if o.labels else [] for o in (old,new)]
+    _refuse_reordered(a, b)
     if a and b and len(a)!=len(b) and getattr(learn, 'n_out', None)==len(a):
         raise InputError(f"learn.dls: the network was made for {len(a)} labels, {list(a)}; these DataLoaders hold "
                          f"{len(b)}, {list(b)}. Make a new Learner")
-    try: a,b = [get_preprocess(o).vocab for o in (old,new)]
-    except InputError: return                                     # no masks: radiographs
+    a,b = old.structures,new.structures
     if not a or not b or list(a)==list(b): return
+    _refuse_reordered(a, b)
     if len(a)!=len(b):
         if getattr(learn, 'n_out', None)!=len(a): return
         raise InputError(f"learn.dls: the network was made for {len(a)} codes, {list(a)}; these DataLoaders hold "
@@ -251,9 +261,12 @@ class VolumeLearner(EncoderMixin, Learner):
                     os.lstat(out)
                 key = hashlib.sha256(repr([maker, *[file_digest(o) for o in L(r.image)]]).encode()).hexdigest()[
                         :32] if maker else '-'
-                m = None
+                m,was = None,[file_facts(o) for o in L(r.image)]
                 if overwrite or not maker or prediction_key(out)!=key:
                     m = self.predict_volume(r.image, **kwargs)
+                    if was!=[file_facts(o) for o in L(r.image)]:
+                        raise FileError(f"{r.image}: was written to while it was read. Call again once whoever writes "
+                                        f"there has finished")
                     check_free([out], sources, overwrite)
             except (OSError, ValueError, MemoryError) as e:
                 rows.append(dict(case=r.case, mask=None, status=f'error: {e}'))
@@ -271,7 +284,7 @@ class VolumeLearner(EncoderMixin, Learner):
         if df is None: df = self.dls.valid_ds.items
         if not len(df): raise InputError("evaluate: no cases. A loaded Learner holds no data: give it a DataFrame")
         check_known('evaluate', kwargs)
-        codes,rows,errs = get_preprocess(self.dls).vocab,[],[]
+        codes,rows,errs = self.dls.preprocess.vocab,[],[]
         for name,_,pred,truth,e in predicted_cases(self, df, True, **kwargs):
             if e: errs.append(e)
             rows += [dict(case=name, **s) for s in (failed_scores(codes, e) if e else case_scores(pred, truth, codes,
@@ -289,7 +302,7 @@ class VolumeLearner(EncoderMixin, Learner):
         df = self.dls.valid_ds.items if df is None else df
         results = self.evaluate(df) if results is None else results
         names = pd.DataFrame(results).groupby('case').dice.mean().sort_values().index[:n]
-        pre,(im,ms) = get_preprocess(self.dls),case_columns(self.dls)
+        pre,(im,ms) = self.dls.preprocess,case_columns(self.dls)
         by = dict(case_rows(df))
         for c in names:
             t = load_volume(im(by[c]))
@@ -381,8 +394,8 @@ def unet_args(
     return {'nf':plan.nf, 'depth':depth, **({'strides':plan.strides[:depth-1]} if depth<=plan.depth else {}), **kwargs}
 
 def _unet_learner(ndim, dls, arch, loss_func, metrics, pretrained, fast, n_out, kwargs):
-    plan,pre = get_plan(dls),get_preprocess(dls)
-    if get_labels(dls) is not None:
+    plan,pre = dls.plan,dls.preprocess
+    if dls.recipe.labels is not None:
         raise InputError(f"unet{ndim}d_learner: these DataLoaders hold labels of cases: use classifier_learner, which "
                          f"learns the mask too where there is one")
     check_one_input(dls, f'unet{ndim}d_learner')
@@ -396,6 +409,10 @@ def _unet_learner(ndim, dls, arch, loss_func, metrics, pretrained, fast, n_out, 
     n_out = ifnone(n_out, len(pre.vocab))
     if n_out==1 and len(pre.vocab)!=2:
         raise InputError(f"n_out=1 is a sigmoid for one structure; the masks have {len(pre.vocab)-1}")
+    if n_out>1 and n_out!=len(pre.vocab) and loss_func is None:
+        raise InputError(f"n_out={n_out}: the masks have {len(pre.vocab)} codes, {list(pre.vocab)}, and a class without "
+                         f"a code could be predicted. Leave n_out out, name {n_out} codes=, or give a loss_func that "
+                         f"knows what the channels mean")
     lk = {k:kwargs.pop(k) for k in list(kwargs) if k in LEARNER_ARGS}
     patch = tuple(p for p in plan.patch if ndim==3 or p>1)
     if arch is UNet or arch=='UNet': kwargs = unet_args(plan, kwargs)

@@ -16,7 +16,8 @@ from fastcore.all import patch
 from ..core import ExtraError, InputError, MissingFileError, whole_file
 from .classify import CaseLearner
 from .ensemble import Ensemble
-from .modelfile import model_channels, model_meta, opened_learner, rebuilt_model, SavedLearner
+from .modelfile import opened_learner, rebuilt_model
+from .modelmeta import model_channels, model_meta, SavedLearner
 from fastmed.learn.plain import (
     check_sum, finite_answer, json_text, meta_of, model_answer, same_answer, SAVE_AGAIN, seal_file, trial_answer,
     trial_noise
@@ -39,8 +40,8 @@ class _OnnxNet(nn.Module):
         o = ort.SessionOptions()
         o.intra_op_num_threads,o.log_severity_level = torch.get_num_threads(),3
         self.sha256 = hashlib.sha256(b).hexdigest()
-        self.run,self.n_in,self.size,self.divisor = ort.InferenceSession(b, o,
-                providers=['CPUExecutionProvider']),n_in,size,size
+        self.run = ort.InferenceSession(b, o, providers=['CPUExecutionProvider'])
+        self.n_in,self.size,self.divisor = n_in,size,size
         self.register_parameter('place', nn.Parameter(torch.zeros(()), requires_grad=False))
     def forward(self, x):
         if tuple(x.shape[1:])!=(self.n_in,*self.size):
@@ -50,9 +51,28 @@ class _OnnxNet(nn.Module):
     def extra_repr(self): return self.sha256
 
 def _size(model, plan):
-    return tuple(getattr(model, 'size', None)
-                         or [-(-n//d)*d for n,d in zip((n for n in plan.patch if plan.ndim==3 or n>1),
-                                                       model_divisor(model))])
+    "The one window that the file will take"
+    if getattr(model, 'size', None): return tuple(model.size)
+    sides = [n for n in plan.patch if plan.ndim==3 or n>1]
+    return tuple(-(-n//d)*d for n,d in zip(sides, model_divisor(model), strict=False))
+
+# %% ../../nbs/learn/14_onnx.ipynb #8e434be0
+def _exportable(learn, post, evaluation, seen):
+    "The metadata of a network that ONNX can hold. Raises `InputError`"
+    if isinstance(learn, CaseLearner):
+        raise InputError("export_onnx: offered for networks of masks; keep a classifier with save_model")
+    meta = model_meta(learn, post, evaluation, seen)
+    if meta['network'].get('own'):
+        raise InputError(f"export_onnx: expected a network that is known by name; found {meta['network']['arch']}. "
+                         f"Keep it with save_model")
+    return meta
+
+def _expect_alike(net, model, x, fn, arch):
+    "Raise `InputError` where ONNX Runtime answers otherwise than PyTorch: to the windows, to one, and to more of them"
+    for z in (x, x[:1], 2*torch.cat([x,x[:1]])):
+        if not same_answer(model_answer(model, z), net(z), 1e-3):
+            raise InputError(f"export_onnx({fn}): ONNX Runtime answers otherwise than PyTorch for {arch}. Ship it by "
+                             f"save_model instead")
 
 def export_onnx(
     learn,          # `VolumeLearner` made by `unet3d_learner` or `unet2d_learner`
@@ -61,45 +81,37 @@ def export_onnx(
     evaluation=None,# as of `save_model`
     seen:bool=True  # as of `save_model`
 )->Path:            # `fn`
-    "The network as ONNX (float32, one window size, any batch) with the metadata of `save_model`. Raises `ValueError` as `save_model`, and where ONNX Runtime answers otherwise; `ImportError` without onnx"
-    try: import onnx, onnxscript
+    "The network as ONNX (float32, one window size, any batch), with the metadata of `save_model`. Raises as that does"
+    try:
+        import onnx
+        import onnxscript  # noqa: F401, which torch.onnx.export needs
     except ImportError as e:
         raise ExtraError("export_onnx needs onnx and onnxscript: pip install 'fastmed[onnx]'") from e
-    if isinstance(learn, CaseLearner):
-        raise InputError("export_onnx: offered for networks of masks; keep a classifier with save_model")
+    meta = _exportable(learn, post, evaluation, seen)
     check_finite(learn.model, fn)
-    meta = model_meta(learn, post, evaluation, seen)
-    if meta['network'].get('own'):
-        raise InputError(f"export_onnx: expected a network that is known by name; found {meta['network']['arch']}. "
-                         f"Keep it with save_model")
     model,_,plan = rebuilt_model(learn, meta)
     model.eval()
     model.size = size = _size(model, plan)
     x = trial_noise(model.n_in, size, 2, getattr(model, 'masks', False))
     meta.update(echo=finite_answer(trial_answer(model, plan)[1], fn), window=list(size))
     with whole_file(fn) as tmp:
-        torch.onnx.export(model, (x,), str(tmp), input_names=['x'], output_names=['logits'],
-                dynamic_shapes=({0:torch.export.Dim('batch', min=1)},), dynamo=True, external_data=False, verbose=False)
+        torch.onnx.export(model, (x,), str(tmp), input_names=['x'], output_names=['logits'], dynamo=True,
+                          dynamic_shapes=({0:torch.export.Dim('batch', min=1)},), external_data=False, verbose=False)
         m = onnx.load(str(tmp))
         onnx.helper.set_model_props(m, {'fastmed':json_text(meta)})
         b = seal_file(m.SerializeToString())
         tmp.write_bytes(b)
-        try: net = _OnnxNet(b, model.n_in, size)
+        try: _expect_alike(_OnnxNet(b, model.n_in, size), model, x, fn, meta['network']['arch'])
         except ImportError:
             warn("export_onnx: onnxruntime is not installed, so its answers were not compared with PyTorch's")
-            net = None
-        if net is not None:
-            for z in (x, x[:1], 2*torch.cat([x,x[:1]])):
-                if not same_answer(model_answer(model, z), net(z), 1e-3):
-                    raise InputError(f"export_onnx({fn}): ONNX Runtime answers otherwise than PyTorch for "
-                                     f"{meta['network']['arch']}. Ship it by save_model instead")
     return Path(fn)
 
-def load_onnx(
-    fn           # file of `export_onnx`
-)->SavedLearner: # its network runs in ONNX Runtime, on the CPU
-    "Predict whole scans from an ONNX file. Raises `OSError` where it is not there, `ValueError` where it is changed, cut off or foreign, `ImportError` without onnxruntime"
-    if not Path(fn).is_file(): raise MissingFileError(f"{fn}: no such model file")
+# %% ../../nbs/learn/14_onnx.ipynb #8e434be1
+def _read_checked(fn):
+    "The bytes of an ONNX file, and its metadata. Raises `InputError` where they are changed, cut off or foreign"
+    if (size:=Path(fn).stat().st_size)>=2**31:
+        raise InputError(f"{fn}: expected a file of export_onnx; found {size:,} bytes, and ONNX files have "
+                         f"less than 2 GB")
     b = Path(fn).read_bytes()
     i = b.rfind(b'{"sha256": "sha256:')
     if i<0:
@@ -112,6 +124,14 @@ def load_onnx(
         raise InputError(f"{fn}: expected metadata in JSON; found {type(e).__name__}. {SAVE_AGAIN}") from e
     meta = meta_of(b[i:i+end].decode('latin-1'), fn)
     check_sum(_Bytes(b), b.rfind(meta['sha256'].encode()), meta, fn)
+    return b,meta
+
+def load_onnx(
+    fn           # file of `export_onnx`
+)->SavedLearner: # its network runs in ONNX Runtime, on the CPU
+    "Predict whole scans from an ONNX file. Raises `OSError` where it is missing, `ValueError` where it is refused"
+    if not Path(fn).is_file(): raise MissingFileError(f"{fn}: no such model file")
+    b,meta = _read_checked(fn)
     def network(plan):
         try:
             net = _OnnxNet(b, model_channels(meta['network'], plan), tuple(meta['window']))

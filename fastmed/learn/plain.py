@@ -241,7 +241,7 @@ def meta_of(
     fn    # the file, for the error
 ):
     "The metadata of a file, and whether they are of a version that is known here. Raises `InputError`"
-    try: meta = json.loads(text, parse_constant=_no_number)
+    try: meta = json.loads(text, parse_constant=_no_number, parse_float=_finite)
     except (ValueError, RecursionError) as e:
         raise InputError(f"{fn}: expected metadata in JSON; found {type(e).__name__}. {SAVE_AGAIN}") from e
     if not isinstance(meta, dict) or type(meta.get('format')) is not int or not isinstance(meta.get('sha256'), str):
@@ -274,6 +274,10 @@ def _declared(head):
     return res,at
 
 def _no_number(o): raise ValueError(f'{o} is no number')
+
+def _finite(o):
+    "The number that digits stand for; 1e999 is infinity"
+    return float(o) if math.isfinite(float(o)) else _no_number(o)
 
 class ModelFile:
     "A model file, or one that lies in that of an ensemble: its header is read and held against its size, its tensors are read when they are asked for. Raises `InputError`"

@@ -15,10 +15,9 @@ from fastai.basics import Callback, Metric, MSELossFlat, to_cpu
 from fastai.callback.training import GradientClip
 from fastcore.all import first, ifnone, L
 from ..core import InputError
-from ..data.blocks import get_plan
 from ..data.radiographs import get_prep
 from .learner import LEARNER_ARGS, make_fast, unet_args, VolumeLearner
-from .losses import mixing_callbacks
+from .callbacks import mixing_callbacks
 from ..models.encoders import create_network
 from ..models.unet import UNet
 from ..models.zoo import param_splitter
@@ -204,7 +203,7 @@ def restoration_learner(
     if arch in (UNet,'UNet'):
         # so that the weights fit the U-Net that follows
         try:
-            kwargs = unet_args(get_plan(dls), kwargs)
+            kwargs = unet_args(dls.plan, kwargs)
         except InputError:
             # no plan: by the size
             kwargs = {'depth':max(2, min(5, *(int(math.log2(s&-s))+1 for s in size))), **kwargs}

@@ -176,6 +176,7 @@ def case_scores(
     p,t = _numpy(pred),_numpy(targ)
     if p.shape!=t.shape:
         raise InputError(f"case_scores: pred has shape {p.shape} and targ {t.shape}; expected the same grid")
+    if not tolerance>=0: raise InputError(f"case_scores: expected a tolerance of 0 mm or more, found {tolerance}")
     sp,codes = _mm(spacing, p.ndim, 'case_scores'),list(codes)
     if ignore_index is not None: p,t = [np.where(t==ignore_index, 0, m) for m in (p,t)]
     boxes = zip(_class_boxes(p, 'pred', codes), _class_boxes(t, 'targ', codes), strict=True)

@@ -151,7 +151,7 @@ def _off(a, b, axis):
         worst = max(worst, float((p-q).abs().max())/max(float(p.abs().max()), 1e-12))
     return worst if math.isfinite(worst) else math.inf
 
-def _run(model, x, enter=None, leave=None):
+def _run_hooked(model, x, enter=None, leave=None):
     "A network's output; `enter(name, arguments)` is called before each layer, `leave(name, output)` after it"
     hooks = []
     for name,m in model.named_modules():
@@ -167,7 +167,7 @@ def _halvings(parent, x):
     def note(name, args):
         if args and isinstance(args[0], Tensor) and args[0].ndim==4:
             seen.setdefault(name, round(math.log2(max(x.shape[2]/args[0].shape[2], 1))))
-    _run(parent, x, enter=note)
+    _run_hooked(parent, x, enter=note)
     return seen
 
 def _probe_image(parent):
@@ -200,12 +200,12 @@ def _first_wrong(parent, child, x, axis):
         inside.pop()
         volume = name in wanted and all(isinstance(t, Tensor) and t.ndim!=4 for t in _outs(out))
         if volume and _off(wanted[name], out, axis)>1e-3: wrong.append(name)
-    expected = _run(parent, x, leave=keep)
+    expected = _run_hooked(parent, x, leave=keep)
     for n in (32,x.shape[-1]):                                # unpadded convolutions need more than 32 slices
         volume = x.unsqueeze(axis+2).expand(*x.shape[:axis+2], n, *x.shape[axis+2:]).contiguous()
         inside.clear()
         wrong.clear()
-        try: return _off(expected, _run(child, volume, enter, leave), axis),wrong
+        try: return _off(expected, _run_hooked(child, volume, enter, leave), axis),wrong
         except Exception as e:
             if n==x.shape[-1]: raise _written_for_two(child, inside[-1], e) from e
 

@@ -17,7 +17,6 @@ import torch
 from fastai.basics import Callback, default_device, warn
 from fastcore.all import first, ifnone
 from ..core import FastmedError, InputError, ResourceError
-from ..data.blocks import get_plan, get_preprocess
 from ..io.guard import memory_left
 from ..models.zoo import model_divisor
 from torch import Tensor
@@ -68,7 +67,7 @@ def memory_parts(
     "What a training step holds, part by part. Raises `ValueError` where there is no patch to count by"
     model,dls = getattr(learn, 'model', learn),getattr(learn, 'dls', None)
     if dls is not None and (patch is None or bs is None):
-        plan = get_plan(dls)
+        plan = dls.plan
         patch,bs = ifnone(patch, [p for p in plan.patch if plan.ndim==3 or p>1]),ifnone(bs, dls.train.bs)
     if patch is None: raise InputError("memory_parts: a network alone has no patch. Give patch=(…) and bs=")
     bs,d,c = ifnone(bs, 1),model_divisor(model),first(m for m in model.modules() if isinstance(m, _ConvNd))
@@ -110,7 +109,7 @@ def _needs(learn, patch=None, bs=None):
 
 def _smaller(learn, free):
     "The longest axis of the patch halved until one fits; None where none does"
-    plan = get_plan(learn.dls)
+    plan = learn.dls.plan
     p,d = [o for o in plan.patch if plan.ndim==3 or o>1],model_divisor(learn.model)
     least = [2*k if k>1 else 8 for k in d]
     while any(n>m for n,m in zip(p, least)):
@@ -147,7 +146,7 @@ class MemoryCallback(Callback):
             need = fixed+bs*each
         except Exception: return
         if need<=.8*free: return
-        plan = get_plan(self.dls)
+        plan = self.dls.plan
         what = (f"training on {'the GPU' if device.type=='cuda' else 'this computer'} takes about {need/1e9:.3g} GB "
                 f"more (a batch of {bs} patches of {'×'.join(str(p) for p in plan.patch)}); {free/1e9:.3g} GB are "
                 f"{'free' if self.memory_gb is None else 'allowed'}")
@@ -229,8 +228,8 @@ def check_prediction(
 ):
     "Raises `ResourceError`, with the numbers, where a scan's prediction cannot fit into the memory that is free"
     many = hasattr(learn, '_answer_together')
-    pre,n = (learn.about[0].pre,len(learn.vocab)) if many else (get_preprocess(learn.dls),getattr(learn, 'n_out', None)
-            or len(get_preprocess(learn.dls).vocab))
+    pre,n = (learn.about[0].pre,len(learn.vocab)) if many else (learn.dls.preprocess,getattr(learn, 'n_out', None)
+            or len(learn.dls.preprocess.vocab))
     grid = pre.grid(t.shape[1:], t.affine)[0]
     fn = (getattr(t, 'meta', None) or {}).get('fn', 'this scan')
     several = axes is not None and not many                # an ensemble keeps its mean in a file where it is large

@@ -18,7 +18,7 @@ from fastai.basics import Callback
 from fastcore.all import first, ifnone, is_listy, L, tuplify
 from ..core import ArgumentError, InputError
 from ..data.augment import SpatialTfm
-from ..data.blocks import chance_kept, get_plan
+from ..data.blocks import chance_kept
 from torch import Tensor
 
 # %% ../../nbs/predict/01_tta.ipynb #60a15c6b
@@ -178,7 +178,7 @@ def tta_views(
 
 def _patch_plan(learn):
     "The plan of a Learner's patches; None where it takes whole items"
-    try: return get_plan(learn.dls)
+    try: return learn.dls.plan
     except InputError: return None
 def _network_axes(plan, learn):
     "The array axes that its network sees; of whole items as many as its convolutions have"
