@@ -474,12 +474,12 @@ def kept(p, f):
         if not np.array_equal(t.numpy(), want): wrong(f'{kind}: other voxels than were written')
 def archive(p, f):
     "Unpacked within its folder, whole or not at all; nothing but plain files"
-    from fastmed.data import datasets
+    from fastmed.data import downloads
     home = p.parent/'home'
     home.mkdir()
     dest = home/'data'/'x'
     dest.parent.mkdir()
-    try: datasets._unpack_beside(p, dest, f'file:{p.name}', f'{"0"*32} x\n')
+    try: downloads._unpack_beside(p, dest, f'file:{p.name}', f'{"0"*32} x\n')
     except BaseException:
         if dest.exists(): wrong('an archive was refused and lies unpacked')
         raise

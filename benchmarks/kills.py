@@ -38,7 +38,9 @@ import pandas as pd
 import torch
 
 from fastmed.all import *
-from fastmed.learn.resume import _read_state
+from fastmed.core import atomic_file
+from fastmed.learn.fingerprint import read_state
+from fastmed.study.arms import load_run
 
 torch.set_num_threads(1)
 
@@ -211,17 +213,17 @@ class Train(Job):
         learn = unet3d_learner(dataloaders(self.df, self.base/'cache'), nf=4, depth=2, path=path, fast=False)
         with learn.no_bar(), learn.no_logging():
             learn.fit_one_cycle(3, 1e-2, cbs=[ResumeCallback('r.pth', 1, keep=True), Count(self._steps(path))])
-        with whole_file(path/'weights.pth') as tmp:
+        with atomic_file(path/'weights.pth') as tmp:
             torch.save(dict(model=learn.model.state_dict(), losses=[float(o) for o in learn.recorder.losses],
                             values=[list(map(float, o)) for o in learn.recorder.values]), tmp)
         (path/'r.pth').unlink()
     def whole(self, path):
-        for f in path.glob('[!.]*.pth'): _read_state(f) if f.name=='r.pth' else torch.load(f, weights_only=True)
+        for f in path.glob('[!.]*.pth'): read_state(f) if f.name=='r.pth' else torch.load(f, weights_only=True)
         return {f:stamp(f) for f in path.glob('weights.pth')}
     def done(self, path):
         if (path/'weights.pth').exists(): return 12
         if not (path/'r.pth').exists(): return 0
-        s = _read_state(path/'r.pth')
+        s = read_state(path/'r.pth')
         return s['epoch']*4+s['batch']
     def repeated(self, path, before, done):
         fn = self._steps(path)

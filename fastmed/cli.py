@@ -52,14 +52,14 @@ def scan(
 # %% ../nbs/90_cli.ipynb #cc43f661
 def _new_learner(ndim, arch, cases, given, plan, going_on, minutes):
     "The Learner of a folder; its plan is kept, and taken from where it was kept when a training goes on"
-    from fastmed.all import set_seed, SliceDataLoaders, unet2d_learner, unet3d_learner, VolumeDataLoaders, whole_file
+    from fastmed.all import set_seed, SliceDataLoaders, unet2d_learner, unet3d_learner, VolumeDataLoaders, atomic_file
     from fastmed.learn.fingerprint import kept_plan
     set_seed(given['seed'])
     if going_on and plan.exists(): given['plan'] = kept_plan(plan, given.pop('spacing', None))
     elif minutes: given['minutes'] = minutes
     loaders,learner = (VolumeDataLoaders,unet3d_learner) if ndim==3 else (SliceDataLoaders,unet2d_learner)
     dls = loaders.from_df(cases(), **given)
-    with whole_file(plan) as tmp: tmp.write_text(dls.plan.to_json())
+    with atomic_file(plan) as tmp: tmp.write_text(dls.plan.to_json())
     learn = learner(dls, arch=arch)
     print(f'{len(dls.train_ds)} cases train, {len(dls.valid_ds)} validate\n{dls.plan}\n{dls.preprocess}', flush=True)
     return learn
@@ -153,13 +153,14 @@ def _load_file(fn, trust):
 def _load_pickle(fn):
     from fastmed.all import load_learner
     from fastmed.core import InputError
+    from fastmed.learn.answers import ScanModel
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')                              # fastai's, of what was said above
         try: learn = load_learner(fn)
         except Exception as e:
             raise InputError(f"{fn}: not an exported Learner of fastmed ({type(e).__name__}: "
                              f"{str(e).splitlines()[0] if str(e) else ''})") from e
-    if not hasattr(learn, 'predict_volume'):
+    if not isinstance(learn, ScanModel):
         raise InputError(f"{fn}: holds a {type(learn).__name__} that was not made by fastmed")
     return learn
 
@@ -168,14 +169,14 @@ MASK_ENDINGS = ('.nii.gz','.nii','.nrrd','.mha','.png')
 
 def _answers(learn, src, dst, images, one, overwrite, model, tta):
     "`fastmed predict` with a model of cases: a table in `dst`, or in answers.csv of that folder"
-    from fastmed.core import whole_file
+    from fastmed.core import atomic_file
     if dst.suffix.lower()!='.csv': dst = dst/'answers.csv'
     output_file(dst, ('.csv',), [model, src], overwrite)
     if one: src,images = src.resolve().parent,glob.escape(src.resolve().name)
     res = learn.predict_folder(src, images, tta=tta)
     if one and not (res.status=='ok').any(): return say_failed(res)     # no table that would stand in the way
     # bytes of a name that are no letters are written as numbers, since no table holds them
-    with whole_file(dst) as tmp: res.to_csv(tmp, index=False, errors='backslashreplace')
+    with atomic_file(dst) as tmp: res.to_csv(tmp, index=False, errors='backslashreplace')
     print(dst)
     return say_failed(res)
 
@@ -242,7 +243,7 @@ def evaluate(
     channels:int=None   # files that make a case, case_0000, case_0001 …; 1: each file is a case (found out)
 )->int:                 # 1 where a case could not be read or predicted
     "Score a model on a folder of scans and masks."
-    from fastmed.core import InputError, whole_file
+    from fastmed.core import InputError, atomic_file
     learn = _load_file(model, trust)
     if getattr(learn, 'task', 'segmentation')!='segmentation':
         raise InputError(f"{model}: answers for cases, and their truth stands in a table, not in a folder: use "
@@ -251,7 +252,7 @@ def evaluate(
     if csv: output_file(csv, ('.csv',), [model, *files_of_table(path, df)], overwrite)
     ev = learn.evaluate(df, tolerance=tolerance, overlap=overlap, tta=tta, post=post or None)
     if csv:
-        with whole_file(csv) as tmp: ev.to_csv(tmp, index=False)
+        with atomic_file(csv) as tmp: ev.to_csv(tmp, index=False)
     for s in ('dice','hd95'): print(f'{s}\n{ev.summary(s).round(4).to_string()}')
     return say_failed(ev[ev.status.str.startswith('error')].drop_duplicates('case'))
 
@@ -269,7 +270,7 @@ def scan_series(
 ):
     "List the DICOM series of a folder and all below it, and what is wrong with each."
     import pandas as pd
-    from fastmed.core import whole_file
+    from fastmed.core import atomic_file
     from fastmed.io.dicom import scan_dicom
     from fastmed.io.guard import check_plain
     check_plain(path)
@@ -282,7 +283,7 @@ def scan_series(
     print('; '.join([f"{len(df)} series, {df.subject.nunique()} subjects", *odd,
                      *(f'{k}: {v}' for k,v in n['unreadable'].items())]))
     if csv:
-        with whole_file(csv) as tmp: t.to_csv(tmp, index=False)
+        with atomic_file(csv) as tmp: t.to_csv(tmp, index=False)
 
 def check(
     path,             # folder: a Decathlon task, or images/ and labels/

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FastmedError', 'InputError', 'ArgumentError', 'ColumnError', 'FileError', 'MissingFileError', 'ExtraError',
-           'ResourceError', 'writing', 'beside', 'sweep', 'synced', 'whole_file', 'whole_folder', 'spacing_of',
+           'ResourceError', 'writing', 'beside', 'sweep', 'synced', 'atomic_file', 'atomic_folder', 'spacing_of',
            'orientation_of', 'evaluating', 'TensorMed', 'TensorVolume', 'TensorVolumeMask', 'TensorSlice',
            'TensorSliceMask', 'structure_colors', 'best_plane', 'show_plane']
 
@@ -210,7 +210,7 @@ def _check_same(held, at, fn):
                         f"another path")
 
 @contextlib.contextmanager
-def whole_file(
+def atomic_file(
     fn,                # destination
     lasting:bool=True, # wait for the disk before the rename; False for what can be made again
     scan:bool=False    # whether a scan or a mask is written; anything else never replaces one
@@ -231,7 +231,7 @@ def whole_file(
             _check_same(held, fn, fn)
 
 @contextlib.contextmanager
-def whole_folder(
+def atomic_folder(
     fn, # destination
 ):      # folder to write to
     "The same for a folder with all that is in it. Where another process was faster, its folder stays"
@@ -276,6 +276,15 @@ def evaluating(
         with asked.lock:
             asked.n -= 1
             while not asked.n and asked.was: asked.was.pop().training = True
+
+# %% ../nbs/00_core.ipynb #c0a11002
+def runs_in(
+    learn, # Learner
+    *calls # 'lr_find', 'get_preds'
+)->bool:   # whether it is inside of one of them
+    "Whether the events that a Learner calls now are those of fastai's `lr_find` or `get_preds`, and not of a fit"
+    marks = dict(lr_find='lr_finder', get_preds='gather_preds')
+    return any(hasattr(learn, marks[c]) for c in calls)
 
 # %% ../nbs/00_core.ipynb #1da6c3f0
 class TensorMed(TensorImageBase):

@@ -15,7 +15,7 @@ import io as _io
 import numpy as np
 import pandas as pd
 from fastcore.all import ifnone, L
-from .core import ArgumentError, best_plane, show_plane, structure_colors, whole_file
+from .core import ArgumentError, best_plane, show_plane, structure_colors, atomic_file
 from torch import Tensor
 
 # %% ../nbs/01_plot.ipynb #c7641bb2
@@ -127,5 +127,5 @@ def html_report(
             f'content="width=device-width,initial-scale=1"><title>{html.escape(title)}</title>'
             f'<style>{_css}</style></head><body><h1>{html.escape(title)}</h1><p '
             f'class="answer">{html.escape(answer)}</p>{body}</body></html>')
-    with whole_file(fn) as tmp: tmp.write_text(page, encoding='utf-8')
+    with atomic_file(fn) as tmp: tmp.write_text(page, encoding='utf-8')
     return Path(fn)

@@ -1,10 +1,10 @@
 """What people give by mistake, and what they are told: (what it is, the code that does it, kind of error, words that
 the message must hold).
 
-The code sees everything of `fastmed.all` and: `T` an empty folder, `P` and `D` the folder and the table of a small
-study, `IM` and `MA` the first image and mask, `KW` settings of a quick
-`from_df`, `L3` and `L2` trained Learners, `t` the first image read, `put(name, bytes or array, affine=None)` that
-writes a file and gives its path, `sh(*words)` the command line (raises its one line)."""
+The code sees everything of `fastmed.all`, some names of modules, and: `T` an empty folder, `P` and `D` the folder and
+the table of a small study, `IM` and `MA` the first image and mask, `KW` settings of a quick `from_df`, `L3` and `L2`
+trained Learners, `t` the first image read, `put(name, bytes or array, affine=None)` that writes a file and gives its
+path, `sh(*words)` the command line (raises its one line)."""
 BAD = (
 # files
 ('file that is not there', "load_volume(T/'none.nii')", OSError, 'none.nii'),
@@ -137,8 +137,8 @@ BAD = (
 ('a mask of a classifier', "classifier_learner(DY(), 'small_resnet').predict_volume(IM)", ValueError, 'labels alone'),
 ('point that is none', "classifier_learner(DY(), 'small_resnet').evaluate(point='best')", ValueError, 'youden'),
 ('looks below one', "classifier_learner(DY(), 'small_resnet').predict(IM, tta=0)", ValueError, 'tta'),
-('three classes to an area', "roc_auc([0,1,2], [.1,.2,.3])", ValueError, '0 or 1'),
-('subjects too few for the scores', "scores_interval('category', [0,1], [0,1], [[.5,.5],[.5,.5]], groups=['a'])",
+('three classes to an area', "roc_auc(pred=[.1,.2,.3], targ=[0,1,2])", ValueError, '0 or 1'),
+('subjects too few for the scores', "scores_interval('category', [0,1], pred=[[.5,.5]]*2, targ=[0,1], groups=['a'])",
  ValueError, 'group'),
 # radiographs
 ('radiograph that is not there', "load_radiograph(T/'none.png')", OSError, 'none.png'),

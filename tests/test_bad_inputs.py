@@ -18,6 +18,9 @@ from phantoms import CODES
 
 import fastmed.all
 from fastmed.cli import main
+from fastmed.data.radiographs import RadiographPrep
+from fastmed.metrics.scores import scores_interval
+from fastmed.study.efficiency import thick_slices
 
 
 @pytest.fixture
@@ -52,8 +55,9 @@ def world(study, learner, tmp_path):
             raise KeyError(k)
     KL = dict(valid_pct=.25, spacing=1.25, bs=2, num_workers=0, device='cpu', cache=tmp_path/'cache')
     def DY(): return fastmed.all.VolumeDataLoaders.from_df(D.assign(y=['a','b']*4), P, label_col='y', **KL)
-    return World(vars(fastmed.all), T=T, KL=KL, DY=DY, png=png, pd=fastmed.all.pd, P=P, D=D, IM=P/D.image[0],
-            MA=P/D['mask'][0], t=fastmed.all.load_volume(P/D.image[0]), put=put, huge=huge, flat=flat,
+    names = {o.__name__:o for o in (RadiographPrep, scores_interval, thick_slices)}
+    return World({**vars(fastmed.all), **names}, T=T, KL=KL, DY=DY, png=png, pd=fastmed.all.pd, P=P, D=D,
+            IM=P/D.image[0], MA=P/D['mask'][0], t=fastmed.all.load_volume(P/D.image[0]), put=put, huge=huge, flat=flat,
                    exported=exported, sh=sh, np=np, nib=nib, gzip=gzip, torch=torch,
                  KW=dict(codes=CODES, valid_pct=.25, spacing=1.25, patch=16, bs=2, samples_per_case=2, num_workers=0,
                          device='cpu', cache=tmp_path/'cache'))

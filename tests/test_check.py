@@ -413,7 +413,7 @@ def test_strange_sets(tmp_path):
     assert set(r.errors.case)=={'h0','h1','h2','h3'}, r.to_string()
 
 def test_the_split_of_dataloaders_warns(healthy, tmp_path):
-    from fastmed.data.cases import warn_twins
+    from fastmed.data.blocks import warn_twins
     twin = rewrite(healthy.image[2], tmp_path/'x.nii.gz')
     files = list(healthy.image)
     files[5] = twin

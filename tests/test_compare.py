@@ -17,22 +17,12 @@ import torch
 from phantoms import CODES, affine_of, dies, write_case
 from scipy import stats
 
-from fastmed.all import (
-    Comparison,
-    Findings,
-    LabelEfficiency,
-    compare_learners,
-    group_folds,
-    holm,
-    label_efficiency,
-    load_run,
-    load_volume,
-    paired_comparison,
-    ruled_scores,
-    slice_consistency,
-    thick_slices,
-)
-from fastmed.study.arms import keep_model
+from fastmed.all import Comparison, compare_learners, group_folds, label_efficiency, load_volume, paired_comparison
+from fastmed.metrics.masks import slice_consistency
+from fastmed.metrics.stats import holm
+from fastmed.study.arms import keep_model, load_run
+from fastmed.study.efficiency import LabelEfficiency, thick_slices
+from fastmed.study.findings import Findings, common_scores
 
 
 # --- statistics
@@ -412,20 +402,20 @@ def test_a_failed_case_counts_in_every_arm(study, tmp_path, one_thread):
     i = t[(t.arm=='3D')].index[:2]
     t.loc[i,['dice','hd95','nsd']] = np.nan
     t.loc[i,'status'] = 'error: gone'
-    w = ruled_scores(t)
+    w = common_scores(t)
     case = t.case[i[0]]
-    assert w.loc[(case,'all'),'3D']==0 and w.loc[(case,'all'),'2D']==ruled_scores(c.results).loc[(case,'all'),'2D']
+    assert w.loc[(case,'all'),'3D']==0 and w.loc[(case,'all'),'2D']==common_scores(c.results).loc[(case,'all'),'2D']
     assert Findings(t).summary().loc[('3D','all'),'failed']==1
 
 def test_a_run_that_is_not_finished_says_nothing():
     "It was filled up as if every structure had been rightly left out: Dice 1, HD95 0"
     rows = [dict(arm=a, fold=0, seed=k, case=f'c{i}', subject=f's{i}', structure='x', dice=.5, hd95=3., status='ok')
             for a,k in (('A',0), ('A',1), ('B',0)) for i in range(4)]
-    for score,v in (('dice',.5), ('hd95',3.)): assert (ruled_scores(pd.DataFrame(rows), score)==v).all(None), score
+    for score,v in (('dice',.5), ('hd95',3.)): assert (common_scores(pd.DataFrame(rows), score)==v).all(None), score
     # case c0, seed 0, where B says rightly that there is nothing
     rows[0].update(dice=0., status='false positive')
     rows[8].update(dice=np.nan, hd95=np.nan, status='empty')
-    w = ruled_scores(pd.DataFrame(rows))
+    w = common_scores(pd.DataFrame(rows))
     assert w.loc[('c0','x')].to_dict()==dict(A=.25, B=1.)
 
 class Answers:

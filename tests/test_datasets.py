@@ -20,7 +20,9 @@ import pandas as pd
 import pytest
 
 from fastmed.data import datasets as D
-from fastmed.data.datasets import URLs, cohort, deformation, phantom, sphere, sphere_dice, untar_data
+from fastmed.data import downloads as W
+from fastmed.data.datasets import cohort, deformation, phantom, sphere, sphere_dice
+from fastmed.data.downloads import URLs, untar_data
 
 
 def digests(p):
@@ -308,7 +310,7 @@ def test_not_an_archive(web):
     assert not list((web.home/'data').iterdir())
 
 def test_killed_half_way(web):
-    code = (f"from fastmed.data.datasets import untar_data; untar_data({web.url('slow/good.tar')!r}, "
+    code = (f"from fastmed.data.downloads import untar_data; untar_data({web.url('slow/good.tar')!r}, "
             f"base={str(web.home)!r}, checksum={web.md5('good.tar')!r})")
     p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                           cwd=Path(__file__).parents[1])
@@ -363,7 +365,7 @@ def test_places(web, monkeypatch, tmp_path):
     monkeypatch.setenv('FASTMED_HOME', str(tmp_path/'h'))
     assert untar_data(web.url('good.tar'), checksum=web.md5('good.tar'))==tmp_path/'h/data/good'
     monkeypatch.delenv('FASTMED_HOME')
-    monkeypatch.setattr(D.external, 'fastai_path', lambda key: tmp_path/'fastai'/key)
+    monkeypatch.setattr(W.external, 'fastai_path', lambda key: tmp_path/'fastai'/key)
     assert untar_data(web.url('good.tar'), checksum=web.md5('good.tar'))==tmp_path/'fastai/data/good'
 
 def test_an_address_without_a_checksum_gets_the_same_care(web):
@@ -404,7 +406,7 @@ def test_fastai_urls_still_work(monkeypatch):
 
 def test_md5_as_monai_has_them():
     monai = pytest.importorskip('monai.apps.datasets').DecathlonDataset
-    for n,url in monai.resource.items(): assert D._known_url(url)[1]==monai.md5[n]
+    for n,url in monai.resource.items(): assert W._known_url(url)[1]==monai.md5[n]
 
 def test_light_import():
     code = ("import sys, fastmed.data.datasets; print([m for m in "

@@ -23,24 +23,21 @@ from phantoms import CODES, write_case
 from fastmed.all import (
     Comparison,
     FastmedError,
-    FileError,
     PictureCallback,
     Preprocess,
     ResumeCallback,
     Store,
     TensorVolume,
     TensorVolumeMask,
-    beside,
     check_dataset,
-    html_report,
-    label_values,
     load_volume,
     save_model,
     save_volume,
     untar_data,
-    whole_file,
 )
-from fastmed.core import whole_folder
+from fastmed.core import FileError, atomic_file, atomic_folder, beside
+from fastmed.data.store import label_values
+from fastmed.plot import html_report
 
 
 @contextlib.contextmanager
@@ -147,7 +144,7 @@ def writers(learner, scans, web):    # a table  # noqa: PLR0915
         f = c._folder('3D', 0, 0)
         with beside(f, True, f.parent/'unfinished') as tmp: finish_run(l, spec, {}, f, {}, tmp)
     def table(d):
-        with whole_file(d/'t.csv') as tmp: pd.DataFrame(NOISE.reshape(-1,40)).to_csv(tmp)
+        with atomic_file(d/'t.csv') as tmp: pd.DataFrame(NOISE.reshape(-1,40)).to_csv(tmp)
     def facts(d): label_values(Store(Preprocess(), d/'facts of masks'), ms)
     res = {f'save_volume {s}':(lambda d, s=s: save_volume(vol, d/f'v{s}'), f'v{s}') for s in ('.nii','.nii.gz','.nrrd',
             '.mha')}
@@ -259,7 +256,8 @@ def test_larger_than_allowed(tmp_path):
     soft,hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
-        with pytest.raises(FileError, match='a.npy: could not be written: it would be larger') as e, whole_file(tmp_path
+        with pytest.raises(FileError,
+                           match='a.npy: could not be written: it would be larger') as e, atomic_file(tmp_path
                 /'a.npy') as tmp, open(tmp, 'wb') as f:
             f.write(bytes(10**5))
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -272,7 +270,7 @@ def test_larger_than_allowed_by_numpy(tmp_path):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
         with pytest.raises(FileError, match='could not be written: it would be larger') as e, \
-             whole_folder(tmp_path/'a') as d: np.save(d/'data.npy', NOISE)
+             atomic_folder(tmp_path/'a') as d: np.save(d/'data.npy', NOISE)
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert e.value.errno==errno.EFBIG
 

@@ -10,29 +10,22 @@ from phantoms import CODES, Nearest, affine_of, python, write_case
 from torch import Tensor, nn
 
 from fastmed.all import (
-    MEASURES,
     TTA,
     Ensemble,
-    Look,
-    RunningMean,
     TensorVolume,
-    UncertainEvaluation,
     UNet,
     VolumeDataLoaders,
-    entropy,
-    finds_worst,
     load_learner,
     load_model,
     load_volume,
-    look_back,
-    look_through,
-    patch_plan,
     save_model,
     set_seed,
-    slide_window,
-    tta_views,
     unet3d_learner,
 )
+from fastmed.data.plan import patch_plan
+from fastmed.learn.uncertainty import MEASURES, RunningMean, UncertainEvaluation, entropy, finds_worst
+from fastmed.predict.tta import TTAView, tta_views
+from fastmed.predict.windows import slide_window
 
 
 def raw(t): return t.as_subclass(Tensor)
@@ -189,7 +182,7 @@ np.savez(sys.argv[1]+'/there.npz', m=m.numpy(), p=p.numpy(), n=len(e), post=e.po
         mixed = Ensemble([tmp_path/'a.safetensors', tmp_path/'b.safetensors', tmp_path/'c.pkl'], lazy=lazy,
                          device='cpu', trust=True)
         assert torch.equal(raw(mixed.predict_volume(fn, post='keep_largest')),
-                                                    raw(want)) and (mixed.kept[0] is None)==lazy
+                                                    raw(want)) and (mixed.members.kept[0] is None)==lazy
     bad = bytearray((tmp_path/'e.safetensors').read_bytes())
     bad[len(bad)//2] ^= 1
     (tmp_path/'e.safetensors').write_bytes(bad)
@@ -202,6 +195,7 @@ def test_memory_is_that_of_one_member_and_the_weights(tmp_path):
     out = python("""
 import sys, torch, numpy as np, nibabel as nib, pandas as pd
 from fastmed.all import *
+from fastmed.learn.pace import peak_memory, reset_peak
 from phantoms import write_case
 torch.set_num_threads(1)
 tmp = Path(sys.argv[1])
@@ -246,6 +240,7 @@ for i in range(5):
         return python(f"""
 import sys, torch, numpy as np
 from fastmed.all import *
+from fastmed.learn.pace import peak_memory, reset_peak
 torch.set_num_threads(1)
 files = sorted(Path(sys.argv[1]).glob('*.safetensors'))
 x = TensorVolume(torch.randn(1,24,24,24, generator=torch.Generator().manual_seed(0)), affine=np.eye(4))
@@ -309,16 +304,16 @@ def test_turned_looks_are_undone(tmp_path):
             ax = [a for a in range(3) if plan.ndim==3 or a!=plan.axis]
             for v in TTA('all', rotate=8, scale=.1).views(ax, spacing=sp)[1:]:
                 plain = slide_window(t, point, plan, 2, proba=True)[1][1].float()
-                p = slide_window(t, point, plan, 2, views=[Look(), v], proba=True)[1][1].float()
+                p = slide_window(t, point, plan, 2, views=[TTAView(), v], proba=True)[1][1].float()
                 assert (p-plain).abs().max()<.06 and (p-plain).abs().mean()<3e-3, (patch, sp, v)
 
 def test_a_turn_is_a_turn():
     "Ninety degrees in a plane is a permutation of voxels, both ways"
     x = torch.randn(2,3,9,9,5)
-    v = Look(axis=2, degrees=90.)
-    y = look_through(x, v, (9,9,5), (1,1,3))
+    v = TTAView(axis=2, degrees=90.)
+    y = v.apply(x, (9,9,5), (1,1,3))
     assert torch.allclose(y, x.rot90(1, (2,3)), atol=1e-5) or torch.allclose(y, x.rot90(-1, (2,3)), atol=1e-5)
-    back,w = look_back(y, v, (1,1,3))
+    back,w = v.undo(y, (1,1,3))
     assert torch.allclose(back, x, atol=1e-5) and torch.allclose(w, torch.ones_like(w), atol=1e-5)
 
 def test_looks_travel_and_are_refused(learner, study, tmp_path):

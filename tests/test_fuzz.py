@@ -237,7 +237,7 @@ def test_a_grid_that_no_memory_holds(tmp_path):
         Preprocess(spacing=.001)(TensorVolume(torch.zeros(1,64,64,64), affine=np.diag([8,8,8,1.]),
                 meta=dict(fn='huge.nii')))
     with pytest.raises(ResourceError):
-        Preprocess(spacing=1e-9)(TensorVolume(torch.zeros(1,64,64,64), affine=np.diag([8,8,8,1.])))
+        Preprocess(spacing=1e-6)(TensorVolume(torch.zeros(1,64,64,64), affine=np.diag([8,8,8,1.])))
 
 def test_memory_left_knows_the_limit_of_the_process(tmp_path):
     out = python("""

@@ -11,6 +11,9 @@ from fastai.callback.core import Callback
 from phantoms import *
 
 from fastmed.all import *
+from fastmed.core import ArgumentError
+from fastmed.data.recipe import get_plan
+from fastmed.predict.windows import fill_holes, keep_largest, slide_window
 
 for k in [o for o in globals() if o.startswith('test')]: del globals()[k]    # fastcore's own
 
@@ -956,7 +959,7 @@ def test_law_10_fast_gradients_are_the_gradients(study, tmp_path, patch, kw):
 @pytest.mark.parametrize('ndim', (3,2))
 def test_law_10_machine_without_bfloat16(learner, study, monkeypatch, ndim):
     "Where the processor has no bfloat16, `fast=True` is channels-last float32, and all goes on."
-    import fastmed.learn.learner as room
+    import fastmed.learn.fast as room
     monkeypatch.setattr(room, 'has_bf16', lambda device: False)
     learn = learner(ndim)
     fn = study[0]/study[1].image[0]

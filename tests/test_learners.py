@@ -29,11 +29,12 @@ from PIL import Image
 from torch import nn
 
 from fastmed.core import InputError
-from fastmed.data.blocks import CaseFiles, PatchDL, PatchTransform, VolumeBlock, VolumeMaskBlock
-from fastmed.data.cases import GroupSplitter
-from fastmed.data.labels import WholeTransform, whole_plan
+from fastmed.data.blocks import CaseFiles, PatchDL, VolumeBlock, VolumeMaskBlock
+from fastmed.data.labels import GroupSplitter
 from fastmed.data.loaders import SliceDataLoaders, VolumeDataLoaders
 from fastmed.data.radiographs import RadiographBlock, RadiographPrep
+from fastmed.data.recipe import whole_plan
+from fastmed.data.transforms import PatchTransform, WholeTransform
 from fastmed.learn.callbacks import DiceCallback, PictureCallback, TensorBoardVolumes
 from fastmed.learn.classify import classifier_learner, regression_learner
 from fastmed.learn.learner import make_fast, unet2d_learner, unet3d_learner

@@ -4,7 +4,7 @@ import stat
 
 import pytest
 
-from fastmed.all import beside, sweep, whole_file, whole_folder
+from fastmed.core import atomic_file, atomic_folder, beside, sweep
 
 
 def names(path): return sorted(o.name for o in path.iterdir())
@@ -28,7 +28,7 @@ class TestTemporaryFiles:
         if plant=='hard link': os.link(theirs, tmp)
         if plant=='dangling link': tmp.symlink_to(tmp_path/'theirs/new')
         if plant=='pipe': os.mkfifo(tmp)
-        with whole_file(fn) as t: t.write_text('ours')
+        with atomic_file(fn) as t: t.write_text('ours')
         sweep(d)
         assert theirs.read_text()=='diary' and fn.read_text()=='ours' and names(tmp_path/'theirs')==['diary'] and names(
                 d)==sorted([tmp.name, 'table.csv'])
@@ -41,7 +41,7 @@ class TestTemporaryFiles:
         fn = d/'entry'
         tmp = next_name(fn, True)
         tmp.symlink_to(theirs, target_is_directory=True)
-        with whole_folder(fn) as t: (t/'a').write_text('ours')
+        with atomic_folder(fn) as t: (t/'a').write_text('ours')
         sweep(d)
         assert names(theirs)==['diary'] and names(fn)==['a']
         tmp.unlink()
@@ -49,7 +49,7 @@ class TestTemporaryFiles:
         (tmp/'link').symlink_to(theirs, target_is_directory=True)
         (tmp/'sub').mkdir()
         (tmp/'sub'/'link').symlink_to(theirs/'diary')
-        with whole_folder(d/'entry 2') as t: pass
+        with atomic_folder(d/'entry 2') as t: pass
         # what a killed process left is taken over, its links with it
         with beside(fn, True) as t:
             assert t==tmp and not names(t)
@@ -65,8 +65,8 @@ class TestTemporaryFiles:
         box.mkdir()
         (box/'a').write_text('theirs')
         os.chown(box, 12345, 12345)
-        with whole_file(fn) as t: t.write_text('ours')
-        with whole_folder(tmp_path/'entry') as t: (t/'b').write_text('ours')
+        with atomic_file(fn) as t: t.write_text('ours')
+        with atomic_folder(tmp_path/'entry') as t: (t/'b').write_text('ours')
         sweep(tmp_path)
         assert tmp.read_text()==(box/'a').read_text()=='theirs' and fn.read_text()=='ours' and names(tmp_path
                 /'entry')==['b']
@@ -78,5 +78,5 @@ class TestTemporaryFiles:
 
     def test_permissions_are_those_of_any_new_file(self, tmp_path):
         (tmp_path/'plain').write_text('')
-        with whole_file(tmp_path/'whole') as t: t.write_text('')
+        with atomic_file(tmp_path/'whole') as t: t.write_text('')
         assert stat.S_IMODE((tmp_path/'whole').stat().st_mode)==stat.S_IMODE((tmp_path/'plain').stat().st_mode)

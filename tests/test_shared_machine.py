@@ -21,18 +21,15 @@ import torch
 from phantoms import write_case
 
 import fastmed.core
-import fastmed.data.datasets
+import fastmed.data.downloads
 import fastmed.data.store
 from fastmed.all import (
-    FileError,
     InputError,
-    MissingFileError,
     Preprocess,
     Store,
     TensorVolume,
     cache_dir,
     check_dataset,
-    file_digest,
     load_mask,
     load_volume,
     read_header,
@@ -40,8 +37,9 @@ from fastmed.all import (
     scan_dicom,
     scan_folder,
     untar_data,
-    whole_file,
 )
+from fastmed.core import FileError, MissingFileError, atomic_file
+from fastmed.io.formats import file_digest
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='pipes and owners of POSIX')
 
@@ -302,7 +300,7 @@ class TestWriting:
         done,sync,put = [],os.fsync,os.replace
         monkeypatch.setattr(os, 'fsync', lambda fd: (done.append(os.fstat(fd).st_ino), sync(fd)))
         monkeypatch.setattr(os, 'replace', lambda a, b: (done.append(b), put(a, b)))
-        with whole_file(tmp_path/'t.csv') as tmp: tmp.write_text('a')
+        with atomic_file(tmp_path/'t.csv') as tmp: tmp.write_text('a')
         assert done==[(tmp_path/'t.csv').stat().st_ino, tmp_path/'t.csv']
         done.clear()
         Store(Preprocess(normalize='none'), tmp_path/'s').build([volume(tmp_path/'a.nii', 1.)])
@@ -313,25 +311,25 @@ class TestWriting:
         (tmp_path/'t.csv').write_text('old')
         def full(fd): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         monkeypatch.setattr(os, 'fsync', full)
-        with pytest.raises(FileError, match='disk is full'), whole_file(tmp_path/'t.csv') as tmp: tmp.write_text('new')
+        with pytest.raises(FileError, match='disk is full'), atomic_file(tmp_path/'t.csv') as tmp: tmp.write_text('new')
         assert (tmp_path/'t.csv').read_text()=='old' and [o.name for o in tmp_path.iterdir()]==['t.csv']
 
     def test_a_disk_that_cannot_be_asked_is_none(self, tmp_path, monkeypatch):
         def odd(fd): raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         monkeypatch.setattr(os, 'fsync', odd)
-        with whole_file(tmp_path/'t.csv') as tmp: tmp.write_text('new')
+        with atomic_file(tmp_path/'t.csv') as tmp: tmp.write_text('new')
         assert (tmp_path/'t.csv').read_text()=='new'
 
     @pytest.mark.parametrize('code', [errno.EIO, errno.ELOOP, errno.ENOENT, errno.EACCES, errno.EROFS, errno.ENOTDIR])
     def test_full_is_said_of_a_full_disk_alone(self, tmp_path, monkeypatch, code):
         "Where there is no room either, as in /proc"
         monkeypatch.setattr(fastmed.core.shutil, 'disk_usage', lambda p: shutil._ntuple_diskusage(10**9, 10**9, 0))
-        with pytest.raises(FileError) as e, whole_file(tmp_path/'t.csv'): raise OSError(code, os.strerror(code), 'x')
+        with pytest.raises(FileError) as e, atomic_file(tmp_path/'t.csv'): raise OSError(code, os.strerror(code), 'x')
         assert e.value.errno==code and 'disk is full' not in str(e.value) and 'Make room' not in str(e.value)
 
     @pytest.mark.skipif(not Path('/proc/self').exists(), reason='needs /proc')
     def test_in_proc(self):
-        with pytest.raises(FileError) as e, whole_file('/proc/nowhere/t.csv') as tmp: tmp.write_text('a')
+        with pytest.raises(FileError) as e, atomic_file('/proc/nowhere/t.csv') as tmp: tmp.write_text('a')
         assert 'full' not in str(e.value) and e.value.errno==errno.ENOENT
 
     def test_a_folder_that_may_not_be_entered(self, tmp_path):
@@ -341,7 +339,7 @@ class TestWriting:
         else: (tmp_path/'theirs').chmod(0)
         try:
             with pytest.raises(FileError, match='t.csv: could not be written: there is no right to write there') as e:
-                with whole_file(tmp_path/'theirs'/'sub'/'t.csv') as tmp: tmp.write_text('a')
+                with atomic_file(tmp_path/'theirs'/'sub'/'t.csv') as tmp: tmp.write_text('a')
         finally:
             if os.getuid()==0: os.seteuid(0)
             else: (tmp_path/'theirs').chmod(0o700)
@@ -410,7 +408,7 @@ class TestDownloads:
         b = packed(name)
         for k,(url,says) in enumerate(((web(f'0{name}', b, 9000), 'fewer bytes'),
                 (web(f'1{name}', b[:9000]), 'not a zip|too early'))):
-            monkeypatch.setattr(fastmed.data.datasets.external.URLs, 'OURS', url, raising=False)
+            monkeypatch.setattr(fastmed.data.downloads.external.URLs, 'OURS', url, raising=False)
             with pytest.raises(FileError, match=says): untar_data(url, archive=tmp_path/f'a{k}', data=tmp_path/f'd{k}')
 
     def test_planted_links_are_not_written_through(self, web, tmp_path):
@@ -528,7 +526,7 @@ class TestReplaced:
             b.unlink()
             b.symlink_to(tmp_path/'theirs')
         if when=='after': monkeypatch.setattr(os, 'replace', swapped)
-        with pytest.raises(FileError, match='was replaced while it was written'), whole_file(tmp_path/'t.csv') as tmp:
+        with pytest.raises(FileError, match='was replaced while it was written'), atomic_file(tmp_path/'t.csv') as tmp:
             tmp.write_text('mine')
             if when=='before':
                 tmp.unlink()

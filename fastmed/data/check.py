@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 from fastcore.all import ifnone, L, patch
 from ..core import FileError, InputError, show_plane
-from .cases import check_codes, check_columns
+from .cases import check_columns
+from .preprocess import check_codes
 from fastmed.data.oddities import (
     border_profiles, far_from_others, Findings, grey_findings, misplaced_masks, order_findings
 )
@@ -346,7 +347,7 @@ def _off_image(heads, vox):
         res.append((i, problem_row('mask does not lie on the image', found, heads[i]['mask'])))
     return res
 
-def _case_facts(case, h, v):
+def _facts_of_case(case, h, v):
     "What a report keeps of a case, to show it"
     level = next((c['level'] for c in v['channels'] if c), np.nan)
     return dict(case=case, image=h['images'], mask=h['mask'], size=h.get('size'), spacing=h.get('spacing'),
@@ -387,5 +388,5 @@ def check_dataset(
                          problem=o['problem'], expected=o['expected'] or right, found=o['found'], mend=mend))
     columns = ['row','case','file','severity','problem','expected','found','mend']
     res = Report(pd.DataFrame(rows, columns=columns).set_index('row'))
-    res.table,res.facts = df,pd.DataFrame([_case_facts(*o) for o in zip(names, heads, vox, strict=True)])
+    res.table,res.facts = df,pd.DataFrame([_facts_of_case(*o) for o in zip(names, heads, vox, strict=True)])
     return res

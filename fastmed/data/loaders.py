@@ -11,31 +11,174 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastai.data.all import (
-    DataBlock, DataLoaders, default_device, defaults, dispatch, TensorCategory, TensorMultiCategory, ToTensor, warn
+    DataBlock, DataLoaders, default_device, defaults, dispatch, TensorCategory, TensorMultiCategory, ToTensor
 )
-from fastcore.all import delegates, first, ifnone, is_listy, L
+from fastcore.all import delegates, first, ifnone, is_listy, L, patch
 from fastmed.core import (
     InputError, ResourceError, show_plane, TensorSlice, TensorSliceMask, TensorVolume, TensorVolumeMask
 )
 from .augment import volume_tfms
 from fastmed.data.blocks import (
-    CaseFiles, get_store, PartialPatchDL, PatchTransform, SliceBlock, SliceMaskBlock, VolumeBlock, VolumeMaskBlock,
-    WeightedPatchDL
+    CaseFiles, codes_of_values, get_store, PartialPatchDL, SliceBlock, SliceMaskBlock, VolumeBlock, VolumeMaskBlock,
+    warn_twins, WeightedPatchDL
 )
-from .cases import case_splitter, check_codes, check_columns, scan_decathlon, scan_folder, warn_twins
+from .cases import all_files, case_at, check_columns, scan_decathlon, scan_folder
 from fastmed.data.labels import (
-    fitted_shape, label_block, label_splitter, TensorRegression, whole_plan, WholeTransform
+    case_splitter, label_block, label_splitter, TensorRegression, warn_larger
 )
 from .plan import suggest_plan
-from .preprocess import all_files, Plan, Preprocess
-from .recipe import labels_of
+from .preprocess import check_codes, Plan, Preprocess
+from .recipe import check_plan, labels_of, whole_plan
 from .store import cache_dir, kept_digest, kept_found, label_values, Store
+from .transforms import PatchTransform, WholeTransform
 from ..io.guard import memory_left
 from ..io.formats import describe_grid
 from ..io.volumes import read_header, same_grid, unlike_grids
 from torch import Tensor
 
 # %% ../../nbs/data/11_loaders.ipynb #1e3c3358
+class CaseTable:
+    "The cases that DataLoaders are made of: rows, files and headers, each read once, and which of them train"
+    def __init__(self,
+        df,         # one row a case
+        path,       # stands before relative names
+        image_col,  # column, or several: channels
+        mask_col,   # column, or None
+        cache=None  # folder of the store; default: `cache_dir()`
+    ):
+        root = Path(path).absolute()                              # whatever folder the process is in later
+        self.df,self.path,self.image_col,self.mask_col = df,path,image_col,mask_col
+        self.cache = Path(cache_dir() if cache is None else cache)
+        self.images = all_files(df, image_col, root)
+        self.masks = [] if mask_col is None else all_files(df, mask_col, root)
+        for m in self.masks:
+            if is_listy(m): raise InputError(f"mask_col {mask_col!r}: expected one file a case; found {m}")
+
+    def split(self,
+        splitter # items → (training, validation) indices
+    ):           # self
+        "Say which cases train; warns where an image stands on both sides"
+        self.splitter,self.train = splitter,list(splitter(range(len(self.df)))[0])
+        warn_twins(self.df, self.images, self.train)
+        return self
+
+    def of_training(self, values): return [values[i] for i in self.train]
+
+# %% ../../nbs/data/11_loaders.ipynb #8cf0b6bc
+def _kept_header(fn, cache):
+    "`read_header`, from the store where the files are those of the last time"
+    return kept_found('header', list(L(fn)), cache, None, lambda: read_header(fn))
+
+def _check_same_place(case, image, mask, heads):
+    "Raise `InputError` where image and mask of a case lie on unlike grids, by their headers"
+    of_image,of_mask = [Preprocess().oriented(h['shape'], h['affine']) for h in heads]
+    if same_grid(*of_image, *of_mask): return
+    files = first(L(image)),mask
+    found = [f"{f}: {describe_grid(h['shape'], h['affine'])}" for f,h in zip(files, heads, strict=True)]
+    raise InputError(f"case {case!r}: image and mask {unlike_grids(*found)}")
+
+def _check_channels(df, heads):
+    "Raise `InputError` where a case has another number of channels than the first"
+    n = heads[0]['channels']
+    for i,h in enumerate(heads):
+        if h['channels']!=n:
+            raise InputError(f"case {case_at(df, 0)!r} has {n} channels, case {case_at(df, i)!r} has {h['channels']}: "
+                             f"expected the same number in every case. Leave channels out with image_col=[…], or the "
+                             f"case")
+
+@patch
+def read_headers(self:CaseTable): # self
+    "What `read_header` says of each image, held against its mask. Raises `InputError`, naming the case"
+    self.heads = []
+    for i,fn in enumerate(self.images):
+        head = _kept_header(fn, self.cache)
+        if self.masks:
+            heads = head,_kept_header(self.masks[i], self.cache)
+            _check_same_place(case_at(self.df, i), fn, self.masks[i], heads)
+        self.heads.append(head)
+    _check_channels(self.df, self.heads)
+    return self
+
+# %% ../../nbs/data/11_loaders.ipynb #1acbf038
+@patch
+def fitted(self:CaseTable,
+    pre          # `Preprocess` as it was asked for
+)->Preprocess:   # fitted on the training cases, with codes
+    "Fill in codes and statistics; kept in the store, so that the same cases are measured once"
+    if pre.codes is None and self.masks:
+        pre.codes = check_codes(self.df.attrs.get('codes'))
+        if pre.codes is None: pre.codes = codes_of_values(label_values(Store(pre, self.cache), self.masks))
+    images,masks = self.of_training(self.images),self.of_training(self.masks) if self.masks else []
+    digests = [[kept_digest(f, self.cache) for f in L(o)] for o in images+masks]
+    found = Store(pre, self.cache).cached('fit', dict(files=digests, pre=pre.to_dict()),
+                                          lambda: pre.fit(images, masks or None).to_dict())
+    return Preprocess(**found)
+
+# %% ../../nbs/data/11_loaders.ipynb #506d6e33
+def _check_patches(of_labels, foreground):
+    "Raise `InputError` where an argument of labels is given without labels, or the foreground is no share"
+    if odd:=[k for k,v in of_labels.items() if v is not None]:
+        raise InputError(f"{', '.join(odd)}: belongs to labels: say label_col=… too")
+    if foreground!='auto' and not 0<=foreground<=1:
+        raise InputError(f"foreground: expected a share from 0 to 1; found {foreground}")
+
+def _check_whole(of_patches):
+    "Raise `InputError` where an argument of patches is given for whole scans"
+    if odd:=[k for k,v in of_patches.items() if v is not None and not (isinstance(v, str) and v=='auto')]:
+        raise InputError(f"{', '.join(odd)}: belongs to patches; with a label_col the item is the whole scan, of "
+                         f"size=…")
+
+def _check_batch_room(plan, channels):
+    "Raise `ResourceError` where a batch alone is larger than the memory"
+    voxels = plan.bs*int(np.prod([float(p) for p in plan.patch]))*(1+2*plan.get('context', 0))
+    need,left = voxels*(4*channels+1),memory_left()
+    if need>left:
+        raise ResourceError(f"patch: a batch of {plan.bs} patches of {'×'.join(map(str, plan.patch))} voxels takes "
+                            f"{need/1e9:.3g} GB before a network has seen it, and {left/1e9:.3g} GB are free. Give a "
+                            f"smaller patch= or bs=")
+
+def _check_asked(ndim, given, plan, label_col, of_labels, foreground):
+    "Raise `InputError` where arguments do not go together"
+    if label_col is None:
+        if plan is not None: check_plan(plan, ndim, given)
+        _check_patches(of_labels, foreground)
+    else: _check_whole(dict(minutes=given['minutes'], plan=plan, patch=given['patch'], foreground=foreground))
+    if ndim==3 and (given['axis']!='auto' or given['context']):
+        raise InputError("axis and context belong to slices: use SliceDataLoaders")
+
+# %% ../../nbs/data/11_loaders.ipynb #4474bf8b
+def _splitter(df, labels, split, stratify):
+    "How the cases are split: by subject, and evenly where they have labels"
+    if labels is None: return case_splitter(df, **split)
+    kind = label_block(df, **labels)[2]
+    return label_splitter(df, labels['label_col'], kind, labels['label_delim'], stratify=stratify, **split)
+
+def _planned(ndim, cases, plan, labels, size, asked):
+    "The plan that was given, or one for the cases of training"
+    if plan is not None: return Plan(plan, reasons=getattr(plan, 'reasons', None))
+    rows,heads = cases.df.iloc[cases.train],cases.of_training(cases.heads)
+    if labels is None: return suggest_plan(rows, ndim, cases.image_col, cases.path, heads=heads, **asked)
+    asked = {k:v for k,v in asked.items() if k not in ('patch','minutes')}
+    return whole_plan(rows, ndim, cases.image_col, cases.path, size, heads=heads, **asked)
+
+# %% ../../nbs/data/11_loaders.ipynb #ea3c57c1
+def _case_block(ndim, cases, pre, cut, label, item_tfms, batch_tfms):
+    "The `DataBlock` of these cases; `label`: (block, getter, kind), or None"
+    of_image,of_mask = (VolumeBlock,VolumeMaskBlock) if ndim==3 else (SliceBlock,SliceMaskBlock)
+    blocks,get_y = [of_image(pre, cases.cache)],[]
+    if cases.masks:
+        blocks.append(of_mask(None, pre, cases.cache))
+        get_y.append(CaseFiles(cases.mask_col, cases.path))
+    if label is not None:
+        blocks.append(label[0])
+        get_y.append(label[1])
+    block = DataBlock(blocks=tuple(blocks), n_inp=1, get_x=CaseFiles(cases.image_col, cases.path), get_y=get_y,
+                      splitter=cases.splitter, item_tfms=[cut, *L(item_tfms)], batch_tfms=batch_tfms)
+    # everything here is a tensor already
+    block.item_tfms = L(f for f in block.item_tfms if not isinstance(f, ToTensor))
+    return block
+
+# %% ../../nbs/data/11_loaders.ipynb #0bc65cd8
 class VolumeDataLoaders(DataLoaders):
     "DataLoaders of volume patches"
     _ndim = 3
@@ -51,126 +194,6 @@ class VolumeDataLoaders(DataLoaders):
     def c(self): return len(self.vocab)
 
     @classmethod
-    def from_df(cls,
-        df,                        # one row a case
-        path='.',                  # stands before relative file names; also the Learner's path
-        image_col='image',         # column of the images, or several: channels
-        mask_col='auto',           # column of the masks; 'auto': 'mask', or none where there is a `label_col`
-        # structures: list of names, or dict name → value(s) in the file; default: from the data
-        codes=None,
-        group_col=None,            # column whose groups are never parted; default 'subject' where it exists
-        valid_col=None,            # bool column: validation cases
-        valid_pct=0.2,             # share of validation cases
-        seed=42,                   # of the split and of the validation patches
-        spacing='auto',            # None: each case's own; mm; or 'auto'
-        patch='auto',              # voxels, or 'auto'; with a `label_col` there is `size`
-        normalize='auto',          # see `Preprocess`
-        bs=None,                   # batch size
-        samples_per_case='auto',   # patches of each case in an epoch
-        foreground='auto',         # share of patches drawn around a structure; 'auto': a third
-        item_tfms=None,            # more item transforms, such as `TorchIOTransform`
-        batch_tfms='auto',         # 'auto': `volume_tfms()`; or a list; or None
-        cache=None,                # folder of the store; default: `cache_dir()`
-        num_workers=None,          # default: 0 on a CPU, which trains on all cores anyway; up to 8 with a GPU
-        device=None,               # default: fastai's
-        axis='auto',               # slices only: the array axis that is cut across
-        context=0,                 # slices only: neighbours on each side, as channels
-        # column of what the case is, or several: classes, findings or numbers; the item is then the whole scan
-        label_col=None,
-        y_block=None,              # 'category', 'multi', 'regression' or a block of fastai's; default: from the values
-        label_delim=None,          # stands between the findings of a text
-        # with `label_col`: voxels of the whole scan; default: the largest training case, within the memory
-        size=None,
-        stratify=True,             # with `label_col`: each class alike on both sides
-        # of training: the machine is measured, and the plan gives enough updates in this time, see `suggest_plan`
-        minutes=None,
-        # a `Plan` made before, such as that of another fold: its patch, batch, spacing, axis and context, and nothing
-        # is measured
-        plan=None,
-    ):                             # these DataLoaders, every case preprocessed and kept
-        "From a DataFrame with a row a case. Raises `KeyError` (a column), `ValueError` (a case, named, that cannot be used)"
-        if not len(df): raise InputError("from_df: the DataFrame has no rows")
-        _check_plan(cls._ndim, label_col, plan, minutes, dict(patch=patch, bs=bs, samples_per_case=samples_per_case,
-                                                              spacing=spacing, axis=axis, context=context))
-        df = check_columns(df).reset_index(drop=True)
-        odd = dict(y_block=y_block, label_delim=label_delim, size=size) if label_col is None else dict(patch=None
-                if patch=='auto' else patch, foreground=None if foreground=='auto' else foreground)
-        if odd:=[k for k,v in odd.items() if v is not None]:
-            raise InputError(f"{', '.join(odd)}: "
-                             f"{'belongs to labels: say label_col=… too' if label_col is None else 'belongs to patches; with a label_col the item is the whole scan, of size=…'}")
-        if mask_col=='auto': mask_col = 'mask' if label_col is None else None
-        foreground = 1/3 if foreground=='auto' else foreground
-        if not 0<=foreground<=1: raise InputError(f"foreground: expected a share from 0 to 1; found {foreground}")
-        if cls._ndim==3 and (axis!='auto' or context):
-            raise InputError("axis and context belong to slices: use SliceDataLoaders")
-        root = Path(path).absolute()                                        # whatever folder the process is in later
-        images,masks = all_files(df, image_col, root),all_files(df, mask_col, root) if mask_col is not None else []
-        for m in masks:
-            if is_listy(m): raise InputError(f"mask_col {mask_col!r}: expected one file a case; found {m}")
-        if label_col is None: splitter = case_splitter(df, group_col, valid_col, valid_pct, seed)
-        else:
-            splitter = label_splitter(df, label_col, label_block(df, label_col, y_block, label_delim)[2], label_delim,
-                                      group_col, valid_col, valid_pct, seed, stratify)
-        train = list(splitter(range(len(df)))[0])
-        warn_twins(df, images, train)
-        labelled = () if label_col is None else label_block(df, label_col, y_block, label_delim, train, group_col)
-        cache = Path(cache_dir() if cache is None else cache)
-        heads = [_check_headers(df.iloc[i], images[i], masks[i], cache)
-                 for i in range(len(df))] if masks else [_kept_header(o, cache) for o in images]
-        for i,h in enumerate(heads):
-            if h['channels']!=heads[0]['channels']:
-                a,b = [(r.get('case', r.name), heads[j]['channels']) for r,j in ((df.iloc[0],0), (df.iloc[i],i))]
-                raise InputError(f"case {b[0]!r} has {b[1]} channels, case {a[0]!r} has {a[1]}: expected the same "
-                                 f"number in every case. Leave channels out with image_col=[…], or the case")
-        device = torch.device(ifnone(device, default_device()))
-        kw = dict(axis=axis, context=context) if cls._ndim==2 else {}
-        kw.update(spacing=spacing, bs=bs, samples_per_case=samples_per_case, device=device,
-                  heads=[heads[i] for i in train])
-        if plan is not None: plan = Plan(plan, reasons=getattr(plan, 'reasons', None))
-        else:
-            plan = whole_plan(df.iloc[train], cls._ndim, image_col, path, size,
-                              **kw) if labelled else suggest_plan(df.iloc[train], cls._ndim, image_col, path,
-                    patch=patch, minutes=minutes, **kw)
-        need,left = plan.bs*int(np.prod([float(p) for p in plan.patch]))*(1+2*plan.get('context',
-                0))*(4*heads[0]['channels']+1),memory_left()
-        if need>left:
-            raise ResourceError(f"patch: a batch of {plan.bs} patches of {'×'.join(map(str, plan.patch))} voxels takes "
-                                f"{need/1e9:.3g} GB before a network has seen it, and {left/1e9:.3g} GB are free. Give "
-                                f"a smaller "
-                                f"patch= or bs=")
-        pre = Preprocess(plan.spacing, normalize, plan.orientation, codes)
-        if codes is None and masks:
-            codes = pre.codes = check_codes(df.attrs.get('codes')) or _codes_from(label_values(Store(pre, cache),
-                                                         masks))
-        tr_im,tr_m = [images[i] for i in train],[masks[i] for i in train if masks]
-        key = dict(files=[[kept_digest(f, cache) for f in L(o)] for o in tr_im+tr_m], pre=pre.to_dict())
-        pre = Preprocess(**Store(pre, cache).cached('fit', key, lambda: pre.fit(tr_im, tr_m or None).to_dict()))
-        if labelled: _say_larger(df, heads, pre, plan)
-        Store(pre, cache).build(images, masks)
-        if batch_tfms=='auto':
-            sp = plan.spacing or (1,1,1)
-            batch_tfms = volume_tfms(spacing=tuple(sp[a] for a in range(3) if cls._ndim==3 or a!=plan.axis))
-        bs = min(plan.bs, len(train)*plan.samples_per_case)
-        im_block,mask_block = (VolumeBlock,VolumeMaskBlock) if cls._ndim==3 else (SliceBlock,SliceMaskBlock)
-        blocks,get_y = [im_block(pre, cache)],[]
-        if masks:
-            blocks.append(mask_block(None, pre, cache))
-            get_y.append(CaseFiles(mask_col, path))
-        if labelled:
-            blocks.append(labelled[0])
-            get_y.append(labelled[1])
-        block = DataBlock(blocks=tuple(blocks), n_inp=1, get_x=CaseFiles(image_col, path), get_y=get_y,
-                          splitter=splitter,
-                          item_tfms=[WholeTransform(plan) if labelled else PatchTransform(plan, foreground),
-                                     *L(item_tfms)], batch_tfms=batch_tfms)
-        if num_workers is None: num_workers = 0 if device.type=='cpu' else min(8, defaults.cpus)
-        # everything here is a tensor already
-        block.item_tfms = L(f for f in block.item_tfms if not isinstance(f, ToTensor))
-        return cls.from_dblock(block, df, path=path, bs=bs, samples=plan.samples_per_case,
-                               val_samples=-(-plan.samples_per_case//4),
-                               seed=seed, num_workers=num_workers, device=device)
-
-    @classmethod
     def from_dblock(cls,
         dblock,   # `DataBlock` with a `VolumeBlock` and a `PatchTransform`
         source,   # what its getters read: a DataFrame, a list of files
@@ -182,94 +205,115 @@ class VolumeDataLoaders(DataLoaders):
         dls = dblock.dataloaders(source, path=path, bs=bs, **kwargs)
         return cls(*dls.loaders, path=dls.path, device=dls.device)
 
-    def _training_by(self, dl_type, **kwargs):
-        train = self.train.new(cls=dl_type, **kwargs)
-        return type(self)(train, *self.loaders[1:], path=self.path, device=self.device)
-
-    def weighted_dataloaders(self,
-        wgts # one number a case of training, in the order of `train_ds.items`
-    ):       # the same DataLoaders, training cases drawn by weight
-        "fastai's `weighted_dataloaders`, of DataLoaders that are ready. Raises `InputError` on another number of weights than cases"
-        return self._training_by(WeightedPatchDL, wgts=wgts, n=getattr(self.train, 'partial_n', None))
-
-    def partial_dataloaders(self,
-        partial_n:int # patches of an epoch
-    ):                # the same DataLoaders, with so many patches of training an epoch
-        "fastai's `partial_dataloaders`, of DataLoaders that are ready"
-        if isinstance(self.train, WeightedPatchDL): return self._training_by(WeightedPatchDL, n=partial_n)
-        return self._training_by(PartialPatchDL, partial_n=partial_n)
-
-    @classmethod
-    @delegates(from_df)
-    def from_folder(cls,
-        path,                        # folder of the data set
-        images:str='images/*.nii.gz',# pattern of the images, below `path`
-        masks:str='labels/*.nii.gz', # pattern of the masks
-        channels=None,               # files that make a case; see `scan_folder`
-        **kwargs
-    ):                               # these DataLoaders
-        "From a folder of images and masks paired by name (see `scan_folder`). Raises `FileNotFoundError` where nothing matches"
-        return cls.from_df(scan_folder(path, images, masks, channels), **{'path':Path(path).resolve(), **kwargs})
-
-    @classmethod
-    @delegates(from_df)
-    def from_decathlon(cls,
-        path,    # folder with `dataset.json`
-        **kwargs
-    ):           # these DataLoaders
-        "From a task of the Medical Segmentation Decathlon (see `scan_decathlon`). Raises `FileNotFoundError` where `dataset.json` is missing"
-        return cls.from_df(scan_decathlon(path), **{'path':Path(path).resolve(), **kwargs})
-
 class SliceDataLoaders(VolumeDataLoaders):
     "DataLoaders of slices: patches of thickness one, from the same stored volumes"
     _ndim = 2
 
-def _codes_from(values):
-    if values!=list(range(len(values))):
-        raise InputError(f"The masks hold the values {values[:12]}{' …' if len(values)>12 else ''}: expected 0, 1, 2 … "
-                         f"without a gap. "
-                         "Declare them: codes={'background':0, 'lesion':255}, or the list of names for 0,1,2…")
-    if len(values)<2:
-        raise InputError("The masks hold nothing but background (0). Check that they are the right files, or declare "
-                         "codes=['background', …]")
-    return ['background']+[str(v) for v in values[1:]]
+# %% ../../nbs/data/11_loaders.ipynb #8d2d587e
+@patch(cls_method=True)
+def from_df(cls:VolumeDataLoaders,
+    df,                        # one row a case
+    path='.',                  # stands before relative file names; also the Learner's path
+    image_col='image',         # column of the images, or several: channels
+    mask_col='auto',           # column of the masks; 'auto': 'mask', or none where there is a `label_col`
+    codes=None,                # structures: names, or dict name → value(s) in the file; default: from the data
+    group_col=None,            # column whose groups are never parted; default 'subject' where it exists
+    valid_col=None,            # bool column: validation cases
+    valid_pct=0.2,             # share of validation cases
+    seed=42,                   # of the split and of the validation patches
+    spacing='auto',            # None: each case's own; mm; or 'auto'
+    patch='auto',              # voxels, or 'auto'; with a `label_col` there is `size`
+    normalize='auto',          # see `Preprocess`
+    bs=None,                   # batch size
+    samples_per_case='auto',   # patches of each case in an epoch
+    foreground='auto',         # share of patches drawn around a structure; 'auto': a third
+    item_tfms=None,            # more item transforms, such as `TorchIOTransform`
+    batch_tfms='auto',         # 'auto': `volume_tfms()`; or a list; or None
+    cache=None,                # folder of the store; default: `cache_dir()`
+    num_workers=None,          # default: 0 on a CPU, which trains on all cores anyway; up to 8 with a GPU
+    device=None,               # default: fastai's
+    axis='auto',               # slices only: the array axis that is cut across
+    context=0,                 # slices only: neighbours on each side, as channels
+    label_col=None,            # column of what a case is, or several; the item is then the whole scan
+    y_block=None,              # 'category', 'multi', 'regression' or a block of fastai's; default: from the values
+    label_delim=None,          # stands between the findings of a text
+    size=None,                 # with `label_col`: voxels of the whole scan; default: the largest training case
+    stratify=True,             # with `label_col`: each class alike on both sides
+    minutes=None,              # of training: the plan gives enough updates in this time, see `suggest_plan`
+    plan=None                  # a `Plan` made before, such as that of another fold; nothing is measured then
+):                             # these DataLoaders, every case preprocessed and kept
+    "From a DataFrame with a row a case. Raises `ColumnError`, and `InputError` naming the case that cannot be used"
+    given = dict(patch=patch, bs=bs, samples_per_case=samples_per_case, spacing=spacing, axis=axis, context=context,
+                 minutes=minutes)
+    if not len(df): raise InputError("from_df: the DataFrame has no rows")
+    of_labels = dict(y_block=y_block, label_delim=label_delim, size=size)
+    _check_asked(cls._ndim, given, plan, label_col, of_labels, foreground)
+    df = check_columns(df).reset_index(drop=True)
+    if mask_col=='auto': mask_col = 'mask' if label_col is None else None
+    cases = CaseTable(df, path, image_col, mask_col, cache)
+    labels = None if label_col is None else dict(label_col=label_col, y_block=y_block, label_delim=label_delim)
+    split = dict(group_col=group_col, valid_col=valid_col, valid_pct=valid_pct, seed=seed)
+    cases.split(_splitter(df, labels, split, stratify))
+    label = None if labels is None else label_block(df, train=cases.train, group_col=group_col, **labels)
+    cases.read_headers()
+    device = torch.device(ifnone(device, default_device()))
+    plan = _planned(cls._ndim, cases, plan, labels, size, dict(given, device=device))
+    _check_batch_room(plan, cases.heads[0]['channels'])
+    pre = cases.fitted(Preprocess(plan.spacing, normalize, plan.orientation, codes))
+    if labels is not None: warn_larger(df, cases.heads, pre, plan)
+    Store(pre, cases.cache).build(cases.images, cases.masks)
+    if isinstance(batch_tfms, str) and batch_tfms=='auto':
+        axes = [a for a in range(3) if cls._ndim==3 or a!=plan.axis]
+        batch_tfms = volume_tfms(spacing=tuple((plan.spacing or (1,1,1))[a] for a in axes))
+    share = 1/3 if foreground=='auto' else foreground
+    cut = PatchTransform(plan, share) if label is None else WholeTransform(plan)
+    block = _case_block(cls._ndim, cases, pre, cut, label, item_tfms, batch_tfms)
+    if num_workers is None: num_workers = 0 if device.type=='cpu' else min(8, defaults.cpus)
+    return cls.from_dblock(block, df, path=path, bs=min(plan.bs, len(cases.train)*plan.samples_per_case),
+                           samples=plan.samples_per_case, val_samples=-(-plan.samples_per_case//4), seed=seed,
+                           num_workers=num_workers, device=device)
 
-def _check_plan(ndim, label_col, plan, minutes, given):
-    "Raises `InputError` where a plan or its minutes do not go together with the other arguments"
-    if label_col is not None and (minutes is not None or plan is not None):
-        raise InputError(f"{'minutes' if plan is None else 'plan'}: belongs to patches; with a label_col the item is "
-                         f"the whole scan, of size=…")
-    if plan is None: return
-    auto = dict(patch='auto', bs=None, samples_per_case='auto', spacing='auto', axis='auto', context=0, minutes=None)
-    more = [k for k,v in dict(given, minutes=minutes).items() if type(v)!=type(auto[k]) or v!=auto[k]]
-    if more:
-        raise InputError(f"plan: it says {', '.join(more)} already. Leave {'it' if len(more)==1 else 'them'} out, or "
-                         f"change the plan")
-    lacks = [k for k in ('ndim','spacing','orientation','patch','strides','depth','nf','bs','samples_per_case')
-                         if k not in plan]
-    if lacks: raise InputError(f"plan: expected what suggest_plan gives; {', '.join(lacks)} not found")
-    if plan['ndim']!=ndim: raise InputError(f"plan: is of {plan['ndim']}D patches, and these DataLoaders are {ndim}D")
+# %% ../../nbs/data/11_loaders.ipynb #ccb5eb23
+@patch(cls_method=True)
+@delegates(VolumeDataLoaders.from_df)
+def from_folder(cls:VolumeDataLoaders,
+    path,                        # folder of the data set
+    images:str='images/*.nii.gz',# pattern of the images, below `path`
+    masks:str='labels/*.nii.gz', # pattern of the masks
+    channels=None,               # files that make a case; see `scan_folder`
+    **kwargs
+):                               # these DataLoaders
+    "From a folder of images and masks paired by name, see `scan_folder`. Raises `MissingFileError`"
+    return cls.from_df(scan_folder(path, images, masks, channels), **{'path':Path(path).resolve(), **kwargs})
 
-def _say_larger(df, heads, pre, plan):
-    "Tell which scans have to be made smaller to lie on the plan's grid"
-    grids = [pre.grid(h['shape'], h['affine'])[0] for h in heads]
-    if big:=[i for i,n in enumerate(grids) if fitted_shape(n, plan)!=tuple(n)]:
-        warn(f"{len(big)} of {len(df)} cases are larger than the {'×'.join(map(str, plan.patch))} voxels of a whole "
-             f"scan, such as {df.iloc[big[0]].get('case', big[0])!r} ({'×'.join(map(str, grids[big[0]]))}): "
-             f"they are made smaller, not cropped. Say a larger size or spacing to keep their scale")
+@patch(cls_method=True)
+@delegates(VolumeDataLoaders.from_df)
+def from_decathlon(cls:VolumeDataLoaders,
+    path,    # folder with `dataset.json`
+    **kwargs
+):           # these DataLoaders
+    "From a task of the Medical Segmentation Decathlon (see `scan_decathlon`). Raises `MissingFileError` without one"
+    return cls.from_df(scan_decathlon(path), **{'path':Path(path).resolve(), **kwargs})
 
-def _kept_header(fn, cache):
-    "`read_header`, from the store where the files are those of the last time"
-    return kept_found('header', list(L(fn)), cache, None, lambda: read_header(fn))
+# %% ../../nbs/data/11_loaders.ipynb #9a581071
+def _training_by(dls, dl_type, **kwargs):
+    train = dls.train.new(cls=dl_type, **kwargs)
+    return type(dls)(train, *dls.loaders[1:], path=dls.path, device=dls.device)
 
-def _check_headers(row, image, mask, cache):
-    "Image and mask on one grid, by their headers, before any voxel is read"
-    hi,hm = _kept_header(image, cache),_kept_header(mask, cache)
-    g = [Preprocess().oriented(h['shape'], h['affine']) for h in (hi,hm)]
-    if not same_grid(*g[0], *g[1]):
-        i,m = [f"{f}: {describe_grid(h['shape'], h['affine'])}" for f,h in ((first(L(image)),hi),(mask,hm))]
-        raise InputError(f"case {row.get('case', row.name)!r}: image and mask {unlike_grids(i, m)}")
-    return hi
+@patch
+def weighted_dataloaders(self:VolumeDataLoaders,
+    wgts # one number a case of training, in the order of `train_ds.items`
+):       # the same DataLoaders, training cases drawn by weight
+    "The training cases drawn by weight. Raises `InputError` on another number of weights than cases"
+    return _training_by(self, WeightedPatchDL, wgts=wgts, n=getattr(self.train, 'partial_n', None))
+
+@patch
+def partial_dataloaders(self:VolumeDataLoaders,
+    partial_n:int # patches of an epoch
+):                # the same DataLoaders, with so many patches of training an epoch
+    "So many patches of training an epoch"
+    if isinstance(self.train, WeightedPatchDL): return _training_by(self, WeightedPatchDL, n=partial_n)
+    return _training_by(self, PartialPatchDL, partial_n=partial_n)
 
 # %% ../../nbs/data/11_loaders.ipynb #c7fde805
 def axes_grid(
@@ -288,6 +332,11 @@ def axes_grid(
     return axs[:n]
 
 # %% ../../nbs/data/11_loaders.ipynb #7734d7c1
+def _colour(label, predicted, true):
+    "Of a title: numbers are neither right nor wrong"
+    if isinstance(label, Tensor): return 'black'
+    return 'green' if predicted==true else 'red'
+
 def show_labelled(
     samples,  # of a batch
     outs,     # predictions, or None
@@ -296,20 +345,20 @@ def show_labelled(
     **kwargs  # of `show`
 ):            # the axes
     "Items with their labels; a wrong prediction is red"
-    for s,o,c in zip(samples, outs, ctxs):
+    for s,o,c in zip(samples, outs, ctxs, strict=False):
         t = label_text(s[-1])
         p = None if o is None else label_text(o[-1])
         s[0].show(ctx=c, mask=s[1] if len(s)>2 else None, **{'title':t if p is None else f'{t}\n{p}', **kwargs})
-        if p is not None: c.title.set_color('black' if isinstance(o[-1], Tensor) else 'green' if p==t else 'red')
+        if p is not None: c.title.set_color(_colour(o[-1], p, t))
     return ctxs
 
 # %% ../../nbs/data/11_loaders.ipynb #740ce9e4
-def _axes_of(ctxs, samples, max_n, nrows, ncols, figsize):
+def _grid_of(ctxs, samples, max_n, nrows, ncols, figsize):
     "The axes that were given, or a grid of them, as fastai's `nrows`, `ncols` and `figsize` (inches) say"
     return axes_grid(min(len(samples), max_n), nrows, ncols, figsize) if ctxs is None else ctxs
 
-def _show(samples, outs, ctxs, max_n, **kwargs):
-    for s,o,c in zip(samples, outs, ctxs): show_plane(s[0], s[1], pred=o, ctx=c, **kwargs)
+def _show(samples, outs, ctxs, **kwargs):
+    for s,o,c in zip(samples, outs, ctxs, strict=False): show_plane(s[0], s[1], pred=o, ctx=c, **kwargs)
     return ctxs
 
 def label_text(
@@ -325,23 +374,25 @@ def label_text(
 def show_batch(x:TensorVolume|TensorSlice, y:TensorVolumeMask|TensorSliceMask, samples, ctxs=None, max_n=8, nrows=None,
                ncols=None, figsize=None, **kwargs):
     "One picture an item: a plane of the patch with the contours of its mask; `kwargs` go to `show_plane`"
-    return _show(samples, [None]*len(samples), _axes_of(ctxs, samples, max_n, nrows, ncols, figsize), max_n, **kwargs)
+    return _show(samples, [None]*len(samples), _grid_of(ctxs, samples, max_n, nrows, ncols, figsize), **kwargs)
 
 @dispatch
 def show_results(x:TensorVolume|TensorSlice, y:TensorVolumeMask|TensorSliceMask, samples, outs, ctxs=None, max_n=8,
                  nrows=None, ncols=None, figsize=None, **kwargs):
     "One picture an item, truth solid and prediction dashed; `kwargs` go to `show_plane`"
-    return _show(samples, [o[0] for o in outs], _axes_of(ctxs, samples, max_n, nrows, ncols, figsize), max_n, **kwargs)
+    return _show(samples, [o[0] for o in outs], _grid_of(ctxs, samples, max_n, nrows, ncols, figsize), **kwargs)
 
 @dispatch
-def show_batch(x:TensorVolume|TensorSlice, y:TensorCategory|TensorMultiCategory|TensorRegression|tuple, samples,
+def show_batch(x:TensorVolume|TensorSlice, # noqa: F811
+               y:TensorCategory|TensorMultiCategory|TensorRegression|tuple, samples,
                ctxs=None, max_n=8, nrows=None, ncols=None, figsize=None, **kwargs):
     "One picture an item with its label above, and the contours of its mask where it has one"
-    return show_labelled(samples, [None]*len(samples), _axes_of(ctxs, samples, max_n, nrows, ncols, figsize), max_n,
+    return show_labelled(samples, [None]*len(samples), _grid_of(ctxs, samples, max_n, nrows, ncols, figsize), max_n,
                          **kwargs)
 
 @dispatch
-def show_results(x:TensorVolume|TensorSlice, y:TensorCategory|TensorMultiCategory|TensorRegression|tuple, samples, outs,
+def show_results(x:TensorVolume|TensorSlice, # noqa: F811
+                 y:TensorCategory|TensorMultiCategory|TensorRegression|tuple, samples, outs,
                  ctxs=None, max_n=8, nrows=None, ncols=None, figsize=None, **kwargs):
     "One picture an item, its label above and the prediction below it, green where they agree and red where not"
-    return show_labelled(samples, outs, _axes_of(ctxs, samples, max_n, nrows, ncols, figsize), max_n, **kwargs)
+    return show_labelled(samples, outs, _grid_of(ctxs, samples, max_n, nrows, ncols, figsize), max_n, **kwargs)

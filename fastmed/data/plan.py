@@ -9,6 +9,7 @@ __all__ = ['BYTES', 'patch_plan', 'default_memory', 'has_bf16', 'suggest_plan']
 import contextlib
 import math
 import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 from fastai.data.all import default_device
 from fastcore.all import first, ifnone, is_listy
 from ..core import InputError, spacing_of
-from .preprocess import all_files, auto_spacing, Plan, Preprocess
+from .cases import all_files
+from .preprocess import auto_spacing, Plan, Preprocess
 from ..io.volumes import read_header
 
 # %% ../../nbs/data/04_plan.ipynb #6a84ec72
@@ -60,7 +62,7 @@ def patch_plan(
 def default_memory(
     device=None # torch device; default: fastai's
 )->float:       # GiB
-    "Memory budget of a plan: 60 % of a GPU, at most 24 GiB; on a CPU 0.5 GiB, because there memory is time (such a step takes about 2 s on two cores)"
+    "Memory budget of a plan: 60 % of a GPU, at most 24 GiB; on a CPU 0.5 GiB, because there memory is time"
     device = torch.device(ifnone(device, default_device()))
     if device.type!='cuda': return .5
     return min(24, .6*torch.cuda.get_device_properties(device).total_memory/2**30)
@@ -88,6 +90,7 @@ def _shrunk(p, st, sp, axes):
     return _rounded(want, st, axes), st
 
 def _samples(bs, cases): return max(1, math.ceil(64*bs/max(1, cases)))
+def _resampled(plan, cases): return Plan({**plan, 'samples_per_case':_samples(plan.bs, cases)}, reasons=plan.reasons)
 
 # %% ../../nbs/data/04_plan.ipynb #e8095de7
 def has_bf16(
@@ -124,7 +127,8 @@ def update_gflops(
 def _update_probe(ndim, nf, n_in, size, bs, fast, device):
     "A function that does one update of a network of two levels: resampled input, forward, loss, backward"
     conv,up = (F.conv2d,F.conv_transpose2d) if ndim==2 else (F.conv3d,F.conv_transpose3d)
-    layout = (torch.channels_last if ndim==2 else torch.channels_last_3d) if fast else torch.contiguous_format
+    last = torch.channels_last if ndim==2 else torch.channels_last_3d
+    layout = last if fast else torch.contiguous_format
     g = torch.Generator().manual_seed(0)
     def weight(n_out, n_in, k):
         w = torch.randn(n_out, n_in, *(k,)*ndim, generator=g)/math.sqrt(n_in*k**ndim)
@@ -164,9 +168,8 @@ def measure_machine(
     n_in:int=1,      # channels of the network's input
     device=None,     # torch device; default: fastai's
     seconds:float=.4 # that the measuring should take, about; each network does three updates at least
-# 'device', 'bf16', 'threads'; 'seconds': features, as text → seconds for 10⁹ operations, 'fast' and 'plain'
-)->dict:
-    "How long this machine takes for the updates of networks of some widths: channels-last (in bfloat16 where it has that), and in plain float32"
+)->dict:             # 'device', 'bf16', 'threads'; 'seconds': features, as text → seconds for 10⁹ operations
+    "How long this machine takes for updates of networks of some widths, 'fast' (channels-last, bfloat16) and 'plain'"
     device = torch.device(ifnone(device, default_device()))
     size,bs = ({3:24, 2:64}[ndim],2) if device.type=='cpu' else ({3:96, 2:256}[ndim],{3:2, 2:16}[ndim])
     probes = {(nf,how):_update_probe(ndim, nf, n_in, size, bs, how=='fast', device) for nf in sorted(map(int, nfs))
@@ -249,6 +252,90 @@ def fit_plan(
     return Plan({**p, 'minutes':minutes, 'updates':counts[i], 'fast':fast, 'machine':machine}, reasons=why)
 
 # %% ../../nbs/data/04_plan.ipynb #f17f50a5
+class _Grid(NamedTuple):
+    "Where the cases lie inside the pipeline"
+    spacing:tuple    # (3,) mm, or None: each case keeps its own
+    size:np.ndarray  # (3,) voxels of the median case
+    mm:np.ndarray    # (3,) median spacing
+
+def _median_grid(heads, spacing, orientation, why):
+    pre = Preprocess(spacing=spacing, orientation=orientation)
+    if spacing=='auto':
+        pre.spacing = auto_spacing([spacing_of(pre.oriented(h['shape'], h['affine'])[1]) for h in heads])
+        why['spacing'] = f'mm; the median of {len(heads)} cases'
+    else: why['spacing'] = 'given' if spacing is not None else "each case keeps its own"
+    grids = [pre.grid(h['shape'], h['affine']) for h in heads]
+    size = np.median([s for s,_ in grids], 0)
+    if size.prod()>=2**31:
+        raise InputError(f"spacing {pre.spacing}: the median case would have {size.prod():.3g} voxels; expected under "
+                         f"{2**31:.3g}. Give a larger one, in mm")
+    return _Grid(pre.spacing, size, np.median([spacing_of(a) for _,a in grids], 0))
+
+def _plan_axis(axis, patch, grid, why):
+    "The array axis that slices lie across. Raises `InputError` where a patch says another"
+    thin = [a for a,p in enumerate(patch) if p==1] if is_listy(patch) and len(patch)==3 else []
+    if len(thin)==1:
+        if axis not in ('auto', thin[0]):
+            raise InputError(f"patch {tuple(patch)} is a slice across axis {thin[0]}, and axis={axis} was asked for. "
+                             f"Leave one of them out")
+        axis = thin[0]
+    if axis!='auto':
+        why['axis'] = 'given'
+        return axis
+    coarse = np.flatnonzero(grid.mm>=.95*grid.mm.max())
+    sides = grid.size*grid.mm
+    shown = 'coarsest spacing' if len(coarse)<3 else 'shortest side'
+    why['axis'] = f"across the {shown}, so that a slice shows most"
+    # the first of nearly equal sides
+    return int(next(a for a in coarse if sides[a]<=1.1*min(sides[b] for b in coarse)))
+
+# %% ../../nbs/data/04_plan.ipynb #020e5007
+def _given_patch(patch, axes, grid, why):
+    "(patch, strides) of sizes that a person gave. Raises `InputError` on another number of them"
+    sizes = list(patch) if is_listy(patch) else [patch]*len(axes)
+    if len(sizes)==3 and len(axes)==2: sizes = [sizes[a] for a in axes]
+    if len(sizes)!=len(axes) or min(sizes)<1:
+        raise InputError(f"patch: expected {len(axes)} sizes for ndim={len(axes)}; found {patch}")
+    p = [1]*3
+    for a,n in zip(axes, sizes, strict=True): p[a] = int(n)
+    why['patch'] = 'given'
+    return p,_dividing_strides(p, grid.mm, axes)
+
+def _fitting_patch(axes, grid, fits, why):
+    "(patch, strides) that hold the median case, smaller where they do not fit the budget"
+    whole,strides = _whole_scan(grid.size, grid.mm, axes)
+    p,size = whole,tuple(int(o) for o in grid.size)
+    while not fits(p) and max(p)>8:
+        smaller,st = _shrunk(p, strides, grid.mm, axes)
+        if smaller==p: break
+        p,strides = smaller,st
+    why['patch'] = (f"voxels; the median case has {size}, shrunk to the budget, rounded up to what the strides divide"
+                    if tuple(p)<tuple(whole) else f"voxels; holds the median case {size}")
+    return p,strides
+
+def _nf_reason(given, features):
+    if given is not None: return 'given'
+    return 'features of the first level'+(': 16 for volumes on a CPU' if features==16 else '')
+
+def _fixed_reasons(ndim, bs, samples_per_case, most):
+    why = dict(bs='given' if bs is not None else f'as many as fit the budget, at most {most}',
+               samples_per_case='at least 64 batches an epoch' if samples_per_case=='auto' else 'given',
+               strides='each axis is halved while 4 voxels are left and it is not over twice as coarse as the finest',
+               depth='levels: one more than the strides')
+    if ndim==2: why['context'] = 'neighbouring slices on each side, as channels'
+    return why
+
+def _check_asked_plan(ndim, axis, minutes, counts):
+    "Raise `InputError` on an argument of `suggest_plan` that is none"
+    if minutes is not None and not (isinstance(minutes, (int,float)) and 0<minutes<math.inf):
+        raise InputError(f"minutes: expected a number above 0, or None; found {minutes!r}")
+    if ndim not in (2,3): raise InputError(f"ndim: expected 2 or 3; found {ndim}")
+    for k,(v,least) in counts.items():
+        if not (v is None or v=='auto' or isinstance(v, (int,np.integer)) and v>=least):
+            raise InputError(f"{k}: expected a whole number of {least} or more; found {v!r}")
+    if axis not in ('auto',0,1,2): raise InputError(f"axis: expected array axis 0, 1 or 2, or 'auto'; found {axis!r}")
+
+# %% ../../nbs/data/04_plan.ipynb #15ff1c4d
 def suggest_plan(
     df,                   # one row a case, with `image_col`; the training cases
     ndim:int=3,           # 3: volumes, 2: slices
@@ -264,101 +351,36 @@ def suggest_plan(
     samples_per_case='auto', # patches drawn of each case in an epoch
     nf:int=None,          # features of the first level
     device=None,          # device that the budget is for
-    # of training: the machine is measured, and what would give fewer than `UPDATES` is made smaller; None: memory alone
-    # decides
-    minutes:float=None,
+    minutes:float=None,   # of training: enough updates for it on this machine; None: memory alone decides
     machine:dict=None,    # with `minutes`: what `measure_machine` gave; None: it is measured now
     heads=None            # what `read_header` says of each case, where it was read already
 )->Plan:                  # spacing, axis, patch, strides, depth, nf, bs, samples_per_case, …, each with its reason
-    "Spacing, patch, batch, depth and strides from the data, a memory budget and a time budget, each with its reason. Source of the idea: nnU-Net (Isensee 2021)"
-    if minutes is not None and not (isinstance(minutes, (int,float)) and 0<minutes<math.inf):
-        raise InputError(f"minutes: expected a number above 0, or None; found {minutes!r}")
-    fixed = [k for k,v in dict(patch=patch, bs=bs, nf=nf).items() if not (v is None or isinstance(v, str))]
-    if ndim not in (2,3): raise InputError(f"ndim: expected 2 or 3; found {ndim}")
-    for k,v,least in (('bs',bs,1), ('samples_per_case',samples_per_case,1), ('context',context,0)):
-        if not (v is None or v=='auto' or isinstance(v, (int,np.integer)) and v>=least):
-            raise InputError(f"{k}: expected a whole number of {least} or more; found {v!r}")
-    if axis not in ('auto',0,1,2): raise InputError(f"axis: expected array axis 0, 1 or 2, or 'auto'; found {axis!r}")
-    device = torch.device(ifnone(device, default_device()))
-    why = {}
-    mem = ifnone(memory, default_memory(device))
+    "Spacing, patch, batch and depth from the data, a memory and a time budget. Source of the idea: Isensee 2021"
+    _check_asked_plan(ndim, axis, minutes, dict(bs=(bs,1), samples_per_case=(samples_per_case,1), context=(context,0)))
+    device,why = torch.device(ifnone(device, default_device())),{}
+    budget = ifnone(memory, default_memory(device))
     why['memory'] = 'given' if memory is not None else f'GiB for a training step on {device.type}'
-    pre = Preprocess(spacing=spacing, orientation=orientation)
     if heads is None: heads = [read_header(o) for o in all_files(df, image_col, path)]
-    oriented = [pre.oriented(h['shape'], h['affine']) for h in heads]
-    if spacing=='auto':
-        pre.spacing = auto_spacing([spacing_of(a) for _,a in oriented])
-        why['spacing'] = f'mm; the median of {len(heads)} cases'
-    else: why['spacing'] = 'given' if spacing is not None else "each case keeps its own"
-    grids = [pre.grid(h['shape'], h['affine']) for h in heads]
-    med = np.median([s for s,_ in grids], 0)
-    if med.prod()>=2**31:
-        raise InputError(f"spacing {pre.spacing}: the median case would have {med.prod():.3g} voxels; expected under "
-                         f"{2**31:.3g}. Give a larger one, in mm")
-    sp = np.median([spacing_of(a) for _,a in grids], 0)
-    if ndim==2:
-        thin = [a for a,p in enumerate(patch) if p==1] if is_listy(patch) and len(patch)==3 else []
-        if len(thin)==1:
-            if axis not in ('auto', thin[0]):
-                raise InputError(f"patch {tuple(patch)} is a slice across axis {thin[0]}, and axis={axis} was asked "
-                                 f"for. Leave one of them out")
-            axis = thin[0]
-        if axis=='auto':
-            near = np.flatnonzero(sp>=.95*sp.max())
-            # the first of nearly equal sides
-            axis = int(next(a for a in near if med[a]*sp[a]<=1.1*min(med[b]*sp[b] for b in near)))
-            why['axis'] = (
-                    f"across the {'coarsest spacing' if len(near)<3 else 'shortest side'}, so that a slice shows most")
-        else: why['axis'] = 'given'
-        axes = [a for a in range(3) if a!=axis]
-    else: axis,axes = None,[0,1,2]
-    if nf is None:
-        nf = 16 if ndim==3 and device.type=='cpu' else 32
-        why['nf'] = 'features of the first level'+(': 16 for volumes on a CPU' if nf==16 else '')
-    else: why['nf'] = 'given'
-    def fits(p, b): return np.prod([p[a] for a in axes])*b*nf*BYTES<=mem*2**30
-    if patch=='auto':
-        p,st = _whole_scan(med, sp, axes)
-        while not fits(p, 2 if ndim==3 else 4) and max(p)>8:
-            q = _shrunk(p, st, sp, axes)
-            if q[0]==p: break
-            p,st = q
-        whole,shrunk = tuple(int(o) for o in med),tuple(p)<tuple(_whole_scan(med, sp, axes)[0])
-        why['patch'] = (
-                f"voxels; the median case has {whole}, shrunk to the budget, rounded up to what the strides divide"
-                if shrunk
-                        else f"voxels; holds the median case {whole}")
-    else:
-        p = [1]*3
-        given = list(patch) if is_listy(patch) else [patch]*len(axes)
-        if len(given)==3 and ndim==2: given = [given[a] for a in axes]
-        if len(given)!=len(axes) or min(given)<1:
-            raise InputError(f"patch: expected {len(axes)} sizes for ndim={ndim}; found {patch}")
-        for a,g_ in zip(axes, given): p[a] = int(g_)
-        st = _dividing_strides(p, sp, axes)
-        why['patch'] = 'given'
-    if bs is None:
-        least,most = (2,4) if ndim==3 else (4,32)
-        bs = min(most, max(least, int(mem*2**30//(np.prod([p[a] for a in axes])*nf*BYTES))))
-        why['bs'] = f'as many as fit the budget, at most {most}'
-    else: why['bs'] = 'given'
-    auto_samples = samples_per_case=='auto'
-    if auto_samples:
-        samples_per_case = _samples(bs, len(heads))
-        why['samples_per_case'] = 'at least 64 batches an epoch'
-    else: why['samples_per_case'] = 'given'
-    strides = [tuple(s[a] for a in axes) for s in st]
-    why['strides'] = 'each axis is halved while 4 voxels are left and it is not over twice as coarse as the finest'
-    why['depth'] = 'levels: one more than the strides'
-    d = dict(ndim=ndim, spacing=pre.spacing, patch=tuple(p), strides=strides, depth=len(strides)+1, nf=nf, bs=bs,
-             samples_per_case=samples_per_case, memory=mem, orientation=orientation)
-    if ndim==2:
-        d.update(axis=axis, context=context)
-        why['context'] = 'neighbouring slices on each side, as channels'
-    plan = Plan(d, reasons=why)
+    grid = _median_grid(heads, spacing, orientation, why)
+    across = _plan_axis(axis, patch, grid, why) if ndim==2 else None
+    axes = [a for a in range(3) if a!=across]
+    features = ifnone(nf, 16 if ndim==3 and device.type=='cpu' else 32)
+    why['nf'] = _nf_reason(nf, features)
+    least,most = (2,4) if ndim==3 else (4,32)
+    def patches(p): return budget*2**30/(np.prod([p[a] for a in axes])*features*BYTES)     # that the budget holds
+    if isinstance(patch, str) and patch=='auto': p,st = _fitting_patch(axes, grid, lambda p: patches(p)>=least, why)
+    else: p,st = _given_patch(patch, axes, grid, why)
+    why.update(_fixed_reasons(ndim, bs, samples_per_case, most))
+    size = ifnone(bs, min(most, max(least, int(patches(p)))))
+    drawn = _samples(size, len(heads)) if samples_per_case=='auto' else samples_per_case
+    plan = Plan(ndim=ndim, spacing=grid.spacing, patch=tuple(p), strides=[tuple(s[a] for a in axes) for s in st],
+                depth=len(st)+1, nf=features, bs=size, samples_per_case=drawn, memory=budget, orientation=orientation,
+                reasons=why)
+    if ndim==2: plan.update(axis=across, context=context)
     if minutes is None: return plan
-    sizes = [Plan({**o, 'samples_per_case':_samples(o.bs, len(heads))}, reasons=why) if auto_samples else o
-                   for o in _smaller_plans(plan, sp, axes, fixed)]
+    fixed = [k for k,v in dict(patch=patch, bs=bs, nf=nf).items() if not (v is None or isinstance(v, str))]
+    sizes = _smaller_plans(plan, grid.mm, axes, fixed)
+    if samples_per_case=='auto': sizes = [_resampled(o, len(heads)) for o in sizes]
     n_in = heads[0]['channels']*(1+2*context if ndim==2 else 1)
     if machine is None: machine = measure_machine(ndim, {o.nf for o in sizes}, n_in, device)
     return fit_plan(sizes, minutes, machine, n_in)

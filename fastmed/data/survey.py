@@ -151,7 +151,7 @@ def _missing_files(images, masks, want):
     if want and not masks and want!='image': out.append(problem_row('no mask', 'none', images[0] if images else None))
     return out
 
-def _too_large(fn, h, limit):
+def _over_memory(fn, h, limit):
     "Whether a scan, with room to work, takes more than `limit` bytes"
     return 12*np.prod([float(o) for o in h['shape']])*(h['channels']+1)>limit
 
@@ -166,7 +166,7 @@ def _case_headers(case, tol, limit):
     m = masks[0] if masks and hs[masks[0]] else None
     if m and ref: out += _unlike_grid('mask', m, hs[m], ref, tol)
     out += _missing_files(images, masks, want)
-    big = [f for f in (*good, m) if f and _too_large(f, hs[f], limit)]
+    big = [f for f in (*good, m) if f and _over_memory(f, hs[f], limit)]
     out += [problem_row('too large', f"shape {hs[f]['shape']}, {hs[f]['channels']} channels", f,
                         f'at most {limit/2**30:.3g} GB with room to work') for f in big]
     off = any(o['problem'].startswith('mask') and o['problem']!='mask turned' for o in out)

@@ -20,7 +20,7 @@ from fastai.basics import to_cpu, warn
 from fastcore.all import groupby, ifnone
 from .. import __version__
 from fastmed.core import (
-    ExtraError, FileError, InputError, MissingFileError, orientation_of, spacing_of, TensorVolumeMask, whole_file
+    ExtraError, FileError, InputError, MissingFileError, orientation_of, spacing_of, TensorVolumeMask, atomic_file
 )
 from .formats import describe_grid, file_frames
 from .frames import file_pixels
@@ -341,7 +341,7 @@ def save_dicom_seg(
         if 'PerFrameFunctionalGroupsSequence' in src[0]: _refer(seg, s, heads)
         if strip_identity: _without_identity(seg)
         else: seg.PatientIdentityRemoved = seg.get('PatientIdentityRemoved', 'NO')
-        with whole_file(fn, scan=True) as tmp: seg.save_as(tmp)
+        with atomic_file(fn, scan=True) as tmp: seg.save_as(tmp)
     return Path(fn)
 
 # %% ../../nbs/io/06_dicom.ipynb #fa0a8ca0

@@ -23,7 +23,7 @@ from fastmed.io.frames import (
     decoded, element_text, frame_of, HEAD_TAGS, Header, IDENTITY_TAGS, may_be_tiled, PARTING_TAGS, read_elements,
     short_hash, tiling
 )
-from .guard import check_plain, check_size, reading, unpacked
+from .guard import check_plain, check_size, reading, unpacked_size
 from .headers import check_header
 from nibabel.spatialimages import HeaderDataError, SpatialImage
 
@@ -251,7 +251,7 @@ def nifti_voxels(
     item,gz = im.get_data_dtype().itemsize,scan_suffix(fn).endswith('gz')
     own = Path(im.file_map['image'].filename)                           # of a pair, the .img
     with reading(fn):
-        holds = unpacked(own, math.prod(map(int, im.shape))*item) if gz else own.stat().st_size
+        holds = unpacked_size(own, math.prod(map(int, im.shape))*item) if gz else own.stat().st_size
         check_size(fn, im.shape, item, holds)
     with reading(fn, f'{im.shape} voxels, as the header promises'), _to_the_end(im, own, gz) as im: return values(im)
 

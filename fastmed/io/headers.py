@@ -14,7 +14,7 @@ from collections import namedtuple
 from pathlib import Path
 
 from ..core import FileError, InputError, MissingFileError
-from .guard import check_size, check_stream, DEFLATE_MOST, reading, unpacked
+from .guard import check_size, check_stream, DEFLATE_MOST, reading, unpacked_size
 
 # %% ../../nbs/io/02_headers.ipynb #d38e2099
 def _bad(fn, what):
@@ -129,7 +129,7 @@ def _check_mha(fn, voxels):
     if packed:
         length, = h.whole('CompressedDataSize', 1, holds)
         if h.get('HeaderSize', '0')!='0': _bad(fn, 'HeaderSize of compressed voxels is not read')
-        holds = unpacked(p, need, start)
+        holds = unpacked_size(p, need, start)
     check_size(fn, (*shape, channels), item, holds, room=voxels)
     if packed and voxels: check_stream(p, need, start, length)
 
@@ -206,7 +206,7 @@ def _check_nrrd(fn, voxels):
     need,left = math.prod(shape)*item,max(0, size-start-max(0, skip))
     whole_stream = enc=='gzip' and not (skip or line)
     if enc=='raw': holds = size-start if skip==-1 else left
-    elif enc=='gzip': holds = unpacked(p, need, start) if whole_stream else left*DEFLATE_MOST
+    elif enc=='gzip': holds = unpacked_size(p, need, start) if whole_stream else left*DEFLATE_MOST
     else: holds = left//2 if enc=='hex' else (left+1)//2*item
     check_size(fn, shape, item, holds, room=voxels)
     if voxels and whole_stream: check_stream(p, need, start)

@@ -16,7 +16,7 @@ import torch
 from fastai.data.all import to_cpu
 from fastcore.all import is_listy, L, patch
 from fastmed.core import (
-    ArgumentError, InputError, orientation_of, spacing_of, TensorVolume, TensorVolumeMask, whole_file
+    ArgumentError, InputError, orientation_of, spacing_of, TensorVolume, TensorVolumeMask, atomic_file
 )
 from .dicom import dicom_series, is_dicom
 from fastmed.io.formats import (
@@ -358,7 +358,7 @@ def save_volume(
     a,suffix = _stored(t, dtype),scan_suffix(fn)
     if suffix=='.png': check_one_slice(fn, a.shape)
     check_not_source(fn, L(_meta(t).get('made_from')))
-    with whole_file(fn, scan=True) as tmp:
+    with atomic_file(fn, scan=True) as tmp:
         if suffix in ('.nii','.nii.gz'):
             im = nifti_image(a, t.affine, _meta(t).get('header'))
             im.header['descrip'] = note

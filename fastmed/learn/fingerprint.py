@@ -23,7 +23,7 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastcore.all import first, L
 from .. import __version__
-from ..core import FastmedError, FileError, InputError, whole_file
+from ..core import FastmedError, FileError, InputError, atomic_file
 from ..data.blocks import LoadMask, LoadVolume
 from ..data.plan import Plan
 from ..data.radiographs import LoadRadiograph
@@ -306,7 +306,7 @@ def write_state(
     state # of types that load without pickle
 ):
     "A state with its checksum, whole or not at all"
-    with whole_file(fn) as tmp, open(tmp, 'w+b') as f:
+    with atomic_file(fn) as tmp, open(tmp, 'w+b') as f:
         f.write(_magic+_no_sum)
         torch.save(state, f)
         f.seek(len(_magic+_no_sum))

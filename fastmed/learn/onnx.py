@@ -12,10 +12,8 @@ from pathlib import Path
 
 import torch
 from fastai.basics import warn
-from fastcore.all import patch
-from ..core import ExtraError, InputError, MissingFileError, whole_file
+from ..core import ExtraError, InputError, MissingFileError, atomic_file
 from .classify import CaseLearner
-from .ensemble import Ensemble
 from .modelfile import opened_learner, rebuilt_model
 from .modelmeta import model_channels, model_meta, SavedLearner
 from fastmed.learn.plain import (
@@ -94,7 +92,7 @@ def export_onnx(
     model.size = size = _size(model, plan)
     x = trial_noise(model.n_in, size, 2, getattr(model, 'masks', False))
     meta.update(echo=finite_answer(trial_answer(model, plan)[1], fn), window=list(size))
-    with whole_file(fn) as tmp:
+    with atomic_file(fn) as tmp:
         torch.onnx.export(model, (x,), str(tmp), input_names=['x'], output_names=['logits'], dynamo=True,
                           dynamic_shapes=({0:torch.export.Dim('batch', min=1)},), external_data=False, verbose=False)
         m = onnx.load(str(tmp))
@@ -145,6 +143,3 @@ def load_onnx(
                              f"another version of it, or export again")
         return net
     return opened_learner(meta, fn, torch.device('cpu'), network)
-
-@patch
-def _read_onnx(self:Ensemble, fn): return load_onnx(fn)

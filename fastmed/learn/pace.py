@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from fastai.basics import Callback, CancelFitException, CancelTrainException, noop, num_distrib, warn
 from fastcore.all import first, patch
-from ..core import InputError, whole_file
+from ..core import InputError, atomic_file
 from ..data.blocks import chance_kept
 from ..data.plan import seconds_of
 from ..data.preprocess import Plan
@@ -265,5 +265,5 @@ def shared_plan(
     if not (fn:=Path(fn)).exists():
         own = {k:v for k,v in kwargs.items() if k not in ('overlap','tta','post','axes','lr_max')}
         with contextlib.redirect_stdout(io.StringIO()): plan = make(**own).dls.plan
-        with whole_file(fn) as tmp: tmp.write_text(plan.to_json())
+        with atomic_file(fn) as tmp: tmp.write_text(plan.to_json())
     return {**{k:v for k,v in kwargs.items() if k not in PLANNED}, 'plan':Plan.from_json(fn.read_text())}

@@ -58,8 +58,6 @@ def bootstrap_counts(
         res[:,inside] = _group_counts(rng, len(present), n_boot, one_by_one)[:,k]
     return res
 
-
-
 # %% ../../nbs/metrics/02_stats.ipynb #33da97b2
 def safe_ratio(
     a, # array
@@ -102,8 +100,6 @@ def row_statistic(
         return np.array([f(np.repeat(np.arange(len(w)), w.astype(int))) for w in weights], dtype=float)
     return stat
 
-
-
 # %% ../../nbs/metrics/02_stats.ipynb #edc72ec2
 def bootstrap(
     stat,                 # weights (B,n) → (B,) or (B,k) values
@@ -135,8 +131,6 @@ def percentile_interval(
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', RuntimeWarning)                  # a column that is nan in every draw stays nan
         return np.nanquantile(np.where(np.isfinite(values), values, np.nan), [(1-level)/2, (1+level)/2], axis=0)
-
-
 
 # %% ../../nbs/metrics/02_stats.ipynb #7d628fb5
 class Estimate(float):
@@ -174,8 +168,6 @@ def estimate(
     low,high = np.where(np.isfinite(value), ends, np.nan)
     if not value.ndim: return Estimate(value, low, high, n, subjects)
     return [Estimate(*o, n, subjects) for o in zip(value, low, high, strict=True)]
-
-
 
 # %% ../../nbs/metrics/02_stats.ipynb #42302d77
 def bootstrap_means(
@@ -219,8 +211,6 @@ def bootstrap_statistic(
     if group_numbers(groups, n, 'bootstrap_statistic')[1]<2: return (float('nan'),)*2
     return tuple(percentile_interval(bootstrap(row_statistic(f), n, groups, n_boot, seed, True), level).tolist())
 
-
-
 # %% ../../nbs/metrics/02_stats.ipynb #80ab6f1d
 class PairedComparison(AttrDict):
     "What `paired_comparison` found, with its fields as attributes; prints itself as a sentence"
@@ -244,8 +234,6 @@ def holm(
     order = known[np.argsort(ps[known], kind='stable')]
     res[order] = np.minimum(1, np.maximum.accumulate(ps[order]*np.arange(len(order), 0, -1)))
     return res
-
-
 
 # %% ../../nbs/metrics/02_stats.ipynb #d1b979a8
 def _same_index(a, b, groups):
@@ -274,8 +262,6 @@ def _paired_differences(a, b, groups):
     keep = np.isfinite(a)
     if not keep.any(): raise InputError("paired_comparison: no case has a score on both sides")
     return (a-b)[keep],pd.factorize(number[keep])[0],int((~keep).sum())
-
-
 
 # %% ../../nbs/metrics/02_stats.ipynb #7b153ba0
 def _wilcoxon(d):
@@ -309,8 +295,6 @@ def _by_column(a, b, **kwargs):
     res = pd.DataFrame(rows, index=pd.Index(a.columns, name='structure'))
     return res.assign(p_holm=holm(res.p))
 
-
-
 # %% ../../nbs/metrics/02_stats.ipynb #d68c65f2
 def paired_comparison(
     a,                  # per-case scores of one arm: (n,) array or Series; or a DataFrame, a column a structure
@@ -331,8 +315,6 @@ def paired_comparison(
     res['left_out'] = left_out
     return res
 
-
-
 # %% ../../nbs/metrics/02_stats.ipynb #494b2b7a
 def rank_correlation(
     a, # (n,) numbers
@@ -342,5 +324,3 @@ def rank_correlation(
     from scipy.stats import rankdata
     x,y = [rankdata(o) for o in (a,b)]
     return float(np.corrcoef(x, y)[0,1]) if x.std()>0 and y.std()>0 else float('nan')
-
-

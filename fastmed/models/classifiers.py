@@ -96,7 +96,7 @@ def _slice_measures(s):
     d = distance_transform_edt(np.pad(s, 1))[1:-1,1:-1]
     return d[s].mean(), d[s&(d==maximum_filter(d, 3))].mean(), len(at)/np.prod(np.ptp(at, 0)+1), d.max(), label(s)[1]
 
-def _slice_shapes(m, a):
+def _over_plane(m, a):
     "The measures of the slices across an axis"
     from scipy.ndimage import minimum_filter1d
     res = {}
@@ -134,7 +134,7 @@ def shape_measures(
     for r in (2,4,6): res[f'closed by {r}'] = (distance_transform_edt(away<=r)>r).sum()/v
     res |= {'roundness, mean':blur.mean(), 'roundness, sd':blur.std()}
     res |= {f'roundness, p{int(q*100):02}':np.quantile(blur, q) for q in (.05,.25,.75,.95)}
-    for a in range(3): res |= _slice_shapes(m, a)
+    for a in range(3): res |= _over_plane(m, a)
     return {k:float(x) for k,x in res.items()}
 
 # %% ../../nbs/models/08_classifiers.ipynb #45f397fa

@@ -174,7 +174,7 @@ def _from_monai_encoder(name, n_in, ndim, pretrained, as_rgb, kwargs):
 _timm_args = ('levels','drop_path_rate')
 _3d_args = ('axis','how','strides3','kernels3','padding')
 
-def _beginning(e, most): return str(e).splitlines()[0][:most] if str(e) else ''
+def _short_error(e, most): return str(e).splitlines()[0][:most] if str(e) else ''
 
 def _timm_net(name, args):
     "timm's network as it gives feature maps, with random weights"
@@ -182,7 +182,7 @@ def _timm_net(name, args):
     try: return timm.create_model(name, **args)
     except (RuntimeError, AttributeError, AssertionError, TypeError, ValueError, KeyError, IndexError,
             NotImplementedError) as e:
-        raise InputError(f"{name} gives no feature maps of that kind ({_beginning(e, 160) or type(e).__name__}); "
+        raise InputError(f"{name} gives no feature maps of that kind ({_short_error(e, 160) or type(e).__name__}); "
                          f"expected a network that timm builds with features_only=True, such as resnet34, "
                          f"convnext_tiny, efficientnet_b0") from e
 
@@ -195,7 +195,7 @@ def _timm_trained(name, cfg, args):
     try: return timm.create_model(name, pretrained=True, **args)
     except Exception as e:
         raise FileError(f"{name}: timm's weights could not be fetched from {cfg.hf_hub_id or cfg.url or name} "
-                        f"({type(e).__name__}: {_beginning(e, 120)}). Where there is no network, fetch the file "
+                        f"({type(e).__name__}: {_short_error(e, 120)}). Where there is no network, fetch the file "
                         f"elsewhere and say pretrained='model.safetensors', or leave pretrained away") from e
 
 def _timm_reductions(net, ndim, strides3=None, axis=2, **_):

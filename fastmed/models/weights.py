@@ -17,7 +17,7 @@ import torch
 from fastai.basics import Callback, get_model, Learner, TrainEvalCallback, warn
 from fastcore.all import delegates, groupby, join_path_file, L, store_attr
 from .. import __version__
-from ..core import FileError, InputError, MissingFileError, whole_file
+from ..core import atomic_file, FileError, InputError, MissingFileError, runs_in
 from .adapt import adapt_weight, first_convs
 from .zoo import encoder_state, encoder_words
 from torch import nn, Tensor
@@ -264,7 +264,7 @@ def save_encoder(
                          f"of our networks, or one of MONAI's")
     check_finite(model, fn)
     meta = dict(what=encoder_words(model), tensors=len(state), fastmed=__version__)
-    with whole_file(fn) as tmp: tmp.write_bytes(save(state, {'fastmed_encoder':json.dumps(meta)}))
+    with atomic_file(fn) as tmp: tmp.write_bytes(save(state, {'fastmed_encoder':json.dumps(meta)}))
     return Path(fn)
 
 def load_encoder(
@@ -342,7 +342,7 @@ class EncoderMixin:
         self.model = getattr(compiled, '_orig_mod', compiled)          # which has no prefix before its names
         try: super().load(file, device=device, **kwargs)
         finally: self.model = compiled
-        if not hasattr(self, 'lr_finder'): self.loaded = True              # lr_find puts back what was there
+        if not runs_in(self, 'lr_find'): self.loaded = True              # lr_find puts back what was there
         return self
 
     def __setstate__(self, state):

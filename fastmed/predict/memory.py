@@ -16,7 +16,7 @@ import traceback
 import torch
 from fastai.basics import Callback, default_device, warn
 from fastcore.all import first, ifnone
-from ..core import FastmedError, InputError, ResourceError
+from ..core import FastmedError, InputError, ResourceError, runs_in
 from ..io.guard import memory_left
 from ..models.zoo import model_divisor
 from torch import Tensor
@@ -38,10 +38,11 @@ def free_memory(
 
 # %% ../../nbs/predict/02_memory.ipynb #20df055e
 def _held_bytes(model, x, y, loss):
-    "(bytes that autograd keeps, the largest of them, bytes of weights in another precision) of a forward pass in training; the model is left as it was"
+    "(bytes that autograd keeps, the largest of them, bytes of weights in another precision) of a forward pass"
     own = {t.untyped_storage()._cdata for t in [*model.parameters(),*model.buffers()]}
-    shapes,kept,states,training = {tuple(p.shape) for p in model.parameters()},{},{k:v.clone() for k,
-            v in model.named_buffers()},[(m,m.training) for m in model.modules()]
+    shapes,kept = {tuple(p.shape) for p in model.parameters()},{}
+    states = {k:v.clone() for k,v in model.named_buffers()}                # the model is left as it was
+    training = [(m,m.training) for m in model.modules()]
     def pack(t):
         s = t.untyped_storage()
         if s._cdata not in own: kept[s._cdata] = (s, s.nbytes(), tuple(t.shape) in shapes)
@@ -58,12 +59,20 @@ def _held_bytes(model, x, y, loss):
     acts = [n for _,n,w in kept.values() if not w]
     return sum(acts), max(acts, default=0), sum(n for _,n,w in kept.values() if w)
 
+def _counted_patch(model, patch, divisor):
+    "The patch that the network gets, and a smaller one by which its memory is counted"
+    size = getattr(model, 'size', None)
+    if isinstance(size, (tuple,list)): return size,size                    # it takes one size alone
+    full = [-(-p//k)*k for p,k in zip(patch, divisor, strict=True)]
+    most = [3*k if k>1 else 32 for k in divisor]
+    return full,[min(p, m) for p,m in zip(full, most, strict=True)]
+
+# %% ../../nbs/predict/02_memory.ipynb #73964e49
 def memory_parts(
     learn,      # Learner, or a network alone
     patch=None, # voxels, one number an axis; default: the Learner's
     bs:int=None # patches in a batch; default: the Learner's
-# bytes of weights, gradients, optimizer, activations, passing; and `a_patch`, what one more patch in the batch costs
-)->dict:
+)->dict:        # bytes of weights, gradients, optimizer, activations, passing; `a_patch`: what one more patch costs
     "What a training step holds, part by part. Raises `ValueError` where there is no patch to count by"
     model,dls = getattr(learn, 'model', learn),getattr(learn, 'dls', None)
     if dls is not None and (patch is None or bs is None):
@@ -72,10 +81,7 @@ def memory_parts(
     if patch is None: raise InputError("memory_parts: a network alone has no patch. Give patch=(…) and bs=")
     bs,d,c = ifnone(bs, 1),model_divisor(model),first(m for m in model.modules() if isinstance(m, _ConvNd))
     if len(patch)!=len(d): raise InputError(f"patch: expected {len(d)} sizes; found {tuple(patch)}")
-    # networks that take one size alone
-    size = o if isinstance(o:=getattr(model, 'size', None), (tuple,list)) else None
-    full = size or [-(-p//k)*k for p,k in zip(patch, d)]
-    part = full if size else [min(p, 3*k if k>1 else 32) for p,k in zip(full, d)]
+    full,part = _counted_patch(model, patch, d)
     n_in = getattr(model, 'n_in', c.in_channels)
     p = next(model.parameters())
     amp = getattr(learn, 'mixed_precision', None)
@@ -90,12 +96,13 @@ def memory_parts(
                                      activations=bs*a_patch+cast, passing=bs*through+2**27,
                                      a_patch=a_patch+through).items()}
 
+# %% ../../nbs/predict/02_memory.ipynb #c32b747d
 def memory_estimate(
     learn,      # Learner, or a network alone
     patch=None, # voxels, one number an axis; default: the Learner's
     bs:int=None # patches in a batch; default: the Learner's
 )->int:         # bytes
-    "Most memory that a training holds at a time, weights included; beside it stands what the process held before. Raises `ValueError` where there is no patch to count by"
+    "Most memory that a training holds at a time, weights included. Raises `ValueError` where there is no patch"
     return sum(v for k,v in memory_parts(learn, patch, bs).items() if k!='a_patch')
 
 # %% ../../nbs/predict/02_memory.ipynb #962d5b34
@@ -112,7 +119,7 @@ def _smaller(learn, free):
     plan = learn.dls.plan
     p,d = [o for o in plan.patch if plan.ndim==3 or o>1],model_divisor(learn.model)
     least = [2*k if k>1 else 8 for k in d]
-    while any(n>m for n,m in zip(p, least)):
+    while any(n>m for n,m in zip(p, least, strict=True)):
         a = max(range(len(p)), key=lambda i: (p[i]>least[i], p[i]))
         p[a] = max(least[a], p[a]//2//d[a]*d[a])
         fixed,each = _needs(learn, p)
@@ -127,8 +134,9 @@ def _memory_advice(learn, free, most=math.inf):
     return (f"No batch fits; patches of {'×'.join(map(str, p))} would: patch={p}, bs=1" if p
             else "Not even a small patch fits: take fewer features (nf=), or a machine with more memory")
 
+# %% ../../nbs/predict/02_memory.ipynb #957f256a
 class MemoryCallback(Callback):
-    "Compare what a fit will take with what is free before it begins. Raises `ResourceError` with both numbers and the batch that fits; a network whose memory cannot be counted is let through"
+    "Compare what a fit will take with what is free. Raises `ResourceError` with both numbers and the batch that fits"
     order = -4
     def __init__(self,
         memory_gb:float=None # most that a fit may take beside what is held already; default: what is free
@@ -137,14 +145,14 @@ class MemoryCallback(Callback):
             raise InputError(f"MemoryCallback: expected memory_gb above 0; found {memory_gb}")
         self.memory_gb = memory_gb
     def before_fit(self):
-        if hasattr(self.learn, 'gather_preds'): return
+        if runs_in(self.learn, 'get_preds'): return
         device = next(self.learn.model.parameters()).device
         free = free_memory(device) if self.memory_gb is None else self.memory_gb*1e9
         bs = self.dls.train.bs
         try:
             fixed,each = _needs(self.learn)
             need = fixed+bs*each
-        except Exception: return
+        except Exception: return                                           # a network that cannot be counted
         if need<=.8*free: return
         plan = self.dls.plan
         what = (f"training on {'the GPU' if device.type=='cuda' else 'this computer'} takes about {need/1e9:.3g} GB "
@@ -153,13 +161,14 @@ class MemoryCallback(Callback):
         if need<=1.25*free: return warn(f"This may not fit: {what}. {_memory_advice(self.learn, .8*free, bs)}")
         raise ResourceError(f"{what[0].upper()+what[1:]}. {_memory_advice(self.learn, .8*free)}")
 
+# %% ../../nbs/predict/02_memory.ipynb #b6d642fd
 def is_out_of_memory(
     e    # exception
 )->bool: # True for PyTorch's and Python's own
     "Whether an exception says that there is no memory left"
-    return isinstance(e, (torch.OutOfMemoryError,MemoryError)) or isinstance(e,
-            RuntimeError) and re.search("out of memory|can't allocate memory|not enough memory|bad_alloc",
-                                        str(e)) is not None
+    words = "out of memory|can't allocate memory|not enough memory|bad_alloc"
+    if isinstance(e, (torch.OutOfMemoryError,MemoryError)): return True
+    return isinstance(e, RuntimeError) and re.search(words, str(e)) is not None
 
 def _first_line(e): return (str(e).splitlines() or [type(e).__name__])[0][:150]
 
@@ -167,7 +176,7 @@ def _first_line(e): return (str(e).splitlines() or [type(e).__name__])[0][:150]
 def memory_explained(
     learn # Learner that is trained inside
 ):
-    "A lack of memory becomes a `ResourceError` that names the batch that would fit; the tensors of the failed step are given back"
+    "A lack of memory becomes a `ResourceError` that names the batch that fits; the failed step is given back"
     try: yield
     except FastmedError as e:
         # which callback said it is of no use to who reads it
@@ -180,12 +189,13 @@ def memory_explained(
         if (cuda:=next(learn.model.parameters()).is_cuda): torch.cuda.empty_cache()
         try:
             bs,free = learn.dls.train.bs,free_memory(next(learn.model.parameters()).device)
-            say = (f" with a batch of {bs}. "
-                   f"{_memory_advice(learn, .8*free, max(2, bs//2+1)) if bs>1 else _memory_advice(learn, .8*free)}")
+            most = max(2, bs//2+1) if bs>1 else math.inf
+            say = f" with a batch of {bs}. {_memory_advice(learn, .8*free, most)}"
         except Exception: say = ". Take a smaller batch (bs=) or patch"
         raise ResourceError(f"The memory of {'the GPU' if cuda else 'this computer'} ran out while training{say} "
                             f"({_first_line(e)})") from e
 
+# %% ../../nbs/predict/02_memory.ipynb #27ee6de8
 @contextlib.contextmanager
 def prediction_explained(
     fn # the scan, for the message
@@ -197,9 +207,10 @@ def prediction_explained(
         if not is_out_of_memory(e): raise
         traceback.clear_frames(e.__traceback__)
         if gpu:=isinstance(e, torch.OutOfMemoryError): torch.cuda.empty_cache()
-        raise ResourceError(f"{fn}: the memory of {'the GPU' if gpu else 'this computer'} ran out while predicting "
-                            f"({_first_line(e)}). "
-                            f"{'Take the network to the CPU, learn.model.cpu(), or crop the scan' if gpu else 'Crop the scan, or use a machine with more memory'}") from e
+        where = 'the GPU' if gpu else 'this computer'
+        fix = 'Crop the scan, or use a machine with more memory'
+        if gpu: fix = 'Take the network to the CPU, learn.model.cpu(), or crop the scan'
+        raise ResourceError(f"{fn}: the memory of {where} ran out while predicting ({_first_line(e)}). {fix}") from e
 
 # %% ../../nbs/predict/02_memory.ipynb #03739a01
 def prediction_bytes(
@@ -217,26 +228,27 @@ def prediction_bytes(
     prepare = 4*V+12*channels*G
     slide = 4*channels*G+G+4*n_out*room+(2*n*G+4*room if proba else 0)
     back = (14*(G+V) if moved else G+2*V)+(2*n*G if proba else 0)
-    maps = V+2*n*G+8*n*V+(12*G+8*V if moved else 0) if proba else 0
+    maps = 0
+    if proba: maps = V+2*n*G+8*n*V+(12*G+8*V if moved else 0)
     return int(max(prepare, slide, back, maps))+2**25
 
 def check_prediction(
     learn,          # Learner, or `Ensemble`
     t,              # `TensorVolume` (C,X,Y,Z) that is to be segmented
     proba=False,    # whether probabilities are asked for
-    axes=None       # slicing directions, of slice models
+    axes=None       # slicing directions whose mean is held in memory
 ):
     "Raises `ResourceError`, with the numbers, where a scan's prediction cannot fit into the memory that is free"
-    many = hasattr(learn, '_answer_together')
-    pre,n = (learn.about[0].pre,len(learn.vocab)) if many else (learn.dls.preprocess,getattr(learn, 'n_out', None)
-            or len(learn.dls.preprocess.vocab))
+    pre = learn.dls.preprocess
+    n = getattr(learn, 'n_out', None) or len(pre.vocab)
     grid = pre.grid(t.shape[1:], t.affine)[0]
     fn = (getattr(t, 'meta', None) or {}).get('fn', 'this scan')
-    several = axes is not None and not many                # an ensemble keeps its mean in a file where it is large
+    several = axes is not None
     need,free = prediction_bytes(t.shape[0], t.shape[1:], grid, n, proba or several),free_memory('cpu')
     if need<=1.4*free: return
     less = prediction_bytes(t.shape[0], t.shape[1:], grid, n)
+    more = ' with probabilities' if proba or several else ''
+    mask_fits = 'The mask alone would fit: leave proba out. ' if proba and not several and less<=free else ''
     raise ResourceError(f"{fn}: {'×'.join(map(str, t.shape[1:]))} voxels become {'×'.join(map(str, grid))} at the "
-                        f"network's spacing; {n} classes{' with probabilities' if proba or several else ''} take about "
-                        f"{need/1e9:.3g} GB, and {free/1e9:.3g} GB are free. "
-                        f"{'The mask alone would fit: leave proba out. ' if proba and not several and less<=free else ''}Crop the scan, or use a machine with more memory")
+                        f"network's spacing; {n} classes{more} take about {need/1e9:.3g} GB, and {free/1e9:.3g} GB are "
+                        f"free. {mask_fits}Crop the scan, or use a machine with more memory")

@@ -17,8 +17,8 @@ from fastai.data.all import retain_meta
 from fastcore.all import ifnone, L, patch
 from ..core import ArgumentError, InputError, TensorVolumeMask
 from ..data.preprocess import Plan
-from ..data.store import cut
-from .tta import Look, look_back, look_through
+from ..data.transforms import cut
+from .tta import TTAView
 from fastprogress.fastprogress import progress_bar
 from torch import Tensor
 
@@ -58,7 +58,7 @@ def _window_input(x, corner, plan, size, view, spacing):
         size[plan.axis] += 2*context
     wide = view.extent(size, spacing)
     begin = [c-(w-s)//2 for c,w,s in zip(corner, wide, size, strict=True)]
-    seen = look_through(cut(x, begin, wide)[None], view, size, spacing)[0]
+    seen = view.apply(cut(x, begin, wide)[None], size, spacing)[0]
     return seen.movedim(plan.axis+1, 1).flatten(0,1) if plan.ndim==2 else seen
 
 def _why_nan(name, x):
@@ -174,7 +174,7 @@ def slide_window(
     n_out:int,           # channels of the logits; 1 means a sigmoid
     overlap:float=.5,    # share of a window that its neighbour covers too
     bs:int=None,         # windows at once; default: 1 in 3D on a CPU, else 4, and 32 slices
-    views=(Look(),),     # the looks, of `tta_views`
+    views=((),),         # of `tta_views`; () is the plain one
     proba:bool=False,    # give probabilities too
     divisor=(1,1,1),     # what the network needs a window's sides to be multiples of
     device=None,         # where the network is
@@ -189,7 +189,7 @@ def slide_window(
     size = tuple(-(-p//d)*d if p>1 else 1 for p,d in zip(plan.patch, divisor, strict=True))
     axis = plan.axis if plan.ndim==2 else int(np.argmax(shape))         # planes are finished along it
     corners = sorted(window_corners(shape, size, overlap), key=lambda c: (c[axis], *np.delete(c, axis)))
-    batches = _batches(corners, [Look(*v) for v in views], bs or _usual_batch(plan, device))
+    batches = _batches(corners, [TTAView(*v) for v in views], bs or _usual_batch(plan, device))
     buffer = PlaneBuffer(shape, axis, _room(batches, axis, shape[axis], size[axis]), n_out, device, proba, sink,
                          partial(_why_nan, name, x))
     weight,shown = gaussian_weight(size).to(device),progress and len(batches)>=24
@@ -201,7 +201,7 @@ def slide_window(
             if isinstance(out, (list,tuple)): out = out[0]
             for logits,(corner,view) in zip(out, batch, strict=True):
                 if plan.ndim==2: logits = logits.unsqueeze(plan.axis+1)
-                logits,seen = look_back(logits[None], view, spacing)
+                logits,seen = view.undo(logits[None], spacing)
                 buffer.add(logits[0], corner, weight, seen if seen is None else seen[0,0])
         buffer.finish(shape[axis])
     return buffer.labels, buffer.probs

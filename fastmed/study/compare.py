@@ -16,8 +16,9 @@ import torch
 from fastai.basics import Callback, set_seed
 from fastai.callback.hook import total_params
 from fastcore.all import first, ifnone, L, patch, store_attr
-from ..core import beside, InputError, whole_file
-from ..data.cases import check_codes, group_folds
+from ..core import beside, InputError, runs_in, atomic_file
+from ..data.labels import group_folds
+from ..data.preprocess import check_codes
 from ..data.loaders import SliceDataLoaders, VolumeDataLoaders
 from ..io.volumes import load_mask, load_volume, to_orientation
 from ..learn.callbacks import case_rows
@@ -245,9 +246,9 @@ def shift(self:Comparison,
 
 # %% ../../nbs/study/08_compare.ipynb #b9782241
 @patch
-def enter(self:Comparison,
-    learn, # trained Learner, whose held-out cases are those of a fold
+def add_run(self:Comparison,
     arm,   # name
+    learn, # trained Learner, whose held-out cases are those of a fold
     cost=None # dict of `CostCallback.total`
 )->Path:   # the run's folder
     "Score a Learner that was trained by hand, as a run. Raises `ValueError` where it holds out no fold, or has seen it"
@@ -282,7 +283,7 @@ class ComparisonCallback(Callback):
     def __getstate__(self):                              # an exported Learner takes no experiment with it
         return dict(arm=self.arm, comparison=None, paid=CostCallback())
     def _off(self):
-        return self.comparison is None or hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds')
+        return self.comparison is None or runs_in(self.learn, 'lr_find', 'get_preds')
     def before_fit(self):
         if not self._off():
             self.learn.add_cb(self.paid)
@@ -290,7 +291,7 @@ class ComparisonCallback(Callback):
     def after_fit(self):
         if self._off(): return
         self.learn.remove_cb(self.paid)
-        self.comparison.enter(self.learn, self.arm, self.paid.total)
+        self.comparison.add_run(self.arm, self.learn, self.paid.total)
 
 # %% ../../nbs/study/08_compare.ipynb #3f83644f
 class DemoArm(NamedTuple):
@@ -381,9 +382,9 @@ def demonstrate(
     valid = arms['3D'].learn.dls.valid_ds.items
     middle = arms['3D'].scores.groupby('case').dice.mean().sort_values().index[len(valid)//2]
     both = pd.concat([pd.DataFrame(o.scores).assign(model=a) for a,o in arms.items()])
-    with whole_file(path/'cases.csv') as tmp: both.to_csv(tmp, index=False)
+    with atomic_file(path/'cases.csv') as tmp: both.to_csv(tmp, index=False)
     pictures = _demo_pictures(arms, valid[valid.case==middle].iloc[0])
-    with whole_file(path/'overlay.png') as tmp: tmp.write_bytes(pictures['3D'])
+    with atomic_file(path/'overlay.png') as tmp: tmp.write_bytes(pictures['3D'])
     def summaries(*score): return pd.concat({a:o.scores.summary(*score) for a,o in arms.items()}, names=['model'])
     table,answer = summaries(),_demo_answer(arms, len(valid), minutes)
     dice = both.pivot_table(index=['case','structure'], columns='model', values='dice')

@@ -15,8 +15,9 @@ import pandas as pd
 import torch
 from fastai.basics import set_seed, warn
 from fastcore.all import ifnone, patch
-from ..core import ArgumentError, FastmedError, InputError, TensorVolume, whole_file
-from ..data.cases import check_columns, group_values, marked_rows
+from ..core import ArgumentError, FastmedError, InputError, TensorVolume, atomic_file
+from ..data.cases import check_columns, group_values
+from ..data.labels import marked_rows
 from ..io.formats import file_digest
 from ..io.volumes import load_volume
 from ..learn.callbacks import case_columns, case_rows, case_truth
@@ -26,7 +27,7 @@ from ..metrics.scores import roc_auc
 from ..metrics.stats import bootstrap, mean_interval, percentile_interval, row_statistic
 from ..predict.predict import predict_grid
 from fastmed.study.arms import (
-    arm_settings, fit_budget, function_text, loaded, make_learner, PREDICT_ARGS, read_notes, scores_and_cost,
+    arm_settings, fit_budget, function_text, make_learner, open_runs, PREDICT_ARGS, read_notes, scores_and_cost,
     seen_cases, text_hash
 )
 from .findings import counted_dice, Findings
@@ -63,7 +64,7 @@ def _headline(t):
     which = [1] if len(probs)==2 else range(len(probs))
     def auc(a):
         a = a[np.isfinite(a).all(1)]                     # those that could be read; `failed` counts the others
-        return float(np.mean([roc_auc((a[:,0]==i).astype(int), a[:,1+i]) for i in which]))
+        return float(np.mean([roc_auc(pred=a[:,1+i], targ=(a[:,0]==i).astype(int)) for i in which]))
     return 'ROC AUC', pd.concat([number, t[probs]], axis=1).astype(float), auc
 
 def _or_nan(f):
@@ -237,7 +238,7 @@ def label_efficiency(
         learn = _started(made(d, **kwargs) if make is None else make(d), inits[i])
         fit_budget(learn, budget, lr_max)
         t = _run_table(learn, dict(zip(df.case.astype(str), groups, strict=True))).assign(init=i, size=n, repeat=r)
-        with whole_file(fn) as f: t.to_csv(f, index=False)
+        with atomic_file(fn) as f: t.to_csv(f, index=False)
     _checked_notes(*notes)                               # a file may have been changed meanwhile
     cases = df.case[test].astype(str).tolist()
     return LabelEfficiency(pd.concat([read_table(fn, cases) for fn in fns.values()], ignore_index=True), seed=seed)
@@ -280,7 +281,7 @@ def compare_learners(
     if seen not in ('leave out','refuse'): raise InputError(f"seen: expected 'leave out' or 'refuse'; found {seen!r}")
     if odd:=sorted(set(look)-set(PREDICT_ARGS)):
         raise ArgumentError(f"compare_learners: unknown arguments {odd}; known are {', '.join(PREDICT_ARGS)}")
-    learners = loaded(learners, trust)
+    learners = open_runs(learners, trust)
     _check_learners(learners)
     df = _unseen(learners, df.assign(case=[str(k) for k,_ in case_rows(df)]).reset_index(drop=True), seen)
     axis = next((p.axis for p in (o.dls.plan for o in learners.values()) if p.ndim==2), None)
@@ -374,7 +375,7 @@ def anisotropy_shift(
     trust:bool=False    # open files that are pickles: only where you trust their sender
 )->ShiftCurves:         # a row an arm, factor, case and structure
     "Test Learners on scans with thicker slices, scored on the original grid. Raises `ValueError` on a seen case"
-    learners = loaded(learners, trust)
+    learners = open_runs(learners, trust)
     plans = [learn.dls.plan for learn in learners.values()]
     if axis is None: axis = next((p.axis for p in plans if p.ndim==2), 2)
     if not group_col and 'subject' in df: group_col = 'subject'

@@ -17,7 +17,7 @@ from fastai.basics import Learner, retain_meta
 from fastcore.all import first, patch
 from ..core import ArgumentError, InputError, orientation_of, show_plane, TensorMed, TensorSlice, TensorVolume
 from ..data.blocks import LoadVolume
-from ..data.labels import fit_in, WholeTransform
+from ..data.labels import shrink_to, WholeTransform
 from ..data.radiographs import get_prep, LoadRadiograph, TensorRadiograph
 from ..data.recipe import labels_of
 from ..io.volumes import load_volume, resample_to, to_orientation
@@ -41,7 +41,7 @@ class LayerRun(NamedTuple):
 
 def _shape(o): return tuple(o.shape) if isinstance(o, Tensor) else None
 
-def _run(model, x):
+def _run_layer(model, x):
     was = {m for m in model.modules() if m.training}
     model.eval()
     try:
@@ -57,7 +57,7 @@ def _watch(model, x):
         return note
     try:
         for n,m in model.named_modules(): hooks.append(m.register_forward_hook(watcher(n)))
-        out = _run(model, x)
+        out = _run_layer(model, x)
     finally:
         for h in hooks: h.remove()
     return runs,out
@@ -143,7 +143,7 @@ def _row_files(learn, item):
 def _middle_patch(learn, item, whole):
     "A whole volume, or the middle slice of it, as `whole` places it"
     t = item if isinstance(item, TensorVolume) else load_volume(_row_files(learn, item))
-    x = fit_in(learn.dls.preprocess(t), whole.plan)
+    x = shrink_to(learn.dls.preprocess(t), whole.plan)
     corner = list(whole.place(x))
     if whole.plan.ndim==2: corner[whole.plan.axis] = x.shape[whole.plan.axis+1]//2
     return whole.patch(x, corner)

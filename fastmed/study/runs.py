@@ -22,9 +22,9 @@ import pandas as pd
 import torch
 from fastai.basics import defaults, set_seed, warn
 from fastcore.all import L
-from ..core import beside, FastmedError, InputError, sweep, synced, whole_file, writing
-from ..data.cases import check_columns, fold_numbers, group_values
-from ..data.preprocess import case_files
+from ..core import beside, FastmedError, InputError, sweep, synced, atomic_file, writing
+from ..data.cases import case_files, check_columns, group_values
+from ..data.labels import fold_numbers
 from ..data.store import cache_dir, kept_digest
 from ..learn.pace import CostCallback
 from fastmed.study.arms import (
@@ -41,7 +41,7 @@ def write_notes(
     "Note it, where that is not what stands there"
     text = json.dumps(notes, indent=1)
     if fn.exists() and fn.read_text()==text: return
-    with whole_file(fn) as tmp: tmp.write_text(text)
+    with atomic_file(fn) as tmp: tmp.write_text(text)
 
 _again = "Put a copy of it back, or remove the run's folder and call run() to train it again"
 

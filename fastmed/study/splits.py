@@ -18,7 +18,7 @@ from ..metrics.scores import label_scores
 from ..metrics.stats import bootstrap, mean_interval, percentile_interval, row_statistic
 from ..plot import html_report
 from .arms import setting_text
-from .findings import failed_rows, ruled_scores
+from .findings import failed_rows, common_scores
 from .report import RULE
 from .runs import class_numbers, read_table, Study
 
@@ -88,7 +88,7 @@ class LabelTable(NamedTuple):
         preds   # (n,k) of one repeat
     )->dict:    # as of `label_scores`
         "The scores of some cases in one repeat"
-        return label_scores(self.task, self.vocab, self.targets[rows], preds[rows])
+        return label_scores(self.task, self.vocab, pred=preds[rows], targ=self.targets[rows])
 
 def _label_columns(task, vocab):
     "The columns of targets and of predictions"
@@ -139,7 +139,7 @@ def _label_splits(self:SplitFindings, t):
 def _scores(self:SplitFindings, score):
     "A row a (case, structure), a column a repeat, of masks"
     t = self.results
-    return ruled_scores(t.assign(arm=t.repeat, seed=0), score)
+    return common_scores(t.assign(arm=t.repeat, seed=0), score)
 
 def _ranges(repeats, splits):
     return dict(repeat_low=repeats.min(), repeat_high=repeats.max(), split_low=splits.min(), split_high=splits.max())
