@@ -287,7 +287,7 @@ def add_unscale(
     mean,            # (n,)
     sd               # (n,)
 )->nn.Module:        # the same, with `.unscale`
-    "Let a network answer in the units of its targets"
+    "Let a network predict in the units of its targets"
     model.unscale = Unscale(mean, sd)
     model.register_forward_hook(_unscaled)
     return model
