@@ -234,6 +234,8 @@ def create_encoder_classifier(
     model.weights_report = whole_weights(model, pretrained, report)
     return model
 
+
+
 # %% ../../nbs/models/08_classifiers.ipynb #aaf29235
 _own_networks = (('small_resnet',SmallResNet),('shape_net',ShapeNet))
 
@@ -285,7 +287,7 @@ def add_unscale(
     mean,            # (n,)
     sd               # (n,)
 )->nn.Module:        # the same, with `.unscale`
-    "Let a network answer in the units of its targets"
+    "Let a network predict in the units of its targets"
     model.unscale = Unscale(mean, sd)
     model.register_forward_hook(_unscaled)
     return model
