@@ -150,7 +150,7 @@ def folds(df, made, files, a):
             if 'measured' in k: learn = measured(d, files)
             else: learn = train(d, files, a, encoder if 'encoder' in k else None, 'depth' in k)
             with quiet(): p[test] = learn.evaluate(d[d.held], tta=False if 'measured' in k else 8).arrays()[1][:,1]
-    def of(p, i): return np.mean([roc_auc(y[j], p[j]) for j in (i[np.isin(i, t)] for _,t in parts)])
+    def of(p, i): return np.mean([roc_auc(pred=p[j], targ=y[j]) for j in (i[np.isin(i, t)] for _,t in parts)])
     rng = np.random.default_rng(0)
     draws = [rng.integers(len(y), size=len(y)) for _ in range(2000)]
     every = np.arange(len(y))

@@ -567,7 +567,7 @@ def leaks(a):
 
 def shift(a):
     "distribution_shift where the answer is known"
-    from fastmed.data.leaks import _shift, _shift_features
+    from fastmed.data.oddities import _shift, _shift_features
     rows = []
     hip = fm.scan_decathlon(data/'hippocampus')
     top = np.array([float(fm.load_volume(f).max()) for f in hip.image])

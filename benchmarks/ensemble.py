@@ -96,7 +96,8 @@ def predict(a):
 
 def memory(a):
     "One member, all five, and all five read one by one, each in fresh processes"
-    from fastmed.all import load_run, save_model
+    from fastmed.all import save_model
+    from fastmed.study.arms import load_run
     rows = []
     with tempfile.TemporaryDirectory() as tmp:
         for i in range(5): save_model(load_run(a.path/'folds'/f'repeat 0, fold {i}'), Path(tmp)/f'{i}.safetensors')

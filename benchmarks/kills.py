@@ -38,7 +38,9 @@ import pandas as pd
 import torch
 
 from fastmed.all import *
-from fastmed.learn.resume import _read_state
+from fastmed.core import whole_file
+from fastmed.learn.fingerprint import read_state
+from fastmed.study.arms import load_run
 
 torch.set_num_threads(1)
 
@@ -216,12 +218,12 @@ class Train(Job):
                             values=[list(map(float, o)) for o in learn.recorder.values]), tmp)
         (path/'r.pth').unlink()
     def whole(self, path):
-        for f in path.glob('[!.]*.pth'): _read_state(f) if f.name=='r.pth' else torch.load(f, weights_only=True)
+        for f in path.glob('[!.]*.pth'): read_state(f) if f.name=='r.pth' else torch.load(f, weights_only=True)
         return {f:stamp(f) for f in path.glob('weights.pth')}
     def done(self, path):
         if (path/'weights.pth').exists(): return 12
         if not (path/'r.pth').exists(): return 0
-        s = _read_state(path/'r.pth')
+        s = read_state(path/'r.pth')
         return s['epoch']*4+s['batch']
     def repeated(self, path, before, done):
         fn = self._steps(path)

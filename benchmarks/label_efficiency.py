@@ -21,7 +21,7 @@ from common import here, quiet
 
 
 def test_subjects(df, group):
-    from fastmed.all import draw_order
+    from fastmed.study.efficiency import draw_order
     s = draw_order(df[group], seed=0)
     return df[group].isin(s[:round(.3*len(s))])
 

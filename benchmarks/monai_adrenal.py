@@ -28,7 +28,7 @@ if __name__=='__main__':
     p.add_argument('--size', type=int, default=48)
     p.add_argument('--out', default=here/'adrenal.csv')
     a = p.parse_args()
-    from fastmed.all import scores_interval
+    from fastmed.metrics.scores import scores_interval
     set_determinism(0)
     (x,y),(xv,yv) = shapes('train'),shapes('val')
     x,xv = [torch.cat([F.interpolate(torch.from_numpy(b[:,None]).float(), (a.size,)*3, mode='trilinear',
@@ -50,7 +50,8 @@ if __name__=='__main__':
     took = (time.perf_counter()-t0)/60
     net.eval()
     with torch.no_grad(): prob = torch.cat([net(b).softmax(1)[:,1] for b in xv.split(8)]).numpy()
-    of = scores_interval('category', ['normal','hyperplasia or mass'], yv.astype(int), np.stack([1-prob, prob], 1),
+    of = scores_interval('category', ['normal','hyperplasia or mass'], pred=np.stack([1-prob, prob], 1),
+                                      targ=yv.astype(int),
                                       n_boot=2000)
     keep([dict(what='MONAI DenseNet121', score=s, of=r.of, value=round(r.value, 4), low=round(r.low, 4),
             high=round(r.high, 4), cases=int(r.n), epochs=round(epochs, 1), size=a.size, minutes=round(took, 1)) for s,

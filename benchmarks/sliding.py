@@ -27,7 +27,8 @@ from common import child, here, keep, peak, reset_peak, rss, wait
 
 
 def network(name, classes):
-    from fastmed.all import UNet, make_fast
+    from fastmed.all import UNet
+    from fastmed.learn.fast import make_fast
     torch.manual_seed(0)
     return make_fast(UNet(1, classes, nf=16, depth=4) if name=='unet' else torch.nn.Conv3d(1, classes, 1)).eval()
 
@@ -40,7 +41,8 @@ def run(a):
     net,x,w,gpu = network(a.net, a.classes).to(a.device),volume(a.size),a.window[0],a.device!='cpu'
     bs = 4 if gpu else 1
     if a.one=='fastmed':
-        from fastmed.all import patch_plan, slide_window
+        from fastmed.data.plan import patch_plan
+        from fastmed.predict.windows import slide_window
         def go(x):
             return slide_window(x, net, patch_plan((w,)*3), a.classes, overlap=a.overlap, bs=bs, progress=False,
                                 device=a.device)[0]

@@ -23,12 +23,14 @@ import torch.nn.functional as F
 from common import here, keep, quiet, wait
 
 import fastmed.all as fm
+from fastmed.data.plan import has_bf16
 
 shapes = {3:dict(nf=16, patch=(40,56,40), bs=4), 2:dict(nf=32, patch=(56,40), bs=32)}
 
 # ---- a step
 def step(ndim, steps, nf, patch, bs, depth=4, n_out=3, device='cpu'):
-    from fastmed.all import DiceCELoss, UNet, make_fast
+    from fastmed.all import DiceCELoss, UNet
+    from fastmed.learn.fast import make_fast
     torch.manual_seed(0)
     net = UNet(1, n_out, ndim=ndim, nf=nf, depth=depth).to(device)
     x,y = torch.randn(bs, 1, *patch, device=device),torch.randint(0, n_out, (bs,*patch), device=device)
@@ -145,7 +147,7 @@ def seconds_of_loop(dls, crops, warm, device):
     plan = dls.plan
     net = fm.UNet(1, len(dls.codes), ndim=plan.ndim, nf=plan.nf, strides=plan.strides, depth=plan.depth)
     t0 = time.perf_counter()
-    bare(net, crops, 3 if warm else len(dls.train), bf16=fm.has_bf16(device), device=device)
+    bare(net, crops, 3 if warm else len(dls.train), bf16=has_bf16(device), device=device)
     wait(device)
     return time.perf_counter()-t0
 

@@ -22,7 +22,8 @@ from common import child, here, keep, peak, quiet, reset_peak
 
 def table(name):
     "Cases and codes of a set"
-    from fastmed.all import Preprocess, Store, cache_dir, label_values, scan_folder
+    from fastmed.all import Preprocess, Store, cache_dir, scan_folder
+    from fastmed.data.store import label_values
     df = scan_folder(Path(os.environ['FASTMED_DATA'])/name)
     if name=='ms_lesions': return df.assign(valid=lambda d: d.index==len(d)-1), {'background':0,'lesion':1}
     values = label_values(Store(Preprocess(), cache_dir()), df['mask'].tolist())

@@ -20,6 +20,6 @@ class _Renamed:
         raise RuntimeError(f"{name} is a module of fastmed 0.1.0, and has another place in {__version__}: "
                            "CHANGELOG.md lists them. "
                            "A pickle that names it was exported by 0.1.0 and opens only there: call "
-                           "save_model(load_learner(...), 'model.safetensors') there, and load_model opens that file here")
+                           "save_model(load_learner(...), 'model.safetensors') there; load_model opens that file here")
 
 sys.meta_path.insert(0, _Renamed)

@@ -1,67 +1,85 @@
-"Everything of fastmed, and of `fastai.vision.all`, for scripts and notebooks: `from fastmed.all import *`."
+"""What a notebook needs, by task: `from fastmed.all import *`, which brings `fastai.vision.all` too. What is not named
+here is imported from its module, such as `from fastmed.metrics.masks import slice_consistency`."""
 from fastai.vision.all import *
-from fastmed.core import *
-from fastmed.plot import *
-from fastmed.io.guard import *
-from fastmed.io.headers import *
-from fastmed.io.frames import *
-from fastmed.io.formats import *
-from fastmed.io.series import *
-from fastmed.io.dicom import *
-from fastmed.io.volumes import *
-from fastmed.metrics.masks import *
-from fastmed.metrics.stats import *
-from fastmed.metrics.scores import *
-from fastmed.metrics.curves import *
-from fastmed.data.datasets import *
-from fastmed.data.cases import *
-from fastmed.data.preprocess import *
-from fastmed.data.plan import *
-from fastmed.data.store import *
-from fastmed.data.recipe import *
-from fastmed.data.augment import *
-from fastmed.data.transforms import *
-from fastmed.data.blocks import *
-from fastmed.data.labels import *
-from fastmed.data.loaders import *
-from fastmed.data.radiographs import *
-from fastmed.data.survey import *
-from fastmed.data.oddities import *
-from fastmed.data.check import *
-from fastmed.data.leaks import *
-from fastmed.models.unet import *
-from fastmed.models.zoo import *
-from fastmed.models.adapt import *
-from fastmed.models.inflate import *
-from fastmed.models.weights import *
-from fastmed.models.encoders import *
-from fastmed.models.classifiers import *
-from fastmed.predict.tta import *
-from fastmed.predict.memory import *
-from fastmed.predict.windows import *
-from fastmed.predict.predict import *
-from fastmed.learn.losses import *
-from fastmed.learn.callbacks import *
-from fastmed.learn.finite import *
-from fastmed.learn.pace import *
-from fastmed.learn.fingerprint import *
-from fastmed.learn.learner import *
-from fastmed.learn.pretrain import *
-from fastmed.learn.classify import *
-from fastmed.learn.plain import *
-from fastmed.learn.uncertainty import *
-from fastmed.learn.ensemble import *
-from fastmed.learn.modelmeta import *
-from fastmed.learn.modelfile import *
-from fastmed.learn.onnx import *
-from fastmed.learn.resume import *
-from fastmed.study.gradcam import *
-from fastmed.study.report import *
-from fastmed.study.interpret import *
-from fastmed.study.findings import *
-from fastmed.study.arms import *
-from fastmed.study.runs import *
-from fastmed.study.efficiency import *
-from fastmed.study.compare import *
-from fastmed.study.splits import *
-from fastmed.study.crossval import *
+
+# ---- scans: read, look, write
+from fastmed.core import FastmedError, InputError, TensorSlice, TensorSliceMask, TensorVolume, TensorVolumeMask
+from fastmed.io.dicom import load_dicom_seg, save_dicom_seg, scan_dicom
+from fastmed.io.volumes import load_mask, load_volume, read_header, resample_to, save_volume, to_orientation
+from fastmed.data.radiographs import load_radiograph, TensorRadiograph
+from fastmed.plot import plot_volume
+
+# ---- a data set: cases, subjects, splits, checks
+from fastmed.data.datasets import cohort, phantom, untar_data, URLs
+from fastmed.data.labels import group_folds, GroupSplitter
+from fastmed.data.cases import scan_decathlon, scan_folder
+from fastmed.data.check import check_dataset
+from fastmed.data.oddities import distribution_shift
+from fastmed.data.leaks import find_leaks
+
+# ---- a pipeline: from files to batches
+from fastmed.data.preprocess import Plan, Preprocess
+from fastmed.data.plan import suggest_plan
+from fastmed.data.recipe import Recipe, whole_plan
+from fastmed.data.store import cache_dir, Store
+from fastmed.data.blocks import CaseFiles, SliceBlock, SliceMaskBlock, VolumeBlock, VolumeMaskBlock
+from fastmed.data.transforms import PatchTransform, WholeTransform
+from fastmed.data.labels import LabelOf
+from fastmed.data.loaders import SliceDataLoaders, VolumeDataLoaders
+from fastmed.data.radiographs import radiograph_tfms, RadiographBlock, RadiographDataLoaders
+from fastmed.data.augment import IntensityTfm, SpatialTfm, TorchIOTransform, volume_tfms
+
+# ---- networks and weights
+from fastmed.models.unet import UNet
+from fastmed.models.zoo import create_model, model_names
+from fastmed.models.adapt import adapt_input
+from fastmed.models.inflate import inflate
+from fastmed.models.weights import load_encoder, load_weights, save_encoder
+from fastmed.models.encoders import encoder_names
+from fastmed.models.classifiers import create_classifier
+
+# ---- Learners
+from fastmed.learn.learner import unet2d_learner, unet3d_learner, VolumeLearner
+from fastmed.learn.classify import CaseLearner, classifier_learner, regression_learner
+from fastmed.learn.pretrain import restoration_learner
+from fastmed.learn.ensemble import Ensemble
+from fastmed.learn.uncertainty import case_uncertainty
+from fastmed.predict.tta import TTA
+
+# ---- losses and callbacks
+from fastmed.learn.losses import DiceCELoss, DiceLoss, FocalLoss, LabelLoss, MultiTaskLoss, TverskyLoss
+from fastmed.learn.callbacks import DeepSupervisionLoss, DiceCallback, PictureCallback, TensorBoardVolumes
+from fastmed.learn.pace import BudgetCallback, CostCallback
+from fastmed.learn.resume import ResumeCallback
+
+# ---- scores
+from fastmed.metrics.masks import (
+    case_scores, dice_metrics, dice_score, DiceScore, hausdorff95, summarise, surface_dice, volume_mm3
+)
+from fastmed.metrics.scores import average_precision, label_metrics, roc_auc
+from fastmed.metrics.stats import mean_interval, paired_comparison
+
+# ---- model files
+from fastmed.learn.ensemble import load_model
+from fastmed.learn.modelfile import save_model
+from fastmed.learn.onnx import export_onnx, load_onnx
+
+# ---- studies: compare, cross-validate, explain
+from fastmed.study.compare import Comparison, ComparisonCallback
+from fastmed.study.efficiency import anisotropy_shift, compare_learners, label_efficiency
+from fastmed.study.crossval import cross_validate, CrossValidation
+from fastmed.study.gradcam import grad_cam, plot_cam
+from fastmed.study.interpret import CaseInterpretation
+
+
+def __getattr__(name):
+    "A name that stood here in 0.1.0, out of its module, with a warning that says which"
+    import importlib
+    import warnings
+
+    from fastmed._modidx import d
+    for module,names in d['syms'].items():
+        if f'{module}.{name}' in names and not name.startswith('_'):
+            warnings.warn(f'fastmed.all.{name} stands in its module now: from {module} import {name}', stacklevel=2)
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f'module fastmed.all has no attribute {name!r}')

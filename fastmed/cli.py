@@ -153,13 +153,14 @@ def _load_file(fn, trust):
 def _load_pickle(fn):
     from fastmed.all import load_learner
     from fastmed.core import InputError
+    from fastmed.learn.answers import ScanModel
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')                              # fastai's, of what was said above
         try: learn = load_learner(fn)
         except Exception as e:
             raise InputError(f"{fn}: not an exported Learner of fastmed ({type(e).__name__}: "
                              f"{str(e).splitlines()[0] if str(e) else ''})") from e
-    if not hasattr(learn, 'predict_volume'):
+    if not isinstance(learn, ScanModel):
         raise InputError(f"{fn}: holds a {type(learn).__name__} that was not made by fastmed")
     return learn
 

@@ -277,6 +277,15 @@ def evaluating(
             asked.n -= 1
             while not asked.n and asked.was: asked.was.pop().training = True
 
+# %% ../nbs/00_core.ipynb #c0a11002
+def runs_in(
+    learn, # Learner
+    *calls # 'lr_find', 'get_preds'
+)->bool:   # whether it is inside of one of them
+    "Whether the events that a Learner calls now are those of fastai's `lr_find` or `get_preds`, and not of a fit"
+    marks = dict(lr_find='lr_finder', get_preds='gather_preds')
+    return any(hasattr(learn, marks[c]) for c in calls)
+
 # %% ../nbs/00_core.ipynb #1da6c3f0
 class TensorMed(TensorImageBase):
     "A tensor that knows where its voxels lie: the base of volumes, slices and their masks"

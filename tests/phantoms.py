@@ -103,7 +103,7 @@ def answers(learn, new, files):
         preds,_ = learn.get_preds(dl=learn.dls.test_dl(files, num_workers=0))
     return dict(volume=m.numpy(), affine=m.affine, tta=mp.numpy(), proba=p.numpy(), decoded=dec.numpy(),
                 ids=ids.numpy(), probs=probs.numpy(), preds=preds.numpy(),
-                pre=np.array(get_preprocess(learn.dls).to_json()))
+                pre=np.array(learn.dls.preprocess.to_json()))
 """
 
 def shaken(m, seed=0):

@@ -11,6 +11,17 @@ from PIL import Image
 from torch import nn
 
 from fastmed.all import *
+from fastmed.core import ArgumentError, FileError
+from fastmed.metrics.scores import (
+    balanced_accuracy,
+    choose_point,
+    label_scores,
+    mean_abs_error,
+    r_squared,
+    scores_interval,
+    sensitivity_specificity,
+)
+from fastmed.models.classifiers import SmallResNet, shape_measures
 
 for k in [o for o in globals() if o.startswith('test')]: del globals()[k]    # fastcore's own
 
@@ -31,17 +42,19 @@ def test_scores_are_those_of_sklearn(seed, ties):
     t[:2] = 0,1
     s = rng.normal(size=40)+t
     if ties: s = s.round(0)
-    assert math.isclose(roc_auc(t, s), m.roc_auc_score(t, s)) and math.isclose(average_precision(t, s),
+    assert math.isclose(roc_auc(pred=s, targ=t), m.roc_auc_score(t, s)) and math.isclose(average_precision(pred=s,
+            targ=t),
             m.average_precision_score(t, s))
-    assert math.isclose(balanced_accuracy(t, s>.5), m.balanced_accuracy_score(t, s>.5)) and math.isclose(r_squared(t,
-            s), m.r2_score(t, s)) and math.isclose(mean_abs_error(t, s), m.mean_absolute_error(t, s))
+    assert math.isclose(balanced_accuracy(pred=s>.5, targ=t),
+                        m.balanced_accuracy_score(t, s>.5)) and math.isclose(r_squared(pred=s, targ=t),
+            m.r2_score(t, s)) and math.isclose(mean_abs_error(pred=s, targ=t), m.mean_absolute_error(t, s))
     P = rng.dirichlet([1,1,1], 40)
     y = rng.integers(3, size=40)
-    assert math.isclose(label_scores('category', list('abc'), y, P)['roc_auc','mean'],
+    assert math.isclose(label_scores('category', list('abc'), pred=P, targ=y)['roc_auc','mean'],
             m.roc_auc_score(y, P, multi_class='ovr'))
     for how in (('sensitivity',.9),('specificity',.9),'youden'):
-        h = choose_point(t, s, how)
-        se,sp = sensitivity_specificity(t, s, h)
+        h = choose_point(pred=s, targ=t, point=how)
+        se,sp = sensitivity_specificity(pred=s, targ=t, point=h)
         fpr,tpr,_ = m.roc_curve(t, s, drop_intermediate=False)
         if how=='youden': assert math.isclose(se+sp, 1+(tpr-fpr).max())
         elif how[0]=='sensitivity': assert se>=.9-1e-12 and math.isclose(sp, 1-fpr[tpr>=.9-1e-12].min())
@@ -55,15 +68,15 @@ def test_interval_covers_and_knows_subjects():
         rng = np.random.default_rng(s)
         t = rng.integers(2, size=120)
         x = rng.normal(size=120)+1.19*t
-        r = scores_interval('category', [0,1], t, np.c_[-x,x], n_boot=200, seed=s).loc['roc_auc']
+        r = scores_interval('category', [0,1], pred=np.c_[-x,x], targ=t, n_boot=200, seed=s).loc['roc_auc']
         hit += r.low<=.8<=r.high
     assert 34<=hit<=40, hit
-    a = scores_interval('category', [0,1], t, np.c_[-x,x], n_boot=300)
-    b = scores_interval('category', [0,1], np.r_[t,t,t], np.c_[-x,x][np.r_[0:120,0:120,0:120]],
+    a = scores_interval('category', [0,1], pred=np.c_[-x,x], targ=t, n_boot=300)
+    b = scores_interval('category', [0,1], pred=np.c_[-x,x][np.r_[0:120,0:120,0:120]], targ=np.r_[t,t,t],
                         groups=np.r_[0:120,0:120,0:120], n_boot=300)
     assert (np.allclose(a[['low','high']].astype(float), b[['low','high']].astype(float)) and (b.subjects==120).all()
                                                             and (b.n==360).all())
-    c = scores_interval('category', [0,1], np.r_[t,t,t], np.c_[-x,x][np.r_[0:120,0:120,0:120]], n_boot=300)
+    c = scores_interval('category', [0,1], pred=np.c_[-x,x][np.r_[0:120,0:120,0:120]], targ=np.r_[t,t,t], n_boot=300)
     assert c.loc['roc_auc','high']-c.loc['roc_auc','low']<.75*(b.loc['roc_auc','high']-b.loc['roc_auc','low'])
 
 def label_cases(task, rng):
@@ -86,17 +99,17 @@ def test_statistics_are_the_scores_of_the_drawn_rows(task):
     for n in (40,40,3,2,1):
         rows = rng.integers(40, size=n)
         weights = np.bincount(rows, minlength=40)[None].astype(float)
-        expected = label_scores(name, vocab, y[rows], p[rows])
+        expected = label_scores(name, vocab, pred=p[rows], targ=y[rows])
         found = {key:float(stat(weights)[0]) for key,stat in stats.items()}
         assert list(found)==list(expected)
         assert np.allclose(list(found.values()), list(expected.values()), equal_nan=True)
 
 def test_r2_of_targets_that_are_alike_is_nan():
     "Rounding of their mean is no variance, neither in the sample nor in a draw of one subject"
-    assert np.isnan(r_squared([.1]*3, [.2]*3))
+    assert np.isnan(r_squared(pred=[.2]*3, targ=[.1]*3))
     y = np.array([50.1]*3+[61.3]*3)
     p = y+[1,-2,1,.5,2,-1]
-    r = scores_interval('regression', ['age'], y[:,None], p[:,None], groups=list('aaabbb')).loc['r2']
+    r = scores_interval('regression', ['age'], pred=p[:,None], targ=y[:,None], groups=list('aaabbb')).loc['r2']
     assert .9<r.low<=r.value<=r.high<=1
 
 def test_a_rule_chooses_its_point_once():
@@ -104,10 +117,11 @@ def test_a_rule_chooses_its_point_once():
     rng = np.random.default_rng(0)
     y = (rng.random((60,2))<.4).astype(float)
     p = .4*y+.6*rng.random((60,2))
-    by_rule = scores_interval('multi', ['a','b'], y, p, point='youden', n_boot=50).query("of=='a'")
-    given = scores_interval('multi', ['a','b'], y, p, point=choose_point(y[:,0], p[:,0], 'youden'), n_boot=50).query("of=='a'")
+    by_rule = scores_interval('multi', ['a','b'], pred=p, targ=y, point='youden', n_boot=50).query("of=='a'")
+    given = scores_interval('multi', ['a','b'], pred=p, targ=y,
+            point=choose_point(pred=p[:,0], targ=y[:,0], point='youden'), n_boot=50).query("of=='a'")
     assert by_rule.equals(given)
-    assert np.isnan(sensitivity_specificity([1,1], [.2,.9], 'youden')).all()
+    assert np.isnan(sensitivity_specificity(pred=[.2,.9], targ=[1,1], point='youden')).all()
 
 # ---- losses
 
@@ -171,9 +185,9 @@ def test_it_learns_and_says_so(trained, cases):
                              'status'} and np.allclose(ev.prob_lit+ev.prob_none, 1)
     row = dict(zip(trained.recorder.metric_names[1:-1], trained.recorder.values[-1]))
     p,t = trained.get_preds()
-    assert math.isclose(row['roc_auc'], roc_auc(t, p[:,1]), abs_tol=1e-6) and math.isclose(row['accuracy'],
+    assert math.isclose(row['roc_auc'], roc_auc(pred=p[:,1], targ=t), abs_tol=1e-6) and math.isclose(row['accuracy'],
             (p.argmax(1)==t).float().mean().item(), abs_tol=1e-6)
-    assert math.isclose(s.loc['roc_auc','value'], roc_auc(t, p[:,1]), abs_tol=.02)
+    assert math.isclose(s.loc['roc_auc','value'], roc_auc(pred=p[:,1], targ=t), abs_tol=.02)
 
 def test_everything_of_fastai(trained, tmp_path):
     learn = trained

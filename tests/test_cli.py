@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from test_nothing_lost import correct, snapshot, write_gz
 
-from fastmed.all import FileError, Plan, ResumeCallback, save_model
+from fastmed.all import Plan, ResumeCallback, save_model
 from fastmed.cli import main
+from fastmed.core import FileError
 
 root = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, 'PYTHONPATH':os.pathsep.join([str(root), os.environ.get('PYTHONPATH', '')]),
@@ -290,7 +291,8 @@ class TestKept:
 
     def test_what_is_no_scan_never_replaces_one(self, learner, cases):
         "By whichever door"
-        from fastmed.all import html_report, load_mask
+        from fastmed.all import load_mask
+        from fastmed.plot import html_report
         learn,fn,was = learner(3),cases/'images/c0.nii',snapshot(cases)
         for write in (lambda: save_model(learn, fn), lambda: html_report(fn, 't', 'a', {}),
                 lambda: learn.predict_volume(fn).save(fn)):
@@ -394,7 +396,9 @@ class TestAnswers:
     @pytest.fixture
     def classifier(self, monkeypatch):
         "A model of cases that fails where it is told to"
-        import fastmed.cli, pandas as pd
+        import pandas as pd
+
+        import fastmed.cli
         res = {}
         def predict_folder(folder, images, tta=False):
             return pd.DataFrame([dict(case=o.name, file=str(o), pred='a', status=res.get('status', 'ok'))

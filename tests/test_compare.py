@@ -17,22 +17,12 @@ import torch
 from phantoms import CODES, affine_of, dies, write_case
 from scipy import stats
 
-from fastmed.all import (
-    Comparison,
-    Findings,
-    LabelEfficiency,
-    compare_learners,
-    group_folds,
-    holm,
-    label_efficiency,
-    load_run,
-    load_volume,
-    paired_comparison,
-    ruled_scores,
-    slice_consistency,
-    thick_slices,
-)
-from fastmed.study.arms import keep_model
+from fastmed.all import Comparison, compare_learners, group_folds, label_efficiency, load_volume, paired_comparison
+from fastmed.metrics.masks import slice_consistency
+from fastmed.metrics.stats import holm
+from fastmed.study.arms import keep_model, load_run
+from fastmed.study.efficiency import LabelEfficiency, thick_slices
+from fastmed.study.findings import Findings, ruled_scores
 
 
 # --- statistics

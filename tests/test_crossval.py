@@ -14,15 +14,8 @@ import pytest
 import torch
 from phantoms import CODES, dies
 
-from fastmed.all import (
-    CrossValidation,
-    Ensemble,
-    VolumeDataLoaders,
-    cross_validate,
-    load_mask,
-    stratified_folds,
-    unet3d_learner,
-)
+from fastmed.all import CrossValidation, Ensemble, VolumeDataLoaders, cross_validate, load_mask, unet3d_learner
+from fastmed.study.crossval import stratified_folds
 
 ARGS = dict(codes=CODES, ndim=3, budget=dict(updates=4), nf=4, depth=2, bs=2, samples_per_case=2, patch=16,
             spacing=1.25, device='cpu')

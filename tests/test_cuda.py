@@ -10,6 +10,8 @@ from phantoms import CODES, affine_of, python, write_case
 from torch import Tensor
 
 from fastmed.all import *
+from fastmed.core import ResourceError
+from fastmed.predict.memory import MemoryCallback
 
 for k in [o for o in globals() if o.startswith('test')]: del globals()[k]    # fastcore's own
 

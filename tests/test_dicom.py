@@ -26,13 +26,10 @@ from pydicom.uid import (
 
 import fastmed.io.series
 from fastmed.all import (
-    ArgumentError,
     FastmedError,
-    FileError,
     InputError,
     TensorVolumeMask,
     check_dataset,
-    dicom_series,
     load_dicom_seg,
     load_mask,
     load_volume,
@@ -43,6 +40,8 @@ from fastmed.all import (
     to_orientation,
 )
 from fastmed.cli import main
+from fastmed.core import ArgumentError, FileError
+from fastmed.io.dicom import dicom_series
 
 NAME,ID,BIRTH = 'Plantedname^Gertrud','PID-4711-PLANTED','19430217'
 PLANES = dict(axial=(1,0,0,0,1,0), coronal=(1,0,0,0,0,-1), sagittal=(0,1,0,0,0,-1), flipped=(-1,0,0,0,1,0))

@@ -11,15 +11,8 @@ from pydicom.sequence import Sequence
 from test_dicom import by_frames, enhanced, write
 from test_frames import mosaic
 
-from fastmed.all import (
-    InputError,
-    TensorVolumeMask,
-    dicom_series,
-    load_dicom_seg,
-    load_volume,
-    save_dicom_seg,
-    scan_dicom,
-)
+from fastmed.all import InputError, TensorVolumeMask, load_dicom_seg, load_volume, save_dicom_seg, scan_dicom
+from fastmed.io.dicom import dicom_series
 
 
 def mask_on(t, top=3):

@@ -23,24 +23,21 @@ from phantoms import CODES, write_case
 from fastmed.all import (
     Comparison,
     FastmedError,
-    FileError,
     PictureCallback,
     Preprocess,
     ResumeCallback,
     Store,
     TensorVolume,
     TensorVolumeMask,
-    beside,
     check_dataset,
-    html_report,
-    label_values,
     load_volume,
     save_model,
     save_volume,
     untar_data,
-    whole_file,
 )
-from fastmed.core import whole_folder
+from fastmed.core import FileError, beside, whole_file, whole_folder
+from fastmed.data.store import label_values
+from fastmed.plot import html_report
 
 
 @contextlib.contextmanager

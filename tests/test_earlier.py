@@ -1,7 +1,6 @@
 """What version 0.1.0 wrote still opens and answers the same, or says what to do; tests/fixtures/make.py tells how it
 was made."""
 import shutil
-import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -9,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fastmed.all import Comparison, load_learner, load_model
+from fastmed.all import load_learner, load_model
 
 fixtures = Path(__file__).resolve().parent/'fixtures'
 old = fixtures/'v0_1_0'

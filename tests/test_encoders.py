@@ -9,6 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from fastmed.all import *
+from fastmed.core import ArgumentError, FileError, MissingFileError
+from fastmed.learn.fast import make_fast
+from fastmed.models.adapt import first_convs, grey_scale
+from fastmed.models.classifiers import create_encoder_classifier
+from fastmed.models.encoders import create_encoder, create_network, is_encoder, thin_axis
+from fastmed.models.unet import unet_cicek
+from fastmed.models.zoo import model_divisor, param_splitter
 
 # fastcore's own, which pytest would collect
 for _n in [n for n in globals() if n.startswith('test')]:

@@ -10,29 +10,22 @@ from phantoms import CODES, Nearest, affine_of, python, write_case
 from torch import Tensor, nn
 
 from fastmed.all import (
-    MEASURES,
     TTA,
     Ensemble,
-    Look,
-    RunningMean,
     TensorVolume,
-    UncertainEvaluation,
     UNet,
     VolumeDataLoaders,
-    entropy,
-    finds_worst,
     load_learner,
     load_model,
     load_volume,
-    look_back,
-    look_through,
-    patch_plan,
     save_model,
     set_seed,
-    slide_window,
-    tta_views,
     unet3d_learner,
 )
+from fastmed.data.plan import patch_plan
+from fastmed.learn.uncertainty import MEASURES, RunningMean, UncertainEvaluation, entropy, finds_worst
+from fastmed.predict.tta import Look, look_back, look_through, tta_views
+from fastmed.predict.windows import slide_window
 
 
 def raw(t): return t.as_subclass(Tensor)
@@ -189,7 +182,7 @@ np.savez(sys.argv[1]+'/there.npz', m=m.numpy(), p=p.numpy(), n=len(e), post=e.po
         mixed = Ensemble([tmp_path/'a.safetensors', tmp_path/'b.safetensors', tmp_path/'c.pkl'], lazy=lazy,
                          device='cpu', trust=True)
         assert torch.equal(raw(mixed.predict_volume(fn, post='keep_largest')),
-                                                    raw(want)) and (mixed.kept[0] is None)==lazy
+                                                    raw(want)) and (mixed.members.kept[0] is None)==lazy
     bad = bytearray((tmp_path/'e.safetensors').read_bytes())
     bad[len(bad)//2] ^= 1
     (tmp_path/'e.safetensors').write_bytes(bad)
@@ -202,6 +195,7 @@ def test_memory_is_that_of_one_member_and_the_weights(tmp_path):
     out = python("""
 import sys, torch, numpy as np, nibabel as nib, pandas as pd
 from fastmed.all import *
+from fastmed.learn.pace import peak_memory, reset_peak
 from phantoms import write_case
 torch.set_num_threads(1)
 tmp = Path(sys.argv[1])
@@ -246,6 +240,7 @@ for i in range(5):
         return python(f"""
 import sys, torch, numpy as np
 from fastmed.all import *
+from fastmed.learn.pace import peak_memory, reset_peak
 torch.set_num_threads(1)
 files = sorted(Path(sys.argv[1]).glob('*.safetensors'))
 x = TensorVolume(torch.randn(1,24,24,24, generator=torch.Generator().manual_seed(0)), affine=np.eye(4))

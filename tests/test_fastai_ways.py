@@ -11,6 +11,8 @@ from PIL import Image
 from torch import nn
 
 from fastmed.all import *
+from fastmed.core import ArgumentError
+from fastmed.models.zoo import param_splitter
 from fastmed.predict.tta import mix_looks
 
 for k in [o for o in globals() if o.startswith('test')]: del globals()[k]    # fastcore's own

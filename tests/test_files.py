@@ -13,10 +13,8 @@ from fastai.data.all import DataBlock, RandomSplitter
 from phantoms import CODES, affine_of, write_case
 
 from fastmed.all import (
-    ArgumentError,
     CaseFiles,
     Comparison,
-    FileError,
     InputError,
     PatchTransform,
     Preprocess,
@@ -27,14 +25,12 @@ from fastmed.all import (
     VolumeDataLoaders,
     VolumeMaskBlock,
     check_dataset,
-    check_same_grid,
     find_leaks,
     label_efficiency,
     load_mask,
     load_volume,
     read_header,
     resample_to,
-    resampled_grid,
     save_volume,
     scan_decathlon,
     scan_folder,
@@ -42,8 +38,9 @@ from fastmed.all import (
     unet2d_learner,
     unet3d_learner,
 )
-from fastmed.core import FastmedError
+from fastmed.core import ArgumentError, FastmedError, FileError
 from fastmed.data.datasets import phantom
+from fastmed.io.volumes import check_same_grid, resampled_grid
 from fastmed.study.crossval import CrossValidation
 
 NESTED = {'background':0, 'WT':[1,2,3], 'TC':[1,3], 'ET':3}

@@ -13,7 +13,9 @@ from pydicom.sequence import Sequence
 from pydicom.uid import MRImageStorage, generate_uid
 from test_dicom import axes_of, header, pixels, refused, write
 
-from fastmed.all import FileError, InputError, dicom_series, load_radiograph, load_volume, read_header, scan_dicom
+from fastmed.all import InputError, load_radiograph, load_volume, read_header, scan_dicom
+from fastmed.core import FileError
+from fastmed.io.dicom import dicom_series
 from fastmed.io.formats import picture_pixels
 
 LPS = np.diag([-1,-1,1,1.])

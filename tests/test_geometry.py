@@ -20,10 +20,10 @@ from fastmed.all import (
     load_volume,
     plot_volume,
     resample_to,
-    same_grid,
     save_volume,
     unet2d_learner,
 )
+from fastmed.io.volumes import same_grid
 
 axcodes = [''.join(p) for c in itertools.product('LR','AP','SI') for p in itertools.permutations(c)]
 

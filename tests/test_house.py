@@ -243,38 +243,10 @@ def is_mutable(v):
 ASSIGNED = (ast.Assign, ast.AnnAssign, ast.AugAssign)
 DEFINED = (ast.FunctionDef, ast.AsyncFunctionDef)
 
-def targets(o):
-    "What an assignment assigns to, tuples taken apart"
-    if not isinstance(o, ASSIGNED): return []
-    found = getattr(o, 'targets', None) or [o.target]
-    return [t for f in found for t in (f.elts if isinstance(f, ast.Tuple) else [f])]
 
-def mutable_values(body, where=''):
-    "Names of a module or of its classes that hold something mutable"
-    for o in body:
-        if isinstance(o, ASSIGNED) and o.value is not None and is_mutable(o.value):
-            for n in map(ast.unparse, targets(o)):
-                if not re.fullmatch(r'__\w+__|_docs', n):
-                    yield f'line {o.lineno}: {where}{n} holds a {type(o.value).__name__.lower()}'
-        elif isinstance(o, ast.ClassDef): yield from mutable_values(o.body, f'{o.name}.')
-        elif isinstance(o, (ast.If, ast.Try, ast.With, ast.For, ast.While)):
-            yield from mutable_values([*o.body, *getattr(o, 'orelse', []), *getattr(o, 'finalbody', [])], where)
 
-def mutable_defaults(f):
-    "Defaults of a function that its calls share"
-    for d in [*f.args.defaults, *filter(None, f.args.kw_defaults)]:
-        if is_mutable(d): yield f'line {d.lineno}: a default of {getattr(f, "name", "lambda")} is mutable'
 
-def set_on_classes(f, classes):
-    "Attributes of classes that a function sets while the program runs"
-    if f.name in ('__new__', '__init_subclass__'): return
-    for o in ast.walk(f):
-        for t in targets(o):
-            if isinstance(t, ast.Attribute) and isinstance(t.value, ast.Name) and t.value.id in classes:
-                yield f'line {o.lineno}: {ast.unparse(t)} is set while running'
 
-ASSIGNED = (ast.Assign, ast.AnnAssign, ast.AugAssign)
-DEFINED = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 def targets(o):
     "What an assignment assigns to, tuples taken apart"
@@ -338,43 +310,6 @@ dispatched = ('typedispatch', 'dispatch')
 def decorators(f):
     return {getattr(d, 'id', getattr(d, 'attr', '')) for d in (o.func if isinstance(o, ast.Call) else o
                                      for o in f.decorator_list)}
-
-def comment_lines(src):
-    "line of each comment → whether nothing else stands there"
-    found = [t.start for t in tokenize.generate_tokens(io.StringIO(src).readline) if t.type==tokenize.COMMENT]
-    lines = src.splitlines()
-    return {n:not lines[n-1][:col].strip() for n,col in found}
-
-def undocumented_params(f, comments):
-    "(parameter, why) of those without a docment of their own"
-    a = f.args
-    pos = [*a.posonlyargs, *a.args]
-    ends = {id(p): p.end_lineno for p in [*pos, *a.kwonlyargs]}
-    ends.update({id(p): d.end_lineno for p,d in zip(reversed(pos), reversed(a.defaults))})
-    ends.update({id(p): d.end_lineno for p,d in zip(a.kwonlyargs, a.kw_defaults) if d})
-    own = [p for p in [*pos, *a.kwonlyargs] if p.arg not in ('self', 'cls') and not p.arg.startswith('_')]
-    lines = [ends[id(p)] for p in own]
-    for p,n in zip(own, lines):
-        beside,above = n in comments and not comments[n], comments.get(p.lineno-1, False)
-        if not (beside or above): yield p.arg, 'has no docment'
-        elif lines.count(n)>1: yield p.arg, 'shares its line, and so its docment, with another'
-
-def undocumented_function(f, label, comments, doc=True):
-    "What a function lacks; a method that a decorator dispatches, or a property, is documented elsewhere"
-    setter = any(ast.unparse(d).endswith('setter') for d in f.decorator_list)
-    if setter or decorators(f) & {*dispatched, 'property'}: return
-    if doc and not ast.get_docstring(f): yield f'{label} has no docstring'
-    first = f.args.args[0].arg if 'patch' in decorators(f) and f.args.args else None
-    yield from (f'{label}: {p} {why}' for p,why in undocumented_params(f, comments) if p!=first)
-
-def undocumented_class(o, comments):
-    "What a class lacks; a method without a docstring is one that a base class asks for"
-    if not ast.get_docstring(o): yield f'{o.name} has no docstring'
-    for m in o.body:
-        if not isinstance(m, ast.FunctionDef): continue
-        label = f'{o.name}.{m.name}'
-        if m.name=='__init__': yield from undocumented_function(m, label, comments, doc=False)
-        elif not hooks.fullmatch(m.name) and ast.get_docstring(m): yield from undocumented_function(m, label, comments)
 
 def comment_lines(src):
     "line of each comment → whether nothing else stands there"

@@ -14,17 +14,9 @@ from phantoms import affine_of
 from PIL import Image
 from torch import nn
 
-from fastmed.all import (
-    ArgumentError,
-    ColumnError,
-    InputError,
-    SliceDataLoaders,
-    TensorVolume,
-    VolumeDataLoaders,
-    set_seed,
-    sphere,
-    unet3d_learner,
-)
+from fastmed.all import InputError, SliceDataLoaders, TensorVolume, VolumeDataLoaders, set_seed, unet3d_learner
+from fastmed.core import ArgumentError, ColumnError
+from fastmed.data.datasets import sphere
 from fastmed.data.radiographs import RadiographDataLoaders
 from fastmed.learn.classify import classifier_learner
 from fastmed.metrics.curves import *
@@ -53,10 +45,10 @@ def test_areas_equal_scikit_learn(rows):
     y,s,w = map(np.array, zip(*rows))
     w = w.astype(float)
     if y.min()==y.max():
-        assert np.isnan(area_under(y, s, n_boot=2))
+        assert np.isnan(area_under(pred=s, targ=y, n_boot=2))
         return
-    assert area_under(y, s, n_boot=2)==pytest.approx(skm.roc_auc_score(y, s))
-    assert area_under(y, s, kind='pr', n_boot=2)==pytest.approx(skm.average_precision_score(y, s))
+    assert area_under(pred=s, targ=y, n_boot=2)==pytest.approx(skm.roc_auc_score(y, s))
+    assert area_under(pred=s, targ=y, kind='pr', n_boot=2)==pytest.approx(skm.average_precision_score(y, s))
     if w[y==1].sum() and w[y==0].sum():
         assert auc_stat(y, s)(w[None])[0]==pytest.approx(skm.roc_auc_score(y, s, sample_weight=w))
         assert ap_stat(y, s)(w[None])[0]==pytest.approx(skm.average_precision_score(y, s, sample_weight=w))
@@ -66,7 +58,7 @@ def test_areas_equal_scikit_learn(rows):
 def test_calibration_by_hand(rows, bins):
     y,s,_ = map(np.array, zip(*rows))
     p = s/6
-    c = calibration(y, p, bins=bins, n_boot=2)
+    c = calibration(pred=p, targ=y, bins=bins, n_boot=2)
     e = np.linspace(0, 1, bins+1)
     total = 0
     for i in range(bins):
@@ -80,23 +72,24 @@ def test_band_holds_the_curve_and_follows_subjects():
     y = rng.integers(0, 2, 80)
     s = y+rng.normal(size=80)
     for kind in ('roc','pr'):
-        c = score_curve(y, s, kind=kind, n_boot=300)
+        c = score_curve(pred=s, targ=y, kind=kind, n_boot=300)
         at = np.interp(c.grid, c.x, c.y) if kind=='roc' else None
         if kind=='roc': assert ((c.low-1e-9<=at) & (at<=c.high+1e-9)).mean()>.95
         assert (c.low<=c.high+1e-12).all() and c.area.low<c.area<c.area.high
         # the same subject twice says nothing new
-        twice = score_curve(np.tile(y, 2), np.tile(s, 2), np.tile(np.arange(80), 2), kind, n_boot=300)
+        twice = score_curve(pred=np.tile(s, 2), targ=np.tile(y, 2), groups=np.tile(np.arange(80), 2), kind=kind,
+                            n_boot=300)
         assert np.allclose(c.low, twice.low) and np.allclose(c.high,
                                                              twice.high) and c.area.low==pytest.approx(twice.area.low)
         # taken for new cases the band shrinks
-        loose = score_curve(np.tile(y, 2), np.tile(s, 2), None, kind, n_boot=300)
+        loose = score_curve(pred=np.tile(s, 2), targ=np.tile(y, 2), groups=None, kind=kind, n_boot=300)
         assert (loose.high-loose.low).mean()<.85*(c.high-c.low).mean()
 
 def test_operating_point_counts():
     y,s = np.array([1,1,1,0,0,0,0,1]),np.array([.9,.8,.5,.5,.4,.2,.1,.05])
-    o = operating_point(y, s, .5)
+    o = operating_point(pred=s, targ=y, rule=.5)
     assert (o.sensitivity,o.specificity,o.ppv,o.npv)==pytest.approx((3/4,3/4,3/4,3/4)) and o.n==8 and o.positives==4
-    none = operating_point([0,0], [.1,.2])
+    none = operating_point(pred=[.1,.2], targ=[0,0])
     assert np.isnan(none.sensitivity) and none.specificity==1
     assert '[' in str(o.sensitivity) and str(o.sensitivity).startswith('0.750')
 
@@ -106,7 +99,7 @@ def test_confounding_splits_the_area(rows):
     "Pooled AUC is the mean of within and between, weighted by pairs; a brute count agrees"
     y,s,z = map(np.array, zip(*rows))
     if y.min()==y.max(): return
-    c = confounding(y, s, z, n_boot=3)
+    c = confounding(pred=s, targ=y, confounder=z, n_boot=3)
     a = c.areas
     pairs = [(s[i]>s[j])+.5*(s[i]==s[j]) for i in range(len(y)) for j in range(len(y)) if y[i]>y[j] and z[i]==z[j]]
     assert a.pairs['within levels']==len(pairs) and a.pairs['pooled']==y.sum()*(1-y).sum()
@@ -121,12 +114,12 @@ def test_confounding_splits_the_area(rows):
 def test_subgroups_keep_the_small_and_the_missing():
     y = np.array([1,0,1,0,1,1])
     s = np.linspace(0, 1, 6)
-    t = score_by(bands([1.,2.,30.,40.,None,50.], [20]), y, s, groups=list('aabbcc'), n_boot=20)
+    t = score_by(bands([1.,2.,30.,40.,None,50.], [20]), pred=s, targ=y, groups=list('aabbcc'), n_boot=20)
     assert list(t.index)==['<20','≥20','(missing)',
             'all'] and t.loc['(missing)'].n==1 and np.isnan(t.loc['(missing)'].auc) and 'only' in t.loc[
             '(missing)'].note
     assert t.loc['all'].n==6 and t.loc['all'].subjects==3 and t.n[:-1].sum()==6
-    e = error_by(['x','x','y'], [1.,2,3], [1.,3,3])
+    e = error_by(['x','x','y'], pred=[1.,3,3], targ=[1.,2,3])
     assert e.loc['x'].mae==.5 and e.loc['x'].bias==.5 and e.loc['y'].mae==0 and 'few' in e.loc['y'].note
     assert [str(o) for o in bands(np.arange(100), 4).categories]==['<24.75','24.75–<49.5','49.5–<74.25',
             '≥74.25'] and list(bands([True,False]).categories)==['False','True']
@@ -135,19 +128,23 @@ def test_agreement_equals_scikit_learn():
     rng = np.random.default_rng(0)
     y = rng.normal(50, 10, 60)
     p = y+rng.normal(2, 5, 60)
-    a = agreement(y, p)
+    a = agreement(pred=p, targ=y)
     assert a.mae==pytest.approx(skm.mean_absolute_error(y, p)) and a.r2==pytest.approx(skm.r2_score(y,
             p)) and a.rmse==pytest.approx(skm.root_mean_squared_error(y, p))
     assert a.limit_high==pytest.approx((p-y).mean()+1.96*(p-y).std(ddof=1)) and a.mae.low<a.mae<a.mae.high and np.isnan(
-            agreement([1.,1], [1.,2]).r2)
+            agreement(pred=[1.,2], targ=[1.,1]).r2)
 
 def test_wrong_input_is_named():
-    for f,e in ((lambda: area_under([0,2], [.1,.2]),'0 or 1'), (lambda: area_under([0,1], [.1]),'shapes'),
-            (lambda: area_under([], []),'no cases'), (lambda: calibration([0,1], [.1,1.2]),'probabilities'),
-                (lambda: area_under([0,1], [.1,.2], ['a',None]),'no group'),
-            (lambda: score_curve([1,1], [.1,.2]),'both classes'), (lambda: calibration([0,1], [.1,.2], bins=[.2,1]),
+    for f,e in ((lambda: area_under(pred=[.1,.2], targ=[0,2]),'0 or 1'),
+            (lambda: area_under(pred=[.1], targ=[0,1]),'shapes'),
+            (lambda: area_under(pred=[], targ=[]),'no cases'), (lambda: calibration(pred=[.1,1.2], targ=[0,1]),
+                                                                'probabilities'),
+                (lambda: area_under(pred=[.1,.2], targ=[0,1], groups=['a',None]),'no group'),
+            (lambda: score_curve(pred=[.1,.2], targ=[1,1]),'both classes'),
+             (lambda: calibration(pred=[.1,.2], targ=[0,1], bins=[.2,1]),
             'edges'), (lambda: estimate(lambda w: w[:,0], 1, level=2),'level'),
-                (lambda: agreement([1.], [np.nan]),'not finite'), (lambda: score_by(['a'], [0,1], [.1,.2]),'one level'),
+                (lambda: agreement(pred=[np.nan], targ=[1.]),'not finite'),
+            (lambda: score_by(['a'], pred=[.1,.2], targ=[0,1]),'one level'),
             (lambda: CaseInterpretation([0,1], [[.1,.9]]),'fit'),
             (lambda: CaseInterpretation([0,1], [.1,.2], df=pd.DataFrame(dict(a=[1]))),'rows of df'),
                 (lambda: CaseInterpretation([0,1], [.1,.2], ['a']),'names'),
@@ -219,7 +216,8 @@ def test_cam_layer_of_monai():
 
 def test_cam_of_a_network_with_masks_and_labels():
     "The label's evidence is sought at the end of the encoder; the decoder does not speak to it"
-    from fastmed.all import MultiTaskNet, UNet
+    from fastmed.all import UNet
+    from fastmed.models.classifiers import MultiTaskNet
     torch.manual_seed(0)
     m = MultiTaskNet(UNet(1, 2, nf=4, depth=3, ndim=2), 3).eval()
     x = torch.randn(2,1,32,32)
@@ -282,7 +280,8 @@ def learn3(volumes, tmp_path_factory):
 def test_interpret_a_volume_classifier(learn3, volumes):
     it = learn3.interpret(n_boot=50)
     assert it.task=='category' and it.labels==['yes'] and len(it)==20 and it.group_col=='subject'
-    assert area_under(*it.one()[:2], n_boot=2)>.9
+    y,p,_ = it.one()
+    assert area_under(pred=p, targ=y, n_boot=2)>.9
     assert it.confusion().values.sum()==20 and set(it.by('site').index)=={'a','b',
             'all'} and it.confounding('site').counts.values.sum()==20
     assert it.plot_worst(2) is not None and len(it.plot_worst(2, target='yes').axes)==6

@@ -10,6 +10,9 @@ from phantoms import affine_of, write_case
 from PIL import Image
 
 from fastmed.all import *
+from fastmed.core import MissingFileError
+from fastmed.data.labels import TensorRegression, label_splitter
+from fastmed.data.radiographs import RadiographPrep, ShiftTfm
 
 for k in [o for o in globals() if o.startswith('test')]: del globals()[k]    # fastcore's own
 

@@ -11,6 +11,9 @@ from fastai.callback.core import Callback
 from phantoms import *
 
 from fastmed.all import *
+from fastmed.core import ArgumentError
+from fastmed.data.recipe import get_plan
+from fastmed.predict.windows import fill_holes, keep_largest, slide_window
 
 for k in [o for o in globals() if o.startswith('test')]: del globals()[k]    # fastcore's own
 

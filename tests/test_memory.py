@@ -9,16 +9,10 @@ import torch
 from fastai.callback.core import Callback
 
 import fastmed.predict.memory as M
-from fastmed.all import (
-    Ensemble,
-    MemoryCallback,
-    ResourceError,
-    TensorVolume,
-    free_memory,
-    memory_estimate,
-    memory_parts,
-)
+from fastmed.all import Ensemble, TensorVolume
+from fastmed.core import ResourceError
 from fastmed.io.guard import _Group
+from fastmed.predict.memory import MemoryCallback, free_memory, memory_estimate, memory_parts
 
 
 def fit(l, *cbs):

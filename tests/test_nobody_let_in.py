@@ -4,7 +4,7 @@ import stat
 
 import pytest
 
-from fastmed.all import beside, sweep, whole_file, whole_folder
+from fastmed.core import beside, sweep, whole_file, whole_folder
 
 
 def names(path): return sorted(o.name for o in path.iterdir())

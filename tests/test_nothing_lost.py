@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastmed.all import ArgumentError, FileError, TensorVolumeMask, save_volume
+from fastmed.all import TensorVolumeMask, save_volume
+from fastmed.core import ArgumentError, FileError
 
 
 def snapshot(path):

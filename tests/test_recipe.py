@@ -15,9 +15,10 @@ from fastmed.data.preprocess import Preprocess
 from fastmed.data.radiographs import RadiographDataLoaders, RadiographPrep
 from fastmed.data.recipe import Labels, Recipe
 from fastmed.data.transforms import PatchTransform
+from fastmed.learn.ensemble import load_model
 from fastmed.learn.fingerprint import data_words
 from fastmed.learn.learner import unet3d_learner
-from fastmed.learn.modelfile import load_model, save_model
+from fastmed.learn.modelfile import save_model
 
 
 @pytest.fixture(scope='module')

@@ -24,15 +24,12 @@ import fastmed.core
 import fastmed.data.datasets
 import fastmed.data.store
 from fastmed.all import (
-    FileError,
     InputError,
-    MissingFileError,
     Preprocess,
     Store,
     TensorVolume,
     cache_dir,
     check_dataset,
-    file_digest,
     load_mask,
     load_volume,
     read_header,
@@ -40,8 +37,9 @@ from fastmed.all import (
     scan_dicom,
     scan_folder,
     untar_data,
-    whole_file,
 )
+from fastmed.core import FileError, MissingFileError, whole_file
+from fastmed.io.formats import file_digest
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='pipes and owners of POSIX')
 

@@ -13,9 +13,14 @@ from phantoms import *
 from torch import nn
 
 from fastmed.all import *
+from fastmed.data.recipe import get_plan
 from fastmed.learn import modelfile, plain
-from fastmed.learn.modelfile import SavedLearner, load_model, save_model
+from fastmed.learn.ensemble import load_model
+from fastmed.learn.modelfile import save_model
+from fastmed.learn.modelmeta import SavedLearner
 from fastmed.learn.onnx import export_onnx, load_onnx
+from fastmed.predict.tta import tta_views
+from fastmed.study.arms import seen_cases
 
 for k in [o for o in globals() if o.startswith('test')]: del globals()[k]    # fastcore's own
 
@@ -102,7 +107,7 @@ def test_fresh_process_and_no_pickle(learner, study, scan, tmp_path):
     python(ANSWERS+f"""
 import sys, torch
 torch.set_num_threads({torch.get_num_threads()})
-from fastmed.learn.modelfile import load_model
+from fastmed.learn.ensemble import load_model
 tmp,new,*files = sys.argv[1:]
 import scipy.ndimage
 armed = True
@@ -493,7 +498,7 @@ def _peak(code, *args):
     "Peak memory of a fresh process that runs `code`, in MB, and what it printed"
     peak = 'resource.getrusage(resource.RUSAGE_SELF).ru_maxrss'
     code = f"""import resource, sys
-from fastmed.learn.modelfile import load_model
+from fastmed.learn.ensemble import load_model
 from fastmed.core import FastmedError
 base = {peak}
 {code}

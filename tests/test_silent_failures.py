@@ -12,6 +12,7 @@ from phantoms import *
 from torch import Tensor, nn
 
 from fastmed.all import *
+from fastmed.predict.windows import apply_post, keep_largest
 
 for k in [o for o in globals() if o.startswith('test')]: del globals()[k]    # fastcore's own
 

@@ -6,14 +6,8 @@ import torch
 from phantoms import CODES
 from torch import nn
 
-from fastmed.all import (
-    VolumeDataLoaders,
-    classifier_learner,
-    load_learner,
-    load_model,
-    make_fast,
-    save_model,
-)
+from fastmed.all import VolumeDataLoaders, classifier_learner, load_learner, load_model, save_model
+from fastmed.learn.fast import make_fast
 
 
 def modes(model): return {m.training for m in model.modules()}
@@ -94,7 +88,7 @@ def test_what_others_draw_does_not_change_a_look(classifier, study, monkeypatch)
     assert torch.equal(classifier.predict(fn, tta=4)[2], alone)
 
 def test_a_network_in_training_is_in_evaluation_until_the_last_is_done():
-    from fastmed.all import evaluating
+    from fastmed.core import evaluating
     net = nn.Sequential(nn.BatchNorm1d(2))
     net.train()
     a,b = evaluating(net),evaluating(net)
@@ -110,7 +104,7 @@ def test_autocast_of_one_thread_is_not_ended_by_another(monkeypatch):
     import contextlib
     import threading
 
-    import fastmed.learn.learner as L
+    import fastmed.learn.fast as L
     wrong = []
     class Own(contextlib.nullcontext):
         def __enter__(self): self.by = threading.get_ident()

@@ -7,6 +7,8 @@ from phantoms import affine_of, python, write_case
 from PIL import Image
 
 from fastmed.all import *
+from fastmed.core import ArgumentError
+from fastmed.data.radiographs import RadiographPrep, ShiftTfm
 
 for k in [o for o in globals() if o.startswith('test')]: del globals()[k]    # fastcore's own
 

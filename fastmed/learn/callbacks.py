@@ -22,7 +22,7 @@ from fastai.data.all import dispatch, Module, num_distrib
 from fastai.losses import LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat
 from fastcore.all import ifnone, L, patch, store_attr, tuplify
 from fastmed.core import (
-    ExtraError, InputError, TensorMed, TensorSlice, TensorSliceMask, TensorVolume, TensorVolumeMask, whole_file
+    ExtraError, InputError, runs_in, TensorMed, TensorSlice, TensorSliceMask, TensorVolume, TensorVolumeMask, whole_file
 )
 from ..data.blocks import LoadMask, LoadVolume
 from ..data.cases import case_name, check_columns
@@ -85,9 +85,8 @@ def is_fit(
     learn  # Learner
 )->bool:   # False in `lr_find`, `validate` and `get_preds`
     "Whether the events that a Learner calls now are those of a fit"
-    sought = hasattr(learn, 'lr_finder') or hasattr(learn, 'gather_preds')
     # fastai holds the lock while it validates or predicts outside of a fit
-    return not sought and not learn.lock.locked()
+    return not runs_in(learn, 'lr_find', 'get_preds') and not learn.lock.locked()
 
 class FitCallback(Callback):
     "A callback that sees fits alone"
@@ -191,7 +190,7 @@ class RememberCallback(Callback):
     "Keep in `learn.seen` case and subject of what was trained on, in `learn.history` losses and metrics by epoch"
     order = -5
     def before_fit(self):
-        if hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds'): return
+        if runs_in(self.learn, 'lr_find', 'get_preds'): return
         new = {str(c):str(r.get('subject', c)) if isinstance(r, pd.Series) else str(c) for c,
                                 r in case_rows(self.dls.train_ds.items)}
         self.learn.seen = {**getattr(self.learn, 'seen', {}), **new}
@@ -199,7 +198,7 @@ class RememberCallback(Callback):
     # fastai's recorder forgets them with the next `get_preds` or `validate`
     def after_fit(self):
         r = getattr(self.learn, 'recorder', None)
-        if r is None or hasattr(self.learn, 'lr_finder') or not len(r.losses) or not len(r.values): return
+        if r is None or runs_in(self.learn, 'lr_find') or not len(r.losses) or not len(r.values): return
         self.learn.history = [*getattr(self.learn, 'history', []), epoch_table(r)]
 
 def epoch_table(
@@ -229,7 +228,7 @@ class DiceCallback(Callback):
 
     def before_fit(self):
         self.now = None
-        if hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds'): return
+        if runs_in(self.learn, 'lr_find', 'get_preds'): return
         one_process('DiceCallback', 'call learn.evaluate() after the training')
         names = [*['case_'+o for o in metric_names(self.dls.preprocess.vocab)], 'case_dice']
         self._add_columns(names)
@@ -248,7 +247,7 @@ class DiceCallback(Callback):
     def _forget(self, names): self.now,self.looked = {k:float('nan') for k in names},False
 
     def after_validate(self):
-        if not self.now or hasattr(self.learn, 'gather_preds'): return
+        if not self.now or runs_in(self.learn, 'get_preds'): return
         self._forget(list(self.now))
         last = self.epoch==self.n_epoch-1 or getattr(getattr(self.learn, 'budget', None), 'late', False)
         if (self.epoch+1)%self.every==0 or last: self._look()
@@ -303,7 +302,7 @@ class PictureCallback(Callback):
     ): store_attr('path,every,n', path=path)
     def before_fit(self): one_process('PictureCallback', 'call learn.show_results() after the training')
     def after_epoch(self):
-        if hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds') or (self.epoch+1)%self.every: return
+        if runs_in(self.learn, 'lr_find', 'get_preds') or (self.epoch+1)%self.every: return
         import matplotlib.pyplot as plt
         dl = self.dls.valid
         b = dl.one_batch()
@@ -338,7 +337,7 @@ class TensorBoardVolumes(Callback):
         self.writer = None
 
     def before_train(self):                          # not `before_fit`, which `validate` calls too
-        if self.writer is not None or hasattr(self.learn, 'lr_finder'): return
+        if self.writer is not None or runs_in(self.learn, 'lr_find'): return
         try: from torch.utils.tensorboard import SummaryWriter
         except ImportError as e:
             raise ExtraError("TensorBoardVolumes needs TensorBoard: pip install 'fastmed[track]'") from e

@@ -15,6 +15,7 @@ from fastai.data.all import apply, get_model, warn
 from fastcore.all import L
 from ..core import InputError
 from .callbacks import case_rows, FitCallback
+from .fast import is_fast
 from ..models.weights import odd_weights
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -60,10 +61,9 @@ def _where(learn, i, items=None):
 
 def _remedy(learn):
     "What to try against a training that diverges"
-    hooks = get_model(learn.model)._forward_pre_hooks.values()
     plain = ''
     if hasattr(learn, 'mixed_precision'): plain = ', or train in plain float32 (without to_fp16)'
-    elif any(type(getattr(h, '__self__', None)).__name__=='FastForward' for h in hooks):
+    elif is_fast(get_model(learn.model)):
         plain = ', or train in plain float32 (fast=False)'
     return (f"Lower the rate ({learn.opt.hypers[-1]['lr']:.3g} now), look at the case (check_dataset names what is "
             f"wrong with it){plain}")

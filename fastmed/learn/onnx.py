@@ -12,10 +12,8 @@ from pathlib import Path
 
 import torch
 from fastai.basics import warn
-from fastcore.all import patch
 from ..core import ExtraError, InputError, MissingFileError, whole_file
 from .classify import CaseLearner
-from .ensemble import Ensemble
 from .modelfile import opened_learner, rebuilt_model
 from .modelmeta import model_channels, model_meta, SavedLearner
 from fastmed.learn.plain import (
@@ -145,6 +143,3 @@ def load_onnx(
                              f"another version of it, or export again")
         return net
     return opened_learner(meta, fn, torch.device('cpu'), network)
-
-@patch
-def _read_onnx(self:Ensemble, fn): return load_onnx(fn)

@@ -23,6 +23,7 @@ from fastai.basics import (
 from fastcore.all import GetAttr, L, patch
 from ..core import InputError, sweep
 from .callbacks import FitCallback, one_process
+from .finite import FiniteCallback
 from fastmed.learn.fingerprint import (
     content_sum, data_words, fit_changes, fit_words, of_state, rate_words, read_state, split_facts, write_state
 )
@@ -358,7 +359,8 @@ def _record(self:ResumeCallback):
 @patch
 def _check(self:ResumeCallback):
     "Raise `InputError` where the training has diverged, so that the last good state stays"
-    if hasattr(self.learn, 'finite'): self.learn.finite.check_weights()
+    for c in self.learn.cbs:
+        if isinstance(c, FiniteCallback): c.check_weights()
     check_finite(self.learn.model, self.fn, self.opt)
     waiting = [p.grad for p in self.learn.model.parameters() if p.grad is not None]
     if getattr(self.learn, 'scaler', None) is None and not all(g.isfinite().all() for g in waiting):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'release_memory', 'WeightFile', 'RunningMean', 'entropy', 'Uncertainty', 'finds_worst',
-           'UncertainEvaluation']
+           'UncertainEvaluation', 'case_uncertainty', 'UncertainCases']
 
 # %% ../../nbs/learn/10_uncertainty.ipynb #6fcf61ac
 import ctypes
@@ -18,10 +18,10 @@ import tempfile
 import numpy as np
 import pandas as pd
 import torch
-from fastcore.all import AttrDict, L
+from fastcore.all import AttrDict, L, patch
 from ..core import InputError, show_plane
 from ..io.volumes import to_orientation
-from .learner import Evaluation
+from .answers import CaseEvaluation, Evaluation
 from ..metrics.scores import auc_stat
 from ..metrics.stats import estimate, rank_correlation, row_statistic
 from torch import nn, Tensor
@@ -39,34 +39,40 @@ def _pages(n):
     try:
         with tempfile.TemporaryFile() as f:
             # or a full disk would end the process later
-            os.posix_fallocate(f.fileno(), 0, n) if hasattr(os, 'posix_fallocate') else f.truncate(n)
+            if hasattr(os, 'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, n)
+            else: f.truncate(n)
             return mmap.mmap(f.fileno(), 0)
     except OSError: return None
 
+def _rest(pages):
+    "Let the system take the pages of a mapped file, until they are asked for again"
+    if hasattr(pages, 'madvise'): pages.madvise(mmap.MADV_DONTNEED)
+
 class WeightFile:
-    "Lay the weights of a network on the CPU in a temporary file: it computes as before, and while it rests they take no memory of the process"
+    "Lay a network's weights in a temporary file: it computes as before; while it rests they take no memory"
     pages = None
     def __init__(self,
         model:nn.Module # changed in place; weights on a GPU stay where they are
     ):
-        def dense(t): return t.numel()==1+sum((n-1)*s for n,s in zip(t.shape, t.stride()))
+        def dense(t): return t.numel()==1+sum((n-1)*s for n,s in zip(t.shape, t.stride(), strict=True))
         ts = [t for t in (*model.parameters(), *model.buffers()) if t.device.type=='cpu' and t.numel() and dense(t)]
         sizes = [-(-t.numel()*t.element_size()//64)*64 for t in ts]
         if not ts or (pages:=_pages(sum(sizes))) is None: return
         self.pages = pages
         with torch.no_grad():
-            for t,at in zip(ts, itertools.accumulate(sizes, initial=0)):
+            for t,at in zip(ts, itertools.accumulate(sizes, initial=0), strict=False):
                 new = torch.frombuffer(pages, dtype=t.dtype, count=t.numel(), offset=at).as_strided(t.shape, t.stride())
                 new.copy_(t)
                 t.data = new
         self.rest()
     def rest(self):
         "Give the pages back to the system, until they are asked for again"
-        if hasattr(self.pages, 'madvise'): self.pages.madvise(mmap.MADV_DONTNEED)
+        _rest(self.pages)
     def __getstate__(self): return {}          # weights that were copied lie in memory
 
+# %% ../../nbs/learn/10_uncertainty.ipynb #0ce40002
 class RunningMean:
-    "Mean of the probabilities of several members, plane by plane; with `spread` also of their entropies, and the label that each would give"
+    "Mean of the probabilities of several members, plane by plane; with `votes` also of their entropies and labels"
     def __init__(self,
         n:int,              # classes
         shape,              # (3,) voxels
@@ -75,18 +81,22 @@ class RunningMean:
         main:int=0          # array axis along which the planes come; they lie together in the file
     ):
         self.filed,self.main = np.prod(shape)*(4*n+(4+votes)*(votes>0))>most,main
+        ids = np.uint8 if n<=256 else np.int16
         self.p = self._array((n,*shape), np.float32)
-        self.h,self.votes = (self._array(tuple(shape), np.float32),
-                             self._array((votes,*shape), np.uint8 if n<=256 else np.int16)) if votes else (None,None)
+        self.h = self._array(tuple(shape), np.float32) if votes else None
+        self.votes = self._array((votes,*shape), ids) if votes else None
         self.k,self.total,self.tie = -1,0.,None
 
     def _array(self, shape, dtype):
+        "Zeros whose planes along `main` lie together, in a file where they are large"
         lead = len(shape)-3
-        sh = [*shape[:lead], shape[lead+self.main], *[o for a,o in enumerate(shape[lead:]) if a!=self.main]]
-        m = _pages(int(np.prod(sh))*np.dtype(dtype).itemsize) if self.filed else None
-        if m is None: return torch.zeros(sh, dtype=getattr(torch, np.dtype(dtype).name)).movedim(lead, lead+self.main)
-        t = torch.from_numpy(np.frombuffer(m, dtype).reshape(sh)).movedim(lead, lead+self.main)
-        t.pages = m
+        rest = [o for a,o in enumerate(shape[lead:]) if a!=self.main]
+        stored = [*shape[:lead], shape[lead+self.main], *rest]
+        pages = _pages(int(np.prod(stored))*np.dtype(dtype).itemsize) if self.filed else None
+        if pages is None: t = torch.zeros(stored, dtype=getattr(torch, np.dtype(dtype).name))
+        else: t = torch.from_numpy(np.frombuffer(pages, dtype).reshape(stored))
+        t = t.movedim(lead, lead+self.main)
+        if pages is not None: t.pages = pages
         return t
 
     def member(self,
@@ -97,62 +107,73 @@ class RunningMean:
         self.total += weight
         self.share = weight/self.total
 
-    def add(self,
-        p:Tensor,  # (n,k,*rest) float32, probabilities of planes
-        axis:int,  # array axis that they lie across
-        first:int, # plane
-        stop:int   # plane after the last
-    ):
-        "Planes of the present member"
-        p,n = p.movedim(1, axis+1),self.p.shape[self.main+1]
-        for i in range(0, n, self.few) if axis!=self.main else (None,):
-            at = [slice(first,stop) if a==axis else slice(None) for a in range(3)]
-            q = p
-            if i is not None:
-                at[self.main] = slice(i,i+self.few)
-                q = p.narrow(self.main+1, i, min(self.few, n-i))
-            at = tuple(at)
-            a = self.p[(slice(None),*at)]
-            a.add_((q-a).mul_(self.share))
-            if self.h is not None:
-                h = self.h[at]
-                h.add_((entropy(q)-h).mul_(self.share))
-                self.votes[(self.k,*at)] = q.max(0)[1].to(self.votes.dtype)
-            self.release()
-
-    def decides(self,
-        labels:Tensor # (X,Y,Z)
-    ):
-        "Whose labels count where classes share the highest probability: rounding makes ties of what were none"
-        self.tie = self._array(tuple(labels.shape), np.uint8 if len(self.p)<=256 else np.int16)
-        for i in range(labels.shape[self.main]): self.tie.select(self.main, i).copy_(labels.select(self.main, i))
-        self.release()
-
-    @property
-    def few(self): return max(1, int(2**16//max(1, self.p.select(self.main+1, 0).numel())))      # planes at a time
-
     def release(self):
         "Give the pages of a file back to the system"
-        for t in (self.p, self.h, self.votes, self.tie):
-            if (m:=getattr(t, 'pages', None)) is not None and hasattr(m, 'madvise'): m.madvise(mmap.MADV_DONTNEED)
+        for t in (self.p, self.h, self.votes, self.tie): _rest(getattr(t, 'pages', None))
 
-    def planes(self):
-        "Go through the mean a few planes at a time: where in (X,Y,Z) they are, and their probabilities"
-        for i in range(0, self.p.shape[self.main+1], self.few):
-            at = (slice(None),)*self.main+(slice(i, i+self.few),)
-            yield at, self.p[(slice(None),*at)]
-            self.release()
+# %% ../../nbs/learn/10_uncertainty.ipynb #0ce40003
+@patch(as_prop=True)
+def few(self:RunningMean)->int: # planes along `main` that are in work at a time
+    "As many planes as hold some 65,000 voxels, one at least"
+    return max(1, int(2**16//max(1, self.p.select(self.main+1, 0).numel())))
 
-    def labels(self)->Tensor: # (X,Y,Z), the dtype of `votes` or as many classes need
-        "The class with the highest mean probability; where several share it, the one of `decides`, if it is among them"
-        res = torch.zeros(self.p.shape[1:], dtype=torch.uint8 if len(self.p)<=256 else torch.int16)
-        for at,p in self.planes():
-            best,where = p.max(0)
-            if self.tie is not None:
-                t = self.tie[at].long()
-                where = torch.where(p.gather(0, t[None])[0]==best, t, where)
-            res[at] = where.to(res.dtype)
-        return res
+@patch
+def add(self:RunningMean,
+    p:Tensor,  # (n,k,*rest) float32, probabilities of planes
+    axis:int,  # array axis that they lie across
+    first:int, # plane
+    stop:int   # plane after the last
+):
+    "Planes of the present member"
+    p = p.movedim(1, axis+1)
+    at = [slice(first,stop) if a==axis else slice(None) for a in range(3)]
+    if axis==self.main:
+        self._add_at(tuple(at), p)
+        return
+    n = self.p.shape[self.main+1]
+    for i in range(0, n, self.few):
+        at[self.main] = slice(i, i+self.few)
+        self._add_at(tuple(at), p.narrow(self.main+1, i, min(self.few, n-i)))
+
+@patch
+def _add_at(self:RunningMean, at, p):
+    mean = self.p[(slice(None),*at)]
+    mean.add_((p-mean).mul_(self.share))
+    if self.h is not None:
+        h = self.h[at]
+        h.add_((entropy(p)-h).mul_(self.share))
+        self.votes[(self.k,*at)] = p.max(0)[1].to(self.votes.dtype)
+    self.release()
+
+@patch
+def planes(self:RunningMean):
+    "Go through the mean a few planes at a time: where in (X,Y,Z) they are, and their probabilities"
+    for i in range(0, self.p.shape[self.main+1], self.few):
+        at = (slice(None),)*self.main+(slice(i, i+self.few),)
+        yield at, self.p[(slice(None),*at)]
+        self.release()
+
+# %% ../../nbs/learn/10_uncertainty.ipynb #0ce40004
+@patch
+def decides(self:RunningMean,
+    labels:Tensor # (X,Y,Z)
+):
+    "Whose labels count where classes share the highest probability: rounding makes ties of what were none"
+    self.tie = self._array(tuple(labels.shape), np.uint8 if len(self.p)<=256 else np.int16)
+    for i in range(labels.shape[self.main]): self.tie.select(self.main, i).copy_(labels.select(self.main, i))
+    self.release()
+
+@patch
+def labels(self:RunningMean)->Tensor: # (X,Y,Z), the dtype of `votes` or as many classes need
+    "The class with the highest mean probability; where several share it, the one of `decides`, if it is among them"
+    res = torch.zeros(self.p.shape[1:], dtype=torch.uint8 if len(self.p)<=256 else torch.int16)
+    for at,p in self.planes():
+        best,where = p.max(0)
+        if self.tie is not None:
+            t = self.tie[at].long()
+            where = torch.where(p.gather(0, t[None])[0]==best, t, where)
+        res[at] = where.to(res.dtype)
+    return res
 
 def entropy(
     p:Tensor   # (n,…) probabilities, the classes first
@@ -161,46 +182,55 @@ def entropy(
     return torch.special.entr(p).sum(0)
 
 # %% ../../nbs/learn/10_uncertainty.ipynb #0ab8ab67
+def _pairwise_dice(votes, size, n):
+    "(pairs,n) Dice of each structure between each two members; 1 where neither has it"
+    res = []
+    for a in range(len(votes)):
+        for b in range(a):
+            both = torch.bincount(votes[a][votes[a]==votes[b]], minlength=n).double()
+            res.append(torch.where(size[a]+size[b]>0, 2*both/(size[a]+size[b]).clamp_min(1), 1.))
+    return res
+
+def _structure_row(structure, maps, where, sizes, dice):
+    "The measures of a structure; `where` are the voxels that any member gives to it, None where there are none"
+    mean = float(sizes.mean())
+    return dict(structure=structure, entropy=float(maps[0][where].mean()) if where is not None else 0.,
+                mutual_info=float(maps[1][where].mean()) if where is not None else 0.,
+                disagreement=1-float(dice.mean()) if len(dice) else 0.,
+                volume_cv=float(sizes.std(correction=0))/mean if mean else 0.)
+
+# %% ../../nbs/learn/10_uncertainty.ipynb #0ce40005
 def uncertainty_maps(
     m,     # `RunningMean`
     codes  # names, background first
-):
-    "The maps of a `RunningMean`, (3,X,Y,Z), and a row a structure"
-    lab,n = m.labels(),len(codes)
-    maps = torch.zeros(3, *lab.shape)
+):         # labels (X,Y,Z), maps (3,X,Y,Z), a row a structure
+    "The maps of a `RunningMean` and their table"
+    labels,n = m.labels(),len(codes)
+    maps = torch.zeros(3, *labels.shape)
     for at,p in m.planes():
         maps[(0,*at)] = entropy(p)
         maps[(1,*at)] = (maps[(0,*at)]-m.h[at]).clamp_min(0)
-        maps[(2,*at)] = (m.votes[(slice(None),*at)]!=lab[at]).float().mean(0)
-    v = m.votes.flatten(1).long()
-    K = len(v)
-    size = torch.stack([torch.bincount(o, minlength=n) for o in v]).double()
-    dice = []
-    for a in range(K):
-        for b in range(a):
-            both = torch.bincount(v[a][v[a]==v[b]], minlength=n).double()
-            dice.append(torch.where(size[a]+size[b]>0, 2*both/(size[a]+size[b]).clamp_min(1), 1.))
+        maps[(2,*at)] = (m.votes[(slice(None),*at)]!=labels[at]).float().mean(0)
+    votes = m.votes.flatten(1).long()
+    size = torch.stack([torch.bincount(o, minlength=n) for o in votes]).double()
+    dice = _pairwise_dice(votes, size, n)
     rows = []
     for k,s in enumerate(codes[1:], 1):
         where = (m.votes==k).any(0) if size[:,k].any() else None
-        mean = float(size[:,k].mean())
-        rows.append(dict(structure=s, entropy=float(maps[0][where].mean()) if where is not None else 0.,
-                         mutual_info=float(maps[1][where].mean()) if where is not None else 0.,
-                         disagreement=1-float(torch.stack(dice)[:,k].mean()) if dice else 0.,
-                         volume_cv=float(size[:,k].std(correction=0))/mean if mean else 0.))
-    return lab,maps,pd.DataFrame(rows)
+        rows.append(_structure_row(s, maps, where, size[:,k], torch.stack(dice)[:,k] if dice else ()))
+    return labels,maps,pd.DataFrame(rows)
 
 # %% ../../nbs/learn/10_uncertainty.ipynb #43e63b1c
 MEASURES = ('entropy','mutual_info','disagreement','volume_cv')
 
 class Uncertainty(AttrDict):
-    "What several models say of one scan: `mask`, the maps `entropy`, `mutual_info` and `disagreement` on its own grid, and `table`, a row a structure"
+    "What several models say of one scan: `mask`, a map for each of three `MEASURES`, and `table`, a row a structure"
     def __repr__(self):
-        return (f"Uncertainty of "
-                f"{(self.mask.meta or {}).get('fn', 'a scan')}\n{self.table.round(4).to_string(index=False)}")
+        return (f"Uncertainty of {(self.mask.meta or {}).get('fn', 'a scan')}\n"
+                f"{self.table.round(4).to_string(index=False)}")
     def show(self,
         t,                     # `TensorVolume` of the scan, on the grid of the mask
-        truth=None,            # `TensorVolumeMask`, drawn solid; the answer is dashed
+        truth=None,            # `TensorVolumeMask`, drawn solid; the prediction is dashed
         measure='mutual_info', # which map
         axis:int=2,            # array axis of the RAS scan that is looked along
         index:int=None,        # plane; default: the one with most of the measure
@@ -214,13 +244,12 @@ class Uncertainty(AttrDict):
         top = float(v.max()) or 1.
         if index is None: index = int(v.sum([a for a in range(3) if a!=axis]).argmax())
         ctx = show_plane(t, truth, axis, index, ctx, pred=m)
-        a = v.select(axis, index).numpy()
-        rest = [i for i in range(3) if i!=axis]
-        sp = t.spacing
-        im = ctx.imshow(a.T, origin='lower', cmap='inferno', alpha=np.clip(2*a.T/top, 0, .8), vmin=0, vmax=top,
-                        aspect=sp[rest[1]]/sp[rest[0]], interpolation='nearest')
-        plt.colorbar(im, ax=ctx, fraction=.046*a.shape[1]*sp[rest[1]]/a.shape[0]/sp[rest[0]], pad=.02,
-                label={'disagreement':'share of members'}.get(measure, 'nats'))
+        plane = v.select(axis, index).numpy()
+        width,height = (t.spacing[a] for a in range(3) if a!=axis)
+        im = ctx.imshow(plane.T, origin='lower', cmap='inferno', alpha=np.clip(2*plane.T/top, 0, .8), vmin=0, vmax=top,
+                        aspect=height/width, interpolation='nearest')
+        unit = {'disagreement':'share of members'}.get(measure, 'nats')
+        plt.colorbar(im, ax=ctx, fraction=.046*plane.shape[1]*height/plane.shape[0]/width, pad=.02, label=unit)
         ctx.set_title(f"{measure.replace('_',' ')}, {'xyz'[axis]} = {index}" if title is None else title, fontsize=8)
         return ctx
 
@@ -234,21 +263,23 @@ def finds_worst(
     n_boot:int=2_000, # draws of the bootstrap
     seed:int=0        # of the draws
 )->pd.DataFrame:      # index measure: rho, rho_low, rho_high, auc, auc_low, auc_high, n, n_worst
-    "Does uncertainty find the cases with a low score? Rank correlation with the score, and the AUC for being among the worst. Raises `ValueError` on fewer than five cases"
+    "Does uncertainty find the cases with a low score, by rank and by AUC? Raises `ValueError` on fewer than five cases"
     if not 0<worst<1: raise InputError(f"worst: expected a share between 0 and 1; found {worst}")
     d = np.asarray(score, dtype=float)
     n = len(d)
     if n<5: raise InputError(f"finds_worst: expected five cases or more; found {n}")
-    bad,rows = np.zeros(n, bool),{}
+    bad = np.zeros(n, bool)
     bad[np.argsort(d, kind='stable')[:max(1, round(worst*n))]] = True
-    for k in measures:
-        v = np.asarray(measures[k], dtype=float)
-        rho = row_statistic(lambda i, v=v: rank_correlation(v[i], d[i]))
-        for s,stat in (('rho',rho), ('auc',auc_stat(bad, v))):
+    def row(v):
+        res = {}
+        for s,stat in (('rho', row_statistic(lambda i: rank_correlation(v[i], d[i]))), ('auc', auc_stat(bad, v))):
             e = estimate(stat, n, groups, n_boot, level, seed, one_by_one=True)
-            rows.setdefault(k, {}).update({s:float(e), f'{s}_low':e.low, f'{s}_high':e.high})
+            res.update({s:float(e), f'{s}_low':e.low, f'{s}_high':e.high})
+        return res
+    rows = {k:row(np.asarray(measures[k], dtype=float)) for k in measures}
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('measure').assign(n=n, n_worst=int(bad.sum()))
 
+# %% ../../nbs/learn/10_uncertainty.ipynb #0ce40007
 class UncertainEvaluation(Evaluation):
     "An `Evaluation` with the members' uncertainty beside the scores"
     @property
@@ -256,7 +287,7 @@ class UncertainEvaluation(Evaluation):
     def cases(self,
         structure:str='all' # one of them, or the mean of all
     )->pd.DataFrame:        # index case: dice, the measures, and subject where it is known
-        "A row a case. Failed structures have Dice 0; those that are absent from truth and answer are left out"
+        "A row a case. Failed structures have Dice 0; those that are absent from truth and prediction are left out"
         df = pd.DataFrame(self)
         df = df[~df.status.str.startswith('error')]
         if structure!='all' and structure not in set(df.structure):
@@ -275,25 +306,55 @@ class UncertainEvaluation(Evaluation):
         c = self.cases(structure)
         return finds_worst(c.dice, c[list(MEASURES)], c.subject.values if 'subject' in c else None, **kwargs)
 
-    def plot(self,
-        measures=MEASURES[1:3], # which
-        worst:float=.2,         # share of the cases that are called the worst
-        structure:str='all'     # one of them, or the mean of all
-    ):                          # matplotlib figure
-        "Each case: Dice against its uncertainty, the worst in red"
-        import matplotlib.pyplot as plt
-        c,t = self.cases(structure),self.finds_worst(structure, worst=worst)
-        ms = L(measures)
-        fig,axs = plt.subplots(1, len(ms), figsize=(3.6*len(ms), 3), squeeze=False, sharey=True)
-        cut = np.sort(c.dice.values, kind='stable')[int(t.n_worst.iloc[0])-1]
-        for k,ax in zip(ms, axs[0]):
-            for w,col in ((c.dice>cut,'C0'),(c.dice<=cut,'C3')):
-                ax.plot(c[k][w], c.dice[w], 'o', ms=3.5, color=col, alpha=.8)
-            r = t.loc[k]
-            ax.set_title(f"rank correlation {r.rho:.2f} [{r.rho_low:.2f}, {r.rho_high:.2f}]\nAUC {r.auc:.2f} "
-                         f"[{r.auc_low:.2f}, {r.auc_high:.2f}]", fontsize=8)
-            ax.set(xlabel={'disagreement':'1 − Dice between members','volume_cv':'volume, sd over mean'}.get(k,
-                    k.replace('_',' ')+', nats'))
-        axs[0,0].set_ylabel('Dice of a case')
-        fig.tight_layout()
-        return fig
+# %% ../../nbs/learn/10_uncertainty.ipynb #0ce40008
+@patch
+def plot(self:UncertainEvaluation,
+    measures=MEASURES[1:3], # which
+    worst:float=.2,         # share of the cases that are called the worst
+    structure:str='all'     # one of them, or the mean of all
+):                          # matplotlib figure
+    "Each case: Dice against its uncertainty, the worst in red"
+    import matplotlib.pyplot as plt
+    c,t,ms = self.cases(structure),self.finds_worst(structure, worst=worst),L(measures)
+    fig,axs = plt.subplots(1, len(ms), figsize=(3.6*len(ms), 3), squeeze=False, sharey=True)
+    cut = np.sort(c.dice.values, kind='stable')[int(t.n_worst.iloc[0])-1]
+    names = {'disagreement':'1 − Dice between members','volume_cv':'volume, sd over mean'}
+    for k,ax in zip(ms, axs[0], strict=True):
+        for rows,color in ((c.dice>cut,'C0'),(c.dice<=cut,'C3')):
+            ax.plot(c[k][rows], c.dice[rows], 'o', ms=3.5, color=color, alpha=.8)
+        r = t.loc[k]
+        ax.set_title(f"rank correlation {r.rho:.2f} [{r.rho_low:.2f}, {r.rho_high:.2f}]\nAUC {r.auc:.2f} "
+                     f"[{r.auc_low:.2f}, {r.auc_high:.2f}]", fontsize=8)
+        ax.set(xlabel=names.get(k, k.replace('_',' ')+', nats'))
+    axs[0,0].set_ylabel('Dice of a case')
+    fig.tight_layout()
+    return fig
+
+# %% ../../nbs/learn/10_uncertainty.ipynb #0ce4000a
+def case_uncertainty(
+    each:Tensor, # (members,n) probabilities, or numbers
+    task:str     # 'category', 'multi' or 'regression'
+)->dict:         # entropy, mutual_info (nats), disagreement (share that predict otherwise); of numbers spread (sd)
+    "How far the members are apart on one case; the mean over several findings or numbers"
+    if task=='regression': return dict(spread=float(each.std(0, correction=0).mean()))
+    # (questions, classes, members)
+    q = each.T[None] if task=='category' else torch.stack([each.T, 1-each.T], 1)
+    together = torch.stack([entropy(o.mean(1)) for o in q]).mean()
+    alone = torch.stack([entropy(o).mean() for o in q]).mean()
+    otherwise = (q.argmax(1)!=q.mean(2).argmax(1)[:,None]).float().mean()
+    return dict(entropy=float(together), mutual_info=max(0., float(together-alone)), disagreement=float(otherwise))
+
+class UncertainCases(CaseEvaluation):
+    "A `CaseEvaluation` with the members' uncertainty beside the predictions"
+    @property
+    def _constructor(self): return UncertainCases
+    def finds_worst(self,
+        **kwargs     # of `finds_worst`: worst, level, n_boot, seed
+    )->pd.DataFrame: # index measure: rho, rho_low, rho_high, auc, auc_low, auc_high, n, n_worst
+        "Does uncertainty find the cases that are wrong? Raises `ValueError` on fewer than five cases"
+        t,p,g = self.arrays()
+        if self.task=='regression': good = -np.abs(t-p).mean(1)
+        elif self.task=='category': good = p[np.arange(len(t)), t.astype(int)]
+        else: good = np.where(t>.5, p, 1-p).mean(1)
+        measures = [c for c in ('entropy','mutual_info','disagreement','spread') if c in self]
+        return finds_worst(good, self[self.status=='ok'][measures], g, **kwargs)

@@ -75,8 +75,9 @@ def _on_grid(s, y, kind, grid):
     return roc if kind=='roc' else precision
 
 def score_curve(
-    y,                  # (n,) targets, 0 or 1
-    score,              # (n,) higher: more likely 1
+    *,
+    pred,               # (n,) higher: more likely 1
+    targ,               # (n,) targets, 0 or 1
     groups=None,        # (n,) subject of each case
     kind:str='roc',     # 'roc' or 'pr'
     n_boot:int=1000,    # draws
@@ -85,8 +86,8 @@ def score_curve(
 )->Curve:               # with `plot`
     "scikit-learn's ROC or precision–recall curve, with a band. Raises `InputError` where a class is missing"
     from sklearn.metrics import precision_recall_curve, roc_curve
-    area = area_under(y, score, groups, kind, n_boot=n_boot, level=level, seed=seed)
-    y,s = _binary(y, score, 'score_curve')
+    area = area_under(pred=pred, targ=targ, groups=groups, kind=kind, n_boot=n_boot, level=level, seed=seed)
+    y,s = _binary(targ, pred, 'score_curve')
     if y.all() or not y.any():
         raise InputError(f"score_curve: all {len(y)} cases are {int(y[0])}; a curve needs both classes")
     if kind=='roc': x,height,threshold = roc_curve(y, s, drop_intermediate=False)
@@ -110,15 +111,16 @@ def _rule_words(rule):
     return "Youden's index" if rule=='youden' else f'{rule[0]} at least {rule[1]:g}'
 
 def operating_point(
-    y,                  # (n,) targets, 0 or 1
-    score,              # (n,) higher: more likely 1
+    *,
+    pred,               # (n,) higher: more likely 1
+    targ,               # (n,) targets, 0 or 1
     rule=.5,            # threshold, 'youden', ('sensitivity', .9) or ('specificity', .9): see `choose_point`
     groups=None,        # (n,) subject of each case
     **kwargs            # of `estimate`: n_boot, level, seed
 )->OperatingPoint:      # sensitivity, specificity, ppv, npv with intervals
     "What a threshold does: from it upwards a case is positive. Raises `InputError` where a rule lacks a class"
-    y,s = _binary(y, score, 'operating_point', groups)
-    threshold = choose_point(y, s, rule)
+    y,s = _binary(targ, pred, 'operating_point', groups)
+    threshold = choose_point(pred=s, targ=y, point=rule)
     if np.isnan(threshold):
         raise InputError(
             f"operating_point: all {len(y)} cases are {int(y[0])}; {rule!r} needs both classes. Give a threshold")
@@ -158,14 +160,15 @@ def _bin_edges(bins):
     return edges
 
 def calibration(
-    y,                  # (n,) targets, 0 or 1
-    proba,              # (n,) probability of 1
+    *,
+    pred,               # (n,) probability of 1
+    targ,               # (n,) targets, 0 or 1
     groups=None,        # (n,) subject of each case
     bins=10,            # number, or edges from 0 to 1; a value on an edge belongs to the bin above
     **kwargs            # of `estimate`: n_boot, level, seed
 )->Calibration:         # with `plot`
     "Reliability of probabilities. Raises `InputError` on values outside 0 to 1"
-    y,p = _binary(y, proba, 'calibration', groups)
+    y,p = _binary(targ, pred, 'calibration', groups)
     if p.min()<0 or p.max()>1:
         raise InputError(f"calibration: expected probabilities from 0 to 1; found {p.min():.3g} to {p.max():.3g}. "
                          f"Apply a sigmoid or softmax first")
@@ -188,13 +191,14 @@ def calibration(
 
 # %% ../../nbs/metrics/04_curves.ipynb #129a26de
 def agreement(
-    y,                  # (n,) measured
+    *,
     pred,               # (n,) predicted, same unit
+    targ,               # (n,) measured
     groups=None,        # (n,) subject of each case
     **kwargs            # of `estimate`: n_boot, level, seed
 )->AttrDict:            # mae, rmse, r2 (nan where `y` does not vary), bias, sd, limit_low, limit_high: `Estimate`s
     "How far predictions lie from measurements. Raises `InputError` on values not finite. Source: Bland 1986"
-    y,p = np.asarray(y, dtype=float),np.asarray(pred, dtype=float)
+    y,p = np.asarray(targ, dtype=float),np.asarray(pred, dtype=float)
     if y.shape!=p.shape or y.ndim!=1 or not len(y):
         raise InputError(
             f"agreement: expected one target and one prediction a case; found shapes {y.shape} and {p.shape}")
@@ -265,17 +269,18 @@ def _note(y):
 
 def score_by(
     levels,             # (n,) subgroup of each case, such as `bands(df.age, [40, 60])`
-    y,                  # (n,) targets, 0 or 1
-    score,              # (n,) probability or score of 1
+    *,
+    pred,               # (n,) probability or score of 1
+    targ,               # (n,) targets, 0 or 1
     groups=None,        # (n,) subject of each case
     threshold=.5,       # for sensitivity and specificity
     **kwargs            # of `estimate`: n_boot, level, seed
 )->pd.DataFrame:        # a row a level and one for all: counts, auc, low, high, sensitivity, specificity, note
     "A classifier by subgroup. Every one stays: `note` says what is wrong. Raises `InputError` on unlike lengths"
-    y,s = _binary(y, score, 'score_by', groups)
+    y,s = _binary(targ, pred, 'score_by', groups)
     def row(i, own):
-        area = area_under(y[i], s[i], own, **kwargs)
-        point = operating_point(y[i], s[i], float(threshold), own, n_boot=1)
+        area = area_under(pred=s[i], targ=y[i], groups=own, **kwargs)
+        point = operating_point(pred=s[i], targ=y[i], rule=float(threshold), groups=own, n_boot=1)
         return dict(positive=int(y[i].sum()), prevalence=float(y[i].mean()), auc=float(area), low=area.low,
                     high=area.high, sensitivity=float(point.sensitivity), specificity=float(point.specificity),
                     note=_note(y[i]))
@@ -283,15 +288,16 @@ def score_by(
 
 def error_by(
     levels,             # (n,) subgroup of each case
-    y,                  # (n,) measured
+    *,
     pred,               # (n,) predicted
+    targ,               # (n,) measured
     groups=None,        # (n,) subject of each case
     **kwargs            # of `estimate`: n_boot, level, seed
 )->pd.DataFrame:        # a row a level and one for all: counts, mean of the target, mae and bias with ends, r2, note
     "A regression by subgroup: is it off more, or to one side? R² within a narrow band is low for want of spread"
-    y,p = np.asarray(y, dtype=float),np.asarray(pred, dtype=float)
+    y,p = np.asarray(targ, dtype=float),np.asarray(pred, dtype=float)
     def row(i, own):
-        r = agreement(y[i], p[i], own, **kwargs)
+        r = agreement(pred=p[i], targ=y[i], groups=own, **kwargs)
         return dict(mean=y[i].mean(), mae=float(r.mae), low=r.mae.low, high=r.mae.high, bias=float(r.bias),
                     bias_low=r.bias.low, bias_high=r.bias.high, r2=float(r.r2),
                     note=f'few: {i.sum()} cases' if i.sum()<10 else '')
@@ -363,8 +369,9 @@ def _stratified(y, s, k, strata):
 
 # %% ../../nbs/metrics/04_curves.ipynb #ce0b1f23
 def confounding(
-    y,                  # (n,) targets, 0 or 1
-    score,              # (n,) score of 1
+    *,
+    pred,               # (n,) score of 1
+    targ,               # (n,) targets, 0 or 1
     confounder,         # (n,) suspected column; numbers go through `bands`
     groups=None,        # (n,) subject of each case
     bins=None,          # of `bands`
@@ -372,7 +379,7 @@ def confounding(
     **kwargs            # of `estimate`: n_boot, level, seed
 )->Confounding:         # with `plot`; prints itself as a sentence
     "How much of an AUC comes from a third thing that goes with the target? Raises `InputError` without both classes"
-    y,s = _binary(y, score, 'confounding', groups)
+    y,s = _binary(targ, pred, 'confounding', groups)
     if y.all() or not y.any():
         raise InputError(f"confounding: all {len(y)} cases are {int(y[0])}; both classes are needed")
     levels = confounder if isinstance(confounder, pd.Categorical) else bands(confounder, bins)
@@ -391,10 +398,11 @@ def confounding(
     for j in range(len(cats)) if len(cats)>2 else [most]:                # of two levels one says it all
         told = (k==j)[~y]
         if told.any() and not told.all():
-            e = area_under(told, s[~y], own, **kwargs)
+            e = area_under(pred=s[~y], targ=told, groups=own, **kwargs)
             areas[f'score for {cats[j]}, negatives'] = row(e, pairs_of(told))
     counts = pd.DataFrame([np.bincount(k[y==of], minlength=len(cats)) for of in (0,1)], columns=cats)
     counts = counts.rename_axis(index=names[0], columns=names[1])
-    by_level = score_by(levels, y, s, groups, **kwargs).drop('all').drop(columns=['sensitivity','specificity'])
+    by_level = score_by(levels, pred=s, targ=y, groups=groups, **kwargs).drop('all').drop(columns=['sensitivity',
+            'specificity'])
     return Confounding(target=names[0], confounder=names[1], counts=counts, within=by_level,
                        areas=pd.DataFrame(areas).T, gap=gap)

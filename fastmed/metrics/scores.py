@@ -44,21 +44,23 @@ def binary_case_scores(
 
 # %% ../../nbs/metrics/03_scores.ipynb #d94cc80c
 def roc_auc(
+    *,
+    pred,   # (n,) higher where 1 is likelier
     targ,   # (n,) 0 or 1
-    score,  # (n,) higher where 1 is likelier
 )->float:   # 0 to 1; nan where one class is missing
     "Share of pairs of a 1 and a 0 in the right order, ties half. Raises `InputError`. Source: Hanley 1982"
     from sklearn.metrics import roc_auc_score
-    t,s = binary_case_scores(targ, score, 'roc_auc')
+    t,s = binary_case_scores(targ, pred, 'roc_auc')
     return float(roc_auc_score(t, s)) if t.any() and not t.all() else float('nan')
 
 def average_precision(
+    *,
+    pred,   # (n,) higher where 1 is likelier
     targ,   # (n,) 0 or 1
-    score,  # (n,) higher where 1 is likelier
 )->float:   # 0 to 1; nan where no case is positive
     "Precision averaged over the steps of recall, cases of one score together. Raises `InputError`. Source: Davis 2006"
     from sklearn.metrics import average_precision_score
-    t,s = binary_case_scores(targ, score, 'average_precision')
+    t,s = binary_case_scores(targ, pred, 'average_precision')
     return float(average_precision_score(t, s)) if t.any() else float('nan')
 
 # %% ../../nbs/metrics/03_scores.ipynb #f771a0fc
@@ -97,16 +99,17 @@ def ap_stat(
 
 # %% ../../nbs/metrics/03_scores.ipynb #e2358377
 def area_under(
-    y,                  # (n,) targets, 0 or 1
-    score,              # (n,) higher: more likely 1
+    *,
+    pred,               # (n,) higher: more likely 1
+    targ,               # (n,) targets, 0 or 1
     groups=None,        # (n,) subject of each case
     kind:str='roc',     # 'roc': AUC; 'pr': average precision
     **kwargs            # of `estimate`: n_boot, level, seed
 )->Estimate:            # 0 to 1; nan where one class is missing
     "Area under the ROC curve, or average precision, with its interval. Raises `InputError` on other targets"
     if kind not in ('roc','pr'): raise InputError(f"kind: expected 'roc' or 'pr'; found {kind!r}")
-    stat = auc_stat(y, score) if kind=='roc' else ap_stat(y, score)
-    return estimate(stat, len(np.asarray(y)), groups, **kwargs)
+    stat = auc_stat(targ, pred) if kind=='roc' else ap_stat(targ, pred)
+    return estimate(stat, len(np.asarray(targ)), groups, **kwargs)
 
 # %% ../../nbs/metrics/03_scores.ipynb #c9af763f
 def _is_rule(point):
@@ -116,13 +119,14 @@ def _is_rule(point):
     return point[0] in ('sensitivity','specificity') and 0<=point[1]<=1
 
 def choose_point(
+    *,
+    pred,        # (n,) probability of 1
     targ,        # (n,) 0 or 1
-    score,       # (n,) probability of 1
     point=.5     # a threshold, 'youden', or ('sensitivity', .9), ('specificity', .9): what just reaches it
 )->float:        # a case is called positive where its score is at least this; nan where a rule lacks a class
     "The threshold of a rule. On the cases that it was chosen on it flatters. Raises `InputError`. Source: Youden 1950"
     if isinstance(point, (int,float,np.number)) and not isinstance(point, bool): return float(point)
-    t,s = binary_case_scores(targ, score, 'choose_point')
+    t,s = binary_case_scores(targ, pred, 'choose_point')
     if not _is_rule(point):
         raise InputError(f"point: expected a threshold, 'youden', ('sensitivity', share) or ('specificity', share); "
                          f"found {point!r}")
@@ -142,7 +146,7 @@ def rate_stats(
     point=.5 # as of `choose_point`; chosen once, not in each draw
 )->dict:     # sensitivity and specificity, each a statistic for `estimate`
     "Both rates at a chosen point; nan where the point is"
-    threshold = choose_point(y, score, point)
+    threshold = choose_point(pred=score, targ=y, point=point)
     called,known = score>=threshold,not np.isnan(threshold)
     return dict(sensitivity=share_stat(called, y&known), specificity=share_stat(~called, ~y&known))
 
@@ -152,12 +156,13 @@ def _of_sample(stat, n):
     return float(stat(np.ones((1,n)))[0])
 
 def sensitivity_specificity(
+    *,
+    pred,      # (n,) probability of 1
     targ,      # (n,) 0 or 1
-    score,     # (n,) probability of 1
     point=.5   # as of `choose_point`
 )->tuple:      # (share of the positive cases that are called so, share of the negative ones); nan where there are none
     "Both rates at a chosen point, nan where a rule lacks a class. Raises `InputError`"
-    t,s = binary_case_scores(targ, score, 'sensitivity_specificity')
+    t,s = binary_case_scores(targ, pred, 'sensitivity_specificity')
     return tuple(_of_sample(rate, len(t)) for rate in rate_stats(t, s, point).values())
 
 # %% ../../nbs/metrics/03_scores.ipynb #2fb7aa09
@@ -184,8 +189,9 @@ def balanced_stat(
 
 # %% ../../nbs/metrics/03_scores.ipynb #435da33a
 def balanced_accuracy(
+    *,
+    pred,   # (n,) class ids
     targ,   # (n,) class ids
-    pred    # (n,) class ids
 )->float:   # 0 to 1
     "The mean over the classes that occur of the share of their cases that are found. Raises `InputError`"
     t,p = _array(targ),_array(pred)
@@ -195,15 +201,17 @@ def balanced_accuracy(
     return _of_sample(balanced_stat(t, p), len(t))
 
 def mean_abs_error(
+    *,
+    pred,   # (n,) in the same
     targ,   # (n,) in its unit
-    pred    # (n,) in the same
 )->float:   # in that unit
     "How far off the prediction is, on average"
     return float(np.abs(_array(targ)-_array(pred)).mean())
 
 def r_squared(
+    *,
+    pred,   # (n,)
     targ,   # (n,)
-    pred    # (n,)
 )->float:   # 1 is perfect, 0 as good as the mean, below that worse; nan where all targets are alike
     "Share of the variance that is explained"
     t = _array(targ)
@@ -282,8 +290,9 @@ def label_statistics(
 def label_scores(
     task,      # 'category', 'multi' or 'regression'
     vocab,     # names of the classes, findings or targets
-    targ,      # (n,) class ids, (n,k) of 0 and 1, or (n,k) numbers
+    *,
     pred,      # (n,k) probabilities, or numbers
+    targ,      # (n,) class ids, (n,k) of 0 and 1, or (n,k) numbers
     point=.5   # as of `choose_point`, for sensitivity and specificity
 )->dict:       # (score, what it is of) → value
     "Every score of a task: of two classes the second is positive, of more each against the rest. Raises `InputError`"
@@ -294,8 +303,9 @@ def label_scores(
 def scores_interval(
     task,        # as of `label_scores`
     vocab,       # as of `label_scores`
-    targ,        # as of `label_scores`
+    *,
     pred,        # as of `label_scores`
+    targ,        # as of `label_scores`
     groups=None, # (n,) subject of each case; None: each case its own
     point=.5,    # as of `choose_point`; chosen once, on all cases, not in each draw
     level=.95,   # of the interval
@@ -339,7 +349,7 @@ class CaseAnswers:
         key = (task, tuple(map(str, vocab)), str(point))
         if key not in self.scores:
             targ,pred = torch.cat(self.targs),torch.cat(self.preds)
-            self.scores = {**self.scores, key:label_scores(task, vocab, targ, pred, point)}
+            self.scores = {**self.scores, key:label_scores(task, vocab, pred=pred, targ=targ, point=point)}
         return self.scores[key]
 
 # %% ../../nbs/metrics/03_scores.ipynb #bad895fe
@@ -357,7 +367,7 @@ class CaseScore(Metric):
         self.answers = CaseAnswers() if answers is None else answers
         k = len(self.vocab)
         one_case = np.zeros(1) if task=='category' else np.zeros((1,k))
-        known = {name for name,_ in label_scores(task, self.vocab, one_case, np.zeros((1,k)))}
+        known = {name for name,_ in label_scores(task, self.vocab, pred=np.zeros((1,k)), targ=one_case)}
         if score not in known:
             raise InputError(f"score: expected {', '.join(sorted(known))} for {task}; found {score!r}")
     @property

@@ -16,7 +16,7 @@ import traceback
 import torch
 from fastai.basics import Callback, default_device, warn
 from fastcore.all import first, ifnone
-from ..core import FastmedError, InputError, ResourceError
+from ..core import FastmedError, InputError, ResourceError, runs_in
 from ..io.guard import memory_left
 from ..models.zoo import model_divisor
 from torch import Tensor
@@ -137,7 +137,7 @@ class MemoryCallback(Callback):
             raise InputError(f"MemoryCallback: expected memory_gb above 0; found {memory_gb}")
         self.memory_gb = memory_gb
     def before_fit(self):
-        if hasattr(self.learn, 'gather_preds'): return
+        if runs_in(self.learn, 'get_preds'): return
         device = next(self.learn.model.parameters()).device
         free = free_memory(device) if self.memory_gb is None else self.memory_gb*1e9
         bs = self.dls.train.bs
@@ -224,15 +224,14 @@ def check_prediction(
     learn,          # Learner, or `Ensemble`
     t,              # `TensorVolume` (C,X,Y,Z) that is to be segmented
     proba=False,    # whether probabilities are asked for
-    axes=None       # slicing directions, of slice models
+    axes=None       # slicing directions whose mean is held in memory
 ):
     "Raises `ResourceError`, with the numbers, where a scan's prediction cannot fit into the memory that is free"
-    many = hasattr(learn, '_answer_together')
-    pre,n = (learn.about[0].pre,len(learn.vocab)) if many else (learn.dls.preprocess,getattr(learn, 'n_out', None)
-            or len(learn.dls.preprocess.vocab))
+    pre = learn.dls.preprocess
+    n = getattr(learn, 'n_out', None) or len(pre.vocab)
     grid = pre.grid(t.shape[1:], t.affine)[0]
     fn = (getattr(t, 'meta', None) or {}).get('fn', 'this scan')
-    several = axes is not None and not many                # an ensemble keeps its mean in a file where it is large
+    several = axes is not None
     need,free = prediction_bytes(t.shape[0], t.shape[1:], grid, n, proba or several),free_memory('cpu')
     if need<=1.4*free: return
     less = prediction_bytes(t.shape[0], t.shape[1:], grid, n)

@@ -16,7 +16,8 @@ import nibabel as nib
 import numpy as np
 import torch
 from fastai.data.all import to_cpu, warn
-from fastcore.all import L
+from fastai.learner import Learner
+from fastcore.all import L, patch, tuplify
 from fastmed.core import (
     ArgumentError, evaluating, FileError, InputError, orientation_of, TensorVolume, TensorVolumeMask
 )
@@ -137,6 +138,29 @@ def _placed_scan(learn, fn, regrid):
     if t is not fn: t.meta = meta
     return t,meta
 
+@patch
+def segment(self:Learner,
+    box:list,     # the scan (C,X,Y,Z), the only reference to it: it is taken out, so that its memory is free early
+    overlap,      # as of `predict_case`
+    tta,          # as of `predict_case`
+    proba,        # as of `predict_case`
+    post,         # as of `predict_case`
+    axes,         # as of `predict_case`
+    progress=True # as of `predict_case`
+):                # as of `predict_case`
+    "What a Learner makes of a scan that was read and checked; an `Ensemble` has its own way"
+    t = box.pop()
+    check_prediction(self, t, proba, axes)
+    pre,plan,shape,affine = self.dls.preprocess,self.dls.plan,tuple(t.shape[1:]),t.affine
+    x = pre(t)
+    del t
+    lab,probs = predict_grid(self, x, overlap, tta, proba, progress, axes)
+    del x
+    across = own_axis(pre, affine, plan.axis) if plan.ndim==2 else None
+    mask = apply_post(pre.inverse(lab, shape, affine), getattr(self, 'post', None) if post is None else post, across)
+    if not proba: return mask
+    return mask, TensorVolume(maps_back(probs, pre, lab.affine, shape, affine), affine=affine)
+
 def predict_case(
     learn,             # Learner
     fn,                # image file, list of channel files, DICOM folder, or a `TensorVolume`
@@ -150,23 +174,12 @@ def predict_case(
 ):                     # `TensorVolumeMask` on the scan's own grid; with `proba` also a `TensorVolume` (n,X,Y,Z) float32
     "Segment a scan in its own space. Raises `OSError` or `ValueError` naming the file, where it does not fit the model"
     t,meta = _placed_scan(learn, fn, regrid)
-    pre,plan,shape,affine = learn.dls.preprocess,learn.dls.plan,tuple(t.shape[1:]),t.affine
-    check_prediction(learn, t, proba, axes)
+    box = [t]
+    del t
     with prediction_explained(meta.get('fn', 'the tensor')):
-        # an `Ensemble`; the box lets it drop the scan as soon as it can
-        if hasattr(learn, '_answer_together'):
-            box = [t]
-            del t
-            return learn._answer_together(box, overlap, tta, proba, post, axes, progress)
-        x = pre(t)
-        del t
-        lab,probs = predict_grid(learn, x, overlap, tta, proba, progress, axes)
-        del x
-    across = own_axis(pre, affine, plan.axis) if plan.ndim==2 else None
-    mask = apply_post(pre.inverse(lab, shape, affine), getattr(learn, 'post', None) if post is None else post, across)
-    mask.meta = meta
-    if not proba: return mask
-    return mask, TensorVolume(maps_back(probs, pre, lab.affine, shape, affine), affine=affine, meta=meta)
+        res = learn.segment(box, overlap, tta, proba, post, axes, progress)
+    for o in tuplify(res): o.meta = meta
+    return res
 
 # %% ../../nbs/predict/04_predict.ipynb #de7513a3
 def _mask_digest(mask, affine):

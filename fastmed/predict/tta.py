@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from fastai.basics import Callback
 from fastcore.all import first, ifnone, is_listy, L, tuplify
-from ..core import ArgumentError, InputError
+from ..core import ArgumentError, InputError, TensorSlice, TensorVolume
 from ..data.augment import SpatialTfm
 from ..data.blocks import chance_kept
 from torch import Tensor
@@ -166,8 +166,8 @@ def tta_views(
     own = _patch_plan(learn)
     plan = ifnone(plan, own)
     axes,spread = _network_axes(plan, learn),_network_axes(own, learn)
-    sp = first(f for f in getattr(learn.dls.train.after_batch, 'fs', L()) if isinstance(f, SpatialTfm))
-    trained = [spread[a] for a in (sp.flips if sp is not None else ())]
+    moves = _trained_moves(learn)
+    trained = [spread[a] for a in (moves.flips if moves is not None else ())]
     if t is True: t = TTA() if trained else TTA(flips=(), intensity=.1)
     elif not trained and t.flips is True:
         if not isinstance(tta, TTA): t = TTA('all', t.rotate, t.scale, t.intensity)               # asked for by name
@@ -176,6 +176,9 @@ def tta_views(
                              f"say rotate= or scale=")
     return t.views(axes, trained, tuple(ifnone(ifnone(spacing, plan and plan.get('spacing')), (1.,1.,1.))))
 
+def _trained_moves(learn):
+    "The turns, scales and flips of training; None where it had none"
+    return first(f for f in getattr(learn.dls.train.after_batch, 'fs', L()) if isinstance(f, SpatialTfm))
 def _patch_plan(learn):
     "The plan of a Learner's patches; None where it takes whole items"
     try: return learn.dls.plan
@@ -205,24 +208,6 @@ def batch_looks(
     "A batch through every look: for answers that have no place, which are averaged as they are. Raises `ValueError` on an unknown name"
     plan = _patch_plan(learn)
     for v in tta_views(learn, tta): yield _through(x, v, _network_axes(plan, learn), _spacing(plan))
-
-class _LookCallback(Callback):
-    "Show a batch through a view, and undo it on an answer that is a map"
-    order = 12
-    def __init__(self, view, axes, spacing): self.view,self.axes,self.spacing,self.seen = view,axes,spacing,None
-    def before_batch(self):
-        self.learn.xb = tuple(_through(x, self.view, self.axes, self.spacing) if isinstance(x, Tensor)
-                              and x.ndim==len(self.axes)+2 else x for x in self.xb)
-    def after_pred(self):
-        self.learn.pred = tuple(map(self._back, self.pred)) if isinstance(self.pred, tuple) else self._back(self.pred)
-    def _back(self, y):
-        if isinstance(y, Tensor) and y.ndim==len(self.axes)+2 and y.shape[2:]==self.xb[0].shape[2:]:
-            y,w = look_back(_thick(y.as_subclass(Tensor), self.axes), self.view, self.spacing)
-            if w is not None:
-                y = y/w.clamp_min(1e-6)
-                self.seen = _flat_view(w, self.axes).cpu()
-            y = _flat_view(y, self.axes)
-        return y
 
 def _mix_parts(plain, others, beta, use_max):
     "Several predictions in one, such as a mask and a label: each is mixed by itself; of a label every look saw all"
@@ -269,6 +254,97 @@ def refuse_tfms(
         raise ArgumentError(
                 f"tta: {', '.join(odd)} cannot be mixed from several looks. Leave it out, or ask get_preds for it")
 
+# %% ../../nbs/predict/01_tta.ipynb #77a00002
+class _NamedView:
+    "A `Look` for the batches of a network"
+    def __init__(self, look, axes, spacing): self.look,self.axes,self.spacing = look,axes,spacing
+    def _is_map(self, o): return isinstance(o, Tensor) and o.ndim==len(self.axes)+2
+    def through(self, x): return _through(x, self.look, self.axes, self.spacing) if self._is_map(x) else x
+    def back(self, y, size):
+        "An answer in its place, and what was seen of each voxel; None where all was"
+        if not self._is_map(y) or y.shape[2:]!=size: return y,None
+        y,seen = look_back(_thick(y.as_subclass(Tensor), self.axes), self.look, self.spacing)
+        if seen is None: return _flat_view(y, self.axes),None
+        return _flat_view(y/seen.clamp_min(1e-6), self.axes),_flat_view(seen, self.axes).cpu()
+
+class _DrawnView:
+    "The `k`-th draw of training's small turns and scales, whatever other threads draw; 0 is the plain look"
+    def __init__(self, spatial, k): self.spatial,self.k = spatial,k
+    def through(self, x):
+        if not self.k: return x
+        one = self.spatial.draw(1, tuple(x.shape[2:]), torch.Generator().manual_seed(self.k))
+        draws = {a:None if v is None else v.repeat(len(x), *(1,)*(v.ndim-1)) for a,v in one.items()}
+        x = x.as_subclass(TensorVolume if x.ndim==5 else TensorSlice)
+        return self.spatial.apply(x, draws).as_subclass(Tensor)
+    def back(self, y, size): return y,None
+
+def _named_views(learn, tta):
+    "The looks of `tta_views` for the batches of a Learner's network"
+    plan = _patch_plan(learn)
+    return [_NamedView(v, _network_axes(plan, learn), _spacing(plan)) for v in tta_views(learn, tta)]
+
+# %% ../../nbs/predict/01_tta.ipynb #77a00003
+def is_named(
+    tta     # what was asked for as test-time augmentation
+)->bool:    # False for a number, True and False
+    "Whether looks were asked for by name"
+    return isinstance(tta, (str,list,tuple,TTA))
+
+def _number_of_looks(tta):
+    "How many, the plain one among them. Raises `InputError`"
+    if tta is None or tta is False: return 1
+    if tta is True: return 8
+    if isinstance(tta, float) or not isinstance(tta, (int,np.integer)) or tta<1:
+        raise InputError(f"tta: expected False, True, a number of looks, names of `tta_views` or a TTA; found {tta!r}")
+    return int(tta)
+
+def case_views(
+    learn,    # Learner whose answers have no place
+    tta       # a number of draws of training's small turns and scales, the plain look among them, True: 8; or names
+)->list:      # of views with `through` and `back`, the plain one first
+    "The looks at a case. Raises `InputError` on a number of looks that is none, and on an unknown name"
+    if is_named(tta): return _named_views(learn, tta)
+    n,spatial = _number_of_looks(tta),_trained_moves(learn)
+    return [_DrawnView(spatial, k) for k in range(n if spatial is not None else 1)]
+
+# %% ../../nbs/predict/01_tta.ipynb #77a00006
+class _ViewCallback(Callback):
+    "Show a batch through a view, and undo it on an answer that is a map"
+    order = 12
+    def __init__(self, view): self.view,self.seen = view,None
+    def before_batch(self): self.learn.xb = tuple(map(self.view.through, self.xb))
+    def after_pred(self):
+        self.learn.pred = tuple(map(self._back, self.pred)) if isinstance(self.pred, tuple) else self._back(self.pred)
+    def _back(self, y):
+        y,seen = self.view.back(y, self.xb[0].shape[2:])
+        if seen is not None: self.seen = seen
+        return y
+
+def _view_preds(learn, dl, view, **kwargs):
+    "Predictions through a view, targets, and what was seen of each voxel; each view meets the same patches"
+    cb = _ViewCallback(view)
+    with chance_kept(next(learn.model.parameters()).device, dl): p,t = learn.get_preds(dl=dl, cbs=cb, **kwargs)
+    device = first(tuplify(p)).device
+    return p,t,torch.ones((), device=device) if cb.seen is None else cb.seen.to(device)
+
+# %% ../../nbs/predict/01_tta.ipynb #77a00007
+def mixed_preds(
+    learn,         # Learner
+    dl,            # DataLoader to go over
+    views,         # of `case_views`
+    beta='mean',   # as of `mix_looks`
+    use_max=False, # as of `mix_looks`
+    **kwargs       # of `get_preds`
+)->tuple:          # predictions and targets
+    "`get_preds` through every view, mixed as `mix_looks` says. Raises `InputError` where there is nothing to go over"
+    if not len(dl):
+        raise InputError(
+                "tta: there is nothing to look at. A loaded Learner holds no data: say dl=learn.dls.test_dl(files)")
+    plain,targets,_ = _view_preds(learn, dl, views[0], **kwargs)
+    others = (_view_preds(learn, dl, v, **kwargs)[::2] for v in views[1:])
+    return mix_looks(plain, others, beta, use_max),targets
+
+# %% ../../nbs/predict/01_tta.ipynb #77a00008
 def tta_preds(
     learn,         # Learner
     dl,            # DataLoader to go over
@@ -280,23 +356,10 @@ def tta_preds(
 )->tuple:          # predictions, mixed as `mix_looks` says, and targets
     "`get_preds` over the looks of `tta_views`, each undone before they are mixed. Raises `InputError` on an unknown name, and on more looks than there are"
     refuse_tfms(**kwargs)
-    if not len(dl):
-        raise InputError(
-                "tta: there is nothing to look at. A loaded Learner holds no data: say dl=learn.dls.test_dl(files)")
-    plan = _patch_plan(learn)
-    spacing = _spacing(plan)
-    views = tta_views(learn, tta)
+    views = _named_views(learn, tta)
     if n is not None:
         if isinstance(n, bool) or not isinstance(n, (int,np.integer)) or not 1<=n<len(views):
             raise InputError(f"tta: expected n from 1 to {len(views)-1}, the looks that there are besides the plain "
                              f"one; found {n!r}. More come by tta=, such as 'flips', 'rotate' or TTA(…)")
         views = views[:n+1]
-    def look(v):
-        cb = _LookCallback(v, _network_axes(plan, learn), spacing)
-        # each look sees the same patches
-        with chance_kept(next(learn.model.parameters()).device, dl):
-            p,t = learn.get_preds(dl=dl, cbs=cb, **kwargs)
-        device = first(tuplify(p)).device
-        return p,t,torch.ones((), device=device) if cb.seen is None else cb.seen.to(device)
-    plain,t,_ = look(views[0])
-    return mix_looks(plain, (look(v)[::2] for v in views[1:]), beta, use_max),t
+    return mixed_preds(learn, dl, views, beta, use_max, **kwargs)

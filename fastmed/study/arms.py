@@ -29,10 +29,10 @@ from ..data.loaders import SliceDataLoaders, VolumeDataLoaders
 from ..io.formats import file_digest
 from ..io.volumes import read_header, to_orientation
 from ..learn.callbacks import case_columns, case_rows, predicted_cases
-from ..learn.ensemble import trusted_learner
-from ..learn.fingerprint import was_seen
+from ..learn.ensemble import load_model
+from ..learn.members import trusted_learner
 from ..learn.learner import unet2d_learner, unet3d_learner, VolumeLearner
-from ..learn.modelfile import load_model, save_model
+from ..learn.modelfile import save_model
 from ..learn.pace import BudgetCallback, peak_memory, reset_peak
 from ..learn.plain import UnopenedError
 from ..metrics.masks import case_scores, failed_scores, slice_consistency
@@ -378,5 +378,4 @@ def seen_cases(
     df     # cases, one row each
 )->list:   # names of those that it was trained on, or whose subject it was trained on
     "Which cases a Learner has seen: by its memory (`learn.seen`) and by the training data it still holds"
-    if hasattr(learn, 'saw'): return learn.saw(df)       # of a model file, which keeps fingerprints and no names
-    return was_seen(getattr(learn, 'seen', {}), df)
+    return learn.saw(df)

@@ -16,7 +16,7 @@ import torch
 from fastai.basics import Callback, set_seed
 from fastai.callback.hook import total_params
 from fastcore.all import first, ifnone, L, patch, store_attr
-from ..core import beside, InputError, whole_file
+from ..core import beside, InputError, runs_in, whole_file
 from ..data.labels import group_folds
 from ..data.preprocess import check_codes
 from ..data.loaders import SliceDataLoaders, VolumeDataLoaders
@@ -283,7 +283,7 @@ class ComparisonCallback(Callback):
     def __getstate__(self):                              # an exported Learner takes no experiment with it
         return dict(arm=self.arm, comparison=None, paid=CostCallback())
     def _off(self):
-        return self.comparison is None or hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds')
+        return self.comparison is None or runs_in(self.learn, 'lr_find', 'get_preds')
     def before_fit(self):
         if not self._off():
             self.learn.add_cb(self.paid)

@@ -22,6 +22,7 @@ from ..data.labels import group_folds
 from ..data.preprocess import check_codes
 from ..data.loaders import SliceDataLoaders, VolumeDataLoaders
 from ..data.radiographs import RadiographDataLoaders
+from ..learn.answers import ScanModel
 from ..learn.callbacks import case_rows, predicted_cases
 from ..learn.classify import classifier_learner
 from ..learn.ensemble import Ensemble
@@ -96,7 +97,7 @@ def _check_held_out(learn, df):
     "Raises where a Learner does not hold out what it should"
     held = sorted(df['case'][df.is_valid].astype(str))
     where = "make its DataLoaders with from_df(df, valid_col='is_valid')"
-    if not hasattr(learn, 'evaluate') or not hasattr(learn, 'dls'):
+    if not isinstance(learn, ScanModel):
         raise ArgumentError(f"fit: expected it to give back a trained Learner of fastmed; found "
                             f"{type(learn).__name__}. End the function with `return learn`")
     valid,train = [sorted(str(c) for c,_ in case_rows(o.items)) for o in (learn.dls.valid_ds, learn.dls.train_ds)]
@@ -124,7 +125,7 @@ def _mask_scores(learn, held, look, subjects, masks):
 
 def _fold_scores(learn, held, look, subjects, masks):
     "Results of the held-out cases, and what kind they are"
-    if not hasattr(learn, 'case_answer'): return _mask_scores(learn, held, look, subjects, masks)
+    if learn.task=='segmentation': return _mask_scores(learn, held, look, subjects, masks)
     res = learn.evaluate(held, **look)
     t = pd.DataFrame(res).assign(subject=[subjects[str(c)] for c in res.case])
     return t,dict(task=res.task, vocab=list(res.vocab))

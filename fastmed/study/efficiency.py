@@ -64,7 +64,7 @@ def _headline(t):
     which = [1] if len(probs)==2 else range(len(probs))
     def auc(a):
         a = a[np.isfinite(a).all(1)]                     # those that could be read; `failed` counts the others
-        return float(np.mean([roc_auc((a[:,0]==i).astype(int), a[:,1+i]) for i in which]))
+        return float(np.mean([roc_auc(pred=a[:,1+i], targ=(a[:,0]==i).astype(int)) for i in which]))
     return 'ROC AUC', pd.concat([number, t[probs]], axis=1).astype(float), auc
 
 def _or_nan(f):

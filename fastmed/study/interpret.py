@@ -177,7 +177,7 @@ def decoded(self:CaseInterpretation)->np.ndarray: # (n,) class numbers; (n,K) 0/
     hit = []
     for k in self.labels:
         y,p,_ = self.one(k)
-        hit.append((p>=choose_point(y, p, self._rules[k])).astype(int))
+        hit.append((p>=choose_point(pred=p, targ=y, point=self._rules[k])).astype(int))
     return hit[0] if self.task=='category' else np.stack(hit, 1)
 
 # %% ../../nbs/study/03_interpret.ipynb #abed913f
@@ -274,11 +274,12 @@ def by(self:CaseInterpretation,
     level = self._levels(col, bins)
     if self.task=='category' and label is None and len(self.labels)>1:
         hit = (self.decoded()==self.y).astype(float)
-        t = error_by(level, np.zeros(len(hit)), hit, self.groups, **self._boot)
+        t = error_by(level, pred=hit, targ=np.zeros(len(hit)), groups=self.groups, **self._boot)
         return t.rename(columns=dict(mae='accuracy'))[['n','subjects','accuracy','low','high','note']]
     y,p,k = self.one(label)
-    if self.task=='regression': return error_by(level, y, p, self.groups, **self._boot)
-    return score_by(level, y, p, self.groups, choose_point(y, p, self._rules[k]), **self._boot)
+    if self.task=='regression': return error_by(level, pred=p, targ=y, groups=self.groups, **self._boot)
+    return score_by(level, pred=p, targ=y, groups=self.groups,
+                    threshold=choose_point(pred=p, targ=y, point=self._rules[k]), **self._boot)
 
 @patch
 def confounding(self:CaseInterpretation,
@@ -290,7 +291,8 @@ def confounding(self:CaseInterpretation,
     self._is('category','multi')
     y,p,k = self.one(label)
     names = (k, col if isinstance(col, str) else 'confounder')
-    return curves.confounding(y, p, self._levels(col, bins), self.groups, names=names, **self._boot)
+    return curves.confounding(pred=p, targ=y, confounder=self._levels(col, bins), groups=self.groups, names=names,
+                              **self._boot)
 
 # %% ../../nbs/study/03_interpret.ipynb #4a88c58c
 @patch

@@ -88,7 +88,7 @@ class LabelTable(NamedTuple):
         preds   # (n,k) of one repeat
     )->dict:    # as of `label_scores`
         "The scores of some cases in one repeat"
-        return label_scores(self.task, self.vocab, self.targets[rows], preds[rows])
+        return label_scores(self.task, self.vocab, pred=preds[rows], targ=self.targets[rows])
 
 def _label_columns(task, vocab):
     "The columns of targets and of predictions"
