@@ -16,6 +16,7 @@ from fastmed.data.radiographs import RadiographDataLoaders, RadiographPrep
 from fastmed.data.recipe import Labels, Recipe
 from fastmed.data.transforms import PatchTransform
 from fastmed.learn.ensemble import load_model
+from fastmed.learn.fingerprint import data_words
 from fastmed.learn.learner import unet3d_learner
 from fastmed.learn.modelfile import save_model
 
@@ -143,6 +144,8 @@ def test_radiographs(tmp_path):
     r = dls.recipe
     assert r.preprocess == RadiographPrep(16) and r.preprocess is dls.prep and r.plan is None
     assert r.labels == ('category', ['a', 'b']) and Recipe.from_json(r.to_json()) == r
+    # a fit that goes on at another size is refused by it
+    assert data_words(dls)['preprocessing, size'] == '16'
 
 
 def test_headers_are_read_once(cases, monkeypatch, tmp_path):
