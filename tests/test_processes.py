@@ -16,6 +16,7 @@ SCRIPT = '''
 import os, sys, torch
 from pathlib import Path
 from fastmed.all import *
+from fastmed.metrics.masks import DiceCounts
 rank,tmp = int(os.environ['RANK']),Path(sys.argv[1])
 torch.set_num_threads(1)
 torch.distributed.init_process_group('gloo', init_method='env://')
