@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fastmed.core import FileError, InputError, ResourceError
-from fastmed.data import labels, leaks, plan, preprocess, store, survey
+from fastmed.data import leaks, plan, preprocess, recipe, store, survey
 from fastmed.data import loaders as data
 from fastmed.data.cases import scan_decathlon, scan_folder
 from fastmed.data.check import check_dataset
@@ -228,7 +228,7 @@ def test_from_df_reads_each_header_once(tmp_path, monkeypatch, labelled):
     def counted(fn):
         if not isinstance(fn, list): read.append(str(fn))
         return real(fn)
-    for m in (io, data, labels, plan, preprocess): monkeypatch.setattr(m, 'read_header', counted)
+    for m in (io, data, recipe, plan, preprocess): monkeypatch.setattr(m, 'read_header', counted)
     kw = dict(label_col='label', batch_tfms=None) if labelled else dict(codes=['background','x'], patch=8)
     data.VolumeDataLoaders.from_df(df, cache=tmp_path/'store', bs=2, num_workers=0, device='cpu', **kw)
     assert sorted(read)==sorted(map(str, [*df.image, *([] if labelled else df['mask'])]))
@@ -252,7 +252,7 @@ def opened(monkeypatch):
             if not isinstance(fn, list): names.append(Path(fn).name)
             return f(fn, *args, **kwargs)
         return g
-    for m in (survey, io, data, labels, plan, preprocess):
+    for m in (survey, io, data, recipe, plan, preprocess):
         for k in ('read_header','load_volume','load_array'):
             if hasattr(m, k): monkeypatch.setattr(m, k, counted(getattr(m, k)))
     return names
@@ -340,7 +340,7 @@ def test_a_second_from_df_reads_no_header(tmp_path, settled, opened, labelled):
     opened.clear()
     again = loaders()
     assert not opened
-    assert data.get_plan(again)==data.get_plan(first) and again.preprocess.to_dict()==first.preprocess.to_dict()
+    assert again.plan==first.plan and again.preprocess.to_dict()==first.preprocess.to_dict()
 
 # --- the whole way, with few files open
 
