@@ -311,7 +311,7 @@ def with_preprocess(learn, pre):
     from fastmed.data.blocks import LoadMask, LoadVolume
     for tl in learn.dls.train_ds.tls:
         for f in tl.tfms.fs:
-            if isinstance(f, (LoadVolume,LoadMask)): f.preprocess = pre
+            if isinstance(f, (LoadVolume,LoadMask)): f.preprocess,f.store = pre,None    # a store keeps its own
     return learn
 
 def predicted(learn, a, aff, mm, order, folder):
