@@ -250,28 +250,24 @@ def test_a_file_stands_where_a_folder_should(tmp_path, writer):
     for name in ('Store image','predict_folder'):
         with pytest.raises(FileError, match='a file stands where a folder should'): writer(name)[0](tmp_path)
 
-def test_larger_than_allowed(tmp_path):
-    "Where no disk can be mounted, a limit on the size of a file does the same"
+@pytest.fixture
+def small_files():
+    "Where no disk can be mounted, a limit of 10 kB on the size of a file does the same"
     resource = pytest.importorskip('resource')
     soft,hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
-        with pytest.raises(FileError,
-                           match='a.npy: could not be written: it would be larger') as e, atomic_file(tmp_path
-                /'a.npy') as tmp, open(tmp, 'wb') as f:
-            f.write(bytes(10**5))
-    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+def test_larger_than_allowed(small_files, tmp_path):
+    with pytest.raises(FileError, match='a.npy: could not be written: it would be larger') as e, \
+         atomic_file(tmp_path/'a.npy') as tmp, open(tmp, 'wb') as f: f.write(bytes(10**5))
     assert e.value.errno==errno.EFBIG and not list(tmp_path.iterdir())
 
-def test_larger_than_allowed_by_numpy(tmp_path):
+def test_larger_than_allowed_by_numpy(small_files, tmp_path):
     "Which does not say why its bytes were not written"
-    resource = pytest.importorskip('resource')
-    soft,hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
-        with pytest.raises(FileError, match='could not be written: it would be larger') as e, \
-             atomic_folder(tmp_path/'a') as d: np.save(d/'data.npy', NOISE)
-    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with pytest.raises(FileError, match='could not be written: it would be larger') as e, \
+         atomic_folder(tmp_path/'a') as d: np.save(d/'data.npy', NOISE)
     assert e.value.errno==errno.EFBIG
 
 def test_read_only_stores_serve(small, scans):

@@ -643,24 +643,17 @@ def v_save_load(l, s):
     nn.init.normal_(next(l.model.parameters()))
     l.load('w')
     assert torch.equal(a, l.predict_volume(fn))
-def v_to_fp16(l, s):
-    l.to_fp16()
+def there_and_back(l, s, ask):
+    "Train in the precision that was chosen, ask, and train in float32 again"
     l.fit(1)
     finite(l)
-    l.validate()
+    ask()
     l.predict_volume(s[0]/s[1].image[0])
     l.to_fp32()
     l.fit(1)
     finite(l)
-def v_to_bf16(l, s):
-    l.to_bf16()
-    l.fit(1)
-    finite(l)
-    l.get_preds()
-    l.predict_volume(s[0]/s[1].image[0])
-    l.to_fp32()
-    l.fit(1)
-    finite(l)
+def v_to_fp16(l, s): there_and_back(l.to_fp16(), s, l.validate)
+def v_to_bf16(l, s): there_and_back(l.to_bf16(), s, l.get_preds)
 def v_save_model(l, s):
     for m in ('dice_large','dice'):
         l.fit(1, cbs=SaveModelCallback(monitor=m, fname=m))
