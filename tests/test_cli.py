@@ -20,7 +20,7 @@ from fastmed.cli import main
 from fastmed.core import FileError
 
 root = Path(__file__).resolve().parent.parent
-ENV = {**os.environ, 'PYTHONPATH':os.pathsep.join([str(root), os.environ.get('PYTHONPATH', '')]),
+ENV = {**os.environ, 'PYTHONPATH':os.pathsep.join(filter(None, [str(root), os.environ.get('PYTHONPATH')])),
        'PYTHONWARNINGS':'ignore', 'OMP_NUM_THREADS':'1'}
 
 @pytest.fixture

@@ -175,7 +175,7 @@ make((Path(sys.argv[3]), pd.read_csv(sys.argv[3]+'/cases.csv')), sys.argv[1]).ru
 """
     env = {**os.environ,
            'PYTHONPATH':os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent),
-           os.environ.get('PYTHONPATH','')]), 'PYTHONWARNINGS':'ignore'}
+           *filter(None, [os.environ.get('PYTHONPATH')])]), 'PYTHONWARNINGS':'ignore'}
     for n in (0,1,2):
         (tmp_path/'run.py').write_text(dies(f"self.training and self.train_iter=={1+2*n} and "
                                             f"len(list(Path({str(tmp_path)!r}).glob('c/*, fold*')))=={n}")+code)

@@ -58,10 +58,8 @@ def test_without_resampling_the_way_back_is_exact(g, seed):
 @quick
 @given(grids, st.floats(.5, 4))
 def test_a_resampled_mask_comes_back_to_its_own_grid(g, mm):
-    """A ball of at least three voxels radius on both grids comes back with a Dice above 0.8. The bound: resampling
-    moves the border by up to half a voxel, which
-    on a ball of radius 3 voxels is a shell of a quarter of its volume; each labelling there and back moves half of it
-    at most."""
+    """A ball of 3.5 of the larger voxels radius comes back with a Dice above 0.7. The bound: half a voxel of that border
+    is 0.37 of the volume, and a Dice of 0.7 is a ball that lost 0.46 of it, or gained 0.86"""
     code,sp,ang,org,shape = g
     sp = np.clip(sp, .5, 3)
     shape = np.maximum(shape, np.ceil(10*max(mm, sp.max())/sp).astype(int))
@@ -74,7 +72,22 @@ def test_a_resampled_mask_comes_back_to_its_own_grid(g, mm):
     back = pre.inverse(pre(m), m.shape, m.affine)
     assert back.shape==m.shape and np.allclose(back.affine, aff)
     a,b = back.numpy()>0,m.numpy()>0
-    assert 2*(a&b).sum()/(a.sum()+b.sum())>.8
+    assert 2*(a&b).sum()/(a.sum()+b.sum())>.7
+
+@pytest.mark.parametrize('mm', [1.5,2,3])
+@pytest.mark.parametrize('n', [38,39])
+def test_a_resampled_mask_keeps_its_volume(mm, n):
+    """Where new voxels lie halfway between old ones neither side may win them all: balls came back a fifth smaller. One
+    part in ten is left to the roundness of small balls"""
+    rng,there,back = np.random.default_rng(0),[],[]
+    for _ in range(12):
+        centre = rng.uniform(n/2-2, n/2+1, 3)[:,None,None,None]
+        ball = np.linalg.norm(np.indices((n,n,n))-centre, axis=0)<=rng.uniform(3,4)*mm
+        m = TensorVolumeMask(torch.from_numpy(ball.astype(np.int32)), affine=np.eye(4))
+        pre = Preprocess(spacing=mm, codes=['background','ball'])
+        there.append((pre(m).numpy()>0).sum()*mm**3/ball.sum())
+        back.append((pre.inverse(pre(m), m.shape, m.affine).numpy()>0).sum()/ball.sum())
+    assert .95<np.mean(there)<1.05 and .9<np.mean(back)<1.1, (np.mean(there), np.mean(back))
 
 @quick
 @given(grids, st.floats(.5, 4), st.sampled_from(['linear','cubic']))

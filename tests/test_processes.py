@@ -67,7 +67,7 @@ def marks(tmp_path_factory):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    path = os.pathsep.join([str(Path(fastmed.__file__).parent.parent), os.environ.get('PYTHONPATH', '')])
+    path = os.pathsep.join(filter(None, [str(Path(fastmed.__file__).parent.parent), os.environ.get("PYTHONPATH")]))
     env = {**os.environ, 'PYTHONPATH':path, 'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg', 'OMP_NUM_THREADS':'1',
            'WORLD_SIZE':'2', 'MASTER_ADDR':'127.0.0.1', 'MASTER_PORT':str(port)}
     ps = [subprocess.Popen([sys.executable, tmp/'script.py', tmp], env={**env, 'RANK':str(r)}, cwd=tmp,

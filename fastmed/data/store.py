@@ -33,7 +33,7 @@ from ..io.guard import reading
 from ..io.volumes import load_mask, load_volume
 
 # %% ../../nbs/data/05_store.ipynb #dae44550
-STORE_VERSION = 3   # of the layout on disk and of how files are read; part of every key
+STORE_VERSION = 4   # of the layout on disk and of how files are read; part of every key
 
 def digest_key(
     *parts  # what the key depends on, JSON-able
