@@ -58,7 +58,7 @@ def test_without_resampling_the_way_back_is_exact(g, seed):
 @quick
 @given(grids, st.floats(.5, 4))
 def test_a_resampled_mask_comes_back_to_its_own_grid(g, mm):
-    """A ball of 3.5 of the larger voxels radius comes back with a Dice above 0.7. The bound: half a voxel of that border
+    """A ball of 3.5 of the larger voxels radius comes back with a Dice above 0.7. The bound: half a voxel of its border
     is 0.37 of the volume, and a Dice of 0.7 is a ball that lost 0.46 of it, or gained 0.86"""
     code,sp,ang,org,shape = g
     sp = np.clip(sp, .5, 3)
