@@ -29,7 +29,7 @@ from ..data.blocks import LoadMask, LoadVolume
 from ..data.cases import case_name, check_columns
 from ..data.loaders import show_results
 from ..data.preprocess import Preprocess
-from ..io.volumes import check_same_grid, load_mask, load_volume, to_orientation
+from ..io.volumes import check_same_grid, load_mask, load_volume, to_orientation, turn_to
 from ..metrics.masks import case_scores, metric_names
 from ..plot import figure_png, plot_volume
 from ..predict.predict import predict_case
@@ -43,7 +43,7 @@ def case_truth(
     like:TensorVolumeMask # prediction on the scan's own grid
 )->TensorVolumeMask:      # (X,Y,Z) class ids on the same grid
     "The mask of a case as class ids on the scan's own grid. Raises `ValueError`, naming both files, on another grid"
-    t = to_orientation(pre.to_ids(load_mask(fn)), like.orientation)
+    t = turn_to(pre.to_ids(load_mask(fn)), like.affine)
     check_same_grid(like, t)
     return t
 
