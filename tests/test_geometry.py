@@ -206,3 +206,33 @@ def test_a_grid_between_two_names_of_axes_finds_back(k, size, spacing):
         assert (back.numpy()!=m).sum()<=(0 if spacing is None else 6)
         x = pre(TensorVolume(torch.from_numpy(m[None].astype(np.float32)), affine=aff))
         assert x.shape[1:]==there.shape and np.allclose(x.affine, there.affine)
+
+def test_a_part_of_a_volume_knows_its_place(tmp_path):
+    "A box cut out kept the affine of the whole, and was saved voxels away; so was what is flipped or of another size"
+    aff = affine('LAS', (1,2,3), .3, (5,6,7))
+    v = TensorVolume(torch.rand(2,9,8,7), affine=aff)
+    part = v[:1, 4:, ::2, -3:]
+    assert np.allclose(part.affine@[0,0,0,1], aff@[4,0,4,1]) and np.allclose(part.spacing, (1,4,3))
+    assert np.allclose(load_volume(part.save(tmp_path/'part.nii.gz')).affine, part.affine, atol=1e-4)
+    m = TensorVolumeMask(torch.ones(9,8,7).int(), affine=aff)
+    assert np.allclose(m[2:].affine@[0,0,0,1], aff@[2,0,0,1])
+    for same in (v[0], v[[1]], v[None], v*2, v.mean(0), v[...], torch.cat([v,v]), v.clone()):
+        assert np.array_equal(same.affine, aff)
+    lost = [v.flip(1), v.permute(0,2,1,3), v.transpose(1,2), torch.rot90(v, 1, (1,2)), v.roll(2, 1), v[...,3],
+            torch.cat([v,v], 1), v[:, [3,4,5]], torch.nn.functional.interpolate(v[None], scale_factor=2)]
+    for t in lost:
+        assert t.affine is None
+        with pytest.raises(InputError, match='affine'): save_volume(t, tmp_path/'lost.nii.gz')
+    with pytest.raises(InputError, match='affine'): resample_to(v.flip(1), v.shape[1:], aff)
+    assert np.array_equal(v.affine, aff)
+
+def test_a_type_that_cannot_hold_the_values_is_refused(tmp_path):
+    "300 became 44 and -3 became 253 in 8 bits; 1.9 became 1"
+    m = TensorVolumeMask(torch.tensor([[[-3,300]]]), affine=np.eye(4))
+    for dtype in (np.uint8, np.int8, np.uint16):
+        with pytest.raises(InputError, match='holds'): save_volume(m, tmp_path/'m.nii.gz', dtype=dtype)
+        assert not (tmp_path/'m.nii.gz').exists()
+    assert load_mask(save_volume(m, tmp_path/'m.nii.gz', dtype=np.int16)).flatten().tolist()==[-3,300]
+    v = TensorVolume(torch.tensor([[[[1.9,-2.6]]]]), affine=np.eye(4))
+    assert load_volume(save_volume(v, tmp_path/'v.nii.gz', dtype=np.int16)).flatten().tolist()==[2,-3]
+    with pytest.raises(InputError, match='holds'): save_volume(v*np.nan, tmp_path/'v.nii.gz', dtype=np.int16)

@@ -6,6 +6,7 @@
 __all__ = ['PICTURE_KINDS', 'TensorRadiograph', 'check_window', 'load_radiograph']
 
 # %% ../../nbs/io/08_radiographs.ipynb #7e336f52
+import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -17,6 +18,7 @@ from fastcore.all import is_listy
 from torch import Tensor
 from ..core import ArgumentError, FileError, InputError, MissingFileError, TensorSlice
 from .formats import picture_pixels
+from .headers import check_header
 
 # %% ../../nbs/io/08_radiographs.ipynb #2b3fcee5
 class TensorRadiograph(TensorSlice):
@@ -39,9 +41,20 @@ def _read_photograph(fn):
     "The values of a JPEG, or of a PNG with opacity, turned as it says"
     from PIL import Image, ImageOps
     try:
-        with Image.open(fn) as im: return np.asarray(ImageOps.exif_transpose(im)),{},(1.,1.)
+        with Image.open(fn) as im: mode,a = im.mode,np.asarray(ImageOps.exif_transpose(im))
     except (OSError, ValueError, SyntaxError) as e:
         raise FileError(f"{fn}: not a readable picture ({e}). It may be cut off: copy it again") from e
+    if mode=='CMYK':
+        raise InputError(f"{fn}: expected a grey picture; found four printing inks (CMYK), where more is darker. Save "
+                         f"it as grey")
+    return a,{},(1.,1.)
+
+def _is_turned(fn):
+    "Whether a PNG says by EXIF that it is to be turned"
+    from PIL import Image
+    with contextlib.suppress(OSError, ValueError, SyntaxError), Image.open(fn) as im:
+        return im.format=='PNG' and im.getexif().get(0x112, 1)!=1
+    return False
 
 def _read_negative(r, fn):
     "A DICOM negative as its positive: GDCM would turn it about the middle of its bits, before the window"
@@ -87,7 +100,9 @@ def _read_picture(fn):
     soft = head[:4]==b'\x89PNG' and len(head)==26 and head[25]==4         # grey with opacity, which ITK does not read
     if soft and head[24]==16:
         raise InputError(f"{fn}: 16-bit grey with an alpha channel is not read. Save it without its alpha channel")
-    return _read_photograph(fn) if soft or fn.suffix.lower() in ('.jpg','.jpeg') else _read_by_itk(fn)
+    if soft or fn.suffix.lower() in ('.jpg','.jpeg') or _is_turned(fn): return _read_photograph(fn)
+    if fn.suffix.lower() in ('.tif','.tiff'): check_header(fn)
+    return _read_by_itk(fn)
 
 # %% ../../nbs/io/08_radiographs.ipynb #eb8a47c5
 def _to_grey(a, fn, colour):

@@ -331,6 +331,16 @@ def check_one_slice(
                          f"name that ends in .nii.gz, .nrrd or .mha")
 
 # %% ../../nbs/io/07_volumes.ipynb #8e169dcc
+def _as_type(a, dtype):
+    "`a` in another type, rounded where that is whole. Raises `InputError` where it cannot hold the values"
+    if dtype.kind not in 'iu' or not a.size: return a.astype(dtype)
+    if a.dtype.kind=='f': a = np.round(a)
+    info = np.iinfo(dtype)
+    if not info.min<=a.min()<=a.max()<=info.max:                # NaN is not either
+        raise InputError(f"save_volume: expected values from {info.min} to {info.max}, which {dtype} holds; found "
+                         f"{a.min():.6g} to {a.max():.6g}. Nothing was written. Give a larger dtype, or clip them")
+    return a.astype(dtype)
+
 def _stored(t, dtype):
     "The array of a tensor as it is stored, (X,Y,Z) or (X,Y,Z,C): of `dtype`, a mask of the smallest unsigned type"
     a = to_cpu(t).as_subclass(Tensor).detach()
@@ -340,7 +350,7 @@ def _stored(t, dtype):
     ends = [int(o) for o in (a.min(), a.max())] if dtype is None and a.size else [0]
     if dtype is None: dtype = np.result_type(*map(np.min_scalar_type, ends))
     if np.dtype(dtype) in (np.uint64, np.int64): dtype = np.int32
-    a = a.astype(dtype)
+    a = _as_type(a, np.dtype(dtype))
     if a.ndim==4: a = a[0] if a.shape[0]==1 else np.moveaxis(a, 0, -1)
     return a
 
