@@ -350,3 +350,22 @@ def test_two_spellings_of_a_class_are_refused(values):
     "They were trained as classes of their own"
     df = pd.DataFrame(dict(case=range(16), y=pd.Series(values*4, dtype=object)))
     with pytest.raises(InputError, match='two classes'): label_block(df, 'y')
+
+def test_a_person_on_both_sides_is_told(tmp_path):
+    "The column was called patient_id, not subject, and the split parted its patients without a word"
+    rows = pd.DataFrame([write_case(tmp_path, f'c{i}', seed=i) for i in range(6)]).assign(patient_id=[1,1,1,2,2,2])
+    def made(**kw): return VolumeDataLoaders.from_df(rows, tmp_path, cache=tmp_path/'store', spacing=None, **kw)
+    with pytest.warns(UserWarning, match="'patient_id'.*both sides"): made()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        made(group_col='patient_id')
+
+@pytest.mark.parametrize('tag', ['PixelSpacing','ImagerPixelSpacing','PixelAspectRatio'])
+def test_pixels_that_are_not_square(tag, tmp_path):
+    "Of a DX picture GDCM takes the detector's distances alone, and the picture was squashed"
+    pydicom = pytest.importorskip('pydicom')
+    fn = dicom(tmp_path/'x.dcm', RAMP, 'MONOCHROME2')
+    ds = pydicom.dcmread(fn)
+    setattr(ds, tag, [2,1])
+    ds.save_as(fn)
+    assert load_radiograph(fn).aspect==2

@@ -34,8 +34,10 @@ class TensorRadiograph(TensorSlice):
         return ctx
 
 PICTURE_KINDS = ('.png','.tif','.tiff','.jpg','.jpeg','.dcm','.dicom','.ima','')
+# distances of rows and of columns, of the patient, at the detector, or as a ratio
+_ratio_tags = ('0028|0030','0018|1164','0028|0034')
 # photometric interpretation; centre, width and function of the window
-_tags = ('0028|0004','0028|1050','0028|1051','0028|1056')
+_tags = ('0028|0004','0028|1050','0028|1051','0028|1056',*_ratio_tags)
 
 def _read_photograph(fn):
     "The values of a JPEG, or of a PNG with opacity, turned as it says"
@@ -69,6 +71,14 @@ def _read_negative(r, fn):
         return r.Execute()
 
 # %% ../../nbs/io/08_radiographs.ipynb #a5eaaa5c
+def _row_and_column(tags):
+    "Distances of rows and of columns, or their ratio; equal where a header does not say. GDCM takes the detector's alone"
+    for k in _ratio_tags:
+        with contextlib.suppress(ValueError):
+            row,column = (float(o) for o in tags.get(k, '').split('\\'))
+            if 0<row<np.inf and 0<column<np.inf: return row,column
+    return 1.,1.
+
 def _read_by_itk(fn):
     "(values, tags, (row, column) spacing) of a PNG, TIFF or DICOM file"
     import SimpleITK as sitk
@@ -84,14 +94,14 @@ def _read_by_itk(fn):
             raise InputError(f"{fn}: expected one picture; found {pages[0]} frames or pages. Save the one that is "
                              f"meant, or read it with load_volume")
         exact = picture_pixels(fn) if '0028|0004' in tags else None
-        if exact is not None: return exact,tags,(float(r.GetSpacing()[1]),float(r.GetSpacing()[0]))
+        if exact is not None: return exact,tags,_row_and_column(tags)
         im = _read_negative(r, fn) if tags.get('0028|0004')=='MONOCHROME1' else r.Execute()
     except RuntimeError as e:
         raise FileError(f"{fn}: not a readable picture ({str(e).strip().splitlines()[-1]}). It may be cut off, or "
                         f"another kind of file") from e
-    a,sp = sitk.GetArrayFromImage(im),im.GetSpacing()
+    a = sitk.GetArrayFromImage(im)
     while a.ndim>2+(im.GetNumberOfComponentsPerPixel()>1): a = a[0]
-    return a,tags,(float(sp[1]),float(sp[0])) if '0028|0004' in tags else (1.,1.)
+    return a,tags,_row_and_column(tags)
 
 # %% ../../nbs/io/08_radiographs.ipynb #678be01e
 def _read_picture(fn):
