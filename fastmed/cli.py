@@ -53,9 +53,9 @@ def scan(
 def _new_learner(ndim, arch, cases, given, plan, going_on, minutes):
     "The Learner of a folder; its plan is kept, and taken from where it was kept when a training goes on"
     from fastmed.all import set_seed, SliceDataLoaders, unet2d_learner, unet3d_learner, VolumeDataLoaders, atomic_file
-    from fastmed.learn.fingerprint import kept_plan
+    from fastmed.learn.fingerprint import resumed_plan
     set_seed(given['seed'])
-    if going_on and plan.exists(): given['plan'] = kept_plan(plan, given.pop('spacing', None))
+    if going_on and plan.exists(): given['plan'] = resumed_plan(plan, given.pop('spacing', None))
     elif minutes: given['minutes'] = minutes
     loaders,learner = (VolumeDataLoaders,unet3d_learner) if ndim==3 else (SliceDataLoaders,unet2d_learner)
     dls = loaders.from_df(cases(), **given)
@@ -113,10 +113,10 @@ def train(
 )->int:                      # 1 where the model could not be scored
     "Train on a folder of scans and masks."
     from fastmed.core import beside, FileError
-    from fastmed.learn.fingerprint import check_kept
+    from fastmed.learn.fingerprint import check_checkpoint
     out = output_file(out, ('.safetensors','.pkl'), overwrite=overwrite)
     kept,plan = out.with_name(f'{out.name}.resume'),out.with_name(f'{out.name}.plan.json')
-    check_kept(out, kept, plan, resume, overwrite)
+    check_checkpoint(out, kept, plan, resume, overwrite)
     given = dict(codes=codes, valid_pct=valid_pct, seed=seed, cache=cache, num_workers=workers,
                  path=out.parent.resolve())
     if spacing: given['spacing'] = tuple(spacing) if len(spacing)==3 else spacing[0]
@@ -153,7 +153,7 @@ def _load_file(fn, trust):
 def _load_pickle(fn):
     from fastmed.all import load_learner
     from fastmed.core import InputError
-    from fastmed.learn.answers import ScanModel
+    from fastmed.learn.scanmodel import ScanModel
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')                              # fastai's, of what was said above
         try: learn = load_learner(fn)

@@ -411,7 +411,7 @@ def forge(b, edit=lambda m: m, tensors=lambda t: t):
     t = tensors(load(b))
     meta['sha256'] = plain.NO_DIGEST
     meta = edit(meta) or meta
-    return plain.seal_file(save(t, {'fastmed':meta if isinstance(meta, str) else json.dumps(meta)}))
+    return plain.with_sha256(save(t, {'fastmed':meta if isinstance(meta, str) else json.dumps(meta)}))
 
 def put(value, *keys):
     def f(m):
@@ -573,7 +573,7 @@ def _forged(rng, b):
             else meta)}, **(head if isinstance(head, dict) else {'x':head})}
     h = json.dumps(head).encode()
     b = len(h).to_bytes(8, 'little')+h+b[8+n:]
-    return plain.seal_file(b) if plain.NO_DIGEST.encode() in b else b
+    return plain.with_sha256(b) if plain.NO_DIGEST.encode() in b else b
 
 def test_some_hundred_forged_headers(loaders, tmp_path):
     "In a child process with a limit of memory and of time a file: each is opened or refused by name, in little memory"
@@ -761,7 +761,7 @@ def test_onnx_forged(onnx, learner, tmp_path):
         c.CopyFrom(m)
         mod(c)
         ox.helper.set_model_props(c, {'fastmed':json.dumps(d)})
-        (tmp_path/'bad.onnx').write_bytes(plain.seal_file(c.SerializeToString()))
+        (tmp_path/'bad.onnx').write_bytes(plain.with_sha256(c.SerializeToString()))
         return tmp_path/'bad.onnx'
     load_onnx(write(lambda d: None))
     def other(c): c.graph.node[0].op_type = 'Nothing'

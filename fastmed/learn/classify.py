@@ -19,10 +19,10 @@ from ..data.labels import shrink_to, shrunk_shape, TensorRegression, WholeTransf
 from ..data.loaders import axes_grid, show_labelled
 from ..data.radiographs import get_prep, LoadRadiograph, TensorRadiograph
 from ..io.volumes import load_volume
-from .answers import CaseAnswers, Evaluation
+from .scanmodel import CaseModel, Evaluation
 from .callbacks import RememberCallback
 from .fast import make_fast
-from .learner import parted_args, remember_network, ScanLearner, unet_args, VolumeLearner
+from .learner import split_args, remember_network, ScanLearner, unet_args, VolumeLearner
 from .losses import as_loss, class_weights, DiceCELoss, LabelLoss, MultiTaskLoss
 from ..metrics.masks import dice_metrics
 from ..metrics.scores import label_metrics
@@ -35,20 +35,20 @@ from ..predict.tta import case_views, is_named, mixed_preds, refuse_tfms, tta_pr
 from torch import Tensor
 
 # %% ../../nbs/learn/08_classify.ipynb #7d853869
-class CaseLearner(CaseAnswers, ScanLearner):
+class CaseLearner(CaseModel, ScanLearner):
     "A `Learner` that says what a case is: its class, its findings, or its numbers"
     @property
     def task(self): return self.dls.recipe.labels.task
     @property
     def label_vocab(self): return self.dls.recipe.labels.vocab
 
-    def ready_loss(self,
+    def prepare_loss(self,
         loss_func # what stands in `learn.loss_func`
     ):            # the same, or with what it lacks
         "A loss of labels, or of masks and labels"
-        return _ready_case_loss(loss_func, self.task, isinstance(self.model, MultiTaskNet))
+        return _prepare_case_loss(loss_func, self.task, isinstance(self.model, MultiTaskNet))
 
-    def case_answer(self,
+    def case_prediction(self,
         item,       # as of `case_input`
         tta=False   # a number of small turns and scales of training, the plain one among them, True: 8; or names
     )->Tensor:      # (n_out,) probabilities, or numbers; of slices and views the mean
@@ -59,7 +59,7 @@ class CaseLearner(CaseAnswers, ScanLearner):
         name,answers = item if isinstance(item, (str,Path)) else 'the case',[]
         with prediction_explained(name), torch.no_grad(), evaluating(model):
             for view in case_views(self, tta):
-                outs = [model(b.to(device)) for b in view.through(x).split(16)]
+                outs = [model(b.to(device)) for b in view.apply(x).split(16)]
                 outs = [o[-1] if isinstance(o, tuple) else o for o in outs]
                 answers.append(torch.cat([loss.activation(o).cpu() for o in outs]).mean(0))
         return torch.stack(answers).mean(0)
@@ -139,11 +139,11 @@ def predict_volume(self:CaseLearner,
 def tta(self:CaseLearner,
     ds_idx:int=1,    # of the DataLoaders: 1 is validation
     dl=None,         # DataLoader to go over instead
-    n=8,             # views: a number as of `case_answer`, or names, as always where masks are predicted too
+    n=8,             # views: a number as of `case_prediction`, or names, as always where masks are predicted too
     item_tfms=None,  # as in fastai; refused, since the views are those of training
     batch_tfms=None, # as in fastai; refused
-    beta='mean',     # as of `mix_looks`
-    use_max=False,   # as of `mix_looks`
+    beta='mean',     # as of `mix_views`
+    use_max=False,   # as of `mix_views`
     **kwargs         # of `get_preds`
 )->tuple:            # probabilities (N,n) or numbers, targets
     "Predictions mixed over several views. Raises `InputError` on a number of views that is none"
@@ -190,7 +190,7 @@ def _label_loss(dls, labels, weight, label_smoothing, pos_weight, loss):
         raise InputError("label_smoothing and pos_weight belong to classes; these labels are numbers")
     return LabelLoss(task, weights, sd=t.std(0).clamp(min=1e-8), loss=loss)
 
-def _ready_case_loss(loss_func, task, masks):
+def _prepare_case_loss(loss_func, task, masks):
     "A loss with all that a Learner asks for"
     if not masks: return as_loss(loss_func, task)
     if isinstance(loss_func, MultiTaskLoss):
@@ -259,7 +259,7 @@ def classifier_learner(
         raise InputError("classifier_learner: these DataLoaders hold no labels: say from_df(label_col=…). For masks "
                          "there are unet3d_learner and unet2d_learner")
     check_one_input(dls, 'classifier_learner')
-    (task,vocab),shape,(learner_args,args) = labels,_case_shape(dls, ndim),parted_args(kwargs)
+    (task,vocab),shape,(learner_args,args) = labels,_case_shape(dls, ndim),split_args(kwargs)
     masks = any(find_transform(tl.tfms, LoadMask) for tl in dls.train_ds.tls)
     if masks: arch,(model,args) = 'UNet',_multi_task_net(dls, shape, arch, len(vocab), pretrained, args)
     else: model = create_classifier(arch, shape.n_in, len(vocab), shape.ndim, shape.patch, pretrained, **args)
@@ -273,7 +273,7 @@ def classifier_learner(
     elif weight is not None or pos_weight is not None or label_smoothing:
         raise InputError("weight, label_smoothing and pos_weight belong to the default loss: give them to your "
                          "loss_func, or leave it out")
-    loss_func = _ready_case_loss(loss_func, task, masks)
+    loss_func = _prepare_case_loss(loss_func, task, masks)
     if metrics is None:
         metrics = [*(dice_metrics(dls.preprocess.vocab) if masks else []), *label_metrics(task, vocab, point)]
     cbs = L(learner_args.pop('cbs', None))+[RememberCallback(), FrozenNorms()]

@@ -17,7 +17,7 @@ from fastcore.all import L, patch
 from ..core import InputError, TensorVolume, TensorVolumeMask
 from ..data.blocks import chance_kept
 from ..io.volumes import load_volume, same_grid
-from .answers import case_table, CaseAnswers, CaseEvaluation, check_known, Evaluation, MaskAnswers
+from .scanmodel import case_table, CaseModel, CaseEvaluation, check_known, Evaluation, MaskModel
 from .callbacks import case_columns, case_rows, case_truth
 from .fingerprint import was_seen
 from .members import Members
@@ -47,7 +47,7 @@ def _ensemble_again(kind, state):
     res.__dict__.update(state)
     return res
 
-class Ensemble(MaskAnswers):
+class Ensemble(MaskModel):
     "Several Learners that answer together: the mean of their probabilities. Raises `ValueError` where they do not fit"
     members = ()         # see `Members`
     def __new__(cls,
@@ -299,7 +299,7 @@ def evaluate(self:Ensemble,
     **kwargs                # of `predict_volume`, `proba` left out
 )->Evaluation:              # case, structure, dice, hd95, nsd, volume_mm3, target_mm3, status
     "Score whole scans on their own grid; warns where a member was trained on one. Raises `ValueError` on none"
-    if not uncertainty: return MaskAnswers.evaluate(self, df, tolerance, **kwargs)
+    if not uncertainty: return MaskModel.evaluate(self, df, tolerance, **kwargs)
     df = self.cases_to_score(df)
     check_known('evaluate', kwargs)
     (image_of,mask_of),rows,errors = case_columns(self.dls),[],[]
@@ -317,7 +317,7 @@ def evaluate(self:Ensemble,
     return UncertainEvaluation(rows)
 
 # %% ../../nbs/learn/16_ensemble.ipynb #7cc438f0
-class CaseEnsemble(CaseAnswers, Ensemble):
+class CaseEnsemble(CaseModel, Ensemble):
     "Several `CaseLearner`s that answer together; what `Ensemble` gives when its members are such"
     @property
     def label_vocab(self): return self.about[0].classes
@@ -334,19 +334,19 @@ class CaseEnsemble(CaseAnswers, Ensemble):
         "What the network of the first member sees of a case"
         return self[0].case_input(item)
 
-    def each_answer(self,
+    def member_predictions(self,
         item,     # as of `CaseLearner.case_input`
-        tta=False # as of `CaseLearner.case_answer`
+        tta=False # as of `CaseLearner.case_prediction`
     )->Tensor:    # (members,n_out) probabilities, or numbers
         "What every member answers for one case. Raises what a member raises"
-        return torch.stack([learn.case_answer(item, tta) for learn in self])
+        return torch.stack([learn.case_prediction(item, tta) for learn in self])
 
-    def case_answer(self,
+    def case_prediction(self,
         item,     # as of `CaseLearner.case_input`
-        tta=False # as of `CaseLearner.case_answer`
+        tta=False # as of `CaseLearner.case_prediction`
     )->Tensor:    # (n_out,) mean probabilities, or numbers
         "The answer for one case. Raises what a member raises"
-        return _equal_mean(self.each_answer(item, tta))
+        return _equal_mean(self.member_predictions(item, tta))
 
     def predict_volume(self,
         fn,      # image file
@@ -365,22 +365,22 @@ def _equal_mean(each):
 @patch
 def uncertainty(self:CaseEnsemble,  # noqa: F811
     item,     # as of `CaseLearner.case_input`
-    tta=False # as of `case_answer`
+    tta=False # as of `case_prediction`
 )->dict:      # as of `case_uncertainty`
     "How far the members are apart on one case. Raises what a member raises"
-    return case_uncertainty(self.each_answer(item, tta), self.task)
+    return case_uncertainty(self.member_predictions(item, tta), self.task)
 
 @patch
 def evaluate(self:CaseEnsemble,  # noqa: F811
     df=None,                # one row a case; default: the validation cases of the first member that none has seen
     point=.5,               # as of `CaseLearner.evaluate`
-    tta=False,              # as of `case_answer`
+    tta=False,              # as of `case_prediction`
     uncertainty:bool=False  # add entropy, mutual_info and disagreement, or the spread of numbers: then `finds_worst()`
 )->CaseEvaluation:          # case, subject, target, pred, prob_<class>…, status
     "As `CaseLearner.evaluate`; warns where a member was trained on one of the cases"
-    if not uncertainty: return CaseAnswers.evaluate(self, df, point, tta)
+    if not uncertainty: return CaseModel.evaluate(self, df, point, tta)
     def answer(row):
-        each = self.each_answer(row, tta)
+        each = self.member_predictions(row, tta)
         return _equal_mean(each),case_uncertainty(each, self.task)
     table = case_table(self, df, point, answer)
     res = UncertainCases(table)

@@ -193,25 +193,25 @@ def salt_of(
             h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return h.hexdigest()[:16]
 
-def is_sealed(
+def is_fingerprint(
     name # of a case or subject
 )->bool: # whether it is a fingerprint
     "Whether a name of `learn.seen` was replaced by its fingerprint"
     return isinstance(name, str) and name.startswith('sealed:')
 
-def seal_of(
+def fingerprint_text(
     salt, # letters
     digest# of a name
 )->str:   # 'sealed:<salt>:<digest>'
     "A fingerprint as it stands in `learn.seen`"
     return f'sealed:{salt}:{digest}'
 
-def _name_seal(salt, kind, name):
-    return seal_of(salt, hashlib.sha256(f'{salt}{kind}\0{name}'.encode()).hexdigest()[:16])
+def _fingerprint(salt, kind, name):
+    return fingerprint_text(salt, hashlib.sha256(f'{salt}{kind}\0{name}'.encode()).hexdigest()[:16])
 
-def _salts(names): return sorted({o.split(':')[1] for o in names if is_sealed(o)})
+def _salts(names): return sorted({o.split(':')[1] for o in names if is_fingerprint(o)})
 
-def sealed_names(
+def fingerprint_names(
     seen:dict, # case → subject, names or fingerprints
     salt:str   # of those that are names
 )->dict:       # case → subject, fingerprints alone
@@ -219,9 +219,9 @@ def sealed_names(
     known = {*seen, *seen.values()}
     salts = _salts(known)
     def seal(kind, name):
-        if not name or is_sealed(name): return name
-        before = first(o for o in (_name_seal(s, kind, name) for s in salts) if o in known)
-        return before or _name_seal(salt, kind, name)
+        if not name or is_fingerprint(name): return name
+        before = first(o for o in (_fingerprint(s, kind, name) for s in salts) if o in known)
+        return before or _fingerprint(salt, kind, name)
     return {seal('case', c):seal('subject', s) for c,s in seen.items()}
 
 def was_seen(
@@ -231,14 +231,14 @@ def was_seen(
     "Which of these cases a model was trained on, so far as `seen` tells"
     cases,subjects = set(seen),set(seen.values())
     salts = _salts(cases|subjects)
-    def known(kind, name, among): return name in among or any(_name_seal(s, kind, name) in among for s in salts)
+    def known(kind, name, among): return name in among or any(_fingerprint(s, kind, name) in among for s in salts)
     def seen_row(c, r):
         if known('case', c, cases): return True
         return isinstance(r, pd.Series) and 'subject' in r and known('subject', str(r.subject), subjects)
     return [str(c) for c,r in case_rows(df) if seen_row(str(c), r)]
 
 # %% ../../nbs/learn/05_fingerprint.ipynb #f1a9e002
-def kept_plan(
+def resumed_plan(
     fn,     # file of the plan
     spacing # what is asked for this time, mm, or None
 )->Plan:    # that of the training that goes on
@@ -249,7 +249,7 @@ def kept_plan(
     raise InputError(f"--spacing: the training that goes on has {plan.spacing} mm ({fn}), found {spacing}. "
                      "Leave it out, or train anew without --resume")
 
-def check_kept(
+def check_checkpoint(
     out,      # model file
     kept,     # file of a training that was stopped
     plan,     # file of its plan
@@ -290,7 +290,7 @@ _fields = (('terms',dict),('train_iter',int),('pct_train',(int,float)),('recorde
            ('opt',dict),('gradients',list),('scaler',(dict,type(None))))
 
 @contextmanager
-def of_state(
+def state_errors(
     fn # file of a state
 ):
     "Whatever the contents of a state make go wrong inside is said of its file"

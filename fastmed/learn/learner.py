@@ -18,11 +18,11 @@ from fastmed.core import (
 )
 from ..data.blocks import check_one_input, LoadMask
 from ..data.loaders import axes_grid
-from .answers import MaskAnswers, ScanModel
+from .scanmodel import MaskModel, ScanModel
 from .callbacks import check_mixing, DeepSupervisionLoss, RememberCallback
 from .fast import make_fast
 from .finite import FiniteCallback
-from .fingerprint import salt_of, sealed_names
+from .fingerprint import salt_of, fingerprint_names
 from .losses import as_loss, DiceCELoss, PlainLoss
 from .pace import BudgetCallback, PaceCallback
 from ..metrics.masks import dice_metrics, DiceScore, metric_names
@@ -38,17 +38,17 @@ import fastai.callback.schedule  # noqa: F401, its patches
 class ScanLearner(ScanModel, EncoderMixin, Learner):
     "A `Learner` on scans, whatever it says of them"
     def fit(self, *args, **kwargs):
-        self.loss_func = self.ready_loss(self.loss_func)
-        self.ready_mixing(kwargs.get('cbs', args[3] if len(args)>3 else None))
+        self.loss_func = self.prepare_loss(self.loss_func)
+        self.prepare_mixing(kwargs.get('cbs', args[3] if len(args)>3 else None))
         with memory_explained(self), self.added_cbs(FiniteCallback()): return super().fit(*args, **kwargs)
 
-    def ready_loss(self,
+    def prepare_loss(self,
         loss_func # what stands in `learn.loss_func`
     ):            # the same, or with what it lacks
         "A loss that was put in by hand, with what a Learner asks for"
         return loss_func
 
-    def ready_mixing(self,
+    def prepare_mixing(self,
         cbs # callbacks of this training, beside its own
     ):
         "See `check_mixing`"
@@ -86,14 +86,14 @@ def save(self:ScanLearner,
 @patch
 def export(self:ScanLearner,
     fname='export.pkl', # below `learn.path`
-    seen:bool=True,     # keep salted fingerprints of the training cases, see `sealed_names`; False: leave them out
+    seen:bool=True,     # keep salted fingerprints of the training cases, see `fingerprint_names`; False: leave them out
     **kwargs            # of fastai's `export`
 ):                      # the Learner keeps its data and its optimizer, whatever happens
     "fastai's `export`, whole or not at all, in evaluation. Raises `InputError` where weights are not finite"
     if rank_distrib(): return                                 # of several processes the first one writes
     check_finite(self.model, Path(self.path)/fname)
     path,dls,opt,names = self.path,self.dls,self.opt,getattr(self, 'seen', None)
-    if names: self.seen = sealed_names(names, salt_of(self.model)) if seen else {}
+    if names: self.seen = fingerprint_names(names, salt_of(self.model)) if seen else {}
     try:
         with evaluating(self.model), atomic_file(Path(path)/fname) as tmp:
             super(ScanLearner, self).export(tmp.resolve(), **kwargs)
@@ -151,9 +151,9 @@ def _follow_codes(learn, old, new):
         if isinstance(m, DiceScore) and k and m._name==was[k-1]: m._name = now[k-1]
 
 # %% ../../nbs/learn/07_learner.ipynb #1ea40010
-class VolumeLearner(MaskAnswers, ScanLearner):
+class VolumeLearner(MaskModel, ScanLearner):
     "A `Learner` on patches that answers for whole scans, in their own space"
-    def ready_loss(self,
+    def prepare_loss(self,
         loss_func # what stands in `learn.loss_func`
     ):            # the same, or with what it lacks
         "See `as_loss`; one of torch's meets each scale of deep supervision"
@@ -172,7 +172,7 @@ def plot_top_losses(x:TensorVolume|TensorSlice, y:TensorVolumeMask|TensorSliceMa
         show_plane(sample[0], sample[1], pred=out[0], ctx=ax, title=f'loss {float(loss):.3f}', **kwargs)
 
 # %% ../../nbs/learn/07_learner.ipynb #e3eff9c0
-def parted_args(
+def split_args(
     kwargs    # given to a factory
 )->tuple:     # those of `Learner`, and those of the network
     "Arguments of a factory, by whom they are for"
@@ -230,7 +230,7 @@ def _unet_learner(ndim, dls, arch, loss_func, metrics, pretrained, fast, n_out, 
         raise InputError(f"n_out={n_out}: the masks have {len(pre.vocab)} codes, {list(pre.vocab)}, and a class "
                          f"without a code could be predicted. Leave n_out out, name {n_out} codes=, or give a "
                          f"loss_func that knows what the channels mean")
-    learner_args,args = parted_args(kwargs)
+    learner_args,args = split_args(kwargs)
     patch = tuple(p for p in plan.patch if ndim==3 or p>1)
     if arch is UNet or arch=='UNet': args = unet_args(plan, args)
     elif ndim==3: args = thin_axis(plan, arch, args)

@@ -14,10 +14,10 @@ import torch
 from fastai.basics import default_device, load_learner
 from fastcore.all import ifnone, is_listy, patch
 from ..core import InputError, MissingFileError
-from .answers import ScanModel
+from .scanmodel import ScanModel
 from .modelfile import load_members
 from .onnx import load_onnx
-from .plain import UnopenedError
+from .modelformat import UnopenedError
 from .uncertainty import release_memory, WeightFile
 
 # %% ../../nbs/learn/15_members.ipynb #49e00001

@@ -25,9 +25,9 @@ from .fast import make_fast, make_plain
 from fastmed.learn.modelmeta import (
     case_arch, check_posts, finite_scores, learner_of, model_channels, model_meta, plan_of, uncompiled
 )
-from fastmed.learn.plain import (
-    Budget, few_modules, finite_answer, FORMAT_VERSION, from_plain, json_text, model_answer, ModelFile, NO_DIGEST,
-    numbers_of, same_answer, SAVE_AGAIN, seal_file, TooLarge, trial_answer, trial_noise, TrialBudget,
+from fastmed.learn.modelformat import (
+    Budget, limit_modules, finite_logits, FORMAT_VERSION, from_plain, json_text, model_logits, ModelFile, NO_DIGEST,
+    numbers_of, same_logits, SAVE_AGAIN, with_sha256, TooLarge, trial_logits, trial_noise, TrialBudget,
     UnopenedError
 )
 from ..models.classifiers import add_unscale, create_classifier, MultiTaskNet
@@ -90,7 +90,7 @@ def _build(net, plan, most=math.inf, modules=_modules):
     # layers that timm makes and takes away again: a classifier
     if encoder: most += 2**27 if 'vgg' in arch else 2**23
     try:
-        with torch.random.fork_rng(devices=[]), few_modules(modules), Budget(most), TrialBudget(most):
+        with torch.random.fork_rng(devices=[]), limit_modules(modules), Budget(most), TrialBudget(most):
             if case: return _build_case(net, args, patch, n_in, plan.ndim)
             return create_network(arch, n_in, net['n_out'], ndim=plan.ndim, patch=patch, **args)[0]
     except TooLarge as e: raise InputError("the network that it names is larger than its weights") from e
@@ -153,10 +153,10 @@ def _plain_copy(model):
     with torch.no_grad(): return make_plain(deepcopy(uncompiled(model)).cpu().eval())
 
 def _tried(model, plan, meta):
-    "`trial_answer` of a network that is saved or opened"
+    "`trial_logits` of a network that is saved or opened"
     net = meta['network']
-    if not net.get('own'): return trial_answer(model, plan)
-    return trial_answer(model, plan, model_channels(net, plan), from_plain(net['patch']))
+    if not net.get('own'): return trial_logits(model, plan)
+    return trial_logits(model, plan, model_channels(net, plan), from_plain(net['patch']))
 
 def _checked(b, learn, fn, size, n_in, arch):
     "Open a file from its bytes, and hold its answers against the Learner's. Raises `InputError`"
@@ -164,8 +164,8 @@ def _checked(b, learn, fn, size, n_in, arch):
     again = _load_bytes(ModelFile(io.BytesIO(b), fn), d, arch)
     if not size: return
     x = trial_noise(n_in, size, masks=getattr(again.model, 'masks', False)).to(d)
-    y,z = model_answer(uncompiled(learn.model), x),model_answer(again.model, x)
-    alike = torch.equal(y, z) if d.type=='cpu' else same_answer(y, z, 1e-2)
+    y,z = model_logits(uncompiled(learn.model), x),model_logits(again.model, x)
+    alike = torch.equal(y, z) if d.type=='cpu' else same_logits(y, z, 1e-2)
     if not alike:
         raise InputError(f"save_model({fn}): the network answers otherwise than one built from its name and arguments: "
                          f"it was changed after the Learner was made. Make it by its arguments, or keep it with "
@@ -187,14 +187,14 @@ def save_model(self:Learner,
     own = net.get('own')
     model,tensors,plan = rebuilt_model(self, meta)
     size,echo = _tried(model, plan, meta)
-    meta['echo'] = finite_answer(echo, fn)
+    meta['echo'] = finite_logits(echo, fn)
     if own:
         warn(f"save_model: {net['arch']} is no network that is known by name: its weights are kept, and load_model(fn, "
              f"arch=make) must be told how it is built")
     elif not echo:
         warn(f"save_model: a trial of {net['arch']} takes more memory than load_model gives it; it will ask for "
              f"load_model(fn, arch=make)")
-    b = seal_file(save(tensors, {'fastmed':json_text(meta)}))
+    b = with_sha256(save(tensors, {'fastmed':json_text(meta)}))
     _checked(b, self, fn, size, model_channels(net, plan), model if own or not echo else None)
     with atomic_file(fn) as tmp: tmp.write_bytes(b)
     return Path(fn)
@@ -228,14 +228,14 @@ def opened_learner(
                          f"Learner") from e
 
 # %% ../../nbs/learn/13_modelfile.ipynb #77f96079
-def _check_room(src):
+def _check_memory(src):
     "Raise `ResourceError` where the weights that a file declares, and the network, are larger than the memory"
     need,left = 2*(src.size-src.body),memory_left(math.inf)
     if need>left:
         raise ResourceError(f"{src.fn}: its weights need {need/1e9:.3g} GB of memory to be opened; {left/1e9:.3g} GB "
                             f"are left. Use a machine with more memory")
 
-def _expect_echo(meta, echo, own):
+def _expect_same_logits(meta, echo, own):
     "Raise `InputError` where a network answers otherwise than when it was saved, or cannot be tried"
     made = ', '.join(f'{k} {meta["training"][k]}' for k in ('fastmed','torch','monai','timm') if k in meta['training'])
     was,name = meta['echo'],meta['network']['arch']
@@ -244,7 +244,7 @@ def _expect_echo(meta, echo, own):
                             f"trust it, say how the network is built: load_model(fn, arch=make)")
     # those wrote none of a network that they found too large to try
     if not was and meta['format']<3: return
-    if not same_answer(was, echo, 1e-3):
+    if not same_logits(was, echo, 1e-3):
         fix = 'Give the arch that it was saved with' if own else f'Install the versions that it was saved with ({made})'
         raise InputError(f"{name} answers otherwise than it did when it was saved. {fix}")
 
@@ -254,21 +254,21 @@ def _load_bytes(src, device, arch=None):
     if isinstance(net, dict) and net.get('own') and arch is None:
         raise UnopenedError(f"{fn}: its network, {str(net.get('arch'))[:200]}, is known by no name, so the file does "
                             f"not say how it is built. Say load_model(fn, arch=make), where make() gives that network")
-    _check_room(src)
+    _check_memory(src)
     def network(plan):
         numel,count = sum(math.prod(s) for s,_ in src.shapes().values()),len(src.declared)
         model = _build(net, plan, 2*numel+2**22, min(_modules, 20*count+500)) if arch is None else _own(arch, net, plan)
         _expect_fit(model, src.shapes())
         model.load_state_dict({k:src.tensor(k) for k in src.declared})
         with evaluating(model):
-            _expect_echo(meta, _tried(_plain_copy(model) if arch is not None else model, plan, meta)[1],
+            _expect_same_logits(meta, _tried(_plain_copy(model) if arch is not None else model, plan, meta)[1],
                          arch is not None)
         return make_fast(model) if net['fast'] else model
     return opened_learner(meta, fn, device, network)
 
 # %% ../../nbs/learn/13_modelfile.ipynb #b74afe15
 @contextlib.contextmanager
-def _refused(fn):
+def _file_errors(fn):
     "Whatever goes wrong inside is said of the file"
     try: yield
     except (FastmedError, OSError, ImportError): raise
@@ -296,7 +296,7 @@ def save_members(
     if evaluation is not None:
         training['evaluation'] = {str(k):finite_scores(r) for k,r in evaluation.summary().iterrows()}
     meta = dict(sha256=NO_DIGEST, format=FORMAT_VERSION, members=len(parts), post=list(post), training=training)
-    b = seal_file(save(parts, {'fastmed':json_text(meta)}))
+    b = with_sha256(save(parts, {'fastmed':json_text(meta)}))
     with atomic_file(fn) as tmp: tmp.write_bytes(b)
     return Path(fn)
 
@@ -322,7 +322,7 @@ def load_members(
     "Open a model file; nothing in it is run. Raises as `load_model`"
     if not Path(fn).is_file(): raise MissingFileError(f"{fn}: no such model file")
     device = torch.device(ifnone(device, default_device()))
-    with open(fn, 'rb') as f, _refused(fn):
+    with open(fn, 'rb') as f, _file_errors(fn):
         src = ModelFile(f, fn)
         files = _member_files(src) if 'members' in src.meta else [src]
         return [_load_bytes(o, device, arch) for o in files],src.meta

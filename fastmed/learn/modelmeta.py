@@ -30,14 +30,14 @@ from ..data.preprocess import Plan, Preprocess
 from fastmed.data.radiographs import (
     get_prep, LoadRadiograph, RadiographDataLoaders, RadiographPrep, TensorRadiograph
 )
-from .answers import ScanModel
+from .scanmodel import ScanModel
 from .callbacks import DeepSupervisionLoss, RememberCallback
 from .classify import CaseLearner
 from .fast import is_fast
-from .fingerprint import is_sealed, salt_of, seal_of, sealed_names
+from .fingerprint import is_fingerprint, salt_of, fingerprint_text, fingerprint_names
 from .learner import VolumeLearner
 from .losses import DiceCELoss, LabelLoss, MultiTaskLoss
-from .plain import FORMAT_VERSION, from_plain, NO_DIGEST, to_plain
+from .modelformat import FORMAT_VERSION, from_plain, NO_DIGEST, to_plain
 from ..metrics.masks import dice_metrics
 from ..metrics.scores import label_metrics
 from ..models.classifiers import MultiTaskNet
@@ -216,7 +216,7 @@ def _versions(model):
 def _training_meta(learn, evaluation, seen=True):
     "What is told of the training: versions, how many cases, their fingerprints, the last scores"
     old,names = getattr(learn, 'facts', None) or {},getattr(learn, 'seen', {})
-    sealed = sealed_names(names, salt_of(learn.model))
+    sealed = fingerprint_names(names, salt_of(learn.model))
     cases,subjects = sorted(sealed),sorted({o for o in sealed.values() if o})
     res = dict(_versions(get_model(learn.model)), cases=len(cases), subjects=len(subjects),
                data=hashlib.sha256(json.dumps([cases,subjects]).encode()).hexdigest(),
@@ -228,7 +228,7 @@ def _training_meta(learn, evaluation, seen=True):
     if evaluation is not None:
         res['evaluation'] = {f"{k} {r['of']}" if 'of' in r else str(k):finite_scores(r)
                              for k,r in evaluation.summary().iterrows()}
-    elif 'evaluation' in old and all(map(is_sealed, names)): res['evaluation'] = old['evaluation']
+    elif 'evaluation' in old and all(map(is_fingerprint, names)): res['evaluation'] = old['evaluation']
     return res
 
 def model_meta(
@@ -328,7 +328,7 @@ def _remembered(training):
     if not all(isinstance(o, str) for o in (*cases,*subjects)) or len(subjects)>len(cases):
         raise InputError(f"expected fingerprints; found {str(seen)[:80]}")
     # formats 1 and 2 had no salt
-    cases,subjects = [[o if is_sealed(o) else seal_of('', o) for o in v] for v in (cases,subjects)]
+    cases,subjects = [[o if is_fingerprint(o) else fingerprint_text('', o) for o in v] for v in (cases,subjects)]
     return dict(itertools.zip_longest(cases, subjects, fillvalue=''))
 
 def _expect_masks(meta, plan, pre):

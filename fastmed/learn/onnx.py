@@ -16,8 +16,8 @@ from ..core import ExtraError, InputError, MissingFileError, atomic_file
 from .classify import CaseLearner
 from .modelfile import opened_learner, rebuilt_model
 from .modelmeta import model_channels, model_meta, SavedLearner
-from fastmed.learn.plain import (
-    check_sum, finite_answer, json_text, meta_of, model_answer, same_answer, SAVE_AGAIN, seal_file, trial_answer,
+from fastmed.learn.modelformat import (
+    check_sum, finite_logits, json_text, meta_of, model_logits, same_logits, SAVE_AGAIN, with_sha256, trial_logits,
     trial_noise
 )
 from ..models.weights import check_finite
@@ -68,7 +68,7 @@ def _exportable(learn, post, evaluation, seen):
 def _expect_alike(net, model, x, fn, arch):
     "Raise `InputError` where ONNX Runtime answers otherwise than PyTorch: to the windows, to one, and to more of them"
     for z in (x, x[:1], 2*torch.cat([x,x[:1]])):
-        if not same_answer(model_answer(model, z), net(z), 1e-3):
+        if not same_logits(model_logits(model, z), net(z), 1e-3):
             raise InputError(f"export_onnx({fn}): ONNX Runtime answers otherwise than PyTorch for {arch}. Ship it by "
                              f"save_model instead")
 
@@ -91,13 +91,13 @@ def export_onnx(
     model.eval()
     model.size = size = _size(model, plan)
     x = trial_noise(model.n_in, size, 2, getattr(model, 'masks', False))
-    meta.update(echo=finite_answer(trial_answer(model, plan)[1], fn), window=list(size))
+    meta.update(echo=finite_logits(trial_logits(model, plan)[1], fn), window=list(size))
     with atomic_file(fn) as tmp:
         torch.onnx.export(model, (x,), str(tmp), input_names=['x'], output_names=['logits'], dynamo=True,
                           dynamic_shapes=({0:torch.export.Dim('batch', min=1)},), external_data=False, verbose=False)
         m = onnx.load(str(tmp))
         onnx.helper.set_model_props(m, {'fastmed':json_text(meta)})
-        b = seal_file(m.SerializeToString())
+        b = with_sha256(m.SerializeToString())
         tmp.write_bytes(b)
         try: _expect_alike(_OnnxNet(b, model.n_in, size), model, x, fn, meta['network']['arch'])
         except ImportError:
@@ -133,12 +133,12 @@ def load_onnx(
     def network(plan):
         try:
             net = _OnnxNet(b, model_channels(meta['network'], plan), tuple(meta['window']))
-            echo = trial_answer(net, plan)[1]
+            echo = trial_logits(net, plan)[1]
         except ImportError as e: raise ExtraError("load_onnx needs onnxruntime: pip install 'fastmed[onnx]'") from e
         except Exception as e:
             raise InputError(
                     f"ONNX Runtime does not take it ({str(e).splitlines()[0] if str(e) else type(e).__name__})") from e
-        if not same_answer(meta['echo'], echo, 1e-3):
+        if not same_logits(meta['echo'], echo, 1e-3):
             raise InputError(f"this ONNX Runtime answers otherwise than PyTorch {meta['training']['torch']} did. Try "
                              f"another version of it, or export again")
         return net

@@ -27,7 +27,7 @@ from torch import nn, Tensor
 
 # %% ../../nbs/learn/04_pace.ipynb #683f6799
 @contextlib.contextmanager
-def model_kept(
+def model_restored(
     model:nn.Module # network
 ):
     "Inside it is in training mode; running averages and modes are put back"
@@ -47,7 +47,7 @@ def step_seconds(
     short = contextlib.nullcontext()
     if getattr(learn, 'mixed_precision', None) is not None: short = torch.autocast(device.type, torch.float16)
     own = [p for p in model.parameters() if p.requires_grad]
-    with chance_kept(device), model_kept(model):
+    with chance_kept(device), model_restored(model):
         dl = learn.dls.train.new(num_workers=0)                      # draws its own seed
         load_s = seconds_of(lambda: dl.one_batch(), device)
         b = [o.as_subclass(Tensor) if isinstance(o, Tensor) else o for o in dl.one_batch()]

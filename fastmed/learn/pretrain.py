@@ -16,7 +16,7 @@ from fastcore.all import first, ifnone, L, patch
 from ..core import InputError
 from ..data.radiographs import get_prep
 from .fast import make_fast
-from .learner import parted_args, ScanLearner, unet_args
+from .learner import split_args, ScanLearner, unet_args
 from .callbacks import mixing_callbacks
 from ..models.encoders import create_network
 from ..models.unet import UNet
@@ -157,7 +157,7 @@ class RestoredShare(Metric):
 class RestorationLearner(ScanLearner):
     "A Learner that repairs damaged patches: train it, then hand its encoder, or all its weights, to the real task"
     task = 'restoration'
-    def ready_mixing(self,
+    def prepare_mixing(self,
         cbs # callbacks of this training, beside its own
     ):
         "Raise `InputError` on fastai's `MixUp` and `CutMix`: the target is the image itself"
@@ -219,7 +219,7 @@ def restoration_learner(
     "Self-supervised pretraining: repair damaged images. Sources: Zhou 2021 (Models Genesis), He 2022"
     x = dls.one_batch()[0]
     n,size = x.shape[1],tuple(x.shape[2:])
-    learner_args,args = parted_args(kwargs)
+    learner_args,args = split_args(kwargs)
     args = _network_args(dls, arch, size, args)
     model = create_network(arch, n, n, ndim=len(size), patch=size, **args)[0]
     if fast: model = make_fast(model)

@@ -25,7 +25,7 @@ from ..core import InputError, sweep
 from .callbacks import FitCallback, one_process
 from .finite import FiniteCallback
 from fastmed.learn.fingerprint import (
-    content_sum, data_words, fit_changes, fit_words, of_state, rate_words, read_state, split_facts, write_state
+    content_sum, data_words, fit_changes, fit_words, state_errors, rate_words, read_state, split_facts, write_state
 )
 from ..models.weights import check_finite, odd_weights
 from torch import nn, Tensor
@@ -229,7 +229,7 @@ def before_fit(self:ResumeCallback):
     # another network, or weights from elsewhere: another training
     if self.end!=content_sum(model.state_dict().values()): self.earlier = []
     s = read_state(self.fn) if self.fn.exists() else None
-    with of_state(self.fn):
+    with state_errors(self.fn):
         found = self._chosen(s) if s else None
         if found is not None: self._take(s, found)
     if found is not None: return
@@ -264,7 +264,7 @@ def alone(self:ResumeCallback):
 def go_on(self:ResumeCallback):
     "From here on the fit is what it was when it was saved"
     s = self.was
-    with of_state(self.fn):
+    with state_errors(self.fn):
         self._recall(s)
         _set_chance({**s['now'], 'dls':[]} if self.skip else s['now'], self.dls)
     b = getattr(self.learn, 'budget', None)
@@ -285,7 +285,7 @@ def _recall(self:ResumeCallback, s):
 @patch
 def _pass_over(self:ResumeCallback):
     "A fit that was done, before the one that was stopped"
-    with of_state(self.fn): self._recall(self.past)
+    with state_errors(self.fn): self._recall(self.past)
     for k in self.past['hypers'][0]: self.opt.set_hyper(k, [h[k] for h in self.past['hypers']])
     if self.learn.logger is not noop:
         print(f"{self.fn}: this fit was done, and is passed over; the network is that of the later fit that was "
@@ -309,7 +309,7 @@ def before_epoch(self:ResumeCallback):
         raise CancelEpochException()
     if s:
         self.skip = s['batch']
-        with of_state(self.fn): _set_chance(s['start'], self.dls)
+        with state_errors(self.fn): _set_chance(s['start'], self.dls)
     self.start = _chance(self.dls)
 
 # %% ../../nbs/learn/17_resume.ipynb #cc9ff897

@@ -21,7 +21,7 @@ import torch
 from fastcore.all import AttrDict, L, patch
 from ..core import InputError, show_plane
 from ..io.volumes import to_orientation
-from .answers import CaseEvaluation, Evaluation
+from .scanmodel import CaseEvaluation, Evaluation
 from ..metrics.scores import auc_stat
 from ..metrics.stats import estimate, rank_correlation, row_statistic
 from torch import nn, Tensor

@@ -22,7 +22,7 @@ from ..data.labels import group_folds
 from ..data.preprocess import check_codes
 from ..data.loaders import SliceDataLoaders, VolumeDataLoaders
 from ..data.radiographs import RadiographDataLoaders
-from ..learn.answers import ScanModel
+from ..learn.scanmodel import ScanModel
 from ..learn.callbacks import case_rows, predicted_cases
 from ..learn.classify import classifier_learner
 from ..learn.ensemble import Ensemble
