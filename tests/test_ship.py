@@ -203,7 +203,7 @@ def test_names_may_be_left_out(learner, tmp_path):
     assert back.facts['seen'] is None and back.facts['cases']==len(learn.seen) and back.saw(df)==[] and not back.seen
     e = load_model(save_model(Ensemble([learn]), tmp_path/'e.safetensors', seen=False), 'cpu')
     assert e.saw(df)==[] and Ensemble([learn]).saw(df)==[*learn.seen]
-    with pytest.warns(UserWarning, match='does not know what it was trained on'):
+    with pytest.warns(UserWarning, match='has no record of its training cases'):
         try: compare_learners({'a':back}, df)
         except Exception: pass
 
@@ -300,7 +300,7 @@ def test_a_network_of_ones_own(loaders, scan, tmp_path, ndim, fast):
     with pytest.warns(UserWarning, match=r'OwnNet is no network that is known by name.*load_model\(fn, arch=make\)'):
         save_model(learn, fn, post='keep_largest')
     with pytest.raises(ValueError,
-                       match=r'm.safetensors: its network, test_ship.OwnNet, is known by no name.*Say load_model\(fn, '
+                       match=r'm.safetensors: its network, test_ship.OwnNet, has no known name.*Use load_model\(fn, '
                              r'arch=make\)'):
         load_model(fn, 'cpu')
     net = OwnNet(learn.dls.train.one_batch()[0].shape[1], 3, ndim, 5)
@@ -453,7 +453,7 @@ FORGED = dict(
         patch3=(put({'tuple':[0,0,0]}, 'plan', 'dict', 'patch'), None),
         post=(put(['os.system'], 'post'), 'post-processing'),
     field=(put(1, 'preprocess', 'evil'), 'unknown fields'), normalize=(put('evil', 'preprocess', 'normalize'),
-        'normalize'), drift=(lambda m: put([o*1.01+.01 for o in m['echo']], 'echo')(m), 'answers otherwise'),
+        'normalize'), drift=(lambda m: put([o*1.01+.01 for o in m['echo']], 'echo')(m), 'gives other logits'),
         nothing=(lambda m: '{}', 'format and a sum'),
     nested=(lambda m: '['*100_000, 'JSON'), no_dict=(lambda m: json.dumps([m['sha256']]), 'format and a sum'),
         no_sum=(put('', 'sha256'), None),
@@ -690,7 +690,7 @@ def test_tensors_missing_too_many_or_otherwise(saved, tmp_path):
     refused(forge(b, tensors=lambda t: {**t, 'extra':torch.zeros(2)}), fn, 'extra: no such tensor expected')
     refused(forge(b, tensors=lambda t: {**t, 'heads.0.weight':t['heads.0.weight'].half()}), fn, 'float16')
     refused(forge(b, tensors=lambda t: {}), fn, 'do not fit|larger')
-    refused(forge(b, tensors=lambda t: {**t, 'heads.0.weight':t['heads.0.weight']*1.1}), fn, 'answers otherwise')
+    refused(forge(b, tensors=lambda t: {**t, 'heads.0.weight':t['heads.0.weight']*1.1}), fn, 'gives other logits')
 
 def test_pretrained_fetches_nothing(loaders, tmp_path, monkeypatch):
     learn = unet2d_learner(loaders[2], 'SegResNet', init_filters=8, path=tmp_path)

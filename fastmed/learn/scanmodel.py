@@ -39,7 +39,7 @@ from torch import Tensor
 
 # %% ../../nbs/learn/06_scanmodel.ipynb #1ea40001
 class ScanModel:
-    "What answers for whole scans: a Learner, or several together"
+    "A model that predicts whole scans: a Learner or an ensemble"
     task = 'segmentation'
     @property
     def members(self): return [self]
@@ -47,13 +47,13 @@ class ScanModel:
     def saw(self,
         df     # cases, one row each, or a list of files
     )->list:   # names of cases
-        "The cases that it was trained on, by case or by subject, so far as it knows"
+        "The cases that it was trained on, by case or by subject, as far as it knows"
         return was_seen(getattr(self, 'seen', {}), df)
 
     def cases_to_score(self,
         df # one row a case, or None
     ):     # the same, or the validation cases
-        "The cases that `evaluate` goes over. Raises `InputError` where there are none"
+        "The cases of `evaluate`. Raises `InputError` where there are none"
         if df is None: df = self.dls.valid_ds.items
         if not len(df): raise InputError("evaluate: no cases. A loaded Learner holds no data: give it a DataFrame")
         return df
@@ -66,7 +66,7 @@ class Evaluation(pd.DataFrame):
     def summary(self,
         score:str='dice' # 'dice', 'hd95' (mm) or 'nsd'
     )->pd.DataFrame:     # mean, sd, median, worst, n, failed, empty
-        "A line a structure and one for all. Cases that could not be predicted count as failed"
+        "A row a structure and one for all. Cases that could not be predicted count as failed"
         df = pd.DataFrame(self)
         failed = df.status.str.startswith('error')
         if failed.all(): return pd.DataFrame()
@@ -76,28 +76,28 @@ class Evaluation(pd.DataFrame):
 
 # %% ../../nbs/learn/06_scanmodel.ipynb #cf44dd3f
 def check_known(
-    what,   # who is called
-    kwargs, # what was given
-    *more   # names known beside those of a prediction
+    what,   # name of the method
+    kwargs, # given arguments
+    *more   # allowed names besides those of a prediction
 ):
-    "Raises `ArgumentError` on an argument that nobody takes"
+    "Raise `ArgumentError` on an unknown argument"
     known = ('overlap','tta','post','axes',*more)
     if odd:=sorted(set(kwargs)-set(known)):
         raise ArgumentError(f"{what}: unknown arguments {odd}; known are {', '.join(known)}")
 
 # %% ../../nbs/learn/06_scanmodel.ipynb #ddf64577
 class MaskModel(ScanModel):
-    "What follows from the mask of a scan; the mask itself is the matter of `segment`"
+    "A model that predicts masks; subclasses override `segment`"
     def predict_volume(self,
         fn,               # image file, list of channel files, DICOM folder or `TensorVolume`
         overlap:float=.5, # share of a window that its neighbour covers too
         tta=False,        # test-time augmentation: True, names, axes to flip or a `TTA`, see `tta_views`
         proba:bool=False, # give probabilities too
         post=None,        # a name of `POSTS` such as 'keep_largest', a function, or a list of them; once, at the end
-        axes=None,        # slice models: 'all', or array axes of the RAS scan to slice across; default: the one learnt
-        regrid=False      # DICOM series alone, as in `load_volume`: True puts a tilted one on an upright box
+        axes=None,        # slice models: 'all', or array axes of the RAS scan to slice across; default: as in training
+        regrid=False      # DICOM series only, as in `load_volume`: True resamples a tilted one to an upright grid
     ):                    # `TensorVolumeMask` on the scan's own grid; with `proba` also a `TensorVolume` (n,X,Y,Z)
-        "Segment a scan: the mask has its shape, affine and orientation. Raises an error that names the file"
+        "Segment a scan: the mask has the scan's shape, affine and orientation. Raises an error that names the file"
         return predict_case(self, fn, overlap, tta, proba, post, axes, regrid=regrid)
 
     def predict(self,
@@ -113,8 +113,8 @@ class MaskModel(ScanModel):
         return ((t,) if with_input else ()) + (m, m.as_subclass(Tensor), p)
 
 # %% ../../nbs/learn/06_scanmodel.ipynb #1ea40006
-def _maker(learn, kwargs):
-    "What a prediction follows from, the scan left out, as a hash; None where a function takes part"
+def _model_key(learn, kwargs):
+    "A hash of model and settings of a prediction; None where post-processing is a function"
     post = getattr(learn, 'post', None)
     if any(map(callable, [*L(kwargs.get('post')), *L(post)])): return None
     h = hashlib.sha256(f"{__version__} {torch.__version__} {sorted(kwargs.items(), key=str)} {post}".encode())
@@ -126,16 +126,16 @@ def _maker(learn, kwargs):
 
 @contextlib.contextmanager
 def _unchanged(files):
-    "Raise `FileError` where somebody writes to the files of a case while it is read"
+    "Raise `FileError` where the files of a case change while they are read"
     was = [file_facts(o) for o in L(files)]
     yield
     if was!=[file_facts(o) for o in L(files)]:
         raise FileError(f"{files}: was written to while it was read. Call again once whoever writes there has finished")
 
-def _mask_key(maker, files):
-    "What a mask follows from, in 32 letters; '-' where that cannot be told"
-    if not maker: return '-'
-    return hashlib.sha256(repr([maker, *[file_digest(o) for o in L(files)]]).encode()).hexdigest()[:32]
+def _mask_key(model_key, files):
+    "A key of model, settings and scan, 32 letters; '-' without a model key"
+    if not model_key: return '-'
+    return hashlib.sha256(repr([model_key, *[file_digest(o) for o in L(files)]]).encode()).hexdigest()[:32]
 
 # %% ../../nbs/learn/06_scanmodel.ipynb #1ea40007
 @patch
@@ -143,27 +143,27 @@ def predict_folder(self:MaskModel,
     src,                  # folder of images
     dst,                  # folder for the masks, made where it is missing
     images:str='*.nii.gz',# pattern; `case_0000`, `case_0001` … are channels
-    overwrite:bool=False, # predict all anew, and replace files in `dst` that are no masks of ours; never a source
+    overwrite:bool=False, # predict all again, and replace other files in `dst`; never a source
     channels=None,        # files that make a case; see `scan_folder`
-    **kwargs              # of `predict_volume`, `proba` left out
-)->pd.DataFrame:          # case, mask, status: a scan that cannot be predicted is named there, the others go on
-    "Segment a folder into `dst/<case>.nii.gz`; called again, it goes on. Raises `OSError` where `dst` is of no use"
+    **kwargs              # of `predict_volume`, without `proba`
+)->pd.DataFrame:          # case, mask, status: 'ok', or the error of a scan that cannot be predicted
+    "Segment a folder into `dst/<case>.nii.gz`; called again, it continues. Raises `OSError` where it cannot write"
     if kwargs.get('proba'):
         raise InputError("predict_folder writes masks; use predict_volume(fn, proba=True) for probabilities")
     if 'again' in kwargs:
-        raise ArgumentError("predict_folder: again= is not known. Say overwrite=True, which predicts all anew")
+        raise ArgumentError("predict_folder: again= is not known. Use overwrite=True, which predicts all anew")
     check_known('predict_folder', kwargs, 'regrid')
     df = scan_folder(src, images, masks=None, channels=channels)
     sources,outs = [o for files in df.image for o in L(files)],[Path(dst)/f'{c}.nii.gz' for c in df.case]
     check_free(outs, sources, overwrite)
-    # a disk that refuses says so before the first prediction
+    # where the disk cannot be written, the error comes before the first prediction
     with writing(outs[0]), beside(outs[0]): pass
-    maker,rows = _maker(self, kwargs),[]
+    model_key,rows = _model_key(self, kwargs),[]
     for case,files,out in progress_bar(list(zip(df.case, df.image, outs, strict=True))):
         try:
-            with writing(out), contextlib.suppress(FileNotFoundError): os.lstat(out)   # says that a name is too long
-            mask,key = None,_mask_key(maker, files)
-            if overwrite or not maker or prediction_key(out)!=key:
+            with writing(out), contextlib.suppress(FileNotFoundError): os.lstat(out)   # error where a name is too long
+            mask,key = None,_mask_key(model_key, files)
+            if overwrite or not model_key or prediction_key(out)!=key:
                 with _unchanged(files): mask = self.predict_volume(files, **kwargs)
                 check_free([out], sources, overwrite)
         except (OSError, ValueError, MemoryError) as e:
@@ -178,7 +178,7 @@ def predict_folder(self:MaskModel,
 def evaluate(self:MaskModel,
     df=None,            # one row a case; default: the validation cases
     tolerance:float=1., # of `nsd`, mm
-    **kwargs            # of `predict_volume`, `proba` left out
+    **kwargs            # of `predict_volume`, without `proba`
 )->Evaluation:          # status: 'ok', 'empty' (both; nan), 'missed' or 'false positive' (Dice 0), 'error: …'
     "Score whole scans on their own grid. Raises the first error where no case can be read"
     df = self.cases_to_score(df)
@@ -194,11 +194,11 @@ def evaluate(self:MaskModel,
 @patch
 def show_worst(self:MaskModel,
     n:int=3,      # cases
-    results=None, # what `evaluate` gave; default: the validation cases, evaluated now
+    results=None, # table of `evaluate`; default: the validation cases, evaluated now
     df=None,      # the cases of `results`; default: the validation cases
     **kwargs      # to `plot_volume`
 ):
-    "The cases with the lowest Dice in three planes, truth solid and prediction dashed"
+    "The cases with the lowest Dice in three planes, ground truth solid and prediction dashed"
     df = self.dls.valid_ds.items if df is None else df
     results = pd.DataFrame(self.evaluate(df) if results is None else results)
     image_of,mask_of = case_columns(self.dls)
@@ -219,7 +219,7 @@ class CaseEvaluation(pd.DataFrame):
     def _constructor(self): return CaseEvaluation
 
     def arrays(self): # targets (n,) class ids or (n,k), predictions (n,k) probabilities or numbers, subjects (n,)
-        "What is scored, of the cases that could be read"
+        "Targets, predictions and subjects of the cases that could be read"
         df = self[self.status=='ok']
         def columns(kind): return df[[f'{kind}_{v}' for v in self.vocab]].to_numpy(float)
         if self.task=='category':
@@ -234,8 +234,8 @@ class CaseEvaluation(pd.DataFrame):
         n_boot=1000, # draws of subjects
         seed=0,      # of the draws
         point=None   # for sensitivity and specificity, see `choose_point`; default: that of `evaluate`
-    )->pd.DataFrame: # score and what it is of, then value, low, high, n, subjects, failed
-        "Every score with its interval over subjects. Cases that could not be read are counted as failed"
+    )->pd.DataFrame: # score and label (`of`), then value, low, high, n, subjects, failed
+        "Every score with its interval over subjects. Cases that could not be read count as failed"
         t,p,g = self.arrays()
         if not len(t): raise InputError("summary: no case could be read")
         res = scores_interval(self.task, self.vocab, pred=p, targ=t, groups=g, point=ifnone(point, self.point),
@@ -244,7 +244,7 @@ class CaseEvaluation(pd.DataFrame):
 
 # %% ../../nbs/learn/06_scanmodel.ipynb #c1a50003
 def _target_row(task, vocab, y):
-    "The columns of a label"
+    "The target columns of a row"
     if task=='category' or task=='regression' and len(vocab)==1: return {'target':y if task=='category' else y[0]}
     if task=='regression': return {f'target_{v}':o for v,o in zip(vocab, y, strict=True)}
     is_hot = len(y)==len(vocab) and all(isinstance(o, float) for o in y)      # 0 or 1 of each, or names
@@ -252,7 +252,7 @@ def _target_row(task, vocab, y):
     return {f'target_{v}':int(o) for v,o in zip(vocab, hot, strict=True)}
 
 def _prediction_row(task, vocab, p):
-    "The columns of what was predicted"
+    "The prediction columns of a row"
     def named(kind, values): return {f'{kind}_{v}':o for v,o in zip(vocab, values, strict=True)}
     if task=='regression': return {'pred':p[0]} if len(vocab)==1 else named('pred', p)
     if task=='category': return {'pred':vocab[int(np.argmax(p))], **named('prob', p)}
@@ -260,7 +260,7 @@ def _prediction_row(task, vocab, p):
 
 # %% ../../nbs/learn/06_scanmodel.ipynb #c1a50006
 def _label_reader(dls, df):
-    "What reads the label from a row. Raises `InputError`, `ColumnError` where that cannot be"
+    "The transform that reads the label of a row. Raises `InputError`, `ColumnError` where there is none"
     get = find_transform(dls.train_ds.tls[-1].tfms, LabelOf)
     if get is None:
         raise InputError(
@@ -271,7 +271,7 @@ def _label_reader(dls, df):
     return get
 
 def _true_label(get, name, row, task, vocab):
-    "The label of a case. Raises `InputError`, naming it, where that is missing, or none that the model knows"
+    "The label of a case. Raises `InputError` naming the case where the label is missing or unknown to the model"
     if any(is_blank(row[c]) and not (get.label_delim and isinstance(row[c], str)) for c in L(get.cols)):
         raise InputError(f"case {name!r} has no {get.cols}")
     y = get(row)
@@ -293,9 +293,9 @@ def case_table(
     learn,          # `CaseModel`
     df,             # one row a case, or None, see `cases_to_score`
     point,          # as of `evaluate`
-    answer          # row → (numbers, further columns)
-)->CaseEvaluation:  # the further columns stand behind `status`
-    "Ask for every case, and set the answer beside the truth. Raises the first error where no case can be read"
+    predict         # row → (numbers, further columns)
+)->CaseEvaluation:  # the further columns come after `status`
+    "Predictions of all cases beside their labels. Raises the first error where no case can be read"
     given = learn.dls.valid_ds.items if df is None else df
     if not isinstance(given, pd.DataFrame):
         raise ArgumentError(f"evaluate: expected a DataFrame, one row a case; found {type(given).__name__}")
@@ -307,11 +307,11 @@ def case_table(
         known = dict(case=name, subject=_subject_of(get, name, row))
         try:
             y = _true_label(get, name, row, task, vocab)
-            p,further = answer(row)
+            p,further = predict(row)
             p = [float(o) for o in p]
-            if not all(map(math.isfinite, p)): raise InputError(f"case {name!r}: the network answers NaN or infinity")
-            said = {**_target_row(task, vocab, y), **_prediction_row(task, vocab, p)}
-            rows.append({**known, **said, 'status':'ok', **further})
+            if not all(map(math.isfinite, p)): raise InputError(f"case {name!r}: the network gives NaN or infinity")
+            columns = {**_target_row(task, vocab, y), **_prediction_row(task, vocab, p)}
+            rows.append({**known, **columns, 'status':'ok', **further})
             more.update(further)
         except (OSError, ValueError, MemoryError) as e:
             rows.append({**known, 'status':f'error: {e}'})
@@ -324,13 +324,13 @@ def case_table(
 
 # %% ../../nbs/learn/06_scanmodel.ipynb #c1a50008
 class CaseModel(ScanModel):
-    "What follows from the answer for a case; the answer itself is the matter of `case_prediction` and `case_input`"
+    "A model that predicts labels of cases; subclasses override `case_prediction` and `case_input`"
     def predict(self,
         item,                  # as of `CaseLearner.case_input`
         rm_type_tfms=None,     # as in fastai; refused, since whole files are read
         with_input:bool=False, # give the input too
         tta=False              # as of `CaseLearner.case_prediction`
-    )->tuple:                  # decoded answer, answer as a tensor, probabilities (n,) or numbers; first the input
+    )->tuple:                  # decoded label, label as a tensor, probabilities (n,) or numbers; first the input
         "fastai's `predict` for a file. Raises `FileError`, `InputError` naming the file"
         if rm_type_tfms is not None: raise ArgumentError("predict reads whole files: rm_type_tfms does not apply")
         p,task,vocab = self.case_prediction(item, tta),self.task,self.label_vocab
@@ -346,7 +346,7 @@ class CaseModel(ScanModel):
         point=.5,       # of sensitivity and specificity: a threshold, 'youden', ('sensitivity', .9), see `choose_point`
         tta=False       # as of `CaseLearner.case_prediction`
     )->CaseEvaluation:  # case, subject, target, pred, prob_<class>…, status
-        "Ask for every case, and set the answer beside the truth. Raises the error where none can be read"
+        "Predictions of all cases beside their labels. Raises the first error where no case can be read"
         return case_table(self, df, point, lambda row: (self.case_prediction(row, tta), {}))
 
 # %% ../../nbs/learn/06_scanmodel.ipynb #c1a50009
@@ -356,7 +356,7 @@ def predict_folder(self:CaseModel,  # noqa: F811
     images:str='*.nii.gz', # pattern
     tta=False              # as of `CaseLearner.case_prediction`
 )->pd.DataFrame:           # case, file, pred, prob_<class>…, status
-    "The answer for every file; one that cannot be read has its error there. Raises `MissingFileError`"
+    "Predict every file; one that cannot be read has its error in `status`. Raises `MissingFileError`"
     files = matching_files(src, images)
     if not files: raise MissingFileError(f"{Path(src)/images}: no file matches. Check `src` and `images=`")
     task,vocab,rows = self.task,self.label_vocab,[]
@@ -370,25 +370,25 @@ def predict_folder(self:CaseModel,  # noqa: F811
 
 # %% ../../nbs/learn/06_scanmodel.ipynb #c1a5000a
 def _case_title(row, vocab):
-    "What a case is and what was predicted, in words"
+    "Label and prediction of a case as text"
     if 'target' not in row:
         return ', '.join(f"{v} {row[f'target_{v}']:.4g} → {row[f'pred_{v}']:.4g}" for v in vocab)
     if isinstance(row.target, float): return f'{row.target:.4g} → {row.pred:.4g}'
     return f"{row.target} → {row.pred}"
 
 def _typed_input(x, dls):
-    "One item of `case_input` as a tensor that shows itself"
+    "One item of `case_input` as a tensor with a `show` method"
     if x.ndim==4: return TensorVolume(x, affine=np.diag([*(dls.plan.spacing or (1,1,1)), 1]))
     return x.as_subclass(TensorRadiograph if get_prep(dls) else TensorSlice)
 
 @patch
 def show_worst(self:CaseModel,  # noqa: F811
     n:int=6,      # cases
-    results=None, # what `evaluate` gave; default: the validation cases, evaluated now
+    results=None, # table of `evaluate`; default: the validation cases, evaluated now
     df=None,      # the cases of `results`; default: the validation cases
-    **kwargs      # to the picture of each
+    **kwargs      # to `show` of each item
 ):
-    "The cases that the answer is most wrong about"
+    "The cases with the largest errors"
     df = self.dls.valid_ds.items if df is None else df
     res = self.evaluate(df) if results is None else results
     t,p,_ = res.arrays()
