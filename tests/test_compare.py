@@ -225,7 +225,7 @@ def test_a_comparison_of_an_earlier_version(study, whole, tmp_path):
     text = c.report(tmp_path/'r.html').read_text()
     assert 'No pictures' in text and 'trust=True' in text
     for ask in (lambda: c.learner('3D'), lambda: c.learners_of(0), lambda: c.shift(factors=(1,))):
-        with pytest.raises(ValueError, match=r'model.pkl: is not a .safetensors file.*say trust=True'): ask()
+        with pytest.raises(ValueError, match=r'model.pkl: is not a .safetensors file.*give trust=True'): ask()
     assert not (tmp_path/'ran').exists()
     for r in c.path.glob('*, fold*'):
         l = load_run(whole.path/r.name)
@@ -326,7 +326,7 @@ def test_finished_runs_do_not_stand_for_a_corrected_mask(study, whole, tmp_path)
     pd.testing.assert_frame_equal(table(make(there, tmp_path).run()), table(whole))
     fn = there[0]/there[1]['mask'][2]
     emptied(fn)
-    with pytest.raises(ValueError, match='4 runs were trained or judged with other content') as e: make(there, tmp_path)
+    with pytest.raises(ValueError, match='4 runs were .* evaluated with other content') as e: make(there, tmp_path)
     assert f"{there[1].case[2]!r} (mask). To train again" in str(e.value)
     shutil.copy(study[0]/study[1]['mask'][2], fn)                                        # the old file again
     assert make(there, tmp_path).plan.done.all()
@@ -339,7 +339,7 @@ def test_runs_that_noted_no_content_open_with_a_word(study, whole, tmp_path):
     forgotten(runs, 'comparison.json')
     # and again: nobody knows any more now
     for _ in range(2):
-        with pytest.warns(UserWarning, match='4 of 4 finished runs are of a version that did not note'):
+        with pytest.warns(UserWarning, match='4 of 4 finished runs are of a version that did not store'):
             c = make(there, tmp_path).run()
         assert c.plan.done.all()
     emptied(there[0]/there[1]['mask'][2])
@@ -361,10 +361,10 @@ def test_curves_do_not_stand_for_a_corrected_mask(tmp_path):
     note, = (tmp_path/'e').glob('contents*.json')
     text = note.read_text()
     note.unlink()
-    with pytest.warns(UserWarning, match='1 of 1 finished runs are of a version that did not note'): run()
+    with pytest.warns(UserWarning, match='1 of 1 finished runs are of a version that did not store'): run()
     note.write_text(text)
     emptied(df['mask'][3])
-    with pytest.raises(ValueError, match=r"1 runs were trained or judged with other content of case 'c3' \(mask\)"):
+    with pytest.raises(ValueError, match=r"1 runs were trained or evaluated with other content of case 'c3' \(mask\)"):
         run()
 
 def test_mistakes_show_before_the_hours_are_spent(study, tmp_path):

@@ -15,7 +15,7 @@ from fastcore.all import first, L, patch
 from ..core import best_plane, ColumnError, InputError, show_plane
 from ..io.volumes import load_volume
 from ..learn.callbacks import case_columns, case_rows, case_truth
-from ..learn.plain import UnopenedError
+from ..learn.modelformat import UnopenedError
 from ..plot import html_report
 from ..predict.predict import predict_case
 from .gradcam import grad_cam, is_conv, item_of, plot_cam
