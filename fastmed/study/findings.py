@@ -13,7 +13,8 @@ import pandas as pd
 from fastai.basics import warn
 from fastcore.all import patch, store_attr
 from ..core import InputError
-from ..metrics.stats import bootstrap_means, holm, mean_interval, paired_comparison
+from ..metrics.paired import paired_comparison
+from ..metrics.stats import bootstrap_means, holm, mean_interval
 from .report import ArmPictures, RULE
 
 # %% ../../nbs/study/04_findings.ipynb #a3203c5f
