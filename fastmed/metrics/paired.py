@@ -97,6 +97,18 @@ def training_luck(
         found.append((off**2).sum()/(k-1)-by_cases)
     return TrainingLuck(float(np.sqrt(max(0., np.mean(found))*(shares**2).sum()/k)), float(n_folds*(k-1)))
 
+# %% ../../nbs/metrics/05_paired.ipynb #c29e42a8
+def loss_falls(
+    losses # of each update, in order
+)->bool:   # False with fewer than 40: too few to say
+    "Whether a training loss was still falling at its end"
+    y = np.asarray(losses, dtype=float)
+    n = len(y)//5
+    if n<8: return False
+    before,last = y[-2*n:-n],y[-n:]
+    fall,se = before.mean()-last.mean(),np.sqrt((before.var(ddof=1)+last.var(ddof=1))/n)
+    return bool(fall>2*se and fall>.05*abs(before.mean()))
+
 # %% ../../nbs/metrics/05_paired.ipynb #5ae81894
 class PairedComparison(AttrDict):
     "What `paired_comparison` found, with its fields as attributes; prints itself as a sentence"
