@@ -13,21 +13,16 @@ import pandas as pd
 from fastai.basics import warn
 from fastcore.all import patch, store_attr
 from ..core import InputError
+from ..metrics.masks import counted_scores, failed_rows
 from ..metrics.stats import bootstrap_means, holm, mean_interval, paired_comparison
 from .report import ArmPictures, RULE
 
 # %% ../../nbs/study/04_findings.ipynb #a3203c5f
-def failed_rows(
-    status # Series: 'ok', 'missed', 'false positive', 'empty' or 'error: …'
-)->pd.Series: # bool
-    "Where a structure was missed, was drawn and is not there, or the case could not be predicted: this counts as zero"
-    return status.isin(['missed','false positive']) | status.str.startswith('error')
-
 def counted_dice(
     results # DataFrame with dice and status
 )->pd.Series: # 0 where it failed
     "The Dice of each row as it counts in a mean"
-    return results.dice.mask(failed_rows(results.status), 0.)
+    return counted_scores(results)
 
 # %% ../../nbs/study/04_findings.ipynb #b89fc38b
 def _of_all_arms(df):
@@ -50,9 +45,7 @@ def common_scores(
     "Scores of the cases that every arm predicted, seeds averaged, failures by one rule. Raises `ValueError`"
     if score not in ('dice','nsd','hd95'): raise InputError(f"score: expected 'dice', 'nsd' or 'hd95'; found {score!r}")
     df = pd.DataFrame(results).assign(case=lambda d: d['case'].astype(str))
-    v = df[score].astype(float)
-    worst,absent = (v[np.isfinite(v)].max(),0.) if score=='hd95' else (0.,1.)
-    df['counted'] = v.mask(failed_rows(df.status), worst)
+    df['counted'],absent = counted_scores(df, score),0. if score=='hd95' else 1.
     arms,keys = list(df.arm.unique()),['case','structure']
     df = _of_all_arms(df)
     rows = [*keys, 'seed']
