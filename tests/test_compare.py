@@ -286,7 +286,7 @@ def test_what_differs_is_listed(whole):
     assert not {'held-out cases','training cases','spacing','orientation','normalisation','augmentation','selection',
                 'post-processing','structures','top rate','budget'}&set(d)
     assert set(whole.results)=={'arm','fold','seed','case','subject','structure','dice','hd95','nsd','volume_mm3',
-                                'target_mm3','status'}
+                                'target_mm3','diagonal_mm','status'}
     assert {'parameters','case_gflops','train_s','predict_s','peak_mb','voxels','updates'}<=set(whole.cost)
 
 def test_one_augmentation_less_is_listed(study, tmp_path):

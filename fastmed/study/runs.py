@@ -161,7 +161,7 @@ def checked_contents(
     if not all(runs):
         warn(f"{path}: {len(runs)-sum(runs)} of {len(runs)} finished runs are of a version that did not store the "
              f"content of the files, or their notes are lost: whether one has changed since is unknown")
-    return {c:{**(kept.get(c, {}) if runs else {}), **v} for c,v in now.items()}
+    return {c:{**(noted.get(c, {}) if runs else {}), **v} for c,v in now.items()}
 
 # %% ../../nbs/study/06_runs.ipynb #a6f43a9f
 def begin_run(
