@@ -491,7 +491,7 @@ def test_a_report_of_somebody_is_kept(shell, study, tmp_path, monkeypatch):
     with pytest.raises(Trained): shell('compare', plan)
     plan.write_text('df = 1\n'+plan.read_text())
     code,_,err = shell('compare', plan)
-    assert code==2 and 'df: a plan does not say this' in err
+    assert code==2 and 'df: cannot be set in a plan' in err
 
 class TestTraining:
     def words(self, study, tmp_path, *more):
