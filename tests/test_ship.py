@@ -14,7 +14,7 @@ from torch import nn
 
 from fastmed.all import *
 from fastmed.data.recipe import get_plan
-from fastmed.learn import modelfile, plain
+from fastmed.learn import modelfile, modelformat
 from fastmed.learn.ensemble import load_model
 from fastmed.learn.modelfile import save_model
 from fastmed.learn.modelmeta import SavedLearner
@@ -409,9 +409,9 @@ def forge(b, edit=lambda m: m, tensors=lambda t: t):
     n = int.from_bytes(b[:8], 'little')
     meta = json.loads(json.loads(b[8:8+n])['__metadata__']['fastmed'])
     t = tensors(load(b))
-    meta['sha256'] = plain.NO_DIGEST
+    meta['sha256'] = modelformat.NO_DIGEST
     meta = edit(meta) or meta
-    return plain.with_sha256(save(t, {'fastmed':meta if isinstance(meta, str) else json.dumps(meta)}))
+    return modelformat.with_sha256(save(t, {'fastmed':meta if isinstance(meta, str) else json.dumps(meta)}))
 
 def put(value, *keys):
     def f(m):
@@ -569,11 +569,11 @@ def _forged(rng, b):
             meta['network'] = _odd_value(rng, meta['network'])
         else: meta = _odd_value(rng, meta)
     if isinstance(meta, dict) and rng.random()<.3: meta['echo'] = []
-    head = {'__metadata__':{'fastmed':json.dumps({'sha256':plain.NO_DIGEST, **meta} if isinstance(meta, dict)
+    head = {'__metadata__':{'fastmed':json.dumps({'sha256':modelformat.NO_DIGEST, **meta} if isinstance(meta, dict)
             else meta)}, **(head if isinstance(head, dict) else {'x':head})}
     h = json.dumps(head).encode()
     b = len(h).to_bytes(8, 'little')+h+b[8+n:]
-    return plain.with_sha256(b) if plain.NO_DIGEST.encode() in b else b
+    return modelformat.with_sha256(b) if modelformat.NO_DIGEST.encode() in b else b
 
 def test_some_hundred_forged_headers(loaders, tmp_path):
     "In a child process with a limit of memory and of time a file: each is opened or refused by name, in little memory"
@@ -624,14 +624,14 @@ def test_zeros_that_a_right_header_declares(saved, tmp_path, monkeypatch):
     size = 2**28
     meta = json.loads(head['__metadata__']['fastmed'])
     meta['network']['args']['dict']['nf'] = 4_000
-    head = {'__metadata__':{'fastmed':json.dumps({**meta, 'sha256':plain.NO_DIGEST})},
+    head = {'__metadata__':{'fastmed':json.dumps({**meta, 'sha256':modelformat.NO_DIGEST})},
             'w':dict(dtype='F32', shape=[size//4], data_offsets=[0,size])}
     h = json.dumps(head).encode()
     start = len(h).to_bytes(8, 'little')+h
     digest = hashlib.sha256(start)
     for _ in range(size//2**20): digest.update(bytes(2**20))
     with open(tmp_path/'zeros', 'wb') as f:
-        f.write(start.replace(plain.NO_DIGEST.encode(), f'sha256:{digest.hexdigest()}'.encode()))
+        f.write(start.replace(modelformat.NO_DIGEST.encode(), f'sha256:{digest.hexdigest()}'.encode()))
         f.truncate(len(start)+size)
     monkeypatch.setattr(modelfile, 'memory_left', lambda *a: 2**28)
     with pytest.raises(MemoryError, match='zeros: its weights need 0.537 GB'): load_model(tmp_path/'zeros', 'cpu')
@@ -755,13 +755,13 @@ def test_onnx_forged(onnx, learner, tmp_path):
     meta = json.loads(m.metadata_props[0].value)
     def write(edit, mod=lambda m: m):
         d = json.loads(json.dumps(meta))
-        d['sha256'] = plain.NO_DIGEST
+        d['sha256'] = modelformat.NO_DIGEST
         edit(d)
         c = ox.ModelProto()
         c.CopyFrom(m)
         mod(c)
         ox.helper.set_model_props(c, {'fastmed':json.dumps(d)})
-        (tmp_path/'bad.onnx').write_bytes(plain.with_sha256(c.SerializeToString()))
+        (tmp_path/'bad.onnx').write_bytes(modelformat.with_sha256(c.SerializeToString()))
         return tmp_path/'bad.onnx'
     load_onnx(write(lambda d: None))
     def other(c): c.graph.node[0].op_type = 'Nothing'
