@@ -214,7 +214,7 @@ def predict(
     check_plain(src)
     one = src.is_file() or not matching_files(src, images)
     learn = _load_file(model, trust)
-    cases = getattr(learn, 'task', 'segmentation')!='segmentation'
+    cases = learn.task!='segmentation'
     if cases and (post or overlap!=.5):
         raise InputError(f"{model}: predicts labels of cases and writes no masks: leave "
                          f"--{'post' if post else 'overlap'} out")
@@ -247,7 +247,7 @@ def evaluate(
     "Score a model on a folder of scans and masks."
     from fastmed.core import InputError, atomic_file
     learn = _load_file(model, trust)
-    if getattr(learn, 'task', 'segmentation')!='segmentation':
+    if learn.task!='segmentation':
         raise InputError(f"{model}: predicts labels of cases, which are in a table, not in a folder: use "
                          f"learn.evaluate(df)")
     df = scan(Path(path).resolve(), images, masks, channels)
