@@ -147,9 +147,8 @@ def _load_file(fn, trust):
         raise InputError(f"{fn}: is not a .safetensors file, and a pickle runs whatever its sender put into it. Only "
                          f"where you trust the sender, give --trust; save_model(load_learner(…), 'model.safetensors') "
                          f"makes a file that runs nothing")
-    learn = _load_pickle(fn)
-    print(f'fastmed: {fn} was opened as a pickle, and what is in it was run, because you gave --trust', file=sys.stderr)
-    return learn
+    print(f'fastmed: {fn} is opened as a pickle, and what is in it is run, because you gave --trust', file=sys.stderr)
+    return _load_pickle(fn)
 
 def _load_pickle(fn):
     from fastmed.all import load_learner

@@ -510,7 +510,7 @@ def test_shape_net_learns_and_answers_everywhere(measured, shapes, tmp_path):
     it.plot_curves()
     it.report(tmp_path/'r.html')
     with pytest.raises(InputError, match='has no convolution'): grad_cam(measured, fn)
-    with pytest.raises(InputError, match='no part that is named as an encoder'): measured.save_encoder(tmp_path/'enc')
+    with pytest.raises(InputError, match='has no recognisable encoder'): measured.save_encoder(tmp_path/'enc')
 
 def test_shape_net_refuses_what_is_no_mask(shapes, cases):
     for dls in (masks(shapes, normalize='zscore'), loaders(cases, normalize='none')):

@@ -713,7 +713,7 @@ def onnx():
     for o in ('onnx','onnxscript','onnxruntime'): pytest.importorskip(o)
 
 @pytest.mark.parametrize('ndim,kw', [(3,{}), (2,{}), (3,dict(arch='SegResNet', init_filters=8)),
-        (3,dict(deep_supervision=True, depth=3, nf=4, arch='UNet'))])
+        (3,dict(deep_supervision=True, depth=3, nf=4, arch='UNet')), (2,dict(arch='resnet18', pretrained=False))])
 def test_onnx_answers_alike(onnx, learner, loaders, scan, tmp_path, ndim, kw):
     make = unet3d_learner if ndim==3 else unet2d_learner
     learn = make(loaders[ndim], fast=False, path=tmp_path, **kw) if kw else learner(ndim, fast=False)
@@ -765,7 +765,7 @@ def test_onnx_forged(onnx, learner, tmp_path):
         return tmp_path/'bad.onnx'
     load_onnx(write(lambda d: None))
     def other(c): c.graph.node[0].op_type = 'Nothing'
-    for edit,mod in ((put(3, 'format'), lambda c: c), (put([8,8], 'window'), lambda c: c),
+    for edit,mod in ((put(plain.FORMAT_VERSION+1, 'format'), lambda c: c), (put([8,8], 'window'), lambda c: c),
             (put(2, 'network', 'n_in'), lambda c: c), (put([1.]*64, 'echo'), lambda c: c), (lambda d: None, other)):
         with pytest.raises(ValueError, match='bad.onnx'): load_onnx(write(edit, mod))
 

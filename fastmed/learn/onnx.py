@@ -89,9 +89,9 @@ def export_onnx(
     check_finite(learn.model, fn)
     model,_,plan = rebuilt_model(learn, meta)
     model.eval()
-    model.size = size = _size(model, plan)
+    size = _size(model, plan)
     x = trial_noise(model.n_in, size, 2, getattr(model, 'masks', False))
-    meta.update(echo=finite_logits(trial_logits(model, plan)[1], fn), window=list(size))
+    meta.update(echo=finite_logits(trial_logits(model, plan, patch=size)[1], fn), window=list(size))
     with atomic_file(fn) as tmp:
         torch.onnx.export(model, (x,), str(tmp), input_names=['x'], output_names=['logits'], dynamo=True,
                           dynamic_shapes=({0:torch.export.Dim('batch', min=1)},), external_data=False, verbose=False)

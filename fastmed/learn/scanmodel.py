@@ -60,19 +60,15 @@ class ScanModel:
 
 # %% ../../nbs/learn/06_scanmodel.ipynb #1ea40003
 class Evaluation(pd.DataFrame):
-    "One row a case and structure: `case, structure, dice, hd95, nsd, volume_mm3, target_mm3, status`"
+    "One row a case and structure: `case, structure, dice, hd95, nsd, volume_mm3, target_mm3, diagonal_mm, status`"
     @property
     def _constructor(self): return Evaluation
     def summary(self,
         score:str='dice' # 'dice', 'hd95' (mm) or 'nsd'
     )->pd.DataFrame:     # mean, sd, median, worst, n, failed, empty
-        "A row a structure and one for all. Cases that could not be predicted count as failed"
+        "A row a structure and one for all. What was missed or could not be predicted counts: see `counted_scores`"
         df = pd.DataFrame(self)
-        failed = df.status.str.startswith('error')
-        if failed.all(): return pd.DataFrame()
-        res = summarise(df[~failed], score)
-        if len(res): res.loc[:, ['n','failed']] += df[failed].case.nunique()
-        return res
+        return pd.DataFrame() if df.status.str.startswith('error').all() else summarise(df, score)
 
 # %% ../../nbs/learn/06_scanmodel.ipynb #cf44dd3f
 def check_known(

@@ -32,7 +32,7 @@ from fastmed.study.arms import (
     arm_settings, function_text, make_learner, open_run, PREDICT_ARGS, run_model, seen_cases, setting_text, taken_by
 )
 from fastmed.study.runs import (
-    begin_run, checked_budget, column_folds, fold_hash, marked, named_cases, PLACE_ARGS, Study, write_run
+    begin_run, checked_budget, column_folds, fold_hash, marked, named_cases, PLACE_ARGS, plan_sum, Study, write_run
 )
 from .splits import SplitFindings
 
@@ -142,7 +142,7 @@ def _finish_fold(learn, spec, predict_args, folder, cost, tmp):
     key = {k:spec[k] for k in ('repeat','fold')}
     masks_only = kind['task']=='segmentation'
     settings = arm_settings(learn, predict_args, spec.get('lr_max')) if masks_only else {}
-    facts = dict(key, **kind, folds=spec['hash'], files=spec['files'],
+    facts = dict(key, **kind, folds=spec['hash'], told=spec['told'], files=spec['files'],
                  parameters=sum(p.numel() for p in learn.model.parameters()),
                  cost={**cost, 'score_s':time.perf_counter()-t0}, settings=settings)
     return write_run(learn, folder, tmp, facts, results=res.assign(**key)[[*key, *res]])
@@ -236,6 +236,12 @@ def _noted(self:CrossValidation, was, terms):
     return {**terms, 'folds':max(self.hash, was.get('folds', []), key=len)}
 
 @patch
+def _told(self:CrossValidation, facts):
+    repeat = facts.get('repeat')
+    folds = self.hash[repeat] if repeat in range(len(self.hash)) else None
+    return {**self._terms(), 'folds':folds, 'plan':plan_sum(self.path/'plan.json')}
+
+@patch
 def _read_by(self:CrossValidation): return None if self.fit else [self.kwargs]
 
 # %% ../../nbs/study/10_crossval.ipynb #e3de0769
@@ -261,10 +267,10 @@ def _spec(self:CrossValidation, repeat, fold):
     res = dict(arm='cross-validation', repeat=repeat, fold=fold, seed=self.seed+repeat, df=d, attrs=dict(self.df.attrs),
                hash=self.hash[repeat], files=self.files, group_col=self.group_col, masks=self.masks,
                folder=str(self._folder(repeat, fold)), threads=torch.get_num_threads())
-    if self.fit: return dict(res, do=_fit_fold, fit=self.fit, predict_args=self.kwargs)
+    if self.fit: return dict(res, told=self._told(res), do=_fit_fold, fit=self.fit, predict_args=self.kwargs)
     def make(**kwargs): return fold_learner(d, **kwargs, valid_col='_held_out')
     kwargs = shared_plan(self.path/'plan.json', {'group_col':self.group_col, **self.kwargs}, make)
-    return dict(res, kwargs=kwargs, budget=self.budget, make=fold_learner, finish=_finish_fold)
+    return dict(res, told=self._told(res), kwargs=kwargs, budget=self.budget, make=fold_learner, finish=_finish_fold)
 
 @patch(as_prop=True)
 def plan(self:CrossValidation)->pd.DataFrame: # repeat, fold, cases, done

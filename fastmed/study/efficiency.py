@@ -166,12 +166,16 @@ def _check_sizes(sizes, pool):
                      f"the test")
 
 def _checked_notes(fn, df, arms, runs):
-    "Refuse finished runs with other data, and store the current contents in `fn`; `runs`: files of results"
+    "Refuse finished runs that saw other data or were changed; store the contents in `fn`; `runs`: files of results"
     was = read_notes(fn) if fn.exists() else {}
     known,there = was.get('runs', []),[o for o in runs if o.exists()]
+    sums,kept = {o.stem:file_digest(o) for o in there},was.get('sums', {})
+    if odd:=[o for o in there if sums[o.stem]!=kept.get(o.stem, sums[o.stem])]:
+        raise InputError(f"{odd[0]}: is not what this run wrote: it was changed, or is of another run. Put a copy "
+                         f"of it back, or remove it and call label_efficiency again to train it again")
     files = checked_contents(fn.parent, was.get('files'), case_contents(df, arms), [o.stem in known for o in there])
     since = [o.stem for o in runs if not o.exists()]
-    write_notes(fn, dict(files=files, runs=sorted({*known, *since})))
+    write_notes(fn, dict(files=files, runs=sorted({*known, *since}), sums=sums))
 
 def _started(learn, init):
     "Apply a start to a Learner: None, a function, or a file of `save_encoder`"

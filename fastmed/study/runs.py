@@ -29,7 +29,7 @@ from ..data.store import cache_dir, kept_digest
 from ..learn.pace import CostCallback
 from fastmed.study.arms import (
     arm_settings, expect_own, fit_budget, keep_model, make_learner, note_run, quiet_output, read_notes, scores_and_cost,
-    settings_hash, without_prediction
+    sealed_text, settings_hash, text_hash, without_prediction
 )
 from fastprogress.fastprogress import progress_bar
 
@@ -38,8 +38,8 @@ def write_notes(
     fn,   # .json beside the runs of a study
     notes # dict
 ):
-    "Write the notes, unless the file has them already"
-    text = json.dumps(notes, indent=1)
+    "Write the notes with a seal, unless the file has them already"
+    text = sealed_text(notes)
     if fn.exists() and fn.read_text()==text: return
     with atomic_file(fn) as tmp: tmp.write_text(text)
 
@@ -160,8 +160,8 @@ def checked_contents(
                          f"{', '.join(changed[:5])}{more}. To train again give another path, or remove the folder; to "
                          f"go on with these runs put the old files back")
     if not all(runs):
-        warn(f"{path}: {len(runs)-sum(runs)} of {len(runs)} finished runs are of a version that did not store "
-             f"the content of the files: whether one has changed since is unknown")
+        warn(f"{path}: {len(runs)-sum(runs)} of {len(runs)} finished runs are of a version that did not store the "
+             f"content of the files, or their notes are lost: whether one has changed since is unknown")
     return {c:{**(noted.get(c, {}) if runs else {}), **v} for c,v in now.items()}
 
 # %% ../../nbs/study/06_runs.ipynb #a6f43a9f
@@ -252,7 +252,7 @@ def finish_run(
     scores,cost = scores_and_cost(learn, learn.dls.valid_ds.items, predict_args, spec['group_col'],
                                  spec['slice_axis'], cost)
     key = {k:spec[k] for k in ('arm','fold','seed')}
-    facts = dict(key, budget=spec['budget'], folds=spec['hash'], files=spec.get('files'),
+    facts = dict(key, budget=spec['budget'], folds=spec['hash'], told=spec.get('told'), files=spec.get('files'),
                  settings=arm_settings(learn, predict_args, spec.get('lr_max')), plan=dict(learn.dls.plan),
                  preprocess=learn.dls.preprocess.to_dict(), cost=cost)
     tables = {n:t.assign(**key)[[*key, *t]] for n,t in scores._asdict().items() if n!='seconds'}
@@ -308,6 +308,12 @@ def column_folds(
                          f"Keep each in one")
     return fold
 
+def plan_sum(
+    fn # of `shared_plan`
+)->str: # None where there is none
+    "What tells one shared plan from another"
+    return text_hash(fn.read_text()) if fn.exists() else None
+
 def fold_hash(
     df,  # one row a case
     fold # (rows,) number of the fold of each
@@ -319,8 +325,9 @@ def fold_hash(
 class FinishedRuns:
     "Notes and tables of the finished runs of a study, each file read once"
     def __init__(self,
-        folders # of the runs
-    ): self.folders,self.stamp,self._made = folders,self.stamp_of(folders),{}
+        folders, # of the runs
+        read=lambda folder: read_notes(folder/'run.json') # what is noted of a run
+    ): self.folders,self.read,self.stamp,self._made = folders,read,self.stamp_of(folders),{}
 
     @staticmethod
     def stamp_of(
@@ -339,7 +346,7 @@ class FinishedRuns:
         return self._made[name]
 
     @property
-    def facts(self): return self.once('facts', lambda: [read_notes(f/'run.json') for f in self.folders])
+    def facts(self): return self.once('facts', lambda: [self.read(f) for f in self.folders])
 
     def table(self,
         name, # of a .csv of each run
@@ -361,6 +368,17 @@ class Study:
         return {k:(was.get(k), v) for k,v in terms.items() if was.get(k)!=json.loads(json.dumps(v))}
 
     def _noted(self, was, terms): return terms
+    def _told(self, facts): return {}
+
+    def _run_facts(self, folder):
+        "What is noted of a run. Raises `InputError` where it was told something else than this study tells it"
+        facts = read_notes(folder/'run.json')
+        noted = {k:facts[k] for k in ('budget','folds') if k in facts and 'by_hand' not in (facts[k] or ())}
+        told,now = facts.get('told') or noted,json.loads(json.dumps(self._told(facts)))
+        if odd:=[k for k in told if k in now and told[k]!=now[k]]:
+            raise InputError(f"{folder}: belongs to {self.what}: {odd[0]} was {told[odd[0]]}, is {now[odd[0]]}. Give "
+                             f"another path, or remove the folder")
+        return facts
 
     def _check_folder(self, keep=True):
         "Refuse a folder of another study; write the settings of this one into it"
@@ -369,8 +387,9 @@ class Study:
         if fn.exists() and (odd:=self._differing(was, terms)):
             changes = '; '.join(f'{k} was {a}, is {b}' for k,(a,b) in odd.items())
             raise InputError(f"{self.path}: holds {self.what}: {changes}. Give another path, or remove the folder")
-        if not keep and not fn.exists(): return
-        runs = ['files' in read_notes(f) for f in sorted(self.path.resolve().glob('*/run.json'))]
+        finished = [read_notes(f) for f in sorted(self.path.resolve().glob('*/run.json'))]
+        if not (keep or finished or fn.exists()): return
+        runs = ['files' in facts and 'files' in was for facts in finished]
         files = checked_contents(self.path, was.get('files'), case_contents(self.df, self._read_by()), runs)
         self.files = settings_hash(files)
         if keep: write_notes(fn, {**self._noted(was, terms), 'files':files})
@@ -389,5 +408,5 @@ class Study:
         "The finished runs; read again where one was added, removed or rewritten"
         folders = self._done()
         if self._finished is None or self._finished.stamp!=FinishedRuns.stamp_of(folders):
-            self._finished = FinishedRuns(folders)
+            self._finished = FinishedRuns(folders, self._run_facts)
         return self._finished

@@ -14,11 +14,12 @@ import numpy as np
 import pandas as pd
 from fastcore.all import patch
 from ..core import InputError
+from ..metrics.masks import failed_rows
 from ..metrics.scores import label_scores
 from ..metrics.stats import bootstrap, mean_interval, percentile_interval, row_statistic
 from ..plot import html_report
 from .arms import setting_text
-from .findings import failed_rows, common_scores
+from .findings import common_scores
 from .report import RULE
 from .runs import class_numbers, read_table, Study
 
