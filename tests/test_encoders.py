@@ -400,7 +400,8 @@ def test_files_that_are_refused(tmp_path):
     with pytest.raises(FileError, match='without metadata'):
         load_encoder(net, tmp_path/'bare.safetensors')
     with pytest.raises(InputError, match='none of its 1'): load_weights(net, tmp_path/'bare.safetensors')
-    with pytest.raises(InputError, match='no recognisable encoder'): save_encoder(nn.Linear(2,2), tmp_path/'x.safetensors')
+    with pytest.raises(InputError, match='no recognisable encoder'):
+        save_encoder(nn.Linear(2,2), tmp_path/'x.safetensors')
 
 def test_timm_files_by_name(tmp_path):
     import timm  # noqa: F401

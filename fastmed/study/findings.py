@@ -26,7 +26,7 @@ def counted_dice(
     return counted_scores(results)
 
 # %% ../../nbs/study/04_findings.ipynb #b89fc38b
-def _listed(what, n=5): return ', '.join(map(str, what[:n]))+(f' … ({len(what)})' if len(what)>n else '')
+def _first_few(what, n=5): return ', '.join(map(str, what[:n]))+(f' … ({len(what)})' if len(what)>n else '')
 
 def _of_all_arms(df):
     "The cases and seeds that every arm has. Raises where there is none, warns by name of what is missing"
@@ -39,9 +39,9 @@ def _of_all_arms(df):
     cases,said = {c for c,_ in every},[]
     for a,own in runs.items():
         seen = {c for c,_ in own}
-        if seen!=cases: said.append(f"{a!r} did not predict all {len(cases)} cases: {_listed(sorted(cases-seen))}")
+        if seen!=cases: said.append(f"{a!r} did not predict all {len(cases)} cases: {_first_few(sorted(cases-seen))}")
         lost = sorted((s,c) for c,s in every-own if c in seen)
-        if lost: said.append(f"{a!r} lacks {_listed([f'seed {s} of case {c!r}' for s,c in lost])}")
+        if lost: said.append(f"{a!r} lacks {_first_few([f'seed {s} of case {c!r}' for s,c in lost])}")
     warn(f"{'; '.join(said)}. Compared on the {len({c for c,_ in common})} cases that every arm predicted, with the "
          f"seeds that every arm has")
     return df[[o in common for o in zip(df['case'], df.seed, strict=True)]]
