@@ -68,19 +68,19 @@ def run(
     argv,         # script and its arguments
     cwd, env,     # as those of `subprocess.run`
     timeout=1800, # seconds
-    stdout=None, stderr=None # descriptors; what is printed there does not come back
+    stderr=None   # descriptor, such as that of a terminal; what is printed there does not come back
 ):                # `subprocess.CompletedProcess` with text
     "Run a script in a process of its own that has imported fastmed already. Raises `subprocess.TimeoutExpired`."
     argv = list(map(str, argv))
     if not SERVED:
-        given = [subprocess.PIPE if o is None else o for o in (stdout, stderr)]
-        return subprocess.run([sys.executable, *argv], cwd=cwd, env=env, timeout=timeout, stdout=given[0],
-                              stderr=given[1], text=True, stdin=subprocess.DEVNULL)
+        return subprocess.run([sys.executable, *argv], cwd=cwd, env=env, timeout=timeout, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE if stderr is None else stderr, text=True,
+                              stdin=subprocess.DEVNULL)
     start()
     with tempfile.TemporaryDirectory() as tmp:
         out,err = Path(tmp)/'out',Path(tmp)/'err'
-        where = [str(o) if fd is None else Handed(fd) for o,fd in ((out, stdout), (err, stderr))]
-        p = multiprocessing.get_context('forkserver').Process(target=child, args=(argv, str(cwd), env, *where))
+        seen = str(err) if stderr is None else Handed(stderr)
+        p = multiprocessing.get_context('forkserver').Process(target=child, args=(argv, str(cwd), env, str(out), seen))
         p.start()
         p.join(timeout)
         if p.exitcode is None:
