@@ -16,6 +16,7 @@ SERVED = sys.platform == 'linux'
 
 def start():
     "The server, unless it runs: it imports under the environment that each of its children has"
+    if not SERVED: return
     forkserver.set_forkserver_preload(['fastmed.all', 'nbdev.test'])
     was = dict(os.environ)
     path = os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, [was.get('PYTHONPATH')])])
