@@ -19,6 +19,7 @@ from scipy import stats
 
 from fastmed.all import Comparison, compare_learners, group_folds, label_efficiency, load_volume, paired_comparison
 from fastmed.metrics.masks import slice_consistency
+from fastmed.metrics.scores import roc_auc
 from fastmed.metrics.stats import holm
 from fastmed.study.arms import keep_model, load_run
 from fastmed.study.efficiency import LabelEfficiency, thick_slices
@@ -583,6 +584,23 @@ def test_numbers_of_label_efficiency_stay():
     rows[0].update(dice=np.nan, status='error: gone')
     found = LabelEfficiency(pd.DataFrame(rows), n_boot=100).summary()[['score','low','high','sd']].values[0]
     assert found==pytest.approx([.793166666667,.7065,.8465,.049261772423], abs=1e-12)
+
+def test_label_efficiency_draws_its_intervals_at_once(monkeypatch):
+    "scikit-learn was called anew in every draw: 16 s a start, of 22 cases"
+    import sklearn.metrics
+    calls = []
+    monkeypatch.setattr(sklearn.metrics, 'roc_auc_score', lambda *a, was=sklearn.metrics.roc_auc_score, **k:
+                        calls.append(1) or was(*a, **k))
+    rng = np.random.default_rng(0)
+    t = pd.DataFrame([dict(init='scratch', size=5, repeat=0, case=f'c{c}', subject=f's{c//2}', target='abc'[c%3],
+                           pred='a', status='ok', **dict(zip(['prob_a','prob_b','prob_c'], rng.dirichlet([1,1,1]))))
+                      for c in range(18)])
+    t.loc[4, ['prob_a','prob_b','prob_c']] = np.nan
+    r = LabelEfficiency(t, n_boot=100).summary().iloc[0]
+    assert len(calls)<=3 and 0<=r.low<r.score<r.high<=1
+    known = t.drop(index=4)
+    assert r.score==pytest.approx(np.mean([roc_auc(pred=known[f'prob_{k}'], targ=(known.target==k).astype(int))
+                                           for k in 'abc']), abs=1e-12)
 
 def _edited(name, edit):
     def go(run):

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from fastai.basics import set_seed, warn
 from fastcore.all import ifnone, patch
-from ..core import ArgumentError, FastmedError, InputError, TensorVolume, atomic_file
+from ..core import ArgumentError, InputError, TensorVolume, atomic_file
 from ..data.cases import check_columns, group_values
 from ..data.labels import marked_rows
 from ..io.formats import file_digest
@@ -23,7 +23,7 @@ from ..io.volumes import load_volume
 from ..learn.callbacks import case_columns, case_rows, case_truth
 from ..learn.pace import shared_plan
 from ..metrics.masks import case_scores
-from ..metrics.scores import roc_auc
+from ..metrics.scores import auc_stat
 from ..metrics.stats import bootstrap, mean_interval, percentile_interval, row_statistic
 from ..predict.predict import predict_grid
 from fastmed.study.arms import (
@@ -50,29 +50,28 @@ def draw_order(
     return [s for _,s in sorted(place)]
 
 # %% ../../nbs/study/07_efficiency.ipynb #aaef451c
-def _mean(a): return float(np.nanmean(a[:,0]))
+def _mean_stat(a):
+    "Rows of one number → weights (B,n) → their mean (B,)"
+    return row_statistic(lambda i: float(np.nanmean(a[i,0])))
+
+def _auc_stat(a):
+    "Rows of a class and each class' score → weights (B,n) → mean AUC (B,), nan where a draw lacks a class"
+    ok = np.isfinite(a).all(1)                           # cases that could be read; `failed` counts the others
+    if not ok.any(): return lambda w: np.full(len(w), np.nan)
+    which = [1] if a.shape[1]==3 else range(a.shape[1]-1)
+    aucs = [auc_stat(a[ok,0]==i, a[ok,1+i]) for i in which]
+    return lambda w: np.mean([f(w[:,ok]) for f in aucs], 0)
 
 def _headline(t):
-    "The score of a table of `evaluate`: name, case → row of numbers, function of such rows → score"
+    "The score of a table of `evaluate`: name, case → row of numbers, such rows → statistic of weights"
     if 'dice' in t:
         dice = t.assign(dice=counted_dice(t)).groupby('case', sort=True).dice.mean()
-        return 'Dice', dice.to_frame(), _mean
+        return 'Dice', dice.to_frame(), _mean_stat
     t = t.set_index('case').sort_index()
     probs = [c for c in t if c.startswith('prob_')]
-    if not probs: return 'mean absolute error', (t.pred-t.target).abs().to_frame(), _mean
+    if not probs: return 'mean absolute error', (t.pred-t.target).abs().to_frame(), _mean_stat
     number = class_numbers(t.target, [c.removeprefix('prob_') for c in probs]).rename('target')
-    which = [1] if len(probs)==2 else range(len(probs))
-    def auc(a):
-        a = a[np.isfinite(a).all(1)]                     # cases that could be read; `failed` counts the others
-        return float(np.mean([roc_auc(pred=a[:,1+i], targ=(a[:,0]==i).astype(int)) for i in which]))
-    return 'ROC AUC', pd.concat([number, t[probs]], axis=1).astype(float), auc
-
-def _or_nan(f):
-    "`f`, with nan where a draw lacks one of the classes"
-    def safe(a):
-        try: return f(a)
-        except FastmedError: return np.nan
-    return safe
+    return 'ROC AUC', pd.concat([number, t[probs]], axis=1).astype(float), _auc_stat
 
 class LabelEfficiency:
     "Results of `label_efficiency`: `summary`, `gain`, `plot`"
@@ -88,9 +87,8 @@ class LabelEfficiency:
         subjects = table.drop_duplicates('case').set_index('case').subject.reindex(rows.index).values
         def draws(rows, stat):
             "The score, then the score of each draw"
-            rows,stat = rows.values,_or_nan(stat)
-            by_rows = row_statistic(lambda i: stat(rows[i]))
-            return np.r_[stat(rows), bootstrap(by_rows, len(rows), subjects, n_boot, seed, one_by_one=True)]
+            n,stat = len(rows),stat(rows.values)
+            return np.r_[stat(np.ones((1,n))), bootstrap(stat, n, subjects, n_boot, seed, one_by_one=True)]
         self._draws = {k:draws(rows, stat) for k,(_,rows,stat) in runs.items()}
 
     def _of(self, init, size):
