@@ -95,7 +95,8 @@ def shares(p, m, draws, seed):
             if how=='after': return mean_interval(v, groups)
             return percentile_interval(bootstrap_means(v, groups, 1000))
         hit = [(lo<=p+1e-12 and p-1e-12<=hi, hi-lo) for lo,hi in map(ends, x)]
-        rows.append(dict(world=f'share {p}', subjects=m, method=how, coverage=np.mean(hit, 0)[0], width=np.mean(hit, 0)[1]))
+        coverage,width = np.mean(hit, 0)
+        rows.append(dict(world=f'share {p}', subjects=m, method=how, coverage=coverage, width=width))
     return rows
 
 def areas(area, m, draws, seed):
@@ -109,7 +110,8 @@ def areas(area, m, draws, seed):
             if how=='after': return area_interval(y, v)
             return percentile_interval(bootstrap(auc_stat(y, v), m, None, 500))
         hit = [(lo<=area<=hi, hi-lo) for lo,hi in map(ends, x)]
-        rows.append(dict(world=f'AUC {area}', subjects=m, method=how, coverage=np.mean(hit, 0)[0], width=np.mean(hit, 0)[1]))
+        coverage,width = np.mean(hit, 0)
+        rows.append(dict(world=f'AUC {area}', subjects=m, method=how, coverage=coverage, width=width))
     return rows
 
 # --- the same recipe twice, three seeds, five folds

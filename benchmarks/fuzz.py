@@ -310,7 +310,7 @@ def sealed(rng, b, other):
     h = json.dumps(head).encode()
     h += b' '*(-len(h)%8)
     body = b[8+n:] if rng.random()<.8 else blind(rng, b[8+n:], other)
-    return plain.seal_file(len(h).to_bytes(8, 'little')+h+body)
+    return plain.with_sha256(len(h).to_bytes(8, 'little')+h+body)
 def resealed(rng, b, other):
     "An ONNX file: bytes changed, and sealed again most of the time; or its metadata changed"
     from fastmed.learn import plain
@@ -324,9 +324,9 @@ def resealed(rng, b, other):
         if not isinstance(got, dict): got = {'x':got}
         t = json.dumps({'sha256':plain.NO_DIGEST, **{k:v for k,v in got.items() if k!='sha256'}}).encode()
         if len(t)<=end: z = z[:j]+t.ljust(end)+z[j+end:]
-        return plain.seal_file(z)
+        return plain.with_sha256(z)
     z = blind(rng, z, other, len(z))
-    return plain.seal_file(z) if plain.NO_DIGEST.encode() in z and rng.random()<.9 else z
+    return plain.with_sha256(z) if plain.NO_DIGEST.encode() in z and rng.random()<.9 else z
 NAMES = ('a.txt','a/b.txt','A.TXT','a','a/','./a','../x','/tmp/fuzz_x','C:\\x','C:x','..\\x','a\\..\\..\\x','a/../../x',
          '\\\\host\\x','~/x','a:b','a\x00b','a\nb','a'*300,'x/'*200+'y','con','nul.txt','.','..','','/','a//b','ü',
          'u\u0308',' ','a.','.checksum','a/.checksum','\u202ex','-x','*','"')

@@ -163,7 +163,7 @@ def test_planted_fault_is_found(healthy, tmp_path, name):
     got = pd.DataFrame(r)[r.problem==problem]
     assert (got.case==f'c{BAD:02d}').any(), pd.DataFrame(r)[['case','problem','found']].to_string()
     assert set(r.errors.case)<={f'c{BAD:02d}'} and set(r.case)<={f'c{BAD:02d}'}
-    assert (got.expected!='').all() and (got.found!='').all() and (got.mend!='').all()
+    assert (got.expected!='').all() and (got.found!='').all() and (got.fix!='').all()
     assert len(r.clean())==N-bool(len(r.errors)) and (r.severity.isin(['error','warning'])).all()
 
 def test_no_form_codes_names_every_such_file(healthy, tmp_path):

@@ -100,12 +100,12 @@ class TestPredict:
         from fastmed.all import VolumeLearner
         monkeypatch.setattr(VolumeLearner, 'predict_volume', None)
         (tmp_path/'file').write_text('')
-        for dst,says in (('o.pkl','.nii.gz'), ('o','no ending'), ('file/o.nii.gz','stands where a folder should'),
+        for dst,says in (('o.pkl','.nii.gz'), ('o','no ending'), ('file/o.nii.gz','is where a folder should be'),
                 ('cases.csv','.nii.gz')):
             code,_,err = shell('predict', model, scans/'c0.nii.gz', tmp_path/dst)
             assert code==2 and says in err, err
         code,_,err = shell('predict', model, scans, tmp_path/'file')
-        assert code==2 and 'stands where a folder should' in err
+        assert code==2 and 'is where a folder should be' in err
 
     def test_stdout_holds_paths_alone(self, model, scans, tmp_path):
         r = subprocess.run([sys.executable, '-m', 'fastmed', 'predict', model, scans, tmp_path/'o'], env=ENV,
@@ -357,7 +357,7 @@ def test_a_mask_is_no_image(shell, tmp_path):
         for n in ('img','seg'): (tmp_path/c/f'{n}.nii.gz').touch()
     for images,masks in (('*/*.nii.gz','*/seg.nii.gz'), ('**/*.nii.gz','**/seg.nii.gz'), ('*/*.nii.gz','*/*.nii.gz')):
         code,_,err = shell('check', tmp_path, '--images', images, '--masks', masks)
-        assert code==2 and 'image and mask at once' in err, (images, err)
+        assert code==2 and 'both image and mask' in err, (images, err)
 
 # --- an attack on the shell
 
@@ -491,7 +491,7 @@ def test_a_report_of_somebody_is_kept(shell, study, tmp_path, monkeypatch):
     with pytest.raises(Trained): shell('compare', plan)
     plan.write_text('df = 1\n'+plan.read_text())
     code,_,err = shell('compare', plan)
-    assert code==2 and 'df: a plan does not say this' in err
+    assert code==2 and 'df: cannot be set in a plan' in err
 
 class TestTraining:
     def words(self, study, tmp_path, *more):

@@ -333,12 +333,13 @@ def test_a_comparison_of_an_earlier_version(study, whole, tmp_path):
     for r in c.path.glob('*, fold*'):
         (r/'model.safetensors').unlink()
         torch.save(Evil(tmp_path/'ran'), r/'model.pkl')
+        unsealed(r/'run.json')
     pd.testing.assert_frame_equal(c.summary(), whole.summary())
     assert c.answer()==whole.answer() and c.plan.done.all()
     text = c.report(tmp_path/'r.html').read_text()
     assert 'No pictures' in text and 'trust=True' in text
     for ask in (lambda: c.learner('3D'), lambda: c.learners_of(0), lambda: c.shift(factors=(1,))):
-        with pytest.raises(ValueError, match=r'model.pkl: is not a .safetensors file.*say trust=True'): ask()
+        with pytest.raises(ValueError, match=r'model.pkl: is not a .safetensors file.*give trust=True'): ask()
     assert not (tmp_path/'ran').exists()
     for r in c.path.glob('*, fold*'):
         l = load_run(whole.path/r.name)
@@ -346,7 +347,9 @@ def test_a_comparison_of_an_earlier_version(study, whole, tmp_path):
         l.export('model.pkl')
     trusting = make(study, tmp_path, trust=True)
     fn = whole.df.image[0]
-    assert torch.equal(trusting.learner('3D').predict_volume(fn), whole.learner('3D').predict_volume(fn))
+    with pytest.warns(UserWarning, match='model.pkl: is opened as a pickle, and what is in it is run'):
+        learn = trusting.learner('3D')
+    assert torch.equal(learn.predict_volume(fn), whole.learner('3D').predict_volume(fn))
     (next(iter(c.path.glob('*, fold*')))/'model.pkl').unlink()
     with pytest.raises(OSError, match='no such model file'): [load_run(r, trust=True) for r in c.path.glob('*, fold*')]
 
@@ -396,7 +399,7 @@ def test_what_differs_is_listed(whole):
     assert not {'held-out cases','training cases','spacing','orientation','normalisation','augmentation','selection',
                 'post-processing','structures','top rate','budget'}&set(d)
     assert set(whole.results)=={'arm','fold','seed','case','subject','structure','dice','hd95','nsd','volume_mm3',
-                                'target_mm3','status'}
+                                'target_mm3','diagonal_mm','status'}
     assert {'parameters','case_gflops','train_s','predict_s','peak_mb','voxels','updates'}<=set(whole.cost)
 
 def test_one_augmentation_less_is_listed(study, tmp_path):
@@ -425,13 +428,54 @@ def emptied(fn):
     im = nib.load(fn)
     nib.save(nib.Nifti1Image(np.zeros(im.shape, np.uint8), im.affine), fn)
 
+def unsealed(fn, *more):
+    "Notes as an earlier version left them"
+    facts = json.loads(fn.read_text())
+    for k in more: assert facts.pop(k)
+    for k in ('sums','seal','told'): facts.pop(k, None)
+    fn.write_text(json.dumps(facts))
+
 def forgotten(runs, name):
     "What an earlier version left: nothing of the contents"
-    for f in [runs/name, *runs.glob('*/run.json')]:
-        facts = json.loads(f.read_text())
-        assert facts.pop('files')
-        for k in ('sums','seal'): facts.pop(k, None)
-        f.write_text(json.dumps(facts))
+    for f in [runs/name, *runs.glob('*/run.json')]: unsealed(f, 'files')
+
+def test_notes_of_a_study_are_sealed(study, whole, tmp_path):
+    "A budget that somebody wrote there is not what the runs had"
+    there,runs = copied(study, whole, tmp_path)
+    fn = runs/'comparison.json'
+    fn.write_text(fn.read_text().replace('"updates": 6', '"updates": 9'))
+    with pytest.raises(ValueError, match='comparison.json: expected what was noted'):
+        make(there, tmp_path, budget=dict(updates=9))
+
+def test_runs_say_what_they_were_told(study, whole, tmp_path):
+    "Where the notes of the study are lost, of another study, or written anew with a right seal"
+    there,runs = copied(study, whole, tmp_path)
+    (runs/'comparison.json').unlink()
+    pd.testing.assert_frame_equal(table(make(there, tmp_path)), table(whole))
+    for kw,says in ((dict(budget=dict(updates=9)), 'budget was'), (dict(nf=8), 'arm was'), (dict(folds=3), 'folds was'),
+                    (dict(codes=['background','small','large']), 'codes was')):
+        with pytest.raises(ValueError, match=f'belongs to runs of another experiment: {says}'):
+            make(there, tmp_path, **kw).summary()
+    (runs/'plan, 3D.json').write_text('{}')              # trained without it
+    with pytest.raises(ValueError, match='plan was None'): make(there, tmp_path).summary()
+
+def test_lost_notes_are_told(study, whole, tmp_path):
+    "Whether a file has changed since the runs is not known then"
+    there,runs = copied(study, whole, tmp_path)
+    (runs/'comparison.json').unlink()
+    with pytest.warns(UserWarning, match='4 of 4 finished runs are of a version that did not note'):
+        make(there, tmp_path)
+
+def test_a_pickle_that_no_run_wrote_is_not_opened(study, whole, tmp_path):
+    "Though pickles are trusted"
+    there,runs = copied(study, whole, tmp_path)
+    for r in runs.glob('*, fold*'):
+        (r/'model.safetensors').unlink()
+        torch.save(Evil(tmp_path/'ran'), r/'model.pkl')
+    c = make(there, tmp_path, trust=True)
+    for ask in (lambda: c.learner('3D'), lambda: c.learners_of(0)):
+        with pytest.raises(ValueError, match='model.pkl: is not what this run wrote'): ask()
+    assert not (tmp_path/'ran').exists()
 
 def test_finished_runs_do_not_stand_for_a_corrected_mask(study, whole, tmp_path):
     there,_ = copied(study, whole, tmp_path)
@@ -439,7 +483,7 @@ def test_finished_runs_do_not_stand_for_a_corrected_mask(study, whole, tmp_path)
     pd.testing.assert_frame_equal(table(make(there, tmp_path).run()), table(whole))
     fn = there[0]/there[1]['mask'][2]
     emptied(fn)
-    with pytest.raises(ValueError, match='4 runs were trained or judged with other content') as e: make(there, tmp_path)
+    with pytest.raises(ValueError, match='4 runs were .* evaluated with other content') as e: make(there, tmp_path)
     assert f"{there[1].case[2]!r} (mask). To train again" in str(e.value)
     shutil.copy(study[0]/study[1]['mask'][2], fn)                                        # the old file again
     assert make(there, tmp_path).plan.done.all()
@@ -452,7 +496,7 @@ def test_runs_that_noted_no_content_open_with_a_word(study, whole, tmp_path):
     forgotten(runs, 'comparison.json')
     # and again: nobody knows any more now
     for _ in range(2):
-        with pytest.warns(UserWarning, match='4 of 4 finished runs are of a version that did not note'):
+        with pytest.warns(UserWarning, match='4 of 4 finished runs are of a version that did not store'):
             c = make(there, tmp_path).run()
         assert c.plan.done.all()
     emptied(there[0]/there[1]['mask'][2])
@@ -474,10 +518,16 @@ def test_curves_do_not_stand_for_a_corrected_mask(tmp_path):
     note, = (tmp_path/'e').glob('contents*.json')
     text = note.read_text()
     note.unlink()
-    with pytest.warns(UserWarning, match='1 of 1 finished runs are of a version that did not note'): run()
+    with pytest.warns(UserWarning, match='1 of 1 finished runs are of a version that did not store'): run()
     note.write_text(text)
+    run()
+    fn, = (tmp_path/'e').glob('*.csv')
+    text = fn.read_text()
+    fn.write_text(text.replace('c2', 'c9'))
+    with pytest.raises(ValueError, match='is not what this run wrote'): run()
+    fn.write_text(text)
     emptied(df['mask'][3])
-    with pytest.raises(ValueError, match=r"1 runs were trained or judged with other content of case 'c3' \(mask\)"):
+    with pytest.raises(ValueError, match=r"1 runs were trained or evaluated with other content of case 'c3' \(mask\)"):
         run()
 
 def test_mistakes_show_before_the_hours_are_spent(study, tmp_path):
@@ -583,7 +633,8 @@ def test_best_goes_by_a_margin_of_the_difference():
     assert f.best(equal_within=.06)=='B' and 'by no more than 6 points' in f.best(equal_within=.06).sentence
     assert f.best('hd95')=='B' and 'by no more than 0.5 mm' in f.best('hd95').sentence
     few = Findings(f.results[f.results.case<'c05'], f.cost)
-    assert few.best(equal_within=.06)=='A' and 'fewer than 6 subjects cannot show' in few.best(equal_within=.06).sentence
+    best = few.best(equal_within=.06)
+    assert best=='A' and 'fewer than 6 subjects cannot show' in best.sentence
     with pytest.raises(ValueError, match='above 0'): f.best(equal_within=0)
 
 def test_trainings_are_in_the_answer():
@@ -609,7 +660,8 @@ def test_a_loss_that_still_falls_is_said():
     def log(arm, tau):
         return pd.DataFrame(dict(arm=arm, fold=0, seed=0, update=range(100),
                                  loss=np.exp(-np.arange(100)/tau)+.3+.01*rng.normal(size=100)))
-    f = Findings(pd.concat([arm_rows('A', [.8]*8), arm_rows('B', [.8]*8)]), logs=pd.concat([log('A', 10), log('B', 60)]))
+    logs = pd.concat([log('A', 10), log('B', 60)])
+    f = Findings(pd.concat([arm_rows('A', [.8]*8), arm_rows('B', [.8]*8)]), logs=logs)
     assert f.still_falling()==['B'] and 'The training loss of B was still falling' in f.answer()
     assert not loss_falls([3,2,1])
 

@@ -203,7 +203,7 @@ def test_names_may_be_left_out(learner, tmp_path):
     assert back.facts['seen'] is None and back.facts['cases']==len(learn.seen) and back.saw(df)==[] and not back.seen
     e = load_model(save_model(Ensemble([learn]), tmp_path/'e.safetensors', seen=False), 'cpu')
     assert e.saw(df)==[] and Ensemble([learn]).saw(df)==[*learn.seen]
-    with pytest.warns(UserWarning, match='does not know what it was trained on'):
+    with pytest.warns(UserWarning, match='has no record of its training cases'):
         try: compare_learners({'a':back}, df)
         except Exception: pass
 
@@ -300,7 +300,7 @@ def test_a_network_of_ones_own(loaders, scan, tmp_path, ndim, fast):
     with pytest.warns(UserWarning, match=r'OwnNet is no network that is known by name.*load_model\(fn, arch=make\)'):
         save_model(learn, fn, post='keep_largest')
     with pytest.raises(ValueError,
-                       match=r'm.safetensors: its network, test_ship.OwnNet, is known by no name.*Say load_model\(fn, '
+                       match=r'm.safetensors: its network, test_ship.OwnNet, has no known name.*Use load_model\(fn, '
                              r'arch=make\)'):
         load_model(fn, 'cpu')
     net = OwnNet(learn.dls.train.one_batch()[0].shape[1], 3, ndim, 5)
@@ -411,7 +411,7 @@ def forge(b, edit=lambda m: m, tensors=lambda t: t):
     t = tensors(load(b))
     meta['sha256'] = plain.NO_DIGEST
     meta = edit(meta) or meta
-    return plain.seal_file(save(t, {'fastmed':meta if isinstance(meta, str) else json.dumps(meta)}))
+    return plain.with_sha256(save(t, {'fastmed':meta if isinstance(meta, str) else json.dumps(meta)}))
 
 def put(value, *keys):
     def f(m):
@@ -453,7 +453,7 @@ FORGED = dict(
         patch3=(put({'tuple':[0,0,0]}, 'plan', 'dict', 'patch'), None),
         post=(put(['os.system'], 'post'), 'post-processing'),
     field=(put(1, 'preprocess', 'evil'), 'unknown fields'), normalize=(put('evil', 'preprocess', 'normalize'),
-        'normalize'), drift=(lambda m: put([o*1.01+.01 for o in m['echo']], 'echo')(m), 'answers otherwise'),
+        'normalize'), drift=(lambda m: put([o*1.01+.01 for o in m['echo']], 'echo')(m), 'gives other logits'),
         nothing=(lambda m: '{}', 'format and a sum'),
     nested=(lambda m: '['*100_000, 'JSON'), no_dict=(lambda m: json.dumps([m['sha256']]), 'format and a sum'),
         no_sum=(put('', 'sha256'), None),
@@ -573,7 +573,7 @@ def _forged(rng, b):
             else meta)}, **(head if isinstance(head, dict) else {'x':head})}
     h = json.dumps(head).encode()
     b = len(h).to_bytes(8, 'little')+h+b[8+n:]
-    return plain.seal_file(b) if plain.NO_DIGEST.encode() in b else b
+    return plain.with_sha256(b) if plain.NO_DIGEST.encode() in b else b
 
 def test_some_hundred_forged_headers(loaders, tmp_path):
     "In a child process with a limit of memory and of time a file: each is opened or refused by name, in little memory"
@@ -690,7 +690,7 @@ def test_tensors_missing_too_many_or_otherwise(saved, tmp_path):
     refused(forge(b, tensors=lambda t: {**t, 'extra':torch.zeros(2)}), fn, 'extra: no such tensor expected')
     refused(forge(b, tensors=lambda t: {**t, 'heads.0.weight':t['heads.0.weight'].half()}), fn, 'float16')
     refused(forge(b, tensors=lambda t: {}), fn, 'do not fit|larger')
-    refused(forge(b, tensors=lambda t: {**t, 'heads.0.weight':t['heads.0.weight']*1.1}), fn, 'answers otherwise')
+    refused(forge(b, tensors=lambda t: {**t, 'heads.0.weight':t['heads.0.weight']*1.1}), fn, 'gives other logits')
 
 def test_pretrained_fetches_nothing(loaders, tmp_path, monkeypatch):
     learn = unet2d_learner(loaders[2], 'SegResNet', init_filters=8, path=tmp_path)
@@ -713,7 +713,7 @@ def onnx():
     for o in ('onnx','onnxscript','onnxruntime'): pytest.importorskip(o)
 
 @pytest.mark.parametrize('ndim,kw', [(3,{}), (2,{}), (3,dict(arch='SegResNet', init_filters=8)),
-        (3,dict(deep_supervision=True, depth=3, nf=4, arch='UNet'))])
+        (3,dict(deep_supervision=True, depth=3, nf=4, arch='UNet')), (2,dict(arch='resnet18', pretrained=False))])
 def test_onnx_answers_alike(onnx, learner, loaders, scan, tmp_path, ndim, kw):
     make = unet3d_learner if ndim==3 else unet2d_learner
     learn = make(loaders[ndim], fast=False, path=tmp_path, **kw) if kw else learner(ndim, fast=False)
@@ -761,11 +761,11 @@ def test_onnx_forged(onnx, learner, tmp_path):
         c.CopyFrom(m)
         mod(c)
         ox.helper.set_model_props(c, {'fastmed':json.dumps(d)})
-        (tmp_path/'bad.onnx').write_bytes(plain.seal_file(c.SerializeToString()))
+        (tmp_path/'bad.onnx').write_bytes(plain.with_sha256(c.SerializeToString()))
         return tmp_path/'bad.onnx'
     load_onnx(write(lambda d: None))
     def other(c): c.graph.node[0].op_type = 'Nothing'
-    for edit,mod in ((put(3, 'format'), lambda c: c), (put([8,8], 'window'), lambda c: c),
+    for edit,mod in ((put(plain.FORMAT_VERSION+1, 'format'), lambda c: c), (put([8,8], 'window'), lambda c: c),
             (put(2, 'network', 'n_in'), lambda c: c), (put([1.]*64, 'echo'), lambda c: c), (lambda d: None, other)):
         with pytest.raises(ValueError, match='bad.onnx'): load_onnx(write(edit, mod))
 

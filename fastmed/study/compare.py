@@ -32,7 +32,7 @@ from fastmed.study.arms import (
 from .efficiency import anisotropy_shift, ShiftCurves
 from .findings import Findings, ONE_SEED
 from fastmed.study.runs import (
-    checked_budget, column_folds, finish_run, fold_hash, marked, named_cases, PLACE_ARGS, read_table, Study
+    checked_budget, column_folds, finish_run, fold_hash, marked, named_cases, PLACE_ARGS, plan_sum, read_table, Study
 )
 
 # %% ../../nbs/study/08_compare.ipynb #e79abf31
@@ -122,6 +122,12 @@ def _differing(self:Comparison, was, terms):
 @patch
 def _noted(self:Comparison, was, terms): return {**terms, 'arms':{**was.get('arms', {}), **self._arm_texts()}}
 @patch
+def _told(self:Comparison, facts):
+    arm = facts.get('arm')
+    return {**self._terms(), 'arm':self._arm_texts().get(arm), 'plan':plan_sum(self._plan_file(arm))}
+@patch
+def _plan_file(self:Comparison, arm): return self.path/f'plan, {arm}.json'
+@patch
 def _read_by(self:Comparison): return self.spec_arms.values()
 
 @patch
@@ -146,10 +152,11 @@ def _spec(self:Comparison, arm, fold, seed):
     "What a run needs, in this or in another process"
     def make(**kwargs): return make_learner(self.split(self._folds[0]), **kwargs, valid_col='_held_out')
     own = {'group_col':self.group_col, 'codes':self.codes, **self.spec_arms[arm]}
-    kwargs = shared_plan(self.path/f'plan, {arm}.json', own, make)
+    kwargs = shared_plan(self._plan_file(arm), own, make)
     return dict(arm=arm, fold=fold, seed=seed, kwargs=kwargs, df=self.split(fold), attrs=dict(self.df.attrs),
-                budget=self.budget, hash=self.hash, files=self.files, group_col=self.group_col,
-                slice_axis=self.slice_axis, folder=str(self._folder(arm, fold, seed)), threads=torch.get_num_threads())
+                budget=self.budget, hash=self.hash, told=self._told(dict(arm=arm)), files=self.files,
+                group_col=self.group_col, slice_axis=self.slice_axis, folder=str(self._folder(arm, fold, seed)),
+                threads=torch.get_num_threads())
 
 # %% ../../nbs/study/08_compare.ipynb #36519490
 @patch

@@ -13,25 +13,20 @@ import pandas as pd
 from fastai.basics import warn
 from fastcore.all import ifnone, patch, store_attr
 from ..core import InputError
+from ..metrics.masks import counted_scores, failed_rows
 from ..metrics.paired import LEAST, loss_falls, paired_comparison, training_luck
 from ..metrics.stats import FEW, holm, mean_interval
 from .report import ArmPictures, RULE
 
 # %% ../../nbs/study/04_findings.ipynb #a3203c5f
-def failed_rows(
-    status # Series: 'ok', 'missed', 'false positive', 'empty' or 'error: …'
-)->pd.Series: # bool
-    "Where a structure was missed, was drawn and is not there, or the case could not be predicted: this counts as zero"
-    return status.isin(['missed','false positive']) | status.str.startswith('error')
-
 def counted_dice(
     results # DataFrame with dice and status
 )->pd.Series: # 0 where it failed
     "The Dice of each row as it counts in a mean"
-    return results.dice.mask(failed_rows(results.status), 0.)
+    return counted_scores(results)
 
 # %% ../../nbs/study/04_findings.ipynb #b89fc38b
-def _named(what, n=5): return ', '.join(map(str, what[:n]))+(f' … ({len(what)})' if len(what)>n else '')
+def _first_few(what, n=5): return ', '.join(map(str, what[:n]))+(f' … ({len(what)})' if len(what)>n else '')
 
 def _of_all_arms(df):
     "The cases and seeds that every arm has. Raises where there is none, warns by name of what is missing"
@@ -44,9 +39,9 @@ def _of_all_arms(df):
     cases,said = {c for c,_ in every},[]
     for a,own in runs.items():
         seen = {c for c,_ in own}
-        if seen!=cases: said.append(f"{a!r} did not predict all {len(cases)} cases: {_named(sorted(cases-seen))}")
+        if seen!=cases: said.append(f"{a!r} did not predict all {len(cases)} cases: {_first_few(sorted(cases-seen))}")
         lost = sorted((s,c) for c,s in every-own if c in seen)
-        if lost: said.append(f"{a!r} lacks {_named([f'seed {s} of case {c!r}' for s,c in lost])}")
+        if lost: said.append(f"{a!r} lacks {_first_few([f'seed {s} of case {c!r}' for s,c in lost])}")
     warn(f"{'; '.join(said)}. Compared on the {len({c for c,_ in common})} cases that every arm predicted, with the "
          f"seeds that every arm has")
     return df[[o in common for o in zip(df['case'], df.seed, strict=True)]]
@@ -58,9 +53,7 @@ def training_scores(
     "Scores of the cases and seeds that every arm has, failures by one rule, absent by the truth. Raises `ValueError`"
     if score not in ('dice','nsd','hd95'): raise InputError(f"score: expected 'dice', 'nsd' or 'hd95'; found {score!r}")
     df = pd.DataFrame(results).assign(case=lambda d: d['case'].astype(str))
-    v = df[score].astype(float)
-    worst,absent = (v[np.isfinite(v)].max(),0.) if score=='hd95' else (0.,1.)
-    df['counted'] = v.mask(failed_rows(df.status), worst).mask(df.status=='empty', absent)
+    df['counted'] = counted_scores(df, score).mask(df.status=='empty', 0. if score=='hd95' else 1.)
     arms,keys = list(df.arm.unique()),['case','structure']
     df = _of_all_arms(df)
     w = df.pivot_table(index=keys, columns=['arm','seed'], values='counted', sort=False)
