@@ -3550,6 +3550,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'fastmed/study/splits.py'),
                                       'fastmed.study.splits.SplitFindings._headline': ( 'study/splits.html#splitfindings._headline',
                                                                                         'fastmed/study/splits.py'),
+                                      'fastmed.study.splits.SplitFindings._intervals': ( 'study/splits.html#splitfindings._intervals',
+                                                                                         'fastmed/study/splits.py'),
                                       'fastmed.study.splits.SplitFindings._label_splits': ( 'study/splits.html#splitfindings._label_splits',
                                                                                             'fastmed/study/splits.py'),
                                       'fastmed.study.splits.SplitFindings._label_summary': ( 'study/splits.html#splitfindings._label_summary',
