@@ -118,6 +118,7 @@ def uncompiled(
     # a copy of a module shares its weights, without what was compiled in place
     return copy(getattr(model, '_orig_mod', model))
 
+# %% ../../nbs/learn/12_modelmeta.ipynb #140e6806
 def _describe(learn):
     "Class of a network without a name"
     kind = type(get_model(learn.model))
