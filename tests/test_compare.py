@@ -357,7 +357,7 @@ def test_a_comparison_of_an_earlier_version(study, whole, tmp_path):
 def test_an_arm_with_a_network_of_ones_own(study, tmp_path, one_thread):
     c = Comparison(whole_df(study), {'own':dict(ndim=3, arch=OwnNet)}, path=tmp_path/'c', cache=tmp_path/'s',
             **{k:v for k,v in SMALL.items() if k not in ('nf','depth')})
-    with pytest.warns(UserWarning, match='OwnNet is no network that is known by name'): c.run()
+    with pytest.warns(UserWarning, match='OwnNet is not a network with a known name'): c.run()
     l = c.learner('own')
     assert isinstance(l.model, OwnNet) and l.predict_volume(c.df.image[0]).shape
     folder = next(c.path.glob('own, fold*'))
@@ -464,7 +464,7 @@ def test_lost_notes_are_told(study, whole, tmp_path):
     "Whether a file has changed since the runs is not known then"
     there,runs = copied(study, whole, tmp_path)
     (runs/'comparison.json').unlink()
-    with pytest.warns(UserWarning, match='4 of 4 finished runs are of a version that did not note'):
+    with pytest.warns(UserWarning, match='4 of 4 finished runs are of a version that did not store'):
         make(there, tmp_path)
 
 def test_a_pickle_that_no_run_wrote_is_not_opened(study, whole, tmp_path):
