@@ -20,6 +20,7 @@ from test_nothing_lost import correct, snapshot, write_gz
 from fastmed.all import Plan, ResumeCallback, save_model
 from fastmed.cli import main
 from fastmed.core import FileError
+from fastmed.learn.fingerprint import read_state
 
 root = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, 'PYTHONPATH':os.pathsep.join(filter(None, [str(root), os.environ.get('PYTHONPATH')])),
@@ -518,6 +519,48 @@ class TestTraining:
         with beside(tmp_path/'m.safetensors', alone=True):
             code,out,err = shell(*self.words(study, tmp_path))
         assert code==2 and 'another process' in err and not out
+
+    @pytest.mark.skipif(not hasattr(signal, 'sigwaitinfo'), reason='signals of POSIX')
+    @pytest.mark.parametrize('sign,code', [('SIGTERM',143), pytest.param('SIGINT', 130, marks=pytest.mark.slow),
+                                           pytest.param('SIGHUP', 129, marks=pytest.mark.slow)])
+    def test_a_signal_to_all_processes_of_a_job(self, study, tmp_path, sign, code):
+        "The workers leave it to their training, and end with it"
+        words = self.words(study, tmp_path)
+        words[words.index('--workers')+1] = 2
+        code_of = f'''import os, signal, sys, time
+from fastai.learner import Learner
+from fastmed.cli import main
+was = Learner.one_batch
+def one_batch(self, i, b):
+    if self.training and i==3:
+        os.killpg(0, signal.{sign})
+        time.sleep(.5)
+    was(self, i, b)
+Learner.one_batch = one_batch
+if __name__=='__main__': sys.exit(main())'''
+        p = subprocess.Popen([sys.executable, '-c', code_of, *map(str, words)], env=ENV, stdout=subprocess.DEVNULL,
+                             stderr=subprocess.PIPE, text=True, start_new_session=True)
+        err = p.communicate(timeout=1200)[1]
+        assert (p.returncode, err.splitlines()[-1])==(code, 'fastmed: stopped'), err
+        with pytest.raises(ProcessLookupError): os.killpg(p.pid, 0)
+        s = read_state(tmp_path/'m.safetensors.resume')
+        assert (s['epoch'], s['batch'])==(0, 4) and not list(tmp_path.glob('.part*'))
+
+    def test_asked_twice_at_once(self, shell, study, tmp_path, monkeypatch):
+        "As `timeout` asks; and in the validation after the last batch"
+        from fastai.learner import Learner
+        was = Learner.one_batch
+        for training,n,state in ((True, 3, (0,4)), (False, 0, (2,0))):
+            def one_batch(self, i, b, training=training, n=n):
+                if self.training==training and i==n and self.epoch==1-training:
+                    for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)
+                was(self, i, b)
+            with monkeypatch.context() as m:
+                m.setattr(Learner, 'one_batch', one_batch)
+                res,_,err = shell(*self.words(study, tmp_path, *[] if training else ['--resume']))
+            assert res==143 and err.endswith('fastmed: stopped\n'), err
+            s = read_state(tmp_path/'m.safetensors.resume')
+            assert (s['epoch'], s['batch'])==state
 
     @pytest.mark.skipif(sys.platform=='win32', reason='signals of POSIX')
     @pytest.mark.parametrize('sign,code', [('SIGINT',130), ('SIGTERM',143)])

@@ -152,7 +152,7 @@ def test_wrong_input_is_named():
             (lambda: CaseInterpretation([0,1], [.1,np.nan]),'not finite'),
             (lambda: CaseInterpretation([0,1], [.1,.2], point={'z':.5}),'none of')):
         with pytest.raises(InputError, match=e): f()
-    with pytest.raises(ColumnError, match='without a DataFrame'): CaseInterpretation([0,1], [.1,.2]).by('sex')
+    with pytest.raises(ColumnError, match='there is no DataFrame'): CaseInterpretation([0,1], [.1,.2]).by('sex')
 
 # ---- Grad-CAM
 

@@ -23,7 +23,7 @@ from .scanmodel import CaseModel, Evaluation
 from .callbacks import RememberCallback
 from .fast import make_fast
 from .learner import split_args, remember_network, ScanLearner, unet_args, VolumeLearner
-from .losses import as_loss, class_weights, DiceCELoss, LabelLoss, MultiTaskLoss
+from .losses import as_loss, can_decode, class_weights, DiceCELoss, LabelLoss, MultiTaskLoss
 from ..metrics.masks import dice_metrics
 from ..metrics.scores import label_metrics
 from ..models.classifiers import add_unscale, create_classifier, MultiTaskNet
@@ -55,13 +55,12 @@ class CaseLearner(CaseModel, ScanLearner):
         "The prediction of one case. Raises what `case_input` raises"
         x,model = self.case_input(item),self.model
         device = next(model.parameters()).device
-        loss = getattr(self.loss_func, 'label', self.loss_func)
         name,preds = item if isinstance(item, (str,Path)) else 'the case',[]
         with prediction_explained(name), torch.no_grad(), evaluating(model):
             for view in case_views(self, tta):
                 outs = [model(b.to(device)) for b in view.apply(x).split(16)]
                 outs = [o[-1] if isinstance(o, tuple) else o for o in outs]
-                preds.append(torch.cat([loss.activation(o).cpu() for o in outs]).mean(0))
+                preds.append(torch.cat([self.label_loss.activation(o).cpu() for o in outs]).mean(0))
         return torch.stack(preds).mean(0)
 
 # %% ../../nbs/learn/08_classify.ipynb #c1a5000d
@@ -196,8 +195,7 @@ def _prepare_case_loss(loss_func, task, masks):
     if isinstance(loss_func, MultiTaskLoss):
         loss_func.label = as_loss(loss_func.label, task)
         return loss_func
-    if hasattr(loss_func, 'activation') and hasattr(loss_func, 'decodes') and not hasattr(loss_func, 'func'):
-        return loss_func
+    if can_decode(loss_func) and not hasattr(loss_func, 'func'): return loss_func   # not one of fastai's
     raise InputError("loss_func: masks and labels need a loss of both. Give loss_func=MultiTaskLoss(DiceCELoss(), "
                      "nn.CrossEntropyLoss()), or leave it out")
 
@@ -282,6 +280,7 @@ def classifier_learner(
     remember_network(learn, arch, args, shape.patch, pretrained, shape.n_channels, len(vocab))
     return learn
 
+# %% ../../nbs/learn/08_classify.ipynb #13d67e55
 @delegates(classifier_learner, keep=True)
 def regression_learner(
     dls,             # DataLoaders whose labels are numbers

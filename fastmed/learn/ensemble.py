@@ -47,6 +47,7 @@ def _ensemble_again(kind, state):
     res.__dict__.update(state)
     return res
 
+# %% ../../nbs/learn/16_ensemble.ipynb #9b7624b1
 class Ensemble(MaskModel):
     "Several Learners whose mean probabilities are the prediction. Raises `ValueError` where they do not fit together"
     members = ()         # see `Members`

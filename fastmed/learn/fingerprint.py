@@ -157,6 +157,7 @@ def fit_words(
     if mixed:=mixing_callbacks(learn): res['mixing'] = [(type(c).__name__, c.distrib.concentration0) for c in mixed]
     return {k:_words(v) for k,v in res.items()}
 
+# %% ../../nbs/learn/05_fingerprint.ipynb #894c7983
 def _case_changes(was, now):
     "A text that says how two lists of cases differ"
     a,b = [{o[0]:o[1:] for o in s} for s in (was, now)]
@@ -211,6 +212,7 @@ def _fingerprint(salt, kind, name):
 
 def _salts(names): return sorted({o.split(':')[1] for o in names if is_fingerprint(o)})
 
+# %% ../../nbs/learn/05_fingerprint.ipynb #1df3f188
 def fingerprint_names(
     seen:dict, # case → subject, names or fingerprints
     salt:str   # for the names

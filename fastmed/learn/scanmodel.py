@@ -321,6 +321,9 @@ def case_table(
 # %% ../../nbs/learn/06_scanmodel.ipynb #c1a50008
 class CaseModel(ScanModel):
     "A model that predicts labels of cases; subclasses override `case_prediction` and `case_input`"
+    @property
+    def label_loss(self): return getattr(self.loss_func, 'label', self.loss_func)   # of a `MultiTaskLoss` its part
+
     def predict(self,
         item,                  # as of `CaseLearner.case_input`
         rm_type_tfms=None,     # as in fastai; refused, since whole files are read
@@ -330,7 +333,7 @@ class CaseModel(ScanModel):
         "fastai's `predict` for a file. Raises `FileError`, `InputError` naming the file"
         if rm_type_tfms is not None: raise ArgumentError("predict reads whole files: rm_type_tfms does not apply")
         p,task,vocab = self.case_prediction(item, tta),self.task,self.label_vocab
-        dec = getattr(self.loss_func, 'label', self.loss_func).decodes(p[None])[0]
+        dec = self.label_loss.decodes(p[None])[0]
         if task=='category': res = (str(vocab[int(dec)]), TensorCategory(dec), p)
         elif task=='multi':
             res = (MultiCategory([v for v,o in zip(vocab, dec, strict=True) if o]), TensorMultiCategory(dec), p)

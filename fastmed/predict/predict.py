@@ -161,6 +161,7 @@ def segment(self:Learner,
     if not proba: return mask
     return mask, TensorVolume(to_scan_grid(probs, pre, lab.affine, shape, affine), affine=affine)
 
+# %% ../../nbs/predict/04_predict.ipynb #d17b6e84
 def predict_case(
     learn,             # Learner
     fn,                # image file, list of channel files, DICOM folder, or a `TensorVolume`

@@ -180,6 +180,7 @@ def _folds(df, folds, repeats, group_col, stratify, seed):
     if stratify is None: return [group_folds(df, folds, s, group_col) for s in seeds]
     return [stratified_folds(df, stratify, folds, s, group_col) for s in seeds]
 
+# %% ../../nbs/study/10_crossval.ipynb #32074f34
 class CrossValidation(SplitFindings):
     "Repeated cross-validation. `run()` trains; then see `summary`, `splits`, `report` …"
     notes,what = 'crossval.json','another cross-validation'
@@ -243,6 +244,7 @@ def _told(self:CrossValidation, facts):
 @patch
 def _read_by(self:CrossValidation): return None if self.fit else [self.kwargs]
 
+# %% ../../nbs/study/10_crossval.ipynb #e3de0769
 @patch
 def split(self:CrossValidation,
     fold:int,    # number of the fold that is held out

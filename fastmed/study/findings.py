@@ -125,12 +125,13 @@ def _luck_of(found, v):
     cases = whole.index.get_level_values('case')
     return training_luck(whole.to_numpy(), found._folds_of(cases), found._subjects(cases))
 
-def _interval_of(found, v, n_boot):
-    "(low, high) of the mean of one arm (cases × seeds): over subjects, and over trainings where there are several"
+def _interval_of(found, v, n_boot, most):
+    "(low, high) of the mean of one arm (cases × seeds), 0 to `most`: over subjects, and over trainings where several"
     mean,luck = v.mean(axis=1).dropna(),_luck_of(found, v)
     subjects = found._subjects(mean.index.get_level_values('case'))
-    if luck is None: return mean_interval(mean.values, subjects, n_boot=n_boot)
-    return paired_comparison(mean.values, 0*mean.values, subjects, n_boot=n_boot, luck=luck).ci
+    if luck is None: ends = mean_interval(mean.values, subjects, n_boot=n_boot)
+    else: ends = paired_comparison(mean.values, 0*mean.values, subjects, n_boot=n_boot, luck=luck).ci
+    return np.clip(ends, 0, most)
 
 @patch
 def summary(self:Findings,
@@ -142,7 +143,7 @@ def summary(self:Findings,
     failed = failed_rows(results.status)
     for a in self.arms:
         for s,w in scores[a].groupby('structure', sort=False):
-            low,high = _interval_of(self, w, n_boot)
+            low,high = _interval_of(self, w, n_boot, np.inf if score=='hd95' else 1)
             v,mine = w.mean(axis=1),(results.arm==a) & ((results.structure==s) | (s=='all'))
             own = results[mine]
             empty = (own.status=='empty').groupby(own.case).all().sum()
@@ -337,7 +338,7 @@ def remedies(self:Findings,
         subjects = self._subjects(w.index.get_level_values('case').astype(str))
         for k in w:
             change = (w[k]-w['none']).values
-            low,high = mean_interval(change, subjects, n_boot=n_boot)
+            low,high = mean_interval(change, subjects, n_boot=n_boot, share=False)
             times = f"{sum(v==k for v in chosen.values())} of {len(chosen)}" if chosen and k!='chosen' else ''
             rows.append(dict(arm=arm, remedy=k, mean=w[k].mean(), change=np.nanmean(change), low=low, high=high,
                              chosen=times))

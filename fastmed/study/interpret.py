@@ -211,6 +211,7 @@ def calibration(self:CaseInterpretation,
     self._is('category','multi')
     return self._apply(curves.calibration, label, bins=bins)
 
+# %% ../../nbs/study/03_interpret.ipynb #7766ddb0
 @patch
 def _accuracies(self:CaseInterpretation):
     "Accuracy, and balanced accuracy over the classes that occur"

@@ -64,6 +64,7 @@ def _check_run_table(fn, t, cases, keys):
         raise InputError(f"{fn}: expected one row a case{' and structure' if len(by)>1 else ''}; found {len(t)} rows "
                          f"of {len(cases)} cases. {_again}")
 
+# %% ../../nbs/study/06_runs.ipynb #48e73837
 def read_table(
     fn,              # .csv of a finished run
     cases=None,      # names of its cases, each once, or once a structure; None: any
@@ -186,6 +187,7 @@ def _trained(spec, folder, tmp):
         return spec.get('finish', finish_run)(learn, {**spec, 'lr_max':lr_max}, predict_args, folder,
                                                   cost.total, tmp)
 
+# %% ../../nbs/study/06_runs.ipynb #222cf945
 def _train_run(spec):
     "Train and score one run, in this process or an executor's. None where another process is working on it"
     if (folder:=Path(spec['folder'])).exists(): return folder
@@ -292,6 +294,7 @@ def marked(
     res.attrs.update(df.attrs)
     return res
 
+# %% ../../nbs/study/06_runs.ipynb #51ec1a8c
 def column_folds(
     df,       # one row a case
     col:str,  # column with the number of each case's fold
