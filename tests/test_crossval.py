@@ -115,8 +115,23 @@ def test_finished_folds_do_not_stand_for_a_corrected_file(study, whole, tmp_path
     there = copied(study, whole.path, tmp_path)
     pd.testing.assert_frame_equal(table(make(there, tmp_path)), table(whole))
     for col in ('image','mask'): (there[0]/there[1][col][1]).write_bytes((there[0]/there[1][col][3]).read_bytes())
-    with pytest.raises(ValueError, match='4 runs were trained or judged with other content') as e: make(there, tmp_path)
+    with pytest.raises(ValueError, match='4 runs were .* evaluated with other content') as e: make(there, tmp_path)
     assert f"{there[1].case[1]!r} (image, mask). To train again" in str(e.value)
+
+def test_a_model_of_another_fold_joins_no_ensemble(study, whole, tmp_path):
+    there = copied(study, whole.path, tmp_path)
+    a,b = tmp_path/'cv'/'repeat 0, fold 0',tmp_path/'cv'/'repeat 0, fold 1'
+    (a/'model.safetensors').write_bytes((b/'model.safetensors').read_bytes())
+    c = make(there, tmp_path)
+    for ask in (lambda: c.ensemble(), lambda: c.ensemble(lazy=True)):
+        with pytest.raises(ValueError, match='model.safetensors: is not what this run wrote'): ask()
+
+def test_folds_say_what_they_were_told(study, whole, tmp_path):
+    "Where the notes of the study are lost"
+    there = copied(study, whole.path, tmp_path)
+    (tmp_path/'cv'/'crossval.json').unlink()
+    with pytest.raises(ValueError, match='belongs to another cross-validation: seed was 0, is 1'):
+        make(there, tmp_path, seed=1).summary()
 
 def test_folds_that_noted_no_content_open_with_a_word(study, whole, tmp_path):
     there = copied(study, whole.path, tmp_path)
@@ -126,7 +141,7 @@ def test_folds_that_noted_no_content_open_with_a_word(study, whole, tmp_path):
         for k in ('sums','seal'): facts.pop(k, None)
         f.write_text(json.dumps(facts))
     for _ in range(2):
-        with pytest.warns(UserWarning, match='4 of 4 finished runs are of a version that did not note'):
+        with pytest.warns(UserWarning, match='4 of 4 finished runs are of a version that did not store'):
             make(there, tmp_path)
     (there[0]/there[1]['mask'][1]).write_bytes((there[0]/there[1]['mask'][3]).read_bytes())
     with pytest.raises(ValueError, match='other content'): make(there, tmp_path)

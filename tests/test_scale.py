@@ -3,11 +3,10 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tracemalloc
 from pathlib import Path
 
+import forked
 import nibabel as nib
 import numpy as np
 import pandas as pd
@@ -348,7 +347,6 @@ def test_more_cases_than_files_that_may_be_open(tmp_path):
     "Check, training and prediction of 40 cases, 80 files, in a process that may have 64 open"
     pytest.importorskip('resource')
     script = Path(__file__).resolve().parents[1]/'benchmarks/many.py'
-    p = subprocess.run([sys.executable, str(script), '--cases', '40', '--files', '64', '--csv',
-            str(tmp_path/'many.csv')], capture_output=True, text=True)
+    p = forked.run([script, '--cases', '40', '--files', '64', '--csv', tmp_path/'many.csv'], tmp_path, dict(os.environ))
     assert not p.returncode, p.stderr[-2000:]
     assert len((tmp_path/'many.csv').read_text().splitlines())==7

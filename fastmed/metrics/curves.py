@@ -128,7 +128,7 @@ def operating_point(
     called = s>=threshold
     stats = dict(sensitivity=share_stat(called, y), specificity=share_stat(~called, ~y), ppv=share_stat(y, called),
                  npv=share_stat(~y, ~called))
-    rates = estimate(lambda w: np.stack([stat(w) for stat in stats.values()], 1), len(y), groups, **kwargs)
+    rates = estimate(list(stats.values()), len(y), groups, **kwargs)
     return OperatingPoint(threshold=threshold, **dict(zip(stats, rates, strict=True)), n=len(y), positives=int(y.sum()),
                           rule=_rule_words(rule))
 

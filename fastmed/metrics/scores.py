@@ -14,7 +14,9 @@ import torch
 from fastai.learner import Metric
 from fastai.torch_core import noop, num_distrib
 from ..core import InputError
-from .stats import estimate, Estimate, mean_defined, mean_stat, safe_ratio, share_stat
+from fastmed.metrics.stats import (
+    area_interval, estimate, Estimate, mean_defined, mean_stat, safe_ratio, share_stat, Statistic
+)
 from torch import Tensor
 
 # %% ../../nbs/metrics/03_scores.ipynb #e2e39f38
@@ -90,7 +92,7 @@ def auc_stat(
     def stat(w):
         ones,zeros = tied_sums(score, w*y, w*~y)
         return safe_ratio((ones*(zeros.cumsum(1)-zeros/2)).sum(1), ones.sum(1)*zeros.sum(1))
-    return stat
+    return Statistic(stat, lambda number, level: area_interval(y, score, number, level))
 
 def ap_stat(
     y,         # (n,) targets, 0 or 1
@@ -344,12 +346,11 @@ def scores_interval(
     n_boot=1000, # draws of subjects with replacement
     seed=0       # of the draws
 )->pd.DataFrame: # score and what it is of, then value, low, high, n, subjects
-    "Every score with a percentile interval over draws of whole subjects. Raises `InputError`"
+    "Every score with its interval over subjects, as of `estimate`. Raises `InputError`"
     n = len(targ)
     if not n: raise InputError("scores_interval: expected at least one case")
     stats = label_statistics(task, vocab, targ, pred, point)
-    def all_of(w): return np.stack([stat(w) for stat in stats.values()], 1)
-    found = estimate(all_of, n, groups, n_boot, level, seed, one_by_one=True)
+    found = estimate(list(stats.values()), n, groups, n_boot, level, seed, one_by_one=True)
     rows = [dict(score=score, of=of, value=float(e), low=e.low, high=e.high, n=n, subjects=e.subjects)
             for (score,of),e in zip(stats, found, strict=True)]
     return pd.DataFrame(rows).set_index('score')

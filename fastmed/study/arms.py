@@ -34,7 +34,7 @@ from ..learn.members import trusted_learner
 from ..learn.learner import unet2d_learner, unet3d_learner, VolumeLearner
 from ..learn.modelfile import save_model
 from ..learn.pace import BudgetCallback, peak_memory, reset_peak
-from ..learn.plain import UnopenedError
+from ..learn.modelformat import UnopenedError
 from ..metrics.masks import case_scores, failed_scores, slice_consistency
 from ..predict.predict import predict_case
 from ..predict.windows import apply_post, POSTS, window_corners
@@ -292,22 +292,28 @@ def read_notes(
     if isinstance(notes, dict) and notes.get('seal', _seal_of(notes))==_seal_of(notes): return notes
     raise InputError(f"{fn}: expected what was noted of the runs; found {str(notes)[:80]!r}. {again}")
 
+def sealed_text(
+    notes  # what a study keeps beside its runs, JSON-able
+)->str:    # JSON
+    "Notes with a seal over them, so that `read_notes` sees where somebody changed them"
+    notes = json.loads(json.dumps(notes, default=str))
+    return json.dumps(dict(notes, seal=_seal_of(notes)), indent=1)
+
 def note_run(
     folder, # of a run that was scored
     facts   # what is told of it, JSON-able
 ):
     "Write run.json: the facts, a sum of each file of the run, and a seal over both"
     sums = {f.name:file_digest(f) for f in sorted(Path(folder).iterdir()) if f.is_file()}
-    notes = json.loads(json.dumps(dict(facts, sums=sums), default=str))
-    (Path(folder)/'run.json').write_text(json.dumps(dict(notes, seal=_seal_of(notes)), indent=1))
+    (Path(folder)/'run.json').write_text(sealed_text(dict(facts, sums=sums)))
 
 def expect_own(
     fn # file of a finished run
 ):
     "Raise `InputError` where a file is not the one that the run wrote; runs of earlier versions noted no sums"
     run = Path(fn).parent/'run.json'
-    told = read_notes(run).get('sums', {}).get(Path(fn).name) if run.is_file() else None
-    if told is not None and Path(fn).is_file() and file_digest(fn)!=told:
+    sums = read_notes(run).get('sums') if run.is_file() else None
+    if sums is not None and Path(fn).is_file() and file_digest(fn)!=sums.get(Path(fn).name):
         raise InputError(f"{fn}: is not what this run wrote: it was changed, or is of another run. Put a copy of it "
                          f"back, or remove the run's folder and call run() to train it again")
 
@@ -328,12 +334,13 @@ def keep_model(
 def run_model(
     folder # of a finished run
 )->Path:   # its model file
-    "model.safetensors of a run, or model.pkl where there is no other. Raises `MissingFileError`"
+    "model.safetensors of a run, or model.pkl where there is no other. Raises `MissingFileError`, and as `expect_own`"
     fns = [Path(folder)/o for o in ('model.safetensors','model.pkl')]
     fn = first(o for o in fns if o.is_file())
     if fn is None:
         raise MissingFileError(f"{fns[0]}: no such model file. Remove the run's folder, and call run() to train it "
                                f"again")
+    expect_own(fn)
     return fn
 
 # %% ../../nbs/study/05_arms.ipynb #855e77d5
@@ -344,7 +351,6 @@ def load_run(
 )->VolumeLearner:     # as it was trained
     "The Learner of a finished run. Raises `InputError` on a pickle that is not trusted, and where `arch` is missing"
     fn = run_model(folder)
-    expect_own(fn)
     return load_model(fn, arch=arch) if fn.suffix=='.safetensors' else trusted_learner(fn, trust)
 
 # %% ../../nbs/study/05_arms.ipynb #82c9bd4a

@@ -15,13 +15,14 @@ from fastcore.all import first, L, patch
 from ..core import best_plane, ColumnError, InputError, show_plane
 from ..io.volumes import load_volume
 from ..learn.callbacks import case_columns, case_rows, case_truth
-from ..learn.plain import UnopenedError
+from ..learn.modelformat import UnopenedError
 from ..plot import html_report
 from ..predict.predict import predict_case
 from .gradcam import grad_cam, is_conv, item_of, plot_cam
 
 # %% ../../nbs/study/02_report.ipynb #816b8b75
-RULE = "missed or failed: 0 (HD95: diagonal of the image); absent: left out, or 1 (HD95: 0) where another arm draws it"
+RULE = ("missed or failed: 0 (HD95: diagonal of the image); absent in the ground truth: 1 (HD95: 0) where left empty, "
+        "else 0")
 
 class ArmPictures:
     "The page of `Findings`, and its pictures of volumes and cases"
