@@ -510,8 +510,8 @@ def ranks(a, i):
 def test_steps_of_normalisation_prove_nothing(tmp_path, f):
     "Three strangers stored as k/255 were called proved; so were those with one histogram"
     got = find_leaks(strangers(tmp_path, f))
-    assert not (got.sure=="proved").any(), got.to_string()
-    assert not got.evidence.str.contains("quantum|gaps|voxels").any(), got.to_string()
+    assert not (got.sure=='proved').any(), got.to_string()
+    assert not got.evidence.str.contains('quantum|gaps|voxels').any(), got.to_string()
 
 def test_a_step_that_three_share_names_the_nearest_alone(tmp_path):
     "Two halves of one scan, and a stranger whose grey values have the same step: he was proved to be both"

@@ -630,7 +630,7 @@ def test_best_goes_by_a_margin_of_the_difference():
     hard = .15*rng.normal(size=20)
     behind = arm_rows('B', .7+hard+.002*rng.normal(size=20))
     f = Findings(pd.concat([arm_rows('A', .75+hard), behind]), cost_of(A=9., B=1.))
-    assert f.best()=='A' and 'no cheaper arm was shown to keep within 0.5 points' in f.best().sentence
+    assert f.best()=='A' and 'no cheaper model was shown to keep within 0.5 points' in f.best().sentence
     assert f.best(equal_within=.06)=='B' and 'by no more than 6 points' in f.best(equal_within=.06).sentence
     assert f.best('hd95')=='B' and 'by no more than 0.5 mm' in f.best('hd95').sentence
     few = Findings(f.results[f.results.case<'c05'], f.cost)
@@ -748,7 +748,7 @@ def test_one_arm_alone_has_an_answer_and_a_report(tmp_path):
     rows = [dict(arm='A', fold=0, seed=0, case=f'c{i}', subject=f's{i}', structure='x', dice=.5, hd95=3., nsd=.5,
                  volume_mm3=1., target_mm3=1., status='ok') for i in range(4)]
     f = Findings(pd.DataFrame(rows))
-    assert f.answer()=='On 4 held-out cases of 4 subjects A reached a mean Dice of 0.500.'
+    assert f.answer()=='On 4 held-out cases of 4 subjects A reached a mean Dice of 50.0 points.'
     assert f.best().sentence.endswith('what the arms cost is not known.')
     assert '4 held-out cases' in f.report(tmp_path/'r.html').read_text(encoding='utf-8')
 
