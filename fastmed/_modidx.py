@@ -2336,6 +2336,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'fastmed/metrics/stats.py'),
                                        'fastmed.metrics.stats._group_counts': ( 'metrics/stats.html#_group_counts',
                                                                                 'fastmed/metrics/stats.py'),
+                                       'fastmed.metrics.stats._in_order': ('metrics/stats.html#_in_order', 'fastmed/metrics/stats.py'),
                                        'fastmed.metrics.stats._intervals': ('metrics/stats.html#_intervals', 'fastmed/metrics/stats.py'),
                                        'fastmed.metrics.stats._newcombe': ('metrics/stats.html#_newcombe', 'fastmed/metrics/stats.py'),
                                        'fastmed.metrics.stats._own_ends': ('metrics/stats.html#_own_ends', 'fastmed/metrics/stats.py'),

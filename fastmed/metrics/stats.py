@@ -16,6 +16,11 @@ import pandas as pd
 from ..core import InputError
 
 # %% ../../nbs/metrics/02_stats.ipynb #fb710734
+def _in_order(names):
+    "Numbers by size, else by letter"
+    try: return sorted(names, key=lambda o: (float(o), o))
+    except ValueError: return sorted(names)
+
 def group_numbers(
     groups, # a group a case, or None: each case its own
     n,      # cases
@@ -27,8 +32,8 @@ def group_numbers(
     if len(g)!=n: raise InputError(f"{what}: {n} scores and {len(g)} groups; expected one group a case")
     if g.isna().any():
         raise InputError(f"{what}: case number {int(g.isna().idxmax())} has no group. Fill it in, or leave groups out")
-    k,u = pd.factorize(g.astype(str), sort=True)
-    return k,len(u)
+    number = {o:i for i,o in enumerate(_in_order(g.astype(str).unique()))}
+    return g.astype(str).map(number).to_numpy(),len(number)
 
 # %% ../../nbs/metrics/02_stats.ipynb #04409efa
 def _group_counts(rng, m, n_boot, one_by_one):
