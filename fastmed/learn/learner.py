@@ -10,6 +10,7 @@ import inspect
 from pathlib import Path
 
 from fastai.basics import DataLoaders, dispatch, Learner, rank_distrib, save_model
+from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientClip
 from fastcore.all import delegates, ifnone, join_path_file, L, patch
 from fastmed.core import (
@@ -40,7 +41,12 @@ class ScanLearner(ScanModel, EncoderMixin, Learner):
     def fit(self, *args, **kwargs):
         self.loss_func = self.prepare_loss(self.loss_func)
         self.prepare_mixing(kwargs.get('cbs', args[3] if len(args)>3 else None))
-        with memory_explained(self), self.added_cbs(FiniteCallback()): return super().fit(*args, **kwargs)
+        loss_func = self.loss_func
+        try:
+            with memory_explained(self), self.added_cbs(FiniteCallback()): return super().fit(*args, **kwargs)
+        finally:
+            # one that was interrupted leaves that of fastai's `MixUp`
+            if isinstance(getattr(self.loss_func, '__self__', None), MixHandler): self.loss_func = loss_func
 
     def prepare_loss(self,
         loss_func # `learn.loss_func`
@@ -140,6 +146,7 @@ def _follow_codes(learn, old, new):
     except InputError: return                                     # not made by fastmed
     labels = [o.labels.vocab if o.labels else [] for o in (old,new)]
     _refuse_reordered(*labels)
+    _refuse_reordered(*[L(o.columns.get('image')) for o in (old,new)])
     _expect_same_number(learn, 'labels', *labels)
     was,now = old.structures,new.structures
     if was and now: _refuse_reordered(was, now)

@@ -139,6 +139,7 @@ class RestorationCallback(Callback):
         for f,h in zip(self.damage, hit, strict=True):
             if h: y = f(y, g)
         self.learn.xb,self.learn.yb = (y,),(x,)
+    def fit_words(self): return {'damage':self.damage, 'share of damage':self.p, 'seed of damage':self.seed}
     def after_pred(self): self.learn.pred = self.xb[0]+self.pred             # the network predicts the correction
 
 class RestoredShare(Metric):
