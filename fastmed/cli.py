@@ -68,7 +68,7 @@ def _fit(learn, checkpoint, epochs, minutes):
     "Train, with a checkpoint that is kept until the model is written"
     from fastmed.all import ResumeCallback
     cb = ResumeCallback(checkpoint.name, every=50, keep=True)
-    with stopped_between_batches(cb):
+    with stopped_between_batches(learn, cb):
         if epochs is not None: learn.fit_one_cycle(epochs, cbs=cb)
         else: learn.fit_for(minutes, cbs=cb)
 

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from fastai.basics import set_seed, warn
 from fastcore.all import ifnone, patch
-from ..core import ArgumentError, FastmedError, InputError, TensorVolume, atomic_file
+from ..core import ArgumentError, InputError, TensorVolume, atomic_file
 from ..data.cases import check_columns, group_values
 from ..data.labels import marked_rows
 from ..io.formats import file_digest
@@ -23,7 +23,7 @@ from ..io.volumes import load_volume
 from ..learn.callbacks import case_columns, case_rows, case_truth
 from ..learn.pace import shared_plan
 from ..metrics.masks import case_scores
-from ..metrics.scores import roc_auc
+from ..metrics.scores import auc_stat
 from ..metrics.stats import bootstrap, mean_interval, percentile_interval, row_statistic
 from ..predict.predict import predict_grid
 from fastmed.study.arms import (
@@ -50,29 +50,28 @@ def draw_order(
     return [s for _,s in sorted(place)]
 
 # %% ../../nbs/study/07_efficiency.ipynb #aaef451c
-def _mean(a): return float(np.nanmean(a[:,0]))
+def _mean_stat(a):
+    "Rows of one number → weights (B,n) → their mean (B,)"
+    return row_statistic(lambda i: float(np.nanmean(a[i,0])))
+
+def _auc_stat(a):
+    "Rows of a class and each class' score → weights (B,n) → mean AUC (B,), nan where a draw lacks a class"
+    ok = np.isfinite(a).all(1)                           # cases that could be read; `failed` counts the others
+    if not ok.any(): return lambda w: np.full(len(w), np.nan)
+    which = [1] if a.shape[1]==3 else range(a.shape[1]-1)
+    aucs = [auc_stat(a[ok,0]==i, a[ok,1+i]) for i in which]
+    return lambda w: np.mean([f(w[:,ok]) for f in aucs], 0)
 
 def _headline(t):
-    "The score of a table of `evaluate`: name, case → row of numbers, function of such rows → score"
+    "The score of a table of `evaluate`: name, case → row of numbers, such rows → statistic of weights"
     if 'dice' in t:
         dice = t.assign(dice=counted_dice(t)).groupby('case', sort=True).dice.mean()
-        return 'Dice', dice.to_frame(), _mean
+        return 'Dice', dice.to_frame(), _mean_stat
     t = t.set_index('case').sort_index()
     probs = [c for c in t if c.startswith('prob_')]
-    if not probs: return 'mean absolute error', (t.pred-t.target).abs().to_frame(), _mean
+    if not probs: return 'mean absolute error', (t.pred-t.target).abs().to_frame(), _mean_stat
     number = class_numbers(t.target, [c.removeprefix('prob_') for c in probs]).rename('target')
-    which = [1] if len(probs)==2 else range(len(probs))
-    def auc(a):
-        a = a[np.isfinite(a).all(1)]                     # cases that could be read; `failed` counts the others
-        return float(np.mean([roc_auc(pred=a[:,1+i], targ=(a[:,0]==i).astype(int)) for i in which]))
-    return 'ROC AUC', pd.concat([number, t[probs]], axis=1).astype(float), auc
-
-def _or_nan(f):
-    "`f`, with nan where a draw lacks one of the classes"
-    def safe(a):
-        try: return f(a)
-        except FastmedError: return np.nan
-    return safe
+    return 'ROC AUC', pd.concat([number, t[probs]], axis=1).astype(float), _auc_stat
 
 class LabelEfficiency:
     "Results of `label_efficiency`: `summary`, `gain`, `plot`"
@@ -86,11 +85,11 @@ class LabelEfficiency:
         runs = {k:_headline(t) for k,t in table.groupby(['init','size','repeat'], sort=False)}
         self.score,rows,_ = next(iter(runs.values()))
         subjects = table.drop_duplicates('case').set_index('case').subject.reindex(rows.index).values
+        self.subjects = len(set(map(str, subjects)))                 # of the test
         def draws(rows, stat):
             "The score, then the score of each draw"
-            rows,stat = rows.values,_or_nan(stat)
-            by_rows = row_statistic(lambda i: stat(rows[i]))
-            return np.r_[stat(rows), bootstrap(by_rows, len(rows), subjects, n_boot, seed, one_by_one=True)]
+            n,stat = len(rows),stat(rows.values)
+            return np.r_[stat(np.ones((1,n))), bootstrap(stat, n, subjects, n_boot, seed, one_by_one=True)]
         self._draws = {k:draws(rows, stat) for k,(_,rows,stat) in runs.items()}
 
     def _of(self, init, size):
@@ -105,8 +104,8 @@ def _failed(self:LabelEfficiency, init, size):
     t = t[t.status.str.startswith('error')]
     return int(t.groupby('repeat').case.nunique().max()) if len(t) else 0
 
-def _with_interval(draws):
-    low,high = percentile_interval(draws[1:])
+def _with_interval(draws, subjects):
+    low,high = percentile_interval(draws[1:], subjects=subjects)
     return draws[0],low,high
 
 @patch
@@ -115,7 +114,7 @@ def summary(self:LabelEfficiency)->pd.DataFrame: # init, size, score, low, high,
     rows = []
     for i,s in [(i, s) for i in self.inits for s in self.sizes]:
         if not (runs:=self._of(i, s)): continue
-        score,low,high = _with_interval(np.mean(runs, 0))
+        score,low,high = _with_interval(np.mean(runs, 0), self.subjects)
         sd = float(np.std([v[0] for v in runs], ddof=1)) if len(runs)>1 else np.nan
         rows.append(dict(init=i, subjects=s, score=score, low=low, high=high, sd=sd, repeats=len(runs),
                          failed=self._failed(i, s)))
@@ -128,7 +127,7 @@ def gain(self:LabelEfficiency,
     "The gain of each start over another on the same subjects; an interval that contains 0 shows no gain"
     if over not in self.inits: raise InputError(f"over {over!r}: expected one of {self.inits}")
     def more(init, size): return np.mean(self._of(init, size), 0)-np.mean(self._of(over, size), 0)
-    rows = [(i, s, *_with_interval(more(i, s))) for i in self.inits if i!=over for s in self.sizes]
+    rows = [(i, s, *_with_interval(more(i, s), self.subjects)) for i in self.inits if i!=over for s in self.sizes]
     return pd.DataFrame(rows, columns=['init','subjects','gain','low','high'])
 
 @patch
@@ -336,7 +335,7 @@ class ShiftCurves(pd.DataFrame):
             v = v.droplevel([0,1])
             lost = dice[a][t.factor.iloc[0]].reindex(v.index)-v
             low,high = mean_interval(v.values, subject.reindex(v.index).values, n_boot=n_boot)
-            lost_low,lost_high = mean_interval(lost.values, subject.reindex(v.index).values, n_boot=n_boot)
+            lost_low,lost_high = mean_interval(lost.values, subject.reindex(v.index).values, n_boot=n_boot, share=False)
             rows.append(dict(arm=a, factor=f, mean=v.mean(), low=low, high=high, lost=lost.mean(), lost_low=lost_low,
                              lost_high=lost_high, n=len(v)))
         return pd.DataFrame(rows).set_index(['arm','factor'])
