@@ -23,8 +23,7 @@ from ..predict.predict import predict_case
 from .gradcam import grad_cam, is_conv, item_of, plot_cam
 
 # %% ../../nbs/study/02_report.ipynb #816b8b75
-RULE = ("missed or failed: 0 (HD95: diagonal of the image); absent in the ground truth: 1 (HD95: 0) where left empty, "
-        "else 0")
+RULE = "missed or failed: 0 (HD95: image diagonal); absent in the truth: 1 (HD95: 0) where left empty, else failed"
 
 COSTS = dict(parameters='parameters, million', case_gflops='computation a case, 10⁹ operations',
              train_s='training, s', predict_s='prediction, s a case', peak_mb='memory in training, MB',
