@@ -25,9 +25,10 @@ from .gradcam import grad_cam, is_conv, item_of, plot_cam
 # %% ../../nbs/study/02_report.ipynb #816b8b75
 RULE = "missed or failed: 0 (HD95: image diagonal); absent in the truth: 1 (HD95: 0) where left empty, else failed"
 
-COSTS = dict(parameters='parameters, million', case_gflops='computation a case, 10⁹ operations',
-             train_s='training, s', predict_s='prediction, s a case', peak_mb='memory in training, MB',
-             predict_peak_mb='memory in prediction, MB', voxels='voxels seen', updates='updates', minutes='training, min')
+COSTS = {'parameters':'parameters, million', 'case_gflops':'computation a case, 10⁹ operations',
+         'train_s':'training, s', 'predict_s':'prediction, s a case', 'peak_mb':'memory in training, MB',
+         'predict_peak_mb':'memory in prediction, MB', 'voxels':'voxels seen', 'updates':'updates',
+         'minutes':'training, min'}
 
 class ArmPictures:
     "The page of `Findings`, and its pictures of volumes and cases"
@@ -153,7 +154,7 @@ _of_slices = (
 _of_post = (
     "Change of the mean Dice by each post-processing, with its 95 % interval. It is chosen for a fold on the "
     "cases of the other folds alone; the row «chosen» is what that choice scores.")
-_titles_of = dict(dice='Dice', nsd='Surface Dice (NSD) within 1 mm', hd95='Distance of surfaces (HD95)')
+_titles_of = {'dice':'Dice', 'nsd':'Surface Dice (NSD) within 1 mm', 'hd95':'Distance of surfaces (HD95)'}
 
 def _score_sections(found):
     "Of each score the sentence, the picture and the tables"
