@@ -217,8 +217,8 @@ def _reason(best, top, others, cheap, by, margin):
     "Why an arm is taken: the rest of the sentence on the arm with the best mean"
     if best!=top:
         r = others[best]
-        unit = 1 if margin.endswith('mm') else 100
-        return (f"; {best} needs {cheap[best]/cheap[top]:.2f} times its {cost_names().get(by, by)} and falls behind by no "
+        unit,price = 1 if margin.endswith('mm') else 100,cost_names().get(by, by)
+        return (f"; {best} needs {cheap[best]/cheap[top]:.2f} times its {price} and falls behind by no "
                 f"more than {margin} (difference {unit*r.mean:+.2f}, 95 % interval {unit*r.low:+.2f} to "
                 f"{unit*r.high:+.2f}): take {best}.")
     if cheap is None: return '; what the models cost is not known.'

@@ -25,12 +25,11 @@ from .gradcam import grad_cam, is_conv, item_of, plot_cam
 # %% ../../nbs/study/02_report.ipynb #816b8b75
 RULE = "missed or failed: 0 (HD95: image diagonal); absent in the truth: 1 (HD95: 0) where left empty, else failed"
 
-def cost_names()->dict: # column of a table of costs → its name with a unit
-    "What a reader sees in place of the names of columns"
+def cost_names()->dict: # column → name with a unit
+    "What a reader sees in place of the columns of costs"
     return dict(parameters='parameters, million', case_gflops='computation a case, 10⁹ operations',
                 train_s='training, s', predict_s='prediction, s a case', peak_mb='memory in training, MB',
-                predict_peak_mb='memory in prediction, MB', voxels='voxels seen', updates='updates',
-                minutes='training, min')
+                predict_peak_mb='memory in prediction, MB', voxels='voxels seen', minutes='training, min')
 
 class ArmPictures:
     "The page of `Findings`, and its pictures of volumes and cases"
