@@ -216,3 +216,16 @@ def test_the_order_of_codes_numbers_the_classes(tmp_path):
     again = [VolumeDataLoaders.from_df(rows, tmp_path, codes=codes, seed=1, spacing=None, cache=tmp_path/'store').codes
              for codes in (dict(background=0, large=1, small=2), dict(background=0, small=2, large=1))]
     assert again==[['background','large','small'], ['background','small','large']]
+
+def test_two_that_find_the_same_at_once(store, tmp_path, monkeypatch):
+    "Masks of one content, such as empty ones, are read by threads: the fact that one wrote was replaced by the other"
+    replace = os.replace
+    def twice(src, dst):
+        replace(src, dst)
+        other = Path(dst).with_name('other')
+        other.write_text(Path(dst).read_text())
+        replace(other, dst)
+    monkeypatch.setattr(os, 'replace', twice)
+    assert store().cached('fact', 'key', lambda: [0,1])==[0,1]
+    monkeypatch.undo()
+    assert store().cached('fact', 'key', lambda: 'anew')==[0,1]

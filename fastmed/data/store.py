@@ -84,7 +84,10 @@ def _kept_fact(path, name, key, func):
         with contextlib.suppress(ValueError, OSError): return json.loads(dest.read_text())   # if incomplete
     res = func()
     _private_folder(path)
-    with atomic_file(dest, lasting=False) as tmp: tmp.write_text(json.dumps(res))
+    try:
+        with atomic_file(dest, lasting=False) as tmp: tmp.write_text(json.dumps(res))
+    except FileError:
+        if not dest.exists(): raise               # else another thread or process has just found the same
     return res
 
 def kept_digest(

@@ -24,7 +24,7 @@ from fastmed.io.frames import (
     read_elements, short_hash, tiling
 )
 from .guard import check_plain, check_size, reading, unpacked_size
-from .headers import check_header
+from .headers import check_header, is_negative
 from nibabel.spatialimages import HeaderDataError, SpatialImage
 
 # %% ../../nbs/io/04_formats.ipynb #02a00007
@@ -304,6 +304,7 @@ def itk_voxels(
     import SimpleITK as sitk
     with reading(fn): im = r.Execute()
     a = sitk.GetArrayFromImage(im)
+    if is_negative(fn): a = np.iinfo(a.dtype).max-a
     if im.GetNumberOfComponentsPerPixel()>1: a = np.moveaxis(a, -1, 0)[...,]
     elif im.GetDimension()<4: a = a[None]
     a = a.transpose(0, *range(a.ndim-1, 0, -1))          # (C, [t,] z,y,x) → (C, x,y,z)

@@ -18,7 +18,7 @@ from fastcore.all import is_listy
 from torch import Tensor
 from ..core import ArgumentError, FileError, InputError, MissingFileError, TensorSlice
 from .formats import picture_pixels
-from .headers import check_header
+from .headers import check_header, is_negative
 
 # %% ../../nbs/io/08_radiographs.ipynb #2b3fcee5
 class TensorRadiograph(TensorSlice):
@@ -72,7 +72,7 @@ def _read_negative(r, fn):
 
 # %% ../../nbs/io/08_radiographs.ipynb #a5eaaa5c
 def _row_and_column(tags):
-    "Distances of rows and of columns, or their ratio; equal where a header lacks them. GDCM takes the detector's alone"
+    "Distances of rows and of columns, or their ratio; equal where a header lacks them. GDCM takes one tag alone"
     for k in _ratio_tags:
         with contextlib.suppress(ValueError):
             row,column = (float(o) for o in tags.get(k, '').split('\\'))
@@ -100,6 +100,7 @@ def _read_by_itk(fn):
         raise FileError(f"{fn}: not a readable picture ({str(e).strip().splitlines()[-1]}). It may be cut off, or "
                         f"another kind of file") from e
     a = sitk.GetArrayFromImage(im)
+    if is_negative(fn): a = np.iinfo(a.dtype).max-a
     while a.ndim>2+(im.GetNumberOfComponentsPerPixel()>1): a = a[0]
     return a,tags,_row_and_column(tags)
 
