@@ -221,7 +221,7 @@ def stopped_between_batches(
     learn, # Learner
     cb     # `ResumeCallback` of the fit
 ):
-    "Ctrl-C and SIGTERM stop a training after the current batch, which is saved; another one more than a second later stops it at once"
+    "Ctrl-C and SIGTERM save and stop a training after the current batch; a second after the first, at once"
     me,since = os.getpid(),math.inf
     def ask(sig, frame):
         nonlocal since

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from phantoms import CODES, affine_of, python, write_case
 from scipy.ndimage import gaussian_filter
+from scipy.ndimage import shift as moved
 
 from fastmed.core import FastmedError
 from fastmed.data.cases import scan_decathlon, scan_folder
@@ -469,6 +470,7 @@ LEAKS = dict(identical=('identical', lambda a: (a, a)), mirrored=('mirrored or t
         mirrored_overlap=('shared pieces', lambda a: (a[:20], a[12:,::-1,::-1])),
     quantum=('same quantum', lambda a: ((q:=np.round(a/5.958862)*np.float32(5.958862))[:16], q[16:])),
         gaps=('same gaps', lambda a: ((q:=np.round(np.round(a/7.3)*7.3/4))[:16], q[16:])),
+    half_voxel=('same picture', lambda a: (a, moved(a, .5, order=1, mode='nearest'))),
     picture=('same picture', lambda a: (a, a*.37+55+np.random.default_rng(9).normal(0, 1, a.shape).astype(np.float32))),
         picture_mirrored=('same picture mirrored',
                           lambda a: (a, a[::-1]*.37+np.random.default_rng(9).normal(0, 1, a.shape).astype(np.float32))))
@@ -478,11 +480,53 @@ def test_leak_is_found(tmp_path, name):
     why,f = LEAKS[name]
     df = scans(tmp_path, f)
     got = find_leaks(df)
+    sure = 'likely' if name in ('quantum','gaps','picture','picture_mirrored','half_voxel') else 'proved'
     assert [(r.case_a, r.case_b, r.sure) for r in got.itertuples()]==[('0','6',
-            'proved')] and why in got.evidence.iloc[0], got.to_string()
+            sure)] and why in got.evidence.iloc[0], got.to_string()
     assert not len(find_leaks(df.assign(subject=['s0','1','2','3','4','5',
                                                  's0']))), 'two scans of one subject are no leak'
     with pytest.warns(UserWarning, match='parts 1 pairs'): assert find_leaks(df, split='side').parted.all()
+
+def strangers(path, f, n=24):
+    "Scans of unlike subjects, each processed by `f`: DataFrame"
+    rows = []
+    for i in range(n):
+        rng = np.random.default_rng(500+i)
+        a = gaussian_filter(rng.normal(size=(30,28,26)), rng.uniform(1.5, 4))*rng.uniform(800, 4000)
+        a = f(a+rng.uniform(500, 1500)+rng.normal(0, rng.uniform(2, 40), a.shape), i)
+        nib.save(nib.Nifti1Image(a.astype(np.float32), np.eye(4)), fn:=path/f'{i}.nii')
+        rows.append(dict(case=f'{i}', image=fn))
+    return pd.DataFrame(rows)
+
+def eighths(a, i):
+    "Three of the strangers are stored as k/255, as 8-bit pictures are after a division"
+    return np.round((a-a.min())/np.ptp(a)*255)/255 if i<3 else a
+
+def ranks(a, i):
+    "All with one histogram, as histogram matching makes them: the same values in other places"
+    return np.argsort(np.argsort(a.ravel())).reshape(a.shape)*.37+1
+
+@pytest.mark.parametrize('f', [eighths, ranks])
+def test_steps_of_normalisation_prove_nothing(tmp_path, f):
+    "Three strangers stored as k/255 were called proved; so were those with one histogram"
+    got = find_leaks(strangers(tmp_path, f))
+    assert not (got.sure=='proved').any(), got.to_string()
+    assert not got.evidence.str.contains('quantum|gaps|voxels').any(), got.to_string()
+
+def test_a_step_that_three_share_names_the_nearest_alone(tmp_path):
+    "Two halves of one scan, and a stranger whose grey values have the same step: he was proved to be both"
+    def f(a, i):
+        q = np.float32(8.791449) if i<2 else np.float32(5+i/7)
+        return np.round(a/q).astype(np.float32)*q
+    df = strangers(tmp_path, f)
+    a = np.asarray(nib.load(df.image[0]).dataobj)
+    steps = np.round(a/8.791449)
+    steps[1:] += np.random.default_rng(0).integers(-1, 2, a[1:].shape)
+    for k,part in enumerate((a[:-1], (steps*8.791449)[1:])):
+        nib.save(nib.Nifti1Image(part.astype(np.float32), np.eye(4)), fn:=tmp_path/f'part{k}.nii')
+        df.loc[len(df)] = dict(case=f'part{k}', image=fn)
+    got = find_leaks(df.drop(index=0), likely=False)
+    assert list(zip(got.case_a, got.case_b))==[('part0','part1')] and (got.sure=='likely').all(), got.to_string()
 
 def test_leak_in_any_channel(tmp_path):
     "Only the second channel gives the pair away; and a file that stands once as first and once as second channel"
@@ -515,8 +559,8 @@ def test_likeness_is_learnt_from_proved_pairs(tmp_path):
     got = find_leaks(pd.DataFrame(rows))
     true = got.case_a.str.split('_').str[0]==got.case_b.str.split('_').str[0]
     free = got[got.case_a.str.split('_').str[0].astype(int)>=30]
-    assert true.mean()>.9 and (got.sure=='proved').sum()>=15 and len(free)>=4 and free.evidence.str.contains(
-            'as the proved pairs').all(), got.to_string()
+    assert true.mean()>.9 and got.evidence.str.contains('quantum').sum()>=15 and len(free)>=4
+    assert free.evidence.str.contains('alike, as the pairs with').all() and (got.sure=='likely').all(), got.to_string()
 
 def test_no_leak_among_unlike(tmp_path):
     assert not len(find_leaks(scans(tmp_path,
@@ -553,11 +597,11 @@ def test_shift(tmp_path, few_trees):
     a = study('a', 20, 0)
     same,noisy,coarse = study('b', 20, 100),study('c', 20, 200, noise=40),study('d', 20, 300, spacing=1.3, site='b')
     t = distribution_shift(a, same)
-    assert set(t.index)=={'all','intensity','spacing','size',
-            'site'} and t.index[0]=='all' and (t.low<=.5).all() and .2<t.auc['all']<.8 and t.auc['site']==.5
+    assert set(t.index)=={'all','intensity','spacing','size','site'} and t.index[0]=='all'
+    assert (t.low<=.5).all() and .2<t.auc['all']<.8 and t.auc['site']==.5
     t = distribution_shift(a, noisy)
-    assert t.low['all']>.9 and t.low['intensity']>.9 and t.low['spacing']<.5<t.high['spacing'] and 'along' in t.telling[
-            'intensity']
+    assert t.p['all']<.01 and t.low['all']>.85 and t.low['intensity']>.85
+    assert t.low['spacing']<.5<t.high['spacing'] and 'along' in t.telling['intensity']
     t = distribution_shift(a, coarse)
     assert (t.auc[['all','spacing','size','site']]>.95).all() and 1.25<t.b['spacing']<1.35
     pd.testing.assert_frame_equal(t, distribution_shift(a, coarse))
@@ -584,7 +628,7 @@ def test_hippocampus_leaks(data, one_survey):
     pairs = len(df)-s.nunique()
     t = find_leaks(df.drop(columns='subject'))
     true = s[t.case_a].values==s[t.case_b].values
-    assert true.mean()>.95 and true.sum()>.95*pairs and true[t.sure=='proved'].mean()>.96, (true.mean(),
+    assert true.mean()>.98 and true.sum()>.95*pairs and true[t.sure=='proved'].all(), (true.mean(),
                                                              true.sum()/pairs)
     assert len(find_leaks(df))==(~true).sum()
     with pytest.warns(UserWarning, match='parts'):

@@ -10,6 +10,7 @@ __all__ = ['PATCH_NUMBER', 'CaseFiles', 'LoadVolume', 'LoadMask', 'PatchDL', 'Pa
 import contextlib
 import hashlib
 import random
+import re
 import zlib
 from pathlib import Path
 
@@ -59,6 +60,23 @@ def warn_parted_subjects(
         some = ', '.join(map(repr, both[:3]))+(' …' if len(both)>3 else '')
         warn(f"{len(both)} subjects are on both sides of the split ({some}): the score will measure memory. Set "
              f"splitter=GroupSplitter(df.subject), or make the DataLoaders by from_df")
+
+# %% ../../nbs/data/09_blocks.ipynb #a095744c
+_person = re.compile(r'(patient|subject|participant|person)[ _.-]?(id|nr|no|name|number|key)?', re.I)
+
+def warn_parted_people(
+    df,       # one row a case
+    train,    # indices of the training cases
+    group_col # column that was named for the split, or None
+):
+    "Warn where a column that seems to name the person behind a case has one of them on both sides of a split"
+    if group_col is not None or 'subject' in df: return
+    held = sorted(set(range(len(df)))-set(train))
+    for c in [c for c in df if isinstance(c, str) and _person.fullmatch(c.strip())]:
+        both = set.intersection(*[set(group_text(df[c].iloc[list(o)].dropna())) for o in (train, held)])
+        if both:
+            warn(f"column {c!r}: {len(both)} of its values stand on both sides of the split, such as "
+                 f"{sorted(both)[0]!r}: if they are persons, the score will be of memory. Say group_col={c!r}")
 
 # %% ../../nbs/data/09_blocks.ipynb #727c0b26
 def _content(fn):

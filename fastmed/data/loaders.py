@@ -20,7 +20,7 @@ from fastmed.core import (
 from .augment import volume_tfms
 from fastmed.data.blocks import (
     CaseFiles, codes_of_values, get_store, PartialPatchDL, SliceBlock, SliceMaskBlock, VolumeBlock, VolumeMaskBlock,
-    warn_twins, WeightedPatchDL
+    warn_parted_people, warn_twins, WeightedPatchDL
 )
 from .cases import all_files, case_at, check_columns, scan_decathlon, scan_folder
 from fastmed.data.labels import (
@@ -254,6 +254,7 @@ def from_df(cls:VolumeDataLoaders,
     labels = None if label_col is None else dict(label_col=label_col, y_block=y_block, label_delim=label_delim)
     split = dict(group_col=group_col, valid_col=valid_col, valid_pct=valid_pct, seed=seed)
     cases.split(_splitter(df, labels, split, stratify))
+    warn_parted_people(df, cases.train, group_col)
     label = None if labels is None else label_block(df, train=cases.train, group_col=group_col, **labels)
     cases.read_headers()
     device = torch.device(ifnone(device, default_device()))

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from fastai.basics import Callback
 from fastai.callback.mixup import CutMix, MixHandler
-from fastai.data.all import dispatch, Module, num_distrib
+from fastai.data.all import dispatch, Module, num_distrib, warn
 from fastai.losses import LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat
 from fastcore.all import ifnone, L, patch, store_attr, tuplify
 from fastmed.core import (
@@ -29,7 +29,7 @@ from ..data.blocks import chance_kept, LoadMask, LoadVolume
 from ..data.cases import case_name, check_columns, group_text
 from ..data.loaders import show_results
 from ..data.preprocess import Preprocess
-from ..io.volumes import check_same_grid, load_mask, load_volume, to_orientation
+from ..io.volumes import check_same_grid, load_mask, load_volume, to_orientation, turn_to
 from ..metrics.masks import case_scores, metric_names
 from ..plot import figure_png, plot_volume
 from ..predict.predict import predict_case
@@ -42,8 +42,12 @@ def case_truth(
     fn,                   # mask file
     like:TensorVolumeMask # prediction on the scan's own grid
 )->TensorVolumeMask:      # (X,Y,Z) class ids on the same grid
-    "The mask of a case as class ids on the scan's own grid. Raises `ValueError`, naming both files, on unlike grids"
-    t = to_orientation(pre.to_ids(load_mask(fn)), like.orientation)
+    "The mask of a case as class ids on the scan's own grid. Raises `ValueError`, naming both files, on another grid"
+    size = like.affine[:3,:3]
+    if (lost:=1-abs(np.linalg.det(size))/np.prod(like.spacing))>.01:
+        warn(f"{fn}: its axes are not at right angles, so a voxel is {lost:.1%} smaller than the product of its "
+             f"sides: volumes and distances in mm are off by as much. Resample image and mask to an upright grid")
+    t = turn_to(pre.to_ids(load_mask(fn)), like.affine)
     check_same_grid(like, t)
     return t
 

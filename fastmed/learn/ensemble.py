@@ -82,7 +82,7 @@ class Ensemble(MaskModel):
         for a in about[1:]:
             if post is None and a.post!=about[0].post:
                 raise InputError(f"Ensemble: {about[0].name} post-processes by {about[0].post}, {a.name} by {a.post}. "
-                                 f"Say post= for all; () for none")
+                                 f"Give post= for all; () for none")
         return tuple(L(about[0].post if post is None else post))
 
     def save_model(self,

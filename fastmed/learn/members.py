@@ -31,7 +31,7 @@ def trusted_learner(
         raise UnopenedError(f"{fn}: is not a .safetensors file, and a pickle runs whatever its sender put into it. "
                             f"Only where you trust the sender, give {say}; save_model(load_learner(…), "
                             f"'model.safetensors') makes a file that runs nothing")
-    warn(f"{fn}: is opened as a pickle, and what is in it is run, because you said {say}")
+    warn(f"{fn}: is opened as a pickle, and what is in it is run, because you gave {say}")
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')                              # fastai's warning of pickles
         try: return load_learner(fn)

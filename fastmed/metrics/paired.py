@@ -25,7 +25,7 @@ def _patterns(m, seed):
         return
     rng,block = np.random.default_rng(seed),max(1, 4_000_000//m)
     yield np.ones((1,m))
-    for i in range(0, PATTERNS-1, block): yield 1.-2*rng.integers(2, size=(min(block, PATTERNS-1-i), m))
+    for i in range(0, PATTERNS-1, block): yield 1.-2*rng.integers(2, size=(min(block, PATTERNS-1-i), m), dtype=np.int8)
 
 def flip_test(
     sums,     # (m,) sum of the differences of each subject
@@ -41,10 +41,10 @@ def flip_test(
 # %% ../../nbs/metrics/05_paired.ipynb #cc5ddea2
 def _needed(sizes, alpha, rng):
     "(draws,) the true difference, in standard deviations of a subject, from which on the flips give p < alpha"
-    m,draws = len(sizes),1000
+    m,draws = len(sizes),500
     z = rng.normal(size=(m,draws))*sizes[:,None]
     if m<=11: flipped = ((np.arange(1, 2**m)[:,None]>>np.arange(m))&1).astype(float)
-    else: flipped = rng.integers(2, size=(3000,m)).astype(float)
+    else: flipped = rng.integers(2, size=(2000,m), dtype=np.int8).astype(float)
     flipped = flipped[flipped.any(1)]
     limit = -(flipped@z)/(flipped@sizes)[:,None]
     k = int(np.ceil(alpha*2**(m-1)))-1 if m<=11 else max(1, round(alpha/2*len(flipped)))

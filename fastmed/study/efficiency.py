@@ -102,6 +102,7 @@ class LabelEfficiency:
         runs = {k:_headline(t) for k,t in table.groupby(['init','size','repeat'], sort=False)}
         self.score,rows,_ = next(iter(runs.values()))
         subjects = table.drop_duplicates('case').set_index('case').subject.reindex(rows.index).values
+        self.subjects = len(set(map(str, subjects)))                 # of the test
         def draws(rows, stat):
             "The score, then the score of each draw"
             n,stat = len(rows),stat(rows.values)
@@ -120,8 +121,8 @@ def _failed(self:LabelEfficiency, init, size):
     t = t[t.status.str.startswith('error')]
     return int(t.groupby('repeat').case.nunique().max()) if len(t) else 0
 
-def _with_interval(draws):
-    low,high = percentile_interval(draws[1:])
+def _with_interval(draws, subjects):
+    low,high = percentile_interval(draws[1:], subjects=subjects)
     return draws[0],low,high
 
 @patch
@@ -130,7 +131,7 @@ def summary(self:LabelEfficiency)->pd.DataFrame: # init, size, score, low, high,
     rows = []
     for i,s in [(i, s) for i in self.inits for s in self.sizes]:
         if not (runs:=self._of(i, s)): continue
-        score,low,high = _with_interval(np.mean(runs, 0))
+        score,low,high = _with_interval(np.mean(runs, 0), self.subjects)
         sd = float(np.std([v[0] for v in runs], ddof=1)) if len(runs)>1 else np.nan
         rows.append(dict(init=i, subjects=s, score=score, low=low, high=high, sd=sd, repeats=len(runs),
                          failed=self._failed(i, s)))
@@ -143,7 +144,7 @@ def gain(self:LabelEfficiency,
     "The gain of each start over another on the same subjects; an interval that contains 0 shows no gain"
     if over not in self.inits: raise InputError(f"over {over!r}: expected one of {self.inits}")
     def more(init, size): return np.mean(self._of(init, size), 0)-np.mean(self._of(over, size), 0)
-    rows = [(i, s, *_with_interval(more(i, s))) for i in self.inits if i!=over for s in self.sizes]
+    rows = [(i, s, *_with_interval(more(i, s), self.subjects)) for i in self.inits if i!=over for s in self.sizes]
     return pd.DataFrame(rows, columns=['init','subjects','gain','low','high'])
 
 @patch
@@ -351,7 +352,7 @@ class ShiftCurves(pd.DataFrame):
             v = v.droplevel([0,1])
             lost = dice[a][t.factor.iloc[0]].reindex(v.index)-v
             low,high = mean_interval(v.values, subject.reindex(v.index).values, n_boot=n_boot)
-            lost_low,lost_high = mean_interval(lost.values, subject.reindex(v.index).values, n_boot=n_boot)
+            lost_low,lost_high = mean_interval(lost.values, subject.reindex(v.index).values, n_boot=n_boot, share=False)
             rows.append(dict(arm=a, factor=f, mean=v.mean(), low=low, high=high, lost=lost.mean(), lost_low=lost_low,
                              lost_high=lost_high, n=len(v)))
         return pd.DataFrame(rows).set_index(['arm','factor'])

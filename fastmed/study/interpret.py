@@ -233,7 +233,8 @@ def _label_numbers(self:CaseInterpretation, k):
         point = self.point(k)
         res |= {m:point[m] for m in ('sensitivity','specificity','ppv','npv')}
     c = self.calibration(k)
-    return {**res, 'ECE':c.ece, 'Brier':c.brier}
+    return {**res, 'ECE':c.ece, 'calibration error':c.error, 'calibration slope':c.slope,
+            'calibration intercept':c.intercept, 'Brier':c.brier}
 
 @patch
 def summary(self:CaseInterpretation)->pd.DataFrame: # index (label, metric): value, low, high, n, subjects

@@ -15,8 +15,8 @@ import pandas as pd
 from fastcore.all import patch
 from ..core import InputError
 from ..metrics.masks import failed_rows
-from ..metrics.scores import label_scores
-from ..metrics.stats import bootstrap, mean_interval, percentile_interval, row_statistic
+from ..metrics.scores import label_scores, scores_interval
+from ..metrics.stats import FEW, mean_interval
 from ..plot import html_report
 from .arms import setting_text
 from .findings import common_scores
@@ -165,13 +165,11 @@ def _mask_summary(self:SplitFindings, score, level, n_boot, seed):
 @patch
 def _label_summary(self:SplitFindings, level, n_boot, seed):
     t = self._labels()
-    def each(rows): return pd.DataFrame([t.scores(rows, p) for p in t.preds])
+    scores,splits = pd.DataFrame([t.scores(slice(None), p) for p in t.preds]),self._label_splits(t)
     n,subjects = len(t.targets),len(set(t.subjects))
-    scores,splits = each(slice(None)),self._label_splits(t)
-    low,high = np.full((2,scores.shape[1]), np.nan)
-    if subjects>1:
-        by_rows = row_statistic(lambda i: each(i).mean().values)
-        low,high = percentile_interval(bootstrap(by_rows, n, t.subjects, n_boot, seed, one_by_one=True), level)
+    ends = [scores_interval(t.task, t.vocab, pred=p, targ=t.targets, groups=t.subjects, level=level, n_boot=n_boot,
+                            seed=seed)[['low','high']].to_numpy(float) for p in t.preds]
+    low,high = np.mean(ends, 0).T                        # the repeats share their subjects: no more is known of these
     failed = self.results.query("status!='ok'").case.nunique()
     rows = [dict(score=k[0], of=k[1], mean=scores[k].mean(), low=a, high=b, **_ranges(scores[k], splits[k]), n=n,
                  subjects=subjects, repeats=len(t.preds), failed=failed)
@@ -252,6 +250,13 @@ def plot(self:SplitFindings,
 
 # %% ../../nbs/study/09_splits.ipynb #b42cfb27
 @patch
+def _intervals(self:SplitFindings):
+    "What kind of interval stands in `summary`, in words"
+    if self.task=='segmentation': return f"Student's t, of {FEW} subjects or more the middle of draws of subjects"
+    return ("shares by Wilson's method, areas under the ROC curve on the logit scale, all others the middle of draws "
+            "of subjects, widened where they are few")
+
+@patch
 def methods(self:SplitFindings)->str: # a paragraph
     "The methods section for a paper"
     times = f"{len(self.fold)} time{'s' if len(self.fold)>1 else ''}"
@@ -260,8 +265,8 @@ def methods(self:SplitFindings)->str: # a paragraph
     if self.budget: how = f'Each training was given {setting_text(self.budget)}'
     rule = f" Rule for missing scores: {RULE}." if self.task=='segmentation' else ''
     return (f"{len(set(self.fold[0].tolist()))}-fold cross-validation, {times}, on {self.df['case'].nunique()} cases; "
-            f"groups of {groups} were never split. {how}. Intervals are percentile intervals of a bootstrap that "
-            f"draws subjects, of the mean over the repeats. Folds and repeats share most of their training cases, so "
+            f"groups of {groups} were never split. {how}. Intervals are over subjects, of the mean over the repeats: "
+            f"{self._intervals()}. Folds and repeats share most of their training cases, so "
             f"their spread is no standard error: it shows how much one split could have differed.{rule}")
 
 @patch
