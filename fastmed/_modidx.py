@@ -1842,6 +1842,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'fastmed/learn/pace.py'),
                                     'fastmed.learn.pace.BudgetCallback.after_update': ( 'learn/pace.html#budgetcallback.after_update',
                                                                                         'fastmed/learn/pace.py'),
+                                    'fastmed.learn.pace.BudgetCallback.before_epoch': ( 'learn/pace.html#budgetcallback.before_epoch',
+                                                                                        'fastmed/learn/pace.py'),
                                     'fastmed.learn.pace.BudgetCallback.before_fit': ( 'learn/pace.html#budgetcallback.before_fit',
                                                                                       'fastmed/learn/pace.py'),
                                     'fastmed.learn.pace.BudgetCallback.before_train': ( 'learn/pace.html#budgetcallback.before_train',

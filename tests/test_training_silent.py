@@ -12,13 +12,17 @@ from fastai.vision.all import (
     Transform,
     load_learner,
     nn,
+    set_seed,
 )
 from phantoms import CODES, write_case
 
 from fastmed.all import (
+    BudgetCallback,
+    CostCallback,
     DiceCallback,
     DiceCELoss,
     Ensemble,
+    PictureCallback,
     ResumeCallback,
     TensorVolume,
     VolumeDataLoaders,
@@ -100,6 +104,22 @@ def test_a_repaired_image_has_no_dice(cases):
     with pytest.raises(InputError, match='DiceCallback'): quiet(learn, lambda o: o.fit(1, cbs=DiceCallback()))
     learn = classifier_learner(labelled(cases, 'y'), 'small_resnet')
     with pytest.raises(InputError, match='DiceCallback'): quiet(learn, lambda o: o.fit(1, cbs=DiceCallback()))
+
+def test_epochs_that_are_passed_over_cost_nothing(cases):
+    learn = unet(volumes(cases))
+    cost = CostCallback()
+    quiet(learn, lambda o: o.fit_one_cycle(3, start_epoch=2, cbs=[cost, BudgetCallback(updates=99)]))
+    assert cost.total['epochs']==1
+
+def test_pictures_do_not_change_what_is_learnt(cases, tmp_path):
+    dls,found = volumes(cases),[]
+    for cbs in (None, PictureCallback(n=1)):
+        set_seed(3, True)
+        for dl in dls.loaders: dl.rng.seed(3)
+        learn = unet(dls, tmp_path)
+        quiet(learn, lambda o, cbs=cbs: o.fit(2, 1e-2, cbs=cbs))
+        found.append(weights(learn))
+    assert torch.equal(*found)
 
 # ---- who was seen, what was drawn, which channel
 

@@ -25,7 +25,7 @@ from fastmed.core import (
     ExtraError, InputError, runs_in, TensorMed, TensorSlice, TensorSliceMask, TensorVolume, TensorVolumeMask,
     atomic_file
 )
-from ..data.blocks import LoadMask, LoadVolume
+from ..data.blocks import chance_kept, LoadMask, LoadVolume
 from ..data.cases import case_name, check_columns, group_text
 from ..data.loaders import show_results
 from ..data.preprocess import Preprocess
@@ -335,7 +335,7 @@ class PictureCallback(Callback):
         if runs_in(self.learn, 'lr_find', 'get_preds') or (self.epoch+1)%self.every: return
         import matplotlib.pyplot as plt
         dl = self.dls.valid
-        b = dl.one_batch()
+        with chance_kept(torch.device(self.dls.device), dl): b = dl.one_batch()
         model = self.learn.model
         was = model.training
         model.eval()

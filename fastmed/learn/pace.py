@@ -166,6 +166,7 @@ class BudgetCallback(UpdateCallback):
     def after_cancel_train(self):
         # the epoch is incomplete, its training loss still counts
         if self.late: self.recorder.cancel_train = False
+    def before_epoch(self): self.v0 = time.perf_counter()            # where `start_epoch` passes over it
     def after_train(self): self.v0 = time.perf_counter()
     def after_epoch(self):
         self.valid_s = max(self.valid_s, time.perf_counter()-self.v0)
@@ -242,7 +243,9 @@ class CostCallback(UpdateCallback):
     def after_update(self): self.now['updates'] += 1
     def after_batch(self):
         if self.training: self.now['voxels'] += patch_voxels(self.xb[0])*max(1, num_distrib())
-    def after_epoch(self): self.rows.append({**self.now, 'peak_mb':peak_memory(self.dls.device)/1e6})
+    def after_epoch(self):
+        # `start_epoch` passes over epochs
+        if self.now['voxels']: self.rows.append({**self.now, 'peak_mb':peak_memory(self.dls.device)/1e6})
     @property
     def epochs(self): return pd.DataFrame(self.rows, columns=list(self._zero()))
     @property
