@@ -814,7 +814,7 @@ def test_law_8_deep_supervision_and_monai(loaders, study):
 # ---- 9
 
 def test_law_9_errors_say_which_what_and_how(study, exact, learner, loaders, tmp_path):    # a table
-    "Each error names the case or file, what was expected, what was found, and how to mend it."
+    "Each error names the case or file, what was expected, what was found, and how to fix it."
     path,df = study
     rows = lambda *bad, **k: pd.DataFrame([write_case(tmp_path, f'g{i}') for i in range(3)]+list(bad))
     dls = lambda d, cls=VolumeDataLoaders, **k: cls.from_df(d,

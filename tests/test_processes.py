@@ -1,10 +1,10 @@
 "Two processes that train together (gloo, on the CPU): no file is lost, and they stay together."
 import os
 import socket
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import forked
 import numpy as np
 import pandas as pd
 import pytest
@@ -70,11 +70,9 @@ def marks(tmp_path_factory):
     path = os.pathsep.join(filter(None, [str(Path(fastmed.__file__).parent.parent), os.environ.get("PYTHONPATH")]))
     env = {**os.environ, 'PYTHONPATH':path, 'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg', 'OMP_NUM_THREADS':'1',
            'WORLD_SIZE':'2', 'MASTER_ADDR':'127.0.0.1', 'MASTER_PORT':str(port)}
-    ps = [subprocess.Popen([sys.executable, tmp/'script.py', tmp], env={**env, 'RANK':str(r)}, cwd=tmp,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for r in (0,1)]
-    try: errs = [p.communicate(timeout=1200)[1] for p in ps]
-    finally:
-        for p in ps: p.kill()
+    def run(rank): return forked.run([tmp/'script.py', tmp], tmp, {**env, 'RANK':str(rank)}, timeout=1200).stderr
+    forked.start()                                                                         # once, not by each thread
+    with ThreadPoolExecutor(2) as pool: errs = list(pool.map(run, (0,1)))
     return {o.name for o in tmp.glob('*_[01]')},'\n'.join(e[-1500:] for e in errs)
 
 @pytest.mark.parametrize('what', ['files','refused','together','counted'])

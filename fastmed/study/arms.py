@@ -34,7 +34,7 @@ from ..learn.members import trusted_learner
 from ..learn.learner import unet2d_learner, unet3d_learner, VolumeLearner
 from ..learn.modelfile import save_model
 from ..learn.pace import BudgetCallback, peak_memory, reset_peak
-from ..learn.plain import UnopenedError
+from ..learn.modelformat import UnopenedError
 from ..metrics.masks import case_scores, failed_scores, slice_consistency
 from ..predict.predict import predict_case
 from ..predict.windows import apply_post, POSTS, window_corners
