@@ -527,24 +527,27 @@ class TestTraining:
         "The workers leave it to their training, and end with it"
         words = self.words(study, tmp_path)
         words[words.index('--workers')+1] = 2
-        code_of = f'''import os, signal, sys, time
+        code_of = '''import sys
 from fastai.learner import Learner
 from fastmed.cli import main
 was = Learner.one_batch
 def one_batch(self, i, b):
-    if self.training and i==3:
-        os.killpg(0, signal.{sign})
-        time.sleep(.5)
+    if self.training and i==self.epoch==0:
+        print('up', flush=True)
+        sys.stdin.readline()
     was(self, i, b)
 Learner.one_batch = one_batch
 if __name__=='__main__': sys.exit(main())'''
-        p = subprocess.Popen([sys.executable, '-c', code_of, *map(str, words)], env=ENV, stdout=subprocess.DEVNULL,
-                             stderr=subprocess.PIPE, text=True, start_new_session=True)
-        err = p.communicate(timeout=1200)[1]
+        p = subprocess.Popen([sys.executable, '-c', code_of, *map(str, words)], env=ENV, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        while p.stdout.readline() not in ('up\n', ''): pass
+        os.killpg(p.pid, getattr(signal, sign))
+        time.sleep(.5)
+        err = p.communicate('\n', timeout=1200)[1]
         assert (p.returncode, err.splitlines()[-1])==(code, 'fastmed: stopped'), err
         with pytest.raises(ProcessLookupError): os.killpg(p.pid, 0)
         s = read_state(tmp_path/'m.safetensors.resume')
-        assert (s['epoch'], s['batch'])==(0, 4) and not list(tmp_path.glob('.part*'))
+        assert (s['epoch'], s['batch'])==(0, 1) and not list(tmp_path.glob('.part*'))
 
     def test_asked_twice_at_once(self, shell, study, tmp_path, monkeypatch):
         "As `timeout` asks; and in the validation after the last batch"

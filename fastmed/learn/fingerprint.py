@@ -343,6 +343,8 @@ def read_state(
         except Exception as e: raise InputError(f"{fn}: not whole ({type(e).__name__}). {anew}") from e
     odd = [k for k,t in _fields if not isinstance(s.get(k), t)] if isinstance(s, dict) else ['everything']
     odd = odd or [k for k in ('epoch','batch','train_iter') if s[k]<0]
+    if not odd and not 0<=s['pct_train']<=1.01: odd = ['pct_train']
+    if not odd and s['done'] and s['batch']: odd = ['done']
     if odd: raise InputError(f"{fn}: does not hold what a fit left there ({odd[0]}). {anew}")
     return s
 

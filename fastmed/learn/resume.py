@@ -274,12 +274,15 @@ def go_on(self:ResumeCallback):
         print(f"goes on with {left:.1f} of {b.amount:g} minutes; a fit by the clock is not bit-identical")
     self.was,self.skip = None,0
 
+# %% ../../nbs/learn/17_resume.ipynb #d775198a
 @patch
 def _restore(self:ResumeCallback, s):
     "Restore callbacks and recorder"
     where = next(self.learn.model.parameters()).device, self.began
     for k,c in _named(self.learn):
         if k in s['callbacks']: _set_state(c, s['callbacks'][k], *where)
+    now = {**self.terms['settings'], **fit_words(self.learn)}        # what was counted changes no setting
+    if odd:=fit_changes(self.terms, dict(self.terms, settings=now)): raise ValueError(odd[0])
     _set_recorded(self.learn.recorder, s['recorder'], *where)
     self.learn.train_iter,self.learn.pct_train = s['train_iter'],s['pct_train']
 
