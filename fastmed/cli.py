@@ -68,7 +68,7 @@ def _fit(learn, checkpoint, epochs, minutes):
     "Train, with a checkpoint that is kept until the model is written"
     from fastmed.all import ResumeCallback
     cb = ResumeCallback(checkpoint.name, every=50, keep=True)
-    with stopped_between_batches(cb):
+    with stopped_between_batches(learn, cb):
         if epochs is not None: learn.fit_one_cycle(epochs, cbs=cb)
         else: learn.fit_for(minutes, cbs=cb)
 
@@ -213,7 +213,7 @@ def predict(
     check_plain(src)
     one = src.is_file() or not matching_files(src, images)
     learn = _load_file(model, trust)
-    cases = getattr(learn, 'task', 'segmentation')!='segmentation'
+    cases = learn.task!='segmentation'
     if cases and (post or overlap!=.5):
         raise InputError(f"{model}: predicts labels of cases and writes no masks: leave "
                          f"--{'post' if post else 'overlap'} out")
@@ -246,7 +246,7 @@ def evaluate(
     "Score a model on a folder of scans and masks."
     from fastmed.core import InputError, atomic_file
     learn = _load_file(model, trust)
-    if getattr(learn, 'task', 'segmentation')!='segmentation':
+    if learn.task!='segmentation':
         raise InputError(f"{model}: predicts labels of cases, which are in a table, not in a folder: use "
                          f"learn.evaluate(df)")
     df = scan(Path(path).resolve(), images, masks, channels)

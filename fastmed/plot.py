@@ -8,7 +8,7 @@ __all__ = ['plot_volume', 'figure_png', 'html_report']
 # %% ../nbs/01_plot.ipynb #a1107b05
 import base64
 import html
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 
 import io as _io
@@ -17,6 +17,17 @@ import pandas as pd
 from fastcore.all import ifnone, L
 from .core import ArgumentError, best_plane, show_plane, structure_colors, atomic_file
 from torch import Tensor
+
+# %% ../nbs/01_plot.ipynb #60b76e58
+def literal_text(
+    f # function that draws
+):    # the same function
+    "Inside it matplotlib takes texts as they are: a `$` in a name is no formula"
+    @wraps(f)
+    def draw(*args, **kwargs):
+        import matplotlib.pyplot as plt
+        with plt.rc_context({'text.parse_math':False}): return f(*args, **kwargs)
+    return draw
 
 # %% ../nbs/01_plot.ipynb #c7641bb2
 def picture_grid(
@@ -58,6 +69,7 @@ def _name_structures(fig, *masks):
                bbox_to_anchor=(.5,-.06))
 
 # %% ../nbs/01_plot.ipynb #98e5aa72
+@literal_text
 def plot_volume(
     t,                    # `TensorVolume` (C,X,Y,Z)
     mask=None,            # `TensorVolumeMask` (X,Y,Z) on the same grid
@@ -89,9 +101,14 @@ _css = """
 body{font:16px/1.5 system-ui,sans-serif;color:#222;max-width:60rem;margin:0 auto;padding:1rem}
 h1{font-size:1.6rem;line-height:1.2} h2{font-size:1.2rem;margin-top:2rem;border-bottom:1px solid #ddd}
 .answer{font-size:1.15rem;background:#f3f6f9;padding:.8rem 1rem;border-left:4px solid #3572a5}
-.wide{overflow-x:auto} table{border-collapse:collapse;font-size:.9rem}
-th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #e5e5e5}
-th{background:#fafafa} td:first-child,th:first-child,tbody th{text-align:left} img{max-width:100%;height:auto}
+.wide{overflow-x:auto;margin:.6rem 0} table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
+th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #e5e5e5;min-width:3.2em;max-width:15em;
+overflow-wrap:anywhere}
+th{background:#fafafa;vertical-align:bottom} td:first-child,th:first-child,tbody th{text-align:left}
+img{max-width:100%;height:auto} h1,h2,p{overflow-wrap:anywhere}
+@media(max-width:640px){body{padding:.6rem;font-size:15px} table{font-size:.8rem} th,td{padding:.2rem .35rem}
+.wide img{max-width:none} .wide{border-right:2px solid #ddd}}
+@media print{.wide{overflow:visible}}
 """
 
 def figure_png(
@@ -110,7 +127,8 @@ def _report_block(o):
     if isinstance(o, pd.Series): o = o.to_frame()
     if isinstance(o, pd.DataFrame):
         return f'<div class="wide">{o.to_html(border=0, float_format=lambda v: f"{v:.3f}")}</div>'
-    if isinstance(o, bytes): return f'<img alt="" src="data:image/png;base64,{base64.b64encode(o).decode()}">'
+    if isinstance(o, bytes):           # on a narrow screen a picture scrolls: shrunk, its letters would not be legible
+        return f'<div class="wide"><img alt="" src="data:image/png;base64,{base64.b64encode(o).decode()}"></div>'
     if hasattr(o, 'savefig'): return _report_block(figure_png(o))
     raise ArgumentError(f"html_report: expected text, a table, a figure or PNG bytes; found {type(o).__name__}")
 
@@ -129,3 +147,86 @@ def html_report(
             f'class="answer">{html.escape(answer)}</p>{body}</body></html>')
     with atomic_file(fn) as tmp: tmp.write_text(page, encoding='utf-8')
     return Path(fn)
+
+# %% ../nbs/01_plot.ipynb #fbe73a60
+def interval_text(
+    low,       # (n,) numbers
+    high,      # (n,) numbers
+    digits=2   # behind the point
+)->list:       # of texts
+    "Intervals as papers print them"
+    return [f'{a:.{digits}f} to {b:.{digits}f}' for a,b in zip(low, high, strict=True)]
+
+def printed_p(
+    p # p value
+):    # text
+    "A p value as papers print it"
+    if not np.isfinite(p): return '–'
+    return '< 0.001' if p<.001 else f'{p:.3f}'
+
+def score_unit(
+    score # 'dice', 'nsd' or 'hd95'
+):        # (factor, name)
+    "What a score is multiplied with in a report, and its unit there"
+    return (1,'mm') if score=='hd95' else (100,'points')
+
+def for_readers(
+    t,            # of `Findings.summary` or `Findings.paired`
+    score='dice'  # which score it is of
+)->pd.DataFrame:  # the columns that a paper shows, in points or mm
+    "A table of a comparison in the words of a paper"
+    by,unit = score_unit(score)
+    pairs = 'p_holm' in t
+    res = pd.DataFrame({f"{'difference' if pairs else 'mean'}, {unit}":[f'{by*v:.2f}' for v in t['mean']],
+                        '95 % interval':interval_text(by*t.low, by*t.high)}, index=t.index)
+    if pairs:
+        res = res.assign(p=list(map(printed_p, t.p)), corrected=list(map(printed_p, t.p_holm)))
+        res['better / equal / worse'] = [f'{a} / {b} / {c}' for a,b,c in zip(t.win, t.tie, t.loss, strict=True)]
+        res['cases (subjects)'] = [f'{a} ({b})' for a,b in zip(t.n, t.subjects, strict=True)]
+        least = [f'{by*v:.2f}' if np.isfinite(v) else 'none' for v in t.detectable]
+        return res.assign(**{'smallest detectable':least}).rename(columns=dict(corrected='p, corrected')).rename_axis(
+            ['model','compared with','structure'])
+    for k,name in (('sd','SD'), ('median','median'), ('worst','worst')): res[name] = [f'{by*v:.2f}' for v in t[k]]
+    counts = t[['n','failed','empty']].set_axis(['cases','failed','absent'], axis=1)
+    return res.join(counts).rename_axis(['model','structure'])
+
+# %% ../nbs/01_plot.ipynb #6332284e
+def provenance(
+    results # DataFrame with case, subject, fold and seed
+)->pd.DataFrame: # a row a fact
+    "Date, versions, hardware, seeds and a hash of the cohort"
+    import datetime
+    import hashlib
+    import os
+    import platform
+    import torch
+    from importlib.metadata import version
+    from fastmed import __version__
+    pairs = sorted(set(zip(results['case'].astype(str), results.subject.astype(str), strict=True)))
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'
+    known = ', '.join(f'{o} {version(o)}' for o in ('torch','fastai','numpy','scipy','pandas'))
+    facts = {'date of this report':datetime.date.today().isoformat(),
+             'versions':f'fastmed {__version__}, Python {platform.python_version()}, {known}',
+             'machine of this report':f'{platform.machine()}, {os.cpu_count()} processors, GPU: {card}',
+             'seeds':', '.join(map(str, sorted(results.seed.unique()))), 'folds':str(results.fold.nunique()),
+             'hash of cases and subjects':hashlib.sha256(str(pairs).encode()).hexdigest()[:12]}
+    return pd.DataFrame({'':facts})
+
+# %% ../nbs/01_plot.ipynb #295da2b4
+@literal_text
+def plot_learning(
+    logs # DataFrame, a row an update: arm, fold, seed, update, loss
+):       # matplotlib figure
+    "The training loss of each model against the share of its training, a line a training, and their mean"
+    import matplotlib.pyplot as plt
+    fig,ax = plt.subplots(figsize=(6,3))
+    for i,(a,g) in enumerate(logs.groupby('arm', sort=False)):
+        runs = [o.sort_values('update').loss.rolling(20, min_periods=1).mean() for _,o in g.groupby(['fold','seed'])]
+        share = np.linspace(0, 1, 100)
+        lines = np.stack([np.interp(share, np.linspace(0, 1, len(r)), r) for r in runs])
+        ax.plot(100*share, lines.T, color=f'C{i}', lw=.5, alpha=.4)
+        ax.plot(100*share, lines.mean(0), color=f'C{i}', lw=2, label=a)
+    ax.set(xlabel='share of the training, %', ylabel='training loss (mean of 20 updates)')
+    ax.legend(fontsize=8)
+    fig.tight_layout()
+    return fig

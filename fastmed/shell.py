@@ -16,6 +16,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 # %% ../nbs/89_shell.ipynb #7c19e0d3
@@ -135,7 +136,8 @@ def bars_on_stderr():
     "Write progress bars and training logs to stderr; no bars without a terminal"
     from fastprogress import fastprogress
     terminal = sys.stderr.isatty()
-    def log(*args, **kwargs): print(*args, **{**kwargs, 'file':sys.stderr})
+    def log(*args, **kwargs):
+        with contextlib.suppress(OSError): print(*args, **{**kwargs, 'file':sys.stderr})  # of a terminal that is closed
     def draw(*args, **kwargs):
         if terminal: log(*args, **kwargs)
     own,ours = vars(fastprogress),dict(NO_BAR=not terminal, WRITER_FN=log, print=draw)
@@ -198,25 +200,50 @@ def stopped_at_once():
     finally:
         if own: signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# %% ../nbs/89_shell.ipynb #45f86f74
+def ended_by_parent():
+    "What a worker process does first: of a signal to all processes of a job, it leaves to its training what follows"
+    if not hasattr(signal, 'sigwaitinfo'): return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    asked = {o for o in _stops() if o!=signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, asked)
+    def wait():
+        while signal.sigwaitinfo(asked).si_pid!=os.getppid(): pass
+        os._exit(0)
+    threading.Thread(target=wait, daemon=True).start()
+
+def _stops():
+    "Signals that ask a training to stop: Ctrl-C, that of a scheduler, and that of a terminal that is closed"
+    return [getattr(signal, o) for o in ('SIGINT','SIGTERM','SIGHUP') if hasattr(signal, o)]
+
 @contextlib.contextmanager
 def stopped_between_batches(
-    cb # `ResumeCallback` of the fit
+    learn, # Learner
+    cb     # `ResumeCallback` of the fit
 ):
-    "Ctrl-C and SIGTERM stop a training after the current batch, which is saved; a second one stops it at once"
-    me = os.getpid()
+    "Ctrl-C and SIGTERM save and stop a training after the current batch; a second after the first, at once"
+    me,since = os.getpid(),math.inf
     def ask(sig, frame):
+        nonlocal since
         if os.getpid()!=me: return                                   # a worker process ends with the training
-        if cb.asked: raise KeyboardInterrupt
-        cb.asked = sig
-        os.write(2, b'fastmed: stops after this batch; --resume goes on from there\n')
+        if cb.asked and time.monotonic()-since>1: raise KeyboardInterrupt
+        if cb.asked: return                                          # `timeout` sends it twice
+        cb.asked,since = sig,time.monotonic()
+        with contextlib.suppress(OSError):
+            os.write(2, b'fastmed: stops after this batch; --resume goes on from there\n')
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    was = {s:signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    try: yield
+    # one that is ignored, as by nohup, stays so
+    was = {s:signal.signal(s, ask) for s in _stops() if signal.getsignal(s)!=signal.SIG_IGN}
+    for dl in learn.dls.loaders: dl.wif = ended_by_parent
+    try:
+        yield
+        if cb.asked: raise KeyboardInterrupt                         # after the last batch
     except KeyboardInterrupt:
-        if cb.asked!=signal.SIGTERM: raise
-        print('fastmed: stopped', file=sys.stderr)
-        raise SystemExit(128+signal.SIGTERM) from None
+        if cb.asked in (False, signal.SIGINT): raise
+        with contextlib.suppress(OSError): print('fastmed: stopped', file=sys.stderr)
+        raise SystemExit(128+cb.asked) from None
     finally:
         for s,f in was.items(): signal.signal(s, f)
+        for dl in learn.dls.loaders: vars(dl).pop('wif', None)

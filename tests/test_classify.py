@@ -282,7 +282,7 @@ def test_saved_learner_knows(trained, cases, tmp_path):
     (tmp_path/'bad.safetensors').write_bytes(b)
     with pytest.raises(InputError, match='sha256'): load_model(tmp_path/'bad.safetensors')
     own = classifier_learner(trained.dls, lambda a,b: SmallResNet(a, b, 3, 4))
-    with pytest.warns(UserWarning, match='no network that is known by name'): save_model(own, tmp_path/'x.safetensors')
+    with pytest.warns(UserWarning, match='not a network with a known name'): save_model(own, tmp_path/'x.safetensors')
     with pytest.raises(InputError, match='arch=make'): load_model(tmp_path/'x.safetensors')
     back = load_model(tmp_path/'x.safetensors', 'cpu', arch=lambda: SmallResNet(1, 2, 3, 4))
     assert torch.equal(back.predict(full.image[0])[2], own.predict(full.image[0])[2])

@@ -28,6 +28,7 @@ from fastmed.all import (
 )
 from fastmed.metrics.masks import slice_consistency
 from fastmed.metrics.paired import flip_test, loss_falls, smallest_shown, training_luck
+from fastmed.metrics.scores import roc_auc
 from fastmed.metrics.stats import holm
 from fastmed.study.arms import keep_model, load_run
 from fastmed.study.efficiency import LabelEfficiency, thick_slices
@@ -356,7 +357,7 @@ def test_a_comparison_of_an_earlier_version(study, whole, tmp_path):
 def test_an_arm_with_a_network_of_ones_own(study, tmp_path, one_thread):
     c = Comparison(whole_df(study), {'own':dict(ndim=3, arch=OwnNet)}, path=tmp_path/'c', cache=tmp_path/'s',
             **{k:v for k,v in SMALL.items() if k not in ('nf','depth')})
-    with pytest.warns(UserWarning, match='OwnNet is no network that is known by name'): c.run()
+    with pytest.warns(UserWarning, match='OwnNet is not a network with a known name'): c.run()
     l = c.learner('own')
     assert isinstance(l.model, OwnNet) and l.predict_volume(c.df.image[0]).shape
     folder = next(c.path.glob('own, fold*'))
@@ -463,7 +464,7 @@ def test_lost_notes_are_told(study, whole, tmp_path):
     "Whether a file has changed since the runs is not known then"
     there,runs = copied(study, whole, tmp_path)
     (runs/'comparison.json').unlink()
-    with pytest.warns(UserWarning, match='4 of 4 finished runs are of a version that did not note'):
+    with pytest.warns(UserWarning, match='4 of 4 finished runs are of a version that did not store'):
         make(there, tmp_path)
 
 def test_a_pickle_that_no_run_wrote_is_not_opened(study, whole, tmp_path):
@@ -629,7 +630,7 @@ def test_best_goes_by_a_margin_of_the_difference():
     hard = .15*rng.normal(size=20)
     behind = arm_rows('B', .7+hard+.002*rng.normal(size=20))
     f = Findings(pd.concat([arm_rows('A', .75+hard), behind]), cost_of(A=9., B=1.))
-    assert f.best()=='A' and 'no cheaper arm was shown to keep within 0.5 points' in f.best().sentence
+    assert f.best()=='A' and 'no cheaper model was shown to keep within 0.5 points' in f.best().sentence
     assert f.best(equal_within=.06)=='B' and 'by no more than 6 points' in f.best(equal_within=.06).sentence
     assert f.best('hd95')=='B' and 'by no more than 0.5 mm' in f.best('hd95').sentence
     few = Findings(f.results[f.results.case<'c05'], f.cost)
@@ -747,7 +748,7 @@ def test_one_arm_alone_has_an_answer_and_a_report(tmp_path):
     rows = [dict(arm='A', fold=0, seed=0, case=f'c{i}', subject=f's{i}', structure='x', dice=.5, hd95=3., nsd=.5,
                  volume_mm3=1., target_mm3=1., status='ok') for i in range(4)]
     f = Findings(pd.DataFrame(rows))
-    assert f.answer()=='On 4 held-out cases of 4 subjects A reached a mean Dice of 0.500.'
+    assert f.answer()=='On 4 held-out cases of 4 subjects A reached a mean Dice of 50.0 points.'
     assert f.best().sentence.endswith('what the arms cost is not known.')
     assert '4 held-out cases' in f.report(tmp_path/'r.html').read_text(encoding='utf-8')
 
@@ -780,6 +781,23 @@ def test_numbers_of_label_efficiency_stay():
     rows[0].update(dice=np.nan, status='error: gone')
     found = LabelEfficiency(pd.DataFrame(rows), n_boot=100).summary()[['score','low','high','sd']].values[0]
     assert found==pytest.approx([.793166666667,.7065,.8465,.049261772423], abs=1e-12)
+
+def test_label_efficiency_draws_its_intervals_at_once(monkeypatch):
+    "scikit-learn was called anew in every draw: 16 s a start, of 22 cases"
+    import sklearn.metrics
+    calls = []
+    monkeypatch.setattr(sklearn.metrics, 'roc_auc_score', lambda *a, was=sklearn.metrics.roc_auc_score, **k:
+                        calls.append(1) or was(*a, **k))
+    rng = np.random.default_rng(0)
+    t = pd.DataFrame([dict(init='scratch', size=5, repeat=0, case=f'c{c}', subject=f's{c//2}', target='abc'[c%3],
+                           pred='a', status='ok', **dict(zip(['prob_a','prob_b','prob_c'], rng.dirichlet([1,1,1]))))
+                      for c in range(18)])
+    t.loc[4, ['prob_a','prob_b','prob_c']] = np.nan
+    r = LabelEfficiency(t, n_boot=100).summary().iloc[0]
+    assert len(calls)<=3 and 0<=r.low<r.score<r.high<=1
+    known = t.drop(index=4)
+    assert r.score==pytest.approx(np.mean([roc_auc(pred=known[f'prob_{k}'], targ=(known.target==k).astype(int))
+                                           for k in 'abc']), abs=1e-12)
 
 def _edited(name, edit):
     def go(run):

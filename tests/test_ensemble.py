@@ -104,7 +104,7 @@ def test_slices_and_volumes_together(others, study):
     ens = Ensemble([a,b])
     ps = [raw(l.predict_volume(fn, proba=True)[1]) for l in (a,b)]
     assert (raw(ens.predict_volume(fn, proba=True)[1])-(ps[0]+ps[1])/2).abs().max()<2e-3
-    with pytest.warns(UserWarning, match='learned slices across axis'):
+    with pytest.warns(UserWarning, match='trained on slices across axis'):
         every = raw(b.predict_volume(fn, proba=True, axes='all')[1])
     # of the volume model the one answer counts as much as the three of the other
     assert (raw(ens.predict_volume(fn, proba=True, axes='all')[1])-(ps[0]+every)/2).abs().max()<3e-3
@@ -145,7 +145,7 @@ def test_members_that_do_not_fit_are_refused(learner, loaders, study, tmp_path):
         l.post = ('keep_largest',)
         Ensemble([learn, l])
     assert Ensemble([learn, l], post='keep_largest').post==('keep_largest',)
-    with pytest.raises(ValueError, match='no Learner of fastmed'): Ensemble([nn.Conv3d(1,1,1)])
+    with pytest.raises(ValueError, match='not a Learner of fastmed'): Ensemble([nn.Conv3d(1,1,1)])
     with pytest.raises(FileNotFoundError, match='no model'): Ensemble(path)
     (tmp_path/'x.pkl').write_bytes(b'no')
     with pytest.raises(ValueError, match='x.pkl: not an exported'): Ensemble([tmp_path/'x.pkl'], trust=True)

@@ -32,12 +32,14 @@ from fastmed.all import (
 )
 
 
-@pytest.fixture
-def learn(tmp_path):
-    rows = [write_case(tmp_path, f'c{i}', np.eye(4), (16,16,16), i) for i in range(6)]
-    dls = VolumeDataLoaders.from_df(pd.DataFrame(rows), tmp_path, codes=CODES, patch=16, bs=1, samples_per_case=8,
-                                    cache=tmp_path/'s', device='cpu', batch_tfms=None)
+def learner_of(path, samples_per_case):
+    rows = [write_case(path, f'c{i}', np.eye(4), (16,16,16), i) for i in range(6)]
+    dls = VolumeDataLoaders.from_df(pd.DataFrame(rows), path, codes=CODES, patch=16, bs=1,
+                                    samples_per_case=samples_per_case, cache=path/'s', device='cpu', batch_tfms=None)
     return unet3d_learner(dls, nf=4, depth=2)
+
+@pytest.fixture
+def learn(tmp_path): return learner_of(tmp_path, 8)
 
 def test_a_cut_epoch_keeps_its_columns(learn):
     "The training loss of the epoch that the clock cut short is logged, so no column moves"
@@ -119,9 +121,10 @@ class Waits(Callback):
     def __init__(self, of): self.of,self.seen = of,[]
     def after_epoch(self): self.seen.append(self.of.wait)
 
-def test_epochs_without_a_look_are_not_without_improvement(learn):
+def test_epochs_without_a_look_are_not_without_improvement(tmp_path):
     """Of six epochs the second, fourth and sixth are looked at; with patience 2 the fit ends after two looks that were
     no better, not before"""
+    learn = learner_of(tmp_path, 1)
     for patience,every,epochs in ((2,2,6),(1,3,6),(0,2,4)):
         early = EarlyStoppingCallback('case_dice', patience=patience)
         w = Waits(early)

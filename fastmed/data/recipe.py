@@ -41,16 +41,16 @@ class Recipe:
         return getattr(self.preprocess, 'vocab', None)
 
 # %% ../../nbs/data/06_recipe.ipynb #8d3c770d
-def _names_in_words(names, n=12):
+def _names_text(names, n=12):
     "Names as text, the first `n` of them"
     return ', '.join(map(str, names[:n]))+(f' … ({len(names)})' if len(names)>n else '')
 
 @patch
 def __repr__(self:Recipe):
-    lines = [f'{role:<17}{_names_in_words(L(columns))}' for role,columns in self.columns.items()]
+    lines = [f'{role:<17}{_names_text(L(columns))}' for role,columns in self.columns.items()]
     lines.append(f'{"preprocess":<17}{self.preprocess}')
-    if self.structures: lines.append(f'{"structures":<17}{_names_in_words(self.structures)}')
-    if self.labels: lines.append(f'{self.labels.task:<17}{_names_in_words(self.labels.vocab)}')
+    if self.structures: lines.append(f'{"structures":<17}{_names_text(self.structures)}')
+    if self.labels: lines.append(f'{self.labels.task:<17}{_names_text(self.labels.vocab)}')
     return '\n'.join(lines)+('' if self.plan is None else f'\n{self.plan}')
 
 # %% ../../nbs/data/06_recipe.ipynb #75253c48
@@ -138,7 +138,7 @@ def recipe(self:DataLoaders)->Recipe: # read from the transforms
     plan = _told_by(getattr(self.train, 'after_item', None)).get('plan')
     if not image and plan is None: raise InputError("These DataLoaders hold no VolumeBlock or SliceBlock")
     columns = {'image':image.get('columns'), 'mask':mask.get('columns'), 'label':label.get('label'),
-               'group':label.get('group')}
+               'group':label.get('group') or image.get('group')}
     return Recipe(_case_preprocess(image, mask), plan, labels_of(self),
                   {k:_plain_columns(v) for k,v in columns.items() if v is not None}, label.get('label_delim'))
 

@@ -38,8 +38,8 @@ STORE_VERSION = 4   # of the layout on disk and of how files are read; part of e
 def digest_key(
     *parts  # what the key depends on, JSON-able
 ):          # 24 letters
-    "A hash of its parts"
-    return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:24]
+    "A name that follows from its parts; of a dict the order counts too, as the order of `codes` numbers the classes"
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:24]
 
 # %% ../../nbs/data/05_store.ipynb #36376da0
 def _private_folder(path):
@@ -156,7 +156,7 @@ def foreground_index(
 # %% ../../nbs/data/05_store.ipynb #1033e31b
 def _file_names(fn): return [str(o) for o in fn] if is_listy(fn) else str(fn)
 
-def _warn_made_anew(fn, dest, n=1):
+def _warn_damaged(fn, dest, n=1):
     more = f' (and {n-1} more)' if n>1 else ''
     warn(f"{_file_names(fn)}{more}: its entry in the store, {dest}, is damaged, and is made "
          f"again")
@@ -262,7 +262,7 @@ def build(self:Store,
         whole = list(ex.map(self.whole, [dest for *_,dest in jobs]))
     jobs = [o for o,done in zip(jobs, whole, strict=True) if not done]
     if not jobs: return self
-    if damaged:=[(fn,dest) for _,fn,dest in jobs if dest.exists()]: _warn_made_anew(*damaged[0], len(damaged))
+    if damaged:=[(fn,dest) for _,fn,dest in jobs if dest.exists()]: _warn_damaged(*damaged[0], len(damaged))
     for kind in ('image','mask'): sweep(self.path/kind)                 # what a killed process left
     each_in_threads(self._add, [(kind, fn) for kind,fn,_ in jobs], workers)
     return self
@@ -290,7 +290,7 @@ def _there(self:Store, kind, fn):
     dest = self.entry(kind, fn)
     if not dest.exists(): return None
     if self.whole(dest): return dest
-    _warn_made_anew(fn, dest)
+    _warn_damaged(fn, dest)
     with contextlib.suppress(FileError): return self._add(kind, fn)     # a store that cannot be written is ignored
 
 @patch

@@ -23,6 +23,7 @@ def _checked_weights(weight, n=None):
                          f"negative and not all zero; found {w.tolist()}")
     return w
 
+# %% ../../nbs/learn/01_losses.ipynb #b7ed9266
 class SegLoss(nn.Module):
     "Base of the losses here: checks, log-probabilities, `activation`, `decodes`, `reduction`. Subclasses: `items`."
     normalization = 'softmax'
@@ -148,6 +149,7 @@ class TverskyLoss(SegLoss):
         loss = loss[:,k:].mean(1) if w is None else (loss[:,k:]*w).sum(1)/w.sum().clamp_min(1e-8)
         return loss.expand(n)
 
+# %% ../../nbs/learn/01_losses.ipynb #41ffff7a
 class DiceLoss(TverskyLoss):
     "One minus soft Dice, mean over foreground structures and items. Source: Milletari 2016, with plain sums below."
     _s = .5 # Dice counts the overlap twice in numerator and denominator, and its smooth term once
@@ -238,9 +240,15 @@ def _loss_name(loss):
     inner = getattr(loss, 'func', loss) if type(loss).__name__=='BaseLoss' else loss
     return getattr(inner, '__name__', type(inner).__name__)
 
-def _decides(loss): return hasattr(loss, 'activation') and hasattr(loss, 'decodes')
 # some decode along the last axis, which in a mask is a spatial one
 def _is_fastais(loss): return type(loss).__module__=='fastai.losses'
+
+# %% ../../nbs/learn/01_losses.ipynb #c0dec0de
+def can_decode(
+    loss   # loss function or module
+)->bool:   # whether it has `activation` and `decodes`
+    "Whether a loss can turn logits into predictions, as a Learner needs"
+    return hasattr(loss, 'activation') and hasattr(loss, 'decodes')
 
 # %% ../../nbs/learn/01_losses.ipynb #d97ddb31
 class PlainLoss(nn.Module):
@@ -271,7 +279,7 @@ class PlainLoss(nn.Module):
 
     def _decides(self):
         foreign = self.task=='mask' and _is_fastais(self.loss)
-        return _decides(self.loss) and _loss_kind(self.loss)!='yes or no' and not foreign
+        return can_decode(self.loss) and _loss_kind(self.loss)!='yes or no' and not foreign
     def activation(self, x:Tensor)->Tensor: # (B,C,*S) or (B,C) logits to probabilities; numbers unchanged
         "That of the loss; else sigmoid for findings and for one channel, softmax for classes"
         if self._decides(): return self.loss.activation(x)
@@ -306,8 +314,11 @@ def as_loss(
     if task=='mask' and flat and getattr(loss, 'axis', 1)!=1:
         raise InputError(f"loss_func: {name} looks for the classes along axis {loss.axis}; in a mask they are axis 1. "
                          f"Give {name}(axis=1)")
+    if getattr(loss, 'thresh', .5)!=.5:
+        raise InputError(f"loss_func: {name} decides at {loss.thresh}, and what is printed, evaluated and predicted of "
+                         f"whole scans decides at a half. Leave thresh out, and decide by the probabilities")
     foreign = task=='mask' and (hasattr(loss, 'func') or _is_fastais(loss))
-    return PlainLoss(loss, task) if foreign or not _decides(loss) else loss
+    return PlainLoss(loss, task) if foreign or not can_decode(loss) else loss
 
 # %% ../../nbs/learn/01_losses.ipynb #b1bb8d6c
 def class_weights(

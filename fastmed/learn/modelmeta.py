@@ -118,6 +118,7 @@ def uncompiled(
     # a copy of a module shares its weights, without what was compiled in place
     return copy(getattr(model, '_orig_mod', model))
 
+# %% ../../nbs/learn/12_modelmeta.ipynb #140e6806
 def _describe(learn):
     "Class of a network without a name"
     kind = type(get_model(learn.model))
@@ -309,7 +310,7 @@ def _case_loaders(meta, plan, pre, device):
     df = pd.DataFrame({c:[] for o in (lab['cols'], *cols) for c in L(o)})
     labels,label_kind = _label_list(df, lab)
     masks,picture = meta['network']['head']['masks'],meta['picture']
-    if picture: load,kind = LoadRadiograph(RadiographPrep(**from_plain(picture))),TensorRadiograph
+    if picture: load,kind = LoadRadiograph(RadiographPrep.from_json(json.dumps(from_plain(picture)))),TensorRadiograph
     else: load,kind = LoadVolume(pre),TensorVolume
     tls = [_file_list(df, cols[0], load, kind)]
     if masks: tls.append(_file_list(df, cols[1], LoadMask(pre), TensorVolumeMask))

@@ -186,6 +186,7 @@ def _set_recorded(r, s, *where):
     r.learn.smooth_loss = r.smooth_loss.value if r.smooth_loss.count else r.smooth_loss.val
     if len(r.values): r.learn.final_record = r.values[-1]
 
+# %% ../../nbs/learn/17_resume.ipynb #46c9b4f8
 class ResumeCallback(FitCallback):
     "Save the state of a fit, and resume it. Raises `InputError` on the file of another fit"
     order = 65                       # after all other callbacks
@@ -292,6 +293,7 @@ def _skip_fit(self:ResumeCallback):
               "that was stopped")
     raise CancelFitException()
 
+# %% ../../nbs/learn/17_resume.ipynb #60e3a72c
 @patch
 def before_epoch(self:ResumeCallback):
     "Skip epochs that were done"
@@ -349,6 +351,7 @@ def after_fit(self:ResumeCallback):
     self.earlier = [*self.earlier, record]
     self.end = content_sum(get_model(self.learn.model).state_dict().values())
 
+# %% ../../nbs/learn/17_resume.ipynb #4552a02f
 @patch
 def _record(self:ResumeCallback):
     "Settings of the fit, and the state of callbacks and recorder"

@@ -28,7 +28,7 @@ from ..data.loaders import axes_grid
 from ..data.radiographs import get_prep, TensorRadiograph
 from ..io.formats import file_digest, file_facts
 from ..io.volumes import load_volume, to_orientation
-from .callbacks import case_columns, case_rows, case_truth, predicted_cases
+from .callbacks import case_columns, case_rows, case_truth, group_column, predicted_cases
 from .fingerprint import was_seen
 from ..metrics.masks import case_scores, failed_scores, summarise
 from ..metrics.scores import choose_point, scores_interval
@@ -45,10 +45,11 @@ class ScanModel:
     def members(self): return [self]
 
     def saw(self,
-        df     # cases, one row each, or a list of files
-    )->list:   # names of cases
+        df,            # cases, one row each, or a list of files
+        group_col=None # column of the subjects; default: that of the training, else 'subject'
+    )->list:           # names of cases
         "The cases that it was trained on, by case or by subject, as far as it knows"
-        return was_seen(getattr(self, 'seen', {}), df)
+        return was_seen(getattr(self, 'seen', {}), df, ifnone(group_col, group_column(self.dls)))
 
     def cases_to_score(self,
         df # one row a case, or None
@@ -321,6 +322,9 @@ def case_table(
 # %% ../../nbs/learn/06_scanmodel.ipynb #c1a50008
 class CaseModel(ScanModel):
     "A model that predicts labels of cases; subclasses override `case_prediction` and `case_input`"
+    @property
+    def label_loss(self): return getattr(self.loss_func, 'label', self.loss_func)   # of a `MultiTaskLoss` its part
+
     def predict(self,
         item,                  # as of `CaseLearner.case_input`
         rm_type_tfms=None,     # as in fastai; refused, since whole files are read
@@ -330,7 +334,7 @@ class CaseModel(ScanModel):
         "fastai's `predict` for a file. Raises `FileError`, `InputError` naming the file"
         if rm_type_tfms is not None: raise ArgumentError("predict reads whole files: rm_type_tfms does not apply")
         p,task,vocab = self.case_prediction(item, tta),self.task,self.label_vocab
-        dec = getattr(self.loss_func, 'label', self.loss_func).decodes(p[None])[0]
+        dec = self.label_loss.decodes(p[None])[0]
         if task=='category': res = (str(vocab[int(dec)]), TensorCategory(dec), p)
         elif task=='multi':
             res = (MultiCategory([v for v,o in zip(vocab, dec, strict=True) if o]), TensorMultiCategory(dec), p)

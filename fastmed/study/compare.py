@@ -67,6 +67,7 @@ def _checked_pair(primary, arms):
 class Comparison(Findings, Study):
     "Arms trained on the same cases, folds and budget. `run()` trains; then ask `summary`, `paired`, `best`, `report` …"
     notes,what = 'comparison.json','runs of another experiment'
+    held_out = True # folds part no subject, and `add_run` refuses a Learner that has seen its cases
     def __init__(self,
         df,                     # one row a case, as for `from_df`
         arms=None,              # name → dict of arguments, with `ndim`; default: 3D, 2D and 2.5D

@@ -7,6 +7,7 @@ __all__ = ['training_scores', 'common_scores', 'Findings', 'BestArm']
 
 # %% ../../nbs/study/04_findings.ipynb #ebe60548
 import itertools
+from textwrap import fill
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,8 @@ from ..core import InputError
 from ..metrics.masks import counted_scores, failed_rows
 from ..metrics.paired import LEAST, loss_falls, paired_comparison, training_luck
 from ..metrics.stats import FEW, holm, mean_interval
-from .report import ArmPictures, RULE
+from ..plot import literal_text
+from .report import ArmPictures, COSTS, RULE
 
 # %% ../../nbs/study/04_findings.ipynb #a3203c5f
 def counted_dice(
@@ -85,6 +87,8 @@ class Findings(ArmPictures):
         logs=None,     # loss of each update: arm, fold, seed, update, loss, lr
         primary=None   # (arm, arm): the one comparison that is not corrected; default: the first two arms
     ): store_attr()
+
+    held_out = False # whether it is known that no model has seen the subjects that it was judged on
 
     @property
     def arms(self): return list(dict.fromkeys(self.results.arm))
@@ -213,13 +217,15 @@ def _reason(best, top, others, cheap, by, margin):
     "Why an arm is taken: the rest of the sentence on the arm with the best mean"
     if best!=top:
         r = others[best]
-        return (f"; {best} needs {cheap[best]/cheap[top]:.2f} times its {by} and falls behind by no more than {margin} "
-                f"(difference {r.mean:+.4f}, 95 % interval {r.low:+.4f} to {r.high:+.4f}): take {best}.")
-    if cheap is None: return '; what the arms cost is not known.'
-    if not others: return '; it is the only arm.'
+        unit = 1 if margin.endswith('mm') else 100
+        return (f"; {best} needs {cheap[best]/cheap[top]:.2f} times its {COSTS.get(by, by)} and falls behind by no "
+                f"more than {margin} (difference {unit*r.mean:+.2f}, 95 % interval {unit*r.low:+.2f} to "
+                f"{unit*r.high:+.2f}): take {best}.")
+    if cheap is None: return '; what the models cost is not known.'
+    if not others: return '; it is the only model.'
     if min(r.subjects for r in others.values())<LEAST:
         return f"; fewer than {LEAST} subjects cannot show that another keeps within {margin} of it, so {top} it is."
-    return f"; no cheaper arm was shown to keep within {margin} of it, so {top} it is."
+    return f"; no cheaper model was shown to keep within {margin} of it, so {top} it is."
 
 @patch
 def best(self:Findings,
@@ -239,7 +245,8 @@ def best(self:Findings,
     cheap = None if self.cost is None or by not in self.cost else self.cost.groupby('arm')[by].mean()
     res = BestArm(top if cheap is None else min([top,*kept], key=lambda a: cheap.get(a, np.inf)))
     margin = f"{equal_within:g} mm" if score=='hd95' else f"{100*equal_within:g} points"
-    res.sentence = (f"{top} has the best mean {score} ({scores[top].mean():.4f})"
+    mean = f"{scores[top].mean():.2f} mm" if score=='hd95' else f"{100*scores[top].mean():.2f} points"
+    res.sentence = (f"{top} has the best mean {_title(score)} ({mean})"
                     + _reason(res, top, others, cheap, by, margin))
     return res
 
@@ -289,7 +296,7 @@ def answer(self:Findings)->str: # some sentences
     scores,seeds = self._by_case(),self.results.seed.nunique()
     top,several = scores.mean().idxmax(),len(scores.columns)>1
     res = (f"On {len(scores)} held-out cases of {len(set(self._subjects(scores.index)))} subjects"
-           f"{',' if several else ''} {top} reached a mean Dice of {scores[top].mean():.3f}")
+           f"{',' if several else ''} {top} reached a mean Dice of {100*scores[top].mean():.1f} points")
     if not several: return res+'.'
     pairs = self.paired()
     ahead = {a:_points_ahead(pairs, top, a) for a in scores.mean().sort_values(ascending=False).index if a!=top}
@@ -348,12 +355,13 @@ def remedies(self:Findings,
 def _title(score): return 'Dice' if score=='dice' else score.upper()
 
 def _draw_cases(ax, by_case, score):
-    arms = list(by_case)
+    arms,points = list(by_case),1 if score=='hd95' else 100
+    by_case = by_case*points
     for _,v in by_case.iterrows(): ax.plot(range(len(arms)), v, 'o-', color='grey', ms=2.5, lw=.5, alpha=.6)
     for i,a in enumerate(arms): ax.plot([i-.2,i+.2], [by_case[a].mean()]*2, color='C3', lw=2.5)
-    ax.set_xticks(range(len(arms)), arms)
+    ax.set_xticks(range(len(arms)), [fill(a, 16) for a in arms])
     ax.margins(x=.2)
-    unit = ', mm' if score=='hd95' else ''
+    unit = ', mm' if score=='hd95' else ', points'
     ax.set(ylabel=f'{_title(score)} of a case{unit}', title='each case, and the mean (red)')
 
 def _draw_differences(ax, pairs, score):
@@ -363,11 +371,12 @@ def _draw_differences(ax, pairs, score):
         ax.plot([r.low*points,r.high*points], [-i,-i], color=c, lw=2)
         ax.plot(r['mean']*points, -i, 'o', color=c)
     ax.axvline(0, color='k', lw=.8)
-    ax.set_yticks(-np.arange(len(pairs)), [f'{a} − {b}, {s}' for a,b,s in pairs.index], fontsize=8)
+    ax.set_yticks(-np.arange(len(pairs)), [fill(f'{a} − {b}, {s}', 44) for a,b,s in pairs.index], fontsize=8)
     xlabel = 'difference, mm' if score=='hd95' else f'difference, points of {_title(score)}'
     ax.set(xlabel=xlabel, title='differences with 95 % intervals')
 
 @patch
+@literal_text
 def plot(self:Findings,
     score:str='dice' # 'dice', 'nsd', or 'hd95' (mm)
 ):                   # matplotlib figure
@@ -407,17 +416,19 @@ def methods(self:Findings)->str: # a paragraph
     "The method in the words of a paper, with the settings that all arms share"
     res,settings = self.results,self.settings
     folds,seeds = res.fold.nunique(),res.seed.nunique()
-    how = "Every model was judged only on cases whose subjects it had not seen"
-    if folds>1:
-        more = f', {seeds} random seeds' if seeds>1 else ''
-        how += f" ({folds}-fold cross-validation, folds grouped by subject{more})"
+    how = "Which cases the models were trained on is not known here"
+    if self.held_out: how = "Every model was judged only on cases of subjects that its training had left out"
+    grouped = ', folds grouped by subject' if self.held_out else ''
+    if folds>1: how += f" ({folds}-fold cross-validation{grouped})"
+    if seeds>1: how += f"; each training was repeated with {seeds} random seeds"
     effort = f'Each training was given {self.effort}. ' if self.effort else ''
     rows = [] if settings is None else [(k,v) for k,v in settings.iterrows() if v.astype(str).nunique()==1]
     same = '; '.join(f'{k}: {v.iloc[0]}' for k,v in rows)
     return (f"{listed(self.arms)} were compared on {res.case.nunique()} cases of {res.subject.nunique()} subjects. "
             f"{how}. {effort}"
             "Scores are of whole volumes on the grid of the original scan: Dice, the 95th percentile of the "
-            "surface distances (HD95, mm) and the share of both surfaces within 1 mm of each other (NSD). "
+            "distances of surface voxels (HD95, mm) and the share of the area of both surfaces within 1 mm of each "
+            "other (NSD, Nikolov 2018). "
             f"{self._statistics()}"
-            f"Rule for missing scores, the same for all arms: {RULE}. "
-            + (f'The same for all arms: {same}.' if same else ''))
+            f"Rule for missing scores, the same for all models: {RULE}. "
+            + (f'The same for all models: {same}.' if same else ''))

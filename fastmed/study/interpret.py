@@ -11,6 +11,7 @@ import pandas as pd
 from fastai.basics import Learner
 from fastcore.all import first, ifnone, patch, store_attr
 from ..core import ArgumentError, ColumnError, InputError
+from ..data.blocks import PATCH_NUMBER
 from ..data.recipe import labels_of
 from ..learn.classify import CaseLearner
 from fastmed.metrics.curves import (
@@ -211,6 +212,7 @@ def calibration(self:CaseInterpretation,
     self._is('category','multi')
     return self._apply(curves.calibration, label, bins=bins)
 
+# %% ../../nbs/study/03_interpret.ipynb #7766ddb0
 @patch
 def _accuracies(self:CaseInterpretation):
     "Accuracy, and balanced accuracy over the classes that occur"
@@ -231,7 +233,8 @@ def _label_numbers(self:CaseInterpretation, k):
         point = self.point(k)
         res |= {m:point[m] for m in ('sensitivity','specificity','ppv','npv')}
     c = self.calibration(k)
-    return {**res, 'ECE':c.ece, 'Brier':c.brier}
+    return {**res, 'ECE':c.ece, 'calibration error':c.error, 'calibration slope':c.slope,
+            'calibration intercept':c.intercept, 'Brier':c.brier}
 
 @patch
 def summary(self:CaseInterpretation)->pd.DataFrame: # index (label, metric): value, low, high, n, subjects
@@ -387,8 +390,8 @@ def interpret(self:Learner,
         dl = self.dls[1].new(shuffle=False, drop_last=False)
     items = df if df is not None else dl.items
     if isinstance(self, CaseLearner) and isinstance(items, pd.DataFrame):
-        if df is None and 'sample' in items:                         # a case has many slices and one prediction
-            items = items[items['sample']==items['sample'].min()].drop(columns='sample')
+        if df is None and PATCH_NUMBER in items:                       # a case has many slices and one prediction
+            items = items[items[PATCH_NUMBER]==items[PATCH_NUMBER].min()].drop(columns=PATCH_NUMBER)
         return _of_cases(self, items, vocab, task, **kwargs)
     if dl is None: dl = self.dls.test_dl(df, with_labels=True)
     return _of_batches(self, dl, items, vocab, task, **kwargs)

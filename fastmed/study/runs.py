@@ -64,6 +64,7 @@ def _check_run_table(fn, t, cases, keys):
         raise InputError(f"{fn}: expected one row a case{' and structure' if len(by)>1 else ''}; found {len(t)} rows "
                          f"of {len(cases)} cases. {_again}")
 
+# %% ../../nbs/study/06_runs.ipynb #48e73837
 def read_table(
     fn,              # .csv of a finished run
     cases=None,      # names of its cases, each once, or once a structure; None: any
@@ -186,6 +187,7 @@ def _trained(spec, folder, tmp):
         return spec.get('finish', finish_run)(learn, {**spec, 'lr_max':lr_max}, predict_args, folder,
                                                   cost.total, tmp)
 
+# %% ../../nbs/study/06_runs.ipynb #222cf945
 def _train_run(spec):
     "Train and score one run, in this process or an executor's. None where another process is working on it"
     if (folder:=Path(spec['folder'])).exists(): return folder
@@ -292,6 +294,7 @@ def marked(
     res.attrs.update(df.attrs)
     return res
 
+# %% ../../nbs/study/06_runs.ipynb #51ec1a8c
 def column_folds(
     df,       # one row a case
     col:str,  # column with the number of each case's fold
@@ -307,8 +310,8 @@ def column_folds(
 
 def plan_sum(
     fn # of `shared_plan`
-)->str: # None where there is none
-    "What tells one shared plan from another"
+)->str: # None where it does not exist
+    "A hash of the shared plan"
     return text_hash(fn.read_text()) if fn.exists() else None
 
 def fold_hash(
@@ -323,7 +326,7 @@ class FinishedRuns:
     "Notes and tables of the finished runs of a study, each file read once"
     def __init__(self,
         folders, # of the runs
-        read=lambda folder: read_notes(folder/'run.json') # what is noted of a run
+        read=lambda folder: read_notes(folder/'run.json') # reads the notes of a run
     ): self.folders,self.read,self.stamp,self._made = folders,read,self.stamp_of(folders),{}
 
     @staticmethod
@@ -368,7 +371,7 @@ class Study:
     def _told(self, facts): return {}
 
     def _run_facts(self, folder):
-        "What is noted of a run. Raises `InputError` where it was told something else than this study tells it"
+        "The notes of a run. Raises `InputError` where its settings differ from those of this study"
         facts = read_notes(folder/'run.json')
         noted = {k:facts[k] for k in ('budget','folds') if k in facts and 'by_hand' not in (facts[k] or ())}
         told,now = facts.get('told') or noted,json.loads(json.dumps(self._told(facts)))

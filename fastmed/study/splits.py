@@ -115,6 +115,7 @@ def _labels(self:SplitFindings):
     return LabelTable(task, vocab, y, np.stack([o[preds].to_numpy(float) for o in repeats]), one.subject.values,
                       np.array(names))
 
+# %% ../../nbs/study/09_splits.ipynb #93f95e09
 @patch
 def _fold_of(self:SplitFindings, repeat, cases):
     "The fold that held out each of some cases"
@@ -209,6 +210,7 @@ def _headline(self:SplitFindings, score):
     if self.task=='segmentation': return self.summary(score).loc['all']
     return self.summary().loc[[score]].iloc[-1]
 
+# %% ../../nbs/study/09_splits.ipynb #8806d129
 @patch
 def answer(self:SplitFindings)->str: # two or three sentences
     "The result as text, with both kinds of uncertainty"
