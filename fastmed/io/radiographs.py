@@ -72,7 +72,7 @@ def _read_negative(r, fn):
 
 # %% ../../nbs/io/08_radiographs.ipynb #a5eaaa5c
 def _row_and_column(tags):
-    "Distances of rows and of columns, or their ratio; equal where a header does not say. GDCM takes the detector's alone"
+    "Distances of rows and of columns, or their ratio; equal where a header lacks them. GDCM takes the detector's alone"
     for k in _ratio_tags:
         with contextlib.suppress(ValueError):
             row,column = (float(o) for o in tags.get(k, '').split('\\'))

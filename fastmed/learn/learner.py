@@ -124,8 +124,18 @@ def gathered_order(
     return [idxs[p] for p in places if p<len(idxs)]
 
 @patch
-def get_preds(self:ScanLearner, ds_idx=1, dl=None, with_input=False, with_decoded=False, with_loss=False, act=None,
-              inner=False, reorder=True, cbs=None, **kwargs):
+def get_preds(self:ScanLearner,
+    ds_idx=1,           # 0: training set, 1: validation set
+    dl=None,            # DataLoader in place of that set
+    with_input=False,   # the inputs too
+    with_decoded=False, # the decoded predictions too
+    with_loss=False,    # the loss of each item too
+    act=None,           # activation in place of that of the loss function
+    inner=False,        # called inside a fit
+    reorder=True,       # in the order of the items
+    cbs=None,           # callbacks of this call
+    **kwargs            # to fastai's `get_preds`
+):                      # as of fastai's `get_preds`
     "fastai's; among several processes in the order of the items too"
     args = dict(with_input=with_input, with_decoded=with_decoded, with_loss=with_loss, act=act, inner=inner, cbs=cbs)
     if dl is None: dl = self.dls[ds_idx].new(shuffle=False, drop_last=False)

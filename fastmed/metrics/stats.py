@@ -16,7 +16,7 @@ import pandas as pd
 from ..core import InputError
 
 # %% ../../nbs/metrics/02_stats.ipynb #fb710734
-def _by_name(names):
+def _by_number(names):
     "Numbers by size, else by letter"
     try: return sorted(names, key=lambda o: (float(o), o))
     except ValueError: return sorted(names)
@@ -32,7 +32,7 @@ def group_numbers(
     if len(g)!=n: raise InputError(f"{what}: {n} scores and {len(g)} groups; expected one group a case")
     if g.isna().any():
         raise InputError(f"{what}: case number {int(g.isna().idxmax())} has no group. Fill it in, or leave groups out")
-    number = {o:i for i,o in enumerate(_by_name(g.astype(str).unique()))}
+    number = {o:i for i,o in enumerate(_by_number(g.astype(str).unique()))}
     return g.astype(str).map(number).to_numpy(),len(number)
 
 # %% ../../nbs/metrics/02_stats.ipynb #04409efa
