@@ -749,7 +749,7 @@ def test_one_arm_alone_has_an_answer_and_a_report(tmp_path):
                  volume_mm3=1., target_mm3=1., status='ok') for i in range(4)]
     f = Findings(pd.DataFrame(rows))
     assert f.answer()=='On 4 held-out cases of 4 subjects A reached a mean Dice of 50.0 points.'
-    assert f.best().sentence.endswith('what the arms cost is not known.')
+    assert f.best().sentence.endswith('what the models cost is not known.')
     assert '4 held-out cases' in f.report(tmp_path/'r.html').read_text(encoding='utf-8')
 
 def test_label_efficiency_refuses_a_table_that_is_cut_off(tmp_path):
