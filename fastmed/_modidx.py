@@ -3334,6 +3334,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'fastmed/study/findings.py'),
                                         'fastmed.study.findings._of_all_arms': ( 'study/findings.html#_of_all_arms',
                                                                                  'fastmed/study/findings.py'),
+                                        'fastmed.study.findings._pair_label': ( 'study/findings.html#_pair_label',
+                                                                                'fastmed/study/findings.py'),
                                         'fastmed.study.findings._points_ahead': ( 'study/findings.html#_points_ahead',
                                                                                   'fastmed/study/findings.py'),
                                         'fastmed.study.findings._reason': ('study/findings.html#_reason', 'fastmed/study/findings.py'),

@@ -28,7 +28,7 @@ RULE = ("missed or failed: 0 (HD95: diagonal of the image); absent in the ground
 
 COSTS = dict(parameters='parameters, million', case_gflops='computation a case, 10⁹ operations',
              train_s='training, s', predict_s='prediction, s a case', peak_mb='memory in training, MB',
-             predict_peak_mb='memory in prediction, MB', voxels='voxels seen', updates='updates', minutes='training, min')
+             predict_peak_mb='memory in prediction, MB', voxels='voxels seen', minutes='training, min')
 
 class ArmPictures:
     "The page of `Findings`, and its pictures of volumes and cases"
