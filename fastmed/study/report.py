@@ -244,6 +244,7 @@ class LabelPictures:
         fig.tight_layout()
         return fig
 
+# %% ../../nbs/study/02_report.ipynb #1ab70a9c
 def _panels(n, size=4.):
     "A figure and `n` axes, three in a row"
     import matplotlib.pyplot as plt
@@ -412,7 +413,7 @@ def _quality_sections(it):
     points = [str(it.point(k)) for k in it.labels if it._both(k)]
     which = it.labels if it.task=='multi' else [None]
     return {'Curves':[it.plot_curves(), *points], 'Confusion':[it.plot_confusion(k) for k in which],
-            'Calibration':[it.plot_calibration()]}
+            'Calibration':[it.plot_calibration()], 'Decision curve':[it.plot_decision()]}
 
 def _subgroup_sections(it, by):
     several = len(it.labels)>1
