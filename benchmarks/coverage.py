@@ -2,8 +2,8 @@
 whose truth is known: coverage of the 95 % interval, type I error at 5 %, power at the `detectable` difference; before
 (draws of subjects, signed ranks, 2.80 standard errors) and after.
 
-    python benchmarks/coverage.py                 # 2,000 studies a cell, 15 minutes of one core; writes coverage.csv
-    python benchmarks/coverage.py --draws 200 --n 5 20 --out /tmp/coverage.csv
+    python benchmarks/coverage.py                 # 2,000 studies a cell, half an hour of one core; writes coverage.csv
+    python benchmarks/coverage.py --what means twins --draws 200 --n 5 20 --out tried.csv
 
 All studies of a cell are worked out at once; the first of them once more by the library, and both must agree.
 """
@@ -75,7 +75,7 @@ def means(name, world, m, draws, seed):
     unit = agrees(x, 0, 0, after, p_after)/se[0]                     # `detectable` in standard errors
     rows = []
     for how,(low,high),p,c in (('before',before,p_before,2.8016), ('after',after,p_after,unit)):
-        shift = c*np.median(se)
+        shift = c*np.sqrt((se**2).mean())
         power = np.nan
         if np.isfinite(shift): power = (study(x, shift)[1 if how=='before' else 3]<.05).mean()
         rows.append(dict(world=name, subjects=m, method=how, coverage=((low<=0)&(0<=high)).mean(),
@@ -117,35 +117,61 @@ def areas(area, m, draws, seed):
 # --- the same recipe twice, three seeds, five folds
 def twins(m, sd, draws, seed, seeds=3, folds=5):
     "How often a difference is claimed between two arms of one recipe; `sd` of a training, as that of real ones"
-    from fastmed.metrics.paired import paired_comparison, training_luck
-    rng,fold,found = np.random.default_rng((seed,m)),np.arange(m)%folds,[]
-    names = [f'{i:03}' for i in range(m)]
-    for _ in range(draws):
-        trained = sd*rng.normal(size=(folds,seeds))-sd*rng.normal(size=(folds,seeds))
-        d = trained[fold]+.01*rng.normal(size=(m,seeds))            # and a case by itself
-        claims = [stats.wilcoxon(d.mean(1)).pvalue<.05]
-        r = paired_comparison(d.mean(1), np.zeros(m), names, luck=training_luck(d, fold))
-        found.append([*claims, r.p<.05 and r.low*r.high>0, r.low<=0<=r.high])
-    before,after,covered = np.mean(found, 0)
+    from fastmed.metrics.paired import _both_errors, _patterns, paired_comparison, training_luck
+    from fastmed.metrics.stats import cluster_mean
+    rng,fold,names = np.random.default_rng((seed,m)),np.arange(m)%folds,[f'{i:03}' for i in range(m)]
+    trained = sd*(rng.normal(size=(draws,folds,seeds))-rng.normal(size=(draws,folds,seeds)))
+    d = trained[:,fold]+.01*rng.normal(size=(draws,m,seeds))        # and a case by itself
+    x,luck = d.mean(2).T,[training_luck(o, fold) for o in d]        # (m,draws)
+    own = [cluster_mean(o, np.ones(m)) for o in x.T]
+    both = np.array([_both_errors(o, k)[1:] for o,k in zip(own, luck, strict=True)])
+    half = stats.t.isf(.025, both[:,1])*both[:,0]
+    if m<50: low,high = x.mean(0)-half,x.mean(0)+half
+    else:
+        low,high = percentile(x, m)
+        more = np.maximum(1, half/(stats.norm.isf(.025)*np.array([o.se for o in own])))
+        more[[k.se==0 for k in luck]] = 1
+        low,high = x.mean(0)-more*(x.mean(0)-low),x.mean(0)+more*(high-x.mean(0))
+    signs,se = np.concatenate(list(_patterns(m, 0))),np.array([k.se for k in luck])
+    error = np.random.default_rng(1).standard_t(luck[0].df, size=len(signs))
+    def p(v):
+        far = np.abs(v[:m].mean(0))
+        return (1+(np.abs(signs@v[:m]/m+error[:,None]*v[m])>=far).sum(0))/(1+len(signs))
+    with_luck = np.where(se>0, blocks(p, np.concatenate([x, se[None]])), 0)
+    p_after = np.maximum(flips(x), with_luck)
+    r = paired_comparison(x[:,0], np.zeros(m), names, luck=luck[0])
+    np.testing.assert_allclose([r.low, r.high, r.p], [low[0], high[0], p_after[0]], rtol=1e-6, atol=1e-9)
     key = dict(world=f'twins, three seeds, sd of a training {sd}', subjects=m)
-    return [dict(key, method='before', type_1=before), dict(key, method='after', type_1=after, coverage=covered)]
+    before = (stats.wilcoxon(x, axis=0).pvalue<.05).mean()
+    return [dict(key, method='before', type_1=before),
+            dict(key, method='after', type_1=((p_after<.05)&(low*high>0)).mean(), coverage=((low<=0)&(0<=high)).mean())]
+
+def parts(a):
+    "Cells by name: functions that give their rows"
+    for m in a.n:
+        for name,world in WORLDS.items():
+            yield 'means',lambda name=name, world=world, m=m: means(name, world, m, a.draws, a.seed)
+    for m in a.n:
+        for share in (.5,.9,.97): yield 'shares',lambda share=share, m=m: shares(share, m, a.draws, a.seed)
+        for area in (.8,.95,.99): yield 'shares',lambda area=area, m=m: areas(area, m, a.draws, a.seed)
+    for m in (30,100):
+        for sd in (0.,.0025,.005,.01): yield 'twins',lambda sd=sd, m=m: twins(m, sd, a.draws, a.seed)
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--draws', type=int, default=2000, help='studies of each cell')
     p.add_argument('--n', type=int, nargs='+', default=[5,10,20,50,100], help='numbers of subjects')
+    p.add_argument('--what', nargs='+', default=['means','shares','twins'], help='the cells; rows of others stay')
     p.add_argument('--seed', type=int, default=0)
     p.add_argument('--out', type=Path, default=here/'coverage.csv')
     a = p.parse_args()
-    rows = []
-    def keep(new):
-        rows.extend(new)
-        pd.DataFrame(rows).assign(draws=a.draws).round(4).to_csv(a.out, index=False)
-        print(pd.DataFrame(new).round(3).to_string(header=len(rows)==2, index=False), flush=True)
-    for m in a.n:
-        for name,world in WORLDS.items(): keep(means(name, world, m, a.draws, a.seed))
-    for m in a.n:
-        for share in (.5,.9,.97): keep(shares(share, m, a.draws, a.seed))
-        for area in (.8,.95,.99): keep(areas(area, m, a.draws, a.seed))
-    for m in (30,100):
-        for sd in (0.,.0025,.005,.01): keep(twins(m, sd, a.draws, a.seed))
+    kept = pd.read_csv(a.out) if a.out.exists() else pd.DataFrame()
+    for what,cell in parts(a):
+        if what not in a.what: continue
+        new = pd.DataFrame(cell()).assign(draws=a.draws, part=what).round(4)
+        if len(kept):
+            again = kept.merge(new[['world','subjects','method']], indicator=True, how='left')._merge=='both'
+            kept = kept[~again.to_numpy()]
+        kept = pd.concat([kept, new], ignore_index=True)
+        kept.to_csv(a.out, index=False)
+        print(new.drop(columns=['draws','part']).to_string(index=False, header=False), flush=True)

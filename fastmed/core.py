@@ -287,12 +287,36 @@ def runs_in(
     return any(hasattr(learn, marks[c]) for c in calls)
 
 # %% ../nbs/00_core.ipynb #1da6c3f0
+_moving = ('flip','fliplr','flipud','rot90','roll','permute','transpose','movedim','moveaxis','swapaxes','swapdims')
+
+def _affine_of_part(t, index):
+    "The affine of `t[index]`: of a box cut out of the volume that of the box; None where the voxels lie otherwise"
+    index = list(index) if isinstance(index, tuple) else [index]
+    if not any(o is Ellipsis for o in index): index.append(Ellipsis)
+    at = next(i for i,o in enumerate(index) if o is Ellipsis)
+    n = t.ndim-sum(o is not None and o is not Ellipsis for o in index)
+    index[at:at+1] = [slice(None)]*n                        # one for each axis, and None for new ones
+    axes = [o for o in index if o is not None]
+    if len(axes)!=t.ndim or t.ndim<3 or any(o is None for o in index[-3:]): return None
+    if not all(isinstance(o, slice) for o in axes[-3:]): return None
+    start,step = np.array([o.indices(k)[::2] for o,k in zip(axes[-3:], t.shape[-3:], strict=True)]).T
+    move = np.diag([*step, 1.])
+    move[:3,3] = start
+    return t.affine@move
+
 class TensorMed(TensorImageBase):
     "A tensor that knows where its voxels lie: the base of volumes, slices and their masks"
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if all(issubclass(t, Tensor) for t in types): types = (cls,)
-        return super().__torch_function__(func, types, args, kwargs)
+        res = super().__torch_function__(func, types, args, kwargs)
+        given = args[0] if args and isinstance(args[0], (list,tuple)) else args[:1]
+        volume = next((o for o in given if isinstance(o, (TensorVolume,TensorVolumeMask))), None)
+        if volume is not None and isinstance(res, TensorMed) and res.affine is not None:
+            cut = func==Tensor.__getitem__ and res.ndim>=3
+            if cut: res.affine = _affine_of_part(volume, args[1])
+            elif func.__name__ in _moving or res.shape[-3:]!=volume.shape[-3:]: res.affine = None
+        return res
     def clone(self, *, memory_format=torch.preserve_format):
         return retain_meta(self, self.as_subclass(Tensor).clone(memory_format=memory_format).as_subclass(type(self)))
     def set_meta(self, x, as_copy=True):

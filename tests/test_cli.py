@@ -53,7 +53,7 @@ def model(learner, tmp_path): return save_model(learner(3), tmp_path/'m.safetens
         ('train D --minutes 10 --epochs 1', 'not allowed with argument'), ('train D --minutes 0', 'minutes'),
         ('train D --minutes nan', 'minutes'), ('train D --spacing 1 2', 'spacing'), ('train D --spacing 0', 'spacing'),
     ('train D --spacing 1 1 1 1', 'spacing'), ('train D --codes bg,,x', 'codes'), ('train D --codes bg,x,x', 'codes'),
-        ('train D --codes lesion=1,background=0', 'names alone'), ('train D --workers -1', 'workers'),
+        ('train D --codes lesion=1,background=0', 'names only'), ('train D --workers -1', 'workers'),
         ('train D --valid-pct 1', 'valid-pct'), ('train D --seed -1', 'seed'),
     ('predict M D O --overlap 1', 'overlap'), ('predict M D O --overlap -.1', 'overlap'),
         ('evaluate M D --tolerance -1', 'tolerance'), ('evaluate M D --tolerance inf', 'tolerance'),

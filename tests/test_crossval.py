@@ -269,13 +269,13 @@ def one_number(own, rng):
     return dict(target=y, pred=y+rng.normal(size=len(y)))
 
 @pytest.mark.parametrize('task,vocab,columns,score,found', [
-    ('category', [0,1,2], three_classes, 'roc_auc', (.924479166667,.887126037047,.967044821980)),
-    ('category', [0,1,2], three_classes, 'average_precision', (.878590969216,.837274689907,.950573593074)),
-    ('category', [0,1,2], three_classes, 'accuracy', (.75,.645833333333,.854166666667)),
-    ('regression', ['v'], one_number, 'mae', (.705318860201,.557060519486,.868227691257)),
-    ('regression', ['v'], one_number, 'r2', (.984328624934,.958213654763,.991622966436))])
+    ('category', [0,1,2], three_classes, 'roc_auc', (.924479166667,.844791027906,.971544773094)),
+    ('category', [0,1,2], three_classes, 'average_precision', (.878590969216,.788444033395,.959039408514)),
+    ('category', [0,1,2], three_classes, 'accuracy', (.75,.550440802299,.878991471716)),
+    ('regression', ['v'], one_number, 'mae', (.705318860201,.463719208610,.946918511791)),
+    ('regression', ['v'], one_number, 'r2', (.984328624934,.941988665684,.994313899623))])
 def test_numbers_of_labels_stay(tmp_path, task, vocab, columns, score, found):
-    "Mean and interval to the digit, as version 0.1.0 gave them; and each table is read once"
+    "The mean to the digit, as version 0.1.0 gave it, within an interval of few subjects; and each table is read once"
     df = pd.DataFrame(dict(case=[f'c{i}' for i in range(24)], subject=[f's{i//2}' for i in range(24)]))
     cv = CrossValidation(df, 3, 2, fit=train, path=tmp_path)
     for r,k in [(r, k) for r in range(2) for k in range(3)]:

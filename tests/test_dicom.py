@@ -692,3 +692,21 @@ def test_two_kernels_at_the_same_places_are_two_parts(tmp_path):
     with pytest.raises(ValueError, match='split.*ConvolutionKernel B30f'): load_volume(s)
     parts = {o.part:float(load_volume(o).max()) for o in s.split()}
     assert parts=={'ConvolutionKernel B30f':10., 'ConvolutionKernel B70f':20.}
+
+@pytest.mark.parametrize('high,signed', [(15,False),(13,False),(15,True)])
+def test_values_that_stand_in_the_upper_bits(high, signed, tmp_path):
+    "Old scanners leave the lowest bits free and say so by HighBit; both libraries pass over it, the volume was garbage"
+    vol = np.random.default_rng(0).integers(-2048*signed, 2048, (14,11,3))
+    def each(ds, k):
+        ds.HighBit,a = high,vol[:,:,k].T.astype(np.int16).view(np.uint16)
+        ds.PixelData = np.ascontiguousarray((a&0xfff)<<(high-11)|0xc000*(high<15)).astype(np.uint16).tobytes()
+    want,_ = write(tmp_path/'s', vol, bits=dict(stored=12, signed=signed), each=each)
+    assert np.array_equal(load_volume(tmp_path/'s')[0].numpy(), want)
+    from fastmed.io.radiographs import load_radiograph
+    f = next((tmp_path/'s').iterdir())
+    k = int(pydicom.dcmread(f).InstanceNumber)-1
+    assert np.array_equal(load_radiograph(f)[0].numpy(), want[:,:,k].T)
+    ds = pydicom.dcmread(f)
+    ds.HighBit = 7
+    ds.save_as(tmp_path/'wrong.dcm')
+    with pytest.raises(FastmedError, match='HighBit'): load_volume(tmp_path/'wrong.dcm')

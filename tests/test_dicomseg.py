@@ -199,3 +199,12 @@ def test_prediction_takes_regrid(tmp_path, loaders, weights):
     m = learn.predict_volume(tmp_path/'s', regrid=True)
     t = load_volume(tmp_path/'s', regrid=True)
     assert m.shape==t.shape[1:] and np.array_equal(m.affine, t.affine)
+
+def test_a_segmentation_of_somebody_else_is_refused(tmp_path):
+    "Slices of two patients often lie at the same numbers: the mask of one was read onto the other"
+    write(tmp_path/'a')
+    write(tmp_path/'b')
+    m = mask_on(load_volume(tmp_path/'a'))
+    fn = save_dicom_seg(m, tmp_path/'a', tmp_path/'seg.dcm')
+    assert np.array_equal(load_dicom_seg(fn, tmp_path/'a').numpy(), m.numpy())
+    with pytest.raises(InputError, match='frame of reference'): load_dicom_seg(fn, tmp_path/'b')

@@ -380,7 +380,7 @@ def test_an_odd_line_of_an_encoder(tmp_path, line):
     (tmp_path/'e.safetensors').write_bytes(save({'a':torch.zeros(1)}, {'fastmed_encoder':line}))
     (tmp_path/'none.pth').write_bytes(b'')
     net = UNet(1, 2, nf=4, depth=2)
-    with pytest.raises(FileError, match='e.safetensors: its line'): load_encoder(net, tmp_path/'e.safetensors')
+    with pytest.raises(FileError, match='e.safetensors: its description'): load_encoder(net, tmp_path/'e.safetensors')
     with pytest.raises(FileError, match='none.pth: no weights'): load_weights(net, tmp_path/'none.pth')
 
 def test_files_that_are_refused(tmp_path):

@@ -11,8 +11,8 @@ from phantoms import affine_of, write_case
 from PIL import Image
 
 from fastmed.all import *
-from fastmed.core import MissingFileError
-from fastmed.data.labels import TensorRegression, label_splitter
+from fastmed.core import FastmedError, MissingFileError
+from fastmed.data.labels import TensorRegression, label_block, label_splitter
 from fastmed.data.radiographs import RadiographPrep, ShiftTfm
 
 for k in [o for o in globals() if o.startswith('test')]: del globals()[k]    # fastcore's own
@@ -326,3 +326,55 @@ def test_workers_change_nothing(chests, tmp_path):
         set_seed(2)
         return [(x.numpy().tobytes(),y.tolist()) for x,y in d.train]
     assert batches(0)==batches(2)
+
+def tiff(fn, a, meaning=1, turned=1):
+    "A bare TIFF of 8 bits that says what its values mean and how it lies"
+    import struct
+    h,w = a.shape
+    tags = [(256,w),(257,h),(258,8),(259,1),(262,meaning),(273,8),(274,turned),(277,1),(278,h),(279,a.size)]
+    lines = b''.join(struct.pack('<HHII', t, 4, 1, v) for t,v in tags)
+    fn.write_bytes(b'II*\0'+struct.pack('<I', 8+a.size)+a.tobytes()+struct.pack('<H', len(tags))+lines+b'\0'*4)
+    return fn
+
+def test_negatives_and_mirror_images_are_refused_or_turned(tmp_path):
+    "A TIFF where white is zero and a JPEG of printing inks came out as negatives, one that lies on its side mirrored"
+    from fastmed.io.volumes import load_volume
+    a = (np.add.outer(np.arange(20)*5, np.arange(30)*2)).astype(np.uint8)
+    assert np.array_equal(load_radiograph(tiff(tmp_path/'plain.tif', a))[0].numpy(), a)
+    assert np.array_equal(load_radiograph(tiff(tmp_path/'half.tif', a, turned=3))[0].numpy(), a[::-1,::-1])
+    for kw in (dict(meaning=0), dict(turned=6), dict(turned=5)):
+        fn = tiff(tmp_path/'odd.tif', a, **kw)
+        for load in (load_radiograph, load_volume):
+            with pytest.raises(FastmedError, match='white is zero|on its side'): load(fn)
+    Image.fromarray(np.stack([a,a,a,a*0], -1), 'CMYK').save(tmp_path/'inks.jpg')
+    with pytest.raises(FastmedError, match='inks'): load_radiograph(tmp_path/'inks.jpg')
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.fromarray(a).save(tmp_path/'turned.png', exif=exif)
+    assert np.array_equal(load_radiograph(tmp_path/'turned.png')[0].numpy(), np.rot90(a, -1))
+
+@pytest.mark.parametrize('values', [[0,1,'0','1'], ['yes','no','yes ','no'], [True,'True',False,'False'],
+                                    ['\u00e9','x','e\u0301','x']])
+def test_two_spellings_of_a_class_are_refused(values):
+    "They were trained as classes of their own"
+    df = pd.DataFrame(dict(case=range(16), y=pd.Series(values*4, dtype=object)))
+    with pytest.raises(InputError, match='two classes'): label_block(df, 'y')
+
+def test_a_person_on_both_sides_is_told(tmp_path):
+    "The column was called patient_id, not subject, and the split parted its patients without a word"
+    rows = pd.DataFrame([write_case(tmp_path, f'c{i}', seed=i) for i in range(6)]).assign(patient_id=[1,1,1,2,2,2])
+    def made(**kw): return VolumeDataLoaders.from_df(rows, tmp_path, cache=tmp_path/'store', spacing=None, **kw)
+    with pytest.warns(UserWarning, match="'patient_id'.*both sides"): made()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        made(group_col='patient_id')
+
+@pytest.mark.parametrize('tag', ['PixelSpacing','ImagerPixelSpacing','PixelAspectRatio'])
+def test_pixels_that_are_not_square(tag, tmp_path):
+    "Of a DX picture GDCM takes the detector's distances alone, and the picture was squashed"
+    pydicom = pytest.importorskip('pydicom')
+    fn = dicom(tmp_path/'x.dcm', RAMP, 'MONOCHROME2')
+    ds = pydicom.dcmread(fn)
+    setattr(ds, tag, [2,1])
+    ds.save_as(fn)
+    assert load_radiograph(fn).aspect==2

@@ -28,7 +28,7 @@ def run_copy(
     "Run a notebook as nbdev-test does, beside this tree's fastmed"
     shutil.copy(root/'pyproject.toml', tmp)
     path = os.pathsep.join(filter(None, [str(root), os.environ.get('PYTHONPATH')]))
-    env = {**os.environ, 'PYTHONPATH':path, 'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg', 'FASTMED_MINUTES':'.2'}
+    env = {**os.environ, 'PYTHONPATH':path, 'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg', 'FASTMED_MINUTES':'.05'}
     if os.environ.get('PYTEST_XDIST_WORKER'): env['OMP_NUM_THREADS'] = '1'
     (tmp/'run.py').write_text(run, encoding='utf-8')
     return forked.run([tmp/'run.py', copy], tmp, env, timeout=3600)

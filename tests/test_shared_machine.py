@@ -471,7 +471,7 @@ class TestOverflow:
         try:
             pre.normalize = 'none'
             with torch.no_grad(): next(learn.model.parameters()).mul_(1e30)
-            with pytest.raises(InputError, match='a.nii: .*values, pre-processed, reach 1e.37'): learn.predict_volume(t)
+            with pytest.raises(InputError, match='a.nii: .*preprocessed values reach 1e.37'): learn.predict_volume(t)
         finally: pre.normalize = was
         with torch.no_grad(): next(learn.model.parameters()).fill_(float('nan'))
         with pytest.raises(InputError, match='training diverged'): learn.predict_volume(study_like(tmp_path))

@@ -297,7 +297,7 @@ def test_a_network_of_ones_own(loaders, scan, tmp_path, ndim, fast):
     torch.manual_seed(0)
     learn = (unet3d_learner if ndim==3 else unet2d_learner)(loaders[ndim], arch=OwnNet, nf=5, fast=fast, path=tmp_path)
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
-    with pytest.warns(UserWarning, match=r'OwnNet is no network that is known by name.*load_model\(fn, arch=make\)'):
+    with pytest.warns(UserWarning, match=r'OwnNet is not a network with a known name.*load_model\(fn, arch=make\)'):
         save_model(learn, fn, post='keep_largest')
     with pytest.raises(ValueError,
                        match=r'm.safetensors: its network, test_ship.OwnNet, has no known name.*Use load_model\(fn, '

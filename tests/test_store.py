@@ -202,3 +202,17 @@ def test_writing_into_a_read_scan_reaches_no_later_read(mode, store, tmp_path):
         assert middle(s, fn)==5. and x[0,24,24,24]==6.
         z = s.image(fn)
         assert s.image(fn).data_ptr()==z.data_ptr(), 'still mapped once'
+
+def test_the_order_of_codes_numbers_the_classes(tmp_path):
+    "Two orders of one dict shared an entry of the store: id 1, named after one structure, held the voxels of another"
+    rows = pd.DataFrame([write_case(tmp_path, f'c{i}', seed=i) for i in range(4)])
+    sizes = {}
+    for seed,codes in ((1, dict(background=0, large=1, small=2)), (2, dict(background=0, small=2, large=1))):
+        dls = VolumeDataLoaders.from_df(rows, tmp_path, codes=codes, seed=seed, spacing=None, cache=tmp_path/'store')
+        assert dls.codes==list(codes)
+        mask = dls.train_ds.tls[1].tfms.fs[-1].encodes(str(tmp_path/rows['mask'][0]))
+        sizes[seed] = {name:int((mask==k).sum()) for k,name in enumerate(mask.codes)}
+    assert sizes[1]==sizes[2] and sizes[1]['large']!=sizes[1]['small']
+    again = [VolumeDataLoaders.from_df(rows, tmp_path, codes=codes, seed=1, spacing=None, cache=tmp_path/'store').codes
+             for codes in (dict(background=0, large=1, small=2), dict(background=0, small=2, large=1))]
+    assert again==[['background','large','small'], ['background','small','large']]

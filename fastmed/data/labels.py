@@ -8,6 +8,7 @@ __all__ = ['label_kind', 'TensorRegression', 'LabelOf', 'TargetNumbers', 'label_
 
 # %% ../../nbs/data/10_labels.ipynb #bea795a6
 import math
+import unicodedata
 
 import numpy as np
 import pandas as pd
@@ -155,7 +156,13 @@ def _column_block(df, cols):
 
 # %% ../../nbs/data/10_labels.ipynb #abd7b93d
 def _check_vocab(label_col, kind, vocab, n):
-    "Raise `InputError` on too few or too many classes"
+    "Raise `InputError` on names that are no classes, and on two spellings of one"
+    seen = {}
+    for v in vocab:
+        first_spelt = seen.setdefault(unicodedata.normalize('NFC', str(v)).strip(), v)
+        if first_spelt is not v:
+            raise InputError(f"label_col {label_col!r}: {first_spelt!r} and {v!r} would be two classes; expected one "
+                             f"spelling of each. Make them alike: df[{label_col!r}].astype(str).str.strip()")
     if len(vocab)<(2 if kind=='category' else 1):
         wanted = 'two classes or more' if kind=='category' else 'at least one finding'
         raise InputError(f"label_col {label_col!r}: expected {wanted}; found {vocab} in {n} cases")

@@ -363,7 +363,7 @@ def _nearest_pairs(by, likes, free, ahead):
             and best[i]>4]
 
 # %% ../../nbs/data/16_leaks.ipynb #c45fe4ab
-_turned = 'the same voxels, mirrored or turned'
+_mirrored = 'the same voxels, mirrored or turned'
 
 def _is_proof(why): return any(o=='identical voxels' or 'shared pieces' in o for o in why)
 
@@ -373,7 +373,7 @@ def _without_shuffled(proof, vox):
     res = {}
     for (i,j),why in proof.items():
         shuffled = not _is_proof(why) and telling(i) and telling(j)
-        kept = [o for o in why if o!=_turned] if shuffled else why
+        kept = [o for o in why if o!=_mirrored] if shuffled else why
         if kept: res[i,j] = kept
     return res
 
@@ -383,7 +383,7 @@ def _pairs(vox, likely=True, **kwargs):
     there = [(i,c) for i,v in enumerate(vox) for c in v['channels'] if c and not c['constant']]
     for t in repeated_hashes((c['bag'], i, c['hash']) for i,c in there):
         for (i,a),(j,b) in itertools.combinations(t, 2):
-            how = 'identical voxels' if a==b else _turned
+            how = 'identical voxels' if a==b else _mirrored
             if i!=j: proof.setdefault((i,j), []).append(how)
     most = max((len(v['prints']) for v in vox), default=0)
     for c in range(most):

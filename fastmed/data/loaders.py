@@ -20,7 +20,7 @@ from fastmed.core import (
 from .augment import volume_tfms
 from fastmed.data.blocks import (
     CaseFiles, codes_of_values, get_store, PartialPatchDL, SliceBlock, SliceMaskBlock, VolumeBlock, VolumeMaskBlock,
-    warn_twins, WeightedPatchDL
+    warn_parted_people, warn_twins, WeightedPatchDL
 )
 from .cases import all_files, case_at, check_columns, scan_decathlon, scan_folder
 from fastmed.data.labels import (
@@ -162,7 +162,7 @@ def _planned(ndim, cases, plan, labels, size, asked):
     return whole_plan(rows, ndim, cases.image_col, cases.path, size, heads=heads, **asked)
 
 # %% ../../nbs/data/11_loaders.ipynb #ea3c57c1
-def _case_block(ndim, cases, pre, cut, label, item_tfms, batch_tfms):
+def _case_block(ndim, cases, pre, cut, label, item_tfms, batch_tfms, group):
     "The `DataBlock` of these cases; `label`: (block, getter, kind), or None"
     of_image,of_mask = (VolumeBlock,VolumeMaskBlock) if ndim==3 else (SliceBlock,SliceMaskBlock)
     blocks,get_y = [of_image(pre, cases.cache)],[]
@@ -172,8 +172,8 @@ def _case_block(ndim, cases, pre, cut, label, item_tfms, batch_tfms):
     if label is not None:
         blocks.append(label[0])
         get_y.append(label[1])
-    block = DataBlock(blocks=tuple(blocks), n_inp=1, get_x=CaseFiles(cases.image_col, cases.path), get_y=get_y,
-                      splitter=cases.splitter, item_tfms=[cut, *L(item_tfms)], batch_tfms=batch_tfms)
+    block = DataBlock(blocks=tuple(blocks), n_inp=1, get_x=CaseFiles(cases.image_col, cases.path, group),
+                      get_y=get_y, splitter=cases.splitter, item_tfms=[cut, *L(item_tfms)], batch_tfms=batch_tfms)
     # everything here is a tensor already
     block.item_tfms = L(f for f in block.item_tfms if not isinstance(f, ToTensor))
     return block
@@ -254,6 +254,7 @@ def from_df(cls:VolumeDataLoaders,
     labels = None if label_col is None else dict(label_col=label_col, y_block=y_block, label_delim=label_delim)
     split = dict(group_col=group_col, valid_col=valid_col, valid_pct=valid_pct, seed=seed)
     cases.split(_splitter(df, labels, split, stratify))
+    warn_parted_people(df, cases.train, group_col)
     label = None if labels is None else label_block(df, train=cases.train, group_col=group_col, **labels)
     cases.read_headers()
     device = torch.device(ifnone(device, default_device()))
@@ -267,7 +268,8 @@ def from_df(cls:VolumeDataLoaders,
         batch_tfms = volume_tfms(spacing=tuple((plan.spacing or (1,1,1))[a] for a in axes))
     share = 1/3 if foreground=='auto' else foreground
     cut = PatchTransform(plan, share) if label is None else WholeTransform(plan)
-    block = _case_block(cls._ndim, cases, pre, cut, label, item_tfms, batch_tfms)
+    group = None if group_col=='subject' else group_col
+    block = _case_block(cls._ndim, cases, pre, cut, label, item_tfms, batch_tfms, group)
     if num_workers is None: num_workers = 0 if device.type=='cpu' else min(8, defaults.cpus)
     return cls.from_dblock(block, df, path=path, bs=min(plan.bs, len(cases.train)*plan.samples_per_case),
                            samples=plan.samples_per_case, val_samples=-(-plan.samples_per_case//4), seed=seed,

@@ -13,8 +13,7 @@ import numpy as np
 import pandas as pd
 from ..core import InputError
 from .survey import problem_row, some_of, survey_cases
-from ..metrics.scores import auc_stat
-from ..metrics.stats import bootstrap_counts, percentile_interval
+from ..metrics.stats import area_interval, placements
 
 # %% ../../nbs/data/14_oddities.ipynb #a9999efe
 class Findings(list):
@@ -344,33 +343,81 @@ def _shift_features(dfs, path, image_col, site_col, memory_gb, workers):
     return X,np.array(ys, dtype=int),pd.factorize(np.array(subs))[0],lost
 
 # %% ../../nbs/data/14_oddities.ipynb #7d7fda8d
-def _grown_scores(x, y, folds, seed):
-    "(n,) probability of the second set, from trees grown on the other folds"
-    from sklearn.ensemble import ExtraTreesClassifier
-    p = np.zeros(len(y))
-    for train,held in folds:
-        trees = ExtraTreesClassifier(300, min_samples_leaf=2, class_weight='balanced', random_state=seed)
-        p[held] = trees.fit(x[train], y[train]).predict_proba(x[held])[:,1]
-    return p.round(6)
+def _alike(x, seed, trees=300):
+    "(n,n) share of random trees in which two rows end in one leaf"
+    from sklearn.ensemble import RandomTreesEmbedding
+    grown = RandomTreesEmbedding(trees, max_depth=None, min_samples_leaf=max(2, len(x)//20), random_state=seed)
+    leaves = grown.fit_transform(x).astype(np.float32)
+    return (leaves@leaves.T).toarray()/trees
 
-def _shift(X, y, g, lost, n_boot, seed):
+def _random_folds(g, rng, times):
+    "(times,n) number of the fold of each case, subjects together, whatever their sets"
+    m = g.max()+1
+    return [(rng.permutation(m)%min(5, m))[g] for _ in range(times)]
+
+def _by_fold(alike, Y, folds):
+    "(number of the fold, its cases, scores (cases,k)) by the sets `Y` (n,k) of the cases of the other folds"
+    for fold in folds:
+        for f in range(fold.max()+1):
+            inside = fold==f
+            own = alike[inside][:,~inside]
+            yield inside,np.round(own@Y[~inside]/np.maximum(own.sum(1), 1e-9)[:,None], 6)
+
+def _areas(alike, Y, folds):
+    "(k,) share of the pairs of both sets within a fold that are in order"
+    from scipy.stats import rankdata
+    hit = pairs = 0
+    for inside,score in _by_fold(alike, Y, folds):
+        y = Y[inside]
+        ones = y.sum(0)
+        hit = hit+(rankdata(score, axis=0)*y).sum(0)-ones*(ones+1)/2
+        pairs = pairs+ones*(len(y)-ones)
+    return hit/pairs
+
+def _drawn_sets(y, g, times, rng):
+    "(n,times) the sets, exchanged between subjects; one with scans in both keeps its own"
+    m = g.max()+1
+    first = np.array([y[g==k][0] for k in range(m)])
+    mixed = np.array([len(set(y[g==k]))>1 for k in range(m)])
+    res = np.repeat(y[:,None], times, 1)
+    for t in range(times):
+        drawn = first.copy()
+        drawn[~mixed] = rng.permutation(first[~mixed])
+        res[:,t] = np.where(mixed[g], y, drawn[g])
+    return res.astype(np.float32)
+
+# %% ../../nbs/data/14_oddities.ipynb #86d96aa4
+def _placed(alike, y, folds):
+    "(n,) with which share of the other set in its fold each case is in order, mean over the folds that say so"
+    total,seen = np.zeros(len(y)),np.zeros(len(y))
+    for inside,score in _by_fold(alike, y[:,None].astype(np.float32), folds):
+        own = y[inside]==1
+        if own.all() or not own.any(): continue
+        total[inside] += placements(own, score[:,0])
+        seen[inside] += 1
+    return np.where(seen>0, total/np.maximum(seen, 1), .5)
+
+def _told_apart(x, y, g, n_perm, seed):
+    "auc, low, high and p: can a kernel of random trees tell the sets of `x` apart?"
+    rng,n = np.random.default_rng(seed),len(y)
+    folds = _random_folds(g, rng, int(np.clip(4000//n, 2, 20)))
+    alike = _alike(x, seed)
+    areas = _areas(alike, np.c_[y.astype(np.float32), _drawn_sets(y, g, n_perm, rng)], folds)
+    low,high = area_interval(y==1, None, g, placed=_placed(alike, y, folds))
+    return dict(auc=float(areas[0]), low=low, high=high, p=(1+(areas[1:]>=areas[0]-1e-9).sum())/(1+n_perm))
+
+def _shift(X, y, g, lost, n_perm, seed):
     "The table of `distribution_shift` from its features"
-    from sklearn.model_selection import StratifiedGroupKFold
     least = min(len(set(g[y==k])) for k in (0,1))
     if least<5:
         raise InputError(f"distribution_shift: expected at least five readable subjects in each set; found "
                          f"{(y==0).sum()} and {(y==1).sum()} cases, {least} subjects in the smaller, {lost} unreadable")
-    draws = bootstrap_counts(len(y), g, n_boot, seed, strata=y).astype(float)
-    folds = list(StratifiedGroupKFold(min(5, least), shuffle=True, random_state=seed).split(X, y, g))
     res = {}
-    def auc(score): return auc_stat(y, score)(np.ones((1,len(y))))[0]
     for family in ('all', *dict.fromkeys(X.columns.get_level_values(0))):
         table = X if family=='all' else X[[family]]
         x = table.values
-        p = _grown_scores(x, y, folds, seed)
-        low,high = percentile_interval(auc_stat(y, p)(draws))
-        k = int(np.argmax([abs(auc(o)-.5) for o in x.T]))
-        res[family] = dict(auc=auc(p), low=low, high=high, telling=' '.join(table.columns[k]),
+        k = int(np.argmax([abs(placements(y==1, o)[y==1].mean()-.5) for o in x.T]))
+        res[family] = dict(_told_apart(x, y, g, n_perm, seed), telling=' '.join(table.columns[k]),
                            a=np.median(x[y==0,k]), b=np.median(x[y==1,k]))
     return pd.DataFrame(res).T.rename_axis('family').infer_objects()
 
@@ -381,12 +428,12 @@ def distribution_shift(
     path='.',             # precedes relative names
     image_col='image',    # column of the images, or several: channels
     site_col:str='site',  # column of the site; used where both tables have it
-    n_boot:int=2000,      # draws of the bootstrap
-    seed:int=0,           # seed of the folds, the trees and the bootstrap
+    n_boot:int=500,       # draws of the sets, for `p`
+    seed:int=0,           # seed of the folds, the trees and the draws
     memory_gb:float=None, # memory for all threads together; default: half of the machine's
     workers:int=None      # threads; default: a thread a core, 8 at most
-)->pd.DataFrame:          # index 'all' and families: auc, low, high (95 %), telling (best feature), a, b (its medians)
-    "Can extremely randomised trees (Geurts 2006) tell two sets apart, and by what? Raises `ValueError` on small sets"
+)->pd.DataFrame:          # index 'all' and families: auc, low, high (95 %), p, telling (a feature), a, b (its medians)
+    "Can random trees (Geurts 2006) tell two sets apart, and by what? AUC 0.5: no. Raises `ValueError` on small sets"
     for n,df in (('df_a',df_a),('df_b',df_b)):
         if not len(df): raise InputError(f"distribution_shift: {n} has no rows")
     return _shift(*_shift_features((df_a, df_b), path, image_col, site_col, memory_gb, workers), n_boot, seed)

@@ -17,9 +17,11 @@ import pandas as pd
 import torch
 from fastcore.all import L, patch, store_attr
 from fastmed.core import (
-    ArgumentError, FastmedError, InputError, orientation_of, spacing_of, TensorVolume, TensorVolumeMask
+    ArgumentError, FastmedError, InputError, spacing_of, TensorVolume, TensorVolumeMask
 )
-from ..io.volumes import load_mask, load_volume, read_header, resample_to, resampled_grid, to_orientation
+from fastmed.io.volumes import (
+    load_mask, load_volume, read_header, resample_to, resampled_grid, to_orientation, turn_to
+)
 from torch import Tensor
 
 # %% ../../nbs/data/03_preprocess.ipynb #bac8ff51
@@ -293,7 +295,7 @@ def inverse(self:Preprocess,
 )->TensorVolumeMask:       # (X,Y,Z) on the scan's own grid
     "Bring a mask of class ids from the pipeline's grid back to the scan's own"
     m = resample_to(mask, *self.oriented(shape, affine), self.mask_order)
-    if self.orientation: m = to_orientation(m, orientation_of(affine))
+    if self.orientation: m = turn_to(m, affine)
     assert tuple(m.shape)==tuple(shape), f"inverse: expected {tuple(shape)}, found {tuple(m.shape)}"
     m.affine = affine
     return m

@@ -22,7 +22,7 @@ from fastcore.all import delegates, first, ifnone, is_listy, L, patch
 from torch import Tensor
 from ..core import ArgumentError, InputError, MissingFileError, TensorSlice, atomic_file
 from .augment import IntensityTfm, SpatialTfm
-from .blocks import CaseFiles, PatchDL, warn_parted_subjects
+from .blocks import CaseFiles, PatchDL, warn_parted_people, warn_parted_subjects
 from .cases import all_files, check_columns
 from .labels import label_block, label_splitter
 from .preprocess import Preparation
@@ -289,6 +289,7 @@ class RadiographDataLoaders(DataLoaders):
         kind = label_block(df, label_col, y_block, label_delim)[2]
         splitter = label_splitter(df, label_col, kind, label_delim, group_col, valid_col, valid_pct, seed, stratify)
         train = list(splitter(range(len(df)))[0])
+        warn_parted_people(df, train, group_col)
         block,get_y,_ = label_block(df, label_col, y_block, label_delim, train, group_col)
         LoadRadiograph(prep, cache).build(files)
         if isinstance(batch_tfms, str):

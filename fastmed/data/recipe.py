@@ -138,7 +138,7 @@ def recipe(self:DataLoaders)->Recipe: # read from the transforms
     plan = _told_by(getattr(self.train, 'after_item', None)).get('plan')
     if not image and plan is None: raise InputError("These DataLoaders hold no VolumeBlock or SliceBlock")
     columns = {'image':image.get('columns'), 'mask':mask.get('columns'), 'label':label.get('label'),
-               'group':label.get('group')}
+               'group':label.get('group') or image.get('group')}
     return Recipe(_case_preprocess(image, mask), plan, labels_of(self),
                   {k:_plain_columns(v) for k,v in columns.items() if v is not None}, label.get('label_delim'))
 

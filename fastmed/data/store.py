@@ -38,8 +38,8 @@ STORE_VERSION = 4   # of the layout on disk and of how files are read; part of e
 def digest_key(
     *parts  # what the key depends on, JSON-able
 ):          # 24 letters
-    "A hash of its parts"
-    return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:24]
+    "A name that follows from its parts; of a dict the order counts too, as the order of `codes` numbers the classes"
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:24]
 
 # %% ../../nbs/data/05_store.ipynb #36376da0
 def _private_folder(path):

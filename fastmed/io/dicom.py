@@ -23,7 +23,7 @@ from fastmed.core import (
     ExtraError, FileError, InputError, MissingFileError, orientation_of, spacing_of, TensorVolumeMask, atomic_file
 )
 from .formats import describe_grid, file_frames
-from .frames import file_pixels
+from .frames import file_pixels, MADE_TAGS
 from .guard import check_not_source, files_below
 from .series import DicomSeries, series_grid, stack_frames
 from fastprogress.fastprogress import progress_bar
@@ -344,6 +344,16 @@ def save_dicom_seg(
         with atomic_file(fn, scan=True) as tmp: seg.save_as(tmp)
     return Path(fn)
 
+# %% ../../nbs/io/06_dicom.ipynb #3ea50507
+def _check_same_frame(s, ds, fn):
+    "Raise `InputError` where a segmentation counts its millimetres from another origin than the series"
+    frames = {dict(zip(MADE_TAGS, o.made, strict=True))['FrameOfReferenceUID'] for o in s.frames}-{''}
+    own = str(ds.get('FrameOfReferenceUID') or '')
+    if frames and own and own not in frames:
+        raise InputError(f"{fn}: was drawn in another frame of reference (0020,0052) than {s.path} ({s}): it belongs "
+                         f"to another study or patient, whose places mean nothing here. Give the series that it was "
+                         f"drawn on")
+
 # %% ../../nbs/io/06_dicom.ipynb #fa0a8ca0
 def _place_in(s, f, fn):
     "Index of the image of the series at the frame `f` of a segmentation. Raises `InputError`"
@@ -387,6 +397,7 @@ def load_dicom_seg(
     ds = pydicom.dcmread(fn)
     if ds.SegmentationType=='FRACTIONAL':
         raise InputError(f"{fn}: a fractional segmentation; expected a binary one or a label map")
+    _check_same_frame(s, ds, fn)
     planes = np.zeros((len(s), *s.frames[0].size), np.int32)
     for f,p,d in zip(head[1], ds.PerFrameFunctionalGroupsSequence, file_pixels(fn)[0], strict=True):
         k = _place_in(s, f, fn)

@@ -20,8 +20,8 @@ from fastmed.core import (
     ArgumentError, FastmedError, FileError, InputError, MissingFileError, orientation_of, spacing_of
 )
 from fastmed.io.frames import (
-    decoded, element_text, frame_of, HEAD_TAGS, Header, IDENTITY_TAGS, may_be_tiled, PARTING_TAGS, read_elements,
-    short_hash, tiling
+    bits_moved, decoded, element_text, frame_of, HEAD_TAGS, Header, IDENTITY_TAGS, may_be_tiled, PARTING_TAGS,
+    read_elements, short_hash, tiling
 )
 from .guard import check_plain, check_size, reading, unpacked_size
 from .headers import check_header
@@ -362,6 +362,11 @@ def file_frames(
                         f"it again") from None
 
 # %% ../../nbs/io/04_formats.ipynb #9702e2ce
+def _physical(ds, frames, done):
+    "The values of the first of `frames`; `done`: they are physical already"
+    if done: return frames[0]
+    return frames[0]*np.float64(ds.get('RescaleSlope') or 1)+np.float64(ds.get('RescaleIntercept') or 0)
+
 def picture_pixels(
     fn # a DICOM file of one image
 ):     # (rows, columns) or (rows, columns, 3) where SimpleITK would give other values; None where it reads it well
@@ -372,10 +377,10 @@ def picture_pixels(
     except Exception: return None                         # no DICOM, or none that this reader opens
     colour = int(ds.get('SamplesPerPixel') or 1)>1 and int(ds.get('BitsAllocated') or 0)>8
     packed = colour and ds.file_meta.get('TransferSyntaxUID')==RLELossless
-    if not packed and not ds.get('ModalityLUTSequence'): return None
+    if not packed and not ds.get('ModalityLUTSequence') and not bits_moved(ds): return None
     if packed and ds.get('PhotometricInterpretation')!='RGB':
         raise FileError(f"{fn}: colour of {ds.BitsAllocated} bits as {ds.get('PhotometricInterpretation')}, packed by "
                         f"run lengths, is not read. Export it unpacked, as RGB")
     ds = pydicom.dcmread(fn)
-    if not packed: return decoded(ds, fn)[0][0]
+    if not packed: return _physical(ds, *decoded(ds, fn))
     with reading(fn): return ds.pixel_array

@@ -185,6 +185,23 @@ def _undecoded(ds, fn):
                     f"truncated or damaged{advice}") from None
 
 # %% ../../nbs/io/03_frames.ipynb #3c089810
+def bits_moved(
+    ds # the header
+)->int: # 0 where the value stands in the lowest bits
+    "How many bits lie below those that are stored, as old scanners wrote them; SimpleITK and pydicom pass over it"
+    stored = int(ds.get('BitsStored') or 0)
+    return int(ds.get('HighBit') or stored-1)+1-stored if stored else 0
+
+def _high_bit(ds, bits, fn):
+    "The highest bit of a stored value. Raises `FileError` where it lies outside, and where packing hides its place"
+    moved,syntax = bits_moved(ds),ds.file_meta.TransferSyntaxUID
+    high = int(ds.get('BitsStored') or bits or 1)-1+moved
+    if moved and (moved<0 or high>=bits or syntax.is_compressed and 'RLE' not in syntax.name):
+        raise FileError(f"{fn}: its values stand in the bits up to {high} (HighBit) of {bits}, "
+                        f"{ds.BitsStored} stored, which is not read{' packed' if syntax.is_compressed else ''}. "
+                        f"Export it as Explicit VR Little Endian")
+    return high
+
 def decoded(
     ds, # the elements of the pixels, and the pixels
     fn  # the file, for messages
@@ -193,24 +210,20 @@ def decoded(
     _set_syntax(ds)
     syntax = ds.file_meta.TransferSyntaxUID
     sizes,bits = _check_pixel_elements(ds, fn)
-    stored = int(ds.get('BitsStored', 1))
-    odd = int(ds.get('HighBit', 0) or stored-1)!=stored-1
-    # the other reader would fill up with whatever is in memory
-    if odd and not syntax.is_compressed and 8*len(ds.get('PixelData') or b'')<math.prod(sizes)*bits: _cut(ds, fn)
+    stored,high = int(ds.get('BitsStored', 1)),_high_bit(ds, bits, fn)
+    if bits_moved(ds): ds.BitsStored,ds.HighBit = bits,bits-1          # pydicom would wipe out the upper ones
     try:
-        if odd: raise InputError('HighBit')
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             a = ds.pixel_array
     except MemoryError:
         raise ResourceError(f"{fn}: its {sizes[0]} frames of {ds.Columns}×{ds.Rows} do not fit into memory") from None
     except Exception as e:
-        if not syntax.is_compressed and not odd or syntax.is_deflated: _cut(ds, fn, f' ({type(e).__name__})')
+        if not syntax.is_compressed or syntax.is_deflated: _cut(ds, fn, f' ({type(e).__name__})')
         a = _by_gdcm(ds, fn)
         if a is None: _undecoded(ds, fn)
         return a,True
-    unused = bits-stored if a.dtype.kind in 'iu' and bits==8*a.itemsize else 0
-    if unused>0: a = (a<<unused)>>unused
+    if a.dtype.kind in 'iu' and bits==8*a.itemsize: a = (a<<(bits-1-high))>>(bits-stored)    # the sign comes along
     a = a.reshape(-1, *a.shape[-2:])
     return (modality_lut(a, ds, fn),True) if ds.get('ModalityLUTSequence') else (a,False)
 

@@ -261,6 +261,7 @@ class _Tiff:
 class _Tag:
     "Tags of a TIFF by name"
     KIND,WIDTH,HEIGHT,BITS,PACKING,STRIPS,SAMPLES,ROWS,STRIP_BYTES = 254,256,257,258,259,273,277,278,279
+    MEANING,TURNED = 262,274
     PLANAR,TILE_WIDTH,TILE_HEIGHT,TILES,TILE_BYTES,FORMAT = 284,322,323,324,325,339
 
 _tiff_deflate = (8,32946)
@@ -276,6 +277,11 @@ def _tiff_number(fn, tags, tag, default, lo, hi, several=False):
                  f'{str(v)[:60]}')
     return v[0]
 
+def _check_tiff_look(fn, tags, bits):
+    "Raise `FileError` on what ITK passes over: the picture would be a negative, or a mirror image"
+    if tags.get(_Tag.MEANING)==(0,) and bits>1: _bad(fn, 'in it white is zero (tag 262); expected black to be zero')
+    if tags.get(_Tag.TURNED) in ((5,),(6,),(7,),(8,)): _bad(fn, 'it lies on its side (tag 274); turn it upright')
+
 def _tiff_page(fn, tags, size):
     "The page of a directory, in a file of `size` bytes. Raises `FileError` where its tags are inconsistent"
     def one(*a, **kw): return _tiff_number(fn, tags, *a, **kw)
@@ -283,6 +289,7 @@ def _tiff_page(fn, tags, size):
     bits,samples = one(_Tag.BITS, 1, 1, 64, several=True),one(_Tag.SAMPLES, 1, 1, 1024)
     packing,kind = one(_Tag.PACKING, 1, 1, 65535),one(_Tag.KIND, 0, 0, 2)
     if one(_Tag.FORMAT, 1, 1, 6, several=True)>3: _bad(fn, 'complex or undefined voxels are not read')
+    _check_tiff_look(fn, tags, bits)
     if len(tags.get(_Tag.BITS, ()))>1 and len(tags[_Tag.BITS])!=samples:
         _bad(fn, f'its tag {_Tag.BITS}: expected {samples} numbers; found {len(tags[_Tag.BITS])}')
     for at,n in ((_Tag.STRIPS,_Tag.STRIP_BYTES), (_Tag.TILES,_Tag.TILE_BYTES)):

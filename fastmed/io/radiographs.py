@@ -6,6 +6,7 @@
 __all__ = ['PICTURE_KINDS', 'TensorRadiograph', 'check_window', 'load_radiograph']
 
 # %% ../../nbs/io/08_radiographs.ipynb #7e336f52
+import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -17,6 +18,7 @@ from fastcore.all import is_listy
 from torch import Tensor
 from ..core import ArgumentError, FileError, InputError, MissingFileError, TensorSlice
 from .formats import picture_pixels
+from .headers import check_header
 
 # %% ../../nbs/io/08_radiographs.ipynb #2b3fcee5
 class TensorRadiograph(TensorSlice):
@@ -32,16 +34,29 @@ class TensorRadiograph(TensorSlice):
         return ctx
 
 PICTURE_KINDS = ('.png','.tif','.tiff','.jpg','.jpeg','.dcm','.dicom','.ima','')
+# distances of rows and of columns, of the patient, at the detector, or as a ratio
+_ratio_tags = ('0028|0030','0018|1164','0028|0034')
 # photometric interpretation; centre, width and function of the window
-_tags = ('0028|0004','0028|1050','0028|1051','0028|1056')
+_tags = ('0028|0004','0028|1050','0028|1051','0028|1056',*_ratio_tags)
 
 def _read_photograph(fn):
     "The values of a JPEG, or of a PNG with opacity, rotated by its EXIF tag"
     from PIL import Image, ImageOps
     try:
-        with Image.open(fn) as im: return np.asarray(ImageOps.exif_transpose(im)),{},(1.,1.)
+        with Image.open(fn) as im: mode,a = im.mode,np.asarray(ImageOps.exif_transpose(im))
     except (OSError, ValueError, SyntaxError) as e:
         raise FileError(f"{fn}: not a readable picture ({e}). It may be cut off: copy it again") from e
+    if mode=='CMYK':
+        raise InputError(f"{fn}: expected a grey picture; found four printing inks (CMYK), where more is darker. Save "
+                         f"it as grey")
+    return a,{},(1.,1.)
+
+def _is_turned(fn):
+    "Whether a PNG says by EXIF that it is to be turned"
+    from PIL import Image
+    with contextlib.suppress(OSError, ValueError, SyntaxError), Image.open(fn) as im:
+        return im.format=='PNG' and im.getexif().get(0x112, 1)!=1
+    return False
 
 def _read_negative(r, fn):
     "The positive of a DICOM negative: GDCM would invert it before the window, around the middle of its bits"
@@ -56,6 +71,14 @@ def _read_negative(r, fn):
         return r.Execute()
 
 # %% ../../nbs/io/08_radiographs.ipynb #a5eaaa5c
+def _row_and_column(tags):
+    "Distances of rows and of columns, or their ratio; equal where a header lacks them. GDCM takes the detector's alone"
+    for k in _ratio_tags:
+        with contextlib.suppress(ValueError):
+            row,column = (float(o) for o in tags.get(k, '').split('\\'))
+            if 0<row<np.inf and 0<column<np.inf: return row,column
+    return 1.,1.
+
 def _read_by_itk(fn):
     "(values, tags, (row, column) spacing) of a PNG, TIFF or DICOM file"
     import SimpleITK as sitk
@@ -71,14 +94,14 @@ def _read_by_itk(fn):
             raise InputError(f"{fn}: expected one picture; found {pages[0]} frames or pages. Save the one that you "
                              f"need, or read it with load_volume")
         exact = picture_pixels(fn) if '0028|0004' in tags else None
-        if exact is not None: return exact,tags,(float(r.GetSpacing()[1]),float(r.GetSpacing()[0]))
+        if exact is not None: return exact,tags,_row_and_column(tags)
         im = _read_negative(r, fn) if tags.get('0028|0004')=='MONOCHROME1' else r.Execute()
     except RuntimeError as e:
         raise FileError(f"{fn}: not a readable picture ({str(e).strip().splitlines()[-1]}). It may be cut off, or "
                         f"another kind of file") from e
-    a,sp = sitk.GetArrayFromImage(im),im.GetSpacing()
+    a = sitk.GetArrayFromImage(im)
     while a.ndim>2+(im.GetNumberOfComponentsPerPixel()>1): a = a[0]
-    return a,tags,(float(sp[1]),float(sp[0])) if '0028|0004' in tags else (1.,1.)
+    return a,tags,_row_and_column(tags)
 
 # %% ../../nbs/io/08_radiographs.ipynb #678be01e
 def _read_picture(fn):
@@ -87,7 +110,9 @@ def _read_picture(fn):
     soft = head[:4]==b'\x89PNG' and len(head)==26 and head[25]==4         # grey with opacity, which ITK does not read
     if soft and head[24]==16:
         raise InputError(f"{fn}: 16-bit grey with an alpha channel is not read. Save it without its alpha channel")
-    return _read_photograph(fn) if soft or fn.suffix.lower() in ('.jpg','.jpeg') else _read_by_itk(fn)
+    if soft or fn.suffix.lower() in ('.jpg','.jpeg') or _is_turned(fn): return _read_photograph(fn)
+    if fn.suffix.lower() in ('.tif','.tiff'): check_header(fn)
+    return _read_by_itk(fn)
 
 # %% ../../nbs/io/08_radiographs.ipynb #eb8a47c5
 def _to_grey(a, fn, color):

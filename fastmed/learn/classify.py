@@ -175,11 +175,16 @@ def train_targets(
 def _label_loss(dls, labels, weight, label_smoothing, pos_weight, loss):
     "The default loss of labels. Raises `InputError` on arguments for another kind of label"
     t,(task,vocab) = train_targets(dls),labels
+    if loss is not None and task!='regression':
+        raise InputError(f"loss={loss!r} is of numbers, and these are classes. Leave it out, or give loss_func=")
     if task=='category':
         if pos_weight is not None: raise InputError("pos_weight belongs to several findings; for classes use weight=")
         counts = [int((t==i).sum()) for i in range(len(vocab))]
         return LabelLoss(task, class_weights(weight, vocab, counts), label_smoothing)
-    weights = class_weights(weight, vocab, [1]*len(vocab))
+    if isinstance(weight, str) and weight=='balanced':
+        raise InputError("weight='balanced' is of classes, and would change nothing here. Of findings say "
+                         "pos_weight='balanced'; numbers are divided by their standard deviations anyway")
+    weights = class_weights(weight, vocab, None)
     if task=='multi':
         if isinstance(pos_weight, str) and pos_weight=='balanced': pos_weight = (len(t)-t.sum(0))/t.sum(0).clamp(min=1)
         elif isinstance(pos_weight, (int,float)): pos_weight = [float(pos_weight)]*len(vocab)
@@ -187,7 +192,7 @@ def _label_loss(dls, labels, weight, label_smoothing, pos_weight, loss):
         return LabelLoss(task, weights, label_smoothing, pos_weight)
     if label_smoothing or pos_weight is not None:
         raise InputError("label_smoothing and pos_weight belong to classes; these labels are numbers")
-    return LabelLoss(task, weights, sd=t.std(0).clamp(min=1e-8), loss=loss)
+    return LabelLoss(task, weights, sd=t.std(0).clamp(min=1e-8), loss=ifnone(loss, 'huber'))
 
 def _prepare_case_loss(loss_func, task, masks):
     "Complete a loss for a Learner of labels, or of masks and labels"
@@ -248,7 +253,7 @@ def classifier_learner(
     label_smoothing=0., # share of certainty that is taken from the label
     pos_weight=None,    # several findings: weight of positives; 'balanced', a number, or one each
     point=.5,           # threshold of sensitivity and specificity among the metrics
-    loss='huber',       # numbers: 'huber', 'mse' or 'l1'
+    loss=None,          # numbers: 'huber' (default), 'mse' or 'l1'
     **kwargs            # of the network and of `Learner` (`lr`, `cbs`, `opt_func`, …), by name
 )->CaseLearner:         # ready to train
     "A Learner for labels of cases, with defaults from the labels. Raises `InputError` where `dls` has none"
@@ -268,8 +273,8 @@ def classifier_learner(
     if loss_func is None:
         loss_func = _label_loss(dls, labels, weight, label_smoothing, pos_weight, loss)
         if masks: loss_func = MultiTaskLoss(DiceCELoss(batch=shape.ndim==2), loss_func)
-    elif weight is not None or pos_weight is not None or label_smoothing:
-        raise InputError("weight, label_smoothing and pos_weight belong to the default loss: give them to your "
+    elif weight is not None or pos_weight is not None or label_smoothing or loss is not None:
+        raise InputError("weight, label_smoothing, pos_weight and loss= belong to the default loss: give them to your "
                          "loss_func, or leave it out")
     loss_func = _prepare_case_loss(loss_func, task, masks)
     if metrics is None:
@@ -285,7 +290,7 @@ def classifier_learner(
 def regression_learner(
     dls,             # DataLoaders whose labels are numbers
     arch='resnet18', # as of `classifier_learner`
-    loss='huber',    # 'huber', 'mse' or 'l1'
+    loss=None,       # 'huber' (default), 'mse' or 'l1'
     **kwargs         # of `classifier_learner`
 )->CaseLearner:      # ready to train
     "`classifier_learner` for labels that are numbers. Raises `InputError` where the labels are classes"

@@ -13,12 +13,12 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.basics import warn
-from fastcore.all import L, patch
+from fastcore.all import ifnone, L, patch
 from ..core import InputError, TensorVolume, TensorVolumeMask
 from ..data.blocks import chance_kept
 from ..io.volumes import load_volume, same_grid
 from .scanmodel import case_table, CaseModel, CaseEvaluation, check_known, Evaluation, MaskModel
-from .callbacks import case_columns, case_rows, case_truth
+from .callbacks import case_columns, case_rows, case_truth, group_column
 from .fingerprint import was_seen
 from .members import Members
 from .modelfile import load_members, save_members
@@ -82,7 +82,7 @@ class Ensemble(MaskModel):
         for a in about[1:]:
             if post is None and a.post!=about[0].post:
                 raise InputError(f"Ensemble: {about[0].name} post-processes by {about[0].post}, {a.name} by {a.post}. "
-                                 f"Say post= for all; () for none")
+                                 f"Give post= for all; () for none")
         return tuple(L(about[0].post if post is None else post))
 
     def save_model(self,
@@ -127,12 +127,13 @@ def model(self:Ensemble)->nn.Module: # to count parameters or operations
 # %% ../../nbs/learn/16_ensemble.ipynb #e5000006
 @patch
 def saw(self:Ensemble,
-    df     # cases, one row each, or a list of files
-)->list:   # names of cases
+    df,            # cases, one row each, or a list of files
+    group_col=None # as of `ScanModel.saw`
+)->list:           # names of cases
     "The cases that a member was trained on, by case or by subject, as far as the members know"
     seen = dict(self.members.seen)
     for learn in self.members.loaded: seen.update(getattr(learn, 'seen', {}))      # also of members trained since then
-    return was_seen(seen, df)
+    return was_seen(seen, df, ifnone(group_col, group_column(self.dls)))
 
 @patch
 def cases_to_score(self:Ensemble,
@@ -152,6 +153,11 @@ def cases_to_score(self:Ensemble,
         raise InputError("evaluate: there are no validation cases that no member has seen. Give a DataFrame of such")
     return df
 
+def _both_sides(p, learn):
+    "Probabilities (B,C,*S); a sigmoid of masks has one channel, and its complement becomes the other where it is mixed"
+    if learn.task!='segmentation' or p.shape[1]>1: return p
+    return torch.cat([1-p, p], 1)
+
 @patch
 def get_preds(self:Ensemble,
     ds_idx:int=1, # of the first member's DataLoaders: 1 is validation
@@ -166,6 +172,7 @@ def get_preds(self:Ensemble,
     for i,learn in enumerate(self):
         # all members get the same patches
         with chance_kept(self.members.device, dl): p,t = learn.get_preds(dl=dl)
+        p = _both_sides(p, learn)
         total = p if total is None else total+(p-total)/(i+1)
     return total,t
 

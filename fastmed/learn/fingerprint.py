@@ -28,7 +28,7 @@ from ..data.blocks import LoadMask, LoadVolume
 from ..data.plan import Plan
 from ..data.radiographs import LoadRadiograph
 from ..data.store import cache_dir, kept_digest
-from .callbacks import case_rows, mixing_callbacks
+from .callbacks import case_rows, case_subjects, mixing_callbacks
 from .pace import BudgetCallback
 from torch import nn, Tensor
 
@@ -129,7 +129,7 @@ def _network_words(model):
 def _transform_words(f):
     "A transform by its name and those of its arguments that are numbers or text"
     told = getattr(f, '_args', ()) or inspect.signature(type(f).__init__).parameters
-    own = {k:vars(f)[k] for k in told if isinstance(vars(f).get(k), (bool,int,float,str,tuple))}
+    own = {k:vars(f)[k] for k in told if isinstance(vars(f).get(k), (bool,int,float,str,tuple,list,Tensor,np.ndarray))}
     return f"{getattr(f, 'name', type(f).__qualname__)}({', '.join(f'{k}={_words(v)}' for k,v in own.items())})"
 
 def _transforms(dl):
@@ -137,6 +137,14 @@ def _transforms(dl):
     steps = {'item transforms':'after_item', 'batch transforms':'after_batch'}
     def words(fs): return ', '.join(map(_transform_words, fs)) or 'none'
     return {k:words(getattr(getattr(dl, v, None), 'fs', ())) for k,v in steps.items()}
+
+def _draw_words(dls):
+    "How patches are drawn, where it is not the usual way"
+    weights,number = getattr(dls.train, 'wgts', None),getattr(dls.train, 'partial_n', None)
+    seed = getattr(dls.valid, 'seed', 42)
+    res = {'weights of the cases':weights, 'patches of an epoch':number,
+           'seed of the validation patches':None if seed==42 else seed}
+    return {k:v for k,v in res.items() if v is not None}
 
 def fit_words(
     learn # Learner, in its fit
@@ -149,7 +157,9 @@ def fit_words(
                frozen=getattr(learn.opt, 'frozen_idx', 0), network=_network_words(model),
                metrics=[o.name for o in learn.metrics], **_transforms(learn.dls.train), loss=learn.loss_func,
                optimizer=opt)
+    res.update(_draw_words(learn.dls))
     for c in learn.cbs:
+        if hasattr(c, 'fit_words'): res.update(c.fit_words())
         if isinstance(c, BudgetCallback): res['budget'] = f'{c.amount:g} {c.unit}'
         if isinstance(c, GradientAccumulation): res['gradients of'] = f'{c.n_acc} items'
         if isinstance(c, GradientClip): res['gradients up to'] = c.max_norm
@@ -228,16 +238,16 @@ def fingerprint_names(
 
 def was_seen(
     seen:dict, # case → subject, names or fingerprints
-    df         # cases, one row each, or a list of files
+    df,        # cases, one row each, or a list of files
+    group_col='subject' # column of the subjects
 )->list:       # names of cases seen in training, or whose subject was
     "Which of these cases a model was trained on, as far as `seen` tells"
     cases,subjects = set(seen),set(seen.values())
     salts = _salts(cases|subjects)
     def known(kind, name, among): return name in among or any(_fingerprint(s, kind, name) in among for s in salts)
-    def seen_row(c, r):
-        if known('case', c, cases): return True
-        return isinstance(r, pd.Series) and 'subject' in r and known('subject', str(r.subject), subjects)
-    return [str(c) for c,r in case_rows(df) if seen_row(str(c), r)]
+    has_subjects = isinstance(df, pd.DataFrame) and group_col in df
+    def seen_case(c, s): return known('case', c, cases) or has_subjects and known('subject', s, subjects)
+    return [c for c,s in case_subjects(df, group_col) if seen_case(c, s)]
 
 # %% ../../nbs/learn/05_fingerprint.ipynb #f1a9e002
 def resumed_plan(

@@ -7,9 +7,14 @@ __all__ = ['VolumeLearner', 'plot_top_losses', 'unet3d_learner', 'unet2d_learner
 
 # %% ../../nbs/learn/07_learner.ipynb #6bf7c1da
 import inspect
+from functools import partial
 from pathlib import Path
 
-from fastai.basics import DataLoaders, dispatch, Learner, rank_distrib, save_model
+import torch
+from fastai.basics import (
+    DataLoaders, dispatch, Learner, nested_reorder, num_distrib, rank_distrib, save_model
+)
+from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientClip
 from fastcore.all import delegates, ifnone, join_path_file, L, patch
 from fastmed.core import (
@@ -40,7 +45,12 @@ class ScanLearner(ScanModel, EncoderMixin, Learner):
     def fit(self, *args, **kwargs):
         self.loss_func = self.prepare_loss(self.loss_func)
         self.prepare_mixing(kwargs.get('cbs', args[3] if len(args)>3 else None))
-        with memory_explained(self), self.added_cbs(FiniteCallback()): return super().fit(*args, **kwargs)
+        loss_func = self.loss_func
+        try:
+            with memory_explained(self), self.added_cbs(FiniteCallback()): return super().fit(*args, **kwargs)
+        finally:
+            # one that was interrupted leaves that of fastai's `MixUp`
+            if isinstance(getattr(self.loss_func, '__self__', None), MixHandler): self.loss_func = loss_func
 
     def prepare_loss(self,
         loss_func # `learn.loss_func`
@@ -102,6 +112,44 @@ def export(self:ScanLearner,
         self.opt = ifnone(self.opt, opt)
         if names: self.seen = names
 
+# %% ../../nbs/learn/07_learner.ipynb #0560178e
+def gathered_order(
+    idxs:list, # items, as they are dealt out
+    bs:int,    # items of a batch of one process
+    n:int      # processes
+)->list:       # the items, as they come back
+    "The order in which batches of several processes are gathered, without the items that fill the last part"
+    per = -(-len(idxs)//n)
+    places = [r*per+i for start in range(0, per, bs) for r in range(n) for i in range(start, min(start+bs, per))]
+    return [idxs[p] for p in places if p<len(idxs)]
+
+@patch
+def get_preds(self:ScanLearner,
+    ds_idx=1,           # 0: training set, 1: validation set
+    dl=None,            # DataLoader in place of that set
+    with_input=False,   # the inputs too
+    with_decoded=False, # the decoded predictions too
+    with_loss=False,    # the loss of each item too
+    act=None,           # activation in place of that of the loss function
+    inner=False,        # called inside a fit
+    reorder=True,       # in the order of the items
+    cbs=None,           # callbacks of this call
+    **kwargs            # to fastai's `get_preds`
+):                      # as of fastai's `get_preds`
+    "fastai's; among several processes in the order of the items too"
+    args = dict(with_input=with_input, with_decoded=with_decoded, with_loss=with_loss, act=act, inner=inner, cbs=cbs)
+    if dl is None: dl = self.dls[ds_idx].new(shuffle=False, drop_last=False)
+    alone = num_distrib()<2 or getattr(self, 'distributed_trainer', None) is None
+    if alone or not reorder or not hasattr(dl, 'get_idxs'):
+        return super(ScanLearner, self).get_preds(dl=dl, reorder=reorder, **args, **kwargs)
+    if dl.drop_last: dl = dl.new(shuffle=False, drop_last=False)
+    dealt = [list(dl.get_idxs())]
+    torch.distributed.broadcast_object_list(dealt, 0)                # those of the first process
+    dl = dl.new(get_idxs=partial(list, dealt[0]))
+    res = super(ScanLearner, self).get_preds(dl=dl, reorder=False, **args, **kwargs)
+    order = torch.tensor(gathered_order(dealt[0], dl.bs, num_distrib())).argsort()
+    return tuple(nested_reorder(list(res), order))
+
 # %% ../../nbs/learn/07_learner.ipynb #1ea4000c
 @patch
 def tta(self:ScanLearner,
@@ -140,6 +188,7 @@ def _follow_codes(learn, old, new):
     except InputError: return                                     # not made by fastmed
     labels = [o.labels.vocab if o.labels else [] for o in (old,new)]
     _refuse_reordered(*labels)
+    _refuse_reordered(*[L(o.columns.get('image')) for o in (old,new)])
     _expect_same_number(learn, 'labels', *labels)
     was,now = old.structures,new.structures
     if was and now: _refuse_reordered(was, now)

@@ -314,6 +314,9 @@ def as_loss(
     if task=='mask' and flat and getattr(loss, 'axis', 1)!=1:
         raise InputError(f"loss_func: {name} looks for the classes along axis {loss.axis}; in a mask they are axis 1. "
                          f"Give {name}(axis=1)")
+    if getattr(loss, 'thresh', .5)!=.5:
+        raise InputError(f"loss_func: {name} decides at {loss.thresh}, and what is printed, evaluated and predicted of "
+                         f"whole scans decides at a half. Leave thresh out, and decide by the probabilities")
     foreign = task=='mask' and (hasattr(loss, 'func') or _is_fastais(loss))
     return PlainLoss(loss, task) if foreign or not can_decode(loss) else loss
 

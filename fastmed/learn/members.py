@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from fastai.basics import default_device, load_learner, warn
-from fastcore.all import ifnone, is_listy, patch
+from fastcore.all import ifnone, is_listy, L, patch
 from ..core import InputError, MissingFileError
 from .scanmodel import ScanModel
 from .modelfile import load_members
@@ -31,7 +31,7 @@ def trusted_learner(
         raise UnopenedError(f"{fn}: is not a .safetensors file, and a pickle runs whatever its sender put into it. "
                             f"Only where you trust the sender, give {say}; save_model(load_learner(…), "
                             f"'model.safetensors') makes a file that runs nothing")
-    warn(f"{fn}: is opened as a pickle, and what is in it is run, because you said {say}")
+    warn(f"{fn}: is opened as a pickle, and what is in it is run, because you gave {say}")
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')                              # fastai's warning of pickles
         try: return load_learner(fn)
@@ -61,6 +61,7 @@ class MemberFacts:
     structures:list # names, of masks
     classes:list    # names, of labels
     channels:int    # of a scan
+    columns:list    # of the images
     post:tuple      # post-processing
     bytes:int       # of the weights
 
@@ -79,7 +80,8 @@ def _facts(learn, name):
         kind = f"{'slices' if plan.ndim==2 else 'volumes'}, patch {patch}, spacing {plan.spacing}"
     return MemberFacts(name=name, kind=kind, pre=pre, plan=plan, task=learn.task,
                        structures=pre.vocab if masks else None, classes=None if masks else list(recipe.labels.vocab),
-                       channels=getattr(learn, 'n_in', None), post=tuple(getattr(learn, 'post', None) or ()),
+                       channels=getattr(learn, 'n_in', None), columns=list(L(recipe.columns.get('image'))),
+                       post=tuple(getattr(learn, 'post', None) or ()),
                        bytes=sum(p.numel()*p.element_size() for p in learn.model.state_dict().values()))
 
 # %% ../../nbs/learn/15_members.ipynb #e5000001
@@ -136,6 +138,10 @@ def _expect_alike(self:Members):
             if a!=b:
                 raise InputError(f"Ensemble: {first.name} has the {what} {a}, {other.name} has {b}. All "
                                  f"members must have the same task and structures")
+        a,b = first.columns,other.columns
+        if a!=b and sorted(map(str, a))==sorted(map(str, b)):
+            raise InputError(f"Ensemble: {first.name} has the channels {a}, {other.name} has {b}, which is another "
+                             f"order. Train all members with the same image_col=")
 
 @patch
 def read(self:Members,

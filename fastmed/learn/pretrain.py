@@ -10,7 +10,7 @@ __all__ = ['bend_intensity', 'shuffle_local', 'mask_patches', 'paint_boxes', 'Re
 import math
 
 import torch
-from fastai.basics import Callback, Metric, MSELossFlat, to_cpu
+from fastai.basics import Callback, Metric, MSELossFlat, noop, num_distrib, to_cpu
 from fastai.callback.training import GradientClip
 from fastcore.all import first, ifnone, L, patch
 from ..core import InputError
@@ -139,6 +139,7 @@ class RestorationCallback(Callback):
         for f,h in zip(self.damage, hit, strict=True):
             if h: y = f(y, g)
         self.learn.xb,self.learn.yb = (y,),(x,)
+    def fit_words(self): return {'damage':self.damage, 'share of damage':self.p, 'seed of damage':self.seed}
     def after_pred(self): self.learn.pred = self.xb[0]+self.pred             # the network predicts the correction
 
 class RestoredShare(Metric):
@@ -146,8 +147,12 @@ class RestoredShare(Metric):
     def reset(self): self.err = self.was = 0.
     def accumulate(self, learn):
         y = learn.y
-        self.err += float((learn.pred.detach().float()-y).square().sum())
-        self.was += float((learn.xb[0]-y).square().sum())
+        gather = learn.to_detach if num_distrib()>1 else noop        # of all processes that train together
+        def squared(x):
+            each = (x.detach().float()-y).as_subclass(Tensor).square().flatten(1).sum(1)
+            return float(gather(each).sum())
+        self.err += squared(learn.pred)
+        self.was += squared(learn.xb[0])
     @property
     def value(self): return 1-self.err/self.was if self.was else None
     @property

@@ -28,7 +28,7 @@ from ..data.loaders import axes_grid
 from ..data.radiographs import get_prep, TensorRadiograph
 from ..io.formats import file_digest, file_facts
 from ..io.volumes import load_volume, to_orientation
-from .callbacks import case_columns, case_rows, case_truth, predicted_cases
+from .callbacks import case_columns, case_rows, case_truth, group_column, predicted_cases
 from .fingerprint import was_seen
 from ..metrics.masks import case_scores, failed_scores, summarise
 from ..metrics.scores import choose_point, scores_interval
@@ -45,10 +45,11 @@ class ScanModel:
     def members(self): return [self]
 
     def saw(self,
-        df     # cases, one row each, or a list of files
-    )->list:   # names of cases
+        df,            # cases, one row each, or a list of files
+        group_col=None # column of the subjects; default: that of the training, else 'subject'
+    )->list:           # names of cases
         "The cases that it was trained on, by case or by subject, as far as it knows"
-        return was_seen(getattr(self, 'seen', {}), df)
+        return was_seen(getattr(self, 'seen', {}), df, ifnone(group_col, group_column(self.dls)))
 
     def cases_to_score(self,
         df # one row a case, or None

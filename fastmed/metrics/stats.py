@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['bootstrap_counts', 'Estimate', 'estimate', 'ClusterMean', 'cluster_mean', 'group_sums', 'drawn_means',
            'bootstrap_means', 'bootstrap_statistic', 'student_interval', 'mean_interval', 'share_interval',
-           'area_interval', 'holm', 'rank_correlation']
+           'placements', 'area_interval', 'holm', 'rank_correlation']
 
 # %% ../../nbs/metrics/02_stats.ipynb #e60e8c23
 import warnings
@@ -16,6 +16,11 @@ import pandas as pd
 from ..core import InputError
 
 # %% ../../nbs/metrics/02_stats.ipynb #fb710734
+def _by_number(names):
+    "Numbers by size, else by letter"
+    try: return sorted(names, key=lambda o: (float(o), o))
+    except ValueError: return sorted(names)
+
 def group_numbers(
     groups, # a group a case, or None: each case its own
     n,      # cases
@@ -27,8 +32,8 @@ def group_numbers(
     if len(g)!=n: raise InputError(f"{what}: {n} scores and {len(g)} groups; expected one group a case")
     if g.isna().any():
         raise InputError(f"{what}: case number {int(g.isna().idxmax())} has no group. Fill it in, or leave groups out")
-    k,u = pd.factorize(g.astype(str), sort=True)
-    return k,len(u)
+    number = {o:i for i,o in enumerate(_by_number(g.astype(str).unique()))}
+    return g.astype(str).map(number).to_numpy(),len(number)
 
 # %% ../../nbs/metrics/02_stats.ipynb #04409efa
 def _group_counts(rng, m, n_boot, one_by_one):
@@ -333,25 +338,36 @@ def _newcombe(area, m, n, z):
     inside = true[(area-true)**2<=z*z*spread+1e-15]
     return float(inside[0]),float(inside[-1])
 
+def placements(
+    targ, # (n,) bool
+    score # (n,) higher: more likely 1
+)->np.ndarray: # (n,) 0 to 1
+    "With which share of the other class the score puts each case in order, ties half; its mean over a class is the AUC"
+    from scipy.stats import rankdata
+    y,score = np.asarray(targ, dtype=bool),np.asarray(score, dtype=float)
+    order,res = rankdata(score),np.empty(len(y))
+    for one in (y, ~y): res[one] = (order[one]-rankdata(score[one]))/(~one).sum()      # that lies below
+    return np.where(y, res, 1-res)
+
 def area_interval(
-    targ,           # (n,) bool
-    score,          # (n,) higher: more likely 1
-    groups=None,    # (n,) group of each case
-    level:float=.95 # of the interval
+    targ,            # (n,) bool
+    score=None,      # (n,) higher: more likely 1
+    groups=None,     # (n,) group of each case
+    level:float=.95, # of the interval
+    placed=None      # (n,) `placements`, in place of `score`
 )->tuple:           # (low, high), 0 to 1; nan where a class is missing
     "Interval of an AUC on the logit scale. Sources: DeLong 1988, Obuchowski 1997, Pepe 2003; at 0 and 1: Newcombe 2006"
     from scipy.special import expit, logit
-    from scipy.stats import norm, rankdata
-    y,score = np.asarray(targ, dtype=bool),np.asarray(score, dtype=float)
+    from scipy.stats import norm
+    y = np.asarray(targ, dtype=bool)
     if y.all() or not y.any(): return (float('nan'),)*2
     number,m = group_numbers(groups, len(y), 'area_interval')
-    order,z,parts,subjects = rankdata(score),norm.isf((1-level)/2),np.zeros(m),[]
-    for one,sign in ((y,1),(~y,-1)):
-        beaten = (order[one]-rankdata(score[one]))/(~one).sum()        # share of the other class that lies below
+    placed = placements(y, score) if placed is None else np.asarray(placed, dtype=float)
+    z,parts,subjects,area = norm.isf((1-level)/2),np.zeros(m),[],placed[y].mean()
+    for one in (y, ~y):
         subjects.append(len(set(number[one])))
         few = np.sqrt(subjects[-1]/max(1, subjects[-1]-1))
-        parts += sign*few*np.bincount(number[one], beaten-beaten.mean(), m)/one.sum()
-    area = ((order[y]-rankdata(score[y]))/(~y).sum()).mean()
+        parts += few*np.bincount(number[one], placed[one]-placed[one].mean(), m)/one.sum()
     se = np.sqrt((parts**2).sum())
     if se<1e-12 or not 0<area<1: return _newcombe(area, *subjects, z)
     half = z*se/(area*(1-area))

@@ -19,11 +19,11 @@ from fastai.data.all import to_cpu, warn
 from fastai.learner import Learner
 from fastcore.all import L, patch, tuplify
 from fastmed.core import (
-    ArgumentError, evaluating, FileError, InputError, orientation_of, TensorVolume, TensorVolumeMask
+    ArgumentError, evaluating, FileError, InputError, TensorVolume, TensorVolumeMask
 )
 from ..data.preprocess import Plan, Preprocess
 from ..io.guard import check_plain
-from ..io.volumes import load_volume, resample_to, save_volume, to_orientation
+from ..io.volumes import load_volume, resample_to, save_volume, turn_to
 from ..models.zoo import model_divisor
 from .memory import check_prediction, prediction_explained
 from .tta import tta_views
@@ -118,7 +118,7 @@ def to_scan_grid(
     shape,upright = pre.oriented(shape, affine)
     def back(one):
         t = resample_to(TensorVolume(one[None].float(), affine=grid_affine), shape, upright)
-        return to_orientation(t, orientation_of(affine))[0].as_subclass(Tensor)
+        return turn_to(t, affine)[0].as_subclass(Tensor)
     return torch.stack([back(o) for o in maps])
 
 # %% ../../nbs/predict/04_predict.ipynb #31ffb754

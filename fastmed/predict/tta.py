@@ -346,7 +346,7 @@ def mixed_preds(
     "`get_preds` for every view, mixed as `mix_views` does. Raises `InputError` on an empty DataLoader"
     if not len(dl):
         raise InputError(
-                "tta: there is nothing to predict. A loaded Learner holds no data: say dl=learn.dls.test_dl(files)")
+                "tta: there is nothing to predict. A loaded Learner holds no data: give dl=learn.dls.test_dl(files)")
     plain,targets,_ = _view_preds(learn, dl, views[0], **kwargs)
     others = (_view_preds(learn, dl, v, **kwargs)[::2] for v in views[1:])
     return mix_views(plain, others, beta, use_max),targets

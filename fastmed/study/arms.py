@@ -381,7 +381,8 @@ def open_runs(
 
 def seen_cases(
     learn, # Learner
-    df     # cases, one row each
-)->list:   # names of those that it was trained on, or whose subject it was trained on
+    df,            # cases, one row each
+    group_col=None # as of `ScanModel.saw`
+)->list:           # names of those that it was trained on, or whose subject it was trained on
     "Which cases a Learner has seen: by its memory (`learn.seen`) and by the training data it still holds"
-    return learn.saw(df)
+    return learn.saw(df, group_col)

@@ -93,7 +93,7 @@ def _mask_name(case):
     if not odd.search(name): return f'{name}.nii.gz'
     return f'{odd.sub("_", name)}-{hashlib.sha256(name.encode()).hexdigest()[:6]}.nii.gz'
 
-def _check_held_out(learn, df):
+def _check_held_out(learn, df, group_col):
     "Raise `InputError` where the held-out cases of a Learner are not those of the fold"
     held = sorted(df['case'][df.is_valid].astype(str))
     where = "make its DataLoaders with from_df(df, valid_col='is_valid')"
@@ -107,7 +107,7 @@ def _check_held_out(learn, df):
     if valid!=held:
         raise InputError(f"fit: its Learner holds out {len(valid)} cases ({valid[:3]} …) and not the {len(held)} that "
                          f"are marked ({held[:3]} …); {where}")
-    if odd:=seen_cases(learn, df[df.is_valid]):
+    if odd:=seen_cases(learn, df[df.is_valid], group_col):
         raise InputError(f"fit: its Learner was trained before on {len(odd)} of the cases that are held out, such as "
                          f"{odd[:3]}, or on their subjects. Start from weights that were trained without them")
 
@@ -133,7 +133,7 @@ def _fold_scores(learn, held, predict_args, subjects, masks):
 def _finish_fold(learn, spec, predict_args, folder, cost, tmp):
     "Score a trained Learner on its held-out cases, and write the folder of the run"
     df = spec['df']
-    _check_held_out(learn, df)
+    _check_held_out(learn, df, spec['group_col'])
     t0 = time.perf_counter()
     subjects = dict(zip(df['case'].astype(str), group_values(df, spec['group_col']), strict=True))
     masks = tmp/'masks' if spec['masks'] else None

@@ -24,7 +24,7 @@ from ..learn.callbacks import case_columns, case_rows, case_truth
 from ..learn.pace import shared_plan
 from ..metrics.masks import case_scores
 from ..metrics.scores import auc_stat
-from ..metrics.stats import bootstrap, mean_interval, percentile_interval, row_statistic
+from ..metrics.stats import bootstrap, mean_defined, mean_interval, percentile_interval, row_statistic
 from ..predict.predict import predict_grid
 from fastmed.study.arms import (
     arm_settings, fit_budget, function_text, make_learner, open_runs, PREDICT_ARGS, read_notes, scores_and_cost,
@@ -62,12 +62,29 @@ def _auc_stat(a):
     aucs = [auc_stat(a[ok,0]==i, a[ok,1+i]) for i in which]
     return lambda w: np.mean([f(w[:,ok]) for f in aucs], 0)
 
+def _aucs_stat(a):
+    "Rows of findings (0 or 1), then their scores → weights (B,n) → mean AUC (B,) of those with both answers"
+    ok,n = np.isfinite(a).all(1),a.shape[1]//2
+    mean = mean_defined([auc_stat(a[ok,i]==1, a[ok,n+i]) for i in range(n)])
+    return lambda w: mean(w[:,ok])
+
+def _headline_of_several(t, names):
+    "As `_headline`, of several findings or numbers; the errors of numbers are divided by their standard deviations"
+    columns = {kind:[f'{kind}_{o}' for o in names] for kind in ('target','pred','prob')}
+    targ = t[columns['target']].astype(float)
+    if columns['prob'][0] in t:
+        return 'ROC AUC', pd.concat([targ, t[columns['prob']]], axis=1).astype(float), _aucs_stat
+    error = (t[columns['pred']].astype(float).values-targ.values)/targ.std(ddof=0).replace(0, 1).values
+    each = pd.DataFrame(np.abs(error).mean(1, keepdims=True), t.index)
+    return 'mean absolute error in standard deviations', each, _mean_stat
+
 def _headline(t):
     "The score of a table of `evaluate`: name, case → row of numbers, such rows → statistic of weights"
     if 'dice' in t:
         dice = t.assign(dice=counted_dice(t)).groupby('case', sort=True).dice.mean()
         return 'Dice', dice.to_frame(), _mean_stat
     t = t.set_index('case').sort_index()
+    if named:=[c.removeprefix('target_') for c in t if c.startswith('target_')]: return _headline_of_several(t, named)
     probs = [c for c in t if c.startswith('prob_')]
     if not probs: return 'mean absolute error', (t.pred-t.target).abs().to_frame(), _mean_stat
     number = class_numbers(t.target, [c.removeprefix('prob_') for c in probs]).rename('target')
@@ -247,9 +264,9 @@ def label_efficiency(
     return LabelEfficiency(pd.concat([read_table(fn, cases) for fn in fns.values()], ignore_index=True), seed=seed)
 
 # %% ../../nbs/study/07_efficiency.ipynb #ede59647
-def _unseen(learners, df, seen):
+def _unseen(learners, df, seen, group_col):
     "The cases that none of the Learners was trained on"
-    seen_by = {a:seen_cases(learn, df) for a,learn in learners.items()}
+    seen_by = {a:seen_cases(learn, df, group_col) for a,learn in learners.items()}
     odd = {c for cases in seen_by.values() for c in cases}
     if not odd: return df
     what = '; '.join(f"{a} has seen {len(o)}, such as {o[:5]}" for a,o in seen_by.items() if o)
@@ -286,7 +303,7 @@ def compare_learners(
         raise ArgumentError(f"compare_learners: unknown arguments {odd}; expected {', '.join(PREDICT_ARGS)}")
     learners = open_runs(learners, trust)
     _check_learners(learners)
-    df = _unseen(learners, df.assign(case=[str(k) for k,_ in case_rows(df)]).reset_index(drop=True), seen)
+    df = _unseen(learners, df.assign(case=[str(k) for k,_ in case_rows(df)]).reset_index(drop=True), seen, group_col)
     axis = next((p.axis for p in (o.dls.plan for o in learners.values()) if p.ndim==2), None)
     tables,costs,settings = [],[],{}
     for a,learn in learners.items():
@@ -354,9 +371,9 @@ class ShiftCurves(pd.DataFrame):
         return fig
 
 # %% ../../nbs/study/07_efficiency.ipynb #4f1cc9c3
-def _check_unseen(learners, df):
+def _check_unseen(learners, df, group_col):
     for a,learn in learners.items():
-        if odd:=seen_cases(learn, df):
+        if odd:=seen_cases(learn, df, group_col):
             raise InputError(f"anisotropy_shift: {a} was trained on {odd[:5]} ({len(odd)} in all), or on others of the "
                              f"same subjects. Leave those cases out")
 
@@ -383,7 +400,7 @@ def anisotropy_shift(
     plans = [learn.dls.plan for learn in learners.values()]
     if axis is None: axis = next((p.axis for p in plans if p.ndim==2), 2)
     if not group_col and 'subject' in df: group_col = 'subject'
-    _check_unseen(learners, df)
+    _check_unseen(learners, df, group_col)
     rows = []
     for name,r in progress_bar(case_rows(df), leave=False):
         subject = str(r[group_col]) if group_col else str(name)

@@ -18,7 +18,7 @@ from ..metrics.masks import counted_scores, failed_rows
 from ..metrics.paired import LEAST, loss_falls, paired_comparison, training_luck
 from ..metrics.stats import FEW, holm, mean_interval
 from ..plot import literal_text
-from .report import ArmPictures, COSTS, RULE
+from .report import ArmPictures, cost_names, RULE
 
 # %% ../../nbs/study/04_findings.ipynb #a3203c5f
 def counted_dice(
@@ -219,8 +219,8 @@ def _reason(best, top, others, cheap, by, margin):
     "Why an arm is taken: the rest of the sentence on the arm with the best mean"
     if best!=top:
         r = others[best]
-        unit = 1 if margin.endswith('mm') else 100
-        return (f"; {best} needs {cheap[best]/cheap[top]:.2f} times its {COSTS.get(by, by)} and falls behind by no "
+        unit,price = 1 if margin.endswith('mm') else 100,cost_names().get(by, by)
+        return (f"; {best} needs {cheap[best]/cheap[top]:.2f} times its {price} and falls behind by no "
                 f"more than {margin} (difference {unit*r.mean:+.2f}, 95 % interval {unit*r.low:+.2f} to "
                 f"{unit*r.high:+.2f}): take {best}.")
     if cheap is None: return '; what the models cost is not known.'

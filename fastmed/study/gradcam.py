@@ -15,12 +15,12 @@ import pandas as pd
 import torch
 from fastai.basics import Learner, retain_meta
 from fastcore.all import first, patch
-from ..core import ArgumentError, InputError, orientation_of, show_plane, TensorMed, TensorSlice, TensorVolume
+from ..core import ArgumentError, InputError, show_plane, TensorMed, TensorSlice, TensorVolume
 from ..data.blocks import LoadVolume
 from ..data.labels import shrink_to, WholeTransform
 from ..data.radiographs import get_prep, LoadRadiograph, TensorRadiograph
 from ..data.recipe import labels_of
-from ..io.volumes import load_volume, resample_to, to_orientation
+from ..io.volumes import load_volume, resample_to
 from ..learn.callbacks import epoch_table
 from torch import nn, Tensor
 
@@ -263,7 +263,7 @@ def _on_scan(learn, item, cam, nd):
     if item is None or nd!=3 or getattr(cam, 'affine', None) is None:
         raise InputError("space='scan': give a Learner on volumes, and a file, row or scan with a known grid")
     s = item if isinstance(item, Tensor) else load_volume(_row_files(learn, item))
-    return resample_to(to_orientation(cam, orientation_of(s.affine)), s.shape[1:], s.affine)
+    return resample_to(cam, s.shape[1:], s.affine)
 
 # %% ../../nbs/study/01_gradcam.ipynb #7e0fcd86
 def grad_cam(

@@ -11,6 +11,7 @@ import pandas as pd
 from fastai.basics import Learner
 from fastcore.all import first, ifnone, patch, store_attr
 from ..core import ArgumentError, ColumnError, InputError
+from ..data.blocks import PATCH_NUMBER
 from ..data.recipe import labels_of
 from ..learn.classify import CaseLearner
 from fastmed.metrics.curves import (
@@ -435,8 +436,8 @@ def interpret(self:Learner,
         dl = self.dls[1].new(shuffle=False, drop_last=False)
     items = df if df is not None else dl.items
     if isinstance(self, CaseLearner) and isinstance(items, pd.DataFrame):
-        if df is None and 'sample' in items:                         # a case has many slices and one prediction
-            items = items[items['sample']==items['sample'].min()].drop(columns='sample')
+        if df is None and PATCH_NUMBER in items:                       # a case has many slices and one prediction
+            items = items[items[PATCH_NUMBER]==items[PATCH_NUMBER].min()].drop(columns=PATCH_NUMBER)
         return _of_cases(self, items, vocab, task, **kwargs)
     if dl is None: dl = self.dls.test_dl(df, with_labels=True)
     return _of_batches(self, dl, items, vocab, task, **kwargs)

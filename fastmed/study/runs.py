@@ -310,8 +310,8 @@ def column_folds(
 
 def plan_sum(
     fn # of `shared_plan`
-)->str: # None where there is none
-    "What tells one shared plan from another"
+)->str: # None where it does not exist
+    "A hash of the shared plan"
     return text_hash(fn.read_text()) if fn.exists() else None
 
 def fold_hash(
@@ -326,7 +326,7 @@ class FinishedRuns:
     "Notes and tables of the finished runs of a study, each file read once"
     def __init__(self,
         folders, # of the runs
-        read=lambda folder: read_notes(folder/'run.json') # what is noted of a run
+        read=lambda folder: read_notes(folder/'run.json') # reads the notes of a run
     ): self.folders,self.read,self.stamp,self._made = folders,read,self.stamp_of(folders),{}
 
     @staticmethod
@@ -371,7 +371,7 @@ class Study:
     def _told(self, facts): return {}
 
     def _run_facts(self, folder):
-        "What is noted of a run. Raises `InputError` where it was told something else than this study tells it"
+        "The notes of a run. Raises `InputError` where its settings differ from those of this study"
         facts = read_notes(folder/'run.json')
         noted = {k:facts[k] for k in ('budget','folds') if k in facts and 'by_hand' not in (facts[k] or ())}
         told,now = facts.get('told') or noted,json.loads(json.dumps(self._told(facts)))
