@@ -188,8 +188,7 @@ def _price_sections(found):
         t = pd.DataFrame({'mean Dice, points':100*t['mean'], 'change, points':100*t.change,
                           '95 % interval':interval_text(100*t.low, 100*t.high), 'chosen':t.chosen}, index=t.index)
         res['Post-processing after the network'] = [_of_post, t.rename_axis(['model','post-processing'])]
-    logs = getattr(found, 'logs', None)
-    if logs is not None and len(logs): res['Learning curves'] = [plot_learning(logs)]
+    if (logs:=getattr(found, 'logs', None)) is not None and len(logs): res['Learning curves'] = [plot_learning(logs)]
     if found.cost is not None:
         cost = found.cost.groupby('arm', sort=False).mean(numeric_only=True).rename_axis('model')
         if 'parameters' in cost: cost['parameters'] = cost.parameters/1e6
