@@ -1,10 +1,13 @@
 "Comparisons: statistics against SciPy, experiments that are killed, twins, and executors."
 import contextlib
+import html
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -713,7 +716,7 @@ def test_report_needs_no_network(whole, tmp_path):
     fn = whole.report(tmp_path/'r.html', shift=whole.shift(factors=(1,2), folds=[0]))
     page = fn.read_text(encoding='utf-8')
     assert 'https:' not in page and 'http:' not in page and '<script' not in page and page.count('data:image/png')>=5
-    for word in ('Thicker slices','What it costs','Remedies','Method','staircase'): assert word in page
+    for word in ('Thicker slices','What it costs','Post-processing','Method','staircase'): assert word in page
 
 def test_a_report_reads_each_table_once(study, whole, tmp_path, monkeypatch):
     "One report of three arms read every table some forty times"
@@ -826,3 +829,91 @@ def test_what_a_finished_run_did_not_write_is_noticed(study, whole, tmp_path, na
     ask(c)
     doctor(c.path/'3D, fold 0, seed 0')
     with pytest.raises(ValueError, match=f'3D, fold 0, seed 0/{name}'): ask(c)
+
+
+# ---- the page that a reviewer reads
+
+def study_table(arms=('3D','2D $slices^{'), structures=('a long name of a $structure','b'), seed=0):
+    "Results of 24 cases of 12 subjects, one structure missed once; and what stands beside them"
+    rng,rows = np.random.default_rng(seed),[]
+    for i,a in enumerate(arms):
+        for c in range(24):
+            for s in structures:
+                dice,hd,status = .88-.02*i+.02*np.sin(c)+rng.normal(0, .01),2+rng.uniform(),'ok'
+                if i and c==3 and s!='b': dice,hd,status = 0.,np.inf,'missed'
+                rows.append(dict(arm=a, fold=c%3, seed=0, case=f'c{c:02d}', subject=f's{c//2}', structure=s, dice=dice,
+                                 hd95=hd, nsd=dice, volume_mm3=900*dice, target_mm3=900+c*20., diagonal_mm=80.,
+                                 status=status))
+    df = pd.DataFrame(dict(case=[f'c{c:02d}' for c in range(25)], site=['A','B','C','A','B']*5))
+    cost = pd.DataFrame([dict(arm=a, fold=0, seed=0, parameters=5e6, case_gflops=9., train_s=60.) for a in arms])
+    logs = pd.concat([pd.DataFrame(dict(arm=a, fold=0, seed=0, update=range(50), loss=np.exp(-np.arange(50)/30)))
+                      for a in arms])
+    return pd.DataFrame(rows),dict(df=df, cost=cost, logs=logs)
+
+@pytest.fixture(scope='module')
+def page(tmp_path_factory):
+    results,beside = study_table()
+    fn = tmp_path_factory.mktemp('page')/'r.html'
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        Findings(results, **beside).report(fn, pictures=0)
+    text = re.sub(r'src="data:[^"]*"', '', fn.read_text(encoding='utf-8'))
+    return html.unescape(re.sub(r'<style>.*?</style>', '', text, flags=re.S))
+
+def test_a_name_with_a_dollar_is_shown_as_it_is(page):
+    "Two dollar signs were a formula, and one that cannot be read ended the report"
+    assert '2D $slices^{' in page and 'a long name of a $structure' in page
+
+def test_the_report_says_what_a_reviewer_asks(page):
+    for said in ('cases found','not predicted yet','structure missed','fastmed ','torch ','GPU',
+                 'hash of cases and subjects','date of this report','Learning curves','Subgroups',
+                 'size of the structures, ml','site',
+                 'Surface Dice (NSD) within 1 mm, points','Distance of surfaces (HD95), mm','smallest detectable',
+                 'better / equal / worse','Which cases the models were trained on is not known here'):
+        assert said in page, said
+    flow = r'<td>25</td>\s*<td>1</td>\s*<td>0</td>\s*<td>1</td>'
+    assert re.search(flow, page), 'found, not predicted, failed, missed'
+
+def test_the_report_speaks_of_models(page):
+    "The words of a clinician: no arm, no remedy, no nought, no column of the table of costs"
+    for word in (r'\barms?\b', 'remed', 'nought', 'case_gflops', 'train_s', 'p_holm'):
+        assert not re.search(word, page, re.I), word
+    assert 'computation a case, 10⁹ operations' in page
+
+def test_each_section_begins_with_a_sentence(tmp_path):
+    "The sentence first, then the picture and what it shows, then the table"
+    from fastmed.study.report import _score_sections
+    results,beside = study_table()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        for blocks in _score_sections(Findings(results, **beside)).values():
+            kinds = ''.join('figure' if hasattr(o, 'savefig') else type(o).__name__ for o in blocks)
+            assert re.fullmatch('(str)?(figure)?(str)?(DataFrame)*', kinds), kinds
+    import matplotlib.pyplot as plt
+    plt.close('all')
+
+def test_p_values_are_printed_as_in_papers():
+    from fastmed.plot import printed_p
+    assert [printed_p(o) for o in (3e-9, .0372, 1., np.nan)]==['< 0.001','0.037','1.000','–']
+
+def test_order_of_rows_changes_no_digit():
+    "Tables, answer and method, of rows in any order"
+    results,_ = study_table()
+    other = results.sample(frac=1, random_state=1)
+    other['arm'] = pd.Categorical(other.arm, ['3D','2D $slices^{'])
+    other = other.sort_values('arm', kind='stable').assign(arm=lambda t: t.arm.astype(str))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        a,b = Findings(results),Findings(other)
+        for score in ('dice','nsd','hd95'):
+            for one,two in ((a.summary(score), b.summary(score)), (a.paired(score), b.paired(score))):
+                pd.testing.assert_frame_equal(one, two.loc[one.index], check_exact=True)
+        assert (a.answer(), a.methods(), a.best().sentence)==(b.answer(), b.methods(), b.best().sentence)
+
+def test_hd95_is_won_by_the_smaller():
+    "`win` counted the larger distance; and who missed a structure did not lose"
+    results,_ = study_table()
+    t = Findings(results).paired('hd95').xs('a long name of a $structure', level='structure').iloc[0]
+    assert t['mean']<-2 and t.win>=1 and t.win+t.loss+t.tie==24
+    w = common_scores(results, 'hd95')
+    assert w.loc[('c03','a long name of a $structure'), '2D $slices^{']==80

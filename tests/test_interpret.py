@@ -506,3 +506,17 @@ def test_a_point_chosen_on_the_same_cases_says_so():
     it = CaseInterpretation(y, np.clip(.3*y+rng.uniform(0, .7, 60), 0, 1), n_boot=10, point='youden')
     assert 'chosen on these very cases' in str(it.point()) and 'chosen on these very cases' in it.answer()
     assert 'chosen' not in CaseInterpretation(y, y*.5+.2, n_boot=10, point=.5).answer()
+
+def test_decision_curve_and_two_models():
+    "Net benefit by hand; two models on unlike cases are refused; a `$` in a class is no formula"
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, 120)
+    names = ['no','$^{ yes']
+    a,b = [CaseInterpretation(y, np.clip(.4*y+rng.uniform(0, s, 120), 0, 1), names, n_boot=50) for s in (.6,1.5)]
+    net = a.decision()
+    t,p = .3,a.p[:,1]
+    hits,false = ((p>=t)&(y==1)).sum(),((p>=t)&(y==0)).sum()
+    assert net.model[t]==pytest.approx((hits-false*t/(1-t))/120) and (net.none==0).all()
+    assert a.compare(b).low>0 and a.compare(b)==-b.compare(a)
+    with pytest.raises(ValueError, match='the same 120 cases'): a.compare(CaseInterpretation(1-y, p, names, n_boot=5))
+    for plot in (a.plot_decision, a.plot_curves, a.plot_calibration, a.plot_confusion): plot()

@@ -58,9 +58,11 @@ def training_scores(
     df['counted'] = counted_scores(df, score).mask(df.status=='empty', 0. if score=='hd95' else 1.)
     arms,keys = list(df.arm.unique()),['case','structure']
     df = _of_all_arms(df)
-    w = df.pivot_table(index=keys, columns=['arm','seed'], values='counted', sort=False)
+    w = df.pivot_table(index=keys, columns=['arm','seed'], values='counted', sort=False).sort_index()
     w = w[[o for a in arms for o in sorted(w) if o[0]==a]]
-    whole = w.groupby('case', sort=False).mean()
+    whole = w.groupby('case').mean()                      # of sorted rows: their order changes no digit
+    place = {s:i for i,s in enumerate(dict.fromkeys(df.structure))}
+    w = w.iloc[np.argsort(w.index.get_level_values('structure').map(place), kind='stable')]
     whole.index = pd.MultiIndex.from_product([whole.index, ['all']], names=keys)
     return pd.concat([w, whole])
 
@@ -364,6 +366,8 @@ def _draw_cases(ax, by_case, score):
     unit = ', mm' if score=='hd95' else ', points'
     ax.set(ylabel=f'{_title(score)} of a case{unit}', title='each case, and the mean (red)')
 
+def _pair_label(a, b, s): return fill(f'{a} − {b}, {s}', 44)
+
 def _draw_differences(ax, pairs, score):
     points = 1 if score=='hd95' else 100
     for i,((_,_,s),r) in enumerate(pairs.iterrows()):
@@ -371,7 +375,7 @@ def _draw_differences(ax, pairs, score):
         ax.plot([r.low*points,r.high*points], [-i,-i], color=c, lw=2)
         ax.plot(r['mean']*points, -i, 'o', color=c)
     ax.axvline(0, color='k', lw=.8)
-    ax.set_yticks(-np.arange(len(pairs)), [fill(f'{a} − {b}, {s}', 44) for a,b,s in pairs.index], fontsize=8)
+    ax.set_yticks(-np.arange(len(pairs)), [_pair_label(*o) for o in pairs.index], fontsize=8)
     xlabel = 'difference, mm' if score=='hd95' else f'difference, points of {_title(score)}'
     ax.set(xlabel=xlabel, title='differences with 95 % intervals')
 
@@ -384,7 +388,8 @@ def plot(self:Findings,
     import matplotlib.pyplot as plt
     by_case = self._by_case(score)
     pairs = self.paired(score) if by_case.shape[1]>1 else None
-    height = 3 if pairs is None else max(3, .32*len(pairs)+1)
+    lines = 1 if pairs is None else max(len(_pair_label(*o).splitlines()) for o in pairs.index)
+    height = 3 if pairs is None else max(3, (.18+.14*lines)*len(pairs)+1)
     fig,axs = plt.subplots(1, 2, figsize=(10, height), width_ratios=(1,1.3))
     _draw_cases(axs[0], by_case, score)
     if pairs is None:

@@ -19,8 +19,9 @@ from fastmed.metrics.curves import (
     score_curve
 )
 from ..metrics import curves
-from ..metrics.scores import choose_point
-from ..metrics.stats import estimate, safe_ratio
+from ..metrics.scores import area_difference, choose_point
+from ..metrics.stats import estimate, Estimate, safe_ratio
+from ..plot import literal_text
 from .report import LabelPictures
 from torch import Tensor
 
@@ -244,6 +245,51 @@ def summary(self:CaseInterpretation)->pd.DataFrame: # index (label, metric): val
     for k in self.labels: rows.update({(k,m):v for m,v in self._label_numbers(k).items()})
     fields = [dict(value=float(v), low=v.low, high=v.high, n=v.n, subjects=v.subjects) for v in rows.values()]
     return pd.DataFrame(fields, index=pd.MultiIndex.from_tuples(rows, names=['label','metric']))
+
+# %% ../../nbs/study/03_interpret.ipynb #8b2e44e0
+@patch
+def compare(self:CaseInterpretation,
+    other,       # `CaseInterpretation` of another model on the same cases, in the same order
+    label=None,  # see `one`
+    kind='roc'   # 'roc': AUC; 'pr': average precision
+)->Estimate:     # area of this model minus that of the other, with its interval over subjects
+    "Is it better than another on the same cases? Raises `InputError` where these are not the same"
+    self._is('category','multi')
+    (y,p,k),(there,q,_) = self.one(label),other.one(label)
+    if len(y)!=len(there) or (y!=there).any() or self.cases!=other.cases:
+        raise InputError(f"compare: expected the same {len(y)} cases in the same order, with the same targets of {k}")
+    return area_difference(pred=p, other=q, targ=y, groups=self.groups, kind=kind, **self._boot)
+
+@patch
+def decision(self:CaseInterpretation,
+    label=None   # see `one`
+)->pd.DataFrame: # index: threshold; net benefit of the model, of treating all, of treating none
+    "Net benefit of acting on the prediction, at each probability from which one would. Source: Vickers 2006"
+    self._is('category','multi')
+    y,p,_ = self.one(label)
+    t = np.arange(1, 100)/100
+    called,odds = p>=t[:,None],t/(1-t)
+    model = (called&(y==1)).mean(1)-(called&(y==0)).mean(1)*odds
+    return pd.DataFrame(dict(model=model, all=y.mean()-(1-y.mean())*odds, none=0.), index=pd.Index(t, name='threshold'))
+
+# %% ../../nbs/study/03_interpret.ipynb #af702318
+@patch
+@literal_text
+def plot_decision(self:CaseInterpretation,
+    label=None # see `one`; None: each label
+):             # matplotlib figure
+    "Net benefit against the threshold: of acting on the prediction, on all, on none. Source: Vickers 2006"
+    import matplotlib.pyplot as plt
+    labels = self.labels if label is None else [self._label(label)]
+    fig,axs = plt.subplots(1, len(labels), figsize=(4*len(labels), 4), squeeze=False)
+    for k,ax in zip(labels, axs[0], strict=True):
+        net = self.decision(k)
+        for how,style in (('model','-'), ('all','--'), ('none',':')): ax.plot(net.index, net[how], style, label=how)
+        ax.set(xlabel='threshold probability', ylabel='net benefit, share of cases', title=k,
+               ylim=(-.05, max(.05, 1.1*net.to_numpy().max())))
+        ax.legend(fontsize=8)
+    fig.tight_layout()
+    return fig
 
 # %% ../../nbs/study/03_interpret.ipynb #5b538f22
 @patch

@@ -188,8 +188,7 @@ def _price_sections(found):
         t = pd.DataFrame({'mean Dice, points':100*t['mean'], 'change, points':100*t.change,
                           '95 % interval':interval_text(100*t.low, 100*t.high), 'chosen':t.chosen}, index=t.index)
         res['Post-processing after the network'] = [_of_post, t.rename_axis(['model','post-processing'])]
-    logs = getattr(found, 'logs', None)
-    if logs is not None and len(logs): res['Learning curves'] = [plot_learning(logs)]
+    if (logs:=getattr(found, 'logs', None)) is not None and len(logs): res['Learning curves'] = [plot_learning(logs)]
     if found.cost is not None:
         cost = found.cost.groupby('arm', sort=False).mean(numeric_only=True).rename_axis('model')
         if 'parameters' in cost: cost['parameters'] = cost.parameters/1e6
@@ -245,6 +244,7 @@ class LabelPictures:
         fig.tight_layout()
         return fig
 
+# %% ../../nbs/study/02_report.ipynb #1ab70a9c
 def _panels(n, size=4.):
     "A figure and `n` axes, three in a row"
     import matplotlib.pyplot as plt
@@ -413,7 +413,7 @@ def _quality_sections(it):
     points = [str(it.point(k)) for k in it.labels if it._both(k)]
     which = it.labels if it.task=='multi' else [None]
     return {'Curves':[it.plot_curves(), *points], 'Confusion':[it.plot_confusion(k) for k in which],
-            'Calibration':[it.plot_calibration()]}
+            'Calibration':[it.plot_calibration()], 'Decision curve':[it.plot_decision()]}
 
 def _subgroup_sections(it, by):
     several = len(it.labels)>1
