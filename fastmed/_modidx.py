@@ -3288,6 +3288,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'fastmed/study/efficiency.py'),
                                           'fastmed.study.efficiency.ShiftCurves.summary': ( 'study/efficiency.html#shiftcurves.summary',
                                                                                             'fastmed/study/efficiency.py'),
+                                          'fastmed.study.efficiency._argument_text': ( 'study/efficiency.html#_argument_text',
+                                                                                       'fastmed/study/efficiency.py'),
                                           'fastmed.study.efficiency._auc_stat': ( 'study/efficiency.html#_auc_stat',
                                                                                   'fastmed/study/efficiency.py'),
                                           'fastmed.study.efficiency._aucs_stat': ( 'study/efficiency.html#_aucs_stat',

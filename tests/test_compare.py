@@ -767,7 +767,21 @@ def test_label_efficiency_refuses_a_table_that_is_cut_off(tmp_path):
     assert run().summary().score.item()==1
     fn, = (tmp_path/'e').glob('scratch*.csv')
     fn.write_bytes(fn.read_bytes()[:-30])
-    with pytest.raises(ValueError, match='expected whole lines'): run()
+    with pytest.raises(ValueError, match='is not what this run wrote'): run()
+
+def test_two_losses_are_two_settings():
+    "Weights are buffers: the results of one weight were taken for those of another"
+    from fastai.losses import CrossEntropyLossFlat
+
+    from fastmed.all import DiceCELoss
+    from fastmed.study.arms import setting_text
+    w = torch.tensor([1.,5.,5.])
+    losses = [DiceCELoss(), DiceCELoss(weight=w), DiceCELoss(weight=2*w), torch.nn.CrossEntropyLoss(),
+              torch.nn.CrossEntropyLoss(weight=w), CrossEntropyLossFlat(), CrossEntropyLossFlat(weight=w),
+              CrossEntropyLossFlat(label_smoothing=.3)]
+    said = [setting_text(o) for o in losses]
+    assert len(set(said))==len(said) and setting_text(DiceCELoss(weight=w))==said[1], said
+    assert setting_text([w])!=setting_text([2*w])
 
 def test_numbers_of_label_efficiency_stay():
     "Scores and spread to the digit, as version 0.1.0 gave them, within intervals of few subjects"

@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 from fastai.basics import Callback, CancelValidException, warn
 from fastai.callback.hook import total_params
+from fastai.losses import BaseLoss
 from fastcore.all import first, ifnone, L
 from ..core import InputError, MissingFileError
 from ..data.blocks import CaseFiles, PatchTransform
@@ -111,6 +112,10 @@ def setting_text(
     o  # any setting
 ):
     "A setting in words that do not change from run to run"
+    if isinstance(o, (torch.Tensor,np.ndarray)):
+        text = str(o.tolist())
+        return text if len(text)<200 else text_hash(text)
+    if isinstance(o, BaseLoss): return f'{type(o).__name__}({setting_text(o.func)})'     # a loss of fastai's
     if hasattr(o, '_args'):
         return f"{type(o).__name__}({', '.join(f'{k}={getattr(o,k)}' for k in o._args if k!='spacing')})"
     if isinstance(o, (list,tuple,L)): return '['+', '.join(map(setting_text, o))+']'
@@ -118,6 +123,7 @@ def setting_text(
     if isinstance(o, nn.Module) or (hasattr(o, '__dict__') and not callable(o)):
         plain = (int,float,str,bool,tuple,type(None))
         own = {k:v for k,v in vars(o).items() if not k.startswith('_') and isinstance(v, plain)}
+        if isinstance(o, nn.Module): own.update(o.named_buffers())      # the weights of a loss
         return type(o).__name__+setting_text(own)
     if isinstance(o, partial): return f"{setting_text(o.func)}{setting_text(o.keywords)}"
     return getattr(o, '__qualname__', None) or str(o)

@@ -7,6 +7,7 @@ __all__ = ['draw_order', 'LabelEfficiency', 'label_efficiency', 'compare_learner
            'anisotropy_shift']
 
 # %% ../../nbs/study/07_efficiency.ipynb #0dfcdcfa
+import inspect
 import json
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from ..metrics.stats import bootstrap, mean_defined, mean_interval, percentile_i
 from ..predict.predict import predict_grid
 from fastmed.study.arms import (
     arm_settings, fit_budget, function_text, make_learner, open_runs, PREDICT_ARGS, read_notes, scores_and_cost,
-    seen_cases, text_hash
+    seen_cases, setting_text, text_hash
 )
 from .findings import counted_dice, Findings
 from .runs import case_contents, checked_contents, class_numbers, read_table, write_notes
@@ -210,6 +211,11 @@ def _run_table(learn, groups):
     return t.drop(columns='subject', errors='ignore').assign(subject=t['case'].map(groups))
 
 # %% ../../nbs/study/07_efficiency.ipynb #2702fa39
+def _argument_text(v):
+    "An argument in words: of a loss its weights too, of a function its text"
+    if isinstance(v, (str,int,float,tuple,list,dict,type(None))): return str(v)
+    return function_text(v) if inspect.isfunction(v) else setting_text(v)
+
 def label_efficiency(
     df,                # one row a case
     sizes=(5,10,20,40),# numbers of labelled training subjects
@@ -236,7 +242,7 @@ def label_efficiency(
     if 'case' not in df: df = df.assign(case=[str(i) for i in range(len(df))])
     test = _test_cases(df, groups, valid_col, test_pct, stratify, seed)
     _check_sizes(sizes, groups[~test].nunique())
-    told = {k:str(v) for k,v in kwargs.items() if k not in ('cache','num_workers','device')}
+    told = {k:_argument_text(v) for k,v in kwargs.items() if k not in ('cache','num_workers','device')}
     facts = text_hash(json.dumps([sorted(df.case[o].astype(str)) for o in (test, ~test)]
                                  + [budget, seed, lr_max, str(stratify), told]
                                  + ([] if make is None else [function_text(make)]), default=str))
