@@ -285,7 +285,7 @@ def test_a_sigmoid_for_one_structure_takes_torchs_loss():
                                        ('category',nn.MSELoss()), ('category',nn.BCEWithLogitsLoss()),
         ('multi',nn.CrossEntropyLoss()), ('regression',nn.CrossEntropyLoss()), ('regression',nn.BCEWithLogitsLoss())])
 def test_a_loss_of_other_targets_is_refused(task, loss):
-    with pytest.raises(InputError, match='loss_func: .*Say '): as_loss(loss, task, 3)
+    with pytest.raises(InputError, match='loss_func: .*Give '): as_loss(loss, task, 3)
 
 def whole(cases, cache, **kwargs):
     path,df = cases

@@ -148,8 +148,8 @@ def draw(self:SpatialTfm,
     n:int,      # items
     size:tuple, # voxels along each space axis
     generator=None # `torch.Generator`; default: torch's global one
-)->dict:        # angle (n,1|3) degrees, zoom (n,), flip (n,d) bool, bend (n,d,*spans+3) or None
-    "Draw the parameters of `n` items from a generator"
+)->dict:        # angle (n, 1 or 3) degrees; zoom (n,), above 1 enlarges; flip (n,d); bend: of control points, or None
+    "Draw the parameters of `n` items. Raises `InputError` where spacing, max_rotate or flips do not fit `size`"
     d = len(size)
     free = self._free(size)[1]
     na = 3 if d==3 else 1
@@ -319,13 +319,14 @@ def apply(self:IntensityTfm,  # noqa: F811, of another class
     p:dict # from `draw`
 ):         # the same types, dtypes and device
     "Change the first image of the batch by `p`; masks and other items pass"
-    if not isinstance(b, (tuple,list)): return self._shade(b, p) if isinstance(b, IMAGE_TYPES) else b
+    if not isinstance(b, (tuple,list)): return self._changed(b, p) if isinstance(b, IMAGE_TYPES) else b
     i = next((i for i,o in enumerate(b) if isinstance(o, IMAGE_TYPES)), None)
     if i is None: return b
-    return type(b)(self._shade(o, p) if j==i else o for j,o in enumerate(b))
+    return type(b)(self._changed(o, p) if j==i else o for j,o in enumerate(b))
 
 @patch
-def _shade(self:IntensityTfm, o, p):
+def _changed(self:IntensityTfm, o, p):
+    "Image batch `o` after all changes of `p`, each on its items. Raises `InputError` on another number of items"
     if len(o)!=len(p['noise']):
         raise InputError(f"IntensityTfm: parameters are for {len(p['noise'])} items, the batch holds {len(o)}")
     off = torch.zeros(len(o), dtype=torch.bool)

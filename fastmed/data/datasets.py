@@ -99,7 +99,7 @@ def deformation(
 
 # %% ../../nbs/data/01_datasets.ipynb #4ceba585
 def _atlas(spacing):
-    "Blurred to `spacing` mm: brain, grey, white, T1 (4,X,Y,Z) float32 in 0 to 1, at 1 mm RAS; its central voxel"
+    "(4,X,Y,Z) brain, grey, white, T1: 0 to 1, 1 mm RAS, blurred for `spacing` mm; central voxel. Raises `ExtraError`"
     from scipy.ndimage import binary_dilation, gaussian_filter
     spec = importlib.util.find_spec('nilearn')    # Looked up and not imported: nilearn takes seconds to load
     if spec is None:

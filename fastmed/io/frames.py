@@ -315,7 +315,7 @@ class Frame(NamedTuple):
     position:tuple      # (3,) mm, of the first pixel, as DICOM counts; None where it is unknown
     axes:tuple          # (6,) directions of rows and columns; None where they are unknown
     px:tuple            # (2,) mm, along a row and along a column; None where they are unknown
-    thickness:float     # mm
+    thickness:float     # mm between slices; else SliceThickness; 1 where the file has neither
     size:tuple          # columns, rows
     slope:float         # value = stored number × slope
     inter:float         # + inter
@@ -392,13 +392,13 @@ def frame_of(
     h, # `Header` of the file
     f  # which frame, from 0
 )->Frame:
-    "The `Frame` of one image. Raises `FileError` where its axes or its values make no sense"
+    "The `Frame` of one image. Raises `FileError` on axes not at right angles, or a slope that is zero or no number"
     ds,axes = h.ds,_frame_axes(h, f)
     px = h.numbers(f, 2, 'PixelMeasuresSequence', *_size_tags)
     thick = [h.numbers(f, 1, 'PixelMeasuresSequence', k) for k in ('SpacingBetweenSlices','SliceThickness')]
     slope,inter = _line_of(h, f)
     number,pad = _nums(element_text(ds, 'InstanceNumber'), 1),ds.get('PixelPaddingValue')
-    if h.count>1: number = f+1,
+    if h.count>1: number = (f+1,)
     padded = isinstance(pad, (int,float)) and not ds.get('ModalityLUTSequence')
     kind = h.text(f, 'MRImageFrameTypeSequence', 'FrameType', 'ImageType').split('\\')[2:]
     beam = h.text(f, 'CTReconstructionSequence', 'ConvolutionKernel'),h.text(f, 'CTXRayDetailsSequence', 'KVP')

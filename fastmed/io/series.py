@@ -172,21 +172,21 @@ def _sideways(st):
     return [f"its slices are shifted sideways against each other, by up to {side:.1f} mm"]
 
 def _uneven(s, st):
-    "The message on unequal distances, with the places of missing slices"
+    "[message] where slices are not equally far apart, with the places of missing ones; [] where they are"
     if not np.abs(st.t-st.t[0]-st.gap*np.arange(len(s))).max()>.02*st.gap+.01: return []
     gaps = np.diff(st.t)
     usual = float(np.median(gaps))
-    times = np.round(gaps/usual)
-    if not (times.min()>=1 and times.max()>1 and np.abs(gaps/usual-times).max()<.05):
+    steps = np.round(gaps/usual)
+    if not (steps.min()>=1 and steps.max()>1 and np.abs(gaps/usual-steps).max()<.05):
         return [f"expected slices at equal distances; found gaps from {gaps.min():.2f} to {gaps.max():.2f} mm"]
     def name(o):
         if len(s.files)==1: return f'frame {o.frame+1}'
         return f'image {o.number} ({o.file.name})' if o.number else o.file.name
     def place(i):
-        missing = ', '.join(f'{st.t[i]+usual*j:.1f}' for j in range(1, int(min(times[i], 6))))
-        more = ' …' if times[i]>6 else ''
+        missing = ', '.join(f'{st.t[i]+usual*j:.1f}' for j in range(1, int(min(steps[i], 6))))
+        more = ' …' if steps[i]>6 else ''
         return f"at {missing}{more} mm, between {name(st.frames[i])} and {name(st.frames[i+1])}"
-    at,n = np.flatnonzero(times>1),int((times-1).sum())
+    at,n = np.flatnonzero(steps>1),int((steps-1).sum())
     are,them = ('is','it') if n==1 else ('are','them')
     return [f"expected a slice every {usual:.2f} mm; {n} {are} missing, {'; '.join(map(place, at[:4]))}"
             f"{' …' if len(at)>4 else ''}: find {them}"]
@@ -204,7 +204,7 @@ def _listed(groups, name=str, most=None):
     return '; '.join(f'{name(k)}: {_frame_names(v)}' for k,v in list(groups.items())[:most])
 
 def _check_placed(s, who):
-    "Raise `InputError` where a position or a size in mm is missing, except for radiographs and pages"
+    "Raise `InputError` where one of several images has no position or axes, or a slice no pixel size in mm"
     fs = s.frames
     for k,tag in (('position','ImagePositionPatient'), ('axes','ImageOrientationPatient')):
         missing = [o for o in fs if not getattr(o, k)]

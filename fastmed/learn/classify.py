@@ -90,7 +90,7 @@ def _fitting_scan(learn, item):
 @patch
 def case_input(self:CaseLearner,
     item             # file, list of channel files, row of the DataFrame, or a `TensorVolume` or `TensorRadiograph`
-)->Tensor:           # (n,C,*S): one item, or the slices of a case
+)->Tensor:           # (n,C,*S): n=1; for a 2D network on scans, up to 32 slices evenly spaced
     "The input of the network for a case. Raises `FileError`, `InputError` naming the file"
     prep = get_prep(self.dls)
     if prep is not None:

@@ -177,7 +177,7 @@ def _mask_meta(learn, post):
                 flips=to_plain(() if sp is None else tuple(sp.flips), 'flips'), post=list(post))
 
 def _case_meta(learn, post):
-    "Metadata of the data of a network for labels"
+    "What a model file of labels says of its data; `looks`: what views of `tta` are drawn from. Raises `InputError`"
     if post: raise InputError("save_model: post-processing belongs to masks; this Learner predicts labels of cases")
     dls = learn.dls
     get,prep = find_transform(dls.train_ds.tls[-1].tfms, LabelOf),get_prep(dls)

@@ -309,11 +309,11 @@ class UncertainEvaluation(Evaluation):
 # %% ../../nbs/learn/10_uncertainty.ipynb #0ce40008
 @patch
 def plot(self:UncertainEvaluation,
-    measures=MEASURES[1:3], # which
+    measures=MEASURES[1:3], # of `MEASURES`, a panel each
     worst:float=.2,         # share of cases that count as the worst
     structure:str='all'     # one of them, or the mean of all
 ):                          # matplotlib figure
-    "Each case: Dice against its uncertainty, the worst in red"
+    "Dice of each case against its uncertainty, the worst in red. Raises `InputError` on fewer than five cases"
     import matplotlib.pyplot as plt
     c,t,ms = self.cases(structure),self.finds_worst(structure, worst=worst),L(measures)
     fig,axs = plt.subplots(1, len(ms), figsize=(3.6*len(ms), 3), squeeze=False, sharey=True)

@@ -119,7 +119,7 @@ def operating_point(
     groups=None,        # (n,) subject of each case
     **kwargs            # of `estimate`: n_boot, level, seed
 )->OperatingPoint:      # sensitivity, specificity, ppv, npv with intervals
-    "What a threshold does: from it upwards a case is positive. Raises `InputError` where a rule lacks a class"
+    "Rates when scores from a threshold up are called 1. Raises `InputError` if `rule` needs two classes and finds one"
     y,s = _binary(targ, pred, 'operating_point', groups)
     threshold = choose_point(pred=s, targ=y, point=rule)
     if np.isnan(threshold):
@@ -163,6 +163,7 @@ def calibration_line(
     "Logistic regression of the target on the prediction's logit; nan where there is none. Source: Cox 1958"
     x = np.log(np.clip(p, 1e-6, 1-1e-6)/(1-np.clip(p, 1e-6, 1-1e-6)))
     def fit(w, sloped):
+        "(B,) slope, or if not `sloped` the intercept at slope 1, by Newton steps; nan where they do not settle"
         a,b = np.zeros(len(w)),np.ones(len(w))
         for _ in range(30):
             m = 1/(1+np.exp(-np.clip(a[:,None]+b[:,None]*x, -30, 30)))

@@ -249,9 +249,9 @@ class DiceCounts:
     def add(self,
         pred, # (B,C,*S) logits, or a list whose first entry is at full size; C==1 is a sigmoid
         targ, # (B,*S) class ids
-        gather=noop # class ids of this process → those of all processes that train together
+        gather=noop # function: class ids of this process → of all GPUs that train together
     ):
-        "Count one batch. Raises `ValueError` on unlike shapes and on class ids that `pred` has no channel for."
+        "Add a batch to `conf` (rows: truth). Raises `InputError` on unlike shapes, or a class id that has no channel"
         pred = pred[0] if isinstance(pred, (list,tuple)) else pred
         pred,targ = pred.detach().as_subclass(Tensor),targ.detach().as_subclass(Tensor)
         if targ.ndim==pred.ndim and targ.shape[1]==1: targ = targ[:,0]

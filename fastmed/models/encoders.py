@@ -332,11 +332,11 @@ class EncoderUNet(OnEncoder):
         nf:int=16             # features at full size; doubled per halving, up to 256
     ):
         super().__init__(encoder, n_out)
-        one,(lowest,steps) = (1,)*self.ndim,_steps_up(encoder)
-        (below,channels),stages = lowest,[]
+        one,stages = (1,)*self.ndim,[]
+        (below,channels),steps = _steps_up(encoder)
         for reduction,skip in steps:
             features = min(nf*2**round(math.log2(max(reduction))), 256)
-            # an axis that the level below has not halved
+            # 1 along an axis that is still whole in the level below, while another is halved there
             kernel = tuple(1 if n==1 and max(below)>1 else 3 for n in below)
             stages.append(conv_stage(channels+skip, features, self.ndim, one, kernel, 'instance', nn.LeakyReLU, 2))
             below,channels = reduction,features

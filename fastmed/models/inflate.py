@@ -122,7 +122,7 @@ def _adopted(m, name, to, memo):
                          f"densenet, efficientnet, convnext, regnet")
 
 def _inflated(m, name, to, memo):
-    "The 3D form of the layer `m` and of its children"
+    "A 3D layer for `m`, or `m` with its children replaced in place. Raises `InputError` on a layer with no 3D form"
     if id(m) in memo: return memo[id(m)]
     new = _layer3d(m, name, to)
     if new is None: new = _adopted(m, name, to, memo)

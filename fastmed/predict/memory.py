@@ -73,7 +73,7 @@ def memory_parts(
     patch=None, # voxels, one number an axis; default: the Learner's
     bs:int=None # patches in a batch; default: the Learner's
 )->dict:        # bytes of weights, gradients, optimizer, activations, passing (temporary); `a_patch`: of one more patch
-    "Memory of a training step by part. Raises `ValueError` where no patch is known"
+    "Memory of a training step by part. Raises `InputError` where no patch is known, or it has other axes"
     model,dls = getattr(learn, 'model', learn),getattr(learn, 'dls', None)
     if dls is not None and (patch is None or bs is None):
         plan = dls.plan
@@ -82,7 +82,7 @@ def memory_parts(
     bs,d,c = ifnone(bs, 1),model_divisor(model),first(m for m in model.modules() if isinstance(m, _ConvNd))
     if len(patch)!=len(d): raise InputError(f"patch: expected {len(d)} sizes; found {tuple(patch)}")
     full,part = _counted_patch(model, patch, d)
-    n_in = getattr(model, 'n_in', c.in_channels)
+    n_in = getattr(model, 'n_in', None) or c.in_channels
     p = next(model.parameters())
     amp = getattr(learn, 'mixed_precision', None)
     x,y = torch.zeros(1, n_in, *part, device=p.device),torch.zeros(1, *part, dtype=torch.long, device=p.device)
@@ -90,11 +90,11 @@ def memory_parts(
         acts,big,cast = _held_bytes(model, x, y, getattr(learn, 'loss_func', None))
     more,own = math.prod(full)/math.prod(part),[p for p in model.parameters()]
     train = sum(p.nbytes for p in own if p.requires_grad)
-    a_patch = acts*more+math.prod(full)*(4*n_in+8)
+    held = acts*more+math.prod(full)*(4*n_in+8)
     through = 2.5*big*more
     return {k:int(v) for k,v in dict(weights=sum(p.nbytes for p in own), gradients=train, optimizer=2*train,
-                                     activations=bs*a_patch+cast, passing=bs*through+2**27,
-                                     a_patch=a_patch+through).items()}
+                                     activations=bs*held+cast, passing=bs*through+2**27,
+                                     a_patch=held+through).items()}
 
 # %% ../../nbs/predict/02_memory.ipynb #c32b747d
 def memory_estimate(
@@ -176,7 +176,7 @@ def _first_line(e): return (str(e).splitlines() or [type(e).__name__])[0][:150]
 def memory_explained(
     learn # Learner that is trained inside
 ):
-    "Turn a lack of memory into a `ResourceError` that names the batch size that fits, and free the failed step"
+    "Turn a lack of memory into a `ResourceError` that names a batch or patch that fits; free the failed step"
     try: yield
     except FastmedError as e:
         # the name of the callback does not help the reader
@@ -189,7 +189,7 @@ def memory_explained(
         if (cuda:=next(learn.model.parameters()).is_cuda): torch.cuda.empty_cache()
         try:
             bs,free = learn.dls.train.bs,free_memory(next(learn.model.parameters()).device)
-            most = max(2, bs//2+1) if bs>1 else math.inf
+            most = bs//2+1
             say = f" with a batch of {bs}. {_memory_advice(learn, .8*free, most)}"
         except Exception: say = ". Take a smaller batch (bs=) or patch"
         raise ResourceError(f"The memory of {'the GPU' if cuda else 'this computer'} ran out while training{say} "

@@ -221,9 +221,9 @@ def _file_id(fn):
 def check_free(
     fns,                 # files to be written
     sources=(),          # files that are read for them
-    overwrite:bool=False # whether other files may be replaced
+    overwrite:bool=False # replace any file but a source
 ):
-    "Raise `FileError` where a source would be replaced, or a file that fastmed did not write or that was changed since"
+    "Raise `FileError` where a file is a source, or is there and is no unchanged NIfTI mask written by fastmed"
     read = {_file_id(o) for o in sources}-{None}
     there = [fn for fn in fns if os.path.lexists(fn)]
     if lost:=[fn for fn in there if _file_id(fn) in read]:
@@ -232,6 +232,6 @@ def check_free(
     foreign = [] if overwrite else [fn for fn in there if prediction_key(fn) is None]
     if foreign:
         more = f' (and {len(foreign)-1} more)' if len(foreign)>1 else ''
-        raise FileError(f"{foreign[0]}{more}: is there already, and is not a mask that fastmed wrote and nobody "
+        raise FileError(f"{foreign[0]}{more}: is there already, and is not a NIfTI mask that fastmed wrote and nobody "
                         f"changed since. Nothing was changed. Give another path, or replace it by overwrite=True (in a "
                         f"shell: --overwrite)")

@@ -186,12 +186,12 @@ class CrossValidation(SplitFindings):
     notes,what = 'crossval.json','another cross-validation'
     def __init__(self,
         df,                # one row a case
-        folds=5,           # number of folds, or a column with the fold of each case, the same in every repeat
+        folds=5,           # number of folds, or name of a column with the fold of each case, the same in every repeat
         repeats:int=1,     # repeats, each with its own folds and trainings
         group_col=None,    # column of groups that are never split; default 'subject' where it exists
         stratify=None,     # column or columns that every fold should have in proportion
         fit=None,          # function: cases with `is_valid` → trained Learner; or dict of arguments; default: `kwargs`
-        path='crossval',   # folder of the runs
+        path='crossval',   # folder of the runs; the `path` of the data goes into fit=dict(path=…)
         budget=None,       # without a function: one of minutes, epochs, updates, voxels; default: dict(minutes=10)
         seed:int=0,        # of folds and trainings
         masks:bool=True,   # save the out-of-fold masks

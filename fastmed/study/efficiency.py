@@ -232,7 +232,7 @@ def label_efficiency(
     seed:int=0,        # of the draws and of the trainings
     **kwargs           # of `make_learner`, such as `ndim`, `codes`, `patch`
 )->LabelEfficiency:    # with `summary`, `gain` and `plot`
-    "Score against number of labelled subjects, from several starts. Raises `InputError` where there are too few"
+    "Scores of trainings on a few to many subjects, from several starts. Raises `InputError` where subjects are too few"
     inits,budget = ifnone(inits, {'scratch':None}),ifnone(budget, dict(updates=300))
     if make is not None and kwargs:
         raise ArgumentError(f"label_efficiency: {sorted(kwargs)} belong to make_learner; with make= put them into that "

@@ -196,7 +196,7 @@ def _target(out, target, learn):
 
 # %% ../../nbs/study/01_gradcam.ipynb #6151e5c0
 def _batch_of(model, learn, x):
-    "`x` as a batch (B,C,*S) for the network; the item and its file, where `x` is a single one"
+    "Batch (B,C,*S); the item (C,*S), if `x` is one; and `x` itself (file, row, tensor), if the Learner read it"
     item,read = None,isinstance(x, (TensorVolume,TensorRadiograph)) and x.ndim==3+isinstance(x, TensorVolume)
     if not isinstance(x, Tensor) or (learn is not None and read):
         if learn is None:
