@@ -509,6 +509,13 @@ def test_a_report_of_somebody_is_kept(shell, study, tmp_path, monkeypatch):
     assert code==2 and 'df: cannot be set in a plan' in err
 
 class TestTraining:
+    @pytest.fixture(autouse=True)
+    def heeded(self):
+        "In the background of a shell Ctrl-C is ignored, and what is ignored stays so"
+        was = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, was)
+
     def words(self, study, tmp_path, *more):
         return ['train', study[0], *words_of(study, '--out', tmp_path/'m.safetensors', '--epochs', 2, '--cache',
                                              tmp_path/'s', '--spacing', 2.5, '--workers', 0, *more)]
@@ -527,7 +534,9 @@ class TestTraining:
         "The workers leave it to their training, and end with it"
         words = self.words(study, tmp_path)
         words[words.index('--workers')+1] = 2
-        code_of = '''import sys
+        code_of = '''import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from fastai.learner import Learner
 from fastmed.cli import main
 was = Learner.one_batch
