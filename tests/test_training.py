@@ -99,7 +99,7 @@ def test_a_thin_patch_tells_the_axis(tmp_path):
     df = pd.DataFrame([write_case(tmp_path, f'c{i}', np.eye(4), (16,20,12), i) for i in range(4)])
     kw = dict(codes=CODES, cache=tmp_path/'s', device='cpu')
     assert SliceDataLoaders.from_df(df, tmp_path, patch=(16,1,8), **kw).plan.axis==1
-    with pytest.raises(ValueError, match='axis=0 was asked for'):
+    with pytest.raises(ValueError, match='axis=0 was given'):
         SliceDataLoaders.from_df(df, tmp_path, patch=(16,1,8), axis=0, **kw)
 
 def test_an_interrupted_look_is_not_shown_by_later_fits(learn):
