@@ -16,13 +16,14 @@ export PYTHONWARNINGS := ignore
 export MPLBACKEND     := agg
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-all test-slow lint env docs clean
+.PHONY: help demo test test-all test-slow lint env docs dist clean
 help:
 	@echo "make demo      install, train 2D and 3D on the embedded cohort, write demo/report.html and demo/overlay.png"
 	@echo "make test      install, then run the tests and notebooks that are not marked slow (two at a time, one thread each; TEST_JOBS=1 runs them in a row)"
 	@echo "make test-all  run every test and every notebook; make test-slow those that make test leaves out"
 	@echo "make lint      the layout of the code: ruff, and tests/layout.py for what ruff does not see"
 	@echo "make docs      README.md from nbs/index.ipynb"
+	@echo "make dist      wheel and sdist into dist/, checked by twine"
 	@echo "make clean     remove what was built (the environment $(VENV) stays)"
 
 $(BIN)/python:
@@ -64,6 +65,12 @@ lint: env
 
 docs: env
 	$(BIN)/python .ci/readme.py
+
+dist: env
+	$(BIN)/python -m pip install -q build twine
+	rm -rf build dist
+	$(BIN)/python -m build -q
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:
 	rm -rf build dist demo _proc _docs site *.egg-info .pytest_cache .hypothesis

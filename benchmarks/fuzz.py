@@ -292,7 +292,7 @@ def values(rng, o, odd=(None,True,-1,0,2,1e308,2**70,'',"x",[],{},[[]],{'tuple':
     return pick(rng, odd)
 def sealed(rng, b, other):
     "A model file: bytes changed, or its header and metadata changed and sealed again"
-    from fastmed.learn import plain
+    from fastmed.learn import modelformat
     if rng.random()<.3: return blind(rng, b, other)
     n = int.from_bytes(b[:8], 'little')
     head = json.loads(b[8:8+n])
@@ -301,32 +301,32 @@ def sealed(rng, b, other):
     if how<.7:
         for _ in range(int(rng.integers(1, 4))):
             m = values(rng, {k:v for k,v in meta.items() if k not in ('sha256',)})
-            meta = {**(m if isinstance(m, dict) else {'x':m}), 'sha256':plain.NO_DIGEST}
-        head['__metadata__']['fastmed'] = json.dumps({'sha256':plain.NO_DIGEST, **meta})
+            meta = {**(m if isinstance(m, dict) else {'x':m}), 'sha256':modelformat.NO_DIGEST}
+        head['__metadata__']['fastmed'] = json.dumps({'sha256':modelformat.NO_DIGEST, **meta})
     else:
         m = values(rng, {k:v for k,v in head.items() if k!='__metadata__'})
         head = {'__metadata__':head['__metadata__'], **(m if isinstance(m, dict) else {'x':m})}
-        head['__metadata__']['fastmed'] = json.dumps({**meta, 'sha256':plain.NO_DIGEST})
+        head['__metadata__']['fastmed'] = json.dumps({**meta, 'sha256':modelformat.NO_DIGEST})
     h = json.dumps(head).encode()
     h += b' '*(-len(h)%8)
     body = b[8+n:] if rng.random()<.8 else blind(rng, b[8+n:], other)
-    return plain.seal_file(len(h).to_bytes(8, 'little')+h+body)
+    return modelformat.with_sha256(len(h).to_bytes(8, 'little')+h+body)
 def resealed(rng, b, other):
     "An ONNX file: bytes changed, and sealed again most of the time; or its metadata changed"
-    from fastmed.learn import plain
+    from fastmed.learn import modelformat
     i = b.rfind(b'"sha256": "sha256:')+11
-    z = b[:i]+plain.NO_DIGEST.encode()+b[i+len(plain.NO_DIGEST):]
+    z = b[:i]+modelformat.NO_DIGEST.encode()+b[i+len(modelformat.NO_DIGEST):]
     if rng.random()<.4:
         j = z.rfind(b'{"sha256": "sha256:')
         end = json.JSONDecoder().raw_decode(z[j:].decode('latin-1'))[1]
         meta = json.loads(z[j:j+end])
         got = values(rng, meta)
         if not isinstance(got, dict): got = {'x':got}
-        t = json.dumps({'sha256':plain.NO_DIGEST, **{k:v for k,v in got.items() if k!='sha256'}}).encode()
+        t = json.dumps({'sha256':modelformat.NO_DIGEST, **{k:v for k,v in got.items() if k!='sha256'}}).encode()
         if len(t)<=end: z = z[:j]+t.ljust(end)+z[j+end:]
-        return plain.seal_file(z)
+        return modelformat.with_sha256(z)
     z = blind(rng, z, other, len(z))
-    return plain.seal_file(z) if plain.NO_DIGEST.encode() in z and rng.random()<.9 else z
+    return modelformat.with_sha256(z) if modelformat.NO_DIGEST.encode() in z and rng.random()<.9 else z
 NAMES = ('a.txt','a/b.txt','A.TXT','a','a/','./a','../x','/tmp/fuzz_x','C:\\x','C:x','..\\x','a\\..\\..\\x','a/../../x',
          '\\\\host\\x','~/x','a:b','a\x00b','a\nb','a'*300,'x/'*200+'y','con','nul.txt','.','..','','/','a//b','ü',
          'u\u0308',' ','a.','.checksum','a/.checksum','\u202ex','-x','*','"')

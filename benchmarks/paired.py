@@ -9,7 +9,7 @@ import pandas as pd
 from common import here
 
 if __name__=='__main__':
-    from fastmed.metrics.stats import paired_comparison
+    from fastmed.metrics.paired import paired_comparison
     own = pd.read_csv(here/'hippocampus_cases.csv')
     own = own[own.fold==0]
     tables = {m:t for m,t in own.groupby('model')}
@@ -20,8 +20,8 @@ if __name__=='__main__':
     res = {}
     for a,b in itertools.combinations(wide, 2):
         i = wide[a].index.intersection(wide[b].index)
-        res[f'{a} - {b}'] = paired_comparison(wide[a].loc[i], wide[b].loc[i],
-                subjects.loc[i])[['mean','low','high','p','p_holm','win','loss','n','subjects','detectable']]
+        t = paired_comparison(wide[a].loc[i], wide[b].loc[i], subjects.loc[i])
+        res[f'{a} - {b}'] = t[['mean','low','high','p','p_holm','p_wilcoxon','win','loss','n','subjects','detectable']]
     t = pd.concat(res, names=['pair'])
     print(t.round(4).to_string())
     t.round(5).to_csv(here/'hippocampus_paired.csv')

@@ -59,7 +59,8 @@ from fastmed.metrics.masks import (
     case_scores, dice_metrics, dice_score, DiceScore, hausdorff95, summarise, surface_dice, volume_mm3
 )
 from fastmed.metrics.scores import average_precision, label_metrics, roc_auc
-from fastmed.metrics.stats import mean_interval, paired_comparison
+from fastmed.metrics.paired import paired_comparison
+from fastmed.metrics.stats import mean_interval
 
 # ---- model files
 from fastmed.learn.ensemble import load_model

@@ -149,7 +149,7 @@ BAD = (
 ('colour picture', "load_radiograph(put('col.png', png(np.stack([np.eye(8)*200]+[np.eye(8)]*2, -1))))", ValueError,
  'colour'),
 ('window of no width', "load_radiograph(put('w.png', png(np.eye(8)*200)), window=(100,0))", ValueError, 'window'),
-('unknown rule for colour', "load_radiograph(put('w2.png', png(np.eye(8)*200)), colour='blue')", ValueError, 'blue'),
+('unknown value of color', "load_radiograph(put('w2.png', png(np.eye(8)*200)), color='blue')", ValueError, 'blue'),
 ('picture of one value', "RadiographPrep(32)(put('flat.png', png(np.full((8,8), 7))))", ValueError, 'flat.png'),
 ('picture in three pixels', "RadiographPrep(3)", ValueError, 'size'),
 ('unknown scale of a picture', "RadiographPrep(normalize='ct')", ValueError, 'ct'),

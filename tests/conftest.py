@@ -68,9 +68,8 @@ def loaders(study, tmp_path_factory):
             device='cpu', cache=tmp_path_factory.mktemp('cache'))
     return {3:VolumeDataLoaders.from_df(df, **kw), 2:SliceDataLoaders.from_df(df, axis=2, context=1, **kw)}
 
-@pytest.fixture(scope='session')
-def weights(loaders):
-    "What tiny networks learnt in a few epochs: dict ndim → state dict."
+def trained(loaders):
+    "What tiny networks learn in a few epochs: dict ndim → state dict."
     from fastmed.all import set_seed, unet2d_learner, unet3d_learner
     res = {}
     for nd,f in ((3,unet3d_learner),(2,unet2d_learner)):
@@ -79,6 +78,17 @@ def weights(loaders):
         with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(12, 3e-2)
         res[nd] = {k:v.clone() for k,v in learn.model.state_dict().items()}
     return res
+
+@pytest.fixture(scope='session')
+def weights(loaders, tmp_path_factory):
+    "What `trained` learnt, once a session: the first worker trains, the others read."
+    import torch
+    from filelock import FileLock
+    here = tmp_path_factory.getbasetemp()
+    fn = (here.parent if os.environ.get('PYTEST_XDIST_WORKER') else here)/'weights.pth'
+    with FileLock(f'{fn}.lock'):
+        if not fn.exists(): torch.save(trained(loaders), fn)
+    return torch.load(fn)
 
 @pytest.fixture
 def learner(loaders, weights, tmp_path):

@@ -163,7 +163,7 @@ def test_a_disk_that_is_too_small(place, monkeypatch):
     import fastmed.io.guard as A
     src,dest,clean = place
     monkeypatch.setattr(A.shutil, 'disk_usage', lambda p: type('U', (), dict(free=1000))())
-    with pytest.raises(ResourceError, match='Make room'): unpack_safely(zipped(src/'x', ('a',bytes(2000))), dest)
+    with pytest.raises(ResourceError, match='Free some space'): unpack_safely(zipped(src/'x', ('a',bytes(2000))), dest)
     clean()
 
 @pytest.mark.parametrize('typ', (b'x',b'g',b'L',b'K'))

@@ -1,4 +1,5 @@
 "The doctor: each kind of fault planted once is found, clean data raises nothing, leaks are named, sets are told apart."
+import copy
 import gzip
 import warnings
 
@@ -8,6 +9,7 @@ import pandas as pd
 import pytest
 from phantoms import CODES, affine_of, python, write_case
 from scipy.ndimage import gaussian_filter
+from scipy.ndimage import shift as moved
 
 from fastmed.core import FastmedError
 from fastmed.data.cases import scan_decathlon, scan_folder
@@ -142,6 +144,28 @@ FAULTS = { # name: (kind that must be found, what is done to the case)
     'other orientation': ('mixed orientation', lambda r,p: r.update(image=turned(r['image'], p/'x.nii.gz'),
         mask=turned(r['mask'], p/'m.nii.gz')))}
 
+@pytest.fixture(scope='module')
+def bent(tmp_path_factory):
+    "Twenty-four subjects bent from one atlas: DataFrame"
+    return cohort(tmp_path_factory.mktemp('bent'), n=24, spacing=4.)
+
+@pytest.fixture
+def few_trees(monkeypatch):
+    "A small forest tells unlike sets apart as well; the notebook of the module grows the whole one"
+    from sklearn.ensemble import ExtraTreesClassifier
+    monkeypatch.setattr('sklearn.ensemble.ExtraTreesClassifier', lambda n, **kw: ExtraTreesClassifier(n//10, **kw))
+
+@pytest.fixture
+def one_survey(monkeypatch):
+    "`find_leaks` reads each set of images once a test; subjects and folds do not change what is in them"
+    from fastmed.data import leaks
+    known,survey = {},leaks.survey_cases
+    def surveyed(df, *args, **kwargs):
+        key = tuple(df.image)
+        if key not in known: known[key] = survey(df, *args, **kwargs)
+        return copy.deepcopy(known[key])
+    monkeypatch.setattr(leaks, 'survey_cases', surveyed)
+
 def sick(df, what, path):
     "The study with one fault in one case"
     rows = df.to_dict('records')
@@ -163,7 +187,7 @@ def test_planted_fault_is_found(healthy, tmp_path, name):
     got = pd.DataFrame(r)[r.problem==problem]
     assert (got.case==f'c{BAD:02d}').any(), pd.DataFrame(r)[['case','problem','found']].to_string()
     assert set(r.errors.case)<={f'c{BAD:02d}'} and set(r.case)<={f'c{BAD:02d}'}
-    assert (got.expected!='').all() and (got.found!='').all() and (got.mend!='').all()
+    assert (got.expected!='').all() and (got.found!='').all() and (got.fix!='').all()
     assert len(r.clean())==N-bool(len(r.errors)) and (r.severity.isin(['error','warning'])).all()
 
 def test_no_form_codes_names_every_such_file(healthy, tmp_path):
@@ -235,9 +259,9 @@ def test_every_place_is_tried_as_if_the_mask_lay_there():
         warnings.simplefilter('ignore')
         for n in range(1, 10): np.testing.assert_array_equal(_median(x[:n]), np.nanmedian(x[:n], 0))
 
-def test_masks_on_their_images(beside, healthy, tmp_path):
+def test_masks_on_their_images(beside, healthy, bent):
     "No false alarm on sound cases"
-    for df in (beside, healthy, cohort(tmp_path, n=12, spacing=4.)): assert _OFF not in set(check_dataset(df).problem)
+    for df in (beside, healthy, bent[:12]): assert _OFF not in set(check_dataset(df).problem)
 
 def test_rounding_is_no_finding(healthy, tmp_path):
     df = sick(healthy,
@@ -378,7 +402,7 @@ def test_odd_tables(healthy, tmp_path, monkeypatch):
     page = check_dataset(df.assign(mask=None)).html(tmp_path/'r.html').read_text()
     assert 'Größe 3 ä' in page and str(tmp_path) not in page
 
-def test_strange_sets(tmp_path):
+def test_strange_sets(tmp_path, few_trees):
     "All constant, all unreadable, four axes, headers that promise too much, binary images"
     def write(name, *arrays, dtype=np.float32):
         rows = []
@@ -446,6 +470,7 @@ LEAKS = dict(identical=('identical', lambda a: (a, a)), mirrored=('mirrored or t
         mirrored_overlap=('shared pieces', lambda a: (a[:20], a[12:,::-1,::-1])),
     quantum=('same quantum', lambda a: ((q:=np.round(a/5.958862)*np.float32(5.958862))[:16], q[16:])),
         gaps=('same gaps', lambda a: ((q:=np.round(np.round(a/7.3)*7.3/4))[:16], q[16:])),
+    half_voxel=('same picture', lambda a: (a, moved(a, .5, order=1, mode='nearest'))),
     picture=('same picture', lambda a: (a, a*.37+55+np.random.default_rng(9).normal(0, 1, a.shape).astype(np.float32))),
         picture_mirrored=('same picture mirrored',
                           lambda a: (a, a[::-1]*.37+np.random.default_rng(9).normal(0, 1, a.shape).astype(np.float32))))
@@ -455,11 +480,53 @@ def test_leak_is_found(tmp_path, name):
     why,f = LEAKS[name]
     df = scans(tmp_path, f)
     got = find_leaks(df)
+    sure = 'likely' if name in ('quantum','gaps','picture','picture_mirrored','half_voxel') else 'proved'
     assert [(r.case_a, r.case_b, r.sure) for r in got.itertuples()]==[('0','6',
-            'proved')] and why in got.evidence.iloc[0], got.to_string()
+            sure)] and why in got.evidence.iloc[0], got.to_string()
     assert not len(find_leaks(df.assign(subject=['s0','1','2','3','4','5',
                                                  's0']))), 'two scans of one subject are no leak'
     with pytest.warns(UserWarning, match='parts 1 pairs'): assert find_leaks(df, split='side').parted.all()
+
+def strangers(path, f, n=24):
+    "Scans of unlike subjects, each processed by `f`: DataFrame"
+    rows = []
+    for i in range(n):
+        rng = np.random.default_rng(500+i)
+        a = gaussian_filter(rng.normal(size=(30,28,26)), rng.uniform(1.5, 4))*rng.uniform(800, 4000)
+        a = f(a+rng.uniform(500, 1500)+rng.normal(0, rng.uniform(2, 40), a.shape), i)
+        nib.save(nib.Nifti1Image(a.astype(np.float32), np.eye(4)), fn:=path/f'{i}.nii')
+        rows.append(dict(case=f'{i}', image=fn))
+    return pd.DataFrame(rows)
+
+def eighths(a, i):
+    "Three of the strangers are stored as k/255, as 8-bit pictures are after a division"
+    return np.round((a-a.min())/np.ptp(a)*255)/255 if i<3 else a
+
+def ranks(a, i):
+    "All with one histogram, as histogram matching makes them: the same values in other places"
+    return np.argsort(np.argsort(a.ravel())).reshape(a.shape)*.37+1
+
+@pytest.mark.parametrize('f', [eighths, ranks])
+def test_steps_of_normalisation_prove_nothing(tmp_path, f):
+    "Three strangers stored as k/255 were called proved; so were those with one histogram"
+    got = find_leaks(strangers(tmp_path, f))
+    assert not (got.sure=='proved').any(), got.to_string()
+    assert not got.evidence.str.contains('quantum|gaps|voxels').any(), got.to_string()
+
+def test_a_step_that_three_share_names_the_nearest_alone(tmp_path):
+    "Two halves of one scan, and a stranger whose grey values have the same step: he was proved to be both"
+    def f(a, i):
+        q = np.float32(8.791449) if i<2 else np.float32(5+i/7)
+        return np.round(a/q).astype(np.float32)*q
+    df = strangers(tmp_path, f)
+    a = np.asarray(nib.load(df.image[0]).dataobj)
+    steps = np.round(a/8.791449)
+    steps[1:] += np.random.default_rng(0).integers(-1, 2, a[1:].shape)
+    for k,part in enumerate((a[:-1], (steps*8.791449)[1:])):
+        nib.save(nib.Nifti1Image(part.astype(np.float32), np.eye(4)), fn:=tmp_path/f'part{k}.nii')
+        df.loc[len(df)] = dict(case=f'part{k}', image=fn)
+    got = find_leaks(df.drop(index=0), likely=False)
+    assert list(zip(got.case_a, got.case_b))==[('part0','part1')] and (got.sure=='likely').all(), got.to_string()
 
 def test_leak_in_any_channel(tmp_path):
     "Only the second channel gives the pair away; and a file that stands once as first and once as second channel"
@@ -492,8 +559,8 @@ def test_likeness_is_learnt_from_proved_pairs(tmp_path):
     got = find_leaks(pd.DataFrame(rows))
     true = got.case_a.str.split('_').str[0]==got.case_b.str.split('_').str[0]
     free = got[got.case_a.str.split('_').str[0].astype(int)>=30]
-    assert true.mean()>.9 and (got.sure=='proved').sum()>=15 and len(free)>=4 and free.evidence.str.contains(
-            'as the proved pairs').all(), got.to_string()
+    assert true.mean()>.9 and got.evidence.str.contains('quantum').sum()>=15 and len(free)>=4
+    assert free.evidence.str.contains('alike, as the pairs with').all() and (got.sure=='likely').all(), got.to_string()
 
 def test_no_leak_among_unlike(tmp_path):
     assert not len(find_leaks(scans(tmp_path,
@@ -501,11 +568,11 @@ def test_no_leak_among_unlike(tmp_path):
                                                np.random.default_rng(77).normal(1000, 50,
             a.shape).astype(np.float32)))))
 
-def test_no_leak_in_the_cohort(tmp_path):
-    "Twenty-four subjects bent from one atlas are alike, and yet not one scan"
-    df = cohort(tmp_path, n=24, spacing=4.)
-    assert not len(find_leaks(df)), find_leaks(df).to_string()
-    r = check_dataset(df, ['air','CSF','grey','white'], image_col=['image','image_t2'])
+def test_no_leak_in_the_cohort(bent):
+    "They are alike, and yet not one scan"
+    got = find_leaks(bent)
+    assert not len(got), got.to_string()
+    r = check_dataset(bent, ['air','CSF','grey','white'], image_col=['image','image_t2'])
     assert not len(r.errors), r.errors.to_string()
 
 def test_quantum():
@@ -516,7 +583,7 @@ def test_quantum():
 
 # ---- shift
 
-def test_shift(tmp_path):
+def test_shift(tmp_path, few_trees):
     from scipy.ndimage import gaussian_filter
     def study(name, n, seed, noise=8, spacing=1., site='a'):
         rows = []
@@ -530,11 +597,11 @@ def test_shift(tmp_path):
     a = study('a', 20, 0)
     same,noisy,coarse = study('b', 20, 100),study('c', 20, 200, noise=40),study('d', 20, 300, spacing=1.3, site='b')
     t = distribution_shift(a, same)
-    assert set(t.index)=={'all','intensity','spacing','size',
-            'site'} and t.index[0]=='all' and (t.low<=.5).all() and .2<t.auc['all']<.8 and t.auc['site']==.5
+    assert set(t.index)=={'all','intensity','spacing','size','site'} and t.index[0]=='all'
+    assert (t.low<=.5).all() and .2<t.auc['all']<.8 and t.auc['site']==.5
     t = distribution_shift(a, noisy)
-    assert t.low['all']>.9 and t.low['intensity']>.9 and t.low['spacing']<.5<t.high['spacing'] and 'along' in t.telling[
-            'intensity']
+    assert t.p['all']<.01 and t.low['all']>.85 and t.low['intensity']>.85
+    assert t.low['spacing']<.5<t.high['spacing'] and 'along' in t.telling['intensity']
     t = distribution_shift(a, coarse)
     assert (t.auc[['all','spacing','size','site']]>.95).all() and 1.25<t.b['spacing']<1.35
     pd.testing.assert_frame_equal(t, distribution_shift(a, coarse))
@@ -555,21 +622,24 @@ def test_hippocampus_as_downloaded(data, tmp_path):
             and 'intensity regime' in set(r.problem) and len(r.clean())==len(df)-3)
     assert not len(check_dataset(scan_decathlon(data/'hippocampus')).errors)
 
-def test_hippocampus_leaks(data):
+def test_hippocampus_leaks(data, one_survey):
     df = scan_decathlon(data/'hippocampus')
     s = df.set_index('case').subject
     pairs = len(df)-s.nunique()
     t = find_leaks(df.drop(columns='subject'))
     true = s[t.case_a].values==s[t.case_b].values
-    assert true.mean()>.95 and true.sum()>.95*pairs and true[t.sure=='proved'].mean()>.96, (true.mean(),
+    assert true.mean()>.98 and true.sum()>.95*pairs and true[t.sure=='proved'].all(), (true.mean(),
                                                              true.sum()/pairs)
     assert len(find_leaks(df))==(~true).sum()
     with pytest.warns(UserWarning, match='parts'):
         find_leaks(df.drop(columns='subject').assign(fold=np.arange(len(df))%2), split='fold')
 
+@pytest.mark.slow
+def test_lesions_on_a_fine_grid(data):
+    df = scan_folder(data/'ms_lesions')
+    assert not len(check_dataset(df)) and not len(find_leaks(df))
+
 def test_other_real_sets(data):
-    assert not len(check_dataset(scan_folder(data/'ms_lesions'))) and not len(
-            find_leaks(scan_folder(data/'ms_lesions')))
     ixi = scan_folder(data/'ixi_brains')
     assert not len(check_dataset(ixi).errors) and not len(find_leaks(ixi))
     ct = pd.DataFrame([dict(case=o.name, image=o) for o in sorted((data/'ct_dicom').iterdir())])
@@ -583,7 +653,7 @@ def test_other_real_sets(data):
     r = check_dataset(df)
     assert not len(r.errors) and set(r.problem)=={'mixed orientation','touches border'}
 
-def test_a_set_does_not_differ_from_itself(tmp_path):
+def test_a_set_does_not_differ_from_itself(tmp_path, few_trees):
     "The twin of a case stood among those that the trees were grown on: AUC 0.0"
     from fastmed.data.oddities import distribution_shift
     df = pd.DataFrame([write_case(tmp_path, f'c{i}', seed=i) for i in range(6)])

@@ -251,7 +251,7 @@ print('\\n'+json.dumps(res))
     return here,*json.loads(out.strip().splitlines()[-1])
 
 def test_looks_by_name(trained):
-    "A flip is a flip, and what a number of looks means is the same in `evaluate` and `tta`"
+    "A flip is a flip, and what a number of views means is the same in `evaluate` and `tta`"
     dl = trained.dls.valid
     x = dl.one_batch()[0].as_subclass(torch.Tensor)
     net = trained.model.eval()
@@ -282,7 +282,7 @@ def test_saved_learner_knows(trained, cases, tmp_path):
     (tmp_path/'bad.safetensors').write_bytes(b)
     with pytest.raises(InputError, match='sha256'): load_model(tmp_path/'bad.safetensors')
     own = classifier_learner(trained.dls, lambda a,b: SmallResNet(a, b, 3, 4))
-    with pytest.warns(UserWarning, match='no network that is known by name'): save_model(own, tmp_path/'x.safetensors')
+    with pytest.warns(UserWarning, match='not a network with a known name'): save_model(own, tmp_path/'x.safetensors')
     with pytest.raises(InputError, match='arch=make'): load_model(tmp_path/'x.safetensors')
     back = load_model(tmp_path/'x.safetensors', 'cpu', arch=lambda: SmallResNet(1, 2, 3, 4))
     assert torch.equal(back.predict(full.image[0])[2], own.predict(full.image[0])[2])
@@ -510,7 +510,7 @@ def test_shape_net_learns_and_answers_everywhere(measured, shapes, tmp_path):
     it.plot_curves()
     it.report(tmp_path/'r.html')
     with pytest.raises(InputError, match='has no convolution'): grad_cam(measured, fn)
-    with pytest.raises(InputError, match='no part that is named as an encoder'): measured.save_encoder(tmp_path/'enc')
+    with pytest.raises(InputError, match='has no recognisable encoder'): measured.save_encoder(tmp_path/'enc')
 
 def test_shape_net_refuses_what_is_no_mask(shapes, cases):
     for dls in (masks(shapes, normalize='zscore'), loaders(cases, normalize='none')):
@@ -564,7 +564,7 @@ def test_command_line_answers_for_cases(measured, shapes, tmp_path, capsys):
         assert main([words[0], str(tmp_path/'m ü.safetensors'), str(path),
                 *([str(tmp_path/'x')] if words[0]=='predict' else []), *words[1:]])==2
         err = capsys.readouterr().err
-        assert 'answers for cases' in err and not (tmp_path/'x').exists()
+        assert 'predicts labels of cases' in err and not (tmp_path/'x').exists()
 
 @pytest.mark.parametrize('cell', ('x|q', 'x,y', None))
 def test_findings_that_nobody_knows_are_errors(cell, tmp_path):

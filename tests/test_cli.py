@@ -6,10 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import nibabel as nib
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from test_nothing_lost import correct, snapshot, write_gz
 from fastmed.all import Plan, ResumeCallback, save_model
 from fastmed.cli import main
 from fastmed.core import FileError
+from fastmed.learn.fingerprint import read_state
 
 root = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, 'PYTHONPATH':os.pathsep.join(filter(None, [str(root), os.environ.get('PYTHONPATH')])),
@@ -34,6 +37,14 @@ def shell(capsys):
     return run
 
 @pytest.fixture
+def process(tmp_path_factory):
+    "`process(words…)` runs the command in a process that has imported fastmed; `stderr`: a descriptor"
+    tmp = tmp_path_factory.mktemp('process')
+    (tmp/'run.py').write_text('import sys; from fastmed.cli import main; sys.exit(main())')
+    def run(*words, **streams): return forked.run([tmp/'run.py', *words], tmp, ENV, **streams)
+    return run
+
+@pytest.fixture
 def model(learner, tmp_path): return save_model(learner(3), tmp_path/'m.safetensors')
 
 @pytest.mark.parametrize('words,says', [
@@ -42,7 +53,7 @@ def model(learner, tmp_path): return save_model(learner(3), tmp_path/'m.safetens
         ('train D --minutes 10 --epochs 1', 'not allowed with argument'), ('train D --minutes 0', 'minutes'),
         ('train D --minutes nan', 'minutes'), ('train D --spacing 1 2', 'spacing'), ('train D --spacing 0', 'spacing'),
     ('train D --spacing 1 1 1 1', 'spacing'), ('train D --codes bg,,x', 'codes'), ('train D --codes bg,x,x', 'codes'),
-        ('train D --codes lesion=1,background=0', 'names alone'), ('train D --workers -1', 'workers'),
+        ('train D --codes lesion=1,background=0', 'names only'), ('train D --workers -1', 'workers'),
         ('train D --valid-pct 1', 'valid-pct'), ('train D --seed -1', 'seed'),
     ('predict M D O --overlap 1', 'overlap'), ('predict M D O --overlap -.1', 'overlap'),
         ('evaluate M D --tolerance -1', 'tolerance'), ('evaluate M D --tolerance inf', 'tolerance'),
@@ -100,16 +111,15 @@ class TestPredict:
         from fastmed.all import VolumeLearner
         monkeypatch.setattr(VolumeLearner, 'predict_volume', None)
         (tmp_path/'file').write_text('')
-        for dst,says in (('o.pkl','.nii.gz'), ('o','no ending'), ('file/o.nii.gz','stands where a folder should'),
+        for dst,says in (('o.pkl','.nii.gz'), ('o','no ending'), ('file/o.nii.gz','is where a folder should be'),
                 ('cases.csv','.nii.gz')):
             code,_,err = shell('predict', model, scans/'c0.nii.gz', tmp_path/dst)
             assert code==2 and says in err, err
         code,_,err = shell('predict', model, scans, tmp_path/'file')
-        assert code==2 and 'stands where a folder should' in err
+        assert code==2 and 'is where a folder should be' in err
 
-    def test_stdout_holds_paths_alone(self, model, scans, tmp_path):
-        r = subprocess.run([sys.executable, '-m', 'fastmed', 'predict', model, scans, tmp_path/'o'], env=ENV,
-                            capture_output=True, text=True)
+    def test_stdout_holds_paths_alone(self, process, model, scans, tmp_path):
+        r = process('predict', model, scans, tmp_path/'o')
         assert r.returncode==0 and r.stdout==''.join(f'{tmp_path/"o"/f"c{i}.nii.gz"}\n'
                                                      for i in range(2)) and r.stderr=='', (r.stdout, r.stderr)
 
@@ -142,20 +152,25 @@ def test_train_writes_safetensors_where_nothing_is_said():
     from fastmed.cli import parser
     assert parser().parse_args(['train', 'x']).out=='model.safetensors'
 
-def test_epochs_of_a_fit_by_the_clock_are_not_a_million(study, tmp_path):
+def test_epochs_of_a_fit_by_the_clock_are_not_a_million(process, study, tmp_path):
     "Under a terminal of its own: bars on stderr, no number of epochs that nobody knows"
     pty = pytest.importorskip('pty')
     end,other = pty.openpty()
-    p = subprocess.Popen([sys.executable, '-m', 'fastmed', 'train', study[0], '--images', 'images/*.nii', '--masks',
-                          'labels/*.nii', '--spacing', '1.25', '--minutes', '.02', '--out', tmp_path/'m.safetensors',
-                          '--cache', tmp_path/'s'], env=ENV, stdout=subprocess.PIPE, stderr=other, text=True)
-    os.close(other)
-    seen = b''
+    parts = []
+    def read():
+        try:
+            while b:=os.read(end, 2**16): parts.append(b)
+        except OSError: pass                                                               # the other end is closed
+    reader = threading.Thread(target=read)
+    reader.start()
     try:
-        while b:=os.read(end, 2**16): seen += b
-    except OSError: pass                                                                   # the other end is closed
-    out = p.communicate()[0]
-    os.close(end)
+        p = process('train', study[0], *words_of(study), '--spacing', 2.5, '--minutes', .02, '--out',
+                    tmp_path/'m.safetensors', '--cache', tmp_path/'s', stderr=other)
+    finally:
+        os.close(other)
+        reader.join()
+        os.close(end)
+    seen,out = b''.join(parts),p.stdout
     seen = seen.decode(errors='replace')
     assert p.returncode==0, seen[-2000:]
     assert '1000000' not in seen+out and 'None' not in seen.replace('\r',
@@ -357,7 +372,7 @@ def test_a_mask_is_no_image(shell, tmp_path):
         for n in ('img','seg'): (tmp_path/c/f'{n}.nii.gz').touch()
     for images,masks in (('*/*.nii.gz','*/seg.nii.gz'), ('**/*.nii.gz','**/seg.nii.gz'), ('*/*.nii.gz','*/*.nii.gz')):
         code,_,err = shell('check', tmp_path, '--images', images, '--masks', masks)
-        assert code==2 and 'image and mask at once' in err, (images, err)
+        assert code==2 and 'both image and mask' in err, (images, err)
 
 # --- an attack on the shell
 
@@ -491,12 +506,19 @@ def test_a_report_of_somebody_is_kept(shell, study, tmp_path, monkeypatch):
     with pytest.raises(Trained): shell('compare', plan)
     plan.write_text('df = 1\n'+plan.read_text())
     code,_,err = shell('compare', plan)
-    assert code==2 and 'df: a plan does not say this' in err
+    assert code==2 and 'df: cannot be set in a plan' in err
 
 class TestTraining:
+    @pytest.fixture(autouse=True)
+    def heeded(self):
+        "In the background of a shell Ctrl-C is ignored, and what is ignored stays so"
+        was = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, was)
+
     def words(self, study, tmp_path, *more):
         return ['train', study[0], *words_of(study, '--out', tmp_path/'m.safetensors', '--epochs', 2, '--cache',
-                                             tmp_path/'s', '--spacing', 1.25, '--workers', 0, *more)]
+                                             tmp_path/'s', '--spacing', 2.5, '--workers', 0, *more)]
 
     def test_two_of_one_name_at_once(self, shell, study, tmp_path):
         "The second is told so before it trains"
@@ -504,6 +526,53 @@ class TestTraining:
         with beside(tmp_path/'m.safetensors', alone=True):
             code,out,err = shell(*self.words(study, tmp_path))
         assert code==2 and 'another process' in err and not out
+
+    @pytest.mark.skipif(not hasattr(signal, 'sigwaitinfo'), reason='signals of POSIX')
+    @pytest.mark.parametrize('sign,code', [('SIGTERM',143), pytest.param('SIGINT', 130, marks=pytest.mark.slow),
+                                           pytest.param('SIGHUP', 129, marks=pytest.mark.slow)])
+    def test_a_signal_to_all_processes_of_a_job(self, study, tmp_path, sign, code):
+        "The workers leave it to their training, and end with it"
+        words = self.words(study, tmp_path)
+        words[words.index('--workers')+1] = 2
+        code_of = '''import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+from fastai.learner import Learner
+from fastmed.cli import main
+was = Learner.one_batch
+def one_batch(self, i, b):
+    if self.training and i==self.epoch==0:
+        print('up', flush=True)
+        sys.stdin.readline()
+    was(self, i, b)
+Learner.one_batch = one_batch
+if __name__=='__main__': sys.exit(main())'''
+        p = subprocess.Popen([sys.executable, '-c', code_of, *map(str, words)], env=ENV, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        while p.stdout.readline() not in ('up\n', ''): pass
+        os.killpg(p.pid, getattr(signal, sign))
+        time.sleep(.5)
+        err = p.communicate('\n', timeout=1200)[1]
+        assert (p.returncode, err.splitlines()[-1])==(code, 'fastmed: stopped'), err
+        with pytest.raises(ProcessLookupError): os.killpg(p.pid, 0)
+        s = read_state(tmp_path/'m.safetensors.resume')
+        assert (s['epoch'], s['batch'])==(0, 1) and not list(tmp_path.glob('.part*'))
+
+    def test_asked_twice_at_once(self, shell, study, tmp_path, monkeypatch):
+        "As `timeout` asks; and in the validation after the last batch"
+        from fastai.learner import Learner
+        was = Learner.one_batch
+        for training,n,state in ((True, 3, (0,4)), (False, 0, (2,0))):
+            def one_batch(self, i, b, training=training, n=n):
+                if self.training==training and i==n and self.epoch==1-training:
+                    for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)
+                was(self, i, b)
+            with monkeypatch.context() as m:
+                m.setattr(Learner, 'one_batch', one_batch)
+                res,_,err = shell(*self.words(study, tmp_path, *[] if training else ['--resume']))
+            assert res==143 and err.endswith('fastmed: stopped\n'), err
+            s = read_state(tmp_path/'m.safetensors.resume')
+            assert (s['epoch'], s['batch'])==state
 
     @pytest.mark.skipif(sys.platform=='win32', reason='signals of POSIX')
     @pytest.mark.parametrize('sign,code', [('SIGINT',130), ('SIGTERM',143)])

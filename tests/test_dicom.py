@@ -513,6 +513,9 @@ def test_segmentation_refused(tmp_path):
     with pytest.raises(InputError, match='frame of reference'): save_dicom_seg(m, tmp_path/'n', tmp_path/'x.dcm')
     save_dicom_seg(m, tmp_path/'s', out)
     write(tmp_path/'other', origin=(0,0,0))
+    with pytest.raises(InputError, match='another frame of reference'): load_dicom_seg(out, tmp_path/'other')
+    place = pydicom.dcmread(tmp_path/'s/000.dcm').FrameOfReferenceUID
+    write(tmp_path/'other', origin=(0,0,0), each=lambda ds,k: setattr(ds, 'FrameOfReferenceUID', place))
     with pytest.raises(InputError, match='does not lie on a slice'): load_dicom_seg(out, tmp_path/'other')
     with pytest.raises(InputError, match='no DICOM segmentation'): load_dicom_seg(tmp_path/'s/000.dcm', tmp_path/'s')
 

@@ -248,7 +248,7 @@ def test_a_file_stands_where_a_folder_should(tmp_path, writer):
     (tmp_path/'s').write_text('a file')
     (tmp_path/'masks').write_text('a file')
     for name in ('Store image','predict_folder'):
-        with pytest.raises(FileError, match='a file stands where a folder should'): writer(name)[0](tmp_path)
+        with pytest.raises(FileError, match='a file is where a folder should be'): writer(name)[0](tmp_path)
 
 @pytest.fixture
 def small_files():

@@ -44,7 +44,10 @@ def test_finished_comparison(tmp_path, monkeypatch):
     for o in ('arms', 'compare', 'runs'): monkeypatch.setattr(f'fastmed.study.{o}.make_learner', None)
     study.run()
     kept = pd.read_csv(old/'summary.csv', index_col=[0, 1])
-    pd.testing.assert_frame_equal(study.summary()[['mean', 'low', 'high']], kept[['mean', 'low', 'high']])
+    found = study.summary()
+    pd.testing.assert_series_equal(found['mean'], kept['mean'])
+    # 0.1.0 drew its intervals by a bootstrap, which is too narrow for so few subjects
+    assert (found.high-found.low>kept.high-kept.low).all()
 
 def _copied(folder, other='3D, fold 1, seed 0'):
     shutil.rmtree(folder)

@@ -380,7 +380,7 @@ def test_an_odd_line_of_an_encoder(tmp_path, line):
     (tmp_path/'e.safetensors').write_bytes(save({'a':torch.zeros(1)}, {'fastmed_encoder':line}))
     (tmp_path/'none.pth').write_bytes(b'')
     net = UNet(1, 2, nf=4, depth=2)
-    with pytest.raises(FileError, match='e.safetensors: its line'): load_encoder(net, tmp_path/'e.safetensors')
+    with pytest.raises(FileError, match='e.safetensors: its description'): load_encoder(net, tmp_path/'e.safetensors')
     with pytest.raises(FileError, match='none.pth: no weights'): load_weights(net, tmp_path/'none.pth')
 
 def test_files_that_are_refused(tmp_path):
@@ -397,9 +397,11 @@ def test_files_that_are_refused(tmp_path):
     assert not (tmp_path/'ran').exists()
     from safetensors.torch import save_file
     save_file({'a':torch.zeros(1)}, tmp_path/'bare.safetensors')
-    with pytest.raises(FileError, match='without its line'): load_encoder(net, tmp_path/'bare.safetensors')
+    with pytest.raises(FileError, match='without metadata'):
+        load_encoder(net, tmp_path/'bare.safetensors')
     with pytest.raises(InputError, match='none of its 1'): load_weights(net, tmp_path/'bare.safetensors')
-    with pytest.raises(InputError, match='no part'): save_encoder(nn.Linear(2,2), tmp_path/'x.safetensors')
+    with pytest.raises(InputError, match='no recognisable encoder'):
+        save_encoder(nn.Linear(2,2), tmp_path/'x.safetensors')
 
 def test_timm_files_by_name(tmp_path):
     import timm  # noqa: F401
@@ -439,7 +441,7 @@ def test_encoder_between_tasks(arch, ndim, kw, tmp_path, learner, loaders):
     assert (tmp_path/'models/sub/enc.safetensors').exists()
     assert all(torch.equal(v, enc[k]) for k,v in back.encoder.state_dict().items())
     other = create_encoder_classifier(arch, n_in+1, 2, ndim, patch=(16,)*ndim, **kw)
-    with pytest.raises(InputError, match=f"another one: .*{n_in} channel.*{n_in+1} channel.*weight.*expected"):
+    with pytest.raises(InputError, match=f"its encoder is .*{n_in} channel.*{n_in+1} channel.*weight.*expected"):
         load_encoder(other, fn)
     def names(m): return {k:v.clone() for k,v in m.state_dict().items()}
     was,moved = names(seg.model),[]

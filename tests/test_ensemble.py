@@ -95,7 +95,7 @@ def test_file_or_memory_makes_no_difference(others, study):
     b.about[0].bytes = 1e12
     (m,p),(n,q) = [e.predict_volume(path/df.image[1], proba=True) for e in (a,b)]
     assert torch.equal(raw(m), raw(n)) and torch.equal(raw(p), raw(q))
-    assert RunningMean(3, (30,30,30), most=1e5).filed and not RunningMean(3, (30,30,30), most=1e6).filed
+    assert RunningMean(3, (30,30,30), most=1e5).on_disk and not RunningMean(3, (30,30,30), most=1e6).on_disk
 
 def test_slices_and_volumes_together(others, study):
     path,df = study
@@ -104,7 +104,7 @@ def test_slices_and_volumes_together(others, study):
     ens = Ensemble([a,b])
     ps = [raw(l.predict_volume(fn, proba=True)[1]) for l in (a,b)]
     assert (raw(ens.predict_volume(fn, proba=True)[1])-(ps[0]+ps[1])/2).abs().max()<2e-3
-    with pytest.warns(UserWarning, match='learned slices across axis'):
+    with pytest.warns(UserWarning, match='trained on slices across axis'):
         every = raw(b.predict_volume(fn, proba=True, axes='all')[1])
     # of the volume model the one answer counts as much as the three of the other
     assert (raw(ens.predict_volume(fn, proba=True, axes='all')[1])-(ps[0]+every)/2).abs().max()<3e-3
@@ -145,7 +145,7 @@ def test_members_that_do_not_fit_are_refused(learner, loaders, study, tmp_path):
         l.post = ('keep_largest',)
         Ensemble([learn, l])
     assert Ensemble([learn, l], post='keep_largest').post==('keep_largest',)
-    with pytest.raises(ValueError, match='no Learner of fastmed'): Ensemble([nn.Conv3d(1,1,1)])
+    with pytest.raises(ValueError, match='not a Learner of fastmed'): Ensemble([nn.Conv3d(1,1,1)])
     with pytest.raises(FileNotFoundError, match='no model'): Ensemble(path)
     (tmp_path/'x.pkl').write_bytes(b'no')
     with pytest.raises(ValueError, match='x.pkl: not an exported'): Ensemble([tmp_path/'x.pkl'], trust=True)
@@ -182,7 +182,7 @@ np.savez(sys.argv[1]+'/there.npz', m=m.numpy(), p=p.numpy(), n=len(e), post=e.po
         mixed = Ensemble([tmp_path/'a.safetensors', tmp_path/'b.safetensors', tmp_path/'c.pkl'], lazy=lazy,
                          device='cpu', trust=True)
         assert torch.equal(raw(mixed.predict_volume(fn, post='keep_largest')),
-                                                    raw(want)) and (mixed.members.kept[0] is None)==lazy
+                                                    raw(want)) and (mixed.members.loaded[0] is None)==lazy
     bad = bytearray((tmp_path/'e.safetensors').read_bytes())
     bad[len(bad)//2] ^= 1
     (tmp_path/'e.safetensors').write_bytes(bad)
@@ -329,7 +329,7 @@ def test_looks_travel_and_are_refused(learner, study, tmp_path):
             proba=True, tta=t)[1]), raw(learn.predict_volume(fn, proba=True)[1]))
     for bad,what in (('mirror','mirror'), (['flips','turn'],'turn'), ((0,'flips'),'0'), (7,'0, 1 or 2'), (2.5,'2.5')):
         with pytest.raises(ValueError, match=what): learn.predict_volume(fn, tta=bad)
-    with pytest.raises(ValueError, match='adds no look'): learn.predict_volume(fn, tta=TTA())
+    with pytest.raises(ValueError, match='adds no view'): learn.predict_volume(fn, tta=TTA())
     assert learn.evaluate(tta='scale').dice.notna().all()
 
 # ---- uncertainty

@@ -13,7 +13,7 @@ from torch import nn
 from fastmed.all import *
 from fastmed.core import ArgumentError
 from fastmed.models.zoo import param_splitter
-from fastmed.predict.tta import mix_looks
+from fastmed.predict.tta import mix_views
 
 for k in [o for o in globals() if o.startswith('test')]: del globals()[k]    # fastcore's own
 
@@ -74,8 +74,8 @@ def test_tta_refuses_what_it_cannot_use(learn, kw, match):
 
 def test_what_no_other_look_saw_is_the_plain_prediction():
     plain,other,seen = torch.tensor([1.,2,3]),torch.tensor([9.,0,0]),torch.tensor([1.,0,.5])
-    assert torch.equal(mix_looks(plain, [(other,seen)], beta=0.),
-                       torch.tensor([9.,2,0])) and torch.equal(mix_looks(plain, [(other,seen)], use_max=True),
+    assert torch.equal(mix_views(plain, [(other,seen)], beta=0.),
+                       torch.tensor([9.,2,0])) and torch.equal(mix_views(plain, [(other,seen)], use_max=True),
                                                                torch.tensor([9.,2,3]))
 
 def test_tta_of_a_classifier_takes_them_too(cases):
@@ -188,11 +188,11 @@ def test_the_slider_is_a_widget_that_prints_nothing():
 def test_a_compiled_classifier_is_saved(cases, tmp_path):
     learn = classifier_learner(volumes(cases, mask_col=None, label_col='kind', patch='auto', size=16), 'small_resnet',
                                nf=4)
-    want = learn.case_answer(cases[0]/cases[1].image[0])
+    want = learn.case_prediction(cases[0]/cases[1].image[0])
     learn.model = torch.compile(learn.model, backend='eager')
     save_model(learn, tmp_path/'m.safetensors')
-    assert torch.allclose(load_model(tmp_path/'m.safetensors', device='cpu').case_answer(cases[0]/cases[1].image[0]),
-                                     want, atol=1e-6)
+    loaded = load_model(tmp_path/'m.safetensors', device='cpu')
+    assert torch.allclose(loaded.case_prediction(cases[0]/cases[1].image[0]), want, atol=1e-6)
 
 # ---- learn.dls = other
 

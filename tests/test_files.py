@@ -376,7 +376,7 @@ def test_an_nnunet_data_set_is_read(tmp_path, channels):
 
 def test_an_nnunet_data_set_with_regions_or_without_files_says_so(tmp_path):
     df = scan_decathlon(nnunet(tmp_path/'r', labels={'background':0, 'whole':[1,2], 'core':[2]}))
-    with pytest.raises(InputError, match="'whole' and under 'core'"):
+    with pytest.raises(InputError, match="'whole' and 'core'"):
         VolumeDataLoaders.from_df(df, cache=tmp_path/'c', **QUIET)
     with pytest.warns(UserWarning, match='1 of the 3 cases'):
         (p:=nnunet(tmp_path/'m')/'dataset.json').write_text(p.read_text().replace('"numTraining": 2',

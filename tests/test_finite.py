@@ -180,7 +180,7 @@ def test_nothing_that_is_not_finite_is_saved(study, tmp_path):
     was = {fn:fn.read_bytes() for fn in writes}
     nan_weight(learn)
     for fn,f in writes.items():
-        with pytest.raises(InputError, match=rf'{re.escape(fn.name)}: not written, because NaN'): f()
+        with pytest.raises(InputError, match=rf'{re.escape(fn.name)}: not written, because of NaN'): f()
         assert fn.read_bytes()==was[fn]
     assert learn.dls.train_ds and learn.opt is not None
     with warnings.catch_warnings():

@@ -230,7 +230,7 @@ def test_colour_packed_by_run_lengths_keeps_its_colours(name, tmp_path):
     t = load_volume(fn)
     assert np.allclose(t[...,0].numpy().transpose(2,1,0)/top, want, atol=1e-6)
     assert (picture_pixels(fn) is None)==(name=='SC_rgb_rle')
-    grey = load_radiograph(fn, window='full', colour='grey')[0].numpy()
+    grey = load_radiograph(fn, window='full', color='grey')[0].numpy()
     assert np.allclose(grey/top, want@np.array([.299,.587,.114]), atol=1e-5)
 
 # ---- what a tree holds

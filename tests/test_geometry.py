@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sweeps import swept
 
 from fastmed.all import (
     InputError,
@@ -40,10 +40,8 @@ def affine(code, spacing, angle, origin):
 
 grids = st.tuples(st.sampled_from(axcodes), st.tuples(*[st.floats(.2,8)]*3), st.floats(0,.5),
                   st.tuples(*[st.floats(-200,200)]*3), st.tuples(*[st.integers(1,40)]*3))
-quick = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 
-@quick
-@given(grids, st.integers(0, 2**31))
+@swept(40, 150, grids, st.integers(0, 2**31))
 def test_without_resampling_the_way_back_is_exact(g, seed):
     code,sp,ang,org,shape = g
     aff = affine(code, sp, ang, org)
@@ -55,8 +53,7 @@ def test_without_resampling_the_way_back_is_exact(g, seed):
     back = pre.inverse(there, m.shape, m.affine)
     assert (back.numpy()==m.numpy()).all() and np.allclose(back.affine, aff)
 
-@quick
-@given(grids, st.floats(.5, 4))
+@swept(30, 150, grids, st.floats(.5, 4))
 def test_a_resampled_mask_comes_back_to_its_own_grid(g, mm):
     """A ball of 3.5 of the larger voxels radius comes back with a Dice above 0.7. The bound: half a voxel of its border
     is 0.37 of the volume, and a Dice of 0.7 is a ball that lost 0.46 of it, or gained 0.86"""
@@ -89,8 +86,7 @@ def test_a_resampled_mask_keeps_its_volume(mm, n):
         back.append((pre.inverse(pre(m), m.shape, m.affine).numpy()>0).sum()/ball.sum())
     assert .95<np.mean(there)<1.05 and .9<np.mean(back)<1.1, (np.mean(there), np.mean(back))
 
-@quick
-@given(grids, st.floats(.5, 4), st.sampled_from(['linear','cubic']))
+@swept(40, 150, grids, st.floats(.5, 4), st.sampled_from(['linear','cubic']))
 def test_a_constant_stays_constant(g, mm, order):
     code,sp,ang,org,shape = g
     sp = np.clip(sp, .5, 4)

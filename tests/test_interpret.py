@@ -20,7 +20,18 @@ from fastmed.data.datasets import sphere
 from fastmed.data.radiographs import RadiographDataLoaders
 from fastmed.learn.classify import classifier_learner
 from fastmed.metrics.curves import *
-from fastmed.metrics.scores import ap_stat, area_under, auc_stat
+from fastmed.metrics.scores import (
+    ap_stat,
+    area_difference,
+    area_under,
+    auc_stat,
+    balanced_accuracy,
+    choose_point,
+    label_scores,
+    mean_abs_error,
+    r_squared,
+    roc_auc,
+)
 from fastmed.metrics.stats import *
 from fastmed.study.gradcam import *
 from fastmed.study.interpret import *
@@ -152,7 +163,7 @@ def test_wrong_input_is_named():
             (lambda: CaseInterpretation([0,1], [.1,np.nan]),'not finite'),
             (lambda: CaseInterpretation([0,1], [.1,.2], point={'z':.5}),'none of')):
         with pytest.raises(InputError, match=e): f()
-    with pytest.raises(ColumnError, match='without a DataFrame'): CaseInterpretation([0,1], [.1,.2]).by('sex')
+    with pytest.raises(ColumnError, match='there is no DataFrame'): CaseInterpretation([0,1], [.1,.2]).by('sex')
 
 # ---- Grad-CAM
 
@@ -211,7 +222,7 @@ def test_cam_layer_of_monai():
             super().__init__()
             self.v = v
         def forward(self, x): return self.v(x)[0]
-    with pytest.raises(InputError, match='Label mixes places by attention'):
+    with pytest.raises(InputError, match='Label mixes positions by attention'):
         grad_cam(Label(), torch.randn(1,1,32,32,32))
 
 def test_cam_of_a_network_with_masks_and_labels():
@@ -230,7 +241,7 @@ def test_cam_of_a_network_with_masks_and_labels():
 def test_transformers_are_refused_by_name(name, kw):
     import timm
     m = timm.create_model(name, num_classes=2, in_chans=1, **kw)
-    with pytest.raises(InputError, match=f'{type(m).__name__} mixes places'): grad_cam(m, torch.randn(1,1,224,224))
+    with pytest.raises(InputError, match=f'{type(m).__name__} mixes positions'): grad_cam(m, torch.randn(1,1,224,224))
 
 def test_cam_lies_where_the_kernels_look():
     "A map that copies its input through stride 4 peaks where the input does, on average, and not two voxels off"
@@ -349,7 +360,7 @@ def test_training_curves(learn3, loaders):
     assert list(t.columns[:3])==['fit','train_loss','valid_loss'] and len(t)==14 and 'roc_auc' in t
     assert len([a for a in learn3.plot_metrics().axes if a.axison])==len(t.columns)-2
     seg = unet3d_learner(loaders[3], nf=4, depth=2)
-    with pytest.raises(InputError, match='nothing was trained'): seg.plot_metrics()
+    with pytest.raises(InputError, match='there was no training'): seg.plot_metrics()
     with seg.no_bar(), seg.no_logging():
         seg.fit(1)
         seg.validate()
@@ -400,7 +411,7 @@ def test_interpret_radiographs(pictures, tmp_path, label, task):
     c = grad_cam(learn, dls.valid_ds.items.iloc[0], None if it.labels==['size'] or task!='regression' else 'left')
     assert tuple(c.shape)==(1,32,32)
     if task=='regression' and len(it.vocab)>1:
-        with pytest.raises(ArgumentError, match='say which'): grad_cam(learn, dls.valid_ds.items.iloc[0])
+        with pytest.raises(ArgumentError, match='give target'): grad_cam(learn, dls.valid_ds.items.iloc[0])
 
 def test_interpret_a_learner_of_fastais_own(pictures):
     "No DataLoaders of ours, a network with a head of fastai's: get_preds is enough"
@@ -414,3 +425,98 @@ def test_interpret_a_learner_of_fastais_own(pictures):
     p,y = learn.get_preds()
     assert np.allclose(it.p, p, atol=1e-5) and np.array_equal(it.y, y)
     assert grad_cam(learn, dls.one_batch()[0]).shape==(8,64,64)
+
+# ---- numbers that a reviewer checks
+
+def test_a_chosen_threshold_rules_the_whole_row():
+    "Accuracy and balanced accuracy went by 0.5 whatever the point was: 0.509 where 0.714 was right"
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, 400)
+    p = np.clip(.15*y+.1+rng.normal(0, .1, 400), 0, 1)
+    for point in (.17, 'youden', ('sensitivity',.9)):
+        called = p>=choose_point(pred=p, targ=y, point=point)
+        for task,pred,targ,vocab in (('category', np.c_[1-p,p], y, ['no','yes']),
+                                     ('multi', p[:,None], y[:,None], ['yes'])):
+            found = {k:v for (k,_),v in label_scores(task, vocab, pred=pred, targ=targ, point=point).items()}
+            assert found['accuracy']==pytest.approx((called==y).mean())
+            assert found['balanced_accuracy']==pytest.approx((found['sensitivity']+found['specificity'])/2)
+    lone = label_scores('category', ['no','yes'], pred=np.c_[1-p,p], targ=y*0, point='youden')
+    assert np.isnan(lone['accuracy','all']), 'a rule that lacks a class decides nothing'
+
+@pytest.mark.parametrize('f', [r_squared, mean_abs_error, balanced_accuracy])
+def test_shapes_that_do_not_match_are_refused(f):
+    "R² of a perfect prediction of shape (n,1) was -5"
+    y = np.arange(6.)
+    with pytest.raises(ValueError, match='as many predictions'): f(pred=y[:,None], targ=y)
+    with pytest.raises(ValueError, match='expected targets'):
+        label_scores('regression', ['a','b'], pred=np.zeros((6,2)), targ=np.zeros((6,3)))
+
+def test_scores_stay_float64():
+    y = torch.arange(5, dtype=torch.float64)+2**40
+    assert mean_abs_error(pred=y+.25, targ=y)==.25
+    p = torch.tensor([.5, .5+1e-12], dtype=torch.float64)
+    assert roc_auc(pred=p, targ=[0,1])==1
+
+def test_calibration_error_without_its_bias():
+    "Perfect probabilities of 200 cases had an ECE of 0.07; what chance makes is taken away, and what is wrong stays"
+    off = {}
+    for name,bend in (('perfect', lambda p: p), ('wrong', lambda p: p**2)):
+        square = []
+        for s in range(60):
+            rng = np.random.default_rng(s)
+            p = rng.uniform(.02, .98, 200)
+            square.append(float(calibration(pred=bend(p), targ=rng.uniform(size=200)<p, n_boot=1).error)**2)
+        off[name] = np.mean(square)
+    p = np.random.default_rng(0).uniform(.02, .98, 100_000)
+    assert off['perfect']<.002 and off['wrong']==pytest.approx(((p-p**2)**2).mean(), rel=.15), off
+
+def test_slope_and_intercept_of_calibration():
+    "Of logits that are twice too large and moved, against scikit-learn and by hand"
+    from sklearn.linear_model import LogisticRegression
+    rng = np.random.default_rng(0)
+    x = rng.normal(0, 1.5, 800)
+    y = rng.uniform(size=800)<1/(1+np.exp(-x))
+    logit = 2*x+.7
+    c = calibration(pred=1/(1+np.exp(-logit)), targ=y, n_boot=200)
+    assert c.slope==pytest.approx(LogisticRegression(C=1e9).fit(logit[:,None], y).coef_.item(), abs=1e-3)
+    assert c.slope.low<.5<c.slope.high and c.intercept.high<0
+    assert np.mean(1/(1+np.exp(-(logit+c.intercept))))==pytest.approx(y.mean(), abs=1e-6)
+    assert np.isnan(calibration(pred=np.where(y, .9, .1), targ=y, n_boot=2).slope)
+
+def test_two_classifiers_on_the_same_cases():
+    "The difference of two areas by draws of subjects; of 200 subjects the interval is DeLong's"
+    rng = np.random.default_rng(1)
+    y = rng.integers(0, 2, 200)
+    a = y+rng.normal(0, 1, 200)
+    b = a+rng.normal(0, 1, 200)
+    d = area_difference(pred=a, other=b, targ=y)
+    def placed(s): return [np.array([(np.mean(v>rest)+np.mean(v==rest)/2) for v in own]) for own,rest in
+                           ((s[y==1], s[y==0]), (-s[y==0], -s[y==1]))]
+    parts = [u-v for u,v in zip(placed(a), placed(b))]
+    se = np.sqrt(sum(o.var(ddof=1)/len(o) for o in parts))
+    assert d==pytest.approx(parts[0].mean()) and d.low==pytest.approx(d-1.96*se, abs=.012)
+    assert d.high==pytest.approx(d+1.96*se, abs=.012)
+    order = rng.permutation(200)
+    turned = area_difference(pred=a[order], other=b[order], targ=y[order], groups=np.arange(200)[order])
+    assert turned==pytest.approx(d, abs=1e-12)
+
+def test_a_point_chosen_on_the_same_cases_says_so():
+    rng = np.random.default_rng(1)
+    y = rng.integers(0, 2, 60)
+    it = CaseInterpretation(y, np.clip(.3*y+rng.uniform(0, .7, 60), 0, 1), n_boot=10, point='youden')
+    assert 'chosen on these very cases' in str(it.point()) and 'chosen on these very cases' in it.answer()
+    assert 'chosen' not in CaseInterpretation(y, y*.5+.2, n_boot=10, point=.5).answer()
+
+def test_decision_curve_and_two_models():
+    "Net benefit by hand; two models on unlike cases are refused; a `$` in a class is no formula"
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, 120)
+    names = ['no','$^{ yes']
+    a,b = [CaseInterpretation(y, np.clip(.4*y+rng.uniform(0, s, 120), 0, 1), names, n_boot=50) for s in (.6,1.5)]
+    net = a.decision()
+    t,p = .3,a.p[:,1]
+    hits,false = ((p>=t)&(y==1)).sum(),((p>=t)&(y==0)).sum()
+    assert net.model[t]==pytest.approx((hits-false*t/(1-t))/120) and (net.none==0).all()
+    assert a.compare(b).low>0 and a.compare(b)==-b.compare(a)
+    with pytest.raises(ValueError, match='the same 120 cases'): a.compare(CaseInterpretation(1-y, p, names, n_boot=5))
+    for plot in (a.plot_decision, a.plot_curves, a.plot_calibration, a.plot_confusion): plot()

@@ -1,5 +1,6 @@
 "Labels of cases: which block, which split, the whole scan as an item, radiographs as they were meant."
 import math
+import pickle
 import warnings
 
 import numpy as np
@@ -227,6 +228,14 @@ def test_files_of_many_kinds(tmp_path):
 def test_narrow_range_of_16_bits_keeps_its_steps(tmp_path):
     Image.fromarray((30000+np.arange(64*64)%64).reshape(64,64).astype(np.uint16)).save(tmp_path/'n.png')
     assert len(RadiographPrep(64, normalize='minmax')(tmp_path/'n.png').unique())==64
+
+def test_files_of_0_1_0_say_colour():
+    "The argument is `color` now; a model file and an exported Learner of then hold `colour`"
+    prep = RadiographPrep(64, color='grey')
+    assert RadiographPrep.from_json(prep.to_json().replace('color', 'colour'))==prep
+    was,then = RadiographPrep.__new__(RadiographPrep),dict(prep.__dict__)
+    was.__setstate__({**{k:v for k,v in then.items() if k!='color'}, 'colour':'grey'})
+    assert was==prep and pickle.loads(pickle.dumps(was)).color=='grey'
 
 def test_aspect_is_kept(tmp_path):
     a = np.zeros((60,30), np.uint8)

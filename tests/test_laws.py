@@ -444,8 +444,7 @@ def test_law_6_empty_structures_and_failures(hard):
     assert len(ev)==10, 'each case has a row for each structure'
     s = ev.summary()
     assert s.loc['small',['n','failed','empty']].tolist()==[5,3,1] and s.loc['all','n']==5
-    assert s.loc['small',
-                 'mean']==pytest.approx(1/3), 'failures stand in the mean as 0, the empty one does not stand in it'
+    assert s.loc['small','mean']==pytest.approx(1/4), 'failures count as 0 in the mean, the empty one does not count'
     assert ev.summary('hd95').loc['small','failed']==3
     nothing = ev[ev.case=='none'].assign(dice=np.nan, status='empty')
     assert nothing.summary().loc['all',['n','failed','empty']].tolist()==[1,0,
@@ -814,7 +813,7 @@ def test_law_8_deep_supervision_and_monai(loaders, study):
 # ---- 9
 
 def test_law_9_errors_say_which_what_and_how(study, exact, learner, loaders, tmp_path):    # a table
-    "Each error names the case or file, what was expected, what was found, and how to mend it."
+    "Each error names the case or file, what was expected, what was found, and how to fix it."
     path,df = study
     rows = lambda *bad, **k: pd.DataFrame([write_case(tmp_path, f'g{i}') for i in range(3)]+list(bad))
     dls = lambda d, cls=VolumeDataLoaders, **k: cls.from_df(d,

@@ -41,7 +41,7 @@ from fastmed.learn.learner import make_fast, unet2d_learner, unet3d_learner
 from fastmed.learn.losses import MultiTaskLoss, as_loss
 from fastmed.learn.pretrain import restoration_learner
 from fastmed.models.zoo import create_model, model_names, param_splitter
-from fastmed.predict.tta import mix_looks
+from fastmed.predict.tta import mix_views
 
 
 @pytest.fixture
@@ -285,7 +285,7 @@ def test_a_sigmoid_for_one_structure_takes_torchs_loss():
                                        ('category',nn.MSELoss()), ('category',nn.BCEWithLogitsLoss()),
         ('multi',nn.CrossEntropyLoss()), ('regression',nn.CrossEntropyLoss()), ('regression',nn.BCEWithLogitsLoss())])
 def test_a_loss_of_other_targets_is_refused(task, loss):
-    with pytest.raises(InputError, match='loss_func: .*Say '): as_loss(loss, task, 3)
+    with pytest.raises(InputError, match='loss_func: .*Give '): as_loss(loss, task, 3)
 
 def whole(cases, cache, **kwargs):
     path,df = cases
@@ -357,7 +357,7 @@ def test_cutmix_cuts_the_masks_of_slices_too(cases, cache, loss):
             for i,k in enumerate(v): self.xb[0][i],self.yb[0][i] = k,marks[k]
     check = SameCut(marks)
     torch.manual_seed(1)
-    quiet(learn, lambda: learn.fit(3, cbs=[Mark(), CutMix(), check]))
+    quiet(learn, lambda: learn.fit(1, cbs=[Mark(), CutMix(), check]))
     assert check.seen and learn.loss_func.reduction=='mean'
     class Plain(Callback):
         "The loss of a batch that was cut is that of its own masks"
@@ -415,7 +415,7 @@ def test_looks_of_a_mask_and_a_label_are_mixed_each_by_itself(beta):
     torch.manual_seed(0)
     plain,one,two = [(torch.rand(2,3,4,4), torch.rand(2,2)) for _ in range(3)]
     seen = torch.rand(4,4)                                        # of the mask; every look saw all of a label
-    mask,label = mix_looks(plain, iter([(one,seen), (two,torch.ones(()))]), beta)
+    mask,label = mix_views(plain, iter([(one,seen), (two,torch.ones(()))]), beta)
     for got,p,a,b,w in ((mask,plain[0],one[0],two[0],seen), (label,plain[1],one[1],two[1],1)):
         others = (a*w+b)/(w+1)
         want = (p+a*w+b)/(2+w) if beta=='mean' else others+(p-others)*(beta or 0)
@@ -425,7 +425,7 @@ def test_looks_of_a_mask_and_a_label_are_mixed_each_by_itself(beta):
         (om,ol),(pm,pl) = mask,label
         assert torch.allclose(om, (one[0]*seen+two[0])/(1+seen), atol=1e-6) and torch.allclose(ol, (one[1]+two[1])/2)
         assert pm is plain[0] and pl is plain[1]
-    m,l = mix_looks(plain, [(one,torch.ones(())), (two,torch.ones(()))], use_max=True)
+    m,l = mix_views(plain, [(one,torch.ones(())), (two,torch.ones(()))], use_max=True)
     assert torch.equal(m, torch.stack([plain[0],one[0],two[0]]).amax(0)) and torch.equal(l,
             torch.stack([plain[1],one[1],two[1]]).amax(0))
 

@@ -42,6 +42,24 @@ def test_the_batch_that_is_named_fits(learner):
     assert 'A batch of 5 fits: bs=5' in M._memory_advice(l, .8*free) and memory_estimate(l,
             bs=5)-memory_parts(l)['weights']<=free
 
+def test_no_larger_batch_is_advised_than_the_one_that_failed(learner):
+    "With a batch of 1, one of 8 was said to fit"
+    l = learner(3)
+    l.dls.train.bs = 1
+    with pytest.raises(ResourceError, match='with a batch of 1') as e, M.memory_explained(l):
+        raise RuntimeError('out of memory')
+    assert 'A batch of' not in str(e.value)
+
+def test_a_network_without_a_convolution_has_its_parts():
+    "The check of the memory was passed over"
+    class Point(torch.nn.Module):
+        n_in,n_out,divisor = 1,2,(1,1,1)
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(2))
+        def forward(self, x): return torch.cat([x*w for w in self.weight], 1)
+    assert memory_parts(Point(), (8,8,8), bs=2)['activations']>0
+
 def test_what_cannot_be_counted_is_let_through(learner, monkeypatch):
     l = learner(3)
     def broken(*a, **k): raise RuntimeError('no such thing')

@@ -13,7 +13,8 @@ from scipy import ndimage as ndi
 
 from fastmed.core import TensorVolume, TensorVolumeMask
 from fastmed.metrics.masks import *
-from fastmed.metrics.masks import DiceCounts, mask_surface
+from fastmed.metrics.masks import DiceCounts
+from fastmed.metrics.surfaces import element_areas, mask_surface, neighbour_codes, surface_distances
 
 
 def blob(seed, size=(18,16,14), t=0.):
@@ -33,8 +34,9 @@ def test_parity_with_monai(spacing):
         hd = compute_hausdorff_distance(one(p), one(t), percentile=95, spacing=spacing).item()
         assert hausdorff95(p, t, spacing)==pytest.approx(hd, rel=1e-5)
         for tol in (.6,1.,2.5):
-            ns = compute_surface_dice(one(p), one(t), [tol], spacing=spacing, use_subvoxels=False).item()
-            assert surface_dice(p, t, spacing, tol)==pytest.approx(ns, abs=1e-6)
+            for areas in (False,True):
+                ns = compute_surface_dice(one(p), one(t), [tol], spacing=spacing, use_subvoxels=areas).item()
+                assert surface_dice(p, t, spacing, tol, use_subvoxels=areas)==pytest.approx(ns, abs=1e-6)
         assert dice_score(p, t)==pytest.approx(compute_dice(one(p), one(t), include_background=False).item(), abs=1e-6)
 
 def test_distance_map_and_search_tree_agree():
@@ -49,11 +51,13 @@ def test_distance_map_and_search_tree_agree():
     np.testing.assert_allclose(b, ndi.distance_transform_edt(~e, sampling=sp)[f])
 
 def test_parity_with_monai_2d():
-    from monai.metrics import compute_hausdorff_distance
+    from monai.metrics import compute_hausdorff_distance, compute_surface_dice
     p,t = blob(1,(30,25)),blob(2,(30,25))
     one = lambda m: torch.tensor(np.stack([~m,m])[None]).float()
     assert hausdorff95(p, t, (.5,2.))==pytest.approx(compute_hausdorff_distance(one(p), one(t), percentile=95,
             spacing=(.5,2.)).item(), rel=1e-5)
+    length = compute_surface_dice(one(p), one(t), [1.], spacing=(.5,2.), use_subvoxels=True).item()
+    assert surface_dice(p, t, (.5,2.), 1.)==pytest.approx(length, abs=1e-6)
 
 def test_surface_is_erosion_and_border_counts():
     for m in (blob(3), np.ones((4,5,6),bool), blob(1,(9,9))):
@@ -67,17 +71,68 @@ def test_spheres_have_known_answers():
         assert dice_score(a, b)==pytest.approx(1-3*d/48+d**3/(16*12**3), abs=.005)
         assert hausdorff95(a, b, sp)==pytest.approx(d, abs=.8)
     assert hausdorff95(a, ball(15), sp)==pytest.approx(3, abs=.8)
-    assert surface_dice(a, ball(15), sp, 3.9)==1 and surface_dice(a, ball(15), sp, 2.)<.02
+    assert surface_dice(a, ball(15), sp, 3.9)==1 and surface_dice(a, ball(15), sp, 2.)<.05
     # moved by 2 voxels of 3 mm
     s = (1.,1.,3.)
     assert hausdorff95(ball(9,sp=s), ball(9,(0,0,6),sp=s), s)==pytest.approx(6, abs=.8)
     assert volume_mm3(ball(9,sp=s), s)==pytest.approx(4/3*np.pi*9**3, rel=.03)
 
+@pytest.mark.parametrize('spacing', [(1.,1.,1.),(.8,1.,3.5),(.84,.84,17.)])
+def test_parity_with_deepmind(spacing):
+    "Nikolov's own surface-distance, where it is installed: areas of all 256 codes, NSD and the robust HD95"
+    theirs = pytest.importorskip('surface_distance')
+    from surface_distance import lookup_tables as table
+    bits = [int(b) for b in table.ENCODE_NEIGHBOURHOOD_3D_KERNEL.ravel()]          # their order of the corners
+    same = [sum(b for k,b in enumerate(bits) if code>>k&1) for code in range(256)]
+    np.testing.assert_allclose(element_areas(spacing), table.create_table_neighbour_code_to_surface_area(spacing)[same])
+    for s in range(4):
+        p,t = blob(s),blob(s+50, t=s/2)
+        d = theirs.compute_surface_distances(t, p, spacing)
+        for tol in (.6,1.,2.5):
+            assert surface_dice(p, t, spacing, tol)==pytest.approx(theirs.compute_surface_dice_at_tolerance(d, tol),
+                    abs=1e-9)
+        assert hausdorff95(p, t, spacing, use_subvoxels=True)==pytest.approx(theirs.compute_robust_hausdorff(d, 95))
+
+def test_areas_of_surfaces_that_are_known():
+    "A voxel is an octahedron, a box of voxels nearly a box; lengths of pixels; the complement has the same surface"
+    for sp in ((1.,1.,1.),(1.,1.,5.)):
+        octahedron = 8*.5*np.linalg.norm(np.cross(*[np.array([-sp[0],sp[1],0])/2, np.array([-sp[0],0,sp[2]])/2]))
+        assert element_areas(sp)[neighbour_codes(np.ones((1,1,1), bool))].sum()==pytest.approx(octahedron)
+        box = element_areas(sp)[neighbour_codes(np.ones((40,30,20), bool))].sum()
+        flat = 2*(40*30*sp[0]*sp[1]+40*20*sp[0]*sp[2]+30*20*sp[1]*sp[2])
+        assert .96*flat<box<flat
+        np.testing.assert_allclose(element_areas(sp), element_areas(sp)[::-1])
+    assert element_areas((1.,5.))[neighbour_codes(np.ones((1,1), bool))].sum()==pytest.approx(2*26**.5)
+
+def test_thick_slices_do_not_turn_the_order_of_two_models_round():
+    "NSD counted voxels: a whole wrong slice weighed as little as its rim, and what was better by area came second"
+    t = np.zeros((66,50,13), bool)
+    t[3:63,3:47,3:10] = True
+    wide,long = t.copy(),t.copy()
+    wide[2:64,2:48,3:10] = True
+    long[3:63,3:47,10] = True
+    by_area = [surface_dice(m, t, (1,1,5), .5) for m in (wide,long)]
+    voxels = [surface_dice(m, t, (1,1,5), .5, use_subvoxels=False) for m in (wide,long)]
+    assert by_area[0]<by_area[1]-.1 and voxels[0]>voxels[1]+.1, (by_area, voxels)
+    row = case_scores(wide.astype(int), t.astype(int), ['b','a'], (1,1,5), .5)[0]
+    assert row['nsd']==by_area[0] and row['diagonal_mm']==pytest.approx(np.linalg.norm((66,50,65)))
+
+def test_drawing_nothing_does_not_win():
+    "HD95 of a missed structure left the mean: the model that left out what was difficult was ahead"
+    t = ball(6, n=24).astype(int)
+    off,empty = np.roll(t, 3, 0),np.zeros_like(t)
+    def cases(masks):
+        return [dict(case=str(i), **r) for i,m in enumerate(masks) for r in case_scores(m, t, ['b','a'], (1,1,2))]
+    brave,shy = summarise(cases([t,off]), 'hd95'),summarise(cases([t,empty]), 'hd95')
+    assert brave.loc['a','mean']<shy.loc['a','mean'] and shy.loc['a','failed']==1
+    assert shy.loc['all','worst']==pytest.approx(np.linalg.norm((24,24,48)))
+
 def test_single_voxels_far_apart():
     p,t = np.zeros((9,9,9),bool),np.zeros((9,9,9),bool)
     p[0,0,0] = t[8,0,8] = True
-    assert hausdorff95(p, t, (1,1,2))==pytest.approx(np.hypot(8,16)) and surface_dice(p, t, (1,1,2),
-            17)==0 and surface_dice(p, t, (1,1,2), 18)==1
+    assert hausdorff95(p, t, (1,1,2))==pytest.approx(np.hypot(8,16))
+    assert [surface_dice(p, t, (1,1,2), o, use_subvoxels=False) for o in (17,18)]==[0,1]
+    assert [surface_dice(p, t, (1,1,2), o) for o in (15,20)]==[0,1]              # from corner to corner of the voxels
 
 masks = arrays(bool, (5,4,6))
 sps = st.tuples(*[st.floats(.3, 5.)]*3)
@@ -166,7 +221,7 @@ def test_refusals():
     with pytest.raises(ValueError, match='empty'): surface_distances(a, a&False, (1,1,1))
 
 def test_summary_counts_failures():
-    "Row 14: a missed structure has no HD95, and the summary says how many failed"
+    "Row 14: a missed structure counts with the diagonal of its image, and the summary says how many failed"
     mk = lambda c,s,d,h,stt: dict(case=c, structure=s, dice=d, hd95=h, nsd=d, volume_mm3=1., target_mm3=1., status=stt)
     df = pd.DataFrame([mk('1','a',.9,2.,'ok'),mk('1','b',.8,4.,'ok'),mk('2','a',0.,np.inf,'missed'),
             mk('2','b',.6,6.,'ok'),mk('3','a',0.,np.inf,'false positive'),mk('3','b',np.nan,np.nan,'empty')])
@@ -175,8 +230,13 @@ def test_summary_counts_failures():
     assert s.loc['a','mean']==pytest.approx(.3) and s.loc['a','failed']==2 and s.loc['b','empty']==1 and s.loc['b',
             'mean']==pytest.approx(.7) and s.loc['b','n']==3
     assert s.loc['all','mean']==pytest.approx((.85+.3+0)/3) and s.loc['all','n']==3 and s.loc['all','failed']==2
-    h = summarise(df,'hd95')
-    assert h.loc['a','mean']==2 and h.loc['a','failed']==2 and h.loc['b','worst']==6
+    h = summarise(df.assign(diagonal_mm=[30.,30.,40.,40.,50.,50.]),'hd95')
+    assert h.loc['a','mean']==pytest.approx((2+40+50)/3) and h.loc['a','failed']==2 and h.loc['b','worst']==6
+    assert h.loc['all','mean']==pytest.approx((3+23+50)/3)
+    assert summarise(df,'hd95').loc['a','mean']==pytest.approx((2+6+6)/3)           # of tables without diagonals
+    lost = dict(mk('4','a',np.nan,np.nan,'error: no such file'))
+    s = summarise(pd.concat([df, pd.DataFrame([lost])]))
+    assert s.loc['a','mean']==pytest.approx(.9/4) and s.loc['a','failed']==3 and s.loc['all','n']==4
     with pytest.raises(ValueError, match='score'): summarise(df, 'iou')
     with pytest.raises(ValueError, match='lack'): summarise(df.drop(columns='status'))
 

@@ -15,7 +15,7 @@ ansi = re.compile(r'\x1b\[[0-9;]*m')
 
 # what trains for long, or reads a set of scans as a whole: left to `make test-all`
 SLOW = ('learn/07_learner', 'learn/11_pretrain', 'study/03_interpret', 'learn/16_ensemble', 'study/08_compare',
-        'study/10_crossval', 'data/15_check', 'learn/09_plain', 'data/16_leaks',
+        'study/10_crossval', 'data/15_check', 'learn/09_modelformat', 'data/16_leaks',
     'tutorials/01_segmentation', 'tutorials/02_slices_or_volumes', 'tutorials/03_know_your_data',
     'tutorials/05_brain_tissue', 'tutorials/07_whole_scans',
     'tutorials/08_new_patients', 'tutorials/09_know_then_segment_2d')

@@ -118,7 +118,7 @@ class TestFolder:
         learn = learner(3)
         (tmp_path/'m').write_text('notes')
         learn.predict_volume = None
-        with pytest.raises(FileError, match='a file stands where a folder should'): predict(learn, scans, tmp_path/'m')
+        with pytest.raises(FileError, match='a file is where a folder should be'): predict(learn, scans, tmp_path/'m')
         assert (tmp_path/'m').read_text()=='notes'
 
 def test_a_note_that_was_copied_does_not_count(tmp_path):

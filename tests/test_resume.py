@@ -456,6 +456,7 @@ def test_another_network_of_the_same_weights_is_refused(killed):
         lambda s: {**s, 'epoch':'1'}, lambda s: {**s, 'epoch':-1}, lambda s: {**s, 'epoch':99},
     lambda s: {**s, 'model':{}}, lambda s: {**s, 'opt':{}}, lambda s: {**s, 'earlier':[{}]},
         lambda s: {**s, 'now':{**s['now'], 'torch':torch.zeros(3)}}, lambda s: {**s, 'terms':{}},
+        lambda s: {**s, 'pct_train':float('nan')}, lambda s: {**s, 'done':True},
     lambda s: {**s, 'callbacks':{k:{**v, 'values':{'before_batch':1}} for k,v in s['callbacks'].items()}}])
 def test_a_state_that_no_fit_wrote_is_refused(killed, tmp_path, edit):
     "A right sum does not make a state right: the file is named, not a line of fastai"
@@ -477,3 +478,16 @@ def test_a_state_does_not_say_where_callbacks_write(study, tmp_path):
     write_state(tmp_path/'r.pth', s)
     fit_so(learn(), [ResumeCallback('r.pth', 1), SaveModelCallback()])
     assert [o.name for o in (tmp_path/'models').iterdir()]==['model.pth']
+
+def test_a_state_changes_no_setting(study, tmp_path):
+    "Though its sum is right, and what it says of the settings too"
+    from fastmed.learn.fingerprint import read_state, write_state
+    def fit(*cbs):
+        learn = make(*study, tmp_path)
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(99, 1e-2, cbs=[ResumeCallback('r.pth', 1), BudgetCallback(updates=9), *cbs])
+    with pytest.raises(KeyboardInterrupt): fit(Lights(2))
+    s = read_state(tmp_path/'r.pth')
+    s['callbacks']['BudgetCallback 1']['values']['amount'] = 10**9
+    write_state(tmp_path/'r.pth', s)
+    with pytest.raises(ValueError, match='does not hold what a fit left there.*budget: 9 updates then, 1e'): fit()

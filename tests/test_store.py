@@ -167,7 +167,7 @@ def test_second_start_reads_no_scan(tmp_path, store, settled, monkeypatch):
     assert not asked
     shutil.copy2(fns[2], tmp_path/'x')
     os.replace(tmp_path/'x', fns[2])
-    monkeypatch.setattr(Preprocess, '__call__', lambda *a: pytest.fail('made anew'))
+    monkeypatch.setattr(Preprocess, '__call__', lambda *a: pytest.fail('made again'))
     store().build(fns)
     assert set(asked)=={fns[2]}
 

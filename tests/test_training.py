@@ -32,12 +32,14 @@ from fastmed.all import (
 )
 
 
-@pytest.fixture
-def learn(tmp_path):
-    rows = [write_case(tmp_path, f'c{i}', np.eye(4), (16,16,16), i) for i in range(6)]
-    dls = VolumeDataLoaders.from_df(pd.DataFrame(rows), tmp_path, codes=CODES, patch=16, bs=1, samples_per_case=8,
-                                    cache=tmp_path/'s', device='cpu', batch_tfms=None)
+def learner_of(path, samples_per_case):
+    rows = [write_case(path, f'c{i}', np.eye(4), (16,16,16), i) for i in range(6)]
+    dls = VolumeDataLoaders.from_df(pd.DataFrame(rows), path, codes=CODES, patch=16, bs=1,
+                                    samples_per_case=samples_per_case, cache=path/'s', device='cpu', batch_tfms=None)
     return unet3d_learner(dls, nf=4, depth=2)
+
+@pytest.fixture
+def learn(tmp_path): return learner_of(tmp_path, 8)
 
 def test_a_cut_epoch_keeps_its_columns(learn):
     "The training loss of the epoch that the clock cut short is logged, so no column moves"
@@ -97,7 +99,7 @@ def test_a_thin_patch_tells_the_axis(tmp_path):
     df = pd.DataFrame([write_case(tmp_path, f'c{i}', np.eye(4), (16,20,12), i) for i in range(4)])
     kw = dict(codes=CODES, cache=tmp_path/'s', device='cpu')
     assert SliceDataLoaders.from_df(df, tmp_path, patch=(16,1,8), **kw).plan.axis==1
-    with pytest.raises(ValueError, match='axis=0 was asked for'):
+    with pytest.raises(ValueError, match='axis=0 was given'):
         SliceDataLoaders.from_df(df, tmp_path, patch=(16,1,8), axis=0, **kw)
 
 def test_an_interrupted_look_is_not_shown_by_later_fits(learn):
@@ -119,9 +121,10 @@ class Waits(Callback):
     def __init__(self, of): self.of,self.seen = of,[]
     def after_epoch(self): self.seen.append(self.of.wait)
 
-def test_epochs_without_a_look_are_not_without_improvement(learn):
+def test_epochs_without_a_look_are_not_without_improvement(tmp_path):
     """Of six epochs the second, fourth and sixth are looked at; with patience 2 the fit ends after two looks that were
     no better, not before"""
+    learn = learner_of(tmp_path, 1)
     for patience,every,epochs in ((2,2,6),(1,3,6),(0,2,4)):
         early = EarlyStoppingCallback('case_dice', patience=patience)
         w = Waits(early)

@@ -194,20 +194,29 @@ def _same_pictures(P):
         if n<=_sample_size: seen[k] = same,flip                                  # the same blocks again below
         return same,flip
     m,sd = _usual(n, lambda i, j: np.arctanh(np.maximum(*pictures(i, j))))
-    res,parts = [],_case_blocks(n)
+    res,parts,most = [],_case_blocks(n),np.full(n, -1.)
     for k,i in enumerate(parts):
         for j in parts[k:]:
             same,flip = pictures(i, j)
             best = np.maximum(same, flip)
-            hit = (best>.995) & (((np.arctanh(best)-m)/sd>6) | (n<4)) & (i[:,None]<j[None])
+            other,z = i[:,None]!=j[None],(np.arctanh(best)-m)/sd
+            most[i] = np.maximum(most[i], np.where(other, best, -1).max(1))
+            most[j] = np.maximum(most[j], np.where(other, best, -1).max(0))
+            hit = (best>.97) & (z>6) | (best>.995) & (n<4) | (best>.9) & (z>4.4) & (n>=20)
+            hit &= i[:,None]<j[None]
             res += [(int(i[a]), int(j[b]), best[a,b], bool(flip[a,b]>same[a,b])) for a,b in np.argwhere(hit)]
-    return sorted(res)
+    def nearest(i, j, c, _): return c>.97 or c>=max(most[i], most[j])    # a weaker likeness: each other's nearest
+    return sorted(o for o in res if nearest(*o))
 
 def _telling_quanta(P):
-    "(quanta, which say something): no round number and no power of two, the step of a floating-point format"
+    "(quanta, which say something): no round number, no power of two, no whole share of a range as normalisation has it"
     q = np.array([p['quantum'] for p in P])
     two = 2.**np.round(np.log2(q))
-    return q,np.isfinite(q) & (np.abs(q/np.array([float(f'{o:.3g}') for o in q])-1)>1e-6) & (np.abs(q/two-1)>1e-6)
+    telling = np.isfinite(q) & (np.abs(q/np.array([float(f'{o:.3g}') for o in q])-1)>1e-6) & (np.abs(q/two-1)>1e-6)
+    for whole in (1, 2, 100, 255, 1000):
+        steps = np.round(whole/q)
+        telling &= ~((steps>=8) & (np.abs(whole/q/np.maximum(steps, 1)-1)<1e-6))        # k/255, as 8-bit images give
+    return q,telling
 
 # %% ../../nbs/data/16_leaks.ipynb #d970026d
 def _shared_pieces(P):
@@ -220,12 +229,20 @@ def _shared_pieces(P):
     return shared
 
 def _same_quanta(P, few):
-    "Pairs with one telling quantum that at most `few` prints share: (i, j, quantum)"
+    "Pairs with one telling quantum that at most `few` share, of several the nearest: (i, j, quantum)"
     q,own = _telling_quanta(P)
     o = np.flatnonzero(own)[np.argsort(q[own])]
     if not len(o): return []
     groups = np.split(o, np.flatnonzero(np.diff(np.log(q[o]))>1e-6)+1)
-    return [(i, j, q[i]) for g in groups if 1<len(g)<=few for i,j in itertools.combinations(g.tolist(), 2)]
+    return [(i, j, q[i]) for g in groups if 1<len(g)<=few for i,j in _each_nearest(P, np.sort(g))]
+
+def _each_nearest(P, g):
+    "Pairs of a group that are each other's nearest by thumbnail; of two the pair itself"
+    R = _rows(_thumbs(P, g))
+    c = _corr(R, R)
+    np.fill_diagonal(c, -2)
+    nn = c.argmax(1)
+    return [(int(g[i]), int(g[j])) for i,j in enumerate(nn) if i<j and nn[j]==i]
 
 def _prove(P, proof, who, of=''):
     "Add to `proof`, {(i,j): [reasons]}, what the prints of one channel show; `who`: the case of each print"
@@ -260,7 +277,7 @@ def _odds(F, pairs, shrink=.3):
     const = .5*(np.linalg.slogdet(J)[1]-2*np.linalg.slogdet(S)[1])
     return lambda i, j: q[i][:,None]+q[j][None]-X[i]@both[:k,k:]@X[j].T-const
 
-def _alike_scans(P, proof, sure=.9, ahead=2.):
+def _alike_scans(P, proof, sure=.98, ahead=2.):
     "{(i,j): reason} of cases that are merely alike: at least so probable, or so far ahead where nothing teaches"
     n = len(P)
     own = np.array([_telling_quanta(ps)[1].any() for ps in P])
@@ -272,7 +289,7 @@ def _alike_scans(P, proof, sure=.9, ahead=2.):
     teach = [k for k,w in proof.items() if all('quantum' in o or 'gaps' in o for o in w)]
     if len(teach)>=12:
         nearest = _learnt(by, likes, teach, free, sure)
-        say = 'alike, as the proved pairs of this set are: probability {:.3f}'
+        say = 'alike, as the pairs with a common trace are: probability {:.3f}'
     elif len(free)>=20:
         nearest = _nearest_pairs(by, likes, free, ahead)
         say = 'alike, each the nearest of the other, {:.1f} standard deviations before the next'
@@ -346,18 +363,33 @@ def _nearest_pairs(by, likes, free, ahead):
             and best[i]>4]
 
 # %% ../../nbs/data/16_leaks.ipynb #c45fe4ab
+_mirrored = 'the same voxels, mirrored or turned'
+
+def _is_proof(why): return any(o=='identical voxels' or 'shared pieces' in o for o in why)
+
+def _without_shuffled(proof, vox):
+    "Leave out cases of the same values in other places, as histogram matching makes them: turned ones share pieces"
+    def telling(i): return bool(vox[i]['prints']) and all(p and len(p['sketch'])>=256 for p in vox[i]['prints'])
+    res = {}
+    for (i,j),why in proof.items():
+        shuffled = not _is_proof(why) and telling(i) and telling(j)
+        kept = [o for o in why if o!=_mirrored] if shuffled else why
+        if kept: res[i,j] = kept
+    return res
+
 def _pairs(vox, likely=True, **kwargs):
-    "Pairs of cases, {(i,j): [reasons]}: those that are proved to be one scan, and those that are merely alike"
+    "Pairs of cases, {(i,j): [reasons]}: those with a common trace, and those that are merely alike"
     proof = {}
     there = [(i,c) for i,v in enumerate(vox) for c in v['channels'] if c and not c['constant']]
     for t in repeated_hashes((c['bag'], i, c['hash']) for i,c in there):
         for (i,a),(j,b) in itertools.combinations(t, 2):
-            how = 'identical voxels' if a==b else 'the same voxels, mirrored or turned'
+            how = 'identical voxels' if a==b else _mirrored
             if i!=j: proof.setdefault((i,j), []).append(how)
     most = max((len(v['prints']) for v in vox), default=0)
     for c in range(most):
         who = [i for i,v in enumerate(vox) if len(v['prints'])>c and v['prints'][c]]
         if len(who)>1: _prove([vox[i]['prints'][c] for i in who], proof, who, f'channel {c}: ' if most>1 else '')
+    proof = _without_shuffled(proof, vox)
     has = [i for i,v in enumerate(vox) if v['prints'] and all(v['prints'])]
     k = min((len(vox[i]['prints']) for i in has), default=0)
     at = {i:p for p,i in enumerate(has)}
@@ -372,11 +404,11 @@ def find_leaks(
     path='.',             # stands before relative names
     image_col='image',    # column of the images, or several: channels, all of which are compared
     split:str=None,       # column that says on which side, or in which fold, a case stands: warn where a pair is parted
-    likely:bool=True,     # also name pairs that are merely alike (from 20 cases on)
+    likely:bool=True,     # also name pairs without a common trace that are merely alike (from 20 cases on)
     memory_gb:float=None, # what all threads together may use; default: half of the machine
     workers:int=None      # threads; default: a thread a core, 8 at most
 )->pd.DataFrame:          # case_a, case_b, evidence, sure ('proved' or 'likely'), with `split` also parted (bool)
-    "Pairs of cases that look like one scan, of different subjects where known. Raises `KeyError`, `ValueError`"
+    "Pairs of cases that look like one scan; copies turned by over 5° or augmented are not found. Raises `ValueError`"
     if not len(df): raise InputError("find_leaks: the table has no rows")
     if split is not None and split not in df:
         raise ColumnError(f"split {split!r}: not in the DataFrame, which has {list(df)}")
@@ -384,8 +416,9 @@ def find_leaks(
     _,vox = survey_cases(df, path, image_col, None, .05, memory_gb, workers, prints=_scan_print)
     sub = df.subject.astype(object).where(df.subject.notna(), None).tolist() if 'subject' in df else [None]*len(df)
     sub = [o if o is None else str(o) for o in sub]
-    pairs = [(i, j, why, sure) for sure,d in zip(('proved','likely'), _pairs(vox, likely), strict=True)
+    pairs = [(i, j, why, 'proved' if _is_proof(why) else 'likely') for d in _pairs(vox, likely)
              for (i,j),why in sorted(d.items()) if sub[i] is None or sub[i]!=sub[j]]
+    pairs.sort(key=lambda pair: pair[3]!='proved')
     rows = [(names[i], names[j], '; '.join(dict.fromkeys(why)), sure) for i,j,why,sure in pairs]
     res = pd.DataFrame(rows, columns=['case_a','case_b','evidence','sure'])
     if split is None: return res

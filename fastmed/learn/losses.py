@@ -16,21 +16,22 @@ from torch import nn, Tensor
 
 # %% ../../nbs/learn/01_losses.ipynb #56ff76a1
 def _checked_weights(weight, n=None):
-    "(n,) float32. Raises `InputError` where they are no weights of n classes"
+    "(n,) float32. Raises `InputError` where they are not weights of n classes"
     w = torch.as_tensor(weight, dtype=torch.float32)
     if w.ndim!=1 or n not in (None, len(w)) or (w<0).any() or not w.sum()>0:
         raise InputError(f"weight: expected {'one number' if n is None else f'{n} numbers, one'} a class, none "
                          f"negative and not all zero; found {w.tolist()}")
     return w
 
+# %% ../../nbs/learn/01_losses.ipynb #b7ed9266
 class SegLoss(nn.Module):
     "Base of the losses here: checks, log-probabilities, `activation`, `decodes`, `reduction`. Subclasses: `items`."
     normalization = 'softmax'
     def __init__(self,
         weight=None,            # (C,) one weight a class, (2,) for a sigmoid
-        ignore_index:int=None,  # Voxels of this label count nowhere
+        ignore_index:int=None,  # Voxels of this label are ignored
         reduction:str='mean',   # 'mean' over items, or 'none' for (B,)
-        thresh:float=.5         # Of a sigmoid's decision
+        thresh:float=.5         # Threshold of a sigmoid
     ):
         super().__init__()
         if reduction not in ('mean','none'):
@@ -52,11 +53,11 @@ class SegLoss(nn.Module):
         t:Tensor,    # (B,N) int64 class ids; 0 where ignored
         keep         # (B,N) bool, the voxels that count, or None for all
     )->Tensor:       # (B,) float
-        "The loss of each item. Raises `NotImplementedError` here: subclasses write it."
+        "The loss of each item; subclasses implement it. Raises `NotImplementedError` here."
         raise NotImplementedError
 
     def _prepare(self, pred, targ):
-        "What `items` is given"
+        "The arguments of `items`"
         pred,targ = self._checked_tensors(pred, targ)
         t,C = targ.flatten(1),max(pred.shape[1], 2)
         keep = None if self.ignore_index is None else t!=self.ignore_index
@@ -73,7 +74,7 @@ class SegLoss(nn.Module):
         "Softmax over the classes, or a sigmoid where there is one channel or `normalization` says so."
         return x.sigmoid() if x.shape[1]==1 or self.normalization=='sigmoid' else x.softmax(1)
     def decodes(self, x:Tensor)->Tensor: # (B,C,*S) probabilities to (B,*S) class ids
-        "The likeliest class, or what lies above `thresh` where there is one channel."
+        "The most probable class, or for one channel what is above `thresh`."
         return (x[:,0]>self.thresh).long() if x.shape[1]==1 else x.argmax(1)
     def extra_repr(self):
         return ', '.join(f'{k}={v}' for k,v in vars(self).items() if not k.startswith('_') and k!='training')
@@ -98,7 +99,7 @@ def _checked_tensors(self:SegLoss, pred, targ):
 
 @patch
 def _log_probs(self:SegLoss, z):
-    "(B,C,N) log-probabilities of logits (B,C,N); of one channel those of both answers"
+    "(B,C,N) log-probabilities of logits (B,C,N); for one channel those of background and foreground"
     if z.dtype!=torch.float64: z = z.float()
     if z.shape[1]==1: return torch.stack([F.logsigmoid(-z[:,0]), F.logsigmoid(z[:,0])], 1)
     return F.logsigmoid(z) if self.normalization=='sigmoid' else z.log_softmax(1)
@@ -119,18 +120,18 @@ def _overlap(logp, oh, keep):
     return (p*oh).sum(2),(p if keep is None else p*keep[:,None]).sum(2),oh.sum(2)
 
 class TverskyLoss(SegLoss):
-    "Overlap with a price for each kind of error; `alpha=beta=.5` is Dice. Source: Salehi 2017, equation 3."
+    "Overlap with a weight for each kind of error; `alpha=beta=.5` is Dice. Source: Salehi 2017, equation 3."
     _s = 1.
     def __init__(self,
-        alpha:float=.3,               # Price of a voxel too much
-        beta:float=.7,                # Price of a voxel too few
-        smooth:float=1.,              # Voxels added above and below
+        alpha:float=.3,               # Weight of false positive voxels
+        beta:float=.7,                # Weight of false negative voxels
+        smooth:float=1.,              # Voxels added to numerator and denominator
         batch:bool=False,             # Sum over the batch before dividing ('none' still gives each item's own)
         include_background:bool=False,# Count class 0 too
         weight=None,                  # (C,) one weight a class, (2,) for a sigmoid
-        ignore_index:int=None,        # Voxels of this label count nowhere
+        ignore_index:int=None,        # Voxels of this label are ignored
         reduction:str='mean',         # 'mean' over items, or 'none' for (B,)
-        thresh:float=.5               # Of a sigmoid's decision
+        thresh:float=.5               # Threshold of a sigmoid
     ):
         super().__init__(weight, ignore_index, reduction, thresh)
         if min(alpha,beta)<0 or smooth<0:
@@ -148,18 +149,19 @@ class TverskyLoss(SegLoss):
         loss = loss[:,k:].mean(1) if w is None else (loss[:,k:]*w).sum(1)/w.sum().clamp_min(1e-8)
         return loss.expand(n)
 
+# %% ../../nbs/learn/01_losses.ipynb #41ffff7a
 class DiceLoss(TverskyLoss):
     "One minus soft Dice, mean over foreground structures and items. Source: Milletari 2016, with plain sums below."
-    _s = .5 # Dice counts the overlap twice above and below, and its smooth term once
+    _s = .5 # Dice counts the overlap twice in numerator and denominator, and its smooth term once
     def __init__(self,
-        smooth:float=1.,              # Voxels added above and below
+        smooth:float=1.,              # Voxels added to numerator and denominator
         batch:bool=False,             # Sum over the batch before dividing ('none' still gives each item's own)
         include_background:bool=False,# Count class 0 too
         weight=None,                  # (C,) one weight a class, (2,) for a sigmoid
-        ignore_index:int=None,        # Voxels of this label count nowhere
+        ignore_index:int=None,        # Voxels of this label are ignored
         reduction:str='mean',         # 'mean' over items, or 'none' for (B,)
-        thresh:float=.5,              # Of a sigmoid's decision
-        # Of several channels: 'softmax', the classes share each voxel; 'sigmoid', each class for itself
+        thresh:float=.5,              # Threshold of a sigmoid
+        # For several channels: 'softmax' over the classes, or 'sigmoid' of each class by itself
         normalization:str='softmax'
     ):
         super().__init__(.5, .5, smooth, batch, include_background, weight, ignore_index, reduction, thresh)
@@ -174,13 +176,13 @@ class DiceCELoss(DiceLoss):
     def __init__(self,
         dice:float=1.,                # Factor of the Dice term
         ce:float=1.,                  # Factor of the cross-entropy
-        smooth:float=1.,              # Voxels added above and below
+        smooth:float=1.,              # Voxels added to numerator and denominator
         batch:bool=False,             # Dice: sum over the batch before dividing ('none' still gives each item's own)
         include_background:bool=False,# Dice: count class 0 too
         weight=None,                  # (C,) one weight a class for both terms, (2,) for a sigmoid
-        ignore_index:int=None,        # Voxels of this label count nowhere
+        ignore_index:int=None,        # Voxels of this label are ignored
         reduction:str='mean',         # 'mean' over items, or 'none' for (B,)
-        thresh:float=.5               # Of a sigmoid's decision
+        thresh:float=.5               # Threshold of a sigmoid
     ):
         super().__init__(smooth, batch, include_background, weight, ignore_index, reduction, thresh)
         self.dice,self.ce = dice,ce
@@ -189,13 +191,13 @@ class DiceCELoss(DiceLoss):
         return self.dice*super().items(logp, oh, t, keep) + self.ce*ce
 
 class FocalLoss(SegLoss):
-    "Cross-entropy that forgets what is already right: each voxel times $(1-p)^γ$. Source: Lin 2017, equation 4."
+    "Cross-entropy with little weight on easy voxels: each one times $(1-p)^γ$. Source: Lin 2017, equation 4."
     def __init__(self,
         gamma:float=2.,         # 0 is cross-entropy
         weight=None,            # (C,) one weight a class, (2,) for a sigmoid
-        ignore_index:int=None,  # Voxels of this label count nowhere
+        ignore_index:int=None,  # Voxels of this label are ignored
         reduction:str='mean',   # 'mean' over items, or 'none' for (B,)
-        thresh:float=.5         # Of a sigmoid's decision
+        thresh:float=.5         # Threshold of a sigmoid
     ):
         super().__init__(weight, ignore_index, reduction, thresh)
         if gamma<0: raise InputError(f"gamma: expected 0 or more, found {gamma}")
@@ -210,11 +212,11 @@ _flat_loss = BaseLoss.__call__
 
 @patch
 def __call__(self:BaseLoss,
-    inp,     # logits; of volumes (B,C,X,Y,Z)
-    targ,    # class ids; of volumes (B,X,Y,Z)
+    inp,     # logits; for volumes (B,C,X,Y,Z)
+    targ,    # class ids; for volumes (B,X,Y,Z)
     **kwargs # of the loss
 ):           # the loss
-    "fastai's, and of volumes too: prediction and mask are rows of voxels in one order"
+    "fastai's, which also works on volumes: the voxels of prediction and mask are in the same order"
     volumes = isinstance(inp, Tensor) and inp.ndim==5 and targ.ndim==4 and self.axis==1
     if volumes: inp,targ = inp.flatten(2),targ.flatten(1)
     return _flat_loss(self, inp, targ, **kwargs)
@@ -227,24 +229,30 @@ _loss_kinds = (
     ('probabilities', ('NLLLoss','nll_loss','BCELoss','binary_cross_entropy')))
 
 def _loss_kind(loss):
-    "What a loss of torch's compares, fastai's wrapper taken off; None of any other"
+    "What a loss of torch's compares, also inside fastai's wrapper; None for other losses"
     inner = getattr(loss, 'func', loss)
     owner = inner if hasattr(inner, '__name__') else type(inner)
     if not str(owner.__module__).startswith('torch'): return None
     return next((kind for kind,names in _loss_kinds if owner.__name__ in names), None)
 
 def _loss_name(loss):
-    "Of a loss, as a person wrote it; of one that fastai wrapped, torch's"
+    "The name of a loss as the user wrote it; of one that fastai wrapped, torch's"
     inner = getattr(loss, 'func', loss) if type(loss).__name__=='BaseLoss' else loss
     return getattr(inner, '__name__', type(inner).__name__)
 
-def _decides(loss): return hasattr(loss, 'activation') and hasattr(loss, 'decodes')
-# some of them decide along the last axis, which is none of classes in a mask
+# some decode along the last axis, which in a mask is a spatial one
 def _is_fastais(loss): return type(loss).__module__=='fastai.losses'
+
+# %% ../../nbs/learn/01_losses.ipynb #c0dec0de
+def can_decode(
+    loss   # loss function or module
+)->bool:   # whether it has `activation` and `decodes`
+    "Whether a loss can turn logits into predictions, as a Learner needs"
+    return hasattr(loss, 'activation') and hasattr(loss, 'decodes')
 
 # %% ../../nbs/learn/01_losses.ipynb #d97ddb31
 class PlainLoss(nn.Module):
-    "A loss of torch's, or a function, with the `activation`, the `decodes` and the targets that a Learner asks for"
+    "A loss of torch's, or a function, with the `activation`, `decodes` and target types that a Learner needs"
     def __init__(self,
         loss,           # (pred, targ) → a number; masks and classes come as int64, the rest as float32
         task:str='mask' # 'mask', 'category', 'multi' or 'regression'
@@ -257,7 +265,7 @@ class PlainLoss(nn.Module):
         t = targ.as_subclass(Tensor)
         if self.task=='mask' and _loss_kind(self.loss)=='yes or no': t = t[:,None].float()
         elif self.task in ('mask','category'): t = t.long()
-        else: t = t.float().reshape(pred.shape)                      # (B,) beside (B,1) would be taken for all pairs
+        else: t = t.float().reshape(pred.shape)                      # (B,) with (B,1) would be broadcast to all pairs
         own = self.reduction=='mean' or hasattr(self.loss, 'reduction')
         res = self.loss(pred, t) if own else self.loss(pred, t, reduction=self.reduction)
         return res.reshape(len(pred), -1).mean(1) if self.reduction=='none' else res
@@ -271,14 +279,14 @@ class PlainLoss(nn.Module):
 
     def _decides(self):
         foreign = self.task=='mask' and _is_fastais(self.loss)
-        return _decides(self.loss) and _loss_kind(self.loss)!='yes or no' and not foreign
-    def activation(self, x:Tensor)->Tensor: # (B,C,*S) or (B,C) logits to probabilities; numbers stay
-        "That of the loss; else sigmoid of findings and of one channel, softmax of classes"
+        return can_decode(self.loss) and _loss_kind(self.loss)!='yes or no' and not foreign
+    def activation(self, x:Tensor)->Tensor: # (B,C,*S) or (B,C) logits to probabilities; numbers unchanged
+        "That of the loss; else sigmoid for findings and for one channel, softmax for classes"
         if self._decides(): return self.loss.activation(x)
         if self.task=='regression': return x.float()
         return x.float().sigmoid() if self.task=='multi' or x.shape[1]==1 else x.float().softmax(1)
-    def decodes(self, x:Tensor)->Tensor: # probabilities to class ids, findings to bool; numbers stay
-        "That of the loss; else the likeliest class, or what lies above a half"
+    def decodes(self, x:Tensor)->Tensor: # probabilities to class ids, findings to bool; numbers unchanged
+        "That of the loss; else the most probable class, or what is above 0.5"
         if self._decides(): return self.loss.decodes(x)
         if self.task=='regression': return x
         if self.task=='multi': return x>.5
@@ -291,31 +299,34 @@ _wants = (('mask','classes','nn.CrossEntropyLoss()','masks of class ids'),
           ('regression','numbers','nn.MSELoss()','numbers'))
 
 def as_loss(
-    loss,           # what a person gave as `loss_func`
+    loss,           # the argument `loss_func`
     task:str='mask',# 'mask', 'category', 'multi' or 'regression'
     n_out:int=2     # channels of the logits
 ):                  # the same, or a `PlainLoss` of it
-    "Give a loss what a Learner asks for. Raises `InputError` on one that belongs to other targets"
+    "A loss with all that a Learner needs. Raises `InputError` on one for another kind of target"
     kind,name = _loss_kind(loss),_loss_name(loss)
     wanted,better,held = next(o for t,*o in _wants if t==task)
     if task=='mask' and n_out==1: wanted,better = 'yes or no','nn.BCEWithLogitsLoss()'
     if kind not in (None, wanted):
-        raise InputError(f"loss_func: {name} compares {kind}; these targets are {held}. Say loss_func={better}, or "
+        raise InputError(f"loss_func: {name} compares {kind}; these targets are {held}. Give loss_func={better}, or "
                          f"leave it out")
     flat = hasattr(loss, 'func') and wanted=='classes'
     if task=='mask' and flat and getattr(loss, 'axis', 1)!=1:
         raise InputError(f"loss_func: {name} looks for the classes along axis {loss.axis}; in a mask they are axis 1. "
-                         f"Say {name}(axis=1)")
+                         f"Give {name}(axis=1)")
+    if getattr(loss, 'thresh', .5)!=.5:
+        raise InputError(f"loss_func: {name} decides at {loss.thresh}, and what is printed, evaluated and predicted of "
+                         f"whole scans decides at a half. Leave thresh out, and decide by the probabilities")
     foreign = task=='mask' and (hasattr(loss, 'func') or _is_fastais(loss))
-    return PlainLoss(loss, task) if foreign or not _decides(loss) else loss
+    return PlainLoss(loss, task) if foreign or not can_decode(loss) else loss
 
 # %% ../../nbs/learn/01_losses.ipynb #b1bb8d6c
 def class_weights(
-    weight, # None; 'balanced'; one number a class; or a dict class → number
+    weight, # None, 'balanced', one number a class, or a dict class → number
     vocab,  # names of the classes
     counts  # cases of each in training
 ):          # (n,) tensor, or None
-    "Weights of the classes. 'balanced' gives each class the same sum. Raises `InputError`"
+    "Weights of the classes; 'balanced' gives each class the same total weight. Raises `InputError`"
     if weight is None: return None
     if isinstance(weight, str):
         if weight!='balanced':
@@ -387,7 +398,7 @@ class MultiTaskLoss(nn.Module):
     def __init__(self,
         mask,      # loss of the mask, see `as_loss`
         label,     # `LabelLoss`
-        share=1.   # how many times the label counts
+        share=1.   # weight of the label's loss
     ):
         super().__init__()
         self.mask,self.label,self.share = as_loss(mask),label,share

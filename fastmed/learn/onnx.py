@@ -16,8 +16,8 @@ from ..core import ExtraError, InputError, MissingFileError, atomic_file
 from .classify import CaseLearner
 from .modelfile import opened_learner, rebuilt_model
 from .modelmeta import model_channels, model_meta, SavedLearner
-from fastmed.learn.plain import (
-    check_sum, finite_answer, json_text, meta_of, model_answer, same_answer, SAVE_AGAIN, seal_file, trial_answer,
+from fastmed.learn.modelformat import (
+    check_sum, finite_logits, json_text, meta_of, model_logits, same_logits, SAVE_AGAIN, with_sha256, trial_logits,
     trial_noise
 )
 from ..models.weights import check_finite
@@ -26,12 +26,12 @@ from torch import nn
 
 # %% ../../nbs/learn/14_onnx.ipynb #8e434bef
 class _Bytes:
-    "Bytes as they are read from a model file"
+    "Bytes with the `read` method of a `ModelFile`"
     def __init__(self, b): self.b,self.size = b,len(b)
     def read(self, at, n): return self.b[at:at+n]
 
 class _OnnxNet(nn.Module):
-    "A network of ONNX Runtime as a module: one window size"
+    "A network of ONNX Runtime as a module, for one window size"
     def __init__(self, b, n_in, size):
         super().__init__()
         import onnxruntime as ort
@@ -49,7 +49,7 @@ class _OnnxNet(nn.Module):
     def extra_repr(self): return self.sha256
 
 def _size(model, plan):
-    "The one window that the file will take"
+    "The window size of the file"
     if getattr(model, 'size', None): return tuple(model.size)
     sides = [n for n in plan.patch if plan.ndim==3 or n>1]
     return tuple(-(-n//d)*d for n,d in zip(sides, model_divisor(model), strict=False))
@@ -58,18 +58,18 @@ def _size(model, plan):
 def _exportable(learn, post, evaluation, seen):
     "The metadata of a network that ONNX can hold. Raises `InputError`"
     if isinstance(learn, CaseLearner):
-        raise InputError("export_onnx: offered for networks of masks; keep a classifier with save_model")
+        raise InputError("export_onnx: offered for networks of masks; save a classifier with save_model")
     meta = model_meta(learn, post, evaluation, seen)
     if meta['network'].get('own'):
-        raise InputError(f"export_onnx: expected a network that is known by name; found {meta['network']['arch']}. "
-                         f"Keep it with save_model")
+        raise InputError(f"export_onnx: expected a network with a known name; found {meta['network']['arch']}. "
+                         f"Save it with save_model")
     return meta
 
 def _expect_alike(net, model, x, fn, arch):
-    "Raise `InputError` where ONNX Runtime answers otherwise than PyTorch: to the windows, to one, and to more of them"
+    "Raise `InputError` where ONNX Runtime gives other logits than PyTorch, for several batch sizes"
     for z in (x, x[:1], 2*torch.cat([x,x[:1]])):
-        if not same_answer(model_answer(model, z), net(z), 1e-3):
-            raise InputError(f"export_onnx({fn}): ONNX Runtime answers otherwise than PyTorch for {arch}. Ship it by "
+        if not same_logits(model_logits(model, z), net(z), 1e-3):
+            raise InputError(f"export_onnx({fn}): ONNX Runtime gives other logits than PyTorch for {arch}. Use "
                              f"save_model instead")
 
 def export_onnx(
@@ -79,7 +79,7 @@ def export_onnx(
     evaluation=None,# as of `save_model`
     seen:bool=True  # as of `save_model`
 )->Path:            # `fn`
-    "The network as ONNX (float32, one window size, any batch), with the metadata of `save_model`. Raises as that does"
+    "The network as ONNX (float32, one window size, any batch), with the metadata of `save_model`. Raises as that"
     try:
         import onnx
         import onnxscript  # noqa: F401, which torch.onnx.export needs
@@ -89,24 +89,24 @@ def export_onnx(
     check_finite(learn.model, fn)
     model,_,plan = rebuilt_model(learn, meta)
     model.eval()
-    model.size = size = _size(model, plan)
+    size = _size(model, plan)
     x = trial_noise(model.n_in, size, 2, getattr(model, 'masks', False))
-    meta.update(echo=finite_answer(trial_answer(model, plan)[1], fn), window=list(size))
+    meta.update(echo=finite_logits(trial_logits(model, plan, patch=size)[1], fn), window=list(size))
     with atomic_file(fn) as tmp:
         torch.onnx.export(model, (x,), str(tmp), input_names=['x'], output_names=['logits'], dynamo=True,
                           dynamic_shapes=({0:torch.export.Dim('batch', min=1)},), external_data=False, verbose=False)
         m = onnx.load(str(tmp))
         onnx.helper.set_model_props(m, {'fastmed':json_text(meta)})
-        b = seal_file(m.SerializeToString())
+        b = with_sha256(m.SerializeToString())
         tmp.write_bytes(b)
         try: _expect_alike(_OnnxNet(b, model.n_in, size), model, x, fn, meta['network']['arch'])
         except ImportError:
-            warn("export_onnx: onnxruntime is not installed, so its answers were not compared with PyTorch's")
+            warn("export_onnx: onnxruntime is not installed, so its logits were not compared with PyTorch's")
     return Path(fn)
 
 # %% ../../nbs/learn/14_onnx.ipynb #8e434be1
 def _read_checked(fn):
-    "The bytes of an ONNX file, and its metadata. Raises `InputError` where they are changed, cut off or foreign"
+    "The bytes of an ONNX file, and its metadata. Raises `InputError` on a changed, incomplete or other file"
     if (size:=Path(fn).stat().st_size)>=2**31:
         raise InputError(f"{fn}: expected a file of export_onnx; found {size:,} bytes, and ONNX files have "
                          f"less than 2 GB")
@@ -115,7 +115,7 @@ def _read_checked(fn):
     if i<0:
         raise InputError(f"{fn}: expected a file of export_onnx; found {len(b):,} bytes without its metadata. It may "
                          f"be cut off, or another kind of file. {SAVE_AGAIN}")
-    # a byte a letter; the text itself is ASCII
+    # latin-1 keeps one byte a letter; the text itself is ASCII
     try:
         end = json.JSONDecoder().raw_decode(b[i:].decode('latin-1'))[1]
     except (ValueError, RecursionError) as e:
@@ -127,19 +127,19 @@ def _read_checked(fn):
 def load_onnx(
     fn           # file of `export_onnx`
 )->SavedLearner: # its network runs in ONNX Runtime, on the CPU
-    "Predict whole scans from an ONNX file. Raises `OSError` where it is missing, `ValueError` where it is refused"
+    "A Learner from an ONNX file, for prediction. Raises `OSError` on a missing, `ValueError` on a refused file"
     if not Path(fn).is_file(): raise MissingFileError(f"{fn}: no such model file")
     b,meta = _read_checked(fn)
     def network(plan):
         try:
             net = _OnnxNet(b, model_channels(meta['network'], plan), tuple(meta['window']))
-            echo = trial_answer(net, plan)[1]
+            echo = trial_logits(net, plan)[1]
         except ImportError as e: raise ExtraError("load_onnx needs onnxruntime: pip install 'fastmed[onnx]'") from e
         except Exception as e:
             raise InputError(
-                    f"ONNX Runtime does not take it ({str(e).splitlines()[0] if str(e) else type(e).__name__})") from e
-        if not same_answer(meta['echo'], echo, 1e-3):
-            raise InputError(f"this ONNX Runtime answers otherwise than PyTorch {meta['training']['torch']} did. Try "
+                    f"ONNX Runtime cannot load it ({str(e).splitlines()[0] if str(e) else type(e).__name__})") from e
+        if not same_logits(meta['echo'], echo, 1e-3):
+            raise InputError(f"this ONNX Runtime gives other logits than PyTorch {meta['training']['torch']}. Try "
                              f"another version of it, or export again")
         return net
     return opened_learner(meta, fn, torch.device('cpu'), network)

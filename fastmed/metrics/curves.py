@@ -108,7 +108,8 @@ class OperatingPoint(AttrDict):
 
 def _rule_words(rule):
     if not isinstance(rule, (str,tuple,list)): return 'given'
-    return "Youden's index" if rule=='youden' else f'{rule[0]} at least {rule[1]:g}'
+    what = "Youden's index" if rule=='youden' else f'{rule[0]} at least {rule[1]:g}'
+    return f'{what}, chosen on these very cases: it flatters'
 
 def operating_point(
     *,
@@ -118,7 +119,7 @@ def operating_point(
     groups=None,        # (n,) subject of each case
     **kwargs            # of `estimate`: n_boot, level, seed
 )->OperatingPoint:      # sensitivity, specificity, ppv, npv with intervals
-    "What a threshold does: from it upwards a case is positive. Raises `InputError` where a rule lacks a class"
+    "Rates when scores from a threshold up are called 1. Raises `InputError` if `rule` needs two classes and finds one"
     y,s = _binary(targ, pred, 'operating_point', groups)
     threshold = choose_point(pred=s, targ=y, point=rule)
     if np.isnan(threshold):
@@ -127,13 +128,13 @@ def operating_point(
     called = s>=threshold
     stats = dict(sensitivity=share_stat(called, y), specificity=share_stat(~called, ~y), ppv=share_stat(y, called),
                  npv=share_stat(~y, ~called))
-    rates = estimate(lambda w: np.stack([stat(w) for stat in stats.values()], 1), len(y), groups, **kwargs)
+    rates = estimate(list(stats.values()), len(y), groups, **kwargs)
     return OperatingPoint(threshold=threshold, **dict(zip(stats, rates, strict=True)), n=len(y), positives=int(y.sum()),
                           rule=_rule_words(rule))
 
 # %% ../../nbs/metrics/04_curves.ipynb #c746dd85
 class Calibration(AttrDict):
-    "`table` (a row a bin: `low`, `high`, `n`, `predicted`, `observed` with ends), `ece`, `brier`, `mce` (the largest)"
+    "`table` (a row a bin), `ece`, `error` (without its bias), `slope`, `intercept`, `brier`, `mce` (largest of bins)"
     def plot(self,
         ax=None, # matplotlib axes; beneath them a histogram
         label='' # of the class
@@ -141,7 +142,9 @@ class Calibration(AttrDict):
         "Observed share against predicted probability, with intervals, and how many cases lie in each bin"
         ax = _square(ax, 'predicted probability', 'observed share')
         bins,seen = self.table,self.table[self.table.n>0]
-        words = f"ECE {self.ece:.3f} [{self.ece.low:.3f}, {self.ece.high:.3f}]\nBrier {self.brier:.3f}"
+        words = (f"error {self.error:.3f} [{self.error.low:.3f}, {self.error.high:.3f}]\n"
+                 f"slope {self.slope:.2f} [{self.slope.low:.2f}, {self.slope.high:.2f}]\n"
+                 f"intercept {self.intercept:+.2f} [{self.intercept.low:+.2f}, {self.intercept.high:+.2f}]")
         ax.plot([0,1], [0,1], color='grey', ls=':', lw=1)
         ax.vlines(seen.predicted, seen.observed_low, seen.observed_high, color='C0', lw=1.2, alpha=.7)
         ax.plot(seen.predicted, seen.observed, 'o-', color='C0', ms=5, label=f'{label}: {words}' if label else words)
@@ -151,6 +154,29 @@ class Calibration(AttrDict):
                 transform=ax.transAxes)
         ax.legend(fontsize=7, loc='upper left')
         return ax
+
+# %% ../../nbs/metrics/04_curves.ipynb #6946946c
+def calibration_line(
+    y, # (n,) bool
+    p  # (n,) probability of 1
+):     # weights (B,n) → (B,2), a statistic for `estimate`: slope, and intercept with the slope held at 1
+    "Logistic regression of the target on the prediction's logit; nan where there is none. Source: Cox 1958"
+    x = np.log(np.clip(p, 1e-6, 1-1e-6)/(1-np.clip(p, 1e-6, 1-1e-6)))
+    def fit(w, sloped):
+        "(B,) slope, or if not `sloped` the intercept at slope 1, by Newton steps; nan where they do not settle"
+        a,b = np.zeros(len(w)),np.ones(len(w))
+        for _ in range(30):
+            m = 1/(1+np.exp(-np.clip(a[:,None]+b[:,None]*x, -30, 30)))
+            left,v = w*(y-m),w*m*(1-m)
+            g,h = [(o.sum(1),o@x) for o in (left,v)]
+            hxx,(da,db) = v@x**2,(safe_ratio(g[0], h[0]),np.zeros(len(w)))
+            if sloped:
+                det = h[0]*hxx-h[1]**2
+                da,db = safe_ratio(hxx*g[0]-h[1]*g[1], det),safe_ratio(h[0]*g[1]-h[1]*g[0], det)
+            a,b = a+np.clip(da, -2, 2),b+np.clip(db, -2, 2)
+            if np.nanmax(np.abs([da,db]), initial=0)<1e-8: break
+        return np.where(np.abs(da)+np.abs(db)<1e-6, b if sloped else a, np.nan)
+    return lambda w: np.stack([fit(w, True), fit(w, False)], 1)
 
 # %% ../../nbs/metrics/04_curves.ipynb #8a310c4e
 def _bin_edges(bins):
@@ -182,12 +208,18 @@ def calibration(
         n,predicted,observed = by_bin(w)
         ece = (np.nan_to_num(np.abs(predicted-observed))*n).sum(1)/n.sum(1)
         brier = (w*(p-y)**2).sum(1)/w.sum(1)
-        return np.c_[observed, ece, brier]
-    *shares,ece,brier = estimate(numbers, len(y), groups, **kwargs)
+        return np.c_[observed, ece, brier, debiased(w, n), line(w)]
+    def debiased(w, n):
+        off,size = safe_ratio((w*(p-y))@inside, n),safe_ratio(w**2@inside, n**2)
+        by_chance = (safe_ratio((w*(p-y)**2)@inside, n)-off**2)*safe_ratio(size, 1-size)
+        return np.sqrt(np.maximum((np.nan_to_num(off**2-by_chance)*n).sum(1)/n.sum(1), 0))
+    line = calibration_line(y, p)
+    *shares,ece,brier,error,slope,intercept = estimate(numbers, len(y), groups, **kwargs)
     n,predicted,observed = (o[0] for o in by_bin(np.ones((1,len(y)))))
     table = pd.DataFrame(dict(low=edges[:-1], high=edges[1:], n=n.astype(int), predicted=predicted, observed=observed,
                               observed_low=[e.low for e in shares], observed_high=[e.high for e in shares]))
-    return Calibration(table=table, ece=ece, brier=brier, mce=float(np.nanmax(np.abs(predicted-observed))))
+    return Calibration(table=table, ece=ece, error=error, slope=slope, intercept=intercept, brier=brier,
+                       mce=float(np.nanmax(np.abs(predicted-observed))))
 
 # %% ../../nbs/metrics/04_curves.ipynb #129a26de
 def agreement(

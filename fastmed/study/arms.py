@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 from fastai.basics import Callback, CancelValidException, warn
 from fastai.callback.hook import total_params
+from fastai.losses import BaseLoss
 from fastcore.all import first, ifnone, L
 from ..core import InputError, MissingFileError
 from ..data.blocks import CaseFiles, PatchTransform
@@ -34,7 +35,7 @@ from ..learn.members import trusted_learner
 from ..learn.learner import unet2d_learner, unet3d_learner, VolumeLearner
 from ..learn.modelfile import save_model
 from ..learn.pace import BudgetCallback, peak_memory, reset_peak
-from ..learn.plain import UnopenedError
+from ..learn.modelformat import UnopenedError
 from ..metrics.masks import case_scores, failed_scores, slice_consistency
 from ..predict.predict import predict_case
 from ..predict.windows import apply_post, POSTS, window_corners
@@ -111,6 +112,10 @@ def setting_text(
     o  # any setting
 ):
     "A setting in words that do not change from run to run"
+    if isinstance(o, (torch.Tensor,np.ndarray)):
+        text = str(o.tolist())
+        return text if len(text)<200 else text_hash(text)
+    if isinstance(o, BaseLoss): return f'{type(o).__name__}({setting_text(o.func)})'     # a loss of fastai's
     if hasattr(o, '_args'):
         return f"{type(o).__name__}({', '.join(f'{k}={getattr(o,k)}' for k in o._args if k!='spacing')})"
     if isinstance(o, (list,tuple,L)): return '['+', '.join(map(setting_text, o))+']'
@@ -118,6 +123,7 @@ def setting_text(
     if isinstance(o, nn.Module) or (hasattr(o, '__dict__') and not callable(o)):
         plain = (int,float,str,bool,tuple,type(None))
         own = {k:v for k,v in vars(o).items() if not k.startswith('_') and isinstance(v, plain)}
+        if isinstance(o, nn.Module): own.update(o.named_buffers())      # the weights of a loss
         return type(o).__name__+setting_text(own)
     if isinstance(o, partial): return f"{setting_text(o.func)}{setting_text(o.keywords)}"
     return getattr(o, '__qualname__', None) or str(o)
@@ -292,22 +298,28 @@ def read_notes(
     if isinstance(notes, dict) and notes.get('seal', _seal_of(notes))==_seal_of(notes): return notes
     raise InputError(f"{fn}: expected what was noted of the runs; found {str(notes)[:80]!r}. {again}")
 
+def sealed_text(
+    notes  # what a study keeps beside its runs, JSON-able
+)->str:    # JSON
+    "Notes with a seal over them, so that `read_notes` sees where somebody changed them"
+    notes = json.loads(json.dumps(notes, default=str))
+    return json.dumps(dict(notes, seal=_seal_of(notes)), indent=1)
+
 def note_run(
     folder, # of a run that was scored
     facts   # what is told of it, JSON-able
 ):
     "Write run.json: the facts, a sum of each file of the run, and a seal over both"
     sums = {f.name:file_digest(f) for f in sorted(Path(folder).iterdir()) if f.is_file()}
-    notes = json.loads(json.dumps(dict(facts, sums=sums), default=str))
-    (Path(folder)/'run.json').write_text(json.dumps(dict(notes, seal=_seal_of(notes)), indent=1))
+    (Path(folder)/'run.json').write_text(sealed_text(dict(facts, sums=sums)))
 
 def expect_own(
     fn # file of a finished run
 ):
     "Raise `InputError` where a file is not the one that the run wrote; runs of earlier versions noted no sums"
     run = Path(fn).parent/'run.json'
-    told = read_notes(run).get('sums', {}).get(Path(fn).name) if run.is_file() else None
-    if told is not None and Path(fn).is_file() and file_digest(fn)!=told:
+    sums = read_notes(run).get('sums') if run.is_file() else None
+    if sums is not None and Path(fn).is_file() and file_digest(fn)!=sums.get(Path(fn).name):
         raise InputError(f"{fn}: is not what this run wrote: it was changed, or is of another run. Put a copy of it "
                          f"back, or remove the run's folder and call run() to train it again")
 
@@ -328,12 +340,13 @@ def keep_model(
 def run_model(
     folder # of a finished run
 )->Path:   # its model file
-    "model.safetensors of a run, or model.pkl where there is no other. Raises `MissingFileError`"
+    "model.safetensors of a run, or model.pkl where there is no other. Raises `MissingFileError`, and as `expect_own`"
     fns = [Path(folder)/o for o in ('model.safetensors','model.pkl')]
     fn = first(o for o in fns if o.is_file())
     if fn is None:
         raise MissingFileError(f"{fns[0]}: no such model file. Remove the run's folder, and call run() to train it "
                                f"again")
+    expect_own(fn)
     return fn
 
 # %% ../../nbs/study/05_arms.ipynb #855e77d5
@@ -344,7 +357,6 @@ def load_run(
 )->VolumeLearner:     # as it was trained
     "The Learner of a finished run. Raises `InputError` on a pickle that is not trusted, and where `arch` is missing"
     fn = run_model(folder)
-    expect_own(fn)
     return load_model(fn, arch=arch) if fn.suffix=='.safetensors' else trusted_learner(fn, trust)
 
 # %% ../../nbs/study/05_arms.ipynb #82c9bd4a
@@ -375,7 +387,8 @@ def open_runs(
 
 def seen_cases(
     learn, # Learner
-    df     # cases, one row each
-)->list:   # names of those that it was trained on, or whose subject it was trained on
+    df,            # cases, one row each
+    group_col=None # as of `ScanModel.saw`
+)->list:           # names of those that it was trained on, or whose subject it was trained on
     "Which cases a Learner has seen: by its memory (`learn.seen`) and by the training data it still holds"
-    return learn.saw(df)
+    return learn.saw(df, group_col)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
-from fastai.basics import Callback, set_seed
+from fastai.basics import Callback, set_seed, warn
 from fastai.callback.hook import total_params
 from fastcore.all import first, ifnone, L, patch, store_attr
 from ..core import beside, InputError, runs_in, atomic_file
@@ -30,9 +30,9 @@ from fastmed.study.arms import (
     arm_settings, make_learner, open_run, quiet_output, read_notes, seen_cases, setting_text, without_prediction
 )
 from .efficiency import anisotropy_shift, ShiftCurves
-from .findings import Findings
+from .findings import Findings, ONE_SEED
 from fastmed.study.runs import (
-    checked_budget, column_folds, finish_run, fold_hash, marked, named_cases, PLACE_ARGS, read_table, Study
+    checked_budget, column_folds, finish_run, fold_hash, marked, named_cases, PLACE_ARGS, plan_sum, read_table, Study
 )
 
 # %% ../../nbs/study/08_compare.ipynb #e79abf31
@@ -50,9 +50,24 @@ def _checked_arms(arms, common):
     def here(kw): return {**kw, 'path':Path(kw.get('path', '.')).absolute()}      # wherever the process is later
     return {str(a):here({**common, **kw}) for a,kw in arms.items()}
 
+def _seeds_that_fit(total, seeds, budget, arms, folds):
+    "How many trainings of each arm and fold a time holds. Raises `InputError` where that is not one"
+    if seeds!=1: raise InputError(f"total_minutes: chooses the seeds; leave seeds={seeds!r} out")
+    if 'minutes' not in budget:
+        raise InputError(f"total_minutes: expected a budget of minutes for each training; found {budget}")
+    once = budget['minutes']*len(arms)*len(folds)
+    if total>=once: return int(total/once+1e-9)
+    raise InputError(f"total_minutes: {total:g} hold not one training of {budget['minutes']:g} minutes for each of "
+                     f"{len(arms)} arms and {len(folds)} folds; expected {once:g} or more, or a shorter budget")
+
+def _checked_pair(primary, arms):
+    if len(tuple(primary))==2 and set(primary)<=set(arms) and len(set(primary))==2: return
+    raise InputError(f"primary: expected two of the arms {list(arms)}; found {primary!r}")
+
 class Comparison(Findings, Study):
     "Arms trained on the same cases, folds and budget. `run()` trains; then ask `summary`, `paired`, `best`, `report` …"
     notes,what = 'comparison.json','runs of another experiment'
+    held_out = True # folds part no subject, and `add_run` refuses a Learner that has seen its cases
     def __init__(self,
         df,                     # one row a case, as for `from_df`
         arms=None,              # name → dict of arguments, with `ndim`; default: 3D, 2D and 2.5D
@@ -61,6 +76,8 @@ class Comparison(Findings, Study):
         folds=5,                # how many, or a column of `df` that holds the number of each case's fold
         seeds=1,                # how many trainings of each arm and fold, or a list of seeds
         budget=None,            # one of minutes, epochs, updates, voxels, for each; default: dict(minutes=10)
+        total_minutes=None,     # of all trainings together: as many seeds as fit, in place of `seeds`
+        primary=None,           # (arm, arm): the one comparison that is not corrected; default: the first two arms
         path='comparison',      # folder of the runs
         trust:bool=False,       # open models that are pickles (an earlier fastmed wrote such): where you trust them
         **common                # for every arm: what `from_df`, Learner factories and `predict_volume` take
@@ -69,10 +86,13 @@ class Comparison(Findings, Study):
         self.budget,self.trust = checked_budget(ifnone(budget, dict(minutes=10))),trust
         self.df,self.spec_arms = named_cases(df),_checked_arms(arms, common)
         self.codes,self.group_col,self.path = check_codes(codes),group_col,Path(path).absolute()
-        self.seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-        if not self.seeds: raise InputError("seeds: expected 1 or more")
         if isinstance(folds, str): self.fold = column_folds(self.df, folds, group_col)
         else: self.fold = group_folds(self.df, folds, group_col=group_col)
+        if total_minutes is not None: seeds = _seeds_that_fit(total_minutes, seeds, self.budget, arms, self._folds)
+        self.seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+        if not self.seeds: raise InputError("seeds: expected 1 or more")
+        self.primary = primary
+        if primary is not None: _checked_pair(primary, self.spec_arms)
         self.hash = fold_hash(self.df, self.fold)
         self.slice_axis = self.files = None
         self._check_folder(False)
@@ -103,6 +123,12 @@ def _differing(self:Comparison, was, terms):
 @patch
 def _noted(self:Comparison, was, terms): return {**terms, 'arms':{**was.get('arms', {}), **self._arm_texts()}}
 @patch
+def _told(self:Comparison, facts):
+    arm = facts.get('arm')
+    return {**self._terms(), 'arm':self._arm_texts().get(arm), 'plan':plan_sum(self._plan_file(arm))}
+@patch
+def _plan_file(self:Comparison, arm): return self.path/f'plan, {arm}.json'
+@patch
 def _read_by(self:Comparison): return self.spec_arms.values()
 
 @patch
@@ -127,10 +153,11 @@ def _spec(self:Comparison, arm, fold, seed):
     "What a run needs, in this or in another process"
     def make(**kwargs): return make_learner(self.split(self._folds[0]), **kwargs, valid_col='_held_out')
     own = {'group_col':self.group_col, 'codes':self.codes, **self.spec_arms[arm]}
-    kwargs = shared_plan(self.path/f'plan, {arm}.json', own, make)
+    kwargs = shared_plan(self._plan_file(arm), own, make)
     return dict(arm=arm, fold=fold, seed=seed, kwargs=kwargs, df=self.split(fold), attrs=dict(self.df.attrs),
-                budget=self.budget, hash=self.hash, files=self.files, group_col=self.group_col,
-                slice_axis=self.slice_axis, folder=str(self._folder(arm, fold, seed)), threads=torch.get_num_threads())
+                budget=self.budget, hash=self.hash, told=self._told(dict(arm=arm)), files=self.files,
+                group_col=self.group_col, slice_axis=self.slice_axis, folder=str(self._folder(arm, fold, seed)),
+                threads=torch.get_num_threads())
 
 # %% ../../nbs/study/08_compare.ipynb #36519490
 @patch
@@ -158,9 +185,13 @@ def run(self:Comparison,
     "Train and score every run that is not finished. Stop it at any moment, and call it again"
     todo = [r for r in self.plan.itertuples() if not r.done]
     if todo: self.check()
+    if todo and len(self.seeds)<2 and len(self.spec_arms)>1: warn(ONE_SEED)
     self._check_folder()
     self._train([self._spec(r.arm, r.fold, r.seed) for r in todo], executor)
     self._check_folder(False)                            # a file may have been changed meanwhile
+    if todo and (falling:=self.still_falling()):
+        warn(f"the training loss of {', '.join(map(repr, falling))} was still falling when the training ended: a "
+             f"longer budget may change which arm is ahead")
     return self
 
 # %% ../../nbs/study/08_compare.ipynb #3fa3c0ca
@@ -196,6 +227,13 @@ def slices(self:Comparison):
 def remedied(self:Comparison):
     "The Dice after each post-processing"
     return self._runs().table('remedied', lambda folder, _: read_table(folder/'remedied.csv'))
+@patch(as_prop=True)
+def logs(self:Comparison):
+    "Loss and rate of each update, a row an arm, fold, seed and update"
+    def read(folder, facts):
+        if not (folder/'log.csv').exists(): return pd.DataFrame()
+        return read_table(folder/'log.csv').assign(**{k:facts[k] for k in ('arm','fold','seed')})
+    return self._runs().table('log', read)
 @patch(as_prop=True)
 def cost(self:Comparison):
     "What each run cost, a row a run"
