@@ -769,6 +769,13 @@ def test_label_efficiency_refuses_a_table_that_is_cut_off(tmp_path):
     fn.write_bytes(fn.read_bytes()[:-30])
     with pytest.raises(ValueError, match='is not what this run wrote'): run()
 
+def test_alpha_counts_for_tables_too():
+    "It was accepted and not used"
+    rng = np.random.default_rng(0)
+    a,b = [pd.DataFrame(rng.normal(size=(12,2)), columns=['x','y']) for _ in range(2)]
+    usual,strict = [paired_comparison(a, b, n_boot=100, alpha=o).detectable for o in (.05,.01)]
+    assert (strict>usual).all()
+
 def test_two_losses_are_two_settings():
     "Weights are buffers: the results of one weight were taken for those of another"
     from fastai.losses import CrossEntropyLossFlat

@@ -208,12 +208,12 @@ def _paired(d, number, n_boot, seed, equal_within, luck, alpha):
         res['equivalent'] = bool(-equal_within<low and high<equal_within)
     return res
 
-def _by_column(a, b, **kwargs):
+def _by_column(a, b, alpha, **kwargs):
     "`paired_comparison` of each column, with Holm's correction"
     if not isinstance(b, pd.DataFrame) or set(a)!=set(b):
         found = list(b) if isinstance(b, pd.DataFrame) else type(b).__name__
         raise InputError(f"paired_comparison: unlike columns, {list(a)} and {found}")
-    rows = [paired_comparison(a[c], b[c], alpha=.05/len(a.columns), **kwargs) for c in a]
+    rows = [paired_comparison(a[c], b[c], alpha=alpha/len(a.columns), **kwargs) for c in a]
     res = pd.DataFrame(rows, index=pd.Index(a.columns, name='structure'))
     return res.assign(p_holm=holm(res.p))
 
@@ -230,7 +230,7 @@ def paired_comparison(
 ):                      # `PairedComparison`; of DataFrames a DataFrame, a row a structure, with Holm's `p_holm`
     "Is `a` higher than `b`, case by case? Raises `ValueError` on unlike cases and where one side alone is nan"
     if isinstance(a, pd.DataFrame):
-        return _by_column(a, b, groups=groups, n_boot=n_boot, seed=seed, equal_within=equal_within, luck=luck)
+        return _by_column(a, b, alpha, groups=groups, n_boot=n_boot, seed=seed, equal_within=equal_within, luck=luck)
     if equal_within is not None and not equal_within>0:
         raise InputError(f"equal_within: expected a difference above 0; found {equal_within}")
     if isinstance(a, pd.Series) and isinstance(b, pd.Series): b,groups = _same_index(a, b, groups)
